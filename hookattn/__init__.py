@@ -1,0 +1,47 @@
+"""Trace the attention of any PyTorch model, exactly as its own kernels computed it.
+
+>>> import hookattn
+>>> trace = hookattn.trace(model, inputs)          # doctest: +SKIP
+>>> trace[0].weights.shape                         # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from .adapter import Adapter
+from .api import trace, tracing
+from .certificate import Certificate
+from .errors import (
+    AdapterError,
+    BrokenAdapterError,
+    CorruptFileError,
+    DuplicateAdapterError,
+    FieldNotCaptured,
+    ForeignFileError,
+    HookattnError,
+    InputError,
+    ModelError,
+    NewerFormatError,
+    NoAttentionError,
+    SelectionError,
+    SkippedWarning,
+    TraceFileError,
+    TraceWriteError,
+    UnfaithfulError,
+    UnfaithfulWarning,
+    UnsupportedConfigError,
+)
+from .loading import load
+from .record import FIELDS, KernelCall
+from .registry import adapters, register
+from .site import Site
+from .trace import Call, Skipped, Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FIELDS", "Adapter", "AdapterError", "BrokenAdapterError", "Call", "Certificate", "CorruptFileError",
+    "DuplicateAdapterError", "FieldNotCaptured", "ForeignFileError", "HookattnError", "InputError", "KernelCall",
+    "ModelError", "NewerFormatError", "NoAttentionError", "SelectionError", "Site", "Skipped", "SkippedWarning", "Trace",
+    "TraceFileError", "TraceWriteError", "UnfaithfulError", "UnfaithfulWarning", "UnsupportedConfigError", "adapters",
+    "load", "register", "trace", "tracing",
+]

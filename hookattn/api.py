@@ -1,0 +1,194 @@
+"""``trace`` and ``tracing``: the two ways in."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HookattnError, InputError, ModelError, NoAttentionError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .selection import Selection
+from .session import Session, describe_model
+from .trace import Trace
+
+_VERIFY = ("sample", "full", "off")
+
+
+def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None = None, layers: Any = None,
+          heads: Any = None, queries: Any = None, dtype: torch.dtype | None = None,
+          device: torch.device | str | None = None, to: str | PathLike[str] | None = None,
+          tokens: Sequence[Any] | None = None, verify: str = "sample", strict: bool = False) -> Trace:
+    """Run one forward of ``model`` and return what its attention did.
+
+    The model runs as it is: the same kernels, grad mode, train or eval mode, and bit-identical outputs (the forward's
+    return value is ``trace.output``). Nothing stays attached to it.
+
+    Args:
+        model: any ``nn.Module``.
+        inputs: a tensor or other single argument, a tuple of arguments, or a mapping of keyword arguments (a tokenizer's
+            BatchEncoding, say).
+        capture: fields to keep, of q, k, v, bias, scores, mask, sinks, weights, output; all by default.
+        layers: layer indices of each stack, negative ones from its end; all by default.
+        heads: query heads; all by default.
+        queries: query positions, a slice or indices; all by default.
+        dtype: floating fields are stored in this dtype; by default as the kernel has them.
+        device: fields are stored on this device; by default where they are.
+        to: stream to this file, call by call, instead of holding the fields in memory.
+        tokens: token strings, one list for all batch entries or one list each; taken from a BatchEncoding if it has them.
+        verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all, ``"off"`` none.
+        strict: raise if a call is not faithful, instead of warning.
+
+    Returns:
+        A Trace.
+
+    Raises:
+        ModelError: a scripted module, parameters on the meta device; NoAttentionError: no attention ran.
+        InputError: the inputs do not fit the forward's signature.
+        SelectionError: an unknown field, layer or head, or an empty selection.
+        UnfaithfulError: with ``strict``.
+        TraceWriteError: the file of ``to`` could not be written.
+    """
+    args, kwargs = _arguments(inputs)
+    _check_fit(model, args, kwargs)
+    with tracing(model, capture=capture, layers=layers, heads=heads, queries=queries, dtype=dtype, device=device, to=to,
+                 tokens=tokens if tokens is not None else _tokens_of(inputs), verify=verify, strict=strict) as made:
+        made.output = model(*args, **kwargs)
+    return made
+
+
+@contextmanager
+def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, layers: Any = None, heads: Any = None,
+            queries: Any = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+            to: str | PathLike[str] | None = None, tokens: Sequence[Any] | None = None, verify: str = "sample",
+            strict: bool = False) -> Iterator[Trace]:
+    """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
+
+    The Trace is complete when the block ends. Arguments and errors are those of :func:`trace`. If the block raises, the
+    model is left clean and no file is left.
+    """
+    _check_model(model)
+    if verify not in _VERIFY:
+        raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
+    selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
+    stream = None
+    if to is not None:
+        from .store.document import Stream
+        stream = Stream(to, made)
+    session = Session(model, made, selection, verify, strict, None if stream is None else stream.add)
+    try:
+        session.start()
+        try:
+            yield made
+        except Exception as error:
+            if not isinstance(error, HookattnError):
+                error.add_note("hookattn: raised by the model or the traced block itself; nothing is left on the model.")
+            raise
+        finally:
+            session.stop()
+        session.finish()
+        _check_result(session)
+        if stream is not None:
+            stream.finish()
+    finally:
+        session.stop()
+        if stream is not None:
+            stream.close()
+    _warn(made)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an nn.Module, got {type(model).__name__}.")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{path or 'the model'} is a scripted or traced module (torch.jit): its operations cannot be "
+                             "watched. Trace the Python module that it was made from.")
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ModelError(f"the parameter {meta!r} is on the meta device, which has no values to trace. Load the weights "
+                         "first, for example with model.to_empty(device='cpu') and load_state_dict.")
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    return (inputs,), {}
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _check_model(model)
+    text = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. Pass "
+            "a tensor, a tuple of arguments, or a dict of keyword arguments.") from error
+    if text and not any(p.annotation in (str, "str") for p in signature.parameters.values()):
+        raise InputError(f"the inputs hold text ({text[0][:40]!r}); tokenize it first and pass the tensors.")
+
+
+def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def one(x: Any) -> str:
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+    return ", ".join([one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]) or "nothing"
+
+
+def _tokens_of(inputs: Any) -> list[list[str]] | None:
+    encodings = getattr(inputs, "encodings", None)
+    return [list(e.tokens) for e in encodings] if encodings else None
+
+
+def _token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
+    if tokens is None:
+        return None
+    if isinstance(tokens, str):
+        raise InputError("tokens has to be a list of strings, one for each position, not one string.")
+    rows = [tokens] if all(isinstance(t, str) for t in tokens) else tokens
+    made = [list(row) for row in rows]
+    if not all(isinstance(t, str) for row in made for t in row):
+        raise InputError("tokens has to be a list of strings, or one such list for each batch entry.")
+    return made
+
+
+def _check_result(session: Session) -> None:
+    made = session.trace
+    if made.calls:
+        return
+    if session.recorded and session.selection.layers is not None:
+        raise SelectionError(f"layers={list(session.selection.layers)} selects none of the {session.recorded} attention "
+                             f"calls that ran, at {sorted(session.seen)[:6]}.")
+    if session.recorded == 0 and not made.skipped:
+        if session.step < 0 and not session.ran:
+            raise NoAttentionError("the model was never called while it was traced.")
+        raise NoAttentionError(
+            f"no attention ran in {type(session.model).__name__}: no scaled_dot_product_attention, multi-head or flex "
+            "attention, and no softmax over a product. If the model attends through a compiled extension, tell "
+            "hookattn about it with an adapter.")
+
+
+def _warn(made: Trace) -> None:
+    bad = [c for c in made.calls if c.certificate.status == "unfaithful"]
+    for call in bad[:3]:
+        warnings.warn(f"{call.site.label} (step {call.step}, tap {call.tap}) is {call.certificate}", UnfaithfulWarning,
+                      stacklevel=4)
+    if len(bad) > 3:
+        warnings.warn(f"{len(bad) - 3} more calls are unfaithful", UnfaithfulWarning, stacklevel=4)
+    if made.skipped:
+        first = made.skipped[0]
+        warnings.warn(f"{len(made.skipped)} attention site(s) could not be read, for example {first.path or '<model>'}: "
+                      f"{first.reason}; see trace.skipped", SkippedWarning, stacklevel=4)

@@ -1,0 +1,134 @@
+"""The certificate of a call: the measured distance between what was rebuilt and what the model's kernel returned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import compute_dtype, weighted_values
+from .record import KernelCall
+
+# Allowed distance in units of the largest |v| (output) and of 1 (weights), by the dtype the kernel ran in: a few times
+# the rounding of the longest sum that occurs; a wrong mask, scale or head order is off by orders of magnitude more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+SAMPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How faithful one call is.
+
+    Attributes:
+        status: ``faithful``, ``unfaithful``, or ``unverified`` (verification was off).
+        output_error: max abs error of weights·v against the kernel's own output.
+        weights_error: max abs error of the derived weights against the model's own; None where it forms none.
+        row_sum_error: max distance of a row sum from 1 (with sinks: above 1).
+        tolerance: the bound for ``output_error``.
+        weights_tolerance: the bound for ``weights_error`` and ``row_sum_error``.
+        rows: query rows checked, of ``of_rows``, in every batch entry and head that was captured.
+        basis: what the rebuilt output was compared with.
+    """
+
+    status: str
+    output_error: float
+    weights_error: float | None
+    row_sum_error: float
+    tolerance: float
+    weights_tolerance: float
+    rows: int
+    of_rows: int
+    basis: str = "output"
+
+    @property
+    def faithful(self) -> bool:
+        """Whether everything that was measured is within tolerance."""
+        return self.status == "faithful"
+
+    @property
+    def max_error(self) -> float:
+        """The largest error that was measured."""
+        return max(self.output_error, self.weights_error or 0.0, self.row_sum_error)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        weights = "" if self.weights_error is None else f", weights {self.weights_error:.1e}"
+        return (f"{self.status}: {self.basis} {self.output_error:.1e} of {self.tolerance:.1e}{weights}, "
+                f"{self.rows} of {self.of_rows} rows")
+
+
+UNVERIFIED = Certificate("unverified", 0.0, None, 0.0, 0.0, 0.0, 0, 0, "nothing")
+
+
+@dataclass(slots=True)
+class Pending:
+    """Measured, but not yet read from the device: reading waits until the forward is over."""
+
+    errors: Tensor  # output error, weights error, row-sum excess, max |v|
+    dtype: torch.dtype
+    rows: int
+    of_rows: int
+    formed: bool
+    basis: str
+
+    def settle(self, values: list[float]) -> Certificate:
+        """The certificate, from the values of ``errors``."""
+        output, weights, excess, size = values
+        unit = TOLERANCE.get(self.dtype, TOLERANCE[torch.float16])
+        tolerance = unit * max(size, 1e-3)
+        good = output <= tolerance and weights <= unit and excess <= 4 * unit  # NaN fails
+        return Certificate("faithful" if good else "unfaithful", output, weights if self.formed else None, excess,
+                           tolerance, unit, self.rows, self.of_rows, self.basis)
+
+
+def rows_to_check(t: int, full: bool) -> slice:
+    """All rows, or some that are spread evenly and include the last."""
+    if full or t <= SAMPLE:
+        return slice(0, t, 1)
+    step = -(-t // SAMPLE)
+    return slice((t - 1) % step, t, step)
+
+
+def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor) -> Pending:
+    """Compare what was rebuilt with what the kernel returned.
+
+    Args:
+        call: the call, restricted to what is captured.
+        rows: the query rows that are checked.
+        mask: the complete mask, broadcastable to B H T S.
+        derived: B H rows S, weights derived from q, k, bias, mask and sinks.
+    """
+    t = call.q.shape[2]
+    reference, basis = call.output, "output"
+    if call.undropped is not None:
+        reference, basis = call.undropped, "the kernel rerun without dropout"
+    own = None if call.weights is None else call.weights[:, :, rows]
+    used = derived if own is None else own if call.applied is None else call.applied[:, :, rows]
+    wide = compute_dtype(call.q.dtype)
+    live = None if mask is None else (mask[:, :, rows] if mask.shape[2] > 1 else mask).any(-1, keepdim=True)
+    zero = derived.new_zeros(())
+    if call.outer_error is not None:
+        output_error, basis = call.outer_error.to(wide), "what the fused layer returned"
+    elif reference is None:
+        output_error, basis = zero, "nothing: the kernel's output was not seen"
+    else:
+        gap = weighted_values(used.to(wide), call.v) - reference[:, :, rows]
+        output_error = _largest(gap, live)
+    weights_error = zero if own is None else _largest(derived - own, live)
+    total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
+    excess = _largest(total if call.sinks is None else total.clamp_min(0), live)
+    size = torch.linalg.vector_norm(call.v.to(wide), ord=torch.inf)
+    errors = torch.stack([output_error, weights_error.to(wide), excess, size])
+    return Pending(errors, call.q.dtype, len(range(*rows.indices(t))), t, own is not None, basis)
+
+
+def _largest(x: Tensor, live: Tensor | None) -> Tensor:
+    """Max abs over rows that have something to attend to."""
+    if live is not None:
+        x = torch.where(live, x, 0.0)
+    return torch.linalg.vector_norm(x, ord=torch.inf) if x.numel() else x.new_zeros(())

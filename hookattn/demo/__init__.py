@@ -1,0 +1,1 @@
+"""Small models and data that ship with the package, so that examples and tests run offline."""

@@ -1,0 +1,97 @@
+"""The one exception tree.
+
+::
+
+    HookattnError
+    ├── ModelError             the model cannot be traced as it is (scripted, on the meta device, no attention)
+    │   └── NoAttentionError   the forward ran, and no attention call was seen in it
+    ├── InputError             the inputs do not fit the model
+    ├── SelectionError         an unknown field, layer or head; an empty selection
+    ├── FieldNotCaptured       a field that this trace does not hold (also an AttributeError)
+    ├── AdapterError           an adapter or the registry is at fault; names the distribution
+    │   ├── DuplicateAdapterError
+    │   ├── BrokenAdapterError
+    │   └── UnsupportedConfigError   a config option that changes the math and that the adapter does not know
+    ├── UnfaithfulError        a call is over its tolerance, and ``strict=True``
+    └── TraceFileError         a trace file cannot be read or written
+        ├── CorruptFileError
+        ├── ForeignFileError
+        ├── NewerFormatError
+        └── TraceWriteError
+
+Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read).
+"""
+
+from __future__ import annotations
+
+
+class HookattnError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ModelError(HookattnError):
+    """The model cannot be traced as it is."""
+
+
+class NoAttentionError(ModelError):
+    """The forward ran, and no attention call was seen in it."""
+
+
+class InputError(HookattnError):
+    """The inputs do not fit the model."""
+
+
+class SelectionError(HookattnError):
+    """The selection names something that is not there, or nothing at all."""
+
+
+class FieldNotCaptured(HookattnError, AttributeError):
+    """A field that this trace does not hold; the message names the ``capture=`` that would have kept it."""
+
+
+class AdapterError(HookattnError):
+    """An adapter or the registry is at fault."""
+
+
+class DuplicateAdapterError(AdapterError):
+    """Two adapters claim the same name."""
+
+
+class BrokenAdapterError(AdapterError):
+    """An adapter that cannot be loaded, or that is not what an adapter has to be."""
+
+
+class UnsupportedConfigError(AdapterError):
+    """A config option that changes the math and that the adapter does not know."""
+
+
+class UnfaithfulError(HookattnError):
+    """What was rebuilt is not what the model's kernel returned, and ``strict=True`` was asked for."""
+
+
+class TraceFileError(HookattnError):
+    """A trace file cannot be read or written."""
+
+
+class CorruptFileError(TraceFileError):
+    """The file is damaged or cut short."""
+
+
+class ForeignFileError(TraceFileError):
+    """The file is not a trace."""
+
+
+class NewerFormatError(TraceFileError):
+    """The file was written in a newer format than this version of the library reads."""
+
+
+class TraceWriteError(TraceFileError):
+    """The file could not be written; nothing was left under its final name."""
+
+
+class UnfaithfulWarning(UserWarning):
+    """A call is over its tolerance."""
+
+
+class SkippedWarning(UserWarning):
+    """Attention ran that could not be read; ``trace.skipped`` has the path and the reason."""

@@ -1,0 +1,134 @@
+"""Brackets around the modules of a model, for as long as a trace runs: which sites there are, and where we are.
+
+Modules that an adapter covers are bracketed at their attention sites alone. Everything else is watched as a whole: the
+generic way, which needs to know nothing of a model, finds the site of a call by looking which module's forward is on
+the stack. Every hook goes when the trace ends; a hook does nothing in another thread than the trace's own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .registry import adapter_for
+from .site import Site, describe
+from .taps import covered
+
+_CALL_CODE = nn.Module._call_impl.__code__
+# Modules that leave their fused eval path as soon as a hook is attached anywhere in them.
+_NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_SOUNDS_LIKE = re.compile(r"attention|attn|mamba|retention|rwkv|delta_?net|hyena|ssm|linear_?att|deformable", re.IGNORECASE)
+
+
+@dataclass
+class Plan:
+    """What of a model has to be watched how.
+
+    Attributes:
+        sites: the sites that adapters named, by module identity.
+        sealed: of those, the ones whose kernels are seen without the function mode.
+        watch_all: whether some part of the model is covered by no adapter, so that the mode stays open throughout.
+        paths: module identity -> path, of every module.
+        suspects: modules outside the sites that sound like attention.
+        adapters: the names of the adapters that had a say.
+    """
+
+    model: nn.Module
+    sites: dict[int, Site] = field(default_factory=dict)
+    sealed: set[int] = field(default_factory=set)
+    watch_all: bool = False
+    paths: dict[int, str] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
+    adapters: set[str] = field(default_factory=set)
+
+
+def make_plan(model: nn.Module) -> Plan:
+    """Ask the adapters about every module of a model.
+
+    Raises:
+        UnsupportedConfigError: an adapter refuses the configuration.
+    """
+    plan = Plan(model)
+    fixed: list[nn.Module] = []
+    for path, module in model.named_modules():
+        plan.paths[id(module)], plan.modules[id(module)] = path, module
+        adapter = adapter_for(module)
+        name = type(module).__name__
+        if adapter is not None:
+            if name in adapter.attention:
+                adapter.check(module)
+                plan.sites[id(module)] = adapter.site(path, module, model)
+                plan.adapters.add(adapter.name)
+                if covered(module):
+                    plan.sealed.add(id(module))
+            continue
+        if isinstance(module, _NO_HOOKS):
+            fixed.append(module)
+        leaf = type(module).__module__.startswith("torch.nn.") and not isinstance(module, (*_NO_HOOKS, nn.Transformer,
+                                                                    nn.TransformerDecoder, nn.TransformerDecoderLayer))
+        if not leaf:
+            plan.watch_all = True
+            if _SOUNDS_LIKE.search(name):
+                plan.suspects.append((path, module))
+    locked = {id(m) for top in fixed for m in top.modules()}
+    plan.suspects = [(p, m) for p, m in plan.suspects if id(m) not in locked]
+    return plan
+
+
+class Brackets:
+    """The hooks of one running trace."""
+
+    def __init__(self, plan: Plan, enter: Callable[[Site, bool], None], leave: Callable[[], None],
+                 root: Callable[[], None], ran: Callable[[str, nn.Module], None], active: Callable[[], bool]):
+        self.plan = plan
+        self.handles: list[RemovableHandle] = []
+        self._callbacks = (enter, leave, root, ran, active)
+
+    def install(self) -> None:
+        """Attach every hook."""
+        enter, leave, root, ran, active = self._callbacks
+        plan = self.plan
+        if not isinstance(plan.model, _NO_HOOKS):
+            self.handles.append(plan.model.register_forward_pre_hook(lambda *_: root() if active() else None, prepend=True))
+        for path, module in plan.suspects:
+            self._before(module, lambda path=path, module=module: ran(path, module))
+        for key, site in plan.sites.items():
+            module, sealed = plan.modules[key], key in plan.sealed
+            self._before(module, lambda site=site, sealed=sealed: enter(site, sealed))
+            self.handles.append(module.register_forward_hook(lambda *_: leave() if active() else None, always_call=True))
+
+    def _before(self, module: nn.Module, action: Callable[[], None]) -> None:
+        active = self._callbacks[-1]
+        self.handles.append(module.register_forward_pre_hook(lambda *_: action() if active() else None))
+
+    def remove(self) -> None:
+        """Detach every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def running(self) -> str:
+        """The path of the innermost module of the model whose forward is on this thread's stack; else empty."""
+        frame: FrameType | None = sys._getframe(1)
+        paths = self.plan.paths
+        while frame is not None:
+            if frame.f_code is _CALL_CODE:
+                path = paths.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    return path
+            frame = frame.f_back
+        return ""
+
+    def site(self, path: str) -> Site:
+        """The site of a module that no adapter speaks for."""
+        module: Any = self.plan.model.get_submodule(path)
+        known = self.plan.sites.get(id(module))
+        return known if known is not None else describe(path, module, self.plan.model)

@@ -1,0 +1,167 @@
+"""What of a forward is kept: fields, layers, heads, queries, dtype, device. Applied before anything large is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SelectionError
+from .record import FIELDS, KernelCall
+from .site import Site
+
+# Fields that always have their full extents; the others may be there by broadcasting.
+_WHOLE = ("q", "k", "v", "output", "undropped", "scores", "weights", "applied")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is kept of every call.
+
+    Attributes:
+        capture: fields, a subset of :data:`~hookattn.record.FIELDS`.
+        layers: layer indices in each stack, negative ones from its end; None: all.
+        heads: query heads, negative ones from the end; None: all.
+        queries: a slice or indices of query positions; None: all.
+        dtype: floating fields are stored in it; None: as the kernel has them.
+        device: where fields are stored; None: where they are.
+    """
+
+    capture: frozenset[str]
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    queries: slice | tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, capture: Iterable[str] | str | None = None, layers: Any = None, heads: Any = None, queries: Any = None,
+           dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Selection:
+        """Checked and normalised.
+
+        Raises:
+            SelectionError: an unknown field, something that is no index, or an empty selection.
+        """
+        fields = FIELDS if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
+        unknown = [f for f in fields if f not in FIELDS]
+        if unknown:
+            raise SelectionError(f"capture={capture!r}: there is no field {unknown[0]!r}; choose among {', '.join(FIELDS)}.")
+        if not fields:
+            raise SelectionError(f"capture is empty: nothing would be kept; choose among {', '.join(FIELDS)}.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
+        if not isinstance(queries, slice):
+            queries = _indices("queries", queries)
+        return cls(frozenset(fields), _indices("layers", layers), _indices("heads", heads), queries, dtype,
+                   None if device is None else torch.device(device))
+
+    def takes_layer(self, site: Site) -> bool | None:
+        """Whether a site's layer is selected; None if that isn't known until the forward is over."""
+        if self.layers is None:
+            return True
+        if site.layer is None:
+            return None
+        if site.layer in self.layers:
+            return True
+        if any(i < 0 for i in self.layers):
+            return None if site.layers is None else site.layer - site.layers in self.layers
+        return False
+
+    def head_index(self, heads: int, where: str) -> list[int] | None:
+        """The selected heads of a call that has ``heads``; None: all."""
+        if self.heads is None:
+            return None
+        bad = [h for h in self.heads if not -heads <= h < heads]
+        if bad:
+            raise SelectionError(f"heads={list(self.heads)}: {where} has {heads} heads, so there is no head {bad[0]}.")
+        return [h % heads for h in self.heads]
+
+    def query_index(self, t: int, where: str) -> list[int] | slice | None:
+        """The selected query rows of a call that has ``t``; None: all."""
+        if self.queries is None:
+            return None
+        if isinstance(self.queries, slice):
+            if not range(*self.queries.indices(t)):
+                raise SelectionError(f"queries={self.queries}: {where} has {t} queries, of which none is selected.")
+            return self.queries
+        bad = [i for i in self.queries if not -t <= i < t]
+        if bad:
+            raise SelectionError(f"queries={list(self.queries)}: {where} has {t} queries, so there is no query {bad[0]}.")
+        return [i % t for i in self.queries]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        q = self.queries
+        return {
+            "capture": [f for f in FIELDS if f in self.capture],
+            "layers": self.layers, "heads": self.heads,
+            "queries": [q.start, q.stop, q.step] if isinstance(q, slice) else {"indices": q} if q is not None else None,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if isinstance(value, (slice, str, bytes)) or not isinstance(value, Iterable):
+        raise SelectionError(f"{name}={value!r}: expected an int or a list of ints.")
+    items = tuple(value.tolist() if isinstance(value, Tensor) else value)
+    if not items:
+        raise SelectionError(f"{name}=[] selects nothing; leave it out to keep all {name}.")
+    bad = [i for i in items if not isinstance(i, int) or isinstance(i, bool)]
+    if bad:
+        raise SelectionError(f"{name}={value!r}: expected ints, got {bad[0]!r}.")
+    return items
+
+
+def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None) -> list[int] | None:
+    """Keep the selected heads and queries of a call, in place and as views where possible.
+
+    Returns:
+        For each kept head the index of its group among the kept ``k`` and ``v``; None if no head was left out.
+    """
+    groups = None
+    if heads is not None:
+        per_group = call.q.shape[1] // call.k.shape[1]
+        wanted = sorted({h // per_group for h in heads})
+        groups = [wanted.index(h // per_group) for h in heads]
+        _each(call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale"), 1, list(heads))
+        _each(call, ("k", "v"), 1, wanted)
+        if call.sinks is not None:
+            sinks = call.sinks if call.sinks.dim() != 1 else call.sinks.view(1, -1, 1, 1)
+            call.sinks = _take(sinks, 1, list(heads)) if sinks.shape[1] > 1 else sinks
+    if queries is not None:
+        _each(call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale", "sinks"), 2,
+              queries)
+    return groups
+
+
+def _each(call: KernelCall, names: Sequence[str], dim: int, index: list[int] | slice | Sequence[int]) -> None:
+    for name in names:
+        x = getattr(call, name)
+        if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or name in _WHOLE):
+            setattr(call, name, _take(x, dim, index))
+
+
+def _take(x: Tensor, dim: int, index: Sequence[int] | slice) -> Tensor:
+    if isinstance(index, slice):
+        return x[(slice(None),) * dim + (index,)]
+    if len(index) == 1:
+        return x.narrow(dim, index[0], 1)
+    return x.index_select(dim, torch.tensor(index, device=x.device))
+
+
+def grouped(call: KernelCall, groups: Sequence[int] | None) -> KernelCall:
+    """A call whose heads, after a selection, can be computed with: uneven groups are spelled out."""
+    if groups is None:
+        return call
+    h, g = call.q.shape[1], call.k.shape[1]
+    if h % g == 0 and list(groups) == [i // (h // g) for i in range(h)]:
+        return call
+    index = torch.tensor(list(groups), device=call.k.device)
+    return replace(call, k=call.k.index_select(1, index), v=call.v.index_select(1, index))

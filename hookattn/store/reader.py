@@ -1,0 +1,157 @@
+"""Reading a trace file: its header at once and strictly, its tensors when they are asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hookattn.errors import TraceFileError
+from hookattn.store.format import LENGTH_BYTES, Entry
+from hookattn.store.indexing import Index, select
+from hookattn.store.mapping import map_tensor
+from hookattn.store.validate import Header, corrupt, header_length, validate_header
+
+
+class LazyFile:
+    """A trace file, of which only what is asked for is read.
+
+    Tensors share no memory with each other or with the file: they can be changed in place, and outlive :meth:`close`. The
+    large ones are mapped, so that their pages are read when touched. Safe to use from several threads; pickled by path.
+    A file that is replaced while open is read as it was; one that is cut short in place is not guarded against.
+
+    Raises:
+        TraceFileError: the file cannot be opened or read, and the three below.
+        CorruptFileError: it is damaged or cut short.
+        ForeignFileError: it is not a trace.
+        NewerFormatError: it is in a newer format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(path))
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            raise TraceFileError(f"{self.path}: cannot open the file: {error.strerror or error}.") from error
+        # A descriptor and a finalizer, as nobody is obliged to close a file that is read lazily.
+        self._close = weakref.finalize(self, os.close, descriptor)
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        try:
+            self._header = _read_header(str(self.path), descriptor)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON document; the same object each time."""
+        return self._header.document
+
+    def keys(self) -> list[str]:
+        """The tensors' names, in the order of their data."""
+        return list(self._header.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.entries)
+
+    def __len__(self) -> int:
+        return len(self._header.entries)
+
+    def shape(self, name: str) -> torch.Size:
+        """A tensor's shape, from the header alone. Raises KeyError."""
+        return torch.Size(self._entry(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, from the header alone. Raises KeyError."""
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+            TraceFileError: the file is closed, or the system does not let it be mapped.
+            CorruptFileError: the file is shorter than it was when it was opened.
+        """
+        return self.slice(name, ())
+
+    def slice(self, name: str, index: Index) -> Tensor:
+        """What ``tensor(name)[index]`` is, of which only the pages from the first to the last element are mapped.
+
+        ``index`` is an integer, a slice, or a tuple of these for the leading dimensions.
+
+        Raises:
+            IndexError, TypeError, ValueError: the index does not fit the shape, or is of another kind.
+            KeyError, TraceFileError, CorruptFileError: as :meth:`tensor`.
+        """
+        entry = self._entry(name)
+        selection = select(entry.shape, index)
+        # Against close(): the number of a closed descriptor soon belongs to another file.
+        with self._lock:
+            if not self._close.alive:
+                raise TraceFileError(f"{self.path}: the file is closed. Open it again to read {name!r}.")
+            try:
+                return map_tensor(self._descriptor, self._header.start + entry.begin, entry.dtype, selection)
+            except ValueError:
+                size = os.fstat(self._descriptor).st_size
+                corrupt(str(self.path), f"the file was cut to {size} bytes while it was open, in or before {name!r}")
+            except OSError as error:
+                raise TraceFileError(
+                    f"{self.path}: cannot map {name!r}: {error.strerror or error}. Drop tensors that are not needed any "
+                    "more, or read a smaller slice."
+                ) from error
+
+    def close(self) -> None:
+        """Close the file. Tensors that were read stay valid; reading another one raises."""
+        with self._lock:
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
+    def __repr__(self) -> str:
+        return f"LazyFile({str(self.path)!r}, {len(self)} tensors{'' if self._close.alive else ', closed'})"
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._header.entries.get(name)
+        if entry is None:
+            few = ", ".join(map(repr, self.keys()[:5]))
+            more = f", and {len(self) - 5} more" if len(self) > 5 else ""
+            raise KeyError(f"{self.path}: no tensor {name!r}; there are {few or 'none'}{more}")
+        return entry
+
+
+def _read_header(path: str, descriptor: int) -> Header:
+    try:
+        size = os.fstat(descriptor).st_size
+        # Not closed with the file object: the descriptor stays with its owner.
+        with open(descriptor, "rb", closefd=False) as file:
+            head = file.read(LENGTH_BYTES + 1)
+            length = header_length(path, head, size)
+            file.seek(LENGTH_BYTES)
+            raw = file.read(length)
+    except OSError as error:
+        raise TraceFileError(f"{path}: cannot read the file: {error.strerror or error}.") from error
+    if len(raw) != length:
+        corrupt(path, f"expected a header of {length} bytes, and got {len(raw)}")
+    return validate_header(path, raw, size - LENGTH_BYTES - length)

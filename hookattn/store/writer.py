@@ -1,0 +1,213 @@
+"""Writing a trace file: as a stream whose end is not known, or at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from hookattn.errors import TraceWriteError
+from hookattn.store.format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
+from hookattn.store.partial import PartialFile, explained
+from hookattn.store.rawbytes import byte_blocks, check_storable
+
+RESERVE = 1 << 20
+"""The room that a stream leaves for its header, which comes first in the file and is known last."""
+
+
+class _Lane:
+    """A run of tensors without holes, in a file from some offset on."""
+
+    def __init__(self, file: PartialFile, start: int) -> None:
+        self.file = file
+        self.start = start
+        self.size = 0
+        self.alignment = 1
+        self.entries: dict[str, Entry] = {}
+
+    def keeps_aligned(self, entry: Entry) -> bool:
+        """Whether the tensor would be aligned here, and leave its successors so, as far as those before it tell."""
+        alignment = max(self.alignment, entry.dtype.itemsize)
+        return self.size % entry.dtype.itemsize == 0 and (self.size + entry.end) % alignment == 0
+
+    def append(self, name: str, entry: Entry, tensor: Tensor) -> None:
+        at = self.start + self.size
+        for block in byte_blocks(tensor):
+            self.file.write(at, block)
+            at += len(block)
+        # Only now: what an interrupt left half written is overwritten by the next tensor.
+        self.entries[name] = entry._replace(begin=self.size, end=self.size + entry.end)
+        self.alignment = max(self.alignment, entry.dtype.itemsize)
+        self.size += entry.end
+
+
+class StreamWriter:
+    """Writes tensors to a file as they come, and holds none of them.
+
+    The bytes go to a temporary file in the same directory; :meth:`finish` gives it its name. Leaving the ``with`` block in
+    any other way deletes it, and what was under the name before stays as it was. Safe to use from several threads.
+
+    Args:
+        path: the file's name; its directory has to exist.
+        overwrite: whether a file that is already there may be replaced.
+        reserve: the bytes set aside for the header. A longer header costs one more pass over the data at the end.
+
+    Raises:
+        TraceWriteError: the file cannot be created there, or it exists and ``overwrite`` is false.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = True, *, reserve: int = RESERVE) -> None:
+        self.path = Path(path)
+        self._overwrite = overwrite
+        self._lock = threading.RLock()
+        self._state = "open"
+        file = PartialFile(self.path)
+        self._main = _Lane(file, -(-reserve // DATA_ALIGNMENT) * DATA_ALIGNMENT)
+        self._odd: _Lane | None = None
+        try:
+            self._check_overwrite()
+        except TraceWriteError:
+            self.abort()
+            raise
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. It can be changed or freed as soon as this returns.
+
+        Raises:
+            TraceWriteError: the name is taken, or safetensors cannot hold the tensor (the writer goes on); or the disk
+                refused the bytes (the temporary file is deleted, and the writer is closed).
+        """
+        with self._lock:
+            entry = self._entry(name, tensor)
+            self._append(self._lane_for(entry), name, entry, tensor)
+
+    def finish(self, document: Mapping[str, Any]) -> Path:
+        """Write the header, wait for the disk, and give the file its name.
+
+        Raises:
+            TraceWriteError: the document is not JSON, or too long for a header (the writer goes on, and can be finished
+                with another one); or the disk refused (the temporary file is deleted, and the writer is closed).
+        """
+        with self._lock:
+            self._check_open()
+            self._check_overwrite()
+            main, odd = self._main, self._odd
+            entries, end = dict(main.entries), main.size
+            moves: list[tuple[PartialFile, int, int, int]] = []
+            if odd is not None:
+                # Descending item size keeps each of these aligned, if the first one is.
+                for name, entry in sorted(odd.entries.items(), key=lambda item: -item[1].dtype.itemsize):
+                    size = entry.end - entry.begin
+                    entries[name] = entry._replace(begin=end, end=end + size)
+                    moves.append((odd.file, entry.begin, size, end))
+                    end += size
+            header = encode_header(entries, encode_document(document))
+            start = data_start(header)
+            # Less data than room for a header is moved: the file would be padding for the most part.
+            if start < main.start < main.size:
+                start = main.start
+            try:
+                with self._aborting_on_error("finish the file", start + end):
+                    main.file.move(main.start, main.size, start)
+                    for file, begin, size, to in moves:
+                        main.file.move(begin, size, start + to, file)
+                    main.file.write(0, frame_header(header, start))
+                    main.file.commit(start + end)
+                self._state = "finished"
+            finally:
+                self.abort()  # half moved, the data is of no use any more
+            return self.path
+
+    def abort(self) -> None:
+        """Delete what was written; without effect once finished or aborted."""
+        with self._lock:
+            if self._state == "open":
+                self._state = "aborted"
+            for lane in (self._main, self._odd):
+                if lane is not None:
+                    lane.file.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _entry(self, name: str, tensor: Tensor) -> Entry:
+        self._check_open()
+        check_storable(name, tensor)
+        if name in self._main.entries or (self._odd is not None and name in self._odd.entries):
+            raise TraceWriteError(f"{self.path}: there is a tensor {name!r} already. Every tensor needs its own name.")
+        return Entry(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+
+    def _lane_for(self, entry: Entry) -> _Lane:
+        # safetensors allows no hole between tensors, so one mask with an odd number of bytes would put all after it off
+        # their alignment, and a misaligned tensor cannot be mapped, only copied. Such ones wait in a file of their own.
+        if self._main.keeps_aligned(entry):
+            return self._main
+        if self._odd is None:
+            self._odd = _Lane(PartialFile(self.path), 0)
+        return self._odd
+
+    def _append(self, lane: _Lane, name: str, entry: Entry, tensor: Tensor) -> None:
+        with self._aborting_on_error(f"write the tensor {name!r}", entry.end):
+            lane.append(name, entry, tensor)
+
+    @contextlib.contextmanager
+    def _aborting_on_error(self, doing: str, needed: int) -> Iterator[None]:
+        try:
+            with explained(self.path, doing, needed):
+                yield
+        except TraceWriteError as error:
+            if isinstance(error.__cause__, OSError):  # deleted after the free space was measured
+                self.abort()
+            raise
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise TraceWriteError(f"{self.path}: this writer is {self._state}. Open another one.")
+
+    def _check_overwrite(self) -> None:
+        if not self._overwrite and self._main.file.exists():
+            raise TraceWriteError(
+                f"{self.path}: {os.strerror(errno.EEXIST)}. Choose another name, or pass overwrite=True."
+            )
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    document: Mapping[str, Any],
+    overwrite: bool = True,
+) -> Path:
+    """Write tensors that are all at hand, and a document, to a file no larger than they need.
+
+    An iterable is used up before the first byte is written; for tensors that come one by one there is :class:`StreamWriter`.
+
+    Raises:
+        TraceWriteError: as the methods of :class:`StreamWriter`. Nothing is left of the new file, and an older one is intact.
+    """
+    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    for name, tensor in pairs:
+        check_storable(name, tensor)
+    # Without holes between them, descending item size is the order in which every tensor is aligned.
+    pairs.sort(key=lambda pair: -pair[1].dtype.itemsize)
+    entries, end = {}, 0
+    for name, tensor in pairs:
+        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), end, end + tensor.nbytes)
+        end += tensor.nbytes
+    reserve = data_start(encode_header(entries, encode_document(document)))
+    with StreamWriter(path, overwrite, reserve=reserve) as writer:
+        for name, tensor in pairs:
+            writer._append(writer._main, name, writer._entry(name, tensor), tensor)
+        return writer.finish(document)

@@ -1,0 +1,120 @@
+"""``torch.nn.attention.flex_attention``: score_mod and block mask read back as soft-cap, bias and mask."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import dot_scores, split_additive
+from ..record import KernelCall
+from .base import Patch, Tap
+from .current import current
+
+_MODULE = "torch.nn.attention.flex_attention"
+_FAR = 1e30
+
+
+def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the kernel as it is, then report what it was given."""
+    tracing = current()
+    if tracing is None:
+        return original(*args, **kwargs)
+    with tracing.aside():
+        out = original(*args, **kwargs)
+        with torch.no_grad():
+            names = ("query", "key", "value", "score_mod", "block_mask", "scale", "enable_gqa")
+            given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+            tracing.record(read(given, out[0] if isinstance(out, tuple) else out))
+    return out
+
+
+def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+    """One call of the kernel in the contract's layout."""
+    q, k, v = given["query"], given["key"], given["value"]
+    scale = given["scale"]
+    call = KernelCall(q=q, k=k, v=v, output=out, tap="flex_attention",
+                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
+    call.mask = block_mask_dense(given["block_mask"], q, k)
+    if given["score_mod"] is not None:
+        apply_score_mod(call, given["score_mod"])
+    return call
+
+
+def block_mask_dense(block_mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """A BlockMask as a bool mask broadcastable to B H T S; None where everything may be attended to."""
+    if block_mask is None:
+        return None
+    flex = importlib.import_module(_MODULE)
+    b, h = block_mask.shape[:2]
+    t, s = q.shape[2], k.shape[2]
+    mask: Tensor = flex.create_mask(block_mask.mask_mod, b, h, t, s, q.device)
+    blocks = block_mask.to_dense().bool()
+    rows, columns = block_mask.BLOCK_SIZE
+    if block_mask.mask_mod is flex.noop_mask and not bool(blocks.all()):
+        mask = blocks.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :t, :s]
+    return None if bool(mask.all()) else mask
+
+
+def evaluate(score_mod: Callable[..., Tensor], scores: Tensor) -> Tensor:
+    """``score_mod`` on every entry, vectorised as the kernel does it. ``scores``: B H T S."""
+    at = [torch.arange(n, device=scores.device) for n in scores.shape]
+    inner = score_mod
+    for axes in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None), (0, 0, None, None, None)):
+        inner = torch.vmap(inner, in_dims=axes, out_dims=0)
+    return inner(scores, *at)
+
+
+def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
+    """Say what a score_mod does in the words of the contract: a soft-cap, a bias, a mask; else its own values."""
+    plain = dot_scores(call.q, call.k, call.scale)
+    scores = evaluate(score_mod, plain)
+    at_zero = evaluate(score_mod, torch.zeros_like(plain))
+    bias, mask = split_additive(at_zero)
+    keep = torch.ones((), dtype=torch.bool, device=plain.device) if mask is None else mask
+    add = torch.zeros((), device=plain.device) if bias is None else bias
+    cap: float | None = None
+    rebuilt = plain + add
+    if not _agree(rebuilt, scores, keep):
+        high, low = (evaluate(score_mod, torch.full_like(plain, far)) for far in (_FAR, -_FAR))
+        half = torch.where(keep, (high - low) / 2, 0.0)
+        cap = float(half.amax())
+        if 0 < cap < 1e20 and bool(torch.where(keep, (half - cap).abs() <= 1e-4 * cap, True).all()):
+            rebuilt = cap * torch.tanh(plain / cap) + add
+        if not (cap > 0 and _agree(rebuilt, scores, keep)):
+            cap = None
+            call.opaque = True
+            call.scores = torch.where(keep & scores.isfinite(), scores, plain)
+            call.notes.append("scores are score_mod's own values: it is no soft-cap and no bias")
+            bias = None
+            mask = scores.isfinite() if mask is None else mask & scores.isfinite()
+    call.softcap, call.bias = cap, _narrow(bias)
+    if mask is not None and not bool(mask.all()):
+        mask = _narrow(mask)
+        call.mask = mask if call.mask is None else call.mask & mask
+
+
+def _narrow(x: Tensor | None) -> Tensor | None:
+    """Axes along which nothing changes, kept once."""
+    if x is None:
+        return None
+    for dim in (0, 1):
+        if x.shape[dim] > 1 and bool((x == x.narrow(dim, 0, 1)).all()):
+            x = x.narrow(dim, 0, 1)
+    return x.contiguous()
+
+
+def _agree(a: Tensor, b: Tensor, where: Tensor) -> bool:
+    gap = torch.where(where, a - b, 0.0).abs()
+    return bool((gap <= 1e-4 * (1 + torch.where(where, b, 0.0).abs())).all())
+
+
+def patches() -> Iterable[Patch]:
+    """The kernel, wherever its name was imported to."""
+    yield Patch(importlib.import_module(_MODULE), "flex_attention", body)
+
+
+TAP = Tap("flex_attention", patches=patches)

@@ -1,0 +1,271 @@
+"""Products of two tensors with named axes, and bringing what belongs to one into the layout B H T S.
+
+``matmul``, ``bmm``, ``baddbmm`` and two-operand ``einsum`` are one thing here: labels on the axes of two operands and of
+the result. Which axes are heads, queries and keys is decided only once the softmax has told which side the keys are on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .axes import Atom, Layout, Origin, fresh, refine
+
+Label = int | str
+Side = Literal["batch", "a", "b"]
+
+
+class LayoutError(Exception):
+    """The axes cannot be told apart; the message says why. Never leaves the taps."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """A factor of one dimension of an operand: its extent, its role, and whether it is there only by broadcasting."""
+
+    size: int
+    role: str
+    broadcast: bool = False
+    repeated: bool = False
+
+
+@dataclass(slots=True)
+class Axis:
+    """What is known of an atom of a product's result."""
+
+    side: Side
+    head: bool
+    source: Atom
+
+
+class Product:
+    """``a · b`` with labelled axes."""
+
+    def __init__(self, a: Tensor, b: Tensor, labels: tuple[Sequence[Label], Sequence[Label], Sequence[Label]],
+                 origin_a: Origin, origin_b: Origin):
+        self.a, self.b = a, b
+        self.la, self.lb, self.lo = (tuple(x) for x in labels)
+        self.origin_a, self.origin_b = origin_a, origin_b
+        self.versions = (_version(a), _version(b))
+        self.axes: dict[Atom, Axis] = {}
+        self.pairs: dict[Label, list[tuple[Atom, Atom | None, Atom | None]]] = {}
+        self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether neither operand was written to since."""
+        return self.versions == (_version(self.a), _version(self.b))
+
+    def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:
+        """The layout of the result; fills :attr:`axes`."""
+        layout_a, layout_b = (_valid(o.layout(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
+        dims_a, dims_b = dict(zip(self.la, layout_a, strict=True)), dict(zip(self.lb, layout_b, strict=True))
+        head_a, head_b = (_head_test([d[x] for x in self.contracted]) for d in (dims_a, dims_b))
+        out = []
+        for label, extent in zip(self.lo, shape, strict=True):
+            one, two = dims_a.get(label), dims_b.get(label)
+            triples: list[tuple[Atom | None, Atom | None]]
+            if one and two:
+                triples = list(refine(one, two) or zip(one, [None] * len(one), strict=True))
+            elif one:
+                triples = [(x, None) for x in one]
+            else:
+                triples = [(None, x) for x in two or ()]
+            in_both = label in dims_a and label in dims_b
+            atoms = []
+            for x, y in triples:
+                source = x if x is not None else y
+                assert source is not None
+                atom = Atom(source.size, role=source.role)
+                head = any(t(s) for t, s in ((head_a, x), (head_b, y)) if s is not None)
+                side: Side = "batch" if in_both else "a" if label in dims_a else "b"
+                self.axes[atom] = Axis(side, head, source)
+                self.pairs.setdefault(label, []).append((atom, x, y))
+                atoms.append(atom)
+            if math.prod(a.size for a in atoms) != extent:
+                raise LayoutError(f"the axes of a product of {tuple(self.a.shape)} and {tuple(self.b.shape)} do not fit")
+            out.append(tuple(atoms))
+        return tuple(out)
+
+    def operand_pieces(self, which: Literal["a", "b"], roles: Roles) -> list[list[Piece]]:
+        """The pieces of each dimension of an operand of the score product (``D`` the contracted ones)."""
+        labels, tensor, other = (self.la, self.a, 2) if which == "b" else (self.la, self.a, 1)
+        if which == "b":
+            labels, tensor = self.lb, self.b
+        out = []
+        for label, extent in zip(labels, tensor.shape, strict=True):
+            if label in self.contracted:
+                out.append([Piece(extent, "D")])
+                continue
+            pieces = []
+            for triple in self.pairs.get(label, ()):
+                own = triple[other]
+                pieces.append(Piece(triple[0].size, roles.of(triple[0]), broadcast=extent == 1,
+                                    repeated=own is not None and own.repeated))
+            out.append(pieces)
+        return out
+
+
+class Roles:
+    """The role of each atom of a score product, given the atoms that the softmax runs over."""
+
+    def __init__(self, product: Product, softmax_atoms: Sequence[Atom]):
+        self.product = product
+        sides = {self.axis(a).side for a in softmax_atoms}
+        if sides == {"batch"} or len(sides) > 1:
+            raise LayoutError("the softmax runs over an axis that is not the keys' alone")
+        if sides:
+            self.keys: Side = sides.pop()
+        else:  # one single key: the side of the last axis of the product
+            self.keys = "b" if product.lo[-1] in product.lb and product.lo[-1] not in product.la else "a"
+        every = list(product.axes)
+        queries = [a for a in every if product.axes[a].side == self.queries]
+        batch = [a for a in every if product.axes[a].side == "batch"]
+        known = any(a.role == "H" or (a.role is None and product.axes[a].head) for a in queries + batch)
+        self.heads: set[Atom] = {a for a in queries + batch
+                                 if a.role == "H" or (a.role is None and product.axes[a].head)}
+        if queries and all(a in self.heads and a.role is None for a in queries):
+            # Then either heads were packed into the rows of one query, split from the same parent as the groups ...
+            groups = {product.axes[a].source.parent for a in batch}
+            packed = [a for a in queries if product.axes[a].source.parent in groups - {None}]
+            if len(packed) != len(queries):
+                self.heads.discard(queries[-1])  # ... or the innermost is the queries after all
+        if not known and not any(a.role for a in batch):
+            # The dimension next to the matrices is the heads by convention; a lone batch dimension is the batch.
+            dims = [x for x in product.lo if x in product.la and x in product.lb]
+            if len(dims) > 1:
+                self.heads.update(t[0] for t in product.pairs.get(dims[-1], ()))
+
+    @property
+    def queries(self) -> Side:
+        """The side the queries are on."""
+        return "a" if self.keys == "b" else "b"
+
+    def axis(self, atom: Atom) -> Axis:
+        """What is known of an atom or of the atom it was split from."""
+        return self.product.axes[self.root(atom)]
+
+    def root(self, atom: Atom) -> Atom:
+        """The atom of the product that this one is, or was split from."""
+        if atom in self.product.axes:
+            return atom
+        for parent in atom.lineage():
+            if parent in self.product.axes:
+                return parent
+        raise LayoutError("an axis appeared between the scores and their use")
+
+    def of(self, atom: Atom) -> str:
+        """B, H, T or S."""
+        root = self.root(atom)
+        side = self.product.axes[root].side
+        if side == self.keys:
+            return "S"
+        if root in self.heads:
+            return "H"
+        return "T" if side == self.queries else "B"
+
+    def pieces(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Piece]]:
+        """The pieces of a tensor laid out like the scores, or broadcast against them (``shape``)."""
+        shape = [math.prod(a.size for a in dim) for dim in layout] if shape is None else shape
+        return [
+            [Piece(a.size, self.of(a), broadcast=extent == 1) for a in dim]
+            for dim, extent in zip(layout, shape, strict=True)
+        ]
+
+
+def arrange(x: Tensor, dims: Sequence[Sequence[Piece]], roles: str, *, group: bool = False,
+            broadcast: bool = False) -> Tensor:
+    """Bring a tensor into the given roles, one dimension each.
+
+    Args:
+        x: any tensor.
+        dims: the pieces of each of its dimensions.
+        roles: the target, for example ``"BHTS"``.
+        group: heads that are there only as copies are left out (``k`` and ``v`` of grouped queries).
+        broadcast: extents that are there only by broadcasting stay 1 (bias, mask).
+    """
+    pieces = [p for dim in dims for p in dim]
+    if any(p.role not in roles for p in pieces):
+        raise LayoutError(f"an axis in the role {next(p.role for p in pieces if p.role not in roles)} is left over")
+    x = x.reshape([1 if p.broadcast else p.size for p in pieces])
+    if group:
+        keep = _grouped(pieces)
+        x = x[tuple(slice(None) if k else 0 for k in keep)]
+        pieces = [p for p, k in zip(pieces, keep, strict=True) if k]
+    shape, extents = list(x.shape), []
+    order = []
+    for role in roles:
+        mine = [i for i, p in enumerate(pieces) if p.role == role]
+        order += mine
+        if not (broadcast and all(shape[i] == 1 for i in mine)):
+            for i in mine:
+                shape[i] = pieces[i].size
+        extents.append(math.prod(shape[i] for i in mine))
+    return x.expand(shape).permute(order).reshape(extents)
+
+
+def _grouped(pieces: Sequence[Piece]) -> list[bool]:
+    """Which pieces stay: of the heads, the trailing run of copies goes."""
+    keep = [True] * len(pieces)
+    for i in reversed([i for i, p in enumerate(pieces) if p.role == "H"]):
+        if not (pieces[i].broadcast or pieces[i].repeated):
+            break
+        keep[i] = False
+    return keep
+
+
+def _head_test(contracted: Sequence[Sequence[Atom]]):  # type: ignore[no-untyped-def]
+    """Whether an atom shares a parent with the contracted width."""
+    parents = {p for dim in contracted for a in dim for p in a.lineage()}
+    return lambda atom: any(p in parents for p in atom.lineage())
+
+
+def _valid(layout: Layout, x: Tensor) -> Layout:
+    return layout if len(layout) == x.dim() else fresh(x.shape)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
+    if a < 1 or b < 1:
+        return None
+    n = max(a, b) - 2
+    batch_a, batch_b = list(range(n - max(a - 2, 0), n)), list(range(n - max(b - 2, 0), n))
+    la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
+    lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
+    lo: list[Label] = [*(batch_a if a >= b else batch_b)]
+    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
+
+
+def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != 2:
+        return None
+
+    def expand(term: str, n: int) -> list[Label]:
+        if "..." not in term:
+            return list(term)
+        head, tail = term.split("...")
+        extra = n - len(head) - len(tail)
+        return [*head, *range(-extra, 0), *tail]
+
+    la, lb = expand(terms[0], a), expand(terms[1], b)
+    if not arrow:
+        counts = left.replace(",", "").replace(".", "")
+        dots = "..." if "..." in left else ""
+        right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
+    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
+    lo = expand(right, len(right.replace(".", "")) + n_dots)
+    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
+        return None
+    return la, lb, lo

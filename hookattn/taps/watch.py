@@ -1,0 +1,375 @@
+"""The function mode: sees every torch operation while it is open, and follows what an attention may be made of."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import HookattnError
+from .axes import Origin, same
+from .eager import Build, ValueProduct, contracts_keys
+from .product import Label, LayoutError, Product, einsum_labels, matmul_labels
+from .states import Context, Part, RowStat, Scores, State, Term, Weights, step
+from .views import follow
+
+if TYPE_CHECKING:
+    from .base import Recorder
+
+# Operations that make no tensor worth following; everything that only asks.
+_IGNORED = frozenset(
+    "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "
+    "is_floating_point is_complex is_inference nelement ndimension element_size get_device __hash__ __iter__ "
+    "backward register_hook requires_grad_ retain_grad _set_grad_enabled __set__ arange zeros ones full empty tensor "
+    "as_tensor zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor finfo "
+    "eye linspace scalar_tensor set_ __deepcopy__ __reduce_ex__ numpy cpu_ __contains__ broadcast_tensors "
+    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk".split())
+_PROPERTIES = frozenset(("T", "mT", "H", "mH"))
+_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
+_SOFTMAX = frozenset(("softmax", "_softmax"))
+_ALIASES = {"softmax_": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "__matmul__": "matmul",
+            "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp", "H": "T", "mH": "mT"}
+_PURGE = 4096
+
+Call = Callable[..., Any]
+
+
+class Watch(TorchFunctionMode):
+    """One thread's view of a model at work.
+
+    Args:
+        recorder: gets the attention calls that are seen.
+        kernels: function name -> handler ``(watch, func, args, kwargs) -> result`` of the fused kernels' taps.
+    """
+
+    def __init__(self, recorder: Recorder, kernels: dict[str, Call]):
+        super().__init__()
+        self.recorder = recorder
+        self.kernels = kernels
+        self.names: dict[Any, str] = {}
+        self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
+        self.unused: dict[int, tuple[str, str]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = self.names.get(func)
+        if name is None:
+            name = self.names[func] = self._name(func)
+        if not name:
+            return func(*args, **(kwargs or {}))
+        handler = self.kernels.get(name)
+        if handler is not None:
+            return handler(self, func, args, kwargs or {})
+        return self._follow(name, func, args, kwargs or {})
+
+    def _name(self, func: Any) -> str:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            return _ALIASES.get(name, name) if name in _PROPERTIES else ""
+        if name in _IGNORED:
+            return ""
+        if name == "where" and func is Tensor.where:
+            return "where_method"
+        return _ALIASES.get(name, name) or "?"
+
+    # What is known of a tensor
+
+    def origin(self, x: Tensor) -> Origin:
+        """Where the axes of a tensor come from."""
+        known = self.origins.get(id(x))
+        if known is not None and known[0]() is x and known[1].shape == x.shape:
+            return known[1]
+        return self.set_origin(x, Origin(x.shape))
+
+    def set_origin(self, x: Tensor, origin: Origin) -> Origin:
+        """Say where the axes of a tensor come from."""
+        if len(self.origins) > _PURGE:
+            self.origins = {i: e for i, e in self.origins.items() if e[0]() is not None}
+        self.origins[id(x)] = (weakref.ref(x), origin)
+        return origin
+
+    def state(self, x: Any) -> State | None:
+        """The state of a tensor that is part of an attention, marked opaque if it was written to behind our back."""
+        known = self.live.get(id(x))
+        if known is None or known[0]() is not x:
+            return None
+        state = known[1]
+        if state.version != _version(x) and isinstance(state, Scores):
+            state = state.but(opaque=[*state.opaque, "a write through a view"], finite=None, version=_version(x))
+            self.live[id(x)] = (known[0], state)
+        return state
+
+    def set_state(self, x: Tensor, state: State) -> None:
+        """Say what a tensor is."""
+        state.version = _version(x)
+        key, live = id(x), self.live
+
+        def gone(ref: Any) -> None:
+            entry = live.get(key)
+            if entry is not None and entry[0] is ref:
+                del live[key]
+
+        self.live[key] = (weakref.ref(x, gone), state)
+
+    # One operation
+
+    def _follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        found = next(self._stateful(args, kwargs), None) if self.live else None
+        if name in _PRODUCTS:
+            return self._product(name, func, args, kwargs)
+        if found is None:
+            out = func(*args, **kwargs)
+            with self._own_faults(name):
+                self._note_origin(name, args, kwargs, out)
+                if name in _SOFTMAX:
+                    self._orphan(out, args, kwargs)
+            return out
+        position, x, state = found
+        writes = _writes(name, args, kwargs)
+        if writes and isinstance(state, Weights) and name.startswith("dropout") and state.own is None:
+            state.own = (x.clone(), state.origin)
+        out = func(*args, **kwargs)
+        with self._own_faults(name):
+            if writes:
+                self._written(x)
+                out_origin = state.origin
+            else:
+                out_origin = self._note_origin(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x)
+            self._advance(name, state, x, position, out, args, kwargs, out_origin, writes)
+        return out
+
+    @contextmanager
+    def _own_faults(self, name: str) -> Iterator[None]:
+        """A fault in following the model is reported as attention not read; the model goes on."""
+        try:
+            yield
+        except HookattnError:
+            raise
+        except Exception as error:
+            self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
+
+    def _advance(self, name: str, state: State, x: Tensor, position: int, out: Any, args: Sequence[Any],
+                 kwargs: dict[str, Any], origin: Origin, writes: bool) -> None:
+        with torch.no_grad():
+            result = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
+            if writes and not isinstance(out, Tensor):
+                result = x
+            context = Context(name.removesuffix("_") if name == "where_" else name, state, x, position, result, args,
+                              kwargs, origin, self.state, self.recorder.wants("scores"))
+            new = step(context)
+        target = x if writes else result
+        if isinstance(state, Part) and writes:
+            return
+        if new is None:
+            if writes and isinstance(target, Tensor):
+                self.live.pop(id(target), None)
+            return
+        if not isinstance(target, Tensor):
+            return
+        if isinstance(new, Weights):
+            if not isinstance(state, Weights):
+                if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
+                    new.scores_tensor = None
+                self._expect_use(target, "softmax over q·k whose result was never multiplied with values")
+            elif target is not x:
+                self._expect_use(target, self._used(x) or "")
+        self.set_state(target, new)
+
+    def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[int, Tensor, State]]:
+        """Tensors with a state among the arguments, scores and weights before statistics of them."""
+        found = []
+        for i, arg in enumerate((*args, *kwargs.values())):
+            for one in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(one, Tensor):
+                    state = self.state(one)
+                    if state is not None:
+                        found.append((i, one, state))
+        found.sort(key=lambda entry: isinstance(entry[2], RowStat))
+        return iter(found)
+
+    def _written(self, x: Tensor) -> None:
+        """A write to ``x`` also changed every tensor that shares its memory."""
+        storage = x.untyped_storage().data_ptr()
+        for key, (ref, state) in list(self.live.items()):
+            other = ref()
+            if other is not None and other is not x and isinstance(state, Scores) \
+                    and other.untyped_storage().data_ptr() == storage:
+                changed = state.but(opaque=[*state.opaque, "a write through a view"], finite=None,
+                                    version=_version(other))
+                self.live[key] = (ref, changed)
+
+    def _note_origin(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any,
+                     x: Tensor | None = None) -> Origin:
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        origin = Origin(())
+        if x is None:
+            x = self._source(args, kwargs, out)
+        if x is None:
+            return origin
+        known = self.state(x)
+        source = known.origin if known is not None else self.origin(x)
+        for one in results:
+            if not _plain(one) or one is x:
+                return source
+            how = follow(name, source, x, one, args, kwargs)
+            origin = Origin(one.shape) if how is None else (
+                source if how[0] is same and one.shape == source.shape else Origin(one.shape, how[0], source, how[1]))
+            if how is not None:
+                self.set_origin(one, origin)
+        return origin
+
+    def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
+        """The argument whose axes the result has: the first one that is followed, else the first of its shape."""
+        shape = out.shape if _plain(out) else None
+        first = None
+        for arg in (*args, *kwargs.values()):
+            for one in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if _plain(one):
+                    if id(one) in self.origins and (shape is None or one.dim() == len(shape) or first is None):
+                        return one
+                    if first is None:
+                        first = one
+        return first
+
+    # Softmaxes and products
+
+    def _orphan(self, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        if not isinstance(out, Tensor) or out.dim() < 2:
+            return
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if isinstance(dim, int):
+            self.set_state(out, Weights(self.origin(out), dim=dim % out.dim()))
+
+    def _product(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        parsed = _parse_product(name, args, kwargs)
+        out = func(*args, **kwargs)
+        if parsed is None or not isinstance(out, Tensor):
+            return out
+        a, b, labels, alpha, beta = parsed
+        with torch.no_grad(), self._own_faults(name):
+            states = [self.state(t) for t in (a, b)]
+            for i, state in enumerate(states):
+                if isinstance(state, Weights):
+                    self._weights_product(name, state, i, (a, b), labels, out)
+                    return out
+                if isinstance(state, Scores) and _sums_heads(state, labels[i], labels[1 - i], labels[2]):
+                    if out.shape == (a, b)[i].shape:
+                        self.set_origin(out, state.origin)
+                        self.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
+                    return out
+            product = Product(_autocast(a, out), _autocast(b, out), labels, self.origin(a), self.origin(b))
+            origin = Origin(out.shape, product.layout)
+            scores = Scores(origin, product=product, scale=alpha)
+            if beta is not None:
+                scores.terms.append(Term(beta[0], origin, beta[1]))
+            self.set_origin(out, origin)
+            self.set_state(out, scores)
+        return out
+
+    def _weights_product(self, name: str, state: Weights, index: int, operands: tuple[Tensor, Tensor],
+                         labels: tuple[list[Label], list[Label], list[Label]], out: Tensor) -> None:
+        w, v = operands[index], operands[1 - index]
+        w_labels, v_labels = labels[index], labels[1 - index]
+        contracted = [x for x in w_labels if x in v_labels and x not in labels[2]]
+        try:
+            if not contracts_keys(state, w_labels, contracted, state.origin):
+                if out.shape == w.shape:
+                    self._mix(name, state, w, out)
+                return
+            self._used(w)
+            if state.scores is None:
+                self.recorder.skip("softmax over something that is not a product of queries and keys")
+                return
+            use = ValueProduct(w, w_labels, state.origin, v, v_labels, self.origin(v), out, labels[2])
+            call = Build(state, use).call()
+        except LayoutError as error:
+            self.recorder.skip(str(error))
+            return
+        self.recorder.record(call)
+
+    def _mix(self, name: str, state: Weights, w: Tensor, out: Tensor) -> None:
+        self._expect_use(out, self._used(w) or "")
+        self.set_origin(out, state.origin)
+        self.set_state(out, replace(state, own=state.own or (w, state.origin), mixed=[*state.mixed, name]))
+
+    def _expect_use(self, weights: Tensor, reason: str) -> None:
+        self.unused[id(weights)] = (reason or "softmax over q·k whose result was never multiplied with values",
+                                    self.recorder.where())
+
+    def _used(self, weights: Tensor) -> str | None:
+        entry = self.unused.pop(id(weights), None)
+        return entry[0] if entry else None
+
+    def flush(self) -> None:
+        """Forget everything; what looked like an attention and was never used as one is reported."""
+        for reason, path in self.unused.values():
+            self.recorder.skip(reason, path)
+        self.unused.clear()
+        self.live.clear()
+        self.origins.clear()
+
+
+def _sums_heads(state: Scores, labels: Sequence[Label], others: Sequence[Label], result: Sequence[Label]) -> bool:
+    """Whether a product sums scores over their heads (head mixing) rather than over queries or keys."""
+    layout = state.origin.layout()
+    summed = [a for x, dim in zip(labels, layout, strict=True) if x in others and x not in result for a in dim]
+    axes = state.product.axes
+    roots = [r for a in summed for r in (a, *a.lineage()) if r in axes]
+    return bool(roots) and all(axes[r].side == "batch" for r in roots)
+
+
+def _autocast(x: Tensor, out: Tensor) -> Tensor:
+    return x if x.dtype == out.dtype or not x.is_floating_point() else x.to(out.dtype)
+
+
+def _plain(x: Any) -> bool:
+    """A strided tensor: one whose axes can be followed."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _writes(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if name == "__setitem__" or kwargs.get("inplace") is True or kwargs.get("out") is not None:
+        return True
+    if name == "dropout":
+        return len(args) > 3 and args[3] is True
+    return name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name.endswith("__"))
+
+
+Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]
+
+
+def _parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Parsed | None:
+    if name == "einsum":
+        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+        if not isinstance(args[0], str) or len(operands) != 2:
+            return None
+        einsum = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
+        return None if einsum is None else (operands[0], operands[1], einsum, 1.0, None)
+    if name.startswith("baddbmm"):
+        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        added = kwargs.get("input", args[0])
+        a = kwargs.get("batch1", args[1] if len(args) > 1 else None)
+        b = kwargs.get("batch2", args[2] if len(args) > 2 else None)
+        labels = matmul_labels(3, 3)
+        assert labels is not None
+        keep = added.clone() if name.endswith("_") and beta else added
+        return a, b, labels, float(alpha), (keep, float(beta)) if beta else None
+    rest = {k: v for k, v in kwargs.items() if k != "out"}
+    a, b = (*args, *rest.values())[:2]
+    if name == "__rmatmul__":
+        a, b = b, a
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return None
+    plain = matmul_labels(a.dim(), b.dim())
+    return None if plain is None else (a, b, plain, 1.0, None)
