@@ -58,6 +58,7 @@ def make_plan(model: nn.Module) -> Plan:
     """
     plan = Plan(model)
     fixed: list[nn.Module] = []
+    unnamed: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         plan.paths[id(module)], plan.modules[id(module)] = path, module
         adapter = adapter_for(module)
@@ -69,6 +70,8 @@ def make_plan(model: nn.Module) -> Plan:
                 plan.adapters.add(adapter.name)
                 if covered(module):
                     plan.sealed.add(id(module))
+            elif _SOUNDS_LIKE.search(name):
+                unnamed.append((path, module))
             continue
         if isinstance(module, _NO_HOOKS):
             fixed.append(module)
@@ -78,9 +81,18 @@ def make_plan(model: nn.Module) -> Plan:
             plan.watch_all = True
             if _SOUNDS_LIKE.search(name):
                 plan.suspects.append((path, module))
+    named = [site.path for site in plan.sites.values()]
+    for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
+        if not any(_within(path, site) or _within(site, path) for site in named):
+            plan.watch_all = True
+            plan.suspects.append((path, module))
     locked = {id(m) for top in fixed for m in top.modules()}
     plan.suspects = [(p, m) for p, m in plan.suspects if id(m) not in locked]
     return plan
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".") or not outer
 
 
 class Brackets:

@@ -35,6 +35,7 @@ class KernelCall:
         undropped: what the same kernel returns with dropout off, where the weights are not formed.
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
+        crosses: whether k comes from something else than q, as far as its history tells; None: unknown.
         notes: what a reader has to know.
     """
 
@@ -58,6 +59,7 @@ class KernelCall:
     undropped: Tensor | None = None
     opaque: bool = False
     outer_error: Tensor | None = None
+    crosses: bool | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -7,7 +7,8 @@ A package offers adapters through an entry point in the group ``hookattn.adapter
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
@@ -43,6 +44,31 @@ def unregister(name: str) -> None:
         if name in _adapters and _adapters[name][1] == _HERE:
             del _adapters[name]
             _by_module.clear()
+
+
+@contextmanager
+def using(*only: Adapter) -> Iterator[None]:
+    """These adapters and no others, installed ones left out, until the block ends (for tests).
+
+    Raises:
+        BrokenAdapterError, DuplicateAdapterError: as :func:`register` does.
+    """
+    global _loaded
+    with _lock:
+        before, loaded = dict(_adapters), _loaded
+        _adapters.clear()
+        _by_module.clear()
+        _loaded = True
+    try:
+        for adapter in only:
+            register(adapter)
+        yield
+    finally:
+        with _lock:
+            _adapters.clear()
+            _adapters.update(before)
+            _by_module.clear()
+            _loaded = loaded
 
 
 def adapters() -> dict[str, tuple[Adapter, str]]:
@@ -87,7 +113,7 @@ def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "an unknown distribution"
 
 
-def _read(point: EntryPoint) -> Iterable[Adapter]:
+def _read(point: EntryPoint) -> tuple[Adapter, ...]:
     who = f"distribution {_distribution(point)!r}, entry point {point.name!r} ({point.value})"
     try:
         found = point.load()
@@ -98,7 +124,11 @@ def _read(point: EntryPoint) -> Iterable[Adapter]:
     if isinstance(found, Adapter) or not isinstance(found, Iterable):
         raise BrokenAdapterError(
             f"{who} has to name an iterable of Adapter instances; got {type(found).__name__}.")
-    return found
+    try:
+        return tuple(found)
+    except Exception as error:
+        raise BrokenAdapterError(f"{who} in the group {GROUP!r} failed while it was read: {type(error).__name__}: "
+                                 f"{error}.") from error
 
 
 def _add(adapter: Adapter, source: str) -> None:

@@ -222,7 +222,10 @@ class Session:
             self._record(call)
 
     def _record(self, call: KernelCall) -> None:
-        site = self._ordered(self._site())
+        site = self._site()
+        if call.crosses and site.kind == "self" and id(self.model.get_submodule(site.path)) not in self.plan.sites:
+            site = replace(site, kind="cross")
+        site = self._ordered(site)
         self.seen.add(site.path)
         takes = self.selection.takes_layer(site)
         if takes is False:

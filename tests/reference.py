@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -280,7 +281,7 @@ def _torch_state() -> dict[str, Any]:
     for owner, names in _WATCHED:
         label = getattr(owner, "__name__", repr(owner))
         for name in names:
-            value = getattr(owner, name, None)
+            value = inspect.getattr_static(owner, name, None)
             state[f"{label}.{name}"] = value
             plain = getattr(value, "__func__", value)
             for part in ("__code__", "__defaults__", "__kwdefaults__"):
@@ -321,7 +322,7 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 def _differ(left: Any, right: Any) -> bool:
     """Whether an attribute is another object now; small values are compared, everything else by identity."""
-    if left is right:
+    if left is right or (type(left).__name__ == "builtin_function_or_method" and left == right):
         return False
     if isinstance(left, (bool, int, float, str, tuple, torch.dtype)) and type(left) is type(right):
         return bool(left != right)
@@ -456,11 +457,14 @@ class Produced(TorchDispatchMode):
                 self.tensors.append(value.detach().clone())
         return result
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether some operation returned exactly these values, in whatever layout."""
+    def holds(self, tensor: Tensor, within: float = 0.0) -> bool:
+        """Whether some operation returned exactly these values (or all within a distance), in whatever layout."""
         wanted = _in_order(tensor)
         for candidate in self.tensors:
-            if candidate.numel() == tensor.numel() and same_bits(_in_order(candidate.to(tensor.dtype)), wanted):
+            if candidate.numel() != tensor.numel():
+                continue
+            found = _in_order(candidate.to(tensor.dtype))
+            if same_bits(found, wanted) if not within else bool(((found - wanted).abs() <= within).all()):
                 return True
         return False
 

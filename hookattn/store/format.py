@@ -1,7 +1,7 @@
 """What a trace file looks like: its names, its dtypes, and the bytes of its header.
 
-A safetensors file is ``u64 n`` (little-endian), ``n`` bytes of JSON, then the tensors' bytes without holes. The JSON maps
-every tensor's name to its dtype, shape and offsets, and ``__metadata__`` to a map of strings; ours is under one key there.
+A safetensors file is ``u64 n`` (little-endian), ``n`` bytes of JSON, then the tensors' bytes without holes. The JSON
+maps every tensor's name to its dtype, shape and offsets, and ``__metadata__`` to a map of strings: one of them is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DATA_ALIGNMENT = 8
 HEADER_LIMIT = 100_000_000
 """The safetensors library refuses to read a longer header."""
 
-# Looked up by name, as an older torch lacks some. Sub-byte types are left out: they have no shape of their own in torch.
+# Looked up by name, as an older torch lacks some. Sub-byte types are left out: their shape in torch is another one.
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -98,8 +98,8 @@ def encode_header(entries: Mapping[str, Entry], document: str) -> bytes:
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     if len(raw) + DATA_ALIGNMENT > HEADER_LIMIT:
         raise TraceWriteError(
-            f"the header takes {len(raw)} bytes ({len(entries)} tensors, a document of {len(document)} characters), and "
-            f"safetensors allows {HEADER_LIMIT}. Keep fewer calls in one file (fewer steps or layers), or a smaller document."
+            f"the header takes {len(raw)} bytes ({len(entries)} tensors, a document of {len(document)} characters), "
+            f"and safetensors allows {HEADER_LIMIT}. Keep fewer calls in one file: fewer steps or layers."
         )
     return raw
 

@@ -2,8 +2,8 @@
 
 The safetensors library maps too, and is not used for it, because ``safe_open``
 
-- maps the whole file as private memory, which Linux refuses for a file larger than the machine's memory, and such traces
-  are what streaming is for (with ``backend="pread"`` it aborts the process instead);
+- maps the whole file as private memory, which Linux refuses for a file larger than the machine's memory, and such
+  traces are what streaming is for (with ``backend="pread"`` it aborts the process instead);
 - hands out the same memory each time, so that a tensor changed in place reads as changed ever after;
 - returns misaligned tensors, on which a vectorized loop may crash.
 """
@@ -40,7 +40,7 @@ _NO_RESERVE = _no_reserve()
 
 
 def map_pages(descriptor: int, begin: int, end: int) -> mmap.mmap:
-    """Map ``[begin, end)`` of a file, ``begin`` at a multiple of the allocation granularity; writing changes the copy only.
+    """Map ``[begin, end)`` of a file, ``begin`` at a multiple of the allocation granularity; writes stay in memory.
 
     Raises:
         ValueError: the file ends before ``end``.
@@ -55,7 +55,7 @@ def map_pages(descriptor: int, begin: int, end: int) -> mmap.mmap:
 
 
 def map_tensor(descriptor: int, start: int, dtype: torch.dtype, selection: Selection) -> Tensor:
-    """The selected elements of the tensor whose data begins at the byte ``start``: a view of the file's pages, or a copy.
+    """The selected elements of the tensor whose data begins at byte ``start``: a view of the file's pages, or a copy.
 
     Raises:
         ValueError, OSError: as :func:`map_pages`.

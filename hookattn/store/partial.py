@@ -45,8 +45,8 @@ def explained(path: Path, doing: str, needed: int | None = None) -> Iterator[Non
             size += ")"
         advice = _ADVICE.get(error.errno or 0, "Choose another path")
         raise TraceWriteError(
-            f"{path}: could not {doing}{size}: {error.strerror or error}. {advice}. Nothing was left under this name that was "
-            "not there before."
+            f"{path}: could not {doing}{size}: {error.strerror or error}. {advice}. What was under this "
+            "name before, if anything, is unchanged."
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hookattn.errors import TraceWriteError
-from hookattn.store.format import DTYPE_NAMES
+from hookattn.store.format import DTYPE_NAMES, TORCH_DTYPES
 
 BLOCK = 16 << 20
 """How many bytes are copied at once where a copy is needed (not contiguous, or on another device)."""
@@ -20,8 +20,8 @@ def check_storable(name: str, tensor: Tensor) -> None:
     """Check that safetensors can hold this tensor under this name.
 
     Raises:
-        TraceWriteError: the name is reserved or not text; the tensor is not a dense tensor with data, or its dtype has no
-            name in safetensors.
+        TraceWriteError: the name is reserved or not text; the tensor is not a dense tensor with data, or its dtype has
+            no name in safetensors.
     """
     if not isinstance(name, str) or name == "__metadata__" or not _is_text(name):
         raise TraceWriteError(f"{name!r} cannot be a tensor's name: expected text other than '__metadata__'.")
@@ -34,7 +34,7 @@ def check_storable(name: str, tensor: Tensor) -> None:
         )
     if tensor.dtype not in DTYPE_NAMES:
         raise TraceWriteError(
-            f"{name!r}: safetensors has no form for {tensor.dtype}. Convert it to one of: {', '.join(DTYPE_NAMES.values())}."
+            f"{name!r}: safetensors has no form for {tensor.dtype}. Convert it to one of: {', '.join(TORCH_DTYPES)}."
         )
     if sys.byteorder != "little":
         raise TraceWriteError("safetensors is little-endian, and this machine is not: write the trace on another one.")

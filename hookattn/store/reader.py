@@ -8,11 +8,10 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hookattn.errors import TraceFileError
 from hookattn.store.format import LENGTH_BYTES, Entry
@@ -24,8 +23,8 @@ from hookattn.store.validate import Header, corrupt, header_length, validate_hea
 class LazyFile:
     """A trace file, of which only what is asked for is read.
 
-    Tensors share no memory with each other or with the file: they can be changed in place, and outlive :meth:`close`. The
-    large ones are mapped, so that their pages are read when touched. Safe to use from several threads; pickled by path.
+    Tensors share no memory with each other or with the file: they can be changed in place, and outlive :meth:`close`.
+    Large ones are mapped, so that their pages are read when touched. Safe to use from several threads; pickled by path.
     A file that is replaced while open is read as it was; one that is cut short in place is not guarded against.
 
     Raises:
@@ -109,8 +108,8 @@ class LazyFile:
                 corrupt(str(self.path), f"the file was cut to {size} bytes while it was open, in or before {name!r}")
             except OSError as error:
                 raise TraceFileError(
-                    f"{self.path}: cannot map {name!r}: {error.strerror or error}. Drop tensors that are not needed any "
-                    "more, or read a smaller slice."
+                    f"{self.path}: cannot map {name!r}: {error.strerror or error}. Drop tensors that are not needed "
+                    "any more, or read a smaller slice."
                 ) from error
 
     def close(self) -> None:

@@ -9,10 +9,9 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
-from typing_extensions import Self
 
 from hookattn.errors import TraceWriteError
 from hookattn.store.format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
@@ -29,31 +28,36 @@ class _Lane:
     def __init__(self, file: PartialFile, start: int) -> None:
         self.file = file
         self.start = start
-        self.size = 0
         self.alignment = 1
         self.entries: dict[str, Entry] = {}
+
+    @property
+    def size(self) -> int:
+        return next(reversed(self.entries.values())).end if self.entries else 0
 
     def keeps_aligned(self, entry: Entry) -> bool:
         """Whether the tensor would be aligned here, and leave its successors so, as far as those before it tell."""
         alignment = max(self.alignment, entry.dtype.itemsize)
+        if alignment == 1:
+            alignment = 4  # a mask that comes first, with floats to follow
         return self.size % entry.dtype.itemsize == 0 and (self.size + entry.end) % alignment == 0
 
     def append(self, name: str, entry: Entry, tensor: Tensor) -> None:
-        at = self.start + self.size
+        begin = self.size
+        at = self.start + begin
         for block in byte_blocks(tensor):
             self.file.write(at, block)
             at += len(block)
-        # Only now: what an interrupt left half written is overwritten by the next tensor.
-        self.entries[name] = entry._replace(begin=self.size, end=self.size + entry.end)
         self.alignment = max(self.alignment, entry.dtype.itemsize)
-        self.size += entry.end
+        # Only now, and in one step: what an interrupt leaves half written is overwritten by the next tensor.
+        self.entries[name] = entry._replace(begin=begin, end=begin + entry.end)
 
 
 class StreamWriter:
     """Writes tensors to a file as they come, and holds none of them.
 
-    The bytes go to a temporary file in the same directory; :meth:`finish` gives it its name. Leaving the ``with`` block in
-    any other way deletes it, and what was under the name before stays as it was. Safe to use from several threads.
+    The bytes go to a temporary file in the same directory; :meth:`finish` gives it its name. Leaving the ``with`` block
+    in any other way deletes it, and what was under the name before stays as it was. Safe to use from several threads.
 
     Args:
         path: the file's name; its directory has to exist.
@@ -192,10 +196,10 @@ def write_file(
 ) -> Path:
     """Write tensors that are all at hand, and a document, to a file no larger than they need.
 
-    An iterable is used up before the first byte is written; for tensors that come one by one there is :class:`StreamWriter`.
+    An iterable is used up before the first byte is written; :class:`StreamWriter` is for tensors that come one by one.
 
     Raises:
-        TraceWriteError: as the methods of :class:`StreamWriter`. Nothing is left of the new file, and an older one is intact.
+        TraceWriteError: as :class:`StreamWriter`. Nothing is left of the new file, and an older one is intact.
     """
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     for name, tensor in pairs:

@@ -50,15 +50,17 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("shape", "how", "parent", "args", "_layout", "depth")
+    __slots__ = ("shape", "how", "parent", "args", "_layout", "depth", "roots")
 
     def __init__(self, shape: Shape, how: Callable[..., Layout] | None = None, parent: Origin | None = None,
-                 args: Any = None):
+                 args: Any = None, roots: frozenset[object] | None = None):
         self.shape = tuple(shape)
         self.how = how
         self.parent = parent
         self.args = args
         self._layout: Layout | None = None
+        #: What it was computed from, in the main: tells self- from cross-attention.
+        self.roots = roots if roots is not None else parent.roots if parent is not None else frozenset((object(),))
         self.depth = 0 if parent is None else parent.depth + 1
         if self.depth > _MAX_DEPTH:
             self.layout()

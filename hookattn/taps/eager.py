@@ -79,7 +79,9 @@ class Build:
         dtype = self.use.v.dtype
         own, own_origin = state.own or (self.use.weights, self.use.weights_origin)
         weights = self._like_scores(own, own_origin.layout())
-        k, v = _same_groups(k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1))
+        b, h = weights.shape[:2]
+        q = q.expand(b, h, -1, -1)
+        k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
         call = KernelCall(q=q, k=k, v=v, output=output, scale=self._scale(), tap=NAME, softcap=scores.cap,
                           weights=weights.to(dtype) if weights.dtype != dtype and state.own is None else weights,
                           dropout=state.dropout)

@@ -60,6 +60,16 @@ class Product:
         """Whether neither operand was written to since."""
         return self.versions == (_version(self.a), _version(self.b))
 
+    def keep(self, storage: int) -> None:
+        """The memory at ``storage`` is about to be written to: copy an operand that lies in it."""
+        if not self.untouched:
+            return
+        if self.a.untyped_storage().data_ptr() == storage:
+            self.a = self.a.clone()
+        if self.b.untyped_storage().data_ptr() == storage:
+            self.b = self.b.clone()
+        self.versions = (_version(self.a), _version(self.b))
+
     def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:
         """The layout of the result; fills :attr:`axes`."""
         layout_a, layout_b = (_valid(o.layout(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
@@ -115,19 +125,19 @@ class Roles:
 
     def __init__(self, product: Product, softmax_atoms: Sequence[Atom]):
         self.product = product
-        sides = {self.axis(a).side for a in softmax_atoms}
-        if sides == {"batch"} or len(sides) > 1:
+        self.softmaxed = {self.root(a) for a in softmax_atoms}
+        sides = {product.axes[a].side for a in self.softmaxed}
+        if "batch" in sides or len(sides) > 1:
             raise LayoutError("the softmax runs over an axis that is not the keys' alone")
         if sides:
             self.keys: Side = sides.pop()
         else:  # one single key: the side of the last axis of the product
             self.keys = "b" if product.lo[-1] in product.lb and product.lo[-1] not in product.la else "a"
-        every = list(product.axes)
-        queries = [a for a in every if product.axes[a].side == self.queries]
-        batch = [a for a in every if product.axes[a].side == "batch"]
-        known = any(a.role == "H" or (a.role is None and product.axes[a].head) for a in queries + batch)
-        self.heads: set[Atom] = {a for a in queries + batch
-                                 if a.role == "H" or (a.role is None and product.axes[a].head)}
+        free = [a for a in product.axes if a not in self.softmaxed]
+        queries = [a for a in free if product.axes[a].side == self.queries]
+        batch = [a for a in free if product.axes[a].side != self.queries]
+        self.heads: set[Atom] = {a for a in free if a.role == "H" or (a.role is None and product.axes[a].head)}
+        known = bool(self.heads)
         if queries and all(a in self.heads and a.role is None for a in queries):
             # Then either heads were packed into the rows of one query, split from the same parent as the groups ...
             groups = {product.axes[a].source.parent for a in batch}
@@ -145,10 +155,6 @@ class Roles:
         """The side the queries are on."""
         return "a" if self.keys == "b" else "b"
 
-    def axis(self, atom: Atom) -> Axis:
-        """What is known of an atom or of the atom it was split from."""
-        return self.product.axes[self.root(atom)]
-
     def root(self, atom: Atom) -> Atom:
         """The atom of the product that this one is, or was split from."""
         if atom in self.product.axes:
@@ -161,12 +167,11 @@ class Roles:
     def of(self, atom: Atom) -> str:
         """B, H, T or S."""
         root = self.root(atom)
-        side = self.product.axes[root].side
-        if side == self.keys:
+        if root in self.softmaxed:
             return "S"
         if root in self.heads:
             return "H"
-        return "T" if side == self.queries else "B"
+        return "T" if self.product.axes[root].side == self.queries else "B"
 
     def pieces(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Piece]]:
         """The pieces of a tensor laid out like the scores, or broadcast against them (``shape``)."""

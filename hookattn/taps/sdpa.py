@@ -52,6 +52,7 @@ def read(watch: Watch, given: dict[str, Any], out: Tensor, undropped: Tensor | N
     call = KernelCall(q=q, k=k, v=v, output=out, tap="sdpa", undropped=undropped,
                       scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
                       causal=bool(given["is_causal"]), dropout=float(given["dropout_p"]))
+    call.crosses = not watch.origin(given["query"]).roots & watch.origin(given["key"]).roots
     mask = given["attn_mask"]
     if mask is not None:
         if mask.dtype == torch.bool:

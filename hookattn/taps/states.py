@@ -50,7 +50,7 @@ class Scores(State):
     cap: float | None = None
     terms: list[Term] = field(default_factory=list)
     fills: list[Term] = field(default_factory=list)
-    shifts: list[Tensor] = field(default_factory=list)
+    shifts: list[Tensor | float] = field(default_factory=list)  # subtracted from every score of a row
     sink: Tensor | None = None
     opaque: list[str] = field(default_factory=list)
     finite: tuple[Tensor, int, Origin] | None = None  # the model's own scores before any term or mask was joined
@@ -155,7 +155,7 @@ def opaque(c: Context) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them."""
     state = c.state
     if isinstance(state, Scores) and isinstance(c.out, Tensor) and c.out.shape == c.x.shape:
-        return state.but(origin=c.origin, opaque=[*state.opaque, c.name], finite=None)
+        return state.but(opaque=[*state.opaque, c.name], finite=None)
     return None
 
 
@@ -199,10 +199,8 @@ def added(c: Context, sign: int) -> State | None:
     elif isinstance(mine, Scores) and state.opaque and c.position == 0:
         return added(replace(c, state=mine, x=other, position=1), sign)
     value = number(other)
-    if value == 0:
-        return carried(c)
-    if not isinstance(other, Tensor):
-        other = c.x.new_tensor(float(value or 0.0))
+    if value is not None:
+        return carried(c) if value == 0 else state.but(origin=c.origin, shifts=[*state.shifts, -factor * value], finite=None)
     if isinstance(c.out, Tensor) and c.out.shape != c.x.shape:
         return None
     return state.but(origin=c.origin, terms=[*state.terms, Term(other, c.origin, factor)],
@@ -355,7 +353,10 @@ def sink_joined(c: Context) -> State | None:
     dim = c.arg(1, "dim", 0) % c.x.dim()
     if len(others) != 1 or others[0].shape[dim] != 1 or c.state.sink is not None or c.look(others[0]) is not None:
         return None
-    return c.state.but(origin=c.origin, sink=others[0], finite=c.state.finite or finite_of(c))
+    sink = others[0]
+    for shift in c.state.shifts:
+        sink = sink + shift
+    return c.state.but(origin=c.origin, sink=sink, finite=c.state.finite or finite_of(c))
 
 
 def weights_sliced(c: Context) -> State | None:
@@ -381,7 +382,7 @@ def weights_mixed(c: Context) -> State | None:
     state: Weights = c.state
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
         return None
-    return replace(state, origin=c.origin, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
+    return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
 
 
 def masked_weights(c: Context) -> State | None:

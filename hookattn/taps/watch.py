@@ -32,6 +32,8 @@ _IGNORED = frozenset(
     "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk".split())
 _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
+_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+_POURS = frozenset(("__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "slice_scatter", "masked_scatter_"))
 _SOFTMAX = frozenset(("softmax", "_softmax"))
 _ALIASES = {"softmax_": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "__matmul__": "matmul",
             "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp", "H": "T", "mH": "mT"}
@@ -56,6 +58,7 @@ class Watch(TorchFunctionMode):
         self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.unused: dict[int, tuple[str, str]] = {}
+        self.poured: dict[int, frozenset[object]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = self.names.get(func)
@@ -86,7 +89,7 @@ class Watch(TorchFunctionMode):
         known = self.origins.get(id(x))
         if known is not None and known[0]() is x and known[1].shape == x.shape:
             return known[1]
-        return self.set_origin(x, Origin(x.shape))
+        return self.set_origin(x, Origin(x.shape, roots=self.poured.get(_storage(x)) if self.poured else None))
 
     def set_origin(self, x: Tensor, origin: Origin) -> Origin:
         """Say where the axes of a tensor come from."""
@@ -125,6 +128,9 @@ class Watch(TorchFunctionMode):
         if name in _PRODUCTS:
             return self._product(name, func, args, kwargs)
         if found is None:
+            if name in _POURS or (self.live and _writes(name, args, kwargs)):
+                with self._own_faults(name):
+                    self._before_write(name, args, kwargs)
             out = func(*args, **kwargs)
             with self._own_faults(name):
                 self._note_origin(name, args, kwargs, out)
@@ -133,8 +139,11 @@ class Watch(TorchFunctionMode):
             return out
         position, x, state = found
         writes = _writes(name, args, kwargs)
-        if writes and isinstance(state, Weights) and name.startswith("dropout") and state.own is None:
-            state.own = (x.clone(), state.origin)
+        if writes:
+            with self._own_faults(name):
+                self._before_write(name, args, kwargs)
+                if isinstance(state, Weights) and name.startswith("dropout") and state.own is None:
+                    state.own = (x.clone(), state.origin)
         out = func(*args, **kwargs)
         with self._own_faults(name):
             if writes:
@@ -194,13 +203,26 @@ class Watch(TorchFunctionMode):
         found.sort(key=lambda entry: isinstance(entry[2], RowStat))
         return iter(found)
 
+    def _before_write(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
+        x = kwargs.get("out", args[0] if args else None)
+        if not _plain(x):
+            return
+        storage = _storage(x)
+        for _, state in list(self.live.values()):
+            scores = state if isinstance(state, Scores) else getattr(state, "of", None) or getattr(state, "scores", None)
+            if scores is not None:
+                scores.product.keep(storage)
+        if name in _POURS:
+            poured = [self.origin(t).roots for t in args[1:] if _plain(t) and t.is_floating_point()]
+            self.poured[storage] = self.poured.get(storage, frozenset()).union(*poured)
+
     def _written(self, x: Tensor) -> None:
         """A write to ``x`` also changed every tensor that shares its memory."""
-        storage = x.untyped_storage().data_ptr()
+        storage = _storage(x)
         for key, (ref, state) in list(self.live.items()):
             other = ref()
-            if other is not None and other is not x and isinstance(state, Scores) \
-                    and other.untyped_storage().data_ptr() == storage:
+            if other is not None and other is not x and isinstance(state, Scores) and _storage(other) == storage:
                 changed = state.but(opaque=[*state.opaque, "a write through a view"], finite=None,
                                     version=_version(other))
                 self.live[key] = (ref, changed)
@@ -219,10 +241,11 @@ class Watch(TorchFunctionMode):
             if not _plain(one) or one is x:
                 return source
             how = follow(name, source, x, one, args, kwargs)
-            origin = Origin(one.shape) if how is None else (
+            origin = Origin(one.shape, roots=source.roots) if how is None else (
                 source if how[0] is same and one.shape == source.shape else Origin(one.shape, how[0], source, how[1]))
-            if how is not None:
-                self.set_origin(one, origin)
+            if name in _JOINS:
+                origin.roots = origin.roots.union(*(self.origin(t).roots for t in args[0] if _plain(t)))
+            self.set_origin(one, origin)
         return origin
 
     def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
@@ -265,7 +288,7 @@ class Watch(TorchFunctionMode):
                         self.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
                     return out
             product = Product(_autocast(a, out), _autocast(b, out), labels, self.origin(a), self.origin(b))
-            origin = Origin(out.shape, product.layout)
+            origin = Origin(out.shape, product.layout, roots=product.origin_a.roots)
             scores = Scores(origin, product=product, scale=alpha)
             if beta is not None:
                 scores.terms.append(Term(beta[0], origin, beta[1]))
@@ -289,6 +312,7 @@ class Watch(TorchFunctionMode):
                 return
             use = ValueProduct(w, w_labels, state.origin, v, v_labels, self.origin(v), out, labels[2])
             call = Build(state, use).call()
+            call.crosses = not state.scores.product.origin_a.roots & state.scores.product.origin_b.roots
         except LayoutError as error:
             self.recorder.skip(str(error))
             return
@@ -314,6 +338,7 @@ class Watch(TorchFunctionMode):
         self.unused.clear()
         self.live.clear()
         self.origins.clear()
+        self.poured.clear()
 
 
 def _sums_heads(state: Scores, labels: Sequence[Label], others: Sequence[Label], result: Sequence[Label]) -> bool:
@@ -332,6 +357,10 @@ def _autocast(x: Tensor, out: Tensor) -> Tensor:
 def _plain(x: Any) -> bool:
     """A strided tensor: one whose axes can be followed."""
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _version(x: Tensor) -> int:

@@ -13,8 +13,6 @@ from tests.zoo.base import CROSS, B, D, E, Entry, Expected, H, S, T, zoo
 
 
 class Split(Entry):
-    """q, k, v by separate projections, split into heads by plain code."""
-
     out = "o"
 
     def __init__(self) -> None:

@@ -101,7 +101,8 @@ class IAdd(Projections):
         return mask
 
     def masked(self, scores: Tensor) -> Tensor:
-        scores += torch.zeros(B, 1, 1, T).masked_fill(~self.allowed(), torch.finfo(scores.dtype).min).to(scores.dtype)
+        additive = torch.zeros(B, 1, 1, T, dtype=scores.dtype)
+        scores += additive.masked_fill(~self.allowed(), torch.finfo(scores.dtype).min)
         return scores
 
 

@@ -252,11 +252,11 @@ class OverwrittenAfterwards(Plain):
         q, k, v = (part.contiguous() for part in self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4))
         scores = q @ k.mT
         scores *= D**-0.5
-        q.zero_()
         weights = scores.masked_fill_(~causal(T), -math.inf).softmax(-1)
         scores.zero_()
         y = weights @ v
         weights.zero_()
+        q.zero_()
         k.fill_(7.0)
         v.neg_()
         y.mul_(2.0)

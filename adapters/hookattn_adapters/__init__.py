@@ -1,0 +1,19 @@
+"""The built-in adapters: one architecture family a file, all of them in :data:`ADAPTERS`.
+
+They use the public API alone, and come in through the same entry point as anyone else's. None of them reads a kernel's
+arguments: every family here looks its kernel up through the attention interface of transformers or calls one that a tap
+knows. What an adapter says is where attention happens and what it is called.
+"""
+
+from __future__ import annotations
+
+from .bert import Bert
+from .gpt2 import GPT2
+from .llama import Llama
+from .shared import Shared
+from .t5 import T5
+from .vit import ViT
+
+ADAPTERS = (Bert(), GPT2(), Llama(), Shared(), T5(), ViT())
+
+__all__ = ["ADAPTERS"]
