@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HookattnError, InputError, ModelError, NoAttentionError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .errors import HookattnError, InputError, NoAttentionError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .hooks import make_plan
 from .selection import Selection
 from .session import Session, describe_model
 from .trace import Trace
@@ -55,7 +56,8 @@ def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None 
         TraceWriteError: the file of ``to`` could not be written.
     """
     args, kwargs = _arguments(inputs)
-    _check_fit(model, args, kwargs)
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        _check_fit(model, args, kwargs)
     with tracing(model, capture=capture, layers=layers, heads=heads, queries=queries, dtype=dtype, device=device, to=to,
                  tokens=tokens if tokens is not None else _tokens_of(inputs), verify=verify, strict=strict) as made:
         made.output = model(*args, **kwargs)
@@ -72,16 +74,16 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
     The Trace is complete when the block ends. Arguments and errors are those of :func:`trace`. If the block raises, the
     model is left clean and no file is left.
     """
-    _check_model(model)
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    plan = make_plan(model)
     made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
         from .store.document import Stream
         stream = Stream(to, made)
-    session = Session(model, made, selection, verify, strict, None if stream is None else stream.add)
+    session = Session(plan, made, selection, verify, strict, None if stream is None else stream.add)
     try:
         session.start()
         try:
@@ -103,19 +105,6 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
     _warn(made)
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected an nn.Module, got {type(model).__name__}.")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{path or 'the model'} is a scripted or traced module (torch.jit): its operations cannot be "
-                             "watched. Trace the Python module that it was made from.")
-    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise ModelError(f"the parameter {meta!r} is on the meta device, which has no values to trace. Load the weights "
-                         "first, for example with model.to_empty(device='cpu') and load_state_dict.")
-
-
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -125,7 +114,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _check_model(model)
     text = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
     try:
         signature = inspect.signature(model.forward)
@@ -176,7 +164,7 @@ def _check_result(session: Session) -> None:
         if session.step < 0 and not session.ran:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(
-            f"no attention ran in {type(session.model).__name__}: no scaled_dot_product_attention, multi-head or flex "
+            f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or flex "
             "attention, and no softmax over a product. If the model attends through a compiled extension, tell "
             "hookattn about it with an adapter.")
 

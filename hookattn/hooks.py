@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import ModelError
 from .registry import adapter_for
 from .site import Site, describe
 from .taps import covered
@@ -24,6 +26,8 @@ from .taps import covered
 _CALL_CODE = nn.Module._call_impl.__code__
 # Modules that leave their fused eval path as soon as a hook is attached anywhere in them.
 _NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+# What of torch.nn itself attends; its other modules never do, and are not worth asking about.
+_TORCH_ATTENDS = (*_NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
 _SOUNDS_LIKE = re.compile(r"attention|attn|mamba|retention|rwkv|delta_?net|hyena|ssm|linear_?att|deformable", re.IGNORECASE)
 
 
@@ -38,6 +42,7 @@ class Plan:
         paths: module identity -> path, of every module.
         suspects: modules outside the sites that sound like attention.
         adapters: the names of the adapters that had a say.
+        compiled: whether some part of it was compiled.
     """
 
     model: nn.Module
@@ -48,6 +53,7 @@ class Plan:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     adapters: set[str] = field(default_factory=set)
+    compiled: bool = False
 
 
 def make_plan(model: nn.Module) -> Plan:

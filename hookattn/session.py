@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from . import attention as math
 from .certificate import UNVERIFIED, Pending, measure, rows_to_check
 from .errors import ModelError, UnfaithfulError
-from .hooks import Brackets, Plan, make_plan
+from .hooks import Brackets, Plan
 from .record import FIELDS, KernelCall
 from .selection import Selection, grouped, restrict
 from .site import Site
@@ -33,7 +33,7 @@ class Session:
     """A trace while it runs, in the thread that started it.
 
     Args:
-        model: what is traced.
+        plan: what is traced, and how.
         trace: gets the calls.
         selection: what is kept of each.
         verify: ``"sample"``, ``"full"`` or ``"off"``.
@@ -41,11 +41,10 @@ class Session:
         sink: takes each finished call (a file); None: they stay in memory.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, selection: Selection, verify: str, strict: bool,
+    def __init__(self, plan: Plan, trace: Trace, selection: Selection, verify: str, strict: bool,
                  sink: Sink | None = None):
-        self.model, self.trace, self.selection = model, trace, selection
+        self.plan, self.trace, self.selection = plan, trace, selection
         self.verify, self.strict, self.sink = verify, strict, sink
-        self.plan: Plan = make_plan(model)
         self.watch = Watch(self, kernels())
         self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.active)
         self.step = -1
@@ -98,9 +97,7 @@ class Session:
         self.watch.flush()
 
     def _uncompile(self) -> None:
-        compiled = any(getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-                       for m in self.plan.modules.values())
-        if compiled:
+        if self.plan.compiled:
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
             self.trace.notes.append("the model is compiled; it ran uncompiled while it was traced, so its outputs may "
@@ -223,7 +220,7 @@ class Session:
 
     def _record(self, call: KernelCall) -> None:
         site = self._site()
-        if call.crosses and site.kind == "self" and id(self.model.get_submodule(site.path)) not in self.plan.sites:
+        if call.crosses and site.kind == "self" and id(self.plan.model.get_submodule(site.path)) not in self.plan.sites:
             site = replace(site, kind="cross")
         site = self._ordered(site)
         self.seen.add(site.path)

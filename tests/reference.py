@@ -126,6 +126,7 @@ def check_call(
     exact: bool = True,
     masked_scores: bool = True,
     rows: Tensor | None = None,
+    keys: Tensor | None = None,
     dropout: float = 0.0,
     faithful: bool = True,
 ) -> None:
@@ -134,7 +135,7 @@ def check_call(
     ``exact``: q, k and v are the model's own tensors and have to match bit for bit.
     ``output``, ``weights``: the model's own, bit for bit, where the test has them; else the reference decides.
     ``masked_scores``: scores are comparable at masked positions too (not so where bias and mask arrive summed).
-    ``rows``: broadcastable to B H T, the query rows whose content means anything.
+    ``rows``, ``keys``: broadcastable to B H T and B S, the positions whose content means anything.
     """
     tol = TOLERANCE[q.dtype] if tol is None else tol
     batch, heads, n_q, _ = q.shape
@@ -143,11 +144,16 @@ def check_call(
     row = torch.ones(shape[:3], dtype=torch.bool) if rows is None else rows.expand(shape[:3])
 
     for name, expected in (("q", q), ("k", k), ("v", v)):
-        actual = getattr(call, name)
+        actual, expected = getattr(call, name), expected.detach()
         if exact:
-            assert_same_values(actual, expected.detach(), name)
+            assert_same_values(actual, expected, name)
+            continue
+        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        if name == "q":
+            assert_close(actual[row], expected[row], tol, name)
         else:
-            assert_close(actual, expected.detach(), tol, name)
+            held = torch.ones(batch, n_k, dtype=torch.bool) if keys is None else keys.expand(batch, n_k)
+            assert_close(actual.transpose(1, 2)[held], expected.transpose(1, 2)[held], tol, name)
 
     # mask: always a bool tensor, broadcastable to B H T S
     assert isinstance(call.mask, Tensor) and call.mask.dtype == torch.bool, f"mask: {call.mask!r}"

@@ -1,29 +1,21 @@
-"""The file layer: what is written is read back bit for bit, by us and by anyone else, and only as far as asked for."""
+"""The file layer: what is written is read back bit for bit, by us and by anyone else."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import pickle
 import struct
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from hookattn.errors import TraceFileError
-from hookattn.store import FORMAT_VERSION, LazyFile, StreamWriter, format, mapping, partial, rawbytes, write_file
-from hookattn.store.indexing import select
+from hookattn.errors import TraceWriteError
+from hookattn.store import FORMAT_VERSION, LazyFile, StreamWriter, format, partial, rawbytes, write_file, writer
 
 DOCUMENT: dict[str, Any] = {"tokens": ["Ġthe", "\N{OWL}", "\ud800", "a\\u0041\n"], "n": 1, "none": None}
 
@@ -48,7 +40,7 @@ def patterns(dtype: torch.dtype) -> Tensor:
     if dtype is torch.bool:
         return torch.arange(6).reshape(2, 3) % 2 == 0
     if dtype.itemsize <= 2:
-        every = torch.arange(256 ** dtype.itemsize)
+        every = torch.arange(256**dtype.itemsize)
         return every.to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype).reshape(2, -1)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=generator).view(dtype)
@@ -153,7 +145,8 @@ def test_everything_is_aligned(tmp_path: Path, write: Any) -> None:
     with LazyFile(path) as file:
         for name in file:
             start = file._header.start + file._header.entries[name].begin
-            assert start % file.dtype(name).itemsize == 0, name
+            # A stream that ends on a multiple of four has no better place for the rare tensor of eight-byte items.
+            assert start % min(file.dtype(name).itemsize, 4 if write is stream else 8) == 0, name
             assert torch.equal(file.tensor(name), tensors[name])
     assert os.listdir(tmp_path) == ["f"]
 
@@ -163,22 +156,6 @@ def test_stream_keeps_the_order_where_nothing_is_off(tmp_path: Path, order: list
     tensors = odd_sizes() | {"bf16b": torch.randn(3, 5).bfloat16()}
     keys = LazyFile(stream(tmp_path / "f", {name: tensors[name] for name in order}, {})).keys()
     assert keys == [name for name in order if name != "u8"] + ["u8"] * ("u8" in order)
-
-
-def test_misaligned_file_of_another_writer(tmp_path: Path) -> None:
-    """Nothing of ours writes these, and safetensors allows them."""
-    x, document = torch.randn(3, 600, 500), format.encode_document({})
-    entries = {
-        "mask": format.Entry(torch.bool, (1,), 0, 1),
-        "x": format.Entry(x.dtype, tuple(x.shape), 1, 1 + x.nbytes),
-    }
-    header = format.encode_header(entries, document)
-    (tmp_path / "f").write_bytes(format.frame_header(header, 8 + len(header)) + b"\1" + raw(x))
-    with LazyFile(tmp_path / "f") as file:
-        got = file.tensor("x")
-        assert torch.equal(got, x) and got.data_ptr() % 4 == 0
-        assert torch.equal(file.slice("x", (slice(None, None, 2), 5, slice(3, 400, 7))), x[::2, 5, 3:400:7])
-        assert file.slice("x", (1, 2, 3)) == x[1, 2, 3] and bool(file.tensor("mask"))
 
 
 def test_one_shot_takes_no_more_than_it_needs(tmp_path: Path) -> None:
@@ -211,103 +188,6 @@ def test_stream_and_one_shot_hold_the_same(
         assert set(theirs.keys()) == set(tensors)
 
 
-INDICES = st.lists(st.integers(-5, 5) | st.slices(6), max_size=4).map(tuple)
-
-
-@settings(deadline=None, max_examples=400)
-@given(shape=st.lists(st.integers(0, 5), max_size=4), index=INDICES)
-def test_select_is_torch_indexing(shape: list[int], index: tuple[Any, ...]) -> None:
-    whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    try:
-        expected = whole[index]
-    except (IndexError, ValueError) as error:
-        with pytest.raises(type(error)):
-            select(tuple(shape), index)
-        return
-    got = select(tuple(shape), index)
-    assert got.shape == expected.shape
-    if expected.numel():
-        assert torch.equal(whole.flatten().as_strided(got.shape, got.strides, got.offset), expected)
-        assert got.offset + got.span <= whole.numel()
-
-
-@pytest.mark.parametrize("keep_from", [0, 1 << 40], ids=["mapped", "copied"])
-def test_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_from: int) -> None:
-    monkeypatch.setattr(mapping, "KEEP_FROM", keep_from)
-    x = torch.randn(2, 4, 33, 65)
-    with LazyFile(write_file(tmp_path / "f", {"x": x}, {})) as file:
-        for index in [(), 1, -1, slice(1, None), (0, 3), (slice(None), 2), (1, slice(0, 4, 3), -1), (1, 3, 32, 64)]:
-            assert torch.equal(file.slice("x", index), x[index])
-        assert file.slice("x", (slice(2, 2),)).shape == (0, 4, 33, 65)
-        for index, kind in [((0,) * 5, IndexError), (2, IndexError), (True, TypeError), ([0], TypeError)]:
-            with pytest.raises(kind):
-                file.slice("x", index)
-        with pytest.raises(TypeError):
-            file.slice("x", (..., 0))
-        with pytest.raises(KeyError, match="no tensor 'y'.*'x'"):
-            file.tensor("y")
-
-
-@pytest.mark.parametrize("keep_from", [0, 1 << 40], ids=["mapped", "copied"])
-def test_what_is_read_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_from: int) -> None:
-    monkeypatch.setattr(mapping, "KEEP_FROM", keep_from)
-    x = torch.randn(16, 100, 100)
-    path = write_file(tmp_path / "f", {"x": x}, {})
-    before = path.read_bytes()
-    file = LazyFile(path)
-    first, head = file.tensor("x"), file.slice("x", 3)
-    first.zero_()
-    head[:] = 7
-    assert torch.equal(file.tensor("x"), x) and path.read_bytes() == before
-    path.unlink()
-    file.close()
-    file.close()
-    assert (first == 0).all() and (head == 7).all() and "closed" in repr(file)
-    with pytest.raises(TraceFileError, match="closed"):
-        file.tensor("x")
-
-
-def test_a_file_replaced_while_open_is_read_as_it_was(tmp_path: Path) -> None:
-    path = write_file(tmp_path / "f", {"x": torch.zeros(1 << 20)}, {})
-    old = LazyFile(path)
-    write_file(path, {"x": torch.ones(3)}, {})
-    assert old.tensor("x").sum() == 0 and LazyFile(path).tensor("x").sum() == 3
-
-
-def test_many_live_tensors_do_not_use_up_the_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "KEEP_FROM", 0)
-    file = LazyFile(write_file(tmp_path / "f", {str(i): torch.full((8,), i) for i in range(2000)}, {}))
-    held = [file.tensor(name) for name in file]
-    assert all((tensor == int(name)).all() for name, tensor in zip(file, held, strict=True))
-    if sys.platform == "linux":
-        assert len(os.listdir("/proc/self/fd")) < 600
-
-
-def test_threads_read_and_close(tmp_path: Path) -> None:
-    tensors = {str(i): torch.full((300, 1000), float(i)) for i in range(8)}
-    file = LazyFile(write_file(tmp_path / "f", tensors, {}))
-
-    def read(i: int) -> bool:
-        name = str(i % 8)
-        return torch.equal(file.tensor(name), tensors[name]) and bool((file.slice(name, i % 300) == i % 8).all())
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, range(200)))
-
-    def until_closed() -> None:
-        with pytest.raises(TraceFileError, match="closed"):
-            while True:
-                assert (file.slice("3", 5) == 3).all()
-
-    threads = [threading.Thread(target=until_closed) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    file.close()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-
-
 def test_threads_write(tmp_path: Path) -> None:
     with StreamWriter(tmp_path / "f") as writer:
         with ThreadPoolExecutor(4) as pool:
@@ -316,64 +196,101 @@ def test_threads_write(tmp_path: Path) -> None:
     assert all((file.tensor(str(i)) == i).all() and file.shape(str(i)) == (i + 1,) for i in range(100))
 
 
-def test_pickled_by_path_into_a_spawned_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(3, 400, 500)
-    write_file(tmp_path / "f", {"x": x}, {"a": 1})
-    monkeypatch.chdir(tmp_path)
-    file = LazyFile("f")
-    assert pickle.loads(pickle.dumps(file)).document == file.document and len(pickle.dumps(file)) < 500
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(file.slice, ("x", 1)).equal(x[1])
+def test_a_refused_tensor_leaves_the_writer_as_it_was(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    refused: list[tuple[Any, Any, str]] = [
+        ("x", x, "already"),
+        ("__metadata__", x, "name"),
+        ("\ud800", x, "name"),
+        (3, x, "name"),
+        ("n", [1.0], "expected a tensor, and got list"),
+        ("n", x.to_sparse(), "dense"),
+        ("n", x.to("meta"), "dense"),
+        ("n", torch.nested.nested_tensor([x]), "dense"),
+        ("n", x.to(torch.complex128), "complex128.*C64"),
+    ]
+    with StreamWriter(tmp_path / "f") as out:
+        out.add("x", x)
+        for name, tensor, message in refused:
+            with pytest.raises(TraceWriteError, match=message):
+                out.add(name, tensor)
+        for document in [{"a": x}, {"a": {1, 2}}, {(1, 2): 3}]:
+            with pytest.raises(TraceWriteError, match="JSON"):
+                out.finish(document)
+        out.add("y", x + 1)
+        assert not (tmp_path / "f").exists()
+        assert out.finish({"format": "other", "a": 1}) == tmp_path / "f"
+        for late in (lambda: out.add("z", x), lambda: out.finish({})):
+            with pytest.raises(TraceWriteError, match="finished"):
+                late()
+    file = LazyFile(tmp_path / "f")
+    assert torch.equal(file.tensor("y"), x + 1) and file.document["format"] == "hookattn-trace"
 
 
-HEAD = """
-import sys, time
-from hookattn.store import LazyFile
-import torch
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-before, start = resident(), time.perf_counter()
-head = LazyFile(sys.argv[1]).slice("weights", (0, 3))
-elapsed, after = time.perf_counter() - start, resident()
-assert head.shape == (int(sys.argv[2]),) * 2 and head[-1, -1] == 3.5 and head[0, 0] == 3, head
-print(elapsed, after - before, resident() - before)
-"""
+def test_a_header_too_long_for_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format, "HEADER_LIMIT", 1000)
+    with StreamWriter(tmp_path / "f") as out:
+        out.add("x", torch.ones(3))
+        with pytest.raises(TraceWriteError, match="Keep fewer calls"):
+            out.finish({"a": "x" * 1000})
+        out.finish({"a": "x" * 100})
+    assert len(LazyFile(tmp_path / "f").document["a"]) == 100
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("side", [2161, pytest.param(5793, marks=pytest.mark.slow)], ids=["300MB", "2GB"])
-def test_one_head_reads_one_head(tmp_path: Path, side: int) -> None:
-    """Odd sides and a mask first: the case in which a stream has to take care of the alignment."""
-    weights = torch.arange(16.0).reshape(1, 16, 1, 1).repeat(1, 1, side, side)
-    weights[..., -1, -1] += 0.5
-    tensors = {"mask": torch.ones(side, side, dtype=torch.bool), "weights": weights}
-    path = stream(tmp_path / "f", tensors, {})
-    del weights, tensors
-    runs = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        done = subprocess.run([sys.executable, "-c", HEAD, path, str(side)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        runs.append([float(word) for word in done.stdout.split()])
-    elapsed, mapped, touched = (min(column) for column in zip(*runs, strict=True))
-    assert elapsed < 0.02 and mapped < 8e6 and touched < 12e6, runs
+def test_interrupted_in_the_middle_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(tensor: Tensor) -> Any:
+        yield b"half of it"
+        raise KeyboardInterrupt
+
+    x = torch.randn(5)
+    with StreamWriter(tmp_path / "f") as out:
+        out.add("x", x)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "byte_blocks", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                out.add("y", x)
+        out.add("y", x * 2)
+        out.finish({})
+    file = LazyFile(tmp_path / "f")
+    assert torch.equal(file.tensor("x"), x) and torch.equal(file.tensor("y"), x * 2)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="overcommitment is the system's own")
-def test_a_file_larger_than_memory(tmp_path: Path) -> None:
-    """A hole in a sparse file stands for most of it; safetensors itself cannot open this one."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    shape = (16, 2 * memory // (16 * 4 * 1024), 1024)
-    size = 4 * shape[0] * shape[1] * shape[2]
-    header = format.encode_header({"x": format.Entry(torch.float32, shape, 0, size)}, format.encode_document({}))
-    start = format.data_start(header)
-    with open(tmp_path / "f", "wb") as out:
-        out.write(format.frame_header(header, start))
-        try:
-            out.truncate(start + size)
-        except OSError:
-            pytest.skip("the file system has no file as large")
-        out.seek(start + size - 4)
-        out.write(struct.pack("<f", 2.5))
-    with LazyFile(tmp_path / "f") as file:
-        assert file.slice("x", (-1, -1))[-1] == 2.5 and file.slice("x", (3, slice(0, 5))).sum() == 0
-        assert file.slice("x", (slice(None), 7, 9)).sum() == 0
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_leaving_without_finish_leaves_nothing(tmp_path: Path, error: Any) -> None:
+    (tmp_path / "f").write_bytes(b"older")
+
+    def leave() -> None:
+        with StreamWriter(tmp_path / "f") as out:
+            out.add("mask", torch.ones(3, dtype=torch.bool))
+            out.add("x", torch.ones(3))
+            assert len(os.listdir(tmp_path)) == 3  # what is there, and two partial files
+            if error is not None:
+                raise error
+
+    if error is None:
+        leave()
+    else:
+        with pytest.raises(error):
+            leave()
+    forgotten = StreamWriter(tmp_path / "f")
+    forgotten.add("x", torch.ones(3))
+    del forgotten
+    assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"older"
+
+
+def test_overwrite_links_and_permissions(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "f", {"x": torch.ones(3)}, {})
+    for refuse in (lambda: write_file(path, {}, {}, overwrite=False), lambda: StreamWriter(path, overwrite=False)):
+        with pytest.raises(TraceWriteError, match=r"exists.*overwrite=True"):
+            refuse()
+    late = StreamWriter(tmp_path / "g", overwrite=False)
+    (tmp_path / "g").touch()
+    with pytest.raises(TraceWriteError, match="exists"):
+        late.finish({})
+    late.abort()
+    (tmp_path / "link").symlink_to("f")
+    write_file(tmp_path / "link", {"x": torch.zeros(3)}, {}, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and LazyFile(path).tensor("x").sum() == 0
+    assert path.stat().st_mode == (tmp_path / "g").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["f", "g", "link"]
+    assert write_file(tmp_path / ("ü" * 127), {}, {}).exists()  # the longest name there can be

@@ -50,7 +50,7 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("shape", "how", "parent", "args", "_layout", "depth", "roots")
+    __slots__ = ("shape", "how", "parent", "args", "_layout", "depth", "roots", "piece_of")
 
     def __init__(self, shape: Shape, how: Callable[..., Layout] | None = None, parent: Origin | None = None,
                  args: Any = None, roots: frozenset[object] | None = None):
@@ -61,6 +61,8 @@ class Origin:
         self._layout: Layout | None = None
         #: What it was computed from, in the main: tells self- from cross-attention.
         self.roots = roots if roots is not None else parent.roots if parent is not None else frozenset((object(),))
+        #: The origin that this is one of several equal pieces of (chunk, split).
+        self.piece_of: Origin | None = None
         self.depth = 0 if parent is None else parent.depth + 1
         if self.depth > _MAX_DEPTH:
             self.layout()
@@ -195,3 +197,13 @@ def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]
         _resize(layout[i], n) if i is not None else ((Atom(n),) if n != 1 else ())
         for i, n in zip(kept, shape, strict=True)
     )
+
+
+def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, int, bool]) -> Layout:
+    """Equal pieces of one tensor joined along another dimension, an old one or a new: heads cut off the width, say."""
+    dim, count, new = args
+    cut = next((a.parent for d in layout for a in d if a.parent is not None), None)
+    head = Atom(count, cut)
+    if new:
+        return (*layout[:dim], (head,), *layout[dim:])
+    return tuple((head, *d) if i == dim else d for i, d in enumerate(layout))

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -80,15 +81,14 @@ class _Body:
         return out
 
     def _read(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> KernelCall:
-        kernel = self.kernel
-        signature = inspect.signature(original)
+        kernel, signature = self.kernel, inspect.signature(original)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        foreign = [name for name, p in signature.parameters.items() if name not in kernel.known and _set(given[name], p)]
-        if foreign:
-            raise UnreadableError(f"the meaning of its argument {', '.join(foreign)} is not known")
-        call = kernel.read(given, _first(out))
+        for name, parameter in signature.parameters.items():
+            if name not in kernel.known and _set(given[name], parameter):
+                raise UnreadableError(f"the meaning of its argument {name} is not known")
+        call = self._call(given, out)
         call.dropout = float(given.get(kernel.dropout) or 0.0)
         if call.dropout:
             given[kernel.dropout] = 0.0
@@ -96,8 +96,15 @@ class _Body:
                 given["out"] = None
             with paused():
                 again = original(*bound.args, **bound.kwargs)
-            call.undropped = kernel.read(given, _first(again)).output
+            call.undropped = self._call(given, again).output
         return call
+
+    def _call(self, given: dict[str, Any], out: Any) -> KernelCall:
+        """As the kernel's reader has it; where that stumbles, another package means something else by the same name."""
+        try:
+            return self.kernel.read(given, _first(out))
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UnreadableError(f"its arguments do not fit: {type(error).__name__}: {error}") from error
 
 
 def _set(value: Any, parameter: inspect.Parameter) -> bool:
@@ -139,7 +146,7 @@ class Sequences:
             raise UnreadableError(f"{x.dim()} dimensions and lengths of packed sequences")
         else:
             bounds = ends.tolist()
-        whole = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        whole = tuple(b - a for a, b in pairwise(bounds))
         return cls(tuple(bounds[:-1]), whole if used is None else tuple(used.tolist()))
 
     @property
@@ -186,9 +193,11 @@ def lay_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, ke
         raise UnreadableError(f"{len(queries.lengths)} sequences of queries and {len(keys.lengths)} of keys")
     call = KernelCall(q=queries.batch(q), k=keys.batch(k), v=keys.batch(v), output=queries.batch(out), tap=tap,
                       scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
-    if queries.padded or keys.padded or q.dim() == 3:
-        call.notes.append(f"{len(queries.lengths)} packed or padded sequences, one a batch entry, filled up at the end; "
-                          "filling has nothing to attend to and is not checked")
+    if q.dim() == 3:
+        call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
+    if queries.padded or keys.padded:
+        call.notes.append("the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
+                          "nothing to attend to and are not checked")
     return call
 
 
@@ -231,10 +240,13 @@ def hide(call: KernelCall, queries: Sequences, keys: Sequences, window: tuple[in
         call.window = left + 1 if left >= 0 else None
     else:
         if left >= 0:
+            call.notes.append(f"the mask holds a window of {left} keys before the position"
+                              + (f" and {right} after it" if right > 0 else ""))
             masks.append(at - keys_at <= left)
         if right >= 0:
             masks.append(keys_at - at <= right)
     if chunk:
+        call.notes.append(f"the mask holds chunks of {chunk} positions")
         masks.append(at.div(chunk, rounding_mode="floor") == keys_at.div(chunk, rounding_mode="floor"))
     for mask in masks:
         call.mask = mask if call.mask is None else call.mask & mask

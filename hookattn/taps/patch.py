@@ -57,6 +57,7 @@ class _Exchange:
             setattr(self.patch.owner, self.patch.name, self.original)
 
 
+@functools.cache
 def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
     """Code that calls ``BODIES[key]``, fit for a function whose globals are not ours."""
     scope: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import HookattnError
+from . import axes
 from .axes import Origin, same
 from .eager import Build, ValueProduct, contracts_keys
 from .product import Label, LayoutError, Product, einsum_labels, matmul_labels
@@ -33,6 +34,7 @@ _IGNORED = frozenset(
 _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+_PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
 _POURS = frozenset(("__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "slice_scatter", "masked_scatter_"))
 _SOFTMAX = frozenset(("softmax", "_softmax"))
 _ALIASES = {"softmax_": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "__matmul__": "matmul",
@@ -243,10 +245,24 @@ class Watch(TorchFunctionMode):
             how = follow(name, source, x, one, args, kwargs)
             origin = Origin(one.shape, roots=source.roots) if how is None else (
                 source if how[0] is same and one.shape == source.shape else Origin(one.shape, how[0], source, how[1]))
+            if name in _PIECES:
+                origin.piece_of = source
             if name in _JOINS:
+                origin = self._joined(name, origin, one, args, kwargs)
                 origin.roots = origin.roots.union(*(self.origin(t).roots for t in args[0] if _plain(t)))
             self.set_origin(one, origin)
         return origin
+
+    def _joined(self, name: str, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+        """Pieces of one tensor joined again along another dimension."""
+        parts = [self.origin(t) for t in args[0] if _plain(t)]
+        whole = parts[0].piece_of if parts else None
+        if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
+            return origin
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+        if name != "stack" and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
+            return origin
+        return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"))
 
     def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """The argument whose axes the result has: the first one that is followed, else the first of its shape."""

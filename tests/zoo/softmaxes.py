@@ -171,7 +171,9 @@ class Softcap(Entry):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         shape = (B, -1, H, D)
-        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         attention_mask = torch.full((1, 1, T, T + 3), torch.finfo(query.dtype).min, dtype=query.dtype).triu(1)
         attn_weights = torch.matmul(query, key.transpose(2, 3)) * self.scaling
         attn_weights = attn_weights / self.softcap

@@ -1,0 +1,29 @@
+"""The command group."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .adapters import adapters
+from .command import Group
+from .demo import demo
+from .info import info
+from .trace import trace
+from .verify import verify
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hookattn")
+def app() -> None:
+    """Trace the attention of any PyTorch model, exactly as its own kernels computed it.
+
+    \b
+    hookattn demo                                    two real trained models, offline
+    hookattn trace gpt2 --text "Hello" -o run.safetensors
+    hookattn info run.safetensors
+    """
+
+
+for command in (trace, info, verify, adapters, demo):
+    app.add_command(command)

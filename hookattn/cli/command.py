@@ -1,0 +1,86 @@
+"""What all commands have in common: ``--json``, ``--debug``, examples in the help, errors as one line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import click
+
+from ..errors import HookattnError
+from .screen import Screen
+
+
+class Failure(click.ClickException):
+    """An error on its way to the user: one red line on stderr, exit code 1."""
+
+    def __init__(self, message: str, screen: Screen) -> None:
+        super().__init__(message)
+        self.screen = screen
+
+    def show(self, file: Any = None) -> None:
+        """Write the line."""
+        self.screen.say(f"error: {self.message}", "bold red")
+
+
+class Command(click.Command):
+    """A command that shows examples and never a stack trace, unless it is asked for one.
+
+    Args:
+        examples: command lines for the help.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.params += [
+            click.Option(["--json", "as_json"], is_flag=True,
+                         help="Write one JSON document to stdout, and nothing else there."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error, and all warnings."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command with a :class:`Screen` as the context's object."""
+        screen = ctx.obj = Screen(ctx.params.pop("as_json"), ctx.params.pop("debug"))
+        try:
+            with screen.warnings():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if screen.debug:
+                screen.err.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
+            raise Failure(explain(error), screen) from error
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each on its own line however long."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+
+class Group(click.Group):
+    """Commands in the order in which they are used, rather than by name."""
+
+    command_class: ClassVar[type[click.Command]] = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names."""
+        return list(self.commands)
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, as one line."""
+    message = first_line(error) if not isinstance(error, HookattnError) else " ".join(str(error).split())
+    if isinstance(error, HookattnError):
+        return message
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith("hookattn: ")]
+    where = notes[0].removeprefix("hookattn: ").rstrip(".") + "; " if notes else ""
+    return f"{type(error).__name__}: {message} ({where}--debug shows the traceback)"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; the error's kind where none does."""
+    return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)

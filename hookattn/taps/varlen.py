@@ -1,0 +1,45 @@
+"""``torch.nn.attention.varlen``: torch's own attention over packed sequences."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..record import KernelCall
+from .base import Patch, Tap
+from .external import Kernel, Sequences, find, hide, lay_out, pages, window_of
+
+_MODULE = "torch.nn.attention.varlen"
+_KNOWN = frozenset({
+    "block_table", "cu_seq_k", "cu_seq_q", "enable_gqa", "is_causal", "key", "max_k", "max_q", "num_splits", "out",
+    "query", "return_aux", "scale", "seqused_k", "value", "window_size"})
+
+
+def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+    """One call of the kernel in the contract's layout.
+
+    Args:
+        given: query: N H D; key, value: N G D, or pages of a cache with ``block_table``.
+        out: N H D.
+    """
+    q, k, v, ends = given["query"], given["key"], given["value"], given["cu_seq_k"]
+    if given.get("block_table") is not None:
+        k, v, ends = pages(k, given["block_table"]), pages(v, given["block_table"]), None
+    queries, keys = Sequences.of(q, given["cu_seq_q"]), Sequences.of(k, ends, given.get("seqused_k"))
+    call = lay_out(q, k, v, out, queries, keys, given.get("scale"), "varlen_attn")
+    hide(call, queries, keys, window_of(given.get("window_size"), bool(given.get("is_causal"))))
+    return call
+
+
+KERNELS = {"varlen_attn": Kernel(read, _KNOWN), "varlen_attn_out": Kernel(read, _KNOWN)}
+
+
+def patches() -> Iterable[Patch]:
+    """The functions, where this version of torch has them and something has imported them."""
+    return find([sys.modules.get(_MODULE)], KERNELS)
+
+
+TAP = Tap("varlen_attn", patches=patches)
