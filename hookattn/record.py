@@ -36,6 +36,7 @@ class KernelCall:
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
         crosses: whether k comes from something else than q, as far as its history tells; None: unknown.
+        within: the child of the running module that the call belongs to, where a fused layer hides it.
         notes: what a reader has to know.
     """
 
@@ -60,6 +61,7 @@ class KernelCall:
     opaque: bool = False
     outer_error: Tensor | None = None
     crosses: bool | None = None
+    within: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -187,10 +187,10 @@ class Session:
         """The path of the site that is running, or else of the innermost module."""
         return self._sites[-1][0].path if self._sites and not self.plan.watch_all else self.brackets.running()
 
-    def _site(self) -> Site:
+    def _site(self, within: str) -> Site:
         if self._sites and not self.plan.watch_all:
             return self._sites[-1][0]
-        path = self.brackets.running()
+        path = ".".join(x for x in (self.brackets.running(), within) if x)
         for site, _ in reversed(self._sites):
             if path == site.path or path.startswith(site.path + "."):
                 return site
@@ -219,7 +219,7 @@ class Session:
             self._record(call)
 
     def _record(self, call: KernelCall) -> None:
-        site = self._site()
+        site = self._site(call.within)
         if call.crosses and site.kind == "self" and id(self.plan.model.get_submodule(site.path)) not in self.plan.sites:
             site = replace(site, kind="cross")
         site = self._ordered(site)

@@ -245,31 +245,22 @@ def check_invariants(
 
 # ------------------------------------------------------------------------------------- tracing changes nothing
 
-_WATCHED: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (
-        torch,
-        ("matmul", "bmm", "baddbmm", "einsum", "softmax", "where", "exp", "log_softmax", "logsumexp", "cat", "dropout")
-        + ("tanh", "add", "mul", "div", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "compile"),
-    ),
-    (
-        F,
-        ("scaled_dot_product_attention", "multi_head_attention_forward", "softmax", "dropout", "dropout_", "linear")
-        + ("log_softmax", "has_torch_function", "handle_torch_function", "_in_projection_packed", "_in_projection"),
-    ),
-    (torch.overrides, ("has_torch_function", "handle_torch_function", "has_torch_function_unary")),
-    (
-        torch.Tensor,
-        ("__matmul__", "matmul", "bmm", "baddbmm", "softmax", "masked_fill", "masked_fill_", "__setitem__", "add_")
-        + ("exp", "__torch_function__", "view", "transpose", "log_softmax", "where"),
-    ),
-    (flex_module, ("flex_attention", "create_block_mask", "flex_attention_hop", "BlockMask")),
-    (nn.Module, ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__setattr__", "forward")),
-    (nn.MultiheadAttention, ("forward", "__call__")),
-    (nn.TransformerEncoderLayer, ("forward", "_sa_block", "__call__")),
-    (nn.TransformerEncoder, ("forward", "__call__")),
-    (nn.TransformerDecoderLayer, ("forward", "_sa_block", "_mha_block", "__call__")),
-    (nn.Softmax, ("forward",)),
-    (nn.Dropout, ("forward",)),
+_WATCHED: tuple[tuple[Any, str], ...] = (
+    (torch, "matmul bmm baddbmm einsum softmax where exp log_softmax logsumexp cat dropout tanh add mul div compile"),
+    (torch, "_native_multi_head_attention _transformer_encoder_layer_fwd"),
+    (F, "scaled_dot_product_attention multi_head_attention_forward softmax log_softmax dropout dropout_ linear"),
+    (F, "has_torch_function handle_torch_function _in_projection_packed _in_projection"),
+    (torch.overrides, "has_torch_function handle_torch_function has_torch_function_unary"),
+    (torch.Tensor, "__matmul__ matmul bmm baddbmm softmax log_softmax masked_fill masked_fill_ __setitem__ add_ exp"),
+    (torch.Tensor, "__torch_function__ view transpose where"),
+    (flex_module, "flex_attention create_block_mask flex_attention_hop BlockMask"),
+    (nn.Module, "__call__ _call_impl _wrapped_call_impl __getattr__ __setattr__ forward"),
+    (nn.MultiheadAttention, "forward __call__"),
+    (nn.TransformerEncoderLayer, "forward _sa_block __call__"),
+    (nn.TransformerEncoder, "forward __call__"),
+    (nn.TransformerDecoderLayer, "forward _sa_block _mha_block __call__"),
+    (nn.Softmax, "forward"),
+    (nn.Dropout, "forward"),
 )
 
 
@@ -286,7 +277,7 @@ def _torch_state() -> dict[str, Any]:
     state: dict[str, Any] = {}
     for owner, names in _WATCHED:
         label = getattr(owner, "__name__", repr(owner))
-        for name in names:
+        for name in names.split():
             value = inspect.getattr_static(owner, name, None)
             state[f"{label}.{name}"] = value
             plain = getattr(value, "__func__", value)

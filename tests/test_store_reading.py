@@ -200,3 +200,20 @@ def test_misaligned_file_of_another_writer(tmp_path: Path) -> None:
         assert torch.equal(got, x) and got.data_ptr() % 4 == 0
         assert torch.equal(file.slice("x", (slice(None, None, 2), 5, slice(3, 400, 7))), x[::2, 5, 3:400:7])
         assert file.slice("x", (1, 2, 3)) == x[1, 2, 3] and bool(file.tensor("mask"))
+
+
+def test_the_page_on_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its examples run as they stand."""
+    page = (Path(__file__).parent.parent / "docs" / "trace-format.md").read_text(encoding="utf-8")
+    theirs, bare, *_ = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    x = torch.randn(3, 5)
+    write_file(tmp_path / "run.safetensors", {"x": x}, {"tokens": ["Ġthe"]})
+    monkeypatch.chdir(tmp_path)
+    for code in (theirs, bare):
+        space: dict[str, Any] = {}
+        exec(code, space)
+        assert space["name"] == "x" and space["document"]["tokens"] == ["Ġthe"]
+        if "tensor" in space:
+            assert torch.equal(space["tensor"], x)
+        else:
+            assert space["data"] == x.numpy().tobytes()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
@@ -101,6 +105,109 @@ def test_zoo_expected_tensors_are_the_models_own(case: Case) -> None:
         _, weights, output = reference_attention(**expected.reference_args())
         assert probe.holds(weights, within=1e-5), "weights are not a tensor of the model"
         assert probe.holds(output, within=1e-5), "output is not a tensor of the model"
+
+
+# -------------------------------------------------------------------------- the checks themselves
+
+
+def fake_call() -> tuple[SimpleNamespace, dict[str, Any]]:
+    """A record made by the reference, and what to compare it with."""
+    q, k, v = draw(B, H, T, D, seed=1), draw(B, 2, S, D, seed=2), draw(B, 2, S, D, seed=3)
+    terms = {"scale": 0.5, "bias": draw(1, H, T, S, seed=4), "mask": causal(T, S), "softcap": 3.0}
+    terms["sinks"] = draw(H, seed=5)
+    scores, weights, output = reference_attention(q, k, v, **terms)
+    fields = {"q": q, "k": k, "v": v, "scores": scores.float(), "weights": weights.float(), "output": output.float()}
+    certificate = SimpleNamespace(faithful=True, max_error=0.0)
+    call = SimpleNamespace(**fields, **terms, dropout=0.0, dtype=q.dtype, tap="fake", certificate=certificate)
+    return call, {"q": q, "k": k, "v": v, **terms}
+
+
+def test_check_call_accepts_what_is_right() -> None:
+    call, wanted = fake_call()
+    check_call(call, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("q", lambda call: call.q * (1 + 1e-6)),
+        ("k", lambda call: call.k.repeat_interleave(2, dim=1)),
+        ("v", lambda call: call.v.flip(1)),
+        ("bias", lambda call: None),
+        ("bias", lambda call: call.bias + 1e-3),
+        ("mask", lambda call: call.mask | True),
+        ("mask", lambda call: call.mask.float()),
+        ("mask", lambda call: None),
+        ("sinks", lambda call: None),
+        ("sinks", lambda call: call.sinks.flip(0)),
+        ("scale", lambda call: 0.4),
+        ("softcap", lambda call: None),
+        ("dropout", lambda call: 0.1),
+        ("scores", lambda call: call.scores.masked_fill(~call.mask, -torch.inf)),
+        ("scores", lambda call: call.scores + 1e-3),
+        ("weights", lambda call: call.weights.flip(1)),
+        ("weights", lambda call: call.weights + 1e-4),
+        ("weights", lambda call: call.weights / call.weights.sum(-1, keepdim=True)),
+        ("output", lambda call: call.output.transpose(1, 2)),
+        ("output", lambda call: call.output * 1.001),
+        ("dtype", lambda call: torch.float16),
+        ("certificate", lambda call: SimpleNamespace(faithful=False, max_error=1.0)),
+        ("q", lambda call: call.q.clone().requires_grad_()),
+    ],
+)
+def test_check_call_rejects_what_is_wrong(name: str, wrong: Callable[[Any], Any]) -> None:
+    call, wanted = fake_call()
+    setattr(call, name, wrong(call))
+    with pytest.raises((AssertionError, TypeError)):
+        check_call(call, **wanted)
+
+
+def left_behind(model: nn.Module, what: str) -> Callable[[], Any]:
+    """Leave something on the model or in torch; returns what takes it away again."""
+    if what == "hook":
+        return model.register_forward_hook(lambda *_: None).remove
+    if what == "attribute":
+        model.layers[0].traced = True
+        return lambda: delattr(model.layers[0], "traced")
+    if what == "forward":
+        model.layers[0].forward = lambda x: x
+        return lambda: delattr(model.layers[0], "forward")
+    if what == "train":
+        model.eval()
+        return model.train
+    if what == "parameter":
+        parameter = next(model.parameters())
+        parameter.data.add_(1.0)
+        return lambda: parameter.data.sub_(1.0)
+    if what == "mode":
+        mode = torch.overrides.BaseTorchFunctionMode()
+        mode.__enter__()
+        return lambda: mode.__exit__(None, None, None)
+    if what == "fast path":
+        torch.backends.mha.set_fastpath_enabled(False)
+        return lambda: torch.backends.mha.set_fastpath_enabled(True)
+    if what == "code":
+        own = nn.functional.multi_head_attention_forward.__code__
+        nn.functional.multi_head_attention_forward.__code__ = own.replace(co_name="patched")
+        return lambda: setattr(nn.functional.multi_head_attention_forward, "__code__", own)
+    own_function = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = lambda *args, **kwargs: own_function(*args, **kwargs)
+    return lambda: setattr(nn.functional, "scaled_dot_product_attention", own_function)
+
+
+@pytest.mark.parametrize(
+    "what", ["hook", "attribute", "forward", "train", "parameter", "mode", "fast path", "code", "function"]
+)
+def test_assert_untouched_sees_what_is_left(what: str) -> None:
+    model = Stack(MinGPTAttention()).train()
+    before = snapshot(model)
+    assert_untouched(model, before)
+    undo = left_behind(model, what)
+    try:
+        with pytest.raises(AssertionError):
+            assert_untouched(model, before)
+    finally:
+        undo()
 
 
 # ---------------------------------------------------------------------------------- the zoo, traced

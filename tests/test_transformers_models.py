@@ -52,7 +52,7 @@ CASES = [
     Case("gpt2-unscaled", lambda i: tiny.gpt2(i, scale_attn_weights=False), lambda: {"input_ids": ids()}, SELF),
     Case("gpt2-reordered", lambda i: tiny.gpt2(i, reorder_and_upcast_attn=True), lambda: padded("right"), SELF),
     Case("gpt2-cross", lambda i: tiny.gpt2(i, add_cross_attention=True),
-         lambda: states(encoder_attention_mask=far(), **padded("left")), CROSS),
+         lambda: states(encoder_attention_mask=far(), **padded("right")), CROSS),
     Case("bert", tiny.bert, lambda: {"input_ids": ids()}, SELF),
     Case("bert-padded-left", tiny.bert, lambda: padded("left"), SELF),
     Case("bert-padded-right", tiny.bert, lambda: padded("right"), SELF),

@@ -69,7 +69,7 @@ def vit(implementation: str = "sdpa", **options: Any) -> Any:
 def clip(implementation: str = "sdpa") -> Any:
     config = transformers.CLIPConfig(
         text_config={**SMALL, **WORDS, "max_position_embeddings": 16},
-        vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=16,
+        vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=16, initializer_factor=3.0,
     )
     return from_config("CLIPModel", config, implementation)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
@@ -63,8 +63,6 @@ class Command(click.Command):
 
 class Group(click.Group):
     """Commands in the order in which they are used, rather than by name."""
-
-    command_class: ClassVar[type[click.Command]] = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names."""

@@ -1,8 +1,6 @@
-"""Values of options: lists of numbers, slices, dtypes."""
+"""Values of options: lists of numbers, slices, field names, dtypes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import click
 import torch
@@ -10,47 +8,29 @@ import torch
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
-class Ints(click.ParamType):
+def ints(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     """``0,-1,3`` as a list of ints."""
-
-    name = "int,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Parse it."""
-        if isinstance(value, list):
-            return value
-        try:
-            return [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r}: expected integers with commas between them, such as 0,-1.", param, ctx)
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected integers with commas between them, such as 0,-1.") from None
 
 
-class Positions(click.ParamType):
-    """``-1``, ``0,3`` or a slice such as ``-8:`` or ``0:64:2``."""
-
-    name = "int,...|a:b"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int] | slice:
-        """Parse it."""
-        if isinstance(value, (list, slice)):
-            return value
-        text = str(value)
-        try:
-            if ":" not in text:
-                return [int(part) for part in text.split(",")]
-            parts = [int(part) if part.strip() else None for part in text.split(":")]
-            if len(parts) > 3 or (len(parts) == 3 and parts[2] == 0):
-                raise ValueError
-            return slice(*parts)
-        except ValueError:
-            self.fail(f"{value!r}: expected positions such as 5 or 0,3,-1, or a slice such as -8: or 0:64.", param, ctx)
+def positions(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | slice | None:
+    """``-1``, ``0,3``, or a slice such as ``-8:`` or ``0:64:2``."""
+    if value is None or ":" not in value:
+        return ints(ctx, param, value)
+    try:
+        parts = [int(part) if part.strip() else None for part in value.split(":")]
+        if len(parts) > 3 or parts[2:] == [0]:
+            raise ValueError
+        return slice(*parts)
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected positions such as 0,3,-1, or a slice such as -8: or 0:64.") from None
 
 
-class Fields(click.ParamType):
-    """``q,k,weights`` as a tuple of field names."""
-
-    name = "field,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Parse it."""
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
+def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """``q,k,weights`` as a tuple."""
+    return None if value is None else tuple(part.strip() for part in value.split(","))

@@ -80,7 +80,8 @@ class Screen:
             columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
         if live is not None:
             columns.append(_Live(live))
-        with Progress(*columns, Elapsed(), console=self.err, transient=True, disable=not self.err.is_terminal) as progress:
+        hidden = not self.err.is_terminal
+        with Progress(*columns, Elapsed(), console=self.err, transient=True, disable=hidden) as progress:
             task = progress.add_task(what, total=total)
             yield lambda: progress.advance(task)
 

@@ -88,7 +88,7 @@ def handle_layer(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str,
             attended = norm(attended, 1)
             return norm(attended + feed(attended), 2)
 
-        report(watch, x, g, rest, out, nested=g["src"] if g["src"].is_nested else None)
+        report(watch, x, g, rest, out, nested=g["src"] if g["src"].is_nested else None, within="self_attn")
     return out
 
 
@@ -101,7 +101,8 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return padded, torch.arange(padded.shape[1], device=x.device) < lengths.unsqueeze(1)
 
 
-def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tensor, nested: Tensor | None = None) -> None:
+def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tensor, nested: Tensor | None = None,
+           within: str = "") -> None:
     """Rebuild the attention of a native call from its input and record it.
 
     Args:
@@ -110,6 +111,7 @@ def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tenso
         rest: merged heads B T C -> what the native call returns.
         out: what it returned.
         nested: the nested tensor ``x`` was padded from.
+        within: the child of the running module that holds the attention.
     """
     kept: Tensor | None = None
     if nested is not None:
@@ -130,10 +132,10 @@ def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tenso
     real, _ = dense(out)
     rows = torch.ones(b, t, dtype=torch.bool, device=x.device) if kept is None else kept
     if mask is not None:
-        rows = rows & mask.expand(b, 1, t, t).any(-1).view(b, t)
+        rows = rows & mask.any(-1).all(1).expand(b, t)
     error = torch.where(rows.unsqueeze(-1), rebuilt - real, 0.0).abs().amax()
     watch.recorder.record(KernelCall(q=q, k=k, v=v, output=output, scale=scale, mask=mask, tap=NAME, notes=[_NOTE],
-                                     outer_error=error))
+                                     outer_error=error, within=within))
 
 
 def _mask(mask: Tensor | None, kind: int | None, b: int, t: int) -> Tensor | None:

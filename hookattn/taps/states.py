@@ -93,6 +93,14 @@ class RowStat(State):
 
 
 @dataclass(slots=True)
+class Use:
+    """Whether weights, or any view of them, were multiplied with values; where they were made."""
+
+    path: str
+    done: bool = False
+
+
+@dataclass(slots=True)
 class Weights(State):
     """Post-softmax weights; ``scores`` is None where the softmax ran over something that is no product."""
 
@@ -104,7 +112,7 @@ class Weights(State):
     extended: bool = False                    # still holds the sink's column
     dropout: float = 0.0
     mixed: list[str] = field(default_factory=list)
-    name: str = "softmax"
+    use: Use | None = None
 
 
 Step = Callable[["Context"], State | None]

@@ -17,7 +17,7 @@ from . import axes
 from .axes import Origin, same
 from .eager import Build, ValueProduct, contracts_keys
 from .product import Label, LayoutError, Product, einsum_labels, matmul_labels
-from .states import Context, Part, RowStat, Scores, State, Term, Weights, step
+from .states import Context, Part, RowStat, Scores, State, Term, Use, Weights, step
 from .views import follow
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Watch(TorchFunctionMode):
         self.names: dict[Any, str] = {}
         self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
-        self.unused: dict[int, tuple[str, str]] = {}
+        self.uses: list[Use] = []
         self.poured: dict[int, frozenset[object]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,13 +184,11 @@ class Watch(TorchFunctionMode):
             return
         if not isinstance(target, Tensor):
             return
-        if isinstance(new, Weights):
-            if not isinstance(state, Weights):
-                if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
-                    new.scores_tensor = None
-                self._expect_use(target, "softmax over q·k whose result was never multiplied with values")
-            elif target is not x:
-                self._expect_use(target, self._used(x) or "")
+        if isinstance(new, Weights) and new.use is None:
+            if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
+                new.scores_tensor = None
+            new.use = Use(self.recorder.where())
+            self.uses.append(new.use)
         self.set_state(target, new)
 
     def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[int, Tensor, State]]:
@@ -322,7 +320,8 @@ class Watch(TorchFunctionMode):
                 if out.shape == w.shape:
                     self._mix(name, state, w, out)
                 return
-            self._used(w)
+            if state.use is not None:
+                state.use.done = True
             if state.scores is None:
                 self.recorder.skip("softmax over something that is not a product of queries and keys")
                 return
@@ -335,23 +334,15 @@ class Watch(TorchFunctionMode):
         self.recorder.record(call)
 
     def _mix(self, name: str, state: Weights, w: Tensor, out: Tensor) -> None:
-        self._expect_use(out, self._used(w) or "")
         self.set_origin(out, state.origin)
         self.set_state(out, replace(state, own=state.own or (w, state.origin), mixed=[*state.mixed, name]))
 
-    def _expect_use(self, weights: Tensor, reason: str) -> None:
-        self.unused[id(weights)] = (reason or "softmax over q·k whose result was never multiplied with values",
-                                    self.recorder.where())
-
-    def _used(self, weights: Tensor) -> str | None:
-        entry = self.unused.pop(id(weights), None)
-        return entry[0] if entry else None
-
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
-        for reason, path in self.unused.values():
-            self.recorder.skip(reason, path)
-        self.unused.clear()
+        for use in self.uses:
+            if not use.done:
+                self.recorder.skip("softmax over q·k whose result was never multiplied with values", use.path)
+        self.uses.clear()
         self.live.clear()
         self.origins.clear()
         self.poured.clear()

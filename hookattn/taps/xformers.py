@@ -78,7 +78,7 @@ def _as_bhts(x: Tensor, q: Tensor) -> Tensor:
     if x.dim() == 5:
         return x.expand(-1, q.shape[2], q.shape[3], -1, -1).flatten(1, 2)
     if x.dim() == 3:
-        return x.unsqueeze(1) if x.shape[0] in (1, q.shape[0]) else x.view(q.shape[0], -1, *x.shape[1:])
+        return x.unsqueeze(1) if x.shape[0] in (1, q.shape[0]) else x.reshape(q.shape[0], -1, *x.shape[1:])
     return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 

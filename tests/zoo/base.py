@@ -64,8 +64,6 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     train: bool = False  # run the trace in train mode, with dropout
     tol: float = 1e-9  # of the reference against the module in float64
-    bf16: bool = True  # numerics are sane in bfloat16
-    own_output: bool = True  # some operation of the model returns the output as such
 
     def model(self, dtype: torch.dtype = torch.float32) -> Host:
         """The entry inside a host; weights do not depend on anything but the name."""

@@ -58,7 +58,7 @@ class PerceiverStyle(Entry):
         n, h = x.shape[1], H
         q = self.to_q(x)
         k, v = self.to_kv(x).chunk(2, dim=-1)
-        q, k, v = map(lambda t: rearrange(t, "b n (h d) -> b h n d", h=h), (q, k, v))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=h) for t in (q, k, v))
         q = q * self.scale
         sim = einsum("b h i d, b h j d -> b h i j", q, k)
         causal_mask = torch.ones((n, n), dtype=torch.bool, device=x.device).triu(1)

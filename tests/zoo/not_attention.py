@@ -1,4 +1,4 @@
-"""What is no softmax over q k^T: never to be forced into the shape of a call, and never to be passed over in silence."""
+"""What is no softmax over q k^T: never forced into the shape of a call, never passed over in silence."""
 
 from __future__ import annotations
 

@@ -1,0 +1,22 @@
+"""``hookattn demo``."""
+
+from __future__ import annotations
+
+import click
+
+from .command import Command
+from .screen import Screen
+
+
+@click.command(cls=Command, examples=("hookattn demo", "hookattn demo --out /tmp/out", "hookattn demo --json"))
+@click.option("--out", default="out", show_default=True, type=click.Path(), help="Directory for the two trace files.")
+@click.pass_obj
+def demo(screen: Screen, out: str) -> None:
+    """Trace two real trained models, offline: a sentence encoder and a small causal model that has learned to copy.
+
+    Prints every call with its certificate, finds the heads that do the copying, saves both traces and reads them back.
+    """
+    from ..demo.run import run
+    report = run(out, screen.out, screen.working)
+    if screen.as_json:
+        screen.json(report)

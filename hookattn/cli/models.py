@@ -1,0 +1,166 @@
+"""MODEL, as a user names it, to a module: a transformers directory or hub name, or ``module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from .command import first_line
+from .screen import Screen, counted
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_TRANSFORMERS = 'needs the package transformers: pip install "hookattn[transformers]"'
+
+
+@dataclass
+class Loaded:
+    """A model, and where the rest of it is.
+
+    Attributes:
+        model: on its device, in eval mode.
+        name: as the user wrote it.
+        source: the directory or hub name that also has the tokenizer; None for a factory's model.
+        inputs: what a factory returned beside the model.
+        trust: whether code from the model's repository may run.
+    """
+
+    model: nn.Module
+    name: str
+    source: str | None = None
+    inputs: Any = None
+    trust: bool = False
+
+
+def load_model(name: str, screen: Screen, *, attn: str | None = None, device: str = "cpu",
+               trust: bool = False) -> Loaded:
+    """Load what MODEL names.
+
+    Raises:
+        ModelError: there is no such thing, or it cannot be loaded; says what to do.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: this torch sees no CUDA device.")
+    if not os.path.isdir(name) and _FACTORY.fullmatch(name):
+        if attn is not None:
+            raise ModelError(f"--attn chooses a kernel of a transformers model; {name} is made by its own factory.")
+        loaded = _from_factory(name)
+    else:
+        loaded = _from_transformers(name, screen, attn, trust)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def _from_factory(name: str) -> Loaded:
+    where, _, path = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(where)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name is not None and (
+            where == error.name or where.startswith(error.name + "."))
+        raise ModelError(
+            f"{name}: there is no module {where!r} in {os.getcwd()} or among the installed packages." if missing else
+            f"{name}: importing {where!r} failed: {type(error).__name__}: {first_line(error)}") from error
+    found: Any = module
+    for part in path.split("."):
+        if not hasattr(found, part):
+            own = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)
+                   and (callable(v) or isinstance(v, nn.Module)) and getattr(v, "__module__", where) == where]
+            there = ", ".join(own) or "nothing callable"
+            raise ModelError(f"{name}: the module {where!r} has no {path!r}; it has {there}.")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, nn.Module):
+        try:
+            found = found()
+        except Exception as error:
+            raise ModelError(f"{name}: calling {path}() failed: {type(error).__name__}: {first_line(error)}") from error
+    inputs = None
+    if isinstance(found, tuple) and len(found) == 2:
+        found, inputs = found
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"{name}: expected an nn.Module or a pair of an nn.Module and its inputs; "
+                         f"{path} gave {type(found).__name__}.")
+    return Loaded(found, name, inputs=inputs)
+
+
+def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool) -> Loaded:
+    source = os.path.expanduser(name)
+    if os.path.isdir(source):
+        _check_directory(name, Path(source))
+    elif Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
+        raise ModelError(f"{name}: there is no such directory. MODEL is a directory that transformers saved, a name on "
+                         "the hub, or module:factory.")
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
+    quiet_transformers()
+    with screen.working(f"loading {name}"):
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            made, report = _class_for(transformers, config, trust).from_pretrained(
+                source, output_loading_info=True,
+                **({"trust_remote_code": True} if trust else {}),
+                **({} if attn is None else {"attn_implementation": attn}))
+        except Exception as error:
+            raise ModelError(_why(name, error, os.path.isdir(source))) from error
+    random = sorted(report.get("missing_keys", ()))
+    if random:
+        screen.warn(f"{counted(len(random), 'weight')} of {type(made).__name__} not in {name} and drawn at random, "
+                    f"{random[0]} for example.")
+    return Loaded(made, name, source, trust=trust)
+
+
+def _check_directory(name: str, path: Path) -> None:
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{name}: the directory has no config.json, so it is no model that transformers saved. For a "
+                         "model of your own, give module:factory.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config}: cannot be read as JSON: {first_line(error)}") from error
+
+
+def _class_for(transformers: Any, config: Any, trust: bool) -> Any:
+    """The class that the checkpoint was saved from, else the auto class that fits."""
+    names = getattr(config, "architectures", None) or []
+    remote = getattr(config, "auto_map", None) or {}
+    if trust:
+        auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel" if "AutoModel" in remote else None)
+        if auto is not None:
+            return getattr(transformers, auto)
+    return next((c for n in names if isinstance(c := getattr(transformers, n, None), type)), transformers.AutoModel)
+
+
+def _why(name: str, error: Exception, local: bool) -> str:
+    said = first_line(error)
+    if "trust_remote_code" in str(error):
+        return f"{name}: this model runs code from its own repository; read it, then allow it with --trust-remote-code."
+    if not local and isinstance(error, OSError):
+        return (f"{name}: it is no directory here, and the hub did not give it: {said} Offline, give the directory "
+                "of a model that is already here.")
+    return f"{name}: transformers cannot load it: {type(error).__name__}: {said}"
+
+
+def quiet_transformers() -> None:
+    """No log lines and no bars of its own: what a user has to know is said by the command."""
+    import logging
+
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

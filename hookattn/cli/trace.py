@@ -1,0 +1,142 @@
+"""``hookattn trace``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+import torch
+
+from .. import api
+from ..errors import ModelError, TraceWriteError
+from ..trace import Trace
+from .command import Command
+from .inputs import Given, gather, move
+from .models import Loaded, load_model
+from .options import DTYPES, ints, names, positions
+from .screen import Screen, counted, size_of
+from .table import print_calls, print_head, print_verdict, summary
+
+_COMPACT = ("q", "k", "v", "bias", "mask", "sinks", "output")
+
+
+@click.command(cls=Command, examples=(
+    'hookattn trace gpt2 --text "The cat sat on the mat." -o run.safetensors',
+    'hookattn trace ./my-bert --pair "A cat." "A dog." -o pair.safetensors --capture weights',
+    'hookattn trace ./my-llama --text "Once upon" --generate 20 --compact -o story.safetensors',
+    "hookattn trace ./my-vit --image cat.png --layers -1 --verify full",
+    "hookattn trace mypackage.models:build --inputs batch.safetensors -o run.safetensors"))
+@click.argument("model")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text; several are one padded batch.")
+@click.option("--pair", nargs=2, metavar="A B", help="A pair of sentences, as one input.")
+@click.option("--image", "images", multiple=True, type=click.Path(), help="An image file, through the image processor.")
+@click.option("--inputs", "file", type=click.Path(), help="Named tensors: .safetensors, .pt, .json or .npz.")
+@click.option("-o", "--out", type=click.Path(), help="The trace file; without it, only the table is printed.")
+@click.option("--capture", callback=names, metavar="FIELD,…",
+              help="Fields to keep, of q,k,v,bias,scores,mask,sinks,weights,output; all by default.")
+@click.option("--layers", callback=ints, metavar="INT,…", help="Layers to keep, such as 0,-1.")
+@click.option("--heads", callback=ints, metavar="INT,…", help="Query heads to keep.")
+@click.option("--queries", callback=positions, metavar="INT,…|A:B", help="Query positions to keep, such as -1 or -8:.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Store floating fields in this dtype.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the model runs.")
+@click.option("--attn", metavar="eager|sdpa|flex_attention", help="The attention kernel of a transformers model.")
+@click.option("--verify", type=click.Choice(["sample", "full", "off"]), default="sample", show_default=True,
+              help="Which query rows are checked against the model's own kernel.")
+@click.option("--strict", is_flag=True, help="Fail if a call is unfaithful.")
+@click.option("--compact", is_flag=True, help="Leave scores and weights out of the file; they are derived when read.")
+@click.option("--generate", type=click.IntRange(min=1), metavar="N", help="Trace model.generate: N new tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of torch's random numbers.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow a model to run code from its repository.")
+@click.pass_obj
+def trace(screen: Screen, model: str, texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...],
+          file: str | None, out: str | None, capture: tuple[str, ...] | None, layers: list[int] | None,
+          heads: list[int] | None, queries: list[int] | slice | None, dtype: str | None, device: str, attn: str | None,
+          verify: str, strict: bool, compact: bool, generate: int | None, seed: int, trust_remote_code: bool) -> None:
+    """Run MODEL once and keep what its attention did.
+
+    MODEL is a directory that transformers saved, a name on the hub, or module:factory, where the factory is an
+    nn.Module or a callable that returns one, or a pair of one and its inputs. It runs in eval mode, without gradients,
+    with the kernels it has.
+    """
+    _check_options(texts, pair, images, file, out, compact)
+    if out is not None:
+        _check_target(out)
+    torch.manual_seed(seed)
+    loaded = load_model(model, screen, attn=attn, device=device, trust=trust_remote_code)
+    given = gather(loaded, texts=texts, pair=pair, images=images, file=file, generate=generate is not None)
+    given.args = move(given.args, device)
+    if capture is None and (out is None or compact):
+        capture = _COMPACT if compact else ("q", "k", "v")
+    options = {"capture": capture, "layers": layers, "heads": heads, "queries": queries,
+               "dtype": None if dtype is None else DTYPES[dtype], "tokens": given.tokens, "verify": verify,
+               "strict": strict, "to": None if compact else out}
+    for note in given.notes:
+        screen.say(f"note: {note}", "dim")
+    torch.manual_seed(seed)
+    made = _run(screen, loaded, given, options, generate)
+    if compact and out is not None:
+        with screen.working(f"writing {out}"):
+            made.path = made.save(out, compact=True)
+    _report(screen, made)
+
+
+def _run(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], generate: int | None) -> Trace:
+    model = loaded.model
+    with torch.no_grad():
+        if generate is None:
+            with screen.working(f"tracing {type(model).__name__}"):
+                return api.trace(model, given.args, **options)
+        if not callable(getattr(model, "generate", None)):
+            raise ModelError(f"--generate: {type(model).__name__} has no generate(); it is no generating model.")
+        args = given.args if isinstance(given.args, dict) else {"inputs": given.args}
+        running: list[Trace] = []
+
+        def progress() -> str:
+            steps = running[0].calls[-1].step + 1 if running and running[0].calls else 0
+            return f"{steps} of {generate} tokens"
+
+        with screen.working("generating", live=progress), api.tracing(model, **options) as made:
+            running.append(made)
+            pad = getattr(given.tokenizer, "pad_token_id", None)
+            if pad is None:
+                pad = getattr(given.tokenizer, "eos_token_id", None)
+            ids = model.generate(  # type: ignore[operator]
+                **args, max_new_tokens=generate, do_sample=False, **({} if pad is None else {"pad_token_id": pad}))
+            if given.tokenizer is not None and not getattr(model.config, "is_encoder_decoder", False):
+                made.tokens = [given.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+        return made
+
+
+def _report(screen: Screen, made: Trace) -> None:
+    data = summary(made)
+    if screen.as_json:
+        screen.json(data)
+        return
+    print_head(screen.out, data)
+    print_calls(screen.out, made.calls)
+    print_verdict(screen.out, made)
+    if made.path is not None:
+        screen.out.print(f"wrote {made.path}", f"({size_of(data['bytes'])}, {counted(data['tensors'], 'tensor')})",
+                         markup=False, soft_wrap=True)
+
+
+def _check_options(texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...], file: str | None,
+                   out: str | None, compact: bool) -> None:
+    sources = {"--text": texts, "--pair": pair, "--image": images, "--inputs": file}
+    asked = [name for name, given in sources.items() if given]
+    if len(asked) > 1 and asked != ["--text", "--image"]:
+        raise click.UsageError(f"{' and '.join(asked)} exclude each other.")
+    if compact and out is None:
+        raise click.UsageError("--compact says how the file is written: it needs -o FILE.")
+
+
+def _check_target(out: str) -> None:
+    """Before the model is loaded, not after."""
+    folder = os.path.dirname(out) or "."
+    if os.path.isdir(out):
+        raise TraceWriteError(f"{out}: this is a directory; name a file in it.")
+    if not os.path.isdir(folder):
+        raise TraceWriteError(f"{out}: the directory {folder!r} does not exist; create it first.")
+    if not os.access(folder, os.W_OK):
+        raise TraceWriteError(f"{out}: the directory {folder!r} is not writable.")

@@ -1,0 +1,105 @@
+"""``hookattn verify``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ..loading import load
+from ..trace import Call, Trace
+from .command import Command
+from .recheck import CHECKS, Check, recheck
+from .screen import Screen, counted
+
+Result = tuple[Call, dict[str, Check]]
+
+
+@click.command(cls=Command, examples=("hookattn verify run.safetensors", "hookattn verify run.safetensors --json"))
+@click.argument("file", type=click.Path())
+@click.pass_obj
+def verify(screen: Screen, file: str) -> None:
+    """Recompute a trace FILE's invariants from the file alone, without the model; exit code 1 if one fails.
+
+    \b
+    scores    softcap(scale·q·kᵀ) + bias = scores, where the mask allows
+    weights   softmax(where(mask, scores, −∞), sinks) = weights
+    masked    a masked entry weighs 0
+    rows      a row of weights sums to 1 (with sinks: to at most 1)
+    output    weights @ v = output
+
+    A call also fails if its stored certificate, which was measured against the model's own kernel, is unfaithful.
+    """
+    trace = load(file)
+    results: list[Result] = []
+    with screen.working("recomputing", total=len(trace)) as advance:
+        for call in trace:
+            results.append((call, recheck(call)))
+            advance()
+    passed = all(_verdict(*result) != "FAIL" for result in results)
+    if screen.as_json:
+        screen.json(_data(trace, results, passed))
+    else:
+        _print(screen, results)
+    if not passed:
+        click.get_current_context().exit(1)
+
+
+def _verdict(call: Call, checks: dict[str, Check]) -> str:
+    found = [check.passed for check in checks.values()]
+    if False in found or call.certificate.status == "unfaithful":
+        return "FAIL"
+    return "pass" if True in found else "nothing to check"
+
+
+def _data(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
+    return {
+        "file": trace.path, "passed": passed,
+        "calls": [{
+            "index": call.index, "step": call.step, "path": call.site.path, "result": _verdict(call, checks).lower(),
+            "checks": {name: {"passed": None, "reason": check.reason} if check.reason else
+                       {"passed": check.passed, "error": check.error, "tolerance": check.tolerance}
+                       for name, check in checks.items()},
+            "certificate": {**call.certificate.to_json(), "faithful": call.certificate.faithful},
+        } for call, checks in results],
+    }
+
+
+def _cell(check: Check) -> Text:
+    if check.reason:
+        return Text("–", "dim")
+    return Text(f"{check.error:.1e}", "green") if check.passed else Text(f"{check.error:.1e} ✗", "bold red")
+
+
+def _print(screen: Screen, results: list[Result]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("path", overflow="fold")
+    for name in [*CHECKS, "certificate", "result"]:
+        table.add_column(name, no_wrap=True)
+    styles = {"pass": "green", "FAIL": "bold red", "nothing to check": "yellow"}
+    for call, checks in results:
+        status, verdict = call.certificate.status, _verdict(call, checks)
+        table.add_row(str(call.index), Text(call.site.label), *map(_cell, checks.values()),
+                      Text(status, "bold red" if status == "unfaithful" else ""), Text(verdict, styles[verdict]))
+    screen.out.print(table)
+    for call, checks in results:
+        for name, check in checks.items():
+            if check.passed is False:
+                said = f"{CHECKS[name]} is off by {check.error:.2e}, allowed {check.tolerance:.2e}"
+                screen.out.print(Text(f"call {call.index}, {call.site.label}: {said}", "red"))
+    reasons = dict.fromkeys((n, check.reason) for _, checks in results for n, check in checks.items() if check.reason)
+    for name, reason in reasons:
+        screen.out.print(Text(f"– {name} not checked: {reason}", "dim"))
+    verdicts = [_verdict(*result) for result in results]
+    failed, empty = verdicts.count("FAIL"), verdicts.count("nothing to check")
+    total = counted(len(verdicts), "call")
+    if failed:
+        screen.out.print(Text(f"{failed} of {total} failed", "bold red"))
+    elif empty:
+        screen.out.print(Text(f"{empty} of {total} could not be checked, the rest pass", "yellow"))
+    else:
+        screen.out.print(Text(f"{total}: all that the file holds agrees with itself", "green"))
