@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HookattnError, InputError, NoAttentionError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .errors import (
+    HookattnError,
+    InputError,
+    ModelError,
+    NoAttentionError,
+    SelectionError,
+    SkippedWarning,
+    UnfaithfulWarning,
+)
 from .hooks import make_plan
 from .selection import Selection
 from .session import Session, describe_model
 from .trace import Trace
 
 _VERIFY = ("sample", "full", "off")
+_ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 
 
 def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None = None, layers: Any = None,
@@ -56,8 +66,8 @@ def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None 
         TraceWriteError: the file of ``to`` could not be written.
     """
     args, kwargs = _arguments(inputs)
-    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        _check_fit(model, args, kwargs)
+    _check_model(model)
+    _check_fit(model, args, kwargs)
     with tracing(model, capture=capture, layers=layers, heads=heads, queries=queries, dtype=dtype, device=device, to=to,
                  tokens=tokens if tokens is not None else _tokens_of(inputs), verify=verify, strict=strict) as made:
         made.output = model(*args, **kwargs)
@@ -77,6 +87,7 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    _check_model(model)
     plan = make_plan(model)
     made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
@@ -105,6 +116,20 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
     _warn(made)
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and (not path or _ATTENDS.search(str(module.inlined_graph))):
+            raise ModelError(f"{path or type(model).__name__} is scripted or traced by torch.jit, and nothing can be "
+                             "seen in compiled code; trace the Python module that it was made from.")
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # it brings the weights when needed
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.is_meta and not offloaded:
+            raise ModelError(f"{name} is on the meta device and has no values; load the weights (to_empty() and "
+                             "load_state_dict()) before tracing.")
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -114,7 +139,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    text = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
+    given = [*args, *kwargs.values()]
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
@@ -125,8 +150,9 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise InputError(
             f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. Pass "
             "a tensor, a tuple of arguments, or a dict of keyword arguments.") from error
-    if text and not any(p.annotation in (str, "str") for p in signature.parameters.values()):
-        raise InputError(f"the inputs hold text ({text[0][:40]!r}); tokenize it first and pass the tensors.")
+    text = [a for a in given if isinstance(a, str) or (isinstance(a, (list, tuple)) and a and _strings(a))]
+    if text and len(text) == len(given) and not any("str" in str(p.annotation) for p in signature.parameters.values()):
+        raise InputError(f"the inputs hold text ({str(text[0])[:40]!r}); tokenize it first and pass the tensors.")
 
 
 def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -144,22 +170,26 @@ def _tokens_of(inputs: Any) -> list[list[str]] | None:
 def _token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
     if tokens is None:
         return None
-    if isinstance(tokens, str):
-        raise InputError("tokens has to be a list of strings, one for each position, not one string.")
-    rows = [tokens] if all(isinstance(t, str) for t in tokens) else tokens
-    made = [list(row) for row in rows]
-    if not all(isinstance(t, str) for row in made for t in row):
-        raise InputError("tokens has to be a list of strings, or one such list for each batch entry.")
-    return made
+    rows = [tokens] if _strings(tokens) else tokens
+    if isinstance(rows, str) or not isinstance(rows, Iterable) or not all(map(_strings, rows)):
+        raise InputError("tokens has to be a list of strings, one for each position, or one such list for each batch "
+                         f"entry; got {str(tokens)[:60]!r}.")
+    return [list(row) for row in rows]
+
+
+def _strings(x: Any) -> bool:
+    return isinstance(x, Iterable) and not isinstance(x, str) and all(isinstance(t, str) for t in x)
 
 
 def _check_result(session: Session) -> None:
     made = session.trace
+    absent = [i for i in session.selection.layers or () if i not in session.matched]
+    if session.recorded and absent:
+        raise SelectionError(
+            f"layers={list(session.selection.layers or ())}: there is no layer {absent[0]}; of the {session.recorded} "
+            f"attention calls that ran, the last layers are {session.describe_layers()}.")
     if made.calls:
         return
-    if session.recorded and session.selection.layers is not None:
-        raise SelectionError(f"layers={list(session.selection.layers)} selects none of the {session.recorded} attention "
-                             f"calls that ran, at {sorted(session.seen)[:6]}.")
     if session.recorded == 0 and not made.skipped:
         if session.step < 0 and not session.ran:
             raise NoAttentionError("the model was never called while it was traced.")

@@ -12,7 +12,10 @@ from torch import Tensor
 MASKED = -9_000.0
 # The smallest penalty in use as a mask: Swin's 0/-100, whose weights do reach 0.
 FILL = -99.0
-_GAP = -1_000.0
+# What masks are made of beside -10000: float16's lowest, -1e9, the lowest of the others. A mask stands apart from the
+# bias by at least a third of its size.
+_BOUNDS = (MASKED, -60_000.0, -5e8, -1e30)
+_APART = 1.5
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -128,19 +131,21 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
     Returns:
         bias (finite, zero where masked; None if it is zero everywhere) and mask (bool; None if nothing is masked).
     """
-    low, high = (x.item() for x in torch.aminmax(additive))
-    if low == 0 and high == 0:
+    if additive.numel() == 0:
+        return None, None
+    low, top = (x.item() for x in torch.aminmax(additive))
+    if low == 0 and top == 0:
         return None, None
     if low > FILL:
         return additive, None
-    hidden = additive <= MASKED
-    finite = torch.where(hidden, 0.0, additive)
-    floor, top = (x.item() for x in torch.aminmax(finite))
-    if floor <= _GAP:  # no gap between what is hidden and what is not: a slope, so only the unmistakable is a mask
-        hidden = additive <= max(torch.finfo(additive.dtype).min / 2, -1e30)
-        finite = torch.where(hidden, 0.0, additive)
-        floor, top = (x.item() for x in torch.aminmax(finite))
-    elif floor <= FILL and top == 0 and not bool(((finite < 0) & (finite > FILL)).any()):
+    hidden, bias, floor = None, additive, low
+    for bound in (b for b in _BOUNDS if low <= b):
+        below = additive <= bound
+        rest = torch.where(below, 0.0, additive)
+        least, most = (x.item() for x in torch.aminmax(rest))
+        if least > bound / _APART:  # no slope that leads down to it
+            hidden, bias, floor, top = below, rest, least, most
+            break
+    if floor <= FILL and top == 0 and not bool(((bias < 0) & (bias > FILL)).any()):
         hidden, floor = additive != 0, 0.0
-    bias = None if floor == 0 and top == 0 else finite
-    return bias, (~hidden if low <= MASKED or bias is None else None) if bool(hidden.any()) else None
+    return None if floor == 0 and top == 0 else bias, None if hidden is None else ~hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ class Certificate:
     @property
     def max_error(self) -> float:
         """The largest error that was measured."""
-        return max(self.output_error, self.weights_error or 0.0, self.row_sum_error)
+        errors = (self.output_error, self.weights_error or 0.0, self.row_sum_error)
+        return max(errors, key=lambda e: (math.isnan(e), e))
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -122,7 +124,7 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
     weights_error = zero if own is None else _largest(derived - own, live)
     total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
     excess = _largest(total if call.sinks is None else total.clamp_min(0), live)
-    size = torch.linalg.vector_norm(call.v.to(wide), ord=torch.inf)
+    size = _largest(call.v.to(wide), None)
     errors = torch.stack([output_error, weights_error.to(wide), excess, size])
     return Pending(errors, call.q.dtype, len(range(*rows.indices(t))), t, own is not None, basis)
 

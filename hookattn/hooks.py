@@ -28,7 +28,9 @@ _CALL_CODE = nn.Module._call_impl.__code__
 _NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # What of torch.nn itself attends; its other modules never do, and are not worth asking about.
 _TORCH_ATTENDS = (*_NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
-_SOUNDS_LIKE = re.compile(r"attention|attn|mamba|retention|rwkv|delta_?net|hyena|ssm|linear_?att|deformable", re.IGNORECASE)
+_SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
+# What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
+_ONLY_A_PART = re.compile(r"(?:Output|Projection|Bias|Mask|Norm|MLP|Dropout|Loss|Adapter(?:Layer)?)$")
 
 
 @dataclass
@@ -76,7 +78,7 @@ def make_plan(model: nn.Module) -> Plan:
                 plan.adapters.add(adapter.name)
                 if covered(module):
                     plan.sealed.add(id(module))
-            elif _SOUNDS_LIKE.search(name):
+            elif _sounds_like_attention(name):
                 unnamed.append((path, module))
             continue
         if isinstance(module, _NO_HOOKS):
@@ -85,7 +87,7 @@ def make_plan(model: nn.Module) -> Plan:
                                                                     nn.TransformerDecoder, nn.TransformerDecoderLayer))
         if not leaf:
             plan.watch_all = True
-            if _SOUNDS_LIKE.search(name):
+            if _sounds_like_attention(name):
                 plan.suspects.append((path, module))
     named = [site.path for site in plan.sites.values()]
     for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
@@ -95,6 +97,10 @@ def make_plan(model: nn.Module) -> Plan:
     locked = {id(m) for top in fixed for m in top.modules()}
     plan.suspects = [(p, m) for p, m in plan.suspects if id(m) not in locked]
     return plan
+
+
+def _sounds_like_attention(name: str) -> bool:
+    return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
 
 
 def _within(path: str, outer: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,8 @@ class Selection:
         Raises:
             SelectionError: an unknown field, something that is no index, or an empty selection.
         """
+        if not isinstance(capture, (Iterable, type(None))):
+            raise SelectionError(f"capture={capture!r}: expected a list of fields; choose among {', '.join(FIELDS)}.")
         fields = FIELDS if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
         unknown = [f for f in fields if f not in FIELDS]
         if unknown:
@@ -55,8 +58,10 @@ class Selection:
             raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
         if not isinstance(queries, slice):
             queries = _indices("queries", queries)
+        elif not all(x is None or hasattr(x, "__index__") for x in (queries.start, queries.stop, queries.step)):
+            raise SelectionError(f"queries={queries!r}: expected a slice of ints.")
         return cls(frozenset(fields), _indices("layers", layers), _indices("heads", heads), queries, dtype,
-                   None if device is None else torch.device(device))
+                   _device(device))
 
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
@@ -84,9 +89,10 @@ class Selection:
         if self.queries is None:
             return None
         if isinstance(self.queries, slice):
-            if not range(*self.queries.indices(t)):
+            rows = range(*self.queries.indices(t))
+            if not rows:
                 raise SelectionError(f"queries={self.queries}: {where} has {t} queries, of which none is selected.")
-            return self.queries
+            return self.queries if rows.step > 0 else list(rows)
         bad = [i for i in self.queries if not -t <= i < t]
         if bad:
             raise SelectionError(f"queries={list(self.queries)}: {where} has {t} queries, so there is no query {bad[0]}.")
@@ -106,17 +112,30 @@ class Selection:
 def _indices(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if hasattr(value, "__index__") and not hasattr(value, "__len__"):
+        value = (value,)
     if isinstance(value, (slice, str, bytes)) or not isinstance(value, Iterable):
         raise SelectionError(f"{name}={value!r}: expected an int or a list of ints.")
-    items = tuple(value.tolist() if isinstance(value, Tensor) else value)
+    items = tuple(value)
     if not items:
         raise SelectionError(f"{name}=[] selects nothing; leave it out to keep all {name}.")
-    bad = [i for i in items if not isinstance(i, int) or isinstance(i, bool)]
+    bad = [i for i in items if not hasattr(i, "__index__") or isinstance(i, bool)]
     if bad:
         raise SelectionError(f"{name}={value!r}: expected ints, got {bad[0]!r}.")
-    return items
+    return tuple(operator.index(i) for i in items)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SelectionError(f"device={device!r}: there is no such device here: {reason}") from error
+    return found
 
 
 def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None) -> list[int] | None:

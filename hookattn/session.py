@@ -46,11 +46,13 @@ class Session:
         self.plan, self.trace, self.selection = plan, trace, selection
         self.verify, self.strict, self.sink = verify, strict, sink
         self.watch = Watch(self, kernels())
-        self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.active)
+        self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.forward)
         self.step = -1
         self.seen: set[str] = set()
         self.ran: dict[str, str] = {}
         self.recorded = 0
+        self.matched: set[int] = set()
+        self._last: dict[tuple[str, str], int] = {}
         self._sites: list[tuple[Site, bool]] = []
         self._order: dict[tuple[str, str], list[str]] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}
@@ -84,8 +86,8 @@ class Session:
 
     def stop(self) -> None:
         """Detach everything, whatever state the forward left it in."""
-        while self._on_top():
-            self._pop()
+        for mode in reversed([m for m in self._take_modes() if m is not self.watch]):
+            torch._C._push_on_torch_function_stack(mode)
         self.brackets.remove()
         remove(self._patched)
         self._patched = []
@@ -93,11 +95,12 @@ class Session:
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
-        set_current(None)
+        if self.active():
+            set_current(None)
         self.watch.flush()
 
     def _uncompile(self) -> None:
-        if self.plan.compiled:
+        if self.plan.compiled or any(_is_compiled(module) for module in self.plan.modules.values()):
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
             self.trace.notes.append("the model is compiled; it ran uncompiled while it was traced, so its outputs may "
@@ -106,6 +109,10 @@ class Session:
     def active(self) -> bool:
         """Whether the current thread is the traced one."""
         return current() is self
+
+    def forward(self) -> bool:
+        """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
+        return current() is self and not _in_backward()
 
     def alone(self) -> bool:
         """Whether no other function mode is open beside ours."""
@@ -126,12 +133,17 @@ class Session:
     def _open(self) -> bool:
         return any(torch._C._get_function_stack_at(i) is self.watch for i in range(torch._C._len_torch_function_stack()))
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Without our mode: for kernels that must not see it."""
+    def _take_modes(self) -> list[TorchFunctionMode]:
+        """Pop modes, the topmost first, until ours is not open any more."""
         taken: list[TorchFunctionMode] = []
         while self._open():
             taken.append(torch._C._pop_torch_function_stack())
+        return taken
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Without our mode: for kernels that must not see it."""
+        taken = self._take_modes()
         others = [m for m in reversed(taken) if m is not self.watch]
         for mode in others:
             torch._C._push_on_torch_function_stack(mode)
@@ -204,6 +216,8 @@ class Session:
 
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read."""
+        if _in_backward():
+            return
         path = self.where() if path is None else path
         self.seen.add(path)
         self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
@@ -214,6 +228,8 @@ class Session:
 
     def record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
+        if _in_backward():
+            return
         self.recorded += 1
         with torch.no_grad(), _without_autocast(call.q.device.type):
             self._record(call)
@@ -224,6 +240,8 @@ class Session:
             site = replace(site, kind="cross")
         site = self._ordered(site)
         self.seen.add(site.path)
+        place = (site.stack, site.kind)
+        self._last[place] = max(self._last.get(place, 0), site.layer or 0)
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
@@ -239,7 +257,7 @@ class Session:
         pending, scores, weights = self._derive(whole)
         made = Call(
             site=site, step=max(self.step, 0), index=len(self.trace.calls), tap=call.tap, dtype=call.dtype,
-            scale=call.scale, softcap=call.softcap, causal=call.causal, window=call.window, dropout=call.dropout,
+            scale=self._scale(call), softcap=call.softcap, causal=call.causal, window=call.window, dropout=call.dropout,
             heads=None if heads is None else tuple(heads), kv_heads=None if groups is None else tuple(groups),
             queries=None if queries is None else tuple(range(t)[queries] if isinstance(queries, slice) else queries),
             notes=tuple(call.notes))
@@ -259,6 +277,10 @@ class Session:
         self.trace.calls.append(made)
         if self.sink is not None and takes:
             self.sink(made)
+
+    def _scale(self, call: KernelCall) -> float | Tensor:
+        scale = call.scale
+        return scale.to(self.selection.device or scale.device, copy=True) if isinstance(scale, Tensor) else scale
 
     def _ordered(self, site: Site) -> Site:
         """A site without a number gets its place among those of its stack and kind."""
@@ -377,24 +399,33 @@ class Session:
         """Layers counted from the end, where the number of layers is known only now."""
         if self.selection.layers is None:
             return
-        last: dict[tuple[str, str], int] = {}
-        for call in self.trace.calls:
-            key = (call.site.stack, call.site.kind)
-            last[key] = max(last.get(key, 0), call.site.layer or 0)
-        for (stack, kind), order in self._order.items():
-            last[(stack, kind)] = max(last.get((stack, kind), 0), len(order) - 1)
 
         def takes(site: Site) -> bool:
-            n = site.layers or last[(site.stack, site.kind)] + 1
-            return site.layer in {i if i >= 0 else n + i for i in self.selection.layers or ()}
+            n = site.layers or self._last[(site.stack, site.kind)] + 1
+            fits = {i for i in self.selection.layers or () if site.layer == (i if i >= 0 else n + i)}
+            self.matched |= fits
+            return bool(fits)
 
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
             call.index = i
 
+    def describe_layers(self) -> str:
+        """The last layer of every stack that ran, as text."""
+        return ", ".join(f"{n} ({stack} {kind})" for (stack, kind), n in self._last.items())
+
 
 def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(outer + ".") or not outer
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+            or hasattr(module.forward, "_torchdynamo_orig_callable"))
 
 
 def _derivable(call: Call) -> tuple[str, ...]:

@@ -230,28 +230,24 @@ class Trace:
 
     def select(self, *, layer: int | Sequence[int] | None = None, stack: str | None = None, kind: str | None = None,
                step: int | Sequence[int] | None = None, path: str | None = None, tap: str | None = None) -> Trace:
-        """The calls that fit all of the given; layers and steps may be negative, from the end.
+        """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
 
         Raises:
             SelectionError: nothing fits; says what there is.
         """
-        def numbers(wanted: int | Sequence[int] | None, of: Callable[[Call], int | None]) -> set[int] | None:
-            if wanted is None:
-                return None
-            last = max((n for c in self.calls if (n := of(c)) is not None), default=-1)
-            return {n if n >= 0 else last + 1 + n for n in ([wanted] if isinstance(wanted, int) else wanted)}
+        def fits(wanted: int | Sequence[int] | None, n: int | None, last: int) -> bool:
+            return wanted is None or n in {i if i >= 0 else last + 1 + i
+                                           for i in ([wanted] if isinstance(wanted, int) else wanted)}
 
-        steps = numbers(step, lambda c: c.step)
+        last_step = max((c.step for c in self.calls), default=0)
+        last: dict[tuple[str, str], int] = {}
+        for c in self.calls:
+            place = (c.site.stack, c.site.kind)
+            last[place] = max(last.get(place, 0), c.site.layer or 0)
         kept = [c for c in self.calls
                 if (stack is None or c.site.stack == stack) and (kind is None or c.site.kind == kind)
                 and (path is None or c.site.path == path) and (tap is None or c.tap == tap)
-                and (steps is None or c.step in steps)]
-        if layer is not None:
-            layers = Trace(kept)
-            wanted = numbers(layer, lambda c: c.site.layer) if not kept else {
-                n if n >= 0 else max(c.site.layer or 0 for c in layers) + 1 + n
-                for n in ([layer] if isinstance(layer, int) else layer)}
-            kept = [c for c in kept if c.site.layer in (wanted or set())]
+                and fits(step, c.step, last_step) and fits(layer, c.site.layer, last[(c.site.stack, c.site.kind)])]
         if not kept:
             asked = {k: v for k, v in dict(layer=layer, stack=stack, kind=kind, step=step, path=path, tap=tap).items()
                      if v is not None}

@@ -266,6 +266,7 @@ def module(name: str, functions: type | None = None, **more: Any) -> types.Modul
         if isinstance(value, staticmethod):
             function = value.__func__
             copy = types.FunctionType(function.__code__, function.__globals__, key, function.__defaults__)
+            copy.__kwdefaults__ = function.__kwdefaults__
             copy.__module__ = name
             more[key] = copy
     vars(made).update(more)

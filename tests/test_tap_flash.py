@@ -459,6 +459,28 @@ def test_other_meanings_by_the_same_name(give: Give) -> None:
 # --------------------------------------------------------------------------------------------- leaving it alone
 
 
+class Writing:
+    """A package whose function can write to a tensor of the caller's."""
+
+    @staticmethod
+    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, out: Any = None) -> Any:
+        made = dense(q, k, v, None, False, None, dropout=dropout_p)
+        return made if out is None else out.copy_(made)
+
+
+def test_an_output_that_was_written_to_is_not_written_to_again(give: Give) -> None:
+    writing = give("writing.flash_attn_interface", Writing)
+    q, k, v = qkv()
+    call = one(writing.flash_attn_func, (q, k, v), dropout_p=0.5, out=torch.zeros(B, T, H, D))
+    assert "without dropout" in call.certificate.basis and call.certificate.faithful
+    model = Calls(writing.flash_attn_func, dropout_p=0.5)
+    torch.manual_seed(3)
+    out = torch.zeros(B, T, H, D)
+    made = trace(model, {"q": q, "k": k, "v": v, "out": out})
+    torch.manual_seed(3)
+    assert same_bits(out, model(q, k, v)) and same_bits(made[0].output, out.transpose(1, 2))
+
+
 class Wrapped:
     """A package whose functions are made of each other."""
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.testing import check_trace
+from hookattn.testing import check_clean, check_trace
+from hookattn.testing.clean import state_of
 from tests import reference
 
 transformers = pytest.importorskip("transformers")
@@ -69,9 +70,14 @@ def vit(implementation: str = "sdpa", **options: Any) -> Any:
 def clip(implementation: str = "sdpa") -> Any:
     config = transformers.CLIPConfig(
         text_config={**SMALL, **WORDS, "max_position_embeddings": 16},
-        vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=16, initializer_factor=3.0,
+        vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=16,
     )
-    return from_config("CLIPModel", config, implementation)
+    model = from_config("CLIPModel", config, implementation)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight *= 3
+    return model
 
 
 def gpt_oss(implementation: str = "eager") -> Any:
@@ -146,13 +152,14 @@ def run(model: nn.Module, inputs: dict[str, Any], **more: Any) -> Any:
 
 def traced(model: nn.Module, inputs: dict[str, Any]) -> hookattn.Trace:
     """Trace with everything verified; nothing skipped, nothing left."""
-    before = reference.snapshot(model)
+    before = state_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", hookattn.UnfaithfulWarning)
         warnings.simplefilter("error", hookattn.SkippedWarning)
         torch.manual_seed(3)
         made = hookattn.trace(model, inputs, verify="full")
-    reference.assert_untouched(model, before)
+    assert before == state_of(model)
+    check_clean(model)
     return made
 
 

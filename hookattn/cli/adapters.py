@@ -12,7 +12,7 @@ from .command import Command
 from .screen import Screen
 
 
-@click.command(cls=Command, examples=("hookattn adapters", "hookattn adapters --json"))
+@click.command(cls=Command, short_help="List the adapters.", examples=("hookattn adapters", "hookattn adapters --json"))
 @click.pass_obj
 def adapters(screen: Screen) -> None:
     """List the adapters: who brought them, which Python modules they cover, which classes are attention.

@@ -8,7 +8,8 @@ from .command import Command
 from .screen import Screen
 
 
-@click.command(cls=Command, examples=("hookattn demo", "hookattn demo --out /tmp/out", "hookattn demo --json"))
+@click.command(cls=Command, short_help="Trace two real trained models, offline.", examples=(
+    "hookattn demo", "hookattn demo --out /tmp/out", "hookattn demo --json"))
 @click.option("--out", default="out", show_default=True, type=click.Path(), help="Directory for the two trace files.")
 @click.pass_obj
 def demo(screen: Screen, out: str) -> None:

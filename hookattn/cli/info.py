@@ -10,7 +10,7 @@ from .screen import Screen
 from .table import print_calls, print_head, print_verdict, summary
 
 
-@click.command(cls=Command, examples=(
+@click.command(cls=Command, short_help="Show what is in a trace file.", examples=(
     "hookattn info run.safetensors", "hookattn info run.safetensors --every-call",
     "hookattn info run.safetensors --json | jq '.calls[].certificate.output_error'"))
 @click.argument("file", type=click.Path())

@@ -24,11 +24,11 @@ def positions(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         return ints(ctx, param, value)
     try:
         parts = [int(part) if part.strip() else None for part in value.split(":")]
-        if len(parts) > 3 or parts[2:] == [0]:
-            raise ValueError
-        return slice(*parts)
     except ValueError:
-        raise click.BadParameter(f"{value!r}: expected positions such as 0,3,-1, or a slice such as -8: or 0:64.") from None
+        parts = []
+    if len(parts) not in (2, 3) or parts[2:] == [0]:
+        raise click.BadParameter(f"{value!r}: expected positions such as 0,3,-1, or a slice such as -8: or 0:64.")
+    return slice(*parts)
 
 
 def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:

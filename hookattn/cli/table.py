@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -68,13 +67,20 @@ def summary(trace: Trace) -> dict[str, Any]:
     return made
 
 
+def used(certificate: Certificate) -> float:
+    """How much of what is allowed was used up: above 1 a call is unfaithful."""
+    unit = certificate.weights_tolerance or 1.0
+    return max(certificate.output_error / (certificate.tolerance or 1.0), (certificate.weights_error or 0.0) / unit,
+               certificate.row_sum_error / (4 * unit))
+
+
 class Row:
     """Calls that are one row: one call, or what one site did in many steps."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls, self.first = calls, calls[0]
         self.worst: Certificate = max((c.certificate for c in calls), key=lambda c: (
-            c.status == "unfaithful", c.status == "unverified", c.max_error / (c.tolerance or 1.0)))
+            c.status == "unfaithful", c.status == "unverified", used(c)))
 
     def steps(self) -> str:
         """``3``, or ``0–7``."""
@@ -96,15 +102,14 @@ class Row:
         return " ".join(parts) or "?"
 
     def error(self) -> str:
-        """The largest measured error and the bound it has to stay below."""
-        worst = self.worst
-        return "" if worst.status == "unverified" else f"{worst.output_error:.1e} of {worst.tolerance:.1e}"
+        """The largest distance between what was rebuilt and what the kernel returned."""
+        return "" if self.worst.status == "unverified" else f"{self.worst.max_error:.1e}"
 
     def rows(self) -> str:
         """Query rows checked."""
         worst = self.worst
-        return "" if worst.status == "unverified" else "all" if worst.rows == worst.of_rows else (
-            f"{worst.rows} of {worst.of_rows}")
+        return "" if worst.status == "unverified" else "all rows" if worst.rows == worst.of_rows else (
+            f"{worst.rows} of {worst.of_rows} rows")
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -116,11 +121,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "shape": Row.shape,
     "tap": lambda row: row.first.tap,
     "dtype": lambda row: str(row.first.dtype).removeprefix("torch."),
-    "rows checked": Row.rows,
+    "checked": Row.rows,
     "error": Row.error,
     "certificate": lambda row: row.worst.status,
 }
-_HOISTED = ("stack", "kind", "tap", "dtype", "rows checked")
+_HOISTED = ("stack", "kind", "tap", "dtype", "checked")
 
 
 def rows_of(calls: Iterable[Call], every: bool = False) -> list[Row]:
@@ -140,10 +145,13 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
     names = [name for name in COLUMNS if name != "step" or len({c.step for c in calls}) > 1]
     texts = {name: [COLUMNS[name](row) for row in rows] for name in names}
     common = [name for name in names if name in _HOISTED and len(set(texts[name])) == 1]
+    width = sum(max(map(len, [name, *texts[name]])) + 2 for name in names if name not in common) - 2
+    if width > out.width and len(set(texts["certificate"])) == 1:
+        common.append("certificate")  # the narrower the terminal, the more goes without saying twice
     if common:
-        said = [f"{name} {texts[name][0]}" for name in common if texts[name][0]]
-        out.print(Text("every call: " + " · ".join(said), "dim"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        said = [f"{'' if name == 'dtype' else name} {texts[name][0]}".strip() for name in common if texts[name][0]]
+        _print_facts(out, [("all calls", " · ".join(said))])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in names:
         if name not in common:
             table.add_column(name, justify="right" if name in ("step", "layer") else "left", overflow="fold",
@@ -151,7 +159,9 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
     for i, row in enumerate(rows):
         table.add_row(*(Text(texts[n][i], _STYLES[row.worst.status] if n == "certificate" else "") for n in names
                         if n not in common))
+    out.print(Text())
     out.print(table)
+    out.print(Text())
 
 
 def print_verdict(out: Console, trace: Trace) -> None:
@@ -169,7 +179,9 @@ def print_verdict(out: Console, trace: Trace) -> None:
         out.print(Text(f"{unknown} of {total} unverified", "yellow"))
     elif trace.calls:
         largest = max(c.certificate.max_error for c in trace.calls)
-        out.print(Text(f"{total} faithful; the largest error is {largest:.1e}", "green"))
+        share = max(used(c.certificate) for c in trace.calls)
+        out.print(Text(f"{total} faithful; the largest error is {largest:.1e}, and none is above {share:.1%} of what is "
+                       "allowed", "green"))
 
 
 def print_head(out: Console, data: dict[str, Any]) -> None:
@@ -184,15 +196,23 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
     else:
         line = Text(count)
     out.print(line)
-    lines = {"model": f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})",
-             "versions": ", ".join(f"{k} {v}" for k, v in data["versions"].items())}
+    facts = [("model", f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})"),
+             ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items()))]
     if data.get("bytes_of_fields"):
-        lines["fields"] = ", ".join(f"{k} {size_of(v)}" for k, v in data["bytes_of_fields"].items())
+        facts.append(("fields", " · ".join(f"{k} {size_of(v)}" for k, v in data["bytes_of_fields"].items())))
     rows = data["tokens"] or []
     for i, row in enumerate(rows[:4]):
         shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")
-        lines["tokens" if i == 0 else " " * i] = f"{shown} ({len(row)})"
+        facts.append(("" if i else "tokens", f"{shown} ({len(row)})"))
     if len(rows) > 4:
-        lines["     "] = f"and {len(rows) - 4} more rows of tokens"
-    for name, value in lines.items():
-        out.print(Text.assemble((f"{name.strip():<9}", "dim"), value))
+        facts.append(("", f"and {len(rows) - 4} more rows of tokens"))
+    _print_facts(out, facts)
+
+
+def _print_facts(out: Console, facts: Sequence[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=9, style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(value))
+    out.print(grid)

@@ -21,7 +21,7 @@ from .table import print_calls, print_head, print_verdict, summary
 _COMPACT = ("q", "k", "v", "bias", "mask", "sinks", "output")
 
 
-@click.command(cls=Command, examples=(
+@click.command(cls=Command, short_help="Run a model once and write what its attention did.", examples=(
     'hookattn trace gpt2 --text "The cat sat on the mat." -o run.safetensors',
     'hookattn trace ./my-bert --pair "A cat." "A dog." -o pair.safetensors --capture weights',
     'hookattn trace ./my-llama --text "Once upon" --generate 20 --compact -o story.safetensors',

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,8 @@ from .screen import Screen, counted
 Result = tuple[Call, dict[str, Check]]
 
 
-@click.command(cls=Command, examples=("hookattn verify run.safetensors", "hookattn verify run.safetensors --json"))
+@click.command(cls=Command, short_help="Recompute a trace file's invariants.", examples=(
+    "hookattn verify run.safetensors", "hookattn verify run.safetensors --json"))
 @click.argument("file", type=click.Path())
 @click.pass_obj
 def verify(screen: Screen, file: str) -> None:
@@ -71,21 +71,22 @@ def _data(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
 def _cell(check: Check) -> Text:
     if check.reason:
         return Text("–", "dim")
-    return Text(f"{check.error:.1e}", "green") if check.passed else Text(f"{check.error:.1e} ✗", "bold red")
+    return Text(f"{check.error:.0e}" if check.error else "0", "green" if check.passed else "bold red")
 
 
 def _print(screen: Screen, results: list[Result]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("#", justify="right")
-    table.add_column("path", overflow="fold")
-    for name in [*CHECKS, "certificate", "result"]:
-        table.add_column(name, no_wrap=True)
+    steps = len({call.step for call, _ in results}) > 1
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ["", *(["step"] if steps else []), "path", *CHECKS, "stored"]:
+        table.add_column(name, overflow="fold", no_wrap=name != "path")
     styles = {"pass": "green", "FAIL": "bold red", "nothing to check": "yellow"}
     for call, checks in results:
         status, verdict = call.certificate.status, _verdict(call, checks)
-        table.add_row(str(call.index), Text(call.site.label), *map(_cell, checks.values()),
-                      Text(status, "bold red" if status == "unfaithful" else ""), Text(verdict, styles[verdict]))
+        table.add_row(Text("–" if verdict == "nothing to check" else verdict, styles[verdict]),
+                      *([str(call.step)] if steps else []), Text(call.site.label), *map(_cell, checks.values()),
+                      Text(status, "bold red" if status == "unfaithful" else ""))
     screen.out.print(table)
+    screen.out.print(Text())
     for call, checks in results:
         for name, check in checks.items():
             if check.passed is False:

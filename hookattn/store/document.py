@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from os import PathLike, fspath
 from typing import Any
@@ -16,6 +19,7 @@ from ..errors import CorruptFileError
 from ..record import FIELDS
 from ..site import Site
 from ..trace import Call, Skipped, Trace
+from .rawbytes import byte_blocks
 from .reader import LazyFile
 from .writer import StreamWriter, write_file
 
@@ -28,22 +32,27 @@ class Names:
 
     def __init__(self) -> None:
         self._by_content: dict[tuple[Any, ...], str] = {}
-        self._by_identity: dict[tuple[Any, ...], tuple[Tensor, str]] = {}
+        self._by_identity: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._counts: Counter[str] = Counter()
 
     def name(self, call: Call, field: str, x: Tensor) -> tuple[str, bool]:
         """The name of a field, and whether it still has to be written."""
         if field not in _SHARED:
             return f"calls/{call.index:04d}/{call.site.path or 'model'}/{field}", True
-        identity = (id(x), -1 if x.is_inference() else x._version)
-        if identity in self._by_identity:
-            return self._by_identity[identity][1], False
-        plain = x.detach().cpu().contiguous()
+        version = -1 if x.is_inference() else x._version
+        ref, then, name = self._by_identity.get(id(x), (None, -1, ""))
+        if ref is not None and ref() is x and then == version:
+            return name, False
+        digest = hashlib.blake2b(digest_size=16)
+        for block in byte_blocks(x):
+            digest.update(block)
         content = (field, x.dtype, tuple(x.shape),
-                   hashlib.blake2b(plain.flatten().view(torch.uint8).numpy(), digest_size=16).digest())
+                   digest.digest())
         known = self._by_content.get(content)
-        name = known or f"shared/{field}/{sum(k[0] == field for k in self._by_content):03d}"
+        name = known or f"shared/{field}/{self._counts[field]:03d}"
+        self._counts[field] += known is None
         self._by_content[content] = name
-        self._by_identity[identity] = (x, name)
+        self._by_identity[id(x)] = (weakref.ref(x), version, name)
         return name, known is None
 
 
@@ -121,7 +130,7 @@ def _call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, T
         scale = {"tensor": name}
     return {
         "site": asdict(call.site), "step": call.step, "tap": call.tap,
-        "dtype": str(call.dtype).removeprefix("torch."), "scale": scale, "softcap": call.softcap,
+        "dtype": str(call.dtype).removeprefix("torch."), "scale": _to_json_number(scale), "softcap": call.softcap,
         "causal": call.causal, "window": call.window, "dropout": call.dropout, "heads": call.heads,
         "kv_heads": call.kv_heads, "queries": call.queries, "notes": list(call.notes), "fields": fields,
         "derivable": list(call.derivable),
@@ -161,11 +170,15 @@ def load(path: str | PathLike[str]) -> Trace:
     file = LazyFile(path)
     document = file.document
     try:
-        trace = Trace(tokens=document.get("tokens"), model=document.get("model", {}), notes=document.get("notes", []),
-                      selection=document.get("selection", {}), path=fspath(path))
-        trace.skipped = [Skipped(s["path"], s["reason"], tuple(s.get("steps", ()))) for s in document.get("skipped", [])]
+        _expect("the document", document, tokens="texts?", model="object", notes="strs", selection="object",
+                skipped="objects", calls="objects")
+        trace = Trace(tokens=document["tokens"], model=document["model"], notes=document["notes"],
+                      selection=document["selection"], path=fspath(path))
+        for entry in document["skipped"]:
+            _expect("skipped", entry, path="str", reason="str", steps="ints")
+            trace.skipped.append(Skipped(entry["path"], entry["reason"], tuple(entry["steps"])))
         trace.calls = [_read_call(file, i, entry) for i, entry in enumerate(document["calls"])]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptFileError(
             f"{fspath(path)}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file was "
             "damaged or written by something else; save the trace again.") from error
@@ -173,12 +186,21 @@ def load(path: str | PathLike[str]) -> Trace:
 
 
 def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
+    where = f"call {index}"
+    _expect(where, entry, site="object", step="int", tap="str", dtype="dtype", scale="scale", softcap="number?",
+            causal="bool", window="int?", dropout="number", heads="ints?", kv_heads="ints?", queries="ints?",
+            notes="strs", fields="names", derivable="strs", certificate="object")
+    _expect(f"{where}, site", entry["site"], path="str", layer="int?", stack="str", kind="str", module="str",
+            axes="str", layers="int?")
+    _expect(f"{where}, certificate", entry["certificate"], status="str", basis="str", rows="int", of_rows="int",
+            output_error="number", weights_error="number?", row_sum_error="number", tolerance="number",
+            weights_tolerance="number")
     known = {k: v for k, v in entry["site"].items() if k in Site.__dataclass_fields__}
     scale = entry["scale"]
     names: dict[str, str | None] = entry["fields"]
-    missing = [n for n in names.values() if n is not None and n not in file.keys()]
+    missing = [n for n in names.values() if n is not None and n not in file]
     if missing:
-        raise CorruptFileError(f"{file.path}: call {index} names the tensor {missing[0]!r}, which is not in the file.")
+        raise CorruptFileError(f"{file.path}: {where} names the tensor {missing[0]!r}, which is not in the file.")
     dtype = getattr(torch, entry["dtype"])
     certificate = {k: float(v) if isinstance(v, str) and k not in ("status", "basis") else v
                    for k, v in entry["certificate"].items() if k in Certificate.__dataclass_fields__}
@@ -197,3 +219,31 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
 
 def _tuple(x: list[int] | None) -> tuple[int, ...] | None:
     return None if x is None else tuple(x)
+
+
+def _each(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: type(x) is list and all(map(kind, x))
+
+
+def _of(*types: type) -> Callable[[Any], bool]:
+    return lambda x: type(x) in types  # not isinstance: True is an int too
+
+
+_NUMBER: Callable[[Any], bool] = lambda x: type(x) in (int, float) or x in ("nan", "inf", "-inf")  # noqa: E731
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "bool": _of(bool), "int": _of(int), "str": _of(str), "object": _of(dict), "number": _NUMBER,
+    "ints": _each(_of(int)), "strs": _each(_of(str)), "objects": _each(_of(dict)), "texts": _each(_each(_of(str))),
+    "dtype": lambda x: type(x) is str and isinstance(getattr(torch, x, None), torch.dtype),
+    "names": lambda x: type(x) is dict and all(type(n) in (str, type(None)) for n in x.values()),
+    "scale": lambda x: _NUMBER(x) or (type(x) is dict and type(x.get("tensor")) is str),
+}
+
+
+def _expect(where: str, entry: dict[str, Any], **kinds: str) -> None:
+    """Check that an object of the document has these keys, of these kinds (``?``: or null). Raises TypeError."""
+    for key, kind in kinds.items():
+        if key not in entry:
+            raise TypeError(f"{where} has no {key!r}")
+        x = entry[key]
+        if not (_KINDS[kind.removesuffix("?")](x) or (x is None and kind.endswith("?"))):
+            raise TypeError(f"{where}: {key!r} is {repr(x)[:60]}, expected {kind.replace('?', ' or null')}")

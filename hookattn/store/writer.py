@@ -90,8 +90,7 @@ class StreamWriter:
                 refused the bytes (the temporary file is deleted, and the writer is closed).
         """
         with self._lock:
-            entry = self._entry(name, tensor)
-            self._append(self._lane_for(entry), name, entry, tensor)
+            self._append(name, tensor)
 
     def finish(self, document: Mapping[str, Any]) -> Path:
         """Write the header, wait for the disk, and give the file its name.
@@ -163,8 +162,10 @@ class StreamWriter:
             self._odd = _Lane(PartialFile(self.path), 0)
         return self._odd
 
-    def _append(self, lane: _Lane, name: str, entry: Entry, tensor: Tensor) -> None:
+    def _append(self, name: str, tensor: Tensor, *, sorted_before: bool = False) -> None:
+        entry = self._entry(name, tensor)
         with self._aborting_on_error(f"write the tensor {name!r}", entry.end):
+            lane = self._main if sorted_before else self._lane_for(entry)
             lane.append(name, entry, tensor)
 
     @contextlib.contextmanager
@@ -213,5 +214,5 @@ def write_file(
     reserve = data_start(encode_header(entries, encode_document(document)))
     with StreamWriter(path, overwrite, reserve=reserve) as writer:
         for name, tensor in pairs:
-            writer._append(writer._main, name, writer._entry(name, tensor), tensor)
+            writer._append(name, tensor, sorted_before=True)
         return writer.finish(document)

@@ -151,7 +151,7 @@ class Build:
         derived = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
         residual = torch.where(keep, own.to(derived.dtype) - derived, 0.0)
         call.mask = keep if bool(hidden.any()) or call.mask is not None else None
-        slack = 1e-3 if own.dtype in (torch.float32, torch.float64) else 6e-2
+        slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(own.dtype, 2e-2)
         if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
             call.opaque = True
             call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own

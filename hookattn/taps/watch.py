@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
         handler = self.kernels.get(name)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
-        return self._follow(name, func, args, kwargs or {})
+        return self.follow(name, func, args, kwargs or {})
 
     def _name(self, func: Any) -> str:
         name = getattr(func, "__name__", "")
@@ -125,7 +125,8 @@ class Watch(TorchFunctionMode):
 
     # One operation
 
-    def _follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one operation and note what its result is."""
         found = next(self._stateful(args, kwargs), None) if self.live else None
         if name in _PRODUCTS:
             return self._product(name, func, args, kwargs)
