@@ -7,6 +7,7 @@ the stack. Every hook goes when the trace ends; a hook does nothing in another t
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -14,11 +15,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import ModelError
 from .registry import adapter_for
 from .site import Site, describe
 from .taps import covered
@@ -69,8 +68,10 @@ def make_plan(model: nn.Module) -> Plan:
     unnamed: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         plan.paths[id(module)], plan.modules[id(module)] = path, module
-        adapter = adapter_for(module)
         name = type(module).__name__
+        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TORCH_ATTENDS):
+            continue
+        adapter = adapter_for(module)
         if adapter is not None:
             if name in adapter.attention:
                 adapter.check(module)
@@ -83,12 +84,9 @@ def make_plan(model: nn.Module) -> Plan:
             continue
         if isinstance(module, _NO_HOOKS):
             fixed.append(module)
-        leaf = type(module).__module__.startswith("torch.nn.") and not isinstance(module, (*_NO_HOOKS, nn.Transformer,
-                                                                    nn.TransformerDecoder, nn.TransformerDecoderLayer))
-        if not leaf:
-            plan.watch_all = True
-            if _sounds_like_attention(name):
-                plan.suspects.append((path, module))
+        plan.watch_all = True
+        if _sounds_like_attention(name):
+            plan.suspects.append((path, module))
     named = [site.path for site in plan.sites.values()]
     for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
         if not any(_within(path, site) or _within(site, path) for site in named):
@@ -121,13 +119,15 @@ class Brackets:
         enter, leave, root, ran, active = self._callbacks
         plan = self.plan
         if not isinstance(plan.model, _NO_HOOKS):
-            self.handles.append(plan.model.register_forward_pre_hook(lambda *_: root() if active() else None, prepend=True))
+            first = plan.model.register_forward_pre_hook(lambda *_: root() if active() else None, prepend=True)
+            self.handles.append(first)
         for path, module in plan.suspects:
-            self._before(module, lambda path=path, module=module: ran(path, module))
+            self._before(module, functools.partial(ran, path, module))
         for key, site in plan.sites.items():
             module, sealed = plan.modules[key], key in plan.sealed
-            self._before(module, lambda site=site, sealed=sealed: enter(site, sealed))
-            self.handles.append(module.register_forward_hook(lambda *_: leave() if active() else None, always_call=True))
+            self._before(module, functools.partial(enter, site, sealed))
+            last = module.register_forward_hook(lambda *_: leave() if active() else None, always_call=True)
+            self.handles.append(last)
 
     def _before(self, module: nn.Module, action: Callable[[], None]) -> None:
         active = self._callbacks[-1]

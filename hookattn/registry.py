@@ -144,11 +144,12 @@ def _add(adapter: Adapter, source: str) -> None:
             f"got {adapter.covers!r}.")
     for other, theirs in _adapters.values():
         shared = [c for c in adapter.covers if any(_nested(c, o) for o in other.covers)]
-        what = f"the name {adapter.name!r}" if other.name == adapter.name else f"the module {shared[0]!r}" if shared else ""
-        if what:
+        if other.name == adapter.name or shared:
+            what = f"the name {adapter.name!r}" if other.name == adapter.name else f"the module {shared[0]!r}"
             raise DuplicateAdapterError(
                 f"{who}: {what} is already claimed by the adapter {other.name!r} of "
-                f"{theirs if theirs == _HERE else f'distribution {theirs!r}'}. Rename one, or uninstall one of the two.")
+                f"{theirs if theirs == _HERE else f'distribution {theirs!r}'}. "
+                "Rename one, or uninstall one of the two.")
     _adapters[adapter.name] = (adapter, source)
     _by_module.clear()
 

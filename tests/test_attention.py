@@ -210,7 +210,8 @@ def test_a_slope_is_no_mask(n_k: int) -> None:
     check_split(slope.expand(2, 8, 4, n_k), None, slope.expand(2, 8, 4, n_k))
 
 
-LONG = [(n, f) for f in (*LOWEST.values(), -math.inf, -1e9, -1e4) for n in (16, 1024, 4096, 32768) if n < 9000 or f < -6e4]
+LONG = [(n, fill) for fill in (*LOWEST.values(), -math.inf, -1e9, -1e4) for n in (16, 1024, 4096, 32768)
+        if n < 9000 or fill < -6e4]
 
 
 @pytest.mark.parametrize(("n_k", "fill"), LONG)

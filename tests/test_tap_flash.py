@@ -208,7 +208,7 @@ def test_selection_of_heads_and_queries(flash2: types.ModuleType) -> None:
 # ------------------------------------------------------------------------------------------------- packed calls
 
 LENGTHS = [((3, 1, 4), (3, 1, 4)), ((2, 3), (5, 4)), ((4, 2), (2, 4)), ((3, 3), (3, 3)), ((2, 0, 3), (4, 2, 3)),
-           ((1, 1, 1), (2, 5, 3))]
+           ((2, 0, 3), (4, 1, 5)), ((1, 1, 1), (2, 5, 3))]
 
 
 def packed_inputs(n_q: Sequence[int], n_k: Sequence[int], h: int = H, g: int = G) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +231,9 @@ def test_packed_sequences(flash2: types.ModuleType, n_q: tuple[int, ...], n_k: t
     out = flash2.flash_attn_varlen_func(*args, causal=causal, window_size=(left, right))
     check_call(call, **as_batch(n_q, n_k, q, k, v), scale=D ** -0.5, mask=pad_masks(masks),
                output=pad(out.split(list(n_q))))
+    alike = len({s - t for t, s in zip(n_q, n_k, strict=True) if t}) == 1
     assert call.causal == causal
+    assert call.window == (left + 1 if left >= 0 and alike and (causal or left == right) else None)
     assert call.notes[0].startswith(f"{len(n_q)} packed sequences")
     assert any("filled up" in note for note in call.notes) == (len(set(n_q)) > 1 or len(set(n_k)) > 1)
 
@@ -298,12 +300,9 @@ def cached(flash2: types.ModuleType, q: Tensor, k_cache: Tensor, v_cache: Tensor
     return made[0]
 
 
-@pytest.mark.parametrize("lengths", [None, 4, (2, 5), (0, 3)])
-@pytest.mark.parametrize("new", [0, 2])
+@pytest.mark.parametrize(("lengths", "new"), [(None, 0), (4, 0), ((2, 5), 0), (4, 2), ((2, 5), 2), ((0, 3), 2)])
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0)])
 def test_cache(flash2: types.ModuleType, lengths: Any, new: int, window: tuple[int, int]) -> None:
-    if (lengths is None) if new else lengths == (0, 3):
-        pytest.skip("no room to append to, or nothing to attend to")
     q, k_cache, v_cache = draw(B, 2, H, D, seed=1), draw(B, 7, G, D, seed=2), draw(B, 7, G, D, seed=3)
     k, v = (draw(B, new, G, D, seed=s) if new else None for s in (4, 5))
     given = torch.tensor(lengths, dtype=torch.int32) if isinstance(lengths, tuple) else lengths
@@ -485,14 +484,24 @@ class Wrapped:
     """A package whose functions are made of each other."""
 
     @staticmethod
-    def flash_attn_func(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
-        return sys.modules["flash_attn"].flash_attn_func(q, k, v, causal=causal)
+    def flash_attn_func(q: Any, k: Any, v: Any, causal: bool = False, dropout_p: float = 0.0) -> Any:
+        return sys.modules["flash_attn"].flash_attn_func(q, k, v, dropout_p, causal=causal)
 
 
-def test_functions_made_of_each_other_are_one_call(flash2: types.ModuleType, give: Give) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_functions_made_of_each_other_are_one_call(flash2: types.ModuleType, give: Give, dropout: float) -> None:
     outer = give("outer.flash_attn_interface", Wrapped)
     q, k, v = qkv()
-    one(outer.flash_attn_func, (q, k, v), causal=True)
+    one(outer.flash_attn_func, (q, k, v), causal=True, dropout_p=dropout)
+
+
+def test_a_function_of_two_modules_whose_own_is_not_loaded(give: Give, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = give("gone.flash_attn_interface", Flash2).flash_attn_func
+    monkeypatch.delitem(sys.modules, "gone.flash_attn_interface")
+    for name in ("one.flash_attn_interface", "two.flash_attn_interface"):
+        give(name, flash_attn_func=function)
+    q, k, v = qkv()
+    check_call(one(function, (q, k, v), causal=True), **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, S, -1, 0))
 
 
 def test_restored_after_the_forward_raised(flash2: types.ModuleType) -> None:
@@ -618,3 +627,11 @@ def test_inside_the_flash_implementation_of_transformers(llama: Any, flash2: typ
         assert torch.allclose(ours.weights[0], theirs.weights[0], atol=1e-5)
         assert torch.allclose(ours.weights[1, :, :4, :4], theirs.weights[1, :, 2:, 2:], atol=1e-5)
         assert not ours.weights[1, :, 4:].any() and not ours.mask[1, :, :, 4:].any()
+
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    with tracing(model, verify="full") as steps:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert [call.step for call in steps] == [0, 0, 1, 1, 2, 2] and not steps.skipped
+    assert all(call.tap == "flash_attn" and call.certificate.faithful for call in steps)
+    last = steps[-1]
+    assert last.mask.sum(-1).flatten().tolist() == [8, 6] and tuple(last.weights.shape) == (2, 4, 1, 8)

@@ -149,10 +149,11 @@ def test_keys_of_which_only_a_part_is_used(varlen: types.ModuleType) -> None:
                mask=pad_masks([counted(1, 4, -1, 0), counted(1, 2, -1, 0)]))
 
 
-def test_pages(varlen: types.ModuleType) -> None:
+@pytest.mark.parametrize("ends_k", [None, ends((5, 3))])
+def test_pages(varlen: types.ModuleType, ends_k: Tensor | None) -> None:
     q, k, v = draw(3, H, D, seed=4), draw(6, 2, G, D, seed=5), draw(6, 2, G, D, seed=6)
     table, used = torch.tensor([[4, 0, 5], [1, 3, -7]], dtype=torch.int32), torch.tensor([5, 3])
-    call = one(varlen.varlen_attn, (q, k, v, ends((2, 1)), None, 2, 5), seqused_k=used, block_table=table,
+    call = one(varlen.varlen_attn, (q, k, v, ends((2, 1)), ends_k, 2, 5), seqused_k=used, block_table=table,
                window_size=(-1, 0))
     rows = list(zip(table, (5, 3), strict=True))
     check_call(call, q=pad(q.split([2, 1])), k=pad([from_pages(k, t, n) for t, n in rows]),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import hookattn_adapters
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hookattn
-import hookattn_adapters
 from hookattn.registry import using
 from tests import reference
 from tests import tiny_models as tiny
@@ -105,7 +105,7 @@ def test_decoding_from_prompts_padded_on_the_left(how: str) -> None:
 @BOTH
 def test_a_call_without_a_cache(how: str) -> None:
     model = tiny.llama(how)
-    tokens, trace = generate(model, {"input_ids": ids(6)}, **GREEDY, use_cache=False)
+    _, trace = generate(model, {"input_ids": ids(6)}, **GREEDY, use_cache=False)
     shapes = [(c.q.shape[2], c.k.shape[2]) for c in trace if c.site.layer == 0]
     assert shapes == [(6 + i, 6 + i) for i in range(NEW)]
 
@@ -155,6 +155,7 @@ def test_cross_attention_without_the_pack_is_found_too() -> None:
     assert kinds == {("encoder", "self"), ("decoder", "self"), ("decoder", "cross")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{"input_ids": ids(6)}, padded("left", 6, 2)], ids=["plain", "padded"])
 def test_flex_attention_of_a_llama(inputs: dict[str, Tensor]) -> None:
     model, eager = tiny.llama("flex_attention", head_dim=16), tiny.llama("eager", head_dim=16)

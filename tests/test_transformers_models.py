@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import hookattn_adapters
 import pytest
 import torch
 from torch import nn
 
-import hookattn
-import hookattn_adapters
 from hookattn.registry import using
 from tests import tiny_models as tiny
 from tests.tiny_models import Case, ids, image, padded

@@ -84,7 +84,8 @@ def gpt_oss(implementation: str = "eager") -> Any:
     return build(
         "GptOssForCausalLM", "GptOssConfig", implementation, **SMALL, **WORDS, num_key_value_heads=2, head_dim=8,
         num_local_experts=2, num_experts_per_tok=1, sliding_window=4, attention_dropout=0.1,
-        layer_types=["sliding_attention", "full_attention"], rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
 
 

@@ -10,7 +10,7 @@ from hookattn import Adapter
 class ViT(Adapter):
     """ViT.
 
-    The stack is ``vision``, not ``encoder``: beside a text model, where ViT is mostly found, ``encoder`` would be taken.
+    The stack is ``vision``, not ``encoder``: that name is taken by the text model which ViT mostly stands beside.
     Position 0 is the class token, the patches follow row by row.
 
     There is no option to refuse: ``qkv_bias`` is in q, k and v, and interpolated positions have been added before.

@@ -39,21 +39,18 @@ class Given:
 
 
 def gather(loaded: Loaded, *, texts: Sequence[str], pair: tuple[str, str] | None, images: Sequence[str],
-           file: str | None, generate: bool) -> Given:
-    """The inputs that the options ask for.
+           generate: bool) -> Given:
+    """The inputs that the options ask for, through the model's own processors.
 
     Raises:
         InputError: the model has no tokenizer or image processor, or a file cannot be read.
     """
-    if file is not None:
-        return Given(read_tensors(file))
     if images:
         return _from_images(loaded, images, texts)
     if texts or pair:
         return _from_text(loaded, texts, pair, generate)
     if loaded.inputs is None:
-        raise InputError("there is nothing to run the model on: give --text, --pair, --image or --inputs"
-                         + ("." if loaded.source else ", or let the factory return (model, inputs)."))
+        raise InputError(f"{loaded.name} gives no inputs: give --inputs, or let the factory return (model, inputs).")
     return Given(loaded.inputs)
 
 
@@ -107,8 +104,10 @@ def _from_images(loaded: Loaded, images: Sequence[str], texts: Sequence[str]) ->
     try:
         processor = auto.from_pretrained(loaded.source, trust_remote_code=loaded.trust)
     except Exception as error:
-        raise InputError(f"{loaded.name} has no image processor{' for text and images' if texts else ''} "
-                         f"(preprocessor_config.json), so --image cannot be used: {first_line(error)}") from error
+        folder = Path(loaded.source)
+        bare = folder.is_dir() and not any(folder.glob("*processor_config.json"))
+        raise InputError(f"{loaded.name} has no image processor (preprocessor_config.json), so --image cannot be used"
+                         f"{'.' if bare else ': ' + first_line(error)}") from error
     try:
         made = (processor(text=list(texts), images=pictures, return_tensors="pt", padding=True) if texts else
                 processor(images=pictures, return_tensors="pt"))

@@ -51,7 +51,7 @@ def load_model(name: str, screen: Screen, *, attn: str | None = None, device: st
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"--device {device}: this torch sees no CUDA device.")
-    if not os.path.isdir(name) and _FACTORY.fullmatch(name):
+    if is_factory(name):
         if attn is not None:
             raise ModelError(f"--attn chooses a kernel of a transformers model; {name} is made by its own factory.")
         loaded = _from_factory(name)
@@ -59,6 +59,11 @@ def load_model(name: str, screen: Screen, *, attn: str | None = None, device: st
         loaded = _from_transformers(name, screen, attn, trust)
     loaded.model.to(device).eval()
     return loaded
+
+
+def is_factory(name: str) -> bool:
+    """Whether MODEL is ``module:factory``."""
+    return _FACTORY.fullmatch(name) is not None and not os.path.isdir(name)
 
 
 def _from_factory(name: str) -> Loaded:
@@ -103,12 +108,12 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
     elif Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ModelError(f"{name}: there is no such directory. MODEL is a directory that transformers saved, a name on "
                          "the hub, or module:factory.")
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
-    quiet_transformers()
     with screen.working(f"loading {name}"):
+        try:
+            import transformers
+        except ModuleNotFoundError as error:
+            raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
+        quiet_transformers()
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
             made, report = _class_for(transformers, config, trust).from_pretrained(

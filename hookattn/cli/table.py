@@ -180,8 +180,8 @@ def print_verdict(out: Console, trace: Trace) -> None:
     elif trace.calls:
         largest = max(c.certificate.max_error for c in trace.calls)
         share = max(used(c.certificate) for c in trace.calls)
-        out.print(Text(f"{total} faithful; the largest error is {largest:.1e}, and none is above {share:.1%} of what is "
-                       "allowed", "green"))
+        said = f"the largest error is {largest:.1e}, and none is above {share:.1%} of what is allowed"
+        out.print(Text(f"{total} faithful; {said}", "green"))
 
 
 def print_head(out: Console, data: dict[str, Any]) -> None:

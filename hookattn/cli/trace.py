@@ -12,8 +12,8 @@ from .. import api
 from ..errors import ModelError, TraceWriteError
 from ..trace import Trace
 from .command import Command
-from .inputs import Given, gather, move
-from .models import Loaded, load_model
+from .inputs import Given, gather, move, read_tensors
+from .models import Loaded, is_factory, load_model
 from .options import DTYPES, ints, names, positions
 from .screen import Screen, counted, size_of
 from .table import print_calls, print_head, print_verdict, summary
@@ -59,12 +59,13 @@ def trace(screen: Screen, model: str, texts: tuple[str, ...], pair: tuple[str, s
     nn.Module or a callable that returns one, or a pair of one and its inputs. It runs in eval mode, without gradients,
     with the kernels it has.
     """
-    _check_options(texts, pair, images, file, out, compact)
+    _check_options(model, texts, pair, images, file, out, compact)
     if out is not None:
         _check_target(out)
+    read = None if file is None else Given(read_tensors(file))
     torch.manual_seed(seed)
     loaded = load_model(model, screen, attn=attn, device=device, trust=trust_remote_code)
-    given = gather(loaded, texts=texts, pair=pair, images=images, file=file, generate=generate is not None)
+    given = read or gather(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
     given.args = move(given.args, device)
     if capture is None and (out is None or compact):
         capture = _COMPACT if compact else ("q", "k", "v")
@@ -121,12 +122,14 @@ def _report(screen: Screen, made: Trace) -> None:
                          markup=False, soft_wrap=True)
 
 
-def _check_options(texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...], file: str | None,
-                   out: str | None, compact: bool) -> None:
+def _check_options(model: str, texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...],
+                   file: str | None, out: str | None, compact: bool) -> None:
     sources = {"--text": texts, "--pair": pair, "--image": images, "--inputs": file}
     asked = [name for name, given in sources.items() if given]
     if len(asked) > 1 and asked != ["--text", "--image"]:
         raise click.UsageError(f"{' and '.join(asked)} exclude each other.")
+    if not asked and not is_factory(model):
+        raise click.UsageError("there is nothing to run the model on: give --text, --pair, --image or --inputs.")
     if compact and out is None:
         raise click.UsageError("--compact says how the file is written: it needs -o FILE.")
 

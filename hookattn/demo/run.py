@@ -113,8 +113,9 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
         trace = api.trace(model, ids, verify="full", tokens=tokens)
         after = model(ids)
     guessed = before[0, LENGTH + 1:-1].argmax(-1) == ids[0, LENGTH + 2:]
-    console.print(Text(f"bos, {LENGTH} random tokens, the same again: {int(guessed.sum())} of {len(guessed)} predictable "
-                       "tokens predicted\n", "italic"))
+    score = f"{int(guessed.sum())} of {len(guessed)}"
+    seen = f"bos, {LENGTH} random tokens, the same again"
+    console.print(Text(f"{seen}: {score} predictable tokens predicted\n", "italic"))
     print_calls(console, trace.calls)
     print_verdict(console, trace)
     same = _same(console, [before, trace.output, after])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import HookattnError
-from . import axes
-from .axes import Origin, same
+from .axes import Origin
 from .eager import Build, ValueProduct, contracts_keys
+from .origins import POURS, Origins, plain, storage_of
 from .product import Label, LayoutError, Product, einsum_labels, matmul_labels
 from .states import Context, Part, RowStat, Scores, State, Term, Use, Weights, step
-from .views import follow
 
 if TYPE_CHECKING:
     from .base import Recorder
@@ -33,13 +31,9 @@ _IGNORED = frozenset(
     "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk".split())
 _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
-_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
-_PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
-_POURS = frozenset(("__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "slice_scatter", "masked_scatter_"))
 _SOFTMAX = frozenset(("softmax", "_softmax"))
 _ALIASES = {"softmax_": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "__matmul__": "matmul",
             "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp", "H": "T", "mH": "mT"}
-_PURGE = 4096
 
 Call = Callable[..., Any]
 
@@ -57,10 +51,10 @@ class Watch(TorchFunctionMode):
         self.recorder = recorder
         self.kernels = kernels
         self.names: dict[Any, str] = {}
-        self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self.origins = Origins()
+        self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[Use] = []
-        self.poured: dict[int, frozenset[object]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = self.names.get(func)
@@ -85,20 +79,6 @@ class Watch(TorchFunctionMode):
         return _ALIASES.get(name, name) or "?"
 
     # What is known of a tensor
-
-    def origin(self, x: Tensor) -> Origin:
-        """Where the axes of a tensor come from."""
-        known = self.origins.get(id(x))
-        if known is not None and known[0]() is x and known[1].shape == x.shape:
-            return known[1]
-        return self.set_origin(x, Origin(x.shape, roots=self.poured.get(_storage(x)) if self.poured else None))
-
-    def set_origin(self, x: Tensor, origin: Origin) -> Origin:
-        """Say where the axes of a tensor come from."""
-        if len(self.origins) > _PURGE:
-            self.origins = {i: e for i, e in self.origins.items() if e[0]() is not None}
-        self.origins[id(x)] = (weakref.ref(x), origin)
-        return origin
 
     def state(self, x: Any) -> State | None:
         """The state of a tensor that is part of an attention, marked opaque if it was written to behind our back."""
@@ -127,48 +107,43 @@ class Watch(TorchFunctionMode):
 
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what its result is."""
-        found = next(self._stateful(args, kwargs), None) if self.live else None
         if name in _PRODUCTS:
             return self._product(name, func, args, kwargs)
-        if found is None:
-            if name in _POURS or (self.live and _writes(name, args, kwargs)):
-                with self._own_faults(name):
-                    self._before_write(name, args, kwargs)
-            out = func(*args, **kwargs)
-            with self._own_faults(name):
-                self._note_origin(name, args, kwargs, out)
-                if name in _SOFTMAX:
-                    self._orphan(out, args, kwargs)
-            return out
-        position, x, state = found
-        writes = _writes(name, args, kwargs)
+        found = self._stateful(args, kwargs) if self.live else None
+        writes = (self.live or name in POURS) and _writes(name, args, kwargs)
         if writes:
-            with self._own_faults(name):
-                self._before_write(name, args, kwargs)
-                if isinstance(state, Weights) and name.startswith("dropout") and state.own is None:
-                    state.own = (x.clone(), state.origin)
+            self._try(name, self._before_write, name, found, args, kwargs)
         out = func(*args, **kwargs)
-        with self._own_faults(name):
-            if writes:
-                self._written(x)
-                out_origin = state.origin
-            else:
-                out_origin = self._note_origin(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x)
-            self._advance(name, state, x, position, out, args, kwargs, out_origin, writes)
+        if found is None:
+            self._try(name, self._untouched, name, args, kwargs, out)
+        else:
+            self._try(name, self._advance, name, *found, out, args, kwargs, bool(writes))
         return out
 
-    @contextmanager
-    def _own_faults(self, name: str) -> Iterator[None]:
+    def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
         """A fault in following the model is reported as attention not read; the model goes on."""
         try:
-            yield
+            return action(*args)
         except HookattnError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the model's
             self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
+            return None
 
-    def _advance(self, name: str, state: State, x: Tensor, position: int, out: Any, args: Sequence[Any],
-                 kwargs: dict[str, Any], origin: Origin, writes: bool) -> None:
+    def _untouched(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """An operation on tensors that are no part of an attention yet."""
+        self.origins.note(name, args, kwargs, out)
+        if name in _SOFTMAX:
+            self._orphan(out, args, kwargs)
+
+    def _advance(self, name: str, position: int, x: Tensor, state: State, out: Any, args: Sequence[Any],
+                 kwargs: dict[str, Any], writes: bool) -> None:
+        """An operation on a part of an attention."""
+        if writes:
+            self._written(x)
+            origin = state.origin
+        else:
+            origin = self.origins.note(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
         with torch.no_grad():
             result = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
             if writes and not isinstance(out, Tensor):
@@ -192,89 +167,42 @@ class Watch(TorchFunctionMode):
             self.uses.append(new.use)
         self.set_state(target, new)
 
-    def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[int, Tensor, State]]:
-        """Tensors with a state among the arguments, scores and weights before statistics of them."""
-        found = []
+    def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:
+        """The tensor with a state among the arguments; scores and weights before statistics of them."""
+        found = None
         for i, arg in enumerate((*args, *kwargs.values())):
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(one, Tensor):
                     state = self.state(one)
-                    if state is not None:
-                        found.append((i, one, state))
-        found.sort(key=lambda entry: isinstance(entry[2], RowStat))
-        return iter(found)
+                    if state is not None and (found is None or isinstance(found[2], RowStat)):
+                        found = (i, one, state)
+        return found
 
-    def _before_write(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _before_write(self, name: str, found: tuple[int, Tensor, State] | None, args: Sequence[Any],
+                      kwargs: dict[str, Any]) -> None:
         """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
+        if found is not None and isinstance(found[2], Weights) and name.startswith("dropout") and found[2].own is None:
+            found[2].own = (found[1].clone(), found[2].origin)
         x = kwargs.get("out", args[0] if args else None)
-        if not _plain(x):
+        if not plain(x):
             return
-        storage = _storage(x)
+        storage = storage_of(x)
         for _, state in list(self.live.values()):
             scores = state if isinstance(state, Scores) else getattr(state, "of", None) or getattr(state, "scores", None)
             if scores is not None:
                 scores.product.keep(storage)
-        if name in _POURS:
-            poured = [self.origin(t).roots for t in args[1:] if _plain(t) and t.is_floating_point()]
-            self.poured[storage] = self.poured.get(storage, frozenset()).union(*poured)
+        if name in POURS:
+            self.origins.pour(storage, [t for t in args[1:] if plain(t) and t.is_floating_point()])
 
     def _written(self, x: Tensor) -> None:
         """A write to ``x`` also changed every tensor that shares its memory."""
-        storage = _storage(x)
+        storage = storage_of(x)
         for key, (ref, state) in list(self.live.items()):
             other = ref()
-            if other is not None and other is not x and isinstance(state, Scores) and _storage(other) == storage:
+            if other is not None and other is not x and isinstance(state, Scores) and storage_of(other) == storage:
                 changed = state.but(opaque=[*state.opaque, "a write through a view"], finite=None,
                                     version=_version(other))
                 self.live[key] = (ref, changed)
-
-    def _note_origin(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any,
-                     x: Tensor | None = None) -> Origin:
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        origin = Origin(())
-        if x is None:
-            x = self._source(args, kwargs, out)
-        if x is None:
-            return origin
-        known = self.state(x)
-        source = known.origin if known is not None else self.origin(x)
-        for one in results:
-            if not _plain(one) or one is x:
-                return source
-            how = follow(name, source, x, one, args, kwargs)
-            origin = Origin(one.shape, roots=source.roots) if how is None else (
-                source if how[0] is same and one.shape == source.shape else Origin(one.shape, how[0], source, how[1]))
-            if name in _PIECES:
-                origin.piece_of = source
-            if name in _JOINS:
-                origin = self._joined(name, origin, one, args, kwargs)
-                origin.roots = origin.roots.union(*(self.origin(t).roots for t in args[0] if _plain(t)))
-            self.set_origin(one, origin)
-        return origin
-
-    def _joined(self, name: str, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
-        """Pieces of one tensor joined again along another dimension."""
-        parts = [self.origin(t) for t in args[0] if _plain(t)]
-        whole = parts[0].piece_of if parts else None
-        if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
-            return origin
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-        if name != "stack" and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
-            return origin
-        return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"))
-
-    def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
-        """The argument whose axes the result has: the first one that is followed, else the first of its shape."""
-        shape = out.shape if _plain(out) else None
-        first = None
-        for arg in (*args, *kwargs.values()):
-            for one in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if _plain(one):
-                    if id(one) in self.origins and (shape is None or one.dim() == len(shape) or first is None):
-                        return one
-                    if first is None:
-                        first = one
-        return first
 
     # Softmaxes and products
 
@@ -290,18 +218,23 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if parsed is None or not isinstance(out, Tensor):
             return out
+        self._try(name, self._note_product, name, parsed, out)
+        return out
+
+    def _note_product(self, name: str, parsed: Parsed, out: Tensor) -> None:
+        """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
         a, b, labels, alpha, beta = parsed
-        with torch.no_grad(), self._own_faults(name):
+        with torch.no_grad():
             states = [self.state(t) for t in (a, b)]
             for i, state in enumerate(states):
                 if isinstance(state, Weights):
                     self._weights_product(name, state, i, (a, b), labels, out)
-                    return out
+                    return
                 if isinstance(state, Scores) and _sums_heads(state, labels[i], labels[1 - i], labels[2]):
                     if out.shape == (a, b)[i].shape:
                         self.set_origin(out, state.origin)
                         self.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
-                    return out
+                    return
             product = Product(_autocast(a, out), _autocast(b, out), labels, self.origin(a), self.origin(b))
             origin = Origin(out.shape, product.layout, roots=product.origin_a.roots)
             scores = Scores(origin, product=product, scale=alpha)
@@ -309,7 +242,6 @@ class Watch(TorchFunctionMode):
                 scores.terms.append(Term(beta[0], origin, beta[1]))
             self.set_origin(out, origin)
             self.set_state(out, scores)
-        return out
 
     def _weights_product(self, name: str, state: Weights, index: int, operands: tuple[Tensor, Tensor],
                          labels: tuple[list[Label], list[Label], list[Label]], out: Tensor) -> None:
@@ -346,7 +278,6 @@ class Watch(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.origins.clear()
-        self.poured.clear()
 
 
 def _sums_heads(state: Scores, labels: Sequence[Label], others: Sequence[Label], result: Sequence[Label]) -> bool:
@@ -360,15 +291,6 @@ def _sums_heads(state: Scores, labels: Sequence[Label], others: Sequence[Label],
 
 def _autocast(x: Tensor, out: Tensor) -> Tensor:
     return x if x.dtype == out.dtype or not x.is_floating_point() else x.to(out.dtype)
-
-
-def _plain(x: Any) -> bool:
-    """A strided tensor: one whose axes can be followed."""
-    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
 
 
 def _version(x: Tensor) -> int:

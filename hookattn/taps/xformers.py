@@ -28,13 +28,11 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     q, k, v = given["query"], given["key"], given["value"]
     if not k.is_floating_point():
         raise UnreadableError("quantized keys and values")
-    scale = given.get("scale")
-    call = KernelCall(q=_heads(q), k=_heads(k, True), v=_heads(v, True), output=_heads(out), tap="xformers",
+    scale, keys, values = given.get("scale"), _heads(k, True), _heads(v, True)
+    if keys.shape[1] != values.shape[1]:
+        keys, values = _heads(k), _heads(v)
+    call = KernelCall(q=_heads(q), k=keys, v=values, output=_heads(out), tap="xformers",
                       scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
-    groups = max(call.k.shape[1], call.v.shape[1])
-    call.k, call.v = (x.expand(-1, groups, -1, -1) if x.shape[1] == 1 else x for x in (call.k, call.v))
-    if call.k.shape[1] != call.v.shape[1]:
-        call.k, call.v = _heads(k), _heads(v)
     if given.get("attn_bias") is not None:
         _hide(call, given["attn_bias"], q)
     return call

@@ -85,6 +85,7 @@ class AdapterContract:
 
     def test_nothing_is_left_when_the_forward_raises(self) -> None:
         model, plan = self._plan()
+        assert plan.sites, f"{self.adapter.name} names no site in {type(model).__name__}"
         site = list(plan.sites.values())[-1]
 
         def fail(*_: Any) -> None:

@@ -1,0 +1,126 @@
+"""Where the axes of every tensor come from, while a model runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import axes
+from .axes import Origin, same
+from .views import follow
+
+#: Writes whose argument becomes part of what is written to: a cache buffer is made of the keys put into it.
+POURS = frozenset(("__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "slice_scatter", "masked_scatter_"))
+_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+_PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
+_PURGE = 4096
+
+
+class Origins:
+    """The origins of the tensors that are alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self._poured: dict[int, frozenset[object]] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+        self._poured.clear()
+
+    def of(self, x: Tensor) -> Origin:
+        """Where the axes of a tensor come from."""
+        known = self._known.get(id(x))
+        if known is not None and known[0]() is x and known[1].shape == x.shape:
+            return known[1]
+        return self.set(x, Origin(x.shape, roots=self._poured.get(storage_of(x)) if self._poured else None))
+
+    def set(self, x: Tensor, origin: Origin) -> Origin:
+        """Say where the axes of a tensor come from."""
+        if len(self._known) > _PURGE:
+            self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
+        self._known[id(x)] = (weakref.ref(x), origin)
+        return origin
+
+    def pour(self, storage: int, poured: Sequence[Tensor]) -> None:
+        """Tensors are written into the memory at ``storage``."""
+        roots = (self.of(t).roots for t in poured)
+        self._poured[storage] = self._poured.get(storage, frozenset()).union(*roots)
+
+    def note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, x: Tensor | None = None,
+             source: Origin | None = None) -> Origin:
+        """Say where the axes of the results of an operation come from; returns the origin of the last.
+
+        Args:
+            name: the operation.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            out: its result or results.
+            x: the argument whose axes count; None: found among the arguments.
+            source: the origin of ``x`` if it is known better than :meth:`of` would.
+        """
+        if x is None:
+            x = self._source(args, kwargs, out)
+            if x is None:
+                return Origin(())
+        if source is None:
+            source = self.of(x)
+        origin = source
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if one is x or not plain(one):
+                return source
+            how = follow(name, source, x, one, args, kwargs)
+            if how is None:
+                origin = Origin(one.shape, roots=source.roots)
+            elif how[0] is same and one.shape == source.shape:
+                origin = source
+            else:
+                origin = Origin(one.shape, how[0], source, how[1])
+            if name in _PIECES:
+                origin.piece_of = source
+            elif name in _JOINS:
+                origin = self._joined(name, origin, one, args, kwargs)
+            self.set(one, origin)
+        return origin
+
+    def _joined(self, name: str, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+        """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
+        parts = [self.of(t) for t in args[0] if plain(t)]
+        whole = parts[0].piece_of if parts else None
+        roots = origin.roots.union(*(p.roots for p in parts))
+        if origin is parts[0]:
+            origin = Origin(out.shape, same, origin)
+        origin.roots = roots
+        if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
+            return origin
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+        if name != "stack" and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
+            return origin
+        return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"), roots)
+
+    def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
+        """The argument whose axes the result has: the first that is followed, else the first there is."""
+        n = out.dim() if plain(out) else None
+        first = None
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            for one in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if plain(one):
+                    if id(one) in self._known and (n is None or one.dim() == n or first is None):
+                        return one  # type: ignore[no-any-return]
+                    if first is None:
+                        first = one
+        return first
+
+
+def plain(x: Any) -> bool:
+    """A strided tensor: one whose axes can be followed."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def storage_of(x: Tensor) -> int:
+    """The address of a tensor's memory."""
+    return x.untyped_storage().data_ptr()

@@ -1,0 +1,304 @@
+"""``trace`` and ``tracing``: what goes in, what is kept of it, what a Trace answers, and what is said when it can't."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hookattn
+from hookattn import FieldNotCaptured, InputError, ModelError, NoAttentionError, SelectionError
+from tests.reference import assert_untouched, draw, paths, same_bits, snapshot
+
+B, T, E, H, G = 2, 6, 16, 4, 2
+X = draw(B, T, E, seed=1)
+
+
+class Attention(nn.Module):
+    """Grouped heads through the fused kernel, causal unless there is something else to look at."""
+
+    def __init__(self, heads: int = H, groups: int = G) -> None:
+        super().__init__()
+        self.n, self.out = (heads, 2 * groups), nn.Linear(E, E)
+        self.q, self.kv = nn.Linear(E, E), nn.Linear(E, 2 * E // heads * groups)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q, kv = (y.unflatten(-1, (n, -1)).transpose(1, 2) for y, n in zip(
+            (self.q(x), self.kv(x if memory is None else memory)), self.n, strict=True))
+        causal = memory is None and mask is None
+        out = F.scaled_dot_product_attention(q, *kv.chunk(2, 1), attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 3, **sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(**sizes) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, mask=mask)
+        return x
+
+
+class Named(nn.Sequential):
+    """Layers that stand in no list: how many there are is known only when the forward is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.final = Attention(), Attention(), Attention()
+
+
+class TwoStacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.cross = Model(3), Model(2).layers, Model(2).layers
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.encoder(source)
+        for own, cross in zip(self.decoder, self.cross, strict=True):
+            target = cross(own(target), memory)
+        return target
+
+
+def model(kind: type[nn.Module] = Model, **arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(**arguments).eval()
+
+
+def run(options: dict[str, Any] | None = None, kind: type[nn.Module] = Model, **more: Any) -> hookattn.Trace:
+    return hookattn.trace(model(kind), X, **(options or {}), **more)
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As tokenizers return it: a mapping that is no dict, with the tokens at hand."""
+
+    encodings = [SimpleNamespace(tokens=["[CLS]", "a", "b", "c", "d", "[SEP]"])] * B
+
+
+@pytest.mark.parametrize("inputs", [X, (X,), (X, None), {"x": X}, {"x": X, "mask": None}, Encoding(x=X), UserDict(x=X)])
+def test_every_kind_of_inputs(inputs: Any) -> None:
+    m = model()
+    trace = hookattn.trace(m, inputs)
+    assert paths(trace.calls) == ["layers.0", "layers.1", "layers.2"] and same_bits(trace.output, m(X))
+    assert trace.tokens == ([["[CLS]", "a", "b", "c", "d", "[SEP]"]] * B if isinstance(inputs, Encoding) else None)
+    assert len(trace) == 3 and [c.index for c in trace] == [0, 1, 2] and trace.faithful
+    assert "Model" in repr(trace) and "layers.1" in repr(trace[1]) and "H4" in repr(trace[1])
+    assert same_bits(hookattn.trace(model(TakesList), list(X)).output, model(TakesList)(list(X)))  # one argument
+
+
+class TakesList(Attention):
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return super().forward(torch.stack(xs))
+
+
+def test_tokens() -> None:
+    assert run(tokens=["a", "b"]).tokens == [["a", "b"]] and run(tokens=(("a",), ["b"])).tokens == [["a"], ["b"]]
+    assert hookattn.trace(model(), Encoding(x=X), tokens=["mine"]).tokens == [["mine"]]
+    for bad in ("abc", [1, 2], [["a", 1]], ["a", ["b"]], 7):
+        with pytest.raises(InputError, match="list of strings"):
+            run(tokens=bad)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+MODELS: dict[str, tuple[type[Exception], Any, Any, str]] = {
+    "no module": (ModelError, "gpt2", X, "nn.Module, got str"),
+    "no attention": (NoAttentionError, nn.Linear(E, E), X, r"no attention ran in Linear: .*adapter"),
+    "meta": (ModelError, Model().to("meta"), X, r"layers\.0\.out\.weight .* is on the meta device.*Load the weights"),
+    "keyword": (InputError, Model(), {"y": X}, r"Model\.forward\(x.*missing.*'x'; got y=float32\[2, 6, 16\]"),
+    "one too many": (InputError, Model(), {"x": X, "y": X}, r"unexpected keyword argument 'y'.*dict of keyword"),
+    "missing": (InputError, Model(), (), "missing a required argument: 'x'; got nothing"),
+    "positional": (InputError, Model(), (X, None, X), "too many positional"),
+    "text": (InputError, Model(), "hello", "'hello'.*tokenize"),
+    "texts": (InputError, Model(), ["hello", "you"], "hold text.*tokenize"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_models_and_inputs(name: str) -> None:
+    kind, bad, inputs, message = MODELS[name]
+    with pytest.raises(kind, match=message) as caught:
+        hookattn.trace(bad, inputs)
+    assert isinstance(caught.value, hookattn.HookattnError)
+    assert not isinstance(bad, nn.Module) or assert_untouched(bad) is None
+
+
+SELECTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"verify": "ful"}, "verify='ful': expected one of 'sample', 'full', 'off'"),
+    ({"capture": ("q", "attn")}, "no field 'attn'; choose among q, k, v"),
+    ({"capture": "attn"}, "no field 'attn'"), ({"capture": 5}, "capture=5: expected a list of fields"),
+    ({"capture": ()}, "capture is empty"),
+    ({"layers": [0, 9]}, r"layers=\[0, 9\]: there is no layer 9; .* 2 \(main self"),
+    ({"layers": -4}, "no layer -4"), ({"layers": []}, "selects nothing"),
+    ({"heads": [0, 4]}, r"heads=\[0, 4\]: \w+.* has 4 heads.* no head 4"), ({"heads": -5}, "no head -5"),
+    ({"heads": slice(2)}, "expected an int or a list of ints"), ({"heads": ["a"]}, "expected ints, got 'a'"),
+    ({"heads": True}, "got True"), ({"queries": [6]}, r"has 6 queries, so there is no query 6"),
+    ({"queries": slice(9, None)}, "of which none is selected"), ({"queries": slice(0.5)}, "slice of ints"),
+    ({"dtype": torch.int8}, "torch.float16"), ({"dtype": "float16"}, "torch.float16"),
+    ({"device": "gpu0"}, "device='gpu0': there is no such device here"),
+]
+
+
+@pytest.mark.parametrize("kind", [Model, Named])
+@pytest.mark.parametrize(("options", "message"), SELECTIONS)
+def test_bad_selections(kind: type[nn.Module], options: dict[str, Any], message: str) -> None:
+    before = snapshot(m := model(kind))
+    with pytest.raises(SelectionError, match=message):
+        hookattn.trace(m, X, **options)
+    assert_untouched(m, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_compiled_by_jit() -> None:
+    traced = torch.jit.trace(Attention(), X)
+    for bad in (torch.jit.script(nn.Sequential(nn.Linear(E, E))), traced, nn.Sequential(traced)):
+        with pytest.raises(ModelError, match=r"torch\.jit.*Trace the Python module"):
+            hookattn.trace(bad, X)
+
+
+def test_errors_of_the_block() -> None:
+    """The model's own; no forward; one trace inside another, which leaves the outer one running."""
+    m, other = model(), model()
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        hookattn.trace(m, X[..., :3])
+    assert any("raised by the model" in note for note in caught.value.__notes__)
+    with pytest.raises(NoAttentionError, match="never called"), hookattn.tracing(m):
+        pass
+    with hookattn.tracing(m) as outer:
+        m(X)
+        with pytest.raises(ModelError, match="already running in this thread; finish it"), hookattn.tracing(other):
+            pass
+        m(X)
+    assert [c.step for c in outer] == [0, 0, 0, 1, 1, 1]
+    assert_untouched(m)
+
+
+# ------------------------------------------------------------------------------------------------ reading a trace
+
+
+def test_getting_calls() -> None:
+    trace = run()
+    assert trace["layers.1"] is trace[1] is list(trace)[1] and trace[-1].site.layer == 2
+    assert paths(trace[1:].calls) == ["layers.1", "layers.2"] and trace[1:].model == trace.model
+    with pytest.raises(SelectionError, match=r"no call at 'layers\.7'; there are \['layers\.0'"):
+        trace["layers.7"]
+    with hookattn.tracing(m := model()) as twice:
+        m(X)
+        m(X[:, :3])
+    with pytest.raises(SelectionError, match=r"ran 2 times, in steps \[0, 1\]; use trace.select\(path='layers\.0'"):
+        twice["layers.0"]
+    assert len(twice.select(path="layers.0")) == 2 and twice.select(step=-1, layer=0)[0].q.shape[2] == 3
+    assert [len(step) for step in twice.attentions] == [3, 3]
+
+
+def test_select() -> None:
+    trace = hookattn.trace(model(TwoStacks), (X, X[:, :4]))
+    assert len(trace) == len(trace.select(tap=trace[0].tap, step=0)) == 7
+    assert paths(trace.select(stack="encoder").calls) == [f"encoder.layers.{i}" for i in range(3)]
+    assert paths(trace.select(kind="cross", layer=-1).calls) == ["cross.1"]
+    assert paths(trace.select(layer=-1).calls) == ["encoder.layers.2", "decoder.1", "cross.1"]
+    assert paths(trace.select(layer=[0, -1], stack="decoder").calls) == ["decoder.0", "decoder.1"]
+    with pytest.raises(SelectionError, match=r"no call fits \{'layer': 9, 'kind': 'cross'\}; there are layers \[0, 1"):
+        trace.select(layer=9, kind="cross")
+    with pytest.raises(SelectionError, match=r"stacks \['encoder', .*kinds \['self', 'cross'\], steps \[0\]"):
+        trace.select(stack="vision")
+    with pytest.raises(SelectionError, match=r"of which stack\?.*select\(stack='encoder', kind='self'\)"):
+        _ = trace.attentions
+    chosen = trace.select(stack="encoder").attentions
+    assert len(chosen) == 3 and all(torch.equal(a, c.weights) for a, c in zip(chosen, trace, strict=False))
+
+
+def test_a_field_that_was_not_captured() -> None:
+    call = run(capture=("q", "weights"))[0]
+    assert call.has("q") and not call.has("scores") and not hasattr(call, "k")
+    for name in ("k", "v", "bias", "scores", "mask", "sinks", "output"):
+        wanted = tuple(f for f in hookattn.FIELDS if f in ("q", "weights", name))
+        with pytest.raises(FieldNotCaptured, match=rf"'{name}' of layers\.0 .*captured: q, weights") as caught:
+            getattr(call, name)
+        assert f"capture={wanted!r}" in str(caught.value)
+        kept = run(capture=wanted)[0]
+        assert kept.get(name) is None if name in ("bias", "sinks") else getattr(kept, name).dim() == 4
+    with pytest.raises(AttributeError, match="no field 'heat'"):
+        call.get("heat")
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+@pytest.mark.parametrize("capture", [("q",), "v", ["weights"], ("q", "k", "bias", "mask", "sinks"), {"output", "mask"}])
+def test_capture(capture: Any) -> None:
+    full, trace = run(), run(capture=capture)
+    names = {capture} if isinstance(capture, str) else set(capture)
+    assert trace.faithful and all(set(c.fields) == names for c in trace)
+    assert all(same_bits(a.get(name), b.get(name)) for a, b in zip(trace, full, strict=True) for name in names)
+    if "sinks" in names:  # enough to derive the rest from
+        assert torch.equal(trace[1].weights, full[1].weights) and torch.equal(trace[1].scores, full[1].scores)
+
+
+@pytest.mark.parametrize("kind", [Model, Named])
+def test_layers(kind: type[nn.Module]) -> None:
+    full = run(kind=kind)
+    for layers, expected in ((0, [0]), ([1], [1]), ([-1], [2]), ([0, -1], [0, 2]), (range(-3, -1), [0, 1])):
+        trace = run(kind=kind, layers=layers)
+        assert paths(trace.calls) == [paths(full.calls)[i] for i in expected]
+        assert [c.index for c in trace] == list(range(len(expected))) and trace.faithful
+        assert all(same_bits(a.weights, full[i].weights) for a, i in zip(trace, expected, strict=True))
+    stacks = hookattn.trace(model(TwoStacks), (X, X[:, :4]), layers=[-1])  # of each stack its own last one
+    assert paths(stacks.calls) == ["encoder.layers.2", "decoder.1", "cross.1"]
+
+
+@pytest.mark.parametrize("heads", [2, [0], [3, 1], [0, 1, 3], [-1, 2], [0, 1, 2, 3], torch.tensor([1, 2])])
+@pytest.mark.parametrize("queries", [None, 0, [5, 0], [-1], slice(-2, None), slice(None, None, -2)])
+def test_heads_and_queries(heads: Any, queries: Any) -> None:
+    """The rows of the full trace, whatever became of the groups; weights can be derived from what is left."""
+    full, trace = run(), run(heads=heads, queries=queries, verify="full")
+    h = torch.arange(H)[heads].view(-1).tolist()
+    t = list(range(T))[queries] if isinstance(queries, slice) else torch.arange(T)[queries].view(-1).tolist()
+    for call, whole in zip(trace, full, strict=True):
+        assert call.heads == tuple(h) and call.queries == (None if queries is None else tuple(t))
+        for name in ("q", "scores", "weights", "output"):
+            assert torch.allclose(getattr(call, name), getattr(whole, name)[:, h][:, :, t], atol=1e-6), name
+        groups = sorted({i // (H // G) for i in h})
+        assert same_bits(call.k, whole.k[:, groups]) and same_bits(call.v, whole.v[:, groups])
+        assert call.kv_heads == tuple(groups.index(i // (H // G)) for i in h)
+        assert same_bits(call.mask, whole.mask[:, :, t]) and call.certificate.rows == len(t)
+    lean = run(heads=heads, queries=queries, capture=("q", "k", "bias", "mask", "sinks"))
+    assert all(torch.allclose(a.weights, b.weights, atol=1e-6) for a, b in zip(lean, trace, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_dtype_and_device(dtype: torch.dtype) -> None:
+    full, trace = run()[0], run(dtype=dtype, device="cpu")[0]
+    for name in ("q", "k", "v", "scores", "weights", "output"):
+        assert torch.equal(getattr(trace, name).float(), getattr(full, name).to(dtype).float()), name
+    assert trace.mask.dtype == torch.bool and trace.dtype == torch.float32 and trace.certificate.faithful
+
+
+class Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("n", [{"heads": H, "groups": G}, {"heads": 8, "groups": 8}])
+def test_nothing_large_is_formed_first(n: dict[str, int]) -> None:
+    m, x = model(layers=1, **n), draw(1, 512, E, seed=2)
+    for mask in (None, torch.zeros(512, 512).masked_fill(torch.ones(512, 512).triu(1) > 0, -1e9)):
+        for options, bound in (({"queries": slice(-1, None)}, 512**2), ({"heads": 0}, 512**2), ({}, None)):
+            with torch.no_grad(), Largest() as largest:
+                hookattn.trace(m, (x, mask), capture=("weights",), **options)
+            assert largest.numel == n["heads"] * 512 * 512 if bound is None else largest.numel <= bound, options

@@ -1,0 +1,153 @@
+"""The demo, end to end: what it finds, what it writes, what it does without the encoder's package."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hookattn
+
+pytest.importorskip("click")
+pytest.importorskip("rich")
+
+from click.testing import CliRunner
+
+from hookattn.cli.app import app
+from hookattn.demo import encoder, heads
+from hookattn.demo.induction import example_tokens, load_pretrained
+from hookattn.demo.show import shaded
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the demo reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("COLUMNS", "80")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "directory", lambda: None)
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(app, ["demo", *map(str, args)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_causal_model(tmp_path: Path, without_encoder: None) -> None:
+    report = json.loads(run("--out", tmp_path / "out", "--json"))
+    assert encoder.PACKAGE in report["encoder"]["left_out"] and report["encoder"]["install"] == encoder.INSTALL
+    found = report["induction"]
+    assert found["faithful"] and found["identical_outputs"] and found["predicted"] == found["predictable"] == 23
+    first, second = found["previous_token"][:2]
+    assert (first["layer"], first["head"]) == (0, 0) and first["score"] > 0.95 and first["score"] > second["score"]
+    best = found["induction"][0]
+    assert (best["layer"], best["head"]) == (1, 2) and best["score"] > 0.95
+    assert all(head["score"] < 0.05 for head in found["induction"] if head["layer"] == 0)
+    assert report["files"] == [str(tmp_path / "out" / "induction.safetensors")]
+    trace = hookattn.load(report["files"][0])
+    assert trace.faithful and trace.tokens is not None and trace.tokens[0] == found["tokens"]
+
+
+def test_it_prints_for_a_narrow_terminal_and_without_control_codes(tmp_path: Path, without_encoder: None) -> None:
+    out = run("--out", tmp_path)
+    assert f"    {encoder.INSTALL}" in out and "\x1b" not in out
+    assert "The previous-token head is layer 0 head 0" in out and "The induction head is layer 1 head 2" in out
+    assert "before, during and after the trace: bit-identical" in out and "2 calls faithful" in out
+    lines = [line.replace(str(tmp_path), "out") for line in out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    (grid,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["bos"]]
+    shades = [line.count("█") for line in lines[grid + 1:grid + 10]]
+    assert shades == [1] * 9  # one key for each query
+
+
+def test_the_sentence_encoder(tmp_path: Path) -> None:
+    if encoder.directory() is None:
+        pytest.skip(f"{encoder.PACKAGE} is not installed: {encoder.INSTALL}")
+    pytest.importorskip("transformers")
+    report = json.loads(run("--out", tmp_path, "--json"))
+    found = report["encoder"]
+    assert found["faithful"] and found["identical_outputs"] and found["eager_difference"] < 1e-5
+    best = found["same_word"][0]
+    assert (best["layer"], best["head"]) == (2, 9) and best["score"] > 1.5 * found["same_word"][1]["score"]
+    trace = hookattn.load(tmp_path / "encoder.safetensors")
+    tokens = trace.tokens[0] if trace.tokens else []
+    weights = trace[best["path"]].weights[0, best["head"]]
+    for word in ("cat", "on"):  # each looks mostly at itself in the other sentence
+        first, second = (i for i, token in enumerate(tokens) if token == word)
+        assert weights[first].argmax() == second and weights[second].argmax() == first
+    assert "The head that looks for the same word" in run("--out", tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and "cannot be made" in result.stderr
+
+
+def test_the_encoder_is_found_without_being_imported() -> None:
+    encoder.directory()
+    assert encoder.PACKAGE.replace("-", "_") not in sys.modules
+
+
+@torch.no_grad()
+def test_patterns_against_plain_loops() -> None:
+    length = 9
+    trace = hookattn.trace(load_pretrained(), example_tokens(2, length=length), capture="weights")
+    for call in trace:
+        weights = call.weights[0]
+        for h in range(4):
+            before = [float(weights[h, i, i - 1]) for i in range(2, 2 * length + 1)]
+            after = [float(weights[h, i, i - length + 1]) for i in range(length + 1, 2 * length + 1)]
+            assert float(heads.previous(call)[h]) == pytest.approx(sum(before) / len(before))
+            assert float(heads.induction(call)[h]) == pytest.approx(sum(after) / len(after))
+    ranking = heads.ranked(trace, heads.previous)
+    assert len(ranking) == 8 and ranking == sorted(ranking, key=lambda head: -head.score)
+
+
+def test_same_word_counts_every_copy_in_the_other_sentence() -> None:
+    tokens = ["[CLS]", "a", "b", ".", "[SEP]", "a", "a", ".", "[SEP]"]
+    weights = torch.rand(1, 2, 9, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    call = hookattn.Call(hookattn.Site("x", 0), 0, 0, "test", torch.float32, 1.0, fields={"weights": weights})
+    w = weights[0]
+    expected = (w[:, 1, 5] + w[:, 1, 6] + w[:, 5, 1] + w[:, 6, 1]) / 3
+    torch.testing.assert_close(heads.same_word(tokens)(call), expected)
+
+
+@pytest.mark.parametrize(("weight", "text"), [
+    (0.0, "   · "), (0.004, "   · "), (0.1, " .10░"), (0.5, " .50▒"), (1.0, " 1.0█")])
+def test_cells_are_five_characters(weight: float, text: str) -> None:
+    assert shaded(weight, colours=False).plain == text
+    assert shaded(weight, colours=True).cell_len == 5
+
+
+def test_the_readme_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "demo.png"
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "readme_figure.py"), "--out", str(path)],
+                          capture_output=True, text=True, env=_environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size <= 150_000
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
