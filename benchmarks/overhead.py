@@ -49,12 +49,22 @@ class PlainBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def gpt2(layers: int, width: int, heads: int, tokens: int, vocabulary: int = 1000) -> tuple[nn.Module, nn.Module, Tensor]:
+def gpt2(
+    layers: int, width: int, heads: int, tokens: int, vocabulary: int = 1000
+) -> tuple[nn.Module, nn.Module, Tensor]:
     """The same random weights twice, in sdpa and in eager, and an input."""
     from transformers import GPT2Config, GPT2LMHeadModel, logging
+
     logging.set_verbosity_error()
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=tokens, vocab_size=vocabulary,
-                        bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        n_positions=tokens,
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     torch.manual_seed(0)
     fused = GPT2LMHeadModel(config).eval()
     fused.set_attn_implementation("sdpa")
@@ -66,8 +76,12 @@ def gpt2(layers: int, width: int, heads: int, tokens: int, vocabulary: int = 100
 def gpt2_variants(*shape: int) -> list[Variant]:
     """A transformers model, whose attention an adapter names."""
     fused, eager, x = gpt2(*shape)
-    return [("untraced, sdpa", lambda: fused(x)), ("untraced, eager", lambda: eager(x)),
-            ("eager output_attentions", lambda: eager(x, output_attentions=True)), *ours(fused, x)]
+    return [
+        ("untraced, sdpa", lambda: fused(x)),
+        ("untraced, eager", lambda: eager(x)),
+        ("eager output_attentions", lambda: eager(x, output_attentions=True)),
+        *ours(fused, x),
+    ]
 
 
 def plain_variants(layers: int, width: int, heads: int, tokens: int) -> list[Variant]:
@@ -112,8 +126,15 @@ def run(variants: list[Variant], rounds: int) -> list[dict[str, Any]]:
     for (name, _), spent in zip(variants, times, strict=True):
         ratios = sorted(a / b for a, b in zip(spent, times[0], strict=True))
         quarter = len(ratios) // 4
-        rows.append({"variant": name, "median_ms": 1e3 * statistics.median(spent), "ratio": statistics.median(ratios),
-                     "low": ratios[quarter], "high": ratios[-1 - quarter]})
+        rows.append(
+            {
+                "variant": name,
+                "median_ms": 1e3 * statistics.median(spent),
+                "ratio": statistics.median(ratios),
+                "low": ratios[quarter],
+                "high": ratios[-1 - quarter],
+            }
+        )
     return rows
 
 
@@ -124,8 +145,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="rounds a case (default: 100, or 12 for the small one)")
     parser.add_argument("--json", help="also write the numbers to this file")
     options = parser.parse_args()
-    report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(),
-                              "machine": platform.machine(), "cases": {}}
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "cases": {},
+    }
     with torch.no_grad():
         for name, make in CASES.items():
             if options.cases not in name:
@@ -134,7 +159,9 @@ def main() -> None:
             report["cases"][name] = rows
             print(f"\n{name}\n{'variant':<28}{'median ms':>10}{'ratio':>9}   quartiles")
             for row in rows:
-                print(f"{row['variant']:<28}{row['median_ms']:>10.2f}{row['ratio']:>9.3f}   {row['low']:.3f} – {row['high']:.3f}")
+                print(
+                    f"{row['variant']:<28}{row['median_ms']:>10.2f}{row['ratio']:>9.3f}   {row['low']:.3f} – {row['high']:.3f}"
+                )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)

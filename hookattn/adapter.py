@@ -50,8 +50,9 @@ class Adapter:
     def site(self, path: str, module: nn.Module, root: nn.Module) -> Site:
         """The site of one attention module."""
         layer, layers = layer_of(path, root)
-        return Site(path, layer, self.stack or stack_of(path), self.kind(path, module), type(module).__name__,
-                    self.axes, layers)
+        return Site(
+            path, layer, self.stack or stack_of(path), self.kind(path, module), type(module).__name__, self.axes, layers
+        )
 
     def kind(self, path: str, module: nn.Module) -> str:
         """The kind of one attention module: what :attr:`attention` says, and ``auto`` is told from the path."""

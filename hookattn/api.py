@@ -31,10 +31,21 @@ _VERIFY = ("sample", "full", "off")
 _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 
 
-def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None = None, layers: Any = None,
-          heads: Any = None, queries: Any = None, dtype: torch.dtype | None = None,
-          device: torch.device | str | None = None, to: str | PathLike[str] | None = None,
-          tokens: Sequence[Any] | None = None, verify: str = "sample", strict: bool = False) -> Trace:
+def trace(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    capture: Iterable[str] | str | None = None,
+    layers: Any = None,
+    heads: Any = None,
+    queries: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    to: str | PathLike[str] | None = None,
+    tokens: Sequence[Any] | None = None,
+    verify: str = "sample",
+    strict: bool = False,
+) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
     The model runs as it is: the same kernels, grad mode, train or eval mode, and bit-identical outputs (the forward's
@@ -68,17 +79,38 @@ def trace(model: nn.Module, inputs: Any, *, capture: Iterable[str] | str | None 
     args, kwargs = _arguments(inputs)
     _check_model(model)
     _check_fit(model, args, kwargs)
-    with tracing(model, capture=capture, layers=layers, heads=heads, queries=queries, dtype=dtype, device=device, to=to,
-                 tokens=tokens if tokens is not None else _tokens_of(inputs), verify=verify, strict=strict) as made:
+    with tracing(
+        model,
+        capture=capture,
+        layers=layers,
+        heads=heads,
+        queries=queries,
+        dtype=dtype,
+        device=device,
+        to=to,
+        tokens=tokens if tokens is not None else _tokens_of(inputs),
+        verify=verify,
+        strict=strict,
+    ) as made:
         made.output = model(*args, **kwargs)
     return made
 
 
 @contextmanager
-def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, layers: Any = None, heads: Any = None,
-            queries: Any = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-            to: str | PathLike[str] | None = None, tokens: Sequence[Any] | None = None, verify: str = "sample",
-            strict: bool = False) -> Iterator[Trace]:
+def tracing(
+    model: nn.Module,
+    *,
+    capture: Iterable[str] | str | None = None,
+    layers: Any = None,
+    heads: Any = None,
+    queries: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    to: str | PathLike[str] | None = None,
+    tokens: Sequence[Any] | None = None,
+    verify: str = "sample",
+    strict: bool = False,
+) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
     The Trace is complete when the block ends. Arguments and errors are those of :func:`trace`. If the block raises, the
@@ -93,6 +125,7 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
     stream = None
     if to is not None:
         from .store.document import Stream
+
         stream = Stream(to, made)
     session = Session(plan, made, selection, verify, strict, None if stream is None else stream.add)
     try:
@@ -101,7 +134,9 @@ def tracing(model: nn.Module, *, capture: Iterable[str] | str | None = None, lay
             yield made
         except Exception as error:
             if not isinstance(error, HookattnError):
-                error.add_note("hookattn: raised by the model or the traced block itself; nothing is left on the model.")
+                error.add_note(
+                    "hookattn: raised by the model or the traced block itself; nothing is left on the model."
+                )
             raise
         finally:
             session.stop()
@@ -121,13 +156,17 @@ def _check_model(model: Any) -> None:
         raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and (not path or _ATTENDS.search(str(module.inlined_graph))):
-            raise ModelError(f"{path or type(model).__name__} is scripted or traced by torch.jit, and nothing can be "
-                             "seen in compiled code; trace the Python module that it was made from.")
+            raise ModelError(
+                f"{path or type(model).__name__} is scripted or traced by torch.jit, and nothing can be "
+                "seen in compiled code; trace the Python module that it was made from."
+            )
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # it brings the weights when needed
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if x.is_meta and not offloaded:
-            raise ModelError(f"{name} is on the meta device and has no values; load the weights (to_empty() and "
-                             "load_state_dict()) before tracing.")
+            raise ModelError(
+                f"{name} is on the meta device and has no values; load the weights (to_empty() and "
+                "load_state_dict()) before tracing."
+            )
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,7 +188,8 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     except TypeError as error:
         raise InputError(
             f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. Pass "
-            "a tensor, a tuple of arguments, or a dict of keyword arguments.") from error
+            "a tensor, a tuple of arguments, or a dict of keyword arguments."
+        ) from error
     text = [a for a in given if isinstance(a, str) or (isinstance(a, (list, tuple)) and a and _strings(a))]
     if text and len(text) == len(given) and not any("str" in str(p.annotation) for p in signature.parameters.values()):
         raise InputError(f"the inputs hold text ({str(text[0])[:40]!r}); tokenize it first and pass the tensors.")
@@ -172,8 +212,10 @@ def _token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
         return None
     rows = [tokens] if _strings(tokens) else tokens
     if isinstance(rows, str) or not isinstance(rows, Iterable) or not all(map(_strings, rows)):
-        raise InputError("tokens has to be a list of strings, one for each position, or one such list for each batch "
-                         f"entry; got {str(tokens)[:60]!r}.")
+        raise InputError(
+            "tokens has to be a list of strings, one for each position, or one such list for each batch "
+            f"entry; got {str(tokens)[:60]!r}."
+        )
     return [list(row) for row in rows]
 
 
@@ -187,7 +229,8 @@ def _check_result(session: Session) -> None:
     if session.recorded and absent:
         raise SelectionError(
             f"layers={list(session.selection.layers or ())}: there is no layer {absent[0]}; of the {session.recorded} "
-            f"attention calls that ran, the last layers are {session.describe_layers()}.")
+            f"attention calls that ran, the last layers are {session.describe_layers()}."
+        )
     if made.calls:
         return
     if session.recorded == 0 and not made.skipped:
@@ -196,17 +239,25 @@ def _check_result(session: Session) -> None:
         raise NoAttentionError(
             f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or flex "
             "attention, and no softmax over a product. If the model attends through a compiled extension, tell "
-            "hookattn about it with an adapter.")
+            "hookattn about it with an adapter."
+        )
 
 
 def _warn(made: Trace) -> None:
     bad = [c for c in made.calls if c.certificate.status == "unfaithful"]
     for call in bad[:3]:
-        warnings.warn(f"{call.site.label} (step {call.step}, tap {call.tap}) is {call.certificate}", UnfaithfulWarning,
-                      stacklevel=4)
+        warnings.warn(
+            f"{call.site.label} (step {call.step}, tap {call.tap}) is {call.certificate}",
+            UnfaithfulWarning,
+            stacklevel=4,
+        )
     if len(bad) > 3:
         warnings.warn(f"{len(bad) - 3} more calls are unfaithful", UnfaithfulWarning, stacklevel=4)
     if made.skipped:
         first = made.skipped[0]
-        warnings.warn(f"{len(made.skipped)} attention site(s) could not be read, for example {first.path or '<model>'}: "
-                      f"{first.reason}; see trace.skipped", SkippedWarning, stacklevel=4)
+        warnings.warn(
+            f"{len(made.skipped)} attention site(s) could not be read, for example {first.path or '<model>'}: "
+            f"{first.reason}; see trace.skipped",
+            SkippedWarning,
+            stacklevel=4,
+        )

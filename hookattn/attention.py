@@ -97,8 +97,15 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     return out.view(b, h, t, e)
 
 
-def causal_mask(t: int, s: int, *, window: int | None = None, offset: int = 0, causal: bool = True,
-                device: torch.device | None = None) -> Tensor:
+def causal_mask(
+    t: int,
+    s: int,
+    *,
+    window: int | None = None,
+    offset: int = 0,
+    causal: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
     """The bool mask of a causal or windowed kernel: 1 1 T S, True = may attend.
 
     Args:

@@ -60,8 +60,10 @@ class Certificate:
 
     def __str__(self) -> str:
         weights = "" if self.weights_error is None else f", weights {self.weights_error:.1e}"
-        return (f"{self.status}: {self.basis} {self.output_error:.1e} of {self.tolerance:.1e}{weights}, "
-                f"{self.rows} of {self.of_rows} rows")
+        return (
+            f"{self.status}: {self.basis} {self.output_error:.1e} of {self.tolerance:.1e}{weights}, "
+            f"{self.rows} of {self.of_rows} rows"
+        )
 
 
 UNVERIFIED = Certificate("unverified", 0.0, None, 0.0, 0.0, 0.0, 0, 0, "nothing")
@@ -84,8 +86,17 @@ class Pending:
         unit = TOLERANCE.get(self.dtype, TOLERANCE[torch.float16])
         tolerance = unit * max(size, 1e-3)
         good = output <= tolerance and weights <= unit and excess <= 4 * unit  # NaN fails
-        return Certificate("faithful" if good else "unfaithful", output, weights if self.formed else None, excess,
-                           tolerance, unit, self.rows, self.of_rows, self.basis)
+        return Certificate(
+            "faithful" if good else "unfaithful",
+            output,
+            weights if self.formed else None,
+            excess,
+            tolerance,
+            unit,
+            self.rows,
+            self.of_rows,
+            self.basis,
+        )
 
 
 def rows_to_check(t: int, full: bool) -> slice:

@@ -108,8 +108,15 @@ def _within(path: str, outer: str) -> bool:
 class Brackets:
     """The hooks of one running trace."""
 
-    def __init__(self, plan: Plan, enter: Callable[[Site, bool], None], leave: Callable[[], None],
-                 root: Callable[[], None], ran: Callable[[str, nn.Module], None], active: Callable[[], bool]):
+    def __init__(
+        self,
+        plan: Plan,
+        enter: Callable[[Site, bool], None],
+        leave: Callable[[], None],
+        root: Callable[[], None],
+        ran: Callable[[str, nn.Module], None],
+        active: Callable[[], bool],
+    ):
         self.plan = plan
         self.handles: list[RemovableHandle] = []
         self._callbacks = (enter, leave, root, ran, active)

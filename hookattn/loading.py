@@ -17,4 +17,5 @@ def load(path: str | PathLike[str]) -> Trace:
         TraceFileError: cannot be opened.
     """
     from .store.document import load as read
+
     return read(path)

@@ -120,15 +120,16 @@ def _read(point: EntryPoint) -> tuple[Adapter, ...]:
     except Exception as error:
         raise BrokenAdapterError(
             f"{who} in the group {GROUP!r} cannot be loaded: {type(error).__name__}: {error}. "
-            f"Mend or uninstall {_distribution(point)!r}.") from error
+            f"Mend or uninstall {_distribution(point)!r}."
+        ) from error
     if isinstance(found, Adapter) or not isinstance(found, Iterable):
-        raise BrokenAdapterError(
-            f"{who} has to name an iterable of Adapter instances; got {type(found).__name__}.")
+        raise BrokenAdapterError(f"{who} has to name an iterable of Adapter instances; got {type(found).__name__}.")
     try:
         return tuple(found)
     except Exception as error:
-        raise BrokenAdapterError(f"{who} in the group {GROUP!r} failed while it was read: {type(error).__name__}: "
-                                 f"{error}.") from error
+        raise BrokenAdapterError(
+            f"{who} in the group {GROUP!r} failed while it was read: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _add(adapter: Adapter, source: str) -> None:
@@ -141,7 +142,8 @@ def _add(adapter: Adapter, source: str) -> None:
     if not adapter.covers or isinstance(adapter.covers, str):
         raise BrokenAdapterError(
             f"{who}: the adapter {adapter.name!r} has to name in `covers` a tuple of Python modules; "
-            f"got {adapter.covers!r}.")
+            f"got {adapter.covers!r}."
+        )
     for other, theirs in _adapters.values():
         shared = [c for c in adapter.covers if any(_nested(c, o) for o in other.covers)]
         if other.name == adapter.name or shared:
@@ -149,7 +151,8 @@ def _add(adapter: Adapter, source: str) -> None:
             raise DuplicateAdapterError(
                 f"{who}: {what} is already claimed by the adapter {other.name!r} of "
                 f"{theirs if theirs == _HERE else f'distribution {theirs!r}'}. "
-                "Rename one, or uninstall one of the two.")
+                "Rename one, or uninstall one of the two."
+            )
     _adapters[adapter.name] = (adapter, source)
     _by_module.clear()
 

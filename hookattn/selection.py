@@ -39,8 +39,15 @@ class Selection:
     device: torch.device | None = None
 
     @classmethod
-    def of(cls, capture: Iterable[str] | str | None = None, layers: Any = None, heads: Any = None, queries: Any = None,
-           dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Selection:
+    def of(
+        cls,
+        capture: Iterable[str] | str | None = None,
+        layers: Any = None,
+        heads: Any = None,
+        queries: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Selection:
         """Checked and normalised.
 
         Raises:
@@ -51,7 +58,9 @@ class Selection:
         fields = FIELDS if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
         unknown = [f for f in fields if f not in FIELDS]
         if unknown:
-            raise SelectionError(f"capture={capture!r}: there is no field {unknown[0]!r}; choose among {', '.join(FIELDS)}.")
+            raise SelectionError(
+                f"capture={capture!r}: there is no field {unknown[0]!r}; choose among {', '.join(FIELDS)}."
+            )
         if not fields:
             raise SelectionError(f"capture is empty: nothing would be kept; choose among {', '.join(FIELDS)}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -60,8 +69,9 @@ class Selection:
             queries = _indices("queries", queries)
         elif not all(x is None or hasattr(x, "__index__") for x in (queries.start, queries.stop, queries.step)):
             raise SelectionError(f"queries={queries!r}: expected a slice of ints.")
-        return cls(frozenset(fields), _indices("layers", layers), _indices("heads", heads), queries, dtype,
-                   _device(device))
+        return cls(
+            frozenset(fields), _indices("layers", layers), _indices("heads", heads), queries, dtype, _device(device)
+        )
 
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
@@ -95,7 +105,9 @@ class Selection:
             return self.queries if rows.step > 0 else list(rows)
         bad = [i for i in self.queries if not -t <= i < t]
         if bad:
-            raise SelectionError(f"queries={list(self.queries)}: {where} has {t} queries, so there is no query {bad[0]}.")
+            raise SelectionError(
+                f"queries={list(self.queries)}: {where} has {t} queries, so there is no query {bad[0]}."
+            )
         return [i % t for i in self.queries]
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +115,8 @@ class Selection:
         q = self.queries
         return {
             "capture": [f for f in FIELDS if f in self.capture],
-            "layers": self.layers, "heads": self.heads,
+            "layers": self.layers,
+            "heads": self.heads,
             "queries": [q.start, q.stop, q.step] if isinstance(q, slice) else {"indices": q} if q is not None else None,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
@@ -149,14 +162,20 @@ def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[in
         per_group = call.q.shape[1] // call.k.shape[1]
         wanted = sorted({h // per_group for h in heads})
         groups = [wanted.index(h // per_group) for h in heads]
-        _each(call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale"), 1, list(heads))
+        _each(
+            call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale"), 1, list(heads)
+        )
         _each(call, ("k", "v"), 1, wanted)
         if call.sinks is not None:
             sinks = call.sinks if call.sinks.dim() != 1 else call.sinks.view(1, -1, 1, 1)
             call.sinks = _take(sinks, 1, list(heads)) if sinks.shape[1] > 1 else sinks
     if queries is not None:
-        _each(call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale", "sinks"), 2,
-              queries)
+        _each(
+            call,
+            ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale", "sinks"),
+            2,
+            queries,
+        )
     return groups
 
 

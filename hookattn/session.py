@@ -41,8 +41,9 @@ class Session:
         sink: takes each finished call (a file); None: they stay in memory.
     """
 
-    def __init__(self, plan: Plan, trace: Trace, selection: Selection, verify: str, strict: bool,
-                 sink: Sink | None = None):
+    def __init__(
+        self, plan: Plan, trace: Trace, selection: Selection, verify: str, strict: bool, sink: Sink | None = None
+    ):
         self.plan, self.trace, self.selection = plan, trace, selection
         self.verify, self.strict, self.sink = verify, strict, sink
         self.watch = Watch(self, kernels())
@@ -103,8 +104,10 @@ class Session:
         if self.plan.compiled or any(_is_compiled(module) for module in self.plan.modules.values()):
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
-            self.trace.notes.append("the model is compiled; it ran uncompiled while it was traced, so its outputs may "
-                                    "differ in the last bits from the compiled ones")
+            self.trace.notes.append(
+                "the model is compiled; it ran uncompiled while it was traced, so its outputs may "
+                "differ in the last bits from the compiled ones"
+            )
 
     def active(self) -> bool:
         """Whether the current thread is the traced one."""
@@ -115,8 +118,8 @@ class Session:
         return current() is self and not _in_backward()
 
     def alone(self) -> bool:
-        """Whether no other function mode is open beside ours."""
-        return torch._C._len_torch_function_stack() <= 1
+        """Whether ours is open, and no other function mode beside it."""
+        return self._on_top() and torch._C._len_torch_function_stack() == 1
 
     # The function mode
 
@@ -131,7 +134,9 @@ class Session:
         torch._C._pop_torch_function_stack()
 
     def _open(self) -> bool:
-        return any(torch._C._get_function_stack_at(i) is self.watch for i in range(torch._C._len_torch_function_stack()))
+        return any(
+            torch._C._get_function_stack_at(i) is self.watch for i in range(torch._C._len_torch_function_stack())
+        )
 
     def _take_modes(self) -> list[TorchFunctionMode]:
         """Pop modes, the topmost first, until ours is not open any more."""
@@ -256,14 +261,32 @@ class Session:
         whole = grouped(call, groups)
         pending, scores, weights = self._derive(whole)
         made = Call(
-            site=site, step=max(self.step, 0), index=len(self.trace.calls), tap=call.tap, dtype=call.dtype,
-            scale=self._scale(call), softcap=call.softcap, causal=call.causal, window=call.window, dropout=call.dropout,
-            heads=None if heads is None else tuple(heads), kv_heads=None if groups is None else tuple(groups),
+            site=site,
+            step=max(self.step, 0),
+            index=len(self.trace.calls),
+            tap=call.tap,
+            dtype=call.dtype,
+            scale=self._scale(call),
+            softcap=call.softcap,
+            causal=call.causal,
+            window=call.window,
+            dropout=call.dropout,
+            heads=None if heads is None else tuple(heads),
+            kv_heads=None if groups is None else tuple(groups),
             queries=None if queries is None else tuple(range(t)[queries] if isinstance(queries, slice) else queries),
-            notes=tuple(call.notes))
+            notes=tuple(call.notes),
+        )
         values: dict[str, Tensor | None] = {
-            "q": call.q, "k": call.k, "v": call.v, "bias": call.bias, "scores": scores, "mask": call.mask,
-            "sinks": call.sinks, "weights": weights, "output": call.output}
+            "q": call.q,
+            "k": call.k,
+            "v": call.v,
+            "bias": call.bias,
+            "scores": scores,
+            "mask": call.mask,
+            "sinks": call.sinks,
+            "weights": weights,
+            "output": call.output,
+        }
         fresh = {"scores"} if scores is not call.scores else set()
         if weights is not call.weights:
             fresh.add("weights")
@@ -297,8 +320,13 @@ class Session:
         mask = call.mask
         if call.causal or call.window is not None:
             key = (t, s, call.offset, call.window, call.causal, device)
-            own = self._once(key, None, lambda: math.causal_mask(t, s, window=call.window, offset=call.offset,
-                                                                 causal=call.causal, device=device))
+            own = self._once(
+                key,
+                None,
+                lambda: math.causal_mask(
+                    t, s, window=call.window, offset=call.offset, causal=call.causal, device=device
+                ),
+            )
             mask = own if mask is None else own & mask
         if mask is None:
             mask = self._once(("all", device), None, lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
@@ -336,8 +364,9 @@ class Session:
         def cut(x: Any) -> Any:
             return x[:, :, rows] if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] > 1 else x
 
-        return math.finish_scores(math.dot_scores(call.q[:, :, rows], call.k, cut(call.scale)), call.softcap,
-                                  cut(call.bias))
+        return math.finish_scores(
+            math.dot_scores(call.q[:, :, rows], call.k, cut(call.scale)), call.softcap, cut(call.bias)
+        )
 
     def _has_empty(self, mask: Tensor) -> bool:
         return bool(self._once("empty", mask, lambda: not bool(mask.any(-1).all())))
@@ -348,8 +377,11 @@ class Session:
             version = -1 if tensor.is_inference() else tensor._version
             key = (key, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
         known = self._step_shared.get(key)
+        if known is not None and known[2] is not None and not torch.equal(known[2], known[0]):
+            known = None  # written to since
         if known is None:
-            known = self._step_shared[key] = (tensor, make())  # type: ignore[assignment]
+            before = tensor.clone() if tensor is not None and tensor.is_inference() else None  # it counts no writes
+            known = self._step_shared[key] = (tensor, make(), before)  # type: ignore[assignment]
         return known[1]
 
     def _keep(self, name: str, x: Tensor | None, fresh: bool) -> Tensor | None:
@@ -375,9 +407,11 @@ class Session:
         for path, module in self.ran.items():
             if not any(_within(seen, path) or _within(path, seen) for seen in self.seen):
                 self._skipped.setdefault((path, f"{module} ran, and no softmax over q·k was seen in it"), set()).add(
-                    max(self.step, 0))
-        self.trace.skipped = [Skipped(path, reason, tuple(sorted(steps)))
-                              for (path, reason), steps in self._skipped.items()]
+                    max(self.step, 0)
+                )
+        self.trace.skipped = [
+            Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
+        ]
 
     def _settle(self) -> None:
         by_device: dict[torch.device, list[tuple[Call, Pending]]] = {}
@@ -393,7 +427,8 @@ class Session:
         if bad and self.strict:
             raise UnfaithfulError(
                 f"{len(bad)} of {len(self.trace.calls)} calls are not what the model's kernel returned; the first is "
-                f"{bad[0].site.label} (tap {bad[0].tap}): {bad[0].certificate}. Trace with strict=False to look at it.")
+                f"{bad[0].site.label} (tap {bad[0].tap}): {bad[0].certificate}. Trace with strict=False to look at it."
+            )
 
     def _late_layers(self) -> None:
         """Layers counted from the end, where the number of layers is known only now."""
@@ -424,8 +459,11 @@ def _in_backward() -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return (getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-            or hasattr(module.forward, "_torchdynamo_orig_callable"))
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
 
 
 def _derivable(call: Call) -> tuple[str, ...]:
@@ -436,7 +474,20 @@ def _derivable(call: Call) -> tuple[str, ...]:
 
 
 def _detach(call: KernelCall) -> None:
-    for name in ("q", "k", "v", "output", "bias", "mask", "sinks", "scores", "weights", "applied", "undropped", "scale"):
+    for name in (
+        "q",
+        "k",
+        "v",
+        "output",
+        "bias",
+        "mask",
+        "sinks",
+        "scores",
+        "weights",
+        "applied",
+        "undropped",
+        "scale",
+    ):
         x = getattr(call, name)
         if isinstance(x, Tensor) and x.requires_grad:
             setattr(call, name, x.detach())
@@ -459,8 +510,12 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     elif config is not None and not isinstance(config, dict):
         config = {k: v for k, v in vars(config).items()} if hasattr(config, "__dict__") else repr(config)
     cls = type(model)
-    return {"class": cls.__name__, "module": cls.__module__, "config": config,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+    return {
+        "class": cls.__name__,
+        "module": cls.__module__,
+        "config": config,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
-__all__ = ["Session", "describe_model", "threading", "UNVERIFIED"]
+__all__ = ["UNVERIFIED", "Session", "describe_model", "threading"]

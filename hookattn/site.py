@@ -15,8 +15,9 @@ _STACKS = (
     ("decoder", re.compile(r"decoder|(?:^|_)dec(?:_|$)")),
     ("encoder", re.compile(r"encoder(?!_attn|_decoder|decoder)|(?:^|_)enc(?:_|$)")),
 )
-_CROSS = re.compile(r"cross(?!_?encoder)|enc(?:oder)?_?(?:dec(?:oder)?_?)?att|encdec|multihead_attn$|src_attn",
-                    re.IGNORECASE)
+_CROSS = re.compile(
+    r"cross(?!_?encoder)|enc(?:oder)?_?(?:dec(?:oder)?_?)?att|encdec|multihead_attn$|src_attn", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,8 @@ class Call:
         kept = [f for f in FIELDS if f in self.fields or f in self.derivable]
         raise FieldNotCaptured(
             f"{name!r} of {self.site.label} was not captured (captured: {', '.join(kept)}); "
-            f"trace again with capture={tuple(f for f in FIELDS if f in kept or f == name)!r}.")
+            f"trace again with capture={tuple(f for f in FIELDS if f in kept or f == name)!r}."
+        )
 
     def _tensor(self, name: str) -> Tensor:
         value = self.get(name)
@@ -162,8 +163,14 @@ class Call:
     @property
     def shape(self) -> str:
         """The extents that are known, as text."""
-        for name, letters in (("weights", "BHTS"), ("scores", "BHTS"), ("q", "BHTD"), ("output", "BHTE"), ("k", "BGSD"),
-                              ("v", "BGSE")):
+        for name, letters in (
+            ("weights", "BHTS"),
+            ("scores", "BHTS"),
+            ("q", "BHTD"),
+            ("output", "BHTE"),
+            ("k", "BGSD"),
+            ("v", "BGSE"),
+        ):
             value = self.fields.get(name)
             if value is not None:
                 tensor = value() if callable(value) else value
@@ -171,8 +178,10 @@ class Call:
         return "?"
 
     def __repr__(self) -> str:
-        return (f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
-                f"step {self.step}, {self.shape}, {self.tap}, {self.certificate.status})")
+        return (
+            f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
+            f"step {self.step}, {self.shape}, {self.tap}, {self.certificate.status})"
+        )
 
 
 @dataclass(eq=False)
@@ -225,43 +234,67 @@ class Trace:
             return found[0]
         if found:
             steps = sorted({c.step for c in found})
-            raise SelectionError(f"{key!r} ran {len(found)} times, in steps {steps}; use trace.select(path={key!r}, step=…).")
+            raise SelectionError(
+                f"{key!r} ran {len(found)} times, in steps {steps}; use trace.select(path={key!r}, step=…)."
+            )
         raise SelectionError(f"no call at {key!r}; there are {self._known(lambda c: c.site.path)}.")
 
-    def select(self, *, layer: int | Sequence[int] | None = None, stack: str | None = None, kind: str | None = None,
-               step: int | Sequence[int] | None = None, path: str | None = None, tap: str | None = None) -> Trace:
+    def select(
+        self,
+        *,
+        layer: int | Sequence[int] | None = None,
+        stack: str | None = None,
+        kind: str | None = None,
+        step: int | Sequence[int] | None = None,
+        path: str | None = None,
+        tap: str | None = None,
+    ) -> Trace:
         """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
 
         Raises:
             SelectionError: nothing fits; says what there is.
         """
+
         def fits(wanted: int | Sequence[int] | None, n: int | None, last: int) -> bool:
-            return wanted is None or n in {i if i >= 0 else last + 1 + i
-                                           for i in ([wanted] if isinstance(wanted, int) else wanted)}
+            return wanted is None or n in {
+                i if i >= 0 else last + 1 + i for i in ([wanted] if isinstance(wanted, int) else wanted)
+            }
 
         last_step = max((c.step for c in self.calls), default=0)
         last: dict[tuple[str, str], int] = {}
         for c in self.calls:
             place = (c.site.stack, c.site.kind)
             last[place] = max(last.get(place, 0), c.site.layer or 0)
-        kept = [c for c in self.calls
-                if (stack is None or c.site.stack == stack) and (kind is None or c.site.kind == kind)
-                and (path is None or c.site.path == path) and (tap is None or c.tap == tap)
-                and fits(step, c.step, last_step) and fits(layer, c.site.layer, last[(c.site.stack, c.site.kind)])]
+        kept = [
+            c
+            for c in self.calls
+            if (stack is None or c.site.stack == stack)
+            and (kind is None or c.site.kind == kind)
+            and (path is None or c.site.path == path)
+            and (tap is None or c.tap == tap)
+            and fits(step, c.step, last_step)
+            and fits(layer, c.site.layer, last[(c.site.stack, c.site.kind)])
+        ]
         if not kept:
-            asked = {k: v for k, v in dict(layer=layer, stack=stack, kind=kind, step=step, path=path, tap=tap).items()
-                     if v is not None}
+            asked = {
+                k: v
+                for k, v in dict(layer=layer, stack=stack, kind=kind, step=step, path=path, tap=tap).items()
+                if v is not None
+            }
             raise SelectionError(
                 f"no call fits {asked}; there are layers {self._known(lambda c: c.site.layer)}, stacks "
                 f"{self._known(lambda c: c.site.stack)}, kinds {self._known(lambda c: c.site.kind)}, "
-                f"steps {self._known(lambda c: c.step)}.")
+                f"steps {self._known(lambda c: c.step)}."
+            )
         return self._with(kept)
 
     def _known(self, of: Callable[[Call], Any]) -> list[Any]:
         return list(dict.fromkeys(of(c) for c in self.calls))
 
     def _with(self, calls: Iterable[Call]) -> Trace:
-        return Trace(list(calls), self.skipped, self.tokens, self.output, self.model, self.notes, self.selection, self.path)
+        return Trace(
+            list(calls), self.skipped, self.tokens, self.output, self.model, self.notes, self.selection, self.path
+        )
 
     @property
     def attentions(self) -> tuple[Any, ...]:
@@ -274,8 +307,11 @@ class Trace:
         """
         places = list(dict.fromkeys((c.site.stack, c.site.kind) for c in self.calls))
         if len(places) > 1:
-            raise SelectionError("attentions of which stack? The trace has " + ", ".join(
-                f"select(stack={s!r}, kind={k!r})" for s, k in places) + "; take one of these first.")
+            raise SelectionError(
+                "attentions of which stack? The trace has "
+                + ", ".join(f"select(stack={s!r}, kind={k!r})" for s, k in places)
+                + "; take one of these first."
+            )
         steps = list(dict.fromkeys(c.step for c in self.calls))
         made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
         return made[0] if len(made) == 1 else made
@@ -300,6 +336,7 @@ class Trace:
             TraceWriteError: the file could not be written; nothing is left under its name.
         """
         from .store.document import save
+
         return save(self, path, compact=compact)
 
     def __repr__(self) -> str:

@@ -164,8 +164,16 @@ class TestT5(Contract):
 
     def model(self) -> nn.Module:
         config = transformers.T5Config(
-            d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=60, relative_attention_num_buckets=8,
-            relative_attention_max_distance=16, feed_forward_proj="gated-gelu", initializer_factor=2.0,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=60,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=16,
+            feed_forward_proj="gated-gelu",
+            initializer_factor=2.0,
         )
         return built(transformers.T5ForConditionalGeneration, config, self.implementation)
 
@@ -242,5 +250,7 @@ def test_a_class_that_an_adapter_has_not_heard_of_is_watched() -> None:
 def test_describe_names_what_is_covered() -> None:
     told = BY_NAME["gpt2"].describe()
     assert told == {
-        "name": "gpt2", "covers": ["transformers.models.gpt2.modeling_gpt2"], "attention": {"GPT2Attention": "self"},
+        "name": "gpt2",
+        "covers": ["transformers.models.gpt2.modeling_gpt2"],
+        "attention": {"GPT2Attention": "self"},
     }

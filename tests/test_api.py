@@ -73,8 +73,8 @@ def model(kind: type[nn.Module] = Model, **arguments: Any) -> nn.Module:
     return kind(**arguments).eval()
 
 
-def run(options: dict[str, Any] | None = None, kind: type[nn.Module] = Model, **more: Any) -> hookattn.Trace:
-    return hookattn.trace(model(kind), X, **(options or {}), **more)
+def run(kind: type[nn.Module] = Model, **options: Any) -> hookattn.Trace:
+    return hookattn.trace(model(kind), X, **options)
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -113,13 +113,12 @@ def test_tokens() -> None:
 # ------------------------------------------------------------------------------------------------ bad input
 
 MODELS: dict[str, tuple[type[Exception], Any, Any, str]] = {
-    "no module": (ModelError, "gpt2", X, "nn.Module, got str"),
+    "no module": (ModelError, "gpt2", X, "nn.Module; got str 'gpt2'"),
     "no attention": (NoAttentionError, nn.Linear(E, E), X, r"no attention ran in Linear: .*adapter"),
-    "meta": (ModelError, Model().to("meta"), X, r"layers\.0\.out\.weight .* is on the meta device.*Load the weights"),
+    "meta": (ModelError, Model().to("meta"), X, r"layers\.0\.out\.weight is on the meta device.*load the weights"),
     "keyword": (InputError, Model(), {"y": X}, r"Model\.forward\(x.*missing.*'x'; got y=float32\[2, 6, 16\]"),
     "one too many": (InputError, Model(), {"x": X, "y": X}, r"unexpected keyword argument 'y'.*dict of keyword"),
     "missing": (InputError, Model(), (), "missing a required argument: 'x'; got nothing"),
-    "positional": (InputError, Model(), (X, None, X), "too many positional"),
     "text": (InputError, Model(), "hello", "'hello'.*tokenize"),
     "texts": (InputError, Model(), ["hello", "you"], "hold text.*tokenize"),
 }
@@ -128,10 +127,8 @@ MODELS: dict[str, tuple[type[Exception], Any, Any, str]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_models_and_inputs(name: str) -> None:
     kind, bad, inputs, message = MODELS[name]
-    with pytest.raises(kind, match=message) as caught:
+    with pytest.raises(kind, match=message):
         hookattn.trace(bad, inputs)
-    assert isinstance(caught.value, hookattn.HookattnError)
-    assert not isinstance(bad, nn.Module) or assert_untouched(bad) is None
 
 
 SELECTIONS: list[tuple[dict[str, Any], str]] = [
@@ -163,8 +160,9 @@ def test_bad_selections(kind: type[nn.Module], options: dict[str, Any], message:
 def test_compiled_by_jit() -> None:
     traced = torch.jit.trace(Attention(), X)
     for bad in (torch.jit.script(nn.Sequential(nn.Linear(E, E))), traced, nn.Sequential(traced)):
-        with pytest.raises(ModelError, match=r"torch\.jit.*Trace the Python module"):
+        with pytest.raises(ModelError, match=r"torch\.jit.*trace the Python module"):
             hookattn.trace(bad, X)
+    assert len(hookattn.trace(nn.Sequential(torch.jit.script(nn.Linear(E, E)), Attention()), X)) == 1  # no harm there
 
 
 def test_errors_of_the_block() -> None:
@@ -229,8 +227,6 @@ def test_a_field_that_was_not_captured() -> None:
         assert f"capture={wanted!r}" in str(caught.value)
         kept = run(capture=wanted)[0]
         assert kept.get(name) is None if name in ("bias", "sinks") else getattr(kept, name).dim() == 4
-    with pytest.raises(AttributeError, match="no field 'heat'"):
-        call.get("heat")
 
 
 # ------------------------------------------------------------------------------------------------ what is kept

@@ -129,8 +129,13 @@ def test_the_right_adapter_passes() -> None:
 @pytest.mark.parametrize(
     ("adapter", "complaints"),
     [
-        (Forgetful(), {"test_layers_are_numbered": "layers [0, 2]",
-                       "test_the_generic_way_sees_the_same": "2 calls with the adapter, 3 without it"}),
+        (
+            Forgetful(),
+            {
+                "test_layers_are_numbered": "layers [0, 2]",
+                "test_the_generic_way_sees_the_same": "2 calls with the adapter, 3 without it",
+            },
+        ),
         (Miscounting(), {"test_layers_are_numbered": "[0, 0, 0]"}),
         (Misplacing(), {"test_the_adapter_finds_its_sites": "layers.0: another module is at this path"}),
         (Meddling(), {"test_tracing_changes_nothing": "been_here"}),
@@ -164,6 +169,7 @@ def trace() -> hookattn.Trace:
 def edit(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[hookattn.Call], None]:
     def apply(call: hookattn.Call) -> None:
         call.fields[name] = change(getattr(call, name).clone())
+
     return apply
 
 
@@ -171,6 +177,7 @@ def poke(value: float) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
         x[-1, -1, -1, -1] += value
         return x
+
     return change
 
 
@@ -218,8 +225,14 @@ def test_an_empty_trace_and_a_silent_skip_are_noticed(trace: hookattn.Trace) -> 
 
 def test_a_trace_of_a_selection_passes() -> None:
     model, x = nn.TransformerEncoderLayer(16, 4, dropout=0.0, batch_first=True), torch.randn(2, 9, 16)
-    for more in ({"heads": [3, 1]}, {"queries": slice(-2, None)}, {"dtype": torch.float16}, {"capture": ("q", "mask")},
-                 {"capture": "weights"}, {"verify": "off"}):
+    for more in (
+        {"heads": [3, 1]},
+        {"queries": slice(-2, None)},
+        {"dtype": torch.float16},
+        {"capture": ("q", "mask")},
+        {"capture": "weights"},
+        {"verify": "off"},
+    ):
         check_trace(hookattn.trace(model, x, **more))
 
 

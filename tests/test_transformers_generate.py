@@ -80,8 +80,12 @@ def whole(model: nn.Module, eager: nn.Module, tokens: Tensor, **more: Any) -> tu
 def test_decoding_with_a_cache(family: str, how: str, cache: str | None) -> None:
     build = getattr(tiny, family)
     model = build(how)
-    tokens, trace = generate(model, {"input_ids": ids(6), "attention_mask": torch.ones(2, 6, dtype=torch.long)},
-                             **GREEDY, **({"cache_implementation": cache} if cache else {}))
+    tokens, trace = generate(
+        model,
+        {"input_ids": ids(6), "attention_mask": torch.ones(2, 6, dtype=torch.long)},
+        **GREEDY,
+        **({"cache_implementation": cache} if cache else {}),
+    )
     assert [sorted({c.step for c in trace})] == [list(range(NEW))]
     check_rows(trace, whole(model, build("eager"), tokens), 6)
     keys = {c.k.shape[1] for c in trace}

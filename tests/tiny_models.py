@@ -21,7 +21,10 @@ transformers = pytest.importorskip("transformers")
 STD = 0.35
 WORDS: dict[str, Any] = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL: dict[str, Any] = {
-    "num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
     "initializer_range": STD,
 }
 
@@ -56,9 +59,19 @@ def llama(implementation: str = "sdpa", **options: Any) -> Any:
 
 def t5(implementation: str = "sdpa", **options: Any) -> Any:
     options = {
-        "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8,
-        "relative_attention_max_distance": 16, "vocab_size": 60, "initializer_factor": 2.0,
-        "decoder_start_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, **options,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "vocab_size": 60,
+        "initializer_factor": 2.0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **options,
     }
     return build("T5ForConditionalGeneration", "T5Config", implementation, **options)
 
@@ -70,7 +83,8 @@ def vit(implementation: str = "sdpa", **options: Any) -> Any:
 def clip(implementation: str = "sdpa") -> Any:
     config = transformers.CLIPConfig(
         text_config={**SMALL, **WORDS, "max_position_embeddings": 16},
-        vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=16,
+        vision_config={**SMALL, "image_size": 8, "patch_size": 4},
+        projection_dim=16,
     )
     model = from_config("CLIPModel", config, implementation)
     with torch.no_grad():
@@ -82,8 +96,17 @@ def clip(implementation: str = "sdpa") -> Any:
 
 def gpt_oss(implementation: str = "eager") -> Any:
     return build(
-        "GptOssForCausalLM", "GptOssConfig", implementation, **SMALL, **WORDS, num_key_value_heads=2, head_dim=8,
-        num_local_experts=2, num_experts_per_tok=1, sliding_window=4, attention_dropout=0.1,
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        implementation,
+        **SMALL,
+        **WORDS,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=4,
+        attention_dropout=0.1,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
@@ -91,22 +114,40 @@ def gpt_oss(implementation: str = "eager") -> Any:
 
 def gemma2(implementation: str = "eager") -> Any:
     return build(
-        "Gemma2ForCausalLM", "Gemma2Config", implementation, **SMALL, **WORDS, num_key_value_heads=2, head_dim=8,
-        sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=4, attention_dropout=0.1,
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        implementation,
+        **SMALL,
+        **WORDS,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=4,
+        attention_dropout=0.1,
     )
 
 
 def bloom(implementation: str = "eager", **options: Any) -> Any:
     return build(
-        "BloomForCausalLM", "BloomConfig", implementation, hidden_size=32, n_layer=2, n_head=4, initializer_range=STD,
-        attention_dropout=0.1, **WORDS, **options,
+        "BloomForCausalLM",
+        "BloomConfig",
+        implementation,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=STD,
+        attention_dropout=0.1,
+        **WORDS,
+        **options,
     )
 
 
 def llava(implementation: str = "sdpa") -> Any:
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**SMALL, image_size=8, patch_size=4),
-        text_config=transformers.LlamaConfig(**SMALL, **WORDS, num_key_value_heads=2), image_token_index=5,
+        text_config=transformers.LlamaConfig(**SMALL, **WORDS, num_key_value_heads=2),
+        image_token_index=5,
         vision_feature_layer=-1,
     )
     return from_config("LlavaForConditionalGeneration", config, implementation)
@@ -169,7 +210,13 @@ def check_math(trace: hookattn.Trace, tol: float = 1e-5) -> None:
     check_trace(trace)
     for call in trace:
         scores, weights, output = reference.reference_attention(
-            call.q, call.k, call.v, scale=call.scale, bias=call.bias, mask=call.mask, softcap=call.softcap,
+            call.q,
+            call.k,
+            call.v,
+            scale=call.scale,
+            bias=call.bias,
+            mask=call.mask,
+            softcap=call.softcap,
             sinks=call.sinks,
         )
         seen = call.mask.expand_as(scores)

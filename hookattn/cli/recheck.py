@@ -53,6 +53,7 @@ class _Recheck:
         self.unit = TOLERANCE.get(call.dtype, TOLERANCE[torch.float16])
         self.scores, self.weights, self.v, self.output = (stored.get(n) for n in ("scores", "weights", "v", "output"))
         self.why: dict[str, str] = {}
+        self.wide: dict[str, Tensor] = {}
         self.products = self._has("q", "k", "bias")
         opaque = any(n.startswith("scores are") for n in call.notes)
         if self.scores is None or not self.products or opaque:
@@ -122,7 +123,7 @@ class _Recheck:
                 found["rows"] = _most(torch.where(live, excess, 0.0))
         used = formed if weights is None else weights.double()
         if "output" not in self.why and used is not None and self.v is not None and self.output is not None:
-            v = self._spread(self.v, used.shape[1])
+            v = self._spread("v", self.v, used.shape[1])
             found["output"] = _most(torch.where(live, used @ v - self.output[:, :, rows].double(), 0.0))
         return found
 
@@ -131,7 +132,7 @@ class _Recheck:
         q, k = self.stored["q"], self.stored["k"]
         assert q is not None and k is not None
         scale = self.call.scale
-        scores = q[:, :, rows].double() @ self._spread(k, q.shape[1]).mT
+        scores = q[:, :, rows].double() @ self._spread("k", k, q.shape[1]).mT
         factor = _rows(scale, rows) if isinstance(scale, Tensor) else None
         scores = scores * (scale if factor is None else factor.double())
         if self.call.softcap is not None:
@@ -155,12 +156,13 @@ class _Recheck:
         sinks = self.stored.get("sinks")
         return sinks.view(1, -1, 1, 1) if sinks is not None and sinks.dim() == 1 else _rows(sinks, rows)
 
-    def _spread(self, x: Tensor, heads: int) -> Tensor:
-        """k or v with one entry for each query head, in float64."""
-        x = x.double()
-        if self.call.kv_heads is not None:
-            return x[:, list(self.call.kv_heads)]
-        return x.repeat_interleave(heads // x.shape[1], 1)
+    def _spread(self, name: str, x: Tensor, heads: int) -> Tensor:
+        """k or v with one entry for each query head, in float64; made once."""
+        if name not in self.wide:
+            wide = x.double()
+            self.wide[name] = (wide.repeat_interleave(heads // x.shape[1], 1) if self.call.kv_heads is None else
+                               wide[:, list(self.call.kv_heads)])
+        return self.wide[name]
 
     def _tolerance(self, name: str) -> float:
         """What rounding may do: that of the kernel's dtype, and that of a coarser one the fields were stored in."""

@@ -180,7 +180,7 @@ def print_verdict(out: Console, trace: Trace) -> None:
     elif trace.calls:
         largest = max(c.certificate.max_error for c in trace.calls)
         share = max(used(c.certificate) for c in trace.calls)
-        said = f"the largest error is {largest:.1e}, and none is above {share:.1%} of what is allowed"
+        said = f"largest error {largest:.1e}, at most {share:.1%} of what is allowed"
         out.print(Text(f"{total} faithful; {said}", "green"))
 
 

@@ -28,13 +28,13 @@ class Atom:
         repeated: its entries are copies of one another (``expand``, ``repeat_interleave``).
     """
 
-    __slots__ = ("size", "parent", "role", "repeated")
+    __slots__ = ("parent", "repeated", "role", "size")
 
     def __init__(self, size: int, parent: Atom | None = None, role: str | None = None, repeated: bool = False):
         self.size = size
         self.parent = parent
-        self.role = role if role is not None else (parent.role if parent is not None else None)
-        self.repeated = repeated or (parent.repeated if parent is not None else False)
+        self.role: str | None = role if role is not None else (parent.role if parent is not None else None)
+        self.repeated: bool = repeated or (parent.repeated if parent is not None else False)
 
     def __repr__(self) -> str:
         return f"{self.role or '?'}{self.size}{'*' if self.repeated else ''}"
@@ -50,20 +50,28 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("shape", "how", "parent", "args", "_layout", "depth", "roots", "piece_of")
+    __slots__ = ("_layout", "args", "depth", "how", "parent", "piece_of", "roots", "shape")
 
-    def __init__(self, shape: Shape, how: Callable[..., Layout] | None = None, parent: Origin | None = None,
-                 args: Any = None, roots: frozenset[object] | None = None):
+    def __init__(
+        self,
+        shape: Shape,
+        how: Callable[..., Layout] | None = None,
+        parent: Origin | None = None,
+        args: Any = None,
+        roots: frozenset[object] | None = None,
+    ):
         self.shape = tuple(shape)
         self.how = how
         self.parent = parent
         self.args = args
         self._layout: Layout | None = None
         #: What it was computed from, in the main: tells self- from cross-attention.
-        self.roots = roots if roots is not None else parent.roots if parent is not None else frozenset((object(),))
+        if roots is None:
+            roots = frozenset((object(),)) if parent is None else parent.roots
+        self.roots = roots
         #: The origin that this is one of several equal pieces of (chunk, split).
         self.piece_of: Origin | None = None
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         if self.depth > _MAX_DEPTH:
             self.layout()
 

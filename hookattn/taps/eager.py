@@ -82,16 +82,26 @@ class Build:
         b, h = weights.shape[:2]
         q = q.expand(b, h, -1, -1)
         k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
-        call = KernelCall(q=q, k=k, v=v, output=output, scale=self._scale(), tap=NAME, softcap=scores.cap,
-                          weights=weights.to(dtype) if weights.dtype != dtype and state.own is None else weights,
-                          dropout=state.dropout)
+        call = KernelCall(
+            q=q,
+            k=k,
+            v=v,
+            output=output,
+            scale=self._scale(),
+            tap=NAME,
+            softcap=scores.cap,
+            weights=weights.to(dtype) if weights.dtype != dtype and state.own is None else weights,
+            dropout=state.dropout,
+        )
         if call.softcap is not None and isinstance(call.scale, float):
             call.scale *= call.softcap
         if state.own is not None:
             call.applied = self._like_scores(self.use.weights, self.use.weights_origin.layout())
         if state.mixed:
-            call.notes.append(f"weights changed after the softmax by {', '.join(state.mixed)}"
-                              + (" (mixed across heads)" if _mixes(state.mixed) else ""))
+            call.notes.append(
+                f"weights changed after the softmax by {', '.join(state.mixed)}"
+                + (" (mixed across heads)" if _mixes(state.mixed) else "")
+            )
         self._check(call)
         self._terms(call)
         if scores.sink is not None:
@@ -155,18 +165,25 @@ class Build:
         if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
             call.opaque = True
             call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own
-            call.notes.append(f"scores are the model's own: q·k went through {', '.join(scores.opaque)}"
-                              + (" (mixed across heads)" if _mixes(scores.opaque) else ""))
+            call.notes.append(
+                f"scores are the model's own: q·k went through {', '.join(scores.opaque)}"
+                + (" (mixed across heads)" if _mixes(scores.opaque) else "")
+            )
 
     def _check(self, call: KernelCall) -> None:
         b, h, t, _ = call.q.shape
         s = call.k.shape[2]
         assert call.weights is not None and call.output is not None
-        if tuple(call.weights.shape) != (b, h, t, s) or call.v.shape[2] != s or tuple(call.output.shape[:3]) != (b, h, t) \
-                or h % call.k.shape[1]:
+        if (
+            tuple(call.weights.shape) != (b, h, t, s)
+            or call.v.shape[2] != s
+            or tuple(call.output.shape[:3]) != (b, h, t)
+            or h % call.k.shape[1]
+        ):
             raise LayoutError(
                 f"the shapes do not fit: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}, v {tuple(call.v.shape)}, "
-                f"weights {tuple(call.weights.shape)}, output {tuple(call.output.shape)}")
+                f"weights {tuple(call.weights.shape)}, output {tuple(call.output.shape)}"
+            )
 
     def _like_scores(self, x: Tensor, layout: Layout) -> Tensor:
         return arrange(x, self.roles.pieces(layout), "BHTS")

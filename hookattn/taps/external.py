@@ -186,18 +186,27 @@ def pages(pool: Tensor, table: Tensor) -> Tensor:
     return pool[table.long().clamp(0, pool.shape[0] - 1)].flatten(1, 2)
 
 
-def lay_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, keys: Sequences, scale: Any,
-            tap: str) -> KernelCall:
+def lay_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, keys: Sequences, scale: Any, tap: str
+) -> KernelCall:
     """A call of batched or packed tensors, masks still to come (:func:`hide`)."""
     if len(queries.lengths) != len(keys.lengths):
         raise UnreadableError(f"{len(queries.lengths)} sequences of queries and {len(keys.lengths)} of keys")
-    call = KernelCall(q=queries.batch(q), k=keys.batch(k), v=keys.batch(v), output=queries.batch(out), tap=tap,
-                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
+    call = KernelCall(
+        q=queries.batch(q),
+        k=keys.batch(k),
+        v=keys.batch(v),
+        output=queries.batch(out),
+        tap=tap,
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+    )
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
     if queries.padded or keys.padded:
-        call.notes.append("the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
-                          "nothing to attend to and are not checked")
+        call.notes.append(
+            "the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
+            "nothing to attend to and are not checked"
+        )
     return call
 
 
@@ -207,8 +216,14 @@ def window_of(size: Any, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def hide(call: KernelCall, queries: Sequences, keys: Sequences, window: tuple[int, int], chunk: int = 0,
-         slopes: Tensor | None = None) -> None:
+def hide(
+    call: KernelCall,
+    queries: Sequences,
+    keys: Sequences,
+    window: tuple[int, int],
+    chunk: int = 0,
+    slopes: Tensor | None = None,
+) -> None:
     """Say which keys are hidden, and add ALiBi: query i stands at position i + S − T of its own sequence.
 
     Args:
@@ -240,8 +255,10 @@ def hide(call: KernelCall, queries: Sequences, keys: Sequences, window: tuple[in
         call.window = left + 1 if left >= 0 else None
     else:
         if left >= 0:
-            call.notes.append(f"the mask holds a window of {left} keys before the position"
-                              + (f" and {right} after it" if right > 0 else ""))
+            call.notes.append(
+                f"the mask holds a window of {left} keys before the position"
+                + (f" and {right} after it" if right > 0 else "")
+            )
             masks.append(at - keys_at <= left)
         if right >= 0:
             masks.append(keys_at - at <= right)

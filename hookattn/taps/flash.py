@@ -22,18 +22,66 @@ _NAME = "flash_attn"
 # The module of the functions of versions 2 and 3, wherever a package keeps it; version 4 has its own.
 _INTERFACE, _CUTE = "flash_attn_interface", "flash_attn.cute.interface"
 # How, not what, is computed, and what is returned beside the output; lengths are read from their cumulative sums.
-_ASIDE = frozenset({
-    "deterministic", "fa_version", "max_seqlen", "max_seqlen_k", "max_seqlen_q", "num_splits", "out", "pack_gqa",
-    "return_attn_probs", "return_lse", "return_softmax_lse", "scheduler_metadata", "sm_margin"})
-_TERMS = frozenset({
-    "alibi_slopes", "attention_chunk", "causal", "dropout_p", "learnable_sink", "q", "s_aux", "softcap",
-    "softmax_scale", "window_size"})
+_ASIDE = frozenset(
+    {
+        "deterministic",
+        "fa_version",
+        "max_seqlen",
+        "max_seqlen_k",
+        "max_seqlen_q",
+        "num_splits",
+        "out",
+        "pack_gqa",
+        "return_attn_probs",
+        "return_lse",
+        "return_softmax_lse",
+        "scheduler_metadata",
+        "sm_margin",
+    }
+)
+_TERMS = frozenset(
+    {
+        "alibi_slopes",
+        "attention_chunk",
+        "causal",
+        "dropout_p",
+        "learnable_sink",
+        "q",
+        "s_aux",
+        "softcap",
+        "softmax_scale",
+        "window_size",
+    }
+)
 _BATCHED = _ASIDE | _TERMS | {"k", "kv", "num_heads_q", "qkv", "v"}
 _PACKED = _BATCHED | {
-    "block_table", "cu_seqlens", "cu_seqlens_k", "cu_seqlens_q", "page_table", "seqused_k", "seqused_q"}
-_CACHED = _ASIDE | _TERMS | {
-    "block_table", "cache_batch_idx", "cache_leftpad", "cache_seqlens", "cu_seqlens_q", "k", "k_cache", "page_table",
-    "rotary_cos", "rotary_interleaved", "rotary_sin", "v", "v_cache"}
+    "block_table",
+    "cu_seqlens",
+    "cu_seqlens_k",
+    "cu_seqlens_q",
+    "page_table",
+    "seqused_k",
+    "seqused_q",
+}
+_CACHED = (
+    _ASIDE
+    | _TERMS
+    | {
+        "block_table",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "cache_seqlens",
+        "cu_seqlens_q",
+        "k",
+        "k_cache",
+        "page_table",
+        "rotary_cos",
+        "rotary_interleaved",
+        "rotary_sin",
+        "v",
+        "v_cache",
+    }
+)
 
 
 def read(given: dict[str, Any], out: Tensor) -> KernelCall:
@@ -72,8 +120,10 @@ def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
     rows = _integers(given.get("cache_batch_idx"), n, 0) if given.get("cache_batch_idx") is not None else list(range(n))
     skipped = _integers(given.get("cache_leftpad"), n, 0)
     added = given["k"].shape[1] if given.get("k") is not None else 0
-    keys = Sequences(tuple(row * room + pad for row, pad in zip(rows, skipped, strict=True)),
-                     tuple(b + added - pad for b, pad in zip(before, skipped, strict=True)))
+    keys = Sequences(
+        tuple(row * room + pad for row, pad in zip(rows, skipped, strict=True)),
+        tuple(b + added - pad for b, pad in zip(before, skipped, strict=True)),
+    )
     rotated = given.get("rotary_cos") is not None
     if rotated:
         if q.dim() != 4:
@@ -90,8 +140,14 @@ def _finish(call: KernelCall, given: dict[str, Any], queries: Sequences, keys: S
     """Soft-cap, sinks, masks and ALiBi."""
     call.softcap = float(given.get("softcap") or 0.0) or None
     call.sinks = given.get("learnable_sink") if given.get("s_aux") is None else given.get("s_aux")
-    hide(call, queries, keys, window_of(given.get("window_size"), bool(given.get("causal"))),
-         int(given.get("attention_chunk") or 0), given.get("alibi_slopes"))
+    hide(
+        call,
+        queries,
+        keys,
+        window_of(given.get("window_size"), bool(given.get("causal"))),
+        int(given.get("attention_chunk") or 0),
+        given.get("alibi_slopes"),
+    )
     return call
 
 
@@ -156,8 +212,11 @@ KERNELS = {
 
 def patches() -> Iterable[Patch]:
     """The functions of every loaded package that has the interface."""
-    modules = [module for name, module in list(sys.modules.items())
-               if name.rpartition(".")[2] == _INTERFACE or name in ("flash_attn", _CUTE)]
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.rpartition(".")[2] == _INTERFACE or name in ("flash_attn", _CUTE)
+    ]
     return find(modules, KERNELS)
 
 

@@ -36,8 +36,14 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     """One call of the kernel in the contract's layout."""
     q, k, v = given["query"], given["key"], given["value"]
     scale = given["scale"]
-    call = KernelCall(q=q, k=k, v=v, output=out, tap="flex_attention",
-                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
+    call = KernelCall(
+        q=q,
+        k=k,
+        v=v,
+        output=out,
+        tap="flex_attention",
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+    )
     call.mask = block_mask_dense(given["block_mask"], q, k)
     if given["score_mod"] is not None:
         apply_score_mod(call, given["score_mod"])
@@ -63,7 +69,12 @@ def evaluate(score_mod: Callable[..., Tensor], scores: Tensor) -> Tensor:
     """``score_mod`` on every entry, vectorised as the kernel does it. ``scores``: B H T S."""
     at = [torch.arange(n, device=scores.device) for n in scores.shape]
     inner = score_mod
-    for axes in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None), (0, 0, None, None, None)):
+    for axes in (
+        (0, None, None, None, 0),
+        (0, None, None, 0, None),
+        (0, None, 0, None, None),
+        (0, 0, None, None, None),
+    ):
         inner = torch.vmap(inner, in_dims=axes, out_dims=0)
     return inner(scores, *at)
 
@@ -94,7 +105,7 @@ def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
     call.softcap, call.bias = cap, _narrow(bias)
     if mask is not None and not bool(mask.all()):
         mask = _narrow(mask)
-        call.mask = mask if call.mask is None else call.mask & mask
+        call.mask = mask if call.mask is None or mask is None else call.mask & mask
 
 
 def _narrow(x: Tensor | None) -> Tensor | None:

@@ -42,8 +42,17 @@ def look_up(original: Callable[..., Any], interface: Any, attn_implementation: A
     return functools.partial(run, found, str(attn_implementation))
 
 
-def run(function: Callable[..., Any], name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+def run(
+    function: Callable[..., Any],
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Run an implementation with the axes of its arguments known, and make sure that somebody saw its kernel."""
     tracing = current()
     if tracing is None:
@@ -57,18 +66,28 @@ def run(function: Callable[..., Any], name: str, module: nn.Module, query: Tenso
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
         with torch.no_grad(), tracing.aside():
-            tracing.record(read(name, module, query, key, value, attention_mask, kwargs,
-                                out[0] if isinstance(out, tuple) else out))
+            tracing.record(
+                read(name, module, query, key, value, attention_mask, kwargs, out[0] if isinstance(out, tuple) else out)
+            )
     return out
 
 
-def read(name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any],
-         out: Tensor) -> KernelCall:
+def read(
+    name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any], out: Tensor
+) -> KernelCall:
     """One call from the interface's own arguments. ``out``: B T H E, as every implementation returns it."""
     scale = given.get("scaling")
-    call = KernelCall(q=q, k=k, v=v, output=out.transpose(1, 2), tap=f"interface:{name}",
-                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
-                      softcap=given.get("softcap"), sinks=given.get("s_aux"), dropout=float(given.get("dropout") or 0))
+    call = KernelCall(
+        q=q,
+        k=k,
+        v=v,
+        output=out.transpose(1, 2),
+        tap=f"interface:{name}",
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        softcap=given.get("softcap"),
+        sinks=given.get("s_aux"),
+        dropout=float(given.get("dropout") or 0),
+    )
     tracing = current()
     t, s = q.shape[2], k.shape[2]
     causal = given.get("is_causal")
@@ -97,8 +116,8 @@ def read(name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: An
 def covers(module: nn.Module) -> bool:
     """Whether a module's attention goes through the interface and a fused kernel, and nothing else."""
     forward = getattr(type(module), "forward", None)
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        forward = inner
     code = getattr(forward, "__code__", None)
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "eager")
     return code is not None and "get_interface" in code.co_names and implementation not in ("eager", None)

@@ -32,8 +32,9 @@ def _undispatched(function: Any) -> Any:
     """The same function, with its ``has_torch_function`` answering no."""
     if isinstance(function, types.FunctionType):
         scope = {**function.__globals__, "has_torch_function": lambda _: False}
-        copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__,
-                                  function.__closure__)
+        copy = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+        )
         copy.__kwdefaults__ = function.__kwdefaults__
         return copy
     return function
@@ -48,18 +49,55 @@ def handle_python(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str
 def handle_native(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """``torch._native_multi_head_attention``: the fast path of one MultiheadAttention."""
     out = func(*args, **kwargs)
-    names = ("query", "key", "value", "embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias",
-             "mask", "need_weights", "average_attn_weights", "mask_type")
+    names = (
+        "query",
+        "key",
+        "value",
+        "embed_dim",
+        "num_head",
+        "qkv_weight",
+        "qkv_bias",
+        "proj_weight",
+        "proj_bias",
+        "mask",
+        "need_weights",
+        "average_attn_weights",
+        "mask_type",
+    )
     given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
     with torch.no_grad():
-        report(watch, given["query"], given, lambda merged: F.linear(merged, given["proj_weight"], given["proj_bias"]),
-               out[0])
+        report(
+            watch,
+            given["query"],
+            given,
+            lambda merged: F.linear(merged, given["proj_weight"], given["proj_bias"]),
+            out[0],
+        )
     return out
 
 
-_LAYER = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu",
-          "norm_first", "eps", "norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2", "ffn_weight_1",
-          "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask", "mask_type")
+_LAYER = (
+    "src",
+    "embed_dim",
+    "num_heads",
+    "qkv_weight",
+    "qkv_bias",
+    "proj_weight",
+    "proj_bias",
+    "use_gelu",
+    "norm_first",
+    "eps",
+    "norm_weight_1",
+    "norm_bias_1",
+    "norm_weight_2",
+    "norm_bias_2",
+    "ffn_weight_1",
+    "ffn_bias_1",
+    "ffn_weight_2",
+    "ffn_bias_2",
+    "mask",
+    "mask_type",
+)
 
 
 def handle_layer(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -101,8 +139,15 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return padded, torch.arange(padded.shape[1], device=x.device) < lengths.unsqueeze(1)
 
 
-def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tensor, nested: Tensor | None = None,
-           within: str = "") -> None:
+def report(
+    watch: Watch,
+    x: Tensor,
+    given: dict[str, Any],
+    rest: Any,
+    out: Tensor,
+    nested: Tensor | None = None,
+    within: str = "",
+) -> None:
     """Rebuild the attention of a native call from its input and record it.
 
     Args:
@@ -120,8 +165,10 @@ def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tenso
         x, kept = dense(x)
     b, t, c = x.shape
     heads = int(given["num_head"])
-    q, k, v = (p.view(b, t, heads, c // heads).transpose(1, 2)
-               for p in F.linear(x, given["qkv_weight"], given["qkv_bias"]).chunk(3, -1))
+    q, k, v = (
+        p.view(b, t, heads, c // heads).transpose(1, 2)
+        for p in F.linear(x, given["qkv_weight"], given["qkv_bias"]).chunk(3, -1)
+    )
     mask = _mask(given["mask"], given["mask_type"], b, t)
     if kept is not None:
         mask = kept.view(b, 1, 1, t)
@@ -134,8 +181,20 @@ def report(watch: Watch, x: Tensor, given: dict[str, Any], rest: Any, out: Tenso
     if mask is not None:
         rows = rows & mask.any(-1).all(1).expand(b, t)
     error = torch.where(rows.unsqueeze(-1), rebuilt - real, 0.0).abs().amax()
-    watch.recorder.record(KernelCall(q=q, k=k, v=v, output=output, scale=scale, mask=mask, tap=NAME, notes=[_NOTE],
-                                     outer_error=error, within=within))
+    watch.recorder.record(
+        KernelCall(
+            q=q,
+            k=k,
+            v=v,
+            output=output,
+            scale=scale,
+            mask=mask,
+            tap=NAME,
+            notes=[_NOTE],
+            outer_error=error,
+            within=within,
+        )
+    )
 
 
 def _mask(mask: Tensor | None, kind: int | None, b: int, t: int) -> Tensor | None:

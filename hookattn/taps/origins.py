@@ -51,8 +51,15 @@ class Origins:
         roots = (self.of(t).roots for t in poured)
         self._poured[storage] = self._poured.get(storage, frozenset()).union(*roots)
 
-    def note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, x: Tensor | None = None,
-             source: Origin | None = None) -> Origin:
+    def note(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        x: Tensor | None = None,
+        source: Origin | None = None,
+    ) -> Origin:
         """Say where the axes of the results of an operation come from; returns the origin of the last.
 
         Args:
@@ -98,7 +105,9 @@ class Origins:
         if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
             return origin
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-        if name != "stack" and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
+        if name != "stack" and (
+            out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]
+        ):
             return origin
         return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"), roots)
 

@@ -43,8 +43,9 @@ class _Exchange:
             return
         function = self.original
         self.code = function.__code__
-        copy = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__,
-                                  function.__closure__)
+        copy = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
         copy.__kwdefaults__ = function.__kwdefaults__
         BODIES[id(function)] = functools.partial(self.patch.body, copy)
         function.__code__ = _trampoline(id(function), self.code)
@@ -61,10 +62,12 @@ class _Exchange:
 def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
     """Code that calls ``BODIES[key]``, fit for a function whose globals are not ours."""
     scope: dict[str, Any] = {}
-    source = (f"def {code.co_name}(*args, **kwargs):\n"
-              f"    import {__name__} as patch\n"
-              f"    return patch.BODIES[{key}](*args, **kwargs)\n")
-    exec(compile(source, __file__, "exec"), scope)  # noqa: S102 - the source is the three lines above
+    source = (
+        f"def {code.co_name}(*args, **kwargs):\n"
+        f"    import {__name__} as patch\n"
+        f"    return patch.BODIES[{key}](*args, **kwargs)\n"
+    )
+    exec(compile(source, __file__, "exec"), scope)
     made: types.CodeType = scope[code.co_name].__code__.replace(co_freevars=code.co_freevars)
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None:  # a compiled caller shall run it as it is, and compile the original inside

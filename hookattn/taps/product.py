@@ -1,7 +1,7 @@
 """Products of two tensors with named axes, and bringing what belongs to one into the layout B H T S.
 
-``matmul``, ``bmm``, ``baddbmm`` and two-operand ``einsum`` are one thing here: labels on the axes of two operands and of
-the result. Which axes are heads, queries and keys is decided only once the softmax has told which side the keys are on.
+``matmul``, ``bmm``, ``baddbmm`` and two-operand ``einsum`` are one thing here: labels on the axes of two operands and
+of the result. Which axes are heads, queries and keys is decided only once the softmax has told which side the keys are on.
 """
 
 from __future__ import annotations
@@ -45,8 +45,14 @@ class Axis:
 class Product:
     """``a · b`` with labelled axes."""
 
-    def __init__(self, a: Tensor, b: Tensor, labels: tuple[Sequence[Label], Sequence[Label], Sequence[Label]],
-                 origin_a: Origin, origin_b: Origin):
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: tuple[Sequence[Label], Sequence[Label], Sequence[Label]],
+        origin_a: Origin,
+        origin_b: Origin,
+    ):
         self.a, self.b = a, b
         self.la, self.lb, self.lo = (tuple(x) for x in labels)
         self.origin_a, self.origin_b = origin_a, origin_b
@@ -97,7 +103,8 @@ class Product:
                 self.pairs.setdefault(label, []).append((atom, x, y))
                 atoms.append(atom)
             if math.prod(a.size for a in atoms) != extent:
-                raise LayoutError(f"the axes of a product of {tuple(self.a.shape)} and {tuple(self.b.shape)} do not fit")
+                shapes = f"{tuple(self.a.shape)} and {tuple(self.b.shape)}"
+                raise LayoutError(f"the axes of a product of {shapes} do not fit")
             out.append(tuple(atoms))
         return tuple(out)
 
@@ -114,8 +121,14 @@ class Product:
             pieces = []
             for triple in self.pairs.get(label, ()):
                 own = triple[other]
-                pieces.append(Piece(triple[0].size, roles.of(triple[0]), broadcast=extent == 1,
-                                    repeated=own is not None and own.repeated))
+                pieces.append(
+                    Piece(
+                        triple[0].size,
+                        roles.of(triple[0]),
+                        broadcast=extent == 1,
+                        repeated=own is not None and own.repeated,
+                    )
+                )
             out.append(pieces)
         return out
 
@@ -182,8 +195,9 @@ class Roles:
         ]
 
 
-def arrange(x: Tensor, dims: Sequence[Sequence[Piece]], roles: str, *, group: bool = False,
-            broadcast: bool = False) -> Tensor:
+def arrange(
+    x: Tensor, dims: Sequence[Sequence[Piece]], roles: str, *, group: bool = False, broadcast: bool = False
+) -> Tensor:
     """Bring a tensor into the given roles, one dimension each.
 
     Args:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention import split_additive
 from ..record import KernelCall
 from . import axes
 from .axes import Layout, Origin, refine, seeded
 from .base import Tap
-from .product import LayoutError, Piece, Product, Roles, arrange
+from .product import Label, LayoutError, Piece, Product, Roles, arrange
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -49,9 +48,17 @@ def read(watch: Watch, given: dict[str, Any], out: Tensor, undropped: Tensor | N
     """One call of the kernel in the contract's layout."""
     q, k, v = (_cast(given[n], out.dtype) for n in ("query", "key", "value"))
     scale = given["scale"]
-    call = KernelCall(q=q, k=k, v=v, output=out, tap="sdpa", undropped=undropped,
-                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
-                      causal=bool(given["is_causal"]), dropout=float(given["dropout_p"]))
+    call = KernelCall(
+        q=q,
+        k=k,
+        v=v,
+        output=out,
+        tap="sdpa",
+        undropped=undropped,
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        causal=bool(given["is_causal"]),
+        dropout=float(given["dropout_p"]),
+    )
     call.crosses = not watch.origin(given["query"]).roots & watch.origin(given["key"]).roots
     mask = given["attn_mask"]
     if mask is not None:
@@ -60,8 +67,9 @@ def read(watch: Watch, given: dict[str, Any], out: Tensor, undropped: Tensor | N
         else:
             call.bias, call.mask = watch.recorder.split(mask)
     if q.dim() == 4 and _plain(watch, given):
-        call.bias, call.mask = (None if m is None else m.reshape((1,) * (4 - m.dim()) + tuple(m.shape))
-                                for m in (call.bias, call.mask))
+        call.bias, call.mask = (
+            None if m is None else m.reshape((1,) * (4 - m.dim()) + tuple(m.shape)) for m in (call.bias, call.mask)
+        )
         return call
     return _arranged(watch, given, call)
 
@@ -95,17 +103,16 @@ def _arranged(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCa
         groups = k.shape[-3]
         q = _split_heads(q, groups)
         k, v = k.unsqueeze(-3), v.unsqueeze(-3)
-        origins = {x: Origin(t.shape, axes.reshape, origins[x]) for x, t in
-                   (("query", q), ("key", k), ("value", v))}
+        origins = {x: Origin(t.shape, axes.reshape, origins[x]) for x, t in (("query", q), ("key", k), ("value", v))}
         for name in ("output", "undropped", "bias", "mask"):
             x = getattr(call, name)
             if x is not None and x.dim() > 2:
                 setattr(call, name, _split_heads(x, groups) if x.shape[-3] != 1 else x.unsqueeze(-3))
         n += 1
     batch = list(range(n - 2))
-    labels = ([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
+    labels: tuple[list[Label], list[Label], list[Label]] = ([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
     product = Product(q, k, labels, origins["query"], origins["key"])
-    extents = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    extents = [max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True)]
     layout = product.layout((*extents, q.shape[-2], k.shape[-2]))
     roles = Roles(product, layout[-1])
     if not layout[-1]:
@@ -116,8 +123,9 @@ def _arranged(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCa
     call.k = arrange(k, product.operand_pieces("b", roles), "BHSD", group=True)
     call.v = arrange(v, _value_pieces(v, origins["value"], layout, roles), "BHSD", group=True)
     groups = max(call.k.shape[1], call.v.shape[1])
-    call.k, call.v = (x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1)
-                      for x in (call.k, call.v))
+    call.k, call.v = (
+        x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (call.k, call.v)
+    )
     call.k, call.v = (x.expand(call.q.shape[0], -1, -1, -1) for x in (call.k, call.v))
     rows = roles.pieces(layout[:-1])
     for name in ("output", "undropped"):
@@ -133,7 +141,7 @@ def _arranged(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCa
 
 
 def _split_heads(x: Tensor, groups: int) -> Tensor:
-    return x.unflatten(-3, (groups, x.shape[-3] // groups))
+    return x.reshape(*x.shape[:-3], groups, x.shape[-3] // groups, *x.shape[-2:])
 
 
 def _known(origin: Origin, x: Tensor) -> Origin:

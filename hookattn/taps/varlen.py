@@ -13,9 +13,26 @@ from .base import Patch, Tap
 from .external import Kernel, Sequences, find, hide, lay_out, pages, window_of
 
 _MODULE = "torch.nn.attention.varlen"
-_KNOWN = frozenset({
-    "block_table", "cu_seq_k", "cu_seq_q", "enable_gqa", "is_causal", "key", "max_k", "max_q", "num_splits", "out",
-    "query", "return_aux", "scale", "seqused_k", "value", "window_size"})
+_KNOWN = frozenset(
+    {
+        "block_table",
+        "cu_seq_k",
+        "cu_seq_q",
+        "enable_gqa",
+        "is_causal",
+        "key",
+        "max_k",
+        "max_q",
+        "num_splits",
+        "out",
+        "query",
+        "return_aux",
+        "scale",
+        "seqused_k",
+        "value",
+        "window_size",
+    }
+)
 
 
 def read(given: dict[str, Any], out: Tensor) -> KernelCall:

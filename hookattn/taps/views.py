@@ -60,8 +60,8 @@ def _permute(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 def _movedim(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
     n = x.dim()
-    src = kwargs.get("source", args[1] if len(args) > 1 else None)
-    dst = kwargs.get("destination", args[2] if len(args) > 2 else None)
+    src: Any = kwargs.get("source", args[1] if len(args) > 1 else None)
+    dst: Any = kwargs.get("destination", args[2] if len(args) > 2 else None)
     src = [d % n for d in ([src] if isinstance(src, int) else src)]
     dst = [d % n for d in ([dst] if isinstance(dst, int) else dst)]
     rest = iter([d for d in range(n) if d not in src])
@@ -122,13 +122,28 @@ def _linear(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     return axes.keep_dims, layout_dims
 
 
-_SAME = ("contiguous clone detach to float half double bfloat16 type type_as requires_grad_ dropout nan_to_num "
-         "layer_norm rms_norm roll flip masked_fill where triu tril cpu cuda softmax alias")
+_SAME = (
+    "contiguous clone detach to float half double bfloat16 type type_as requires_grad_ dropout nan_to_num "
+    "layer_norm rms_norm roll flip masked_fill where triu tril cpu cuda softmax alias"
+)
 
 VIEWS: dict[str, View] = {
-    **{name: _same for name in _SAME.split()},
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
-                     "ravel", "_unsafe_view"), _reshape),
+    **dict.fromkeys(_SAME.split(), _same),
+    **dict.fromkeys(
+        (
+            "view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "view_as",
+            "reshape_as",
+            "ravel",
+            "_unsafe_view",
+        ),
+        _reshape,
+    ),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), _transpose),
     **dict.fromkeys(("t", "adjoint", "mT"), _mt),
     "T": _full_t,
@@ -137,8 +152,22 @@ VIEWS: dict[str, View] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _interleave,
-    **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "cat", "concat", "concatenate",
-                     "pad", "hsplit", "index_select"), _resized),
+    **dict.fromkeys(
+        (
+            "split",
+            "chunk",
+            "split_with_sizes",
+            "tensor_split",
+            "narrow",
+            "cat",
+            "concat",
+            "concatenate",
+            "pad",
+            "hsplit",
+            "index_select",
+        ),
+        _resized,
+    ),
     **dict.fromkeys(("unbind", "select"), _drop),
     "__getitem__": _getitem,
     "stack": _stack,

@@ -14,26 +14,14 @@ from torch.overrides import TorchFunctionMode
 from ..errors import HookattnError
 from .axes import Origin
 from .eager import Build, ValueProduct, contracts_keys
+from .operations import PRODUCTS, SOFTMAX, Parsed, name_of, parse_product, writes_to
 from .origins import POURS, Origins, plain, storage_of
-from .product import Label, LayoutError, Product, einsum_labels, matmul_labels
-from .states import Context, Part, RowStat, Scores, State, Term, Use, Weights, step
+from .product import Label, LayoutError, Product
+from .states import Part, RowStat, Scores, State, Term, Use, Weights
+from .steps import Context, step
 
 if TYPE_CHECKING:
     from .base import Recorder
-
-# Operations that make no tensor worth following; everything that only asks.
-_IGNORED = frozenset(
-    "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "
-    "is_floating_point is_complex is_inference nelement ndimension element_size get_device __hash__ __iter__ "
-    "backward register_hook requires_grad_ retain_grad _set_grad_enabled __set__ arange zeros ones full empty tensor "
-    "as_tensor zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor finfo "
-    "eye linspace scalar_tensor set_ __deepcopy__ __reduce_ex__ numpy cpu_ __contains__ broadcast_tensors "
-    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk".split())
-_PROPERTIES = frozenset(("T", "mT", "H", "mH"))
-_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
-_SOFTMAX = frozenset(("softmax", "_softmax"))
-_ALIASES = {"softmax_": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "__matmul__": "matmul",
-            "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp", "H": "T", "mH": "mT"}
 
 Call = Callable[..., Any]
 
@@ -59,7 +47,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = self.names.get(func)
         if name is None:
-            name = self.names[func] = self._name(func)
+            name = self.names[func] = name_of(func)
         if not name:
             return func(*args, **(kwargs or {}))
         handler = self.kernels.get(name)
@@ -67,20 +55,9 @@ class Watch(TorchFunctionMode):
             return handler(self, func, args, kwargs or {})
         return self.follow(name, func, args, kwargs or {})
 
-    def _name(self, func: Any) -> str:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-            return _ALIASES.get(name, name) if name in _PROPERTIES else ""
-        if name in _IGNORED:
-            return ""
-        if name == "where" and func is Tensor.where:
-            return "where_method"
-        return _ALIASES.get(name, name) or "?"
-
     # What is known of a tensor
 
-    def state(self, x: Any) -> State | None:
+    def state(self, x: Tensor) -> State | None:
         """The state of a tensor that is part of an attention, marked opaque if it was written to behind our back."""
         known = self.live.get(id(x))
         if known is None or known[0]() is not x:
@@ -107,10 +84,10 @@ class Watch(TorchFunctionMode):
 
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what its result is."""
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
         found = self._stateful(args, kwargs) if self.live else None
-        writes = (self.live or name in POURS) and _writes(name, args, kwargs)
+        writes = (self.live or name in POURS) and writes_to(name, args, kwargs)
         if writes:
             self._try(name, self._before_write, name, found, args, kwargs)
         out = func(*args, **kwargs)
@@ -133,11 +110,20 @@ class Watch(TorchFunctionMode):
     def _untouched(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """An operation on tensors that are no part of an attention yet."""
         self.origins.note(name, args, kwargs, out)
-        if name in _SOFTMAX:
+        if name in SOFTMAX:
             self._orphan(out, args, kwargs)
 
-    def _advance(self, name: str, position: int, x: Tensor, state: State, out: Any, args: Sequence[Any],
-                 kwargs: dict[str, Any], writes: bool) -> None:
+    def _advance(
+        self,
+        name: str,
+        position: int,
+        x: Tensor,
+        state: State,
+        out: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        writes: bool,
+    ) -> None:
         """An operation on a part of an attention."""
         if writes:
             self._written(x)
@@ -148,8 +134,18 @@ class Watch(TorchFunctionMode):
             result = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
             if writes and not isinstance(out, Tensor):
                 result = x
-            context = Context(name.removesuffix("_") if name == "where_" else name, state, x, position, result, args,
-                              kwargs, origin, self.state, self.recorder.wants("scores"))
+            context = Context(
+                name.removesuffix("_") if name == "where_" else name,
+                state,
+                x,
+                position,
+                result,
+                args,
+                kwargs,
+                origin,
+                self.state,
+                self.recorder.wants("scores"),
+            )
             new = step(context)
         target = x if writes else result
         if isinstance(state, Part) and writes:
@@ -178,17 +174,18 @@ class Watch(TorchFunctionMode):
                         found = (i, one, state)
         return found
 
-    def _before_write(self, name: str, found: tuple[int, Tensor, State] | None, args: Sequence[Any],
-                      kwargs: dict[str, Any]) -> None:
+    def _before_write(
+        self, name: str, found: tuple[int, Tensor, State] | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
         """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
         if found is not None and isinstance(found[2], Weights) and name.startswith("dropout") and found[2].own is None:
             found[2].own = (found[1].clone(), found[2].origin)
-        x = kwargs.get("out", args[0] if args else None)
+        x: Any = kwargs.get("out", args[0] if args else None)
         if not plain(x):
             return
         storage = storage_of(x)
         for _, state in list(self.live.values()):
-            scores = state if isinstance(state, Scores) else getattr(state, "of", None) or getattr(state, "scores", None)
+            scores = state if isinstance(state, Scores) else getattr(state, "of", getattr(state, "scores", None))
             if scores is not None:
                 scores.product.keep(storage)
         if name in POURS:
@@ -200,8 +197,9 @@ class Watch(TorchFunctionMode):
         for key, (ref, state) in list(self.live.items()):
             other = ref()
             if other is not None and other is not x and isinstance(state, Scores) and storage_of(other) == storage:
-                changed = state.but(opaque=[*state.opaque, "a write through a view"], finite=None,
-                                    version=_version(other))
+                changed = state.but(
+                    opaque=[*state.opaque, "a write through a view"], finite=None, version=_version(other)
+                )
                 self.live[key] = (ref, changed)
 
     # Softmaxes and products
@@ -214,7 +212,7 @@ class Watch(TorchFunctionMode):
             self.set_state(out, Weights(self.origin(out), dim=dim % out.dim()))
 
     def _product(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        parsed = _parse_product(name, args, kwargs)
+        parsed = parse_product(name, args, kwargs)
         out = func(*args, **kwargs)
         if parsed is None or not isinstance(out, Tensor):
             return out
@@ -243,8 +241,15 @@ class Watch(TorchFunctionMode):
             self.set_origin(out, origin)
             self.set_state(out, scores)
 
-    def _weights_product(self, name: str, state: Weights, index: int, operands: tuple[Tensor, Tensor],
-                         labels: tuple[list[Label], list[Label], list[Label]], out: Tensor) -> None:
+    def _weights_product(
+        self,
+        name: str,
+        state: Weights,
+        index: int,
+        operands: tuple[Tensor, Tensor],
+        labels: tuple[list[Label], list[Label], list[Label]],
+        out: Tensor,
+    ) -> None:
         w, v = operands[index], operands[1 - index]
         w_labels, v_labels = labels[index], labels[1 - index]
         contracted = [x for x in w_labels if x in v_labels and x not in labels[2]]
@@ -295,40 +300,3 @@ def _autocast(x: Tensor, out: Tensor) -> Tensor:
 
 def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
-
-
-def _writes(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if name == "__setitem__" or kwargs.get("inplace") is True or kwargs.get("out") is not None:
-        return True
-    if name == "dropout":
-        return len(args) > 3 and args[3] is True
-    return name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name.endswith("__"))
-
-
-Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]
-
-
-def _parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Parsed | None:
-    if name == "einsum":
-        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-        if not isinstance(args[0], str) or len(operands) != 2:
-            return None
-        einsum = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
-        return None if einsum is None else (operands[0], operands[1], einsum, 1.0, None)
-    if name.startswith("baddbmm"):
-        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        added = kwargs.get("input", args[0])
-        a = kwargs.get("batch1", args[1] if len(args) > 1 else None)
-        b = kwargs.get("batch2", args[2] if len(args) > 2 else None)
-        labels = matmul_labels(3, 3)
-        assert labels is not None
-        keep = added.clone() if name.endswith("_") and beta else added
-        return a, b, labels, float(alpha), (keep, float(beta)) if beta else None
-    rest = {k: v for k, v in kwargs.items() if k != "out"}
-    a, b = (*args, *rest.values())[:2]
-    if name == "__rmatmul__":
-        a, b = b, a
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None
-    plain = matmul_labels(a.dim(), b.dim())
-    return None if plain is None else (a, b, plain, 1.0, None)

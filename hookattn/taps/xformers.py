@@ -31,8 +31,14 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     scale, keys, values = given.get("scale"), _heads(k, True), _heads(v, True)
     if keys.shape[1] != values.shape[1]:
         keys, values = _heads(k), _heads(v)
-    call = KernelCall(q=_heads(q), k=keys, v=values, output=_heads(out), tap="xformers",
-                      scale=float(scale) if scale is not None else q.shape[-1] ** -0.5)
+    call = KernelCall(
+        q=_heads(q),
+        k=keys,
+        v=values,
+        output=_heads(out),
+        tap="xformers",
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+    )
     if given.get("attn_bias") is not None:
         _hide(call, given["attn_bias"], q)
     return call
@@ -80,9 +86,15 @@ def _as_bhts(x: Tensor, q: Tensor) -> Tensor:
     return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
-KERNELS = {name: Kernel(read, _KNOWN, dropout="p") for name in (
-    "memory_efficient_attention", "memory_efficient_attention_forward",
-    "memory_efficient_attention_forward_requires_grad", "memory_efficient_attention_partial")}
+KERNELS = {
+    name: Kernel(read, _KNOWN, dropout="p")
+    for name in (
+        "memory_efficient_attention",
+        "memory_efficient_attention_forward",
+        "memory_efficient_attention_forward_requires_grad",
+        "memory_efficient_attention_partial",
+    )
+}
 
 
 def patches() -> Iterable[Patch]:

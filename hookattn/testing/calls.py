@@ -73,9 +73,12 @@ def _broadcasts(shape: torch.Size, full: list[int]) -> bool:
 
 def _check_math(call: Call, values: Mapping[str, Tensor | None], sizes: Mapping[str, int], where: str) -> None:
     q, k, v, bias, scores, mask, sinks, weights, output = (
-        x if x is None or x.dtype == torch.bool else x.double() for x in (values[name] for name in FIELDS))
-    unit = max(TOLERANCE.get(x, TOLERANCE[torch.float16]) for x in (
-        call.dtype, *(x.dtype for x in values.values() if x is not None and x.is_floating_point())))
+        x if x is None or x.dtype == torch.bool else x.double() for x in (values[name] for name in FIELDS)
+    )
+    unit = max(
+        TOLERANCE.get(x, TOLERANCE[torch.float16])
+        for x in (call.dtype, *(x.dtype for x in values.values() if x is not None and x.is_floating_point()))
+    )
     assert scores is None or _finite(scores, q, k, call, sizes), f"{where}: scores are not finite: is a mask in them?"
     assert bias is None or bias.isfinite().all(), f"{where}: bias is not finite: is a mask in it?"
     if scores is None or mask is None:
@@ -98,14 +101,24 @@ def _check_math(call: Call, values: Mapping[str, Tensor | None], sizes: Mapping[
     else:
         joined = torch.cat([masked, sink_column(sinks).expand(*scores.shape[:3], 1)], -1)
         expected = torch.softmax(joined, -1)[..., :-1]
-    _close(expected, weights, live.expand_as(mask), unit * max(1.0, size / 10),
-           f"{where}: softmax(where(mask, scores, -inf), sinks) == weights")
+    _close(
+        expected,
+        weights,
+        live.expand_as(mask),
+        unit * max(1.0, size / 10),
+        f"{where}: softmax(where(mask, scores, -inf), sinks) == weights",
+    )
     hidden = weights.abs()[~mask & live]
     assert not hidden.numel() or hidden.max() <= _NOTHING, f"{where}: a masked entry weighs {hidden.max().item():.3g}"
     if v is not None and output is not None and not call.dropout:
         largest = max(v.abs().max().item(), 1e-3)
-        _close(weights @ _repeat(v, call, sizes), output, live.expand_as(output), unit * largest,
-               f"{where}: weights @ v == output")
+        _close(
+            weights @ _repeat(v, call, sizes),
+            output,
+            live.expand_as(output),
+            unit * largest,
+            f"{where}: weights @ v == output",
+        )
 
 
 def _finite(scores: Tensor, q: Tensor | None, k: Tensor | None, call: Call, sizes: Mapping[str, int]) -> bool:

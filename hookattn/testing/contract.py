@@ -61,7 +61,8 @@ class AdapterContract:
         for (stack, kind), found in layers.items():
             assert None not in found and len(set(found)) == len(found), f"{stack} {kind}: layers {found}"
             assert not self.every_layer or sorted(found, key=int) == list(range(len(found))), (  # type: ignore[arg-type]
-                f"{stack} {kind}: layers {found}")
+                f"{stack} {kind}: layers {found}"
+            )
 
     def test_every_class_is_covered(self) -> None:
         model, plan = self._plan()
@@ -117,8 +118,11 @@ class AdapterContract:
         def note(module: nn.Module, _: Any) -> None:
             ran[paths[id(module)]] = type(module).__name__
 
-        handles = [m.register_forward_pre_hook(note) for m in model.modules()
-                   if type(m).__name__ in names or "attention" in type(m).__name__.lower()]
+        handles = [
+            m.register_forward_pre_hook(note)
+            for m in model.modules()
+            if type(m).__name__ in names or "attention" in type(m).__name__.lower()
+        ]
         self._run(model)
         for handle in handles:
             handle.remove()
@@ -126,7 +130,8 @@ class AdapterContract:
         told = [call.site.path for call in made] + [skipped.path for skipped in made.skipped]
         for path, name in ran.items():
             assert any(_within(t, path) or _within(path, t) for t in told), (
-                f"{path or '<model>'}: {name} ran, and the trace neither has it nor lists it in trace.skipped")
+                f"{path or '<model>'}: {name} ran, and the trace neither has it nor lists it in trace.skipped"
+            )
 
     def test_the_generic_way_sees_the_same(self) -> None:
         torch.manual_seed(0)

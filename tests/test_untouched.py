@@ -1,0 +1,332 @@
+"""Tracing changes nothing: what a model returns, what is left on it, what other threads and the user's hooks see."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import hookattn
+from hookattn.registry import using
+from tests.reference import assert_untouched, draw, paths, same_bits, snapshot, trace_checked
+
+B, T, E, H = 2, 6, 16, 4
+X = draw(B, T, E, seed=1)
+KINDS = ("sdpa", "eager", "mha", "flex")
+LAYERS = ["layers.0", "layers.1"]
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+class Attn(nn.Module):
+    """One attention in one of several spellings."""
+
+    def __init__(self, kind: str, p: float) -> None:
+        super().__init__()
+        self.kind, self.p, self.out = kind, p, nn.Linear(E, E)
+        self.inner = nn.MultiheadAttention(E, H, p, batch_first=True) if kind == "mha" else nn.Linear(E, 3 * E)
+        self.meet: Callable[[], Any] = int
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.meet()
+        if self.kind == "mha":
+            return self.out(self.inner(x, x, x, need_weights=False)[0])
+        q, k, v = self.inner(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
+        if self.kind == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.p * self.training, is_causal=mask is None)
+        elif self.kind == "flex":
+            y = flex_attention(q, k, v)
+        else:
+            scores = q @ k.mT / 2
+            y = F.dropout((scores if mask is None else scores + mask).softmax(-1), self.p, self.training) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str, p: float, recompute: bool | None) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([Attn(kind, p), Attn(kind, p)]), nn.Linear(E, E)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + (layer(x) if self.recompute is None else checkpoint(layer, x, use_reentrant=self.recompute))
+        return self.head(x)
+
+
+def net(kind: str = "sdpa", p: float = 0.0, recompute: bool | None = None, train: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(kind, p, recompute).train(train).requires_grad_(kind != "flex")  # which has no backward on the CPU
+
+
+class Ours(hookattn.Adapter):
+    name, covers, attention = "untouched", (__name__,), {"Attn": "self"}
+
+
+@pytest.fixture(params=["generic", "adapter"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Watched as a whole, or bracketed at its sites alone."""
+    with using(*([Ours()] if request.param == "adapter" else [])):
+        yield request.param
+
+
+# ------------------------------------------------------------------------------------------------ when it fails
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_when_the_forward_raises(way: str, kind: str, error: type[BaseException]) -> None:
+    def fail(*_: Any) -> Any:
+        raise error("half-way")
+
+    model = net(kind)
+    for spot, seen in (("layers.1", 1), ("layers.1.out", 2), ("head", 2)):  # around, inside and outside an attention
+        broken = copy.deepcopy(model)
+        broken.get_submodule(spot).register_forward_pre_hook(fail)
+        before = snapshot(broken)
+        with pytest.raises(error, match="half-way"):
+            hookattn.trace(broken, X)
+        assert_untouched(broken, before)
+        with hookattn.tracing(broken) as trace:  # caught inside the block: it goes on, and all of it is seen
+            for _ in range(2):
+                with contextlib.suppress(error):
+                    broken(X)
+            broken.layers[0](X)
+        assert len(trace) == 2 * seen + 1 and not trace.skipped
+        assert_untouched(broken, before)
+    trace_checked(hookattn.trace, model, X)
+
+
+def test_nothing_is_left_when_the_library_raises(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(model := net())
+    for options in ({"heads": [9]}, {"queries": [7]}):
+        with pytest.raises(hookattn.SelectionError), hookattn.tracing(model, **options):
+            model(X)
+        assert_untouched(model, before)
+    monkeypatch.setitem(hookattn.certificate.TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(hookattn.UnfaithfulError), hookattn.tracing(model, strict=True):
+        model(X)
+    assert_untouched(model, before)
+
+
+# ------------------------------------------------------------------------------------------------ the same bits
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_random_state(way: str, kind: str, train: bool) -> None:
+    p = 0.0 if kind == "flex" else 0.3
+    model = net(kind, p, train=train)
+    for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        with context():
+            trace = trace_checked(hookattn.trace, model, X)
+        assert len(trace) == 2 and trace.faithful and trace[0].dropout == (p if train else 0.0)
+        assert not trace[0].q.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trace = trace_checked(hookattn.trace, model, X)
+    assert trace.faithful and {c.dtype for c in trace} == {torch.bfloat16}
+    assert model.training is train and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "mha"])
+def test_gradients(way: str, kind: str, train: bool) -> None:
+    def grads(run: Callable[[Net, Tensor], Tensor]) -> list[Tensor | None]:
+        model, x = net(kind, 0.2, train=train), X.clone().requires_grad_()
+        torch.manual_seed(3)
+        run(model, x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    plain = grads(lambda model, x: model(x))
+    assert plain[0] is not None and plain[0].any()
+    assert same_bits(plain, grads(lambda model, x: hookattn.trace(model, x, verify="full").output))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "mha"])
+@pytest.mark.parametrize("how", [Tensor.backward, torch.autograd.backward])
+def test_checkpointed_layers_are_not_seen_twice(way: str, kind: str, recompute: bool, how: Any) -> None:
+    before = snapshot(model := net(kind, 0.1, recompute, train=True))
+    with hookattn.tracing(model) as trace:
+        for _ in range(2):
+            how(model(X.clone().requires_grad_()).sum())
+    assert [(c.site.path[:8], c.step) for c in trace] == [(layer, step) for step in (0, 1) for layer in LAYERS]
+    assert not trace.skipped and trace.faithful and model.layers[0].out.weight.grad is not None
+    model.zero_grad()
+    assert_untouched(model, before)
+
+
+# ------------------------------------------------------------------------------------------------ other threads
+
+
+def together(*tasks: Callable[[], Any]) -> list[Any]:
+    """Run each in its own thread; their results in order."""
+    results: list[Any] = [None] * len(tasks)
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            results[i] = tasks[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
+    for act in ("start", "join"):
+        for thread in threads:
+            getattr(thread, act)()
+    assert None not in results, "a thread failed"
+    return results
+
+
+def meeting(*models: Net) -> list[Any]:
+    """Have the threads wait for each other before every attention."""
+    barrier = threading.Barrier(2, timeout=30)
+    for model in models:
+        for layer in model.layers:
+            layer.meet = barrier.wait
+    return [snapshot(model) for model in models]
+
+
+@pytest.mark.parametrize("kinds", [("sdpa", "eager"), ("mha", "mha"), ("mha", "flex"), ("flex", "sdpa")])
+def test_two_threads_trace_two_models(way: str, kinds: tuple[str, str]) -> None:
+    models, inputs = [net(kind) for kind in kinds], [X, draw(B, 4, E, seed=2)]
+    with torch.no_grad():
+        plain = [model(x) for model, x in zip(models, inputs, strict=True)]
+    before = meeting(*models)
+    for i, trace in enumerate(together(*(lambda i=i: hookattn.trace(models[i], inputs[i]) for i in (0, 1)))):
+        assert same_bits(trace.output, plain[i]) and len(trace) == 2 and trace.faithful
+        assert {c.q.shape[2] for c in trace} == {inputs[i].shape[1]}
+        assert_untouched(models[i], before[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_thread_that_is_not_traced(way: str, kind: str, shared: bool) -> None:
+    traced = net(kind if shared else "mha")
+    other = traced if shared else net(kind)
+    with torch.no_grad():
+        plain = traced(X), other(X[:1])
+    before = meeting(traced, other)
+    trace, (out, modes) = together(lambda: hookattn.trace(traced, X),
+                                   lambda: (other(X[:1]), torch._C._len_torch_function_stack()))
+    assert same_bits((trace.output, out), plain) and modes == 0
+    assert len(trace) == 2 and all(c.q.shape[0] == B and c.step == 0 for c in trace)
+    assert_untouched(traced, before[0])
+    assert_untouched(other, before[1])
+
+
+# ------------------------------------------------------------------------------------------------ the user's own things
+
+
+@pytest.mark.parametrize("how", ["module", "in place", "root", "forward"])
+def test_compiled_parts(way: str, how: str) -> None:
+    model: Any = net()
+    plain, layer = model(X), model.layers[1]
+    if how == "module":
+        model.layers[1] = torch.compile(layer, backend="eager")
+    elif how == "in place":
+        layer.compile(backend="eager")
+    elif how == "forward":
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    assert same_bits(model(X), plain)
+    trace = hookattn.trace(model, X)
+    assert [p.replace("_orig_mod", "").strip(".") for p in paths(trace.calls)] == LAYERS and trace.faithful
+    assert any("compiled" in note for note in trace.notes) and same_bits((trace.output, model(X)), (plain, plain))
+    assert torch.compiler.is_compiling() is False and torch._C._len_torch_function_stack() == 0
+    torch.compiler.reset()
+
+
+class Count(TorchFunctionMode):
+    names: tuple[str, ...] = ()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += (getattr(func, "__name__", ""),)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "mha"])
+def test_a_function_mode_and_hooks_of_the_users_own(way: str, kind: str) -> None:
+    model, seen = net(kind), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: seen.append("after"))
+        module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    with Count() as plain:
+        expected = model(X)
+    hooked, before = list(seen), snapshot(model)
+    with Count() as around:
+        outer = hookattn.trace(model, X)
+    with hookattn.tracing(model) as inner, Count() as inside:
+        inner.output = model(X)
+    assert seen == hooked * 3 and same_bits([outer.output, inner.output], [expected] * 2)
+    assert len(outer) == len(inner) == 2 and outer.faithful and inner.faithful
+    for count in (around, inside):  # at least what it sees without a trace, in that order
+        rest = iter(count.names)
+        assert all(name in rest for name in plain.names)
+    mode = Count()
+    with hookattn.tracing(model):
+        mode.__enter__()  # and left after the trace has ended
+        model(X)
+    mode.__exit__(None, None, None)
+    assert_untouched(model, before)
+
+
+class Cached(Attn):
+    """Writes keys and values into a buffer that it owns, and its mask in place; called twice by its model."""
+
+    def __init__(self) -> None:
+        super().__init__("sdpa", 0.0)
+        self.register_buffer("cache", torch.zeros(3, B, H, T, E // H))
+        self.calls = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        assert mask is not None
+        mask[self.calls, self.calls + 1:] = -torch.inf
+        self.calls += 1
+        self.cache.copy_(self.inner(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4))
+        return self.out(F.scaled_dot_product_attention(*self.cache, mask).transpose(1, 2).flatten(2))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Cached()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(T, T)
+        return self.attn(self.attn(x, mask), mask)
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_captured_tensors_are_copies(way: str, grad: Any) -> None:
+    model = Twice()
+    with grad():
+        model.attn.cache = torch.zeros(3, B, H, T, E // H)
+        trace = hookattn.trace(model, X, verify="full")
+        first, second = trace.select(path="attn")
+        assert trace.faithful and not same_bits(first.k, second.k) and same_bits(second.k, model.attn.cache[1])
+        assert int((~first.mask).sum()) == T - 1 and int((~second.mask).sum()) == 2 * T - 3
+        kept, cache, mine = {n: x.clone() for n, x in second.fields.items() if x is not None}, model.attn.cache, second.k
+        cache.fill_(7.0)
+        assert all(same_bits(second.get(name), x) for name, x in kept.items())
+        mine.fill_(3.0)
+        second.output.zero_()
+        assert bool((cache == 7.0).all()) and not same_bits(first.k, mine)
+
+
+def test_forwards_of_a_part_and_several_forwards(way: str) -> None:
+    model = net()
+    with hookattn.tracing(model) as trace:
+        model.layers[1](X)
+        model(X)
+        model(X[:1])
+    assert [(c.site.path, c.step) for c in trace] == [
+        ("layers.1", 0), *((p, 0) for p in LAYERS), *((p, 1) for p in LAYERS)]
+    assert trace[-1].q.shape[0] == 1 and trace[-1].site.layer == 1
