@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .describe import describe_model
 from .errors import (
     HookattnError,
     InputError,
-    ModelError,
     NoAttentionError,
     SelectionError,
     SkippedWarning,
@@ -24,11 +23,10 @@ from .errors import (
 )
 from .hooks import make_plan
 from .selection import Selection
-from .session import Session, describe_model
+from .session import Session
 from .trace import Trace
 
 _VERIFY = ("sample", "full", "off")
-_ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 
 
 def trace(
@@ -53,8 +51,8 @@ def trace(
 
     Args:
         model: any ``nn.Module``.
-        inputs: a tensor or other single argument, a tuple of arguments, or a mapping of keyword arguments (a tokenizer's
-            BatchEncoding, say).
+        inputs: a tensor or other single argument, a tuple of arguments, or a mapping of keyword arguments (a
+            tokenizer's BatchEncoding, say).
         capture: fields to keep, of q, k, v, bias, scores, mask, sinks, weights, output; all by default.
         layers: layer indices of each stack, negative ones from its end; all by default.
         heads: query heads; all by default.
@@ -62,8 +60,9 @@ def trace(
         dtype: floating fields are stored in this dtype; by default as the kernel has them.
         device: fields are stored on this device; by default where they are.
         to: stream to this file, call by call, instead of holding the fields in memory.
-        tokens: token strings, one list for all batch entries or one list each; taken from a BatchEncoding if it has them.
-        verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all, ``"off"`` none.
+        tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them.
+        verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all rows,
+            ``"off"`` none.
         strict: raise if a call is not faithful, instead of warning.
 
     Returns:
@@ -77,8 +76,8 @@ def trace(
         TraceWriteError: the file of ``to`` could not be written.
     """
     args, kwargs = _arguments(inputs)
-    _check_model(model)
-    _check_fit(model, args, kwargs)
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        _check_fit(model, args, kwargs)
     with tracing(
         model,
         capture=capture,
@@ -119,7 +118,6 @@ def tracing(
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
-    _check_model(model)
     plan = make_plan(model)
     made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
@@ -151,24 +149,6 @@ def tracing(
     _warn(made)
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and (not path or _ATTENDS.search(str(module.inlined_graph))):
-            raise ModelError(
-                f"{path or type(model).__name__} is scripted or traced by torch.jit, and nothing can be "
-                "seen in compiled code; trace the Python module that it was made from."
-            )
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # it brings the weights when needed
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if x.is_meta and not offloaded:
-            raise ModelError(
-                f"{name} is on the meta device and has no values; load the weights (to_empty() and "
-                "load_state_dict()) before tracing."
-            )
-
-
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -187,8 +167,8 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. Pass "
-            "a tensor, a tuple of arguments, or a dict of keyword arguments."
+            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. "
+            "Pass a tensor, a tuple of arguments, or a dict of keyword arguments."
         ) from error
     text = [a for a in given if isinstance(a, str) or (isinstance(a, (list, tuple)) and a and _strings(a))]
     if text and len(text) == len(given) and not any("str" in str(p.annotation) for p in signature.parameters.values()):
@@ -237,8 +217,8 @@ def _check_result(session: Session) -> None:
         if session.step < 0 and not session.ran:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(
-            f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or flex "
-            "attention, and no softmax over a product. If the model attends through a compiled extension, tell "
+            f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
+            "flex attention, and no softmax over a product. If the model attends through a compiled extension, tell "
             "hookattn about it with an adapter."
         )
 

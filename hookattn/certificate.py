@@ -74,7 +74,7 @@ class Pending:
     """Measured, but not yet read from the device: reading waits until the forward is over."""
 
     errors: Tensor  # output error, weights error, row-sum excess, max |v|
-    dtype: torch.dtype
+    unit: float
     rows: int
     of_rows: int
     formed: bool
@@ -83,7 +83,7 @@ class Pending:
     def settle(self, values: list[float]) -> Certificate:
         """The certificate, from the values of ``errors``."""
         output, weights, excess, size = values
-        unit = TOLERANCE.get(self.dtype, TOLERANCE[torch.float16])
+        unit = self.unit
         tolerance = unit * max(size, 1e-3)
         good = output <= tolerance and weights <= unit and excess <= 4 * unit  # NaN fails
         return Certificate(
@@ -137,7 +137,9 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
     excess = _largest(total if call.sinks is None else total.clamp_min(0), live)
     size = _largest(call.v.to(wide), None)
     errors = torch.stack([output_error, weights_error.to(wide), excess, size])
-    return Pending(errors, call.q.dtype, len(range(*rows.indices(t))), t, own is not None, basis)
+    dtypes = (call.q.dtype, call.softmax_dtype or call.q.dtype)
+    unit = max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
+    return Pending(errors, unit, len(range(*rows.indices(t))), t, own is not None, basis)
 
 
 def _largest(x: Tensor, live: Tensor | None) -> Tensor:

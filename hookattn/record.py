@@ -33,6 +33,8 @@ class KernelCall:
         applied: what the model really multiplied with ``v`` where that is not ``weights`` (dropout, head mixing).
         dropout: probability of dropout between softmax and ``v``.
         undropped: what the same kernel returns with dropout off, where the weights are not formed.
+        mixed: the model changed the weights after the softmax, beyond dropout (heads mixed, renormalised).
+        softmax_dtype: the dtype the softmax ran in, where it is known and may differ from that of ``q``.
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
         crosses: whether k comes from something else than q, as far as its history tells; None: unknown.
@@ -59,6 +61,8 @@ class KernelCall:
     dropout: float = 0.0
     undropped: Tensor | None = None
     opaque: bool = False
+    mixed: bool = False
+    softmax_dtype: torch.dtype | None = None
     outer_error: Tensor | None = None
     crosses: bool | None = None
     within: str = ""

@@ -46,6 +46,8 @@ class Call:
         heads: the query heads kept; None: all.
         kv_heads: for each kept head its index in ``k`` and ``v``; None: head ``h`` has ``h // (H / G)``.
         queries: the query rows kept; None: all.
+        own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
+        mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
         notes: what a reader has to know.
         certificate: how faithful it is.
     """
@@ -63,6 +65,8 @@ class Call:
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
     queries: tuple[int, ...] | None = None
+    own_scores: bool = False
+    mixed: bool = False
     notes: tuple[str, ...] = ()
     certificate: Certificate = UNVERIFIED
     derivable: tuple[str, ...] = ()
@@ -278,7 +282,14 @@ class Trace:
         if not kept:
             asked = {
                 k: v
-                for k, v in dict(layer=layer, stack=stack, kind=kind, step=step, path=path, tap=tap).items()
+                for k, v in (
+                    ("layer", layer),
+                    ("stack", stack),
+                    ("kind", kind),
+                    ("step", step),
+                    ("path", path),
+                    ("tap", tap),
+                )
                 if v is not None
             }
             raise SelectionError(

@@ -25,4 +25,5 @@ def main(args: Sequence[str] | None = None) -> None:
         if reconfigure is not None:  # a terminal that cannot show a character shows "?" instead of failing
             reconfigure(errors="replace")
     from .app import app
+
     app.main(args=None if args is None else list(args), prog_name="hookattn")

@@ -35,8 +35,9 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
         self.params += [
-            click.Option(["--json", "as_json"], is_flag=True,
-                         help="Write one JSON document to stdout, and nothing else there."),
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Write one JSON document to stdout, and nothing else there."
+            ),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error, and all warnings."),
         ]
 

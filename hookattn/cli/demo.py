@@ -8,8 +8,11 @@ from .command import Command
 from .screen import Screen
 
 
-@click.command(cls=Command, short_help="Trace two real trained models, offline.", examples=(
-    "hookattn demo", "hookattn demo --out /tmp/out", "hookattn demo --json"))
+@click.command(
+    cls=Command,
+    short_help="Trace two real trained models, offline.",
+    examples=("hookattn demo", "hookattn demo --out /tmp/out", "hookattn demo --json"),
+)
 @click.option("--out", default="out", show_default=True, type=click.Path(), help="Directory for the two trace files.")
 @click.pass_obj
 def demo(screen: Screen, out: str) -> None:
@@ -18,6 +21,7 @@ def demo(screen: Screen, out: str) -> None:
     Prints every call with its certificate, finds the heads that do the copying, saves both traces and reads them back.
     """
     from ..demo.run import run
+
     report = run(out, screen.out, screen.working)
     if screen.as_json:
         screen.json(report)

@@ -10,9 +10,15 @@ from .screen import Screen
 from .table import print_calls, print_head, print_verdict, summary
 
 
-@click.command(cls=Command, short_help="Show what is in a trace file.", examples=(
-    "hookattn info run.safetensors", "hookattn info run.safetensors --every-call",
-    "hookattn info run.safetensors --json | jq '.calls[].certificate.output_error'"))
+@click.command(
+    cls=Command,
+    short_help="Show what is in a trace file.",
+    examples=(
+        "hookattn info run.safetensors",
+        "hookattn info run.safetensors --every-call",
+        "hookattn info run.safetensors --json | jq '.calls[].certificate.output_error'",
+    ),
+)
 @click.argument("file", type=click.Path())
 @click.option("--every-call", is_flag=True, help="A row for each call, not one for each site over all steps.")
 @click.pass_obj

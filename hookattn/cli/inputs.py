@@ -38,8 +38,9 @@ class Given:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(loaded: Loaded, *, texts: Sequence[str], pair: tuple[str, str] | None, images: Sequence[str],
-           generate: bool) -> Given:
+def gather(
+    loaded: Loaded, *, texts: Sequence[str], pair: tuple[str, str] | None, images: Sequence[str], generate: bool
+) -> Given:
     """The inputs that the options ask for, through the model's own processors.
 
     Raises:
@@ -64,8 +65,11 @@ def _from_text(loaded: Loaded, texts: Sequence[str], pair: tuple[str, str] | Non
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if generate and not encoder_decoder:
         tokenizer.padding_side = "left"
-    encoded = tokenizer(*pair, return_tensors="pt") if pair else tokenizer(
-        list(texts), return_tensors="pt", padding=len(texts) > 1)
+    encoded = (
+        tokenizer(*pair, return_tensors="pt")
+        if pair
+        else tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)
+    )
     ids = encoded["input_ids"]
     if ids.shape[1] == 0:
         raise InputError(f"the tokenizer of {loaded.name} makes no token of {texts[0]!r}.")
@@ -80,12 +84,15 @@ def _from_text(loaded: Loaded, texts: Sequence[str], pair: tuple[str, str] | Non
 def _tokenizer(loaded: Loaded) -> Any:
     if loaded.source is None:
         raise InputError(_MADE.format(name=loaded.name, what="tokenizer"))
-    missing = (f"{loaded.name} has no tokenizer: put its files (tokenizer.json and tokenizer_config.json) there, or "
-               "give token ids with --inputs.")
+    missing = (
+        f"{loaded.name} has no tokenizer: put its files (tokenizer.json and tokenizer_config.json) there, or "
+        "give token ids with --inputs."
+    )
     folder = Path(loaded.source)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise InputError(missing)  # transformers would make one with an empty vocabulary
     import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(loaded.source, trust_remote_code=loaded.trust)
     except Exception as error:
@@ -100,17 +107,23 @@ def _from_images(loaded: Loaded, images: Sequence[str], texts: Sequence[str]) ->
         raise InputError(_MADE.format(name=loaded.name, what="image processor"))
     pictures = [_picture(path) for path in images]
     import transformers
+
     auto = transformers.AutoProcessor if texts else transformers.AutoImageProcessor
     try:
         processor = auto.from_pretrained(loaded.source, trust_remote_code=loaded.trust)
     except Exception as error:
         folder = Path(loaded.source)
         bare = folder.is_dir() and not any(folder.glob("*processor_config.json"))
-        raise InputError(f"{loaded.name} has no image processor (preprocessor_config.json), so --image cannot be used"
-                         f"{'.' if bare else ': ' + first_line(error)}") from error
+        raise InputError(
+            f"{loaded.name} has no image processor (preprocessor_config.json), so --image cannot be used"
+            f"{'.' if bare else ': ' + first_line(error)}"
+        ) from error
     try:
-        made = (processor(text=list(texts), images=pictures, return_tensors="pt", padding=True) if texts else
-                processor(images=pictures, return_tensors="pt"))
+        made = (
+            processor(text=list(texts), images=pictures, return_tensors="pt", padding=True)
+            if texts
+            else processor(images=pictures, return_tensors="pt")
+        )
     except Exception as error:
         who = f"{type(processor).__name__} of {loaded.name}"
         raise InputError(f"{who} does not take this: {first_line(error)}") from error
@@ -155,13 +168,17 @@ def read_tensors(path: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        hint = " Only tensors, and lists and dicts of them, are read: save a dict of tensors with torch.save." \
-            if suffix in (".pt", ".pth") else ""
+        hint = (
+            " Only tensors, and lists and dicts of them, are read: save a dict of tensors with torch.save."
+            if suffix in (".pt", ".pth")
+            else ""
+        )
         raise InputError(f"{path}: cannot be read as {suffix}: {first_line(error)}{hint}") from error
 
 
 def _safetensors(path: str) -> Any:
     from safetensors.torch import load_file
+
     return load_file(path)
 
 
@@ -172,6 +189,7 @@ def _torch(path: str) -> Any:
 
 def _npz(path: str) -> Any:
     import numpy
+
     with numpy.load(path, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 

@@ -42,8 +42,9 @@ class Loaded:
     trust: bool = False
 
 
-def load_model(name: str, screen: Screen, *, attn: str | None = None, device: str = "cpu",
-               trust: bool = False) -> Loaded:
+def load_model(
+    name: str, screen: Screen, *, attn: str | None = None, device: str = "cpu", trust: bool = False
+) -> Loaded:
     """Load what MODEL names.
 
     Raises:
@@ -74,16 +75,27 @@ def _from_factory(name: str) -> Loaded:
     try:
         module = importlib.import_module(where)
     except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None and (
-            where == error.name or where.startswith(error.name + "."))
+        missing = (
+            isinstance(error, ModuleNotFoundError)
+            and error.name is not None
+            and (where == error.name or where.startswith(error.name + "."))
+        )
         raise ModelError(
-            f"{name}: there is no module {where!r} in {os.getcwd()} or among the installed packages." if missing else
-            f"{name}: importing {where!r} failed: {type(error).__name__}: {first_line(error)}") from error
+            f"{name}: there is no module {where!r} in {os.getcwd()} or among the installed packages."
+            if missing
+            else f"{name}: importing {where!r} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
     found: Any = module
     for part in path.split("."):
         if not hasattr(found, part):
-            own = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)
-                   and (callable(v) or isinstance(v, nn.Module)) and getattr(v, "__module__", where) == where]
+            own = [
+                n
+                for n, v in vars(module).items()
+                if not n.startswith("_")
+                and not inspect.ismodule(v)
+                and (callable(v) or isinstance(v, nn.Module))
+                and getattr(v, "__module__", where) == where
+            ]
             there = ", ".join(own) or "nothing callable"
             raise ModelError(f"{name}: the module {where!r} has no {path!r}; it has {there}.")
         found = getattr(found, part)
@@ -96,8 +108,10 @@ def _from_factory(name: str) -> Loaded:
     if isinstance(found, tuple) and len(found) == 2:
         found, inputs = found
     if not isinstance(found, nn.Module):
-        raise ModelError(f"{name}: expected an nn.Module or a pair of an nn.Module and its inputs; "
-                         f"{path} gave {type(found).__name__}.")
+        raise ModelError(
+            f"{name}: expected an nn.Module or a pair of an nn.Module and its inputs; "
+            f"{path} gave {type(found).__name__}."
+        )
     return Loaded(found, name, inputs=inputs)
 
 
@@ -106,8 +120,10 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
     if os.path.isdir(source):
         _check_directory(name, Path(source))
     elif Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
-        raise ModelError(f"{name}: there is no such directory. MODEL is a directory that transformers saved, a name on "
-                         "the hub, or module:factory.")
+        raise ModelError(
+            f"{name}: there is no such directory. MODEL is a directory that transformers saved, a name on "
+            "the hub, or module:factory."
+        )
     with screen.working(f"loading {name}"):
         try:
             import transformers
@@ -117,23 +133,29 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
             made, report = _class_for(transformers, config, trust).from_pretrained(
-                source, output_loading_info=True,
+                source,
+                output_loading_info=True,
                 **({"trust_remote_code": True} if trust else {}),
-                **({} if attn is None else {"attn_implementation": attn}))
+                **({} if attn is None else {"attn_implementation": attn}),
+            )
         except Exception as error:
             raise ModelError(_why(name, error, os.path.isdir(source))) from error
     random = sorted(report.get("missing_keys", ()))
     if random:
-        screen.warn(f"{counted(len(random), 'weight')} of {type(made).__name__} not in {name} and drawn at random, "
-                    f"{random[0]} for example.")
+        screen.warn(
+            f"{counted(len(random), 'weight')} of {type(made).__name__} not in {name} and drawn at random, "
+            f"{random[0]} for example."
+        )
     return Loaded(made, name, source, trust=trust)
 
 
 def _check_directory(name: str, path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
-        raise ModelError(f"{name}: the directory has no config.json, so it is no model that transformers saved. For a "
-                         "model of your own, give module:factory.")
+        raise ModelError(
+            f"{name}: the directory has no config.json, so it is no model that transformers saved. For a "
+            "model of your own, give module:factory."
+        )
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -156,8 +178,10 @@ def _why(name: str, error: Exception, local: bool) -> str:
     if "trust_remote_code" in str(error):
         return f"{name}: this model runs code from its own repository; read it, then allow it with --trust-remote-code."
     if not local and isinstance(error, OSError):
-        return (f"{name}: it is no directory here, and the hub did not give it: {said} Offline, give the directory "
-                "of a model that is already here.")
+        return (
+            f"{name}: it is no directory here, and the hub did not give it: {said} Offline, give the directory "
+            "of a model that is already here."
+        )
     return f"{name}: transformers cannot load it: {type(error).__name__}: {said}"
 
 
@@ -166,6 +190,7 @@ def quiet_transformers() -> None:
     import logging
 
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -55,10 +55,11 @@ class _Recheck:
         self.why: dict[str, str] = {}
         self.wide: dict[str, Tensor] = {}
         self.products = self._has("q", "k", "bias")
-        opaque = any(n.startswith("scores are") for n in call.notes)
+        opaque = call.own_scores
         if self.scores is None or not self.products or opaque:
-            self.why["scores"] = ("they are the model's own, and more than q·k" if opaque else
-                                  self._missing("scores", "q", "k", "bias"))
+            self.why["scores"] = (
+                "they are the model's own, and more than q·k" if opaque else self._missing("scores", "q", "k", "bias")
+            )
         formed = self.scores is not None or (self.products and not opaque)
         if self.weights is None or not formed or not self._has("mask", "sinks"):
             self.why["weights"] = self._missing(*(() if formed else ("scores",)), "weights", "mask", "sinks")
@@ -66,7 +67,7 @@ class _Recheck:
             self.why["masked"] = self._missing("weights", "mask")
         if self.weights is None or not self._has("mask", "sinks"):
             self.why["rows"] = self._missing("weights", "mask", "sinks")
-        mixed = next((n for n in call.notes if n.startswith("weights changed after")), "")
+        mixed = "; ".join(call.notes) or "the weights changed after the softmax" if call.mixed else ""
         weighable = self.weights is not None or (formed and self._has("mask", "sinks"))
         if call.dropout > 0:
             self.why["output"] = f"dropout of {call.dropout} came between"
@@ -92,14 +93,22 @@ class _Recheck:
         shaped = next((x for n in ("q", "output", "weights", "scores") if (x := self.stored.get(n)) is not None), None)
         if shaped is not None and len(self.why) < len(CHECKS):
             b, h, t = shaped.shape[:3]
-            keys = next((x.shape[d] for n, d in (("k", 2), ("weights", 3), ("scores", 3), ("v", 2))
-                         if (x := self.stored.get(n)) is not None), 1)
+            keys = next(
+                (
+                    x.shape[d]
+                    for n, d in (("k", 2), ("weights", 3), ("scores", 3), ("v", 2))
+                    if (x := self.stored.get(n)) is not None
+                ),
+                1,
+            )
             step = max(1, budget // max(1, b * h * keys))
             for begin in range(0, t, step):
                 for name, error in self._errors(slice(begin, begin + step)).items():
                     worst[name] = torch.maximum(worst[name], error)  # keeps NaN
-        return {name: Check(reason=self.why[name]) if name in self.why else
-                Check(float(worst[name]), self._tolerance(name)) for name in CHECKS}
+        return {
+            name: Check(reason=self.why[name]) if name in self.why else Check(float(worst[name]), self._tolerance(name))
+            for name in CHECKS
+        }
 
     def _errors(self, rows: slice) -> dict[str, Tensor]:
         mask = _rows(self.stored.get("mask"), rows)
@@ -160,8 +169,11 @@ class _Recheck:
         """k or v with one entry for each query head, in float64; made once."""
         if name not in self.wide:
             wide = x.double()
-            self.wide[name] = (wide.repeat_interleave(heads // x.shape[1], 1) if self.call.kv_heads is None else
-                               wide[:, list(self.call.kv_heads)])
+            self.wide[name] = (
+                wide.repeat_interleave(heads // x.shape[1], 1)
+                if self.call.kv_heads is None
+                else wide[:, list(self.call.kv_heads)]
+            )
         return self.wide[name]
 
     def _tolerance(self, name: str) -> float:

@@ -51,8 +51,14 @@ class Screen:
         """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
         from ..errors import SkippedWarning, UnfaithfulWarning
 
-        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-                 file: TextIO | None = None, line: str | None = None) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if self.debug or issubclass(category, (UnfaithfulWarning, SkippedWarning)):
                 self.warn(str(message))
 
@@ -63,8 +69,9 @@ class Screen:
             yield
 
     @contextmanager
-    def working(self, what: str, total: int | None = None, live: Callable[[], str] | None = None
-                ) -> Iterator[Callable[[], None]]:
+    def working(
+        self, what: str, total: int | None = None, live: Callable[[], str] | None = None
+    ) -> Iterator[Callable[[], None]]:
         """A progress line on stderr while the block runs, gone after it; nothing where stderr is no terminal.
 
         Args:

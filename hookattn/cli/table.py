@@ -35,13 +35,27 @@ def describe(call: Call) -> dict[str, Any]:
     """One call as plain data."""
     site, certificate = call.site, call.certificate
     return {
-        "index": call.index, "step": call.step, "layer": site.layer, "stack": site.stack, "kind": site.kind,
-        "path": site.path, "module": site.module, "axes": site.axes, "extents": extents(call), "tap": call.tap,
+        "index": call.index,
+        "step": call.step,
+        "layer": site.layer,
+        "stack": site.stack,
+        "kind": site.kind,
+        "path": site.path,
+        "module": site.module,
+        "axes": site.axes,
+        "extents": extents(call),
+        "tap": call.tap,
         "dtype": str(call.dtype).removeprefix("torch."),
-        "scale": None if isinstance(call.scale, Tensor) else call.scale, "softcap": call.softcap, "causal": call.causal,
-        "window": call.window, "dropout": call.dropout, "heads": call.heads, "queries": call.queries,
+        "scale": None if isinstance(call.scale, Tensor) else call.scale,
+        "softcap": call.softcap,
+        "causal": call.causal,
+        "window": call.window,
+        "dropout": call.dropout,
+        "heads": call.heads,
+        "queries": call.queries,
         "fields": [name for name in call.fields if call.fields[name] is not None],
-        "derivable": [name for name in call.derivable if name not in call.fields], "notes": list(call.notes),
+        "derivable": [name for name in call.derivable if name not in call.fields],
+        "notes": list(call.notes),
         "certificate": {**certificate.to_json(), "faithful": certificate.faithful},
     }
 
@@ -50,8 +64,13 @@ def summary(trace: Trace) -> dict[str, Any]:
     """A trace as plain data; with its file's sizes if it is in one."""
     model = {k: v for k, v in trace.model.items() if k != "versions"}
     made: dict[str, Any] = {
-        "file": trace.path, "model": model, "versions": trace.model.get("versions", {}), "selection": trace.selection,
-        "faithful": trace.faithful, "tokens": trace.tokens, "notes": trace.notes,
+        "file": trace.path,
+        "model": model,
+        "versions": trace.model.get("versions", {}),
+        "selection": trace.selection,
+        "faithful": trace.faithful,
+        "tokens": trace.tokens,
+        "notes": trace.notes,
         "skipped": [{"path": s.path, "reason": s.reason, "steps": list(s.steps)} for s in trace.skipped],
         "calls": [describe(call) for call in trace.calls],
     }
@@ -62,16 +81,24 @@ def summary(trace: Trace) -> dict[str, Any]:
                 kind = name.split("/")[1] if name.startswith("shared/") else name.rsplit("/", 1)[-1]
                 sizes[kind] = sizes.get(kind, 0) + file.shape(name).numel() * file.dtype(name).itemsize
             document = file.document
-            made |= {"format_version": document.get("format_version"), "compact": document.get("compact", False),
-                     "bytes": os.path.getsize(trace.path), "tensors": len(file), "bytes_of_fields": sizes}
+            made |= {
+                "format_version": document.get("format_version"),
+                "compact": document.get("compact", False),
+                "bytes": os.path.getsize(trace.path),
+                "tensors": len(file),
+                "bytes_of_fields": sizes,
+            }
     return made
 
 
 def used(certificate: Certificate) -> float:
     """How much of what is allowed was used up: above 1 a call is unfaithful."""
     unit = certificate.weights_tolerance or 1.0
-    return max(certificate.output_error / (certificate.tolerance or 1.0), (certificate.weights_error or 0.0) / unit,
-               certificate.row_sum_error / (4 * unit))
+    return max(
+        certificate.output_error / (certificate.tolerance or 1.0),
+        (certificate.weights_error or 0.0) / unit,
+        certificate.row_sum_error / (4 * unit),
+    )
 
 
 class Row:
@@ -79,8 +106,9 @@ class Row:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls, self.first = calls, calls[0]
-        self.worst: Certificate = max((c.certificate for c in calls), key=lambda c: (
-            c.status == "unfaithful", c.status == "unverified", used(c)))
+        self.worst: Certificate = max(
+            (c.certificate for c in calls), key=lambda c: (c.status == "unfaithful", c.status == "unverified", used(c))
+        )
 
     def steps(self) -> str:
         """``3``, or ``0–7``."""
@@ -95,7 +123,8 @@ class Row:
         for letter in letters:
             values = [s[letter] for s in sizes if letter in s]
             same = (letter == "G" and values == [s.get("H") for s in sizes]) or (
-                letter == "E" and values == [s.get("D") for s in sizes])
+                letter == "E" and values == [s.get("D") for s in sizes]
+            )
             if not same:
                 low, high = min(values), max(values)
                 parts.append(f"{letter}{low}" if low == high else f"{letter}{low}–{high}")
@@ -108,8 +137,13 @@ class Row:
     def rows(self) -> str:
         """Query rows checked."""
         worst = self.worst
-        return "" if worst.status == "unverified" else "all rows" if worst.rows == worst.of_rows else (
-            f"{worst.rows} of {worst.of_rows} rows")
+        return (
+            ""
+            if worst.status == "unverified"
+            else "all rows"
+            if worst.rows == worst.of_rows
+            else (f"{worst.rows} of {worst.of_rows} rows")
+        )
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -154,11 +188,17 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in names:
         if name not in common:
-            table.add_column(name, justify="right" if name in ("step", "layer") else "left", overflow="fold",
-                             no_wrap=name != "path")
+            table.add_column(
+                name, justify="right" if name in ("step", "layer") else "left", overflow="fold", no_wrap=name != "path"
+            )
     for i, row in enumerate(rows):
-        table.add_row(*(Text(texts[n][i], _STYLES[row.worst.status] if n == "certificate" else "") for n in names
-                        if n not in common))
+        table.add_row(
+            *(
+                Text(texts[n][i], _STYLES[row.worst.status] if n == "certificate" else "")
+                for n in names
+                if n not in common
+            )
+        )
     out.print(Text())
     out.print(table)
     out.print(Text())
@@ -196,8 +236,10 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
     else:
         line = Text(count)
     out.print(line)
-    facts = [("model", f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})"),
-             ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items()))]
+    facts = [
+        ("model", f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})"),
+        ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items())),
+    ]
     if data.get("bytes_of_fields"):
         facts.append(("fields", " · ".join(f"{k} {size_of(v)}" for k, v in data["bytes_of_fields"].items())))
     rows = data["tokens"] or []

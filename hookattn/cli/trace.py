@@ -21,38 +21,70 @@ from .table import print_calls, print_head, print_verdict, summary
 _COMPACT = ("q", "k", "v", "bias", "mask", "sinks", "output")
 
 
-@click.command(cls=Command, short_help="Run a model once and write what its attention did.", examples=(
-    'hookattn trace gpt2 --text "The cat sat on the mat." -o run.safetensors',
-    'hookattn trace ./my-bert --pair "A cat." "A dog." -o pair.safetensors --capture weights',
-    'hookattn trace ./my-llama --text "Once upon" --generate 20 --compact -o story.safetensors',
-    "hookattn trace ./my-vit --image cat.png --layers -1 --verify full",
-    "hookattn trace mypackage.models:build --inputs batch.safetensors -o run.safetensors"))
+@click.command(
+    cls=Command,
+    short_help="Run a model once and write what its attention did.",
+    examples=(
+        'hookattn trace gpt2 --text "The cat sat on the mat." -o run.safetensors',
+        'hookattn trace ./my-bert --pair "A cat." "A dog." -o pair.safetensors --capture weights',
+        'hookattn trace ./my-llama --text "Once upon" --generate 20 --compact -o story.safetensors',
+        "hookattn trace ./my-vit --image cat.png --layers -1 --verify full",
+        "hookattn trace mypackage.models:build --inputs batch.safetensors -o run.safetensors",
+    ),
+)
 @click.argument("model")
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text; several are one padded batch.")
 @click.option("--pair", nargs=2, metavar="A B", help="A pair of sentences, as one input.")
 @click.option("--image", "images", multiple=True, type=click.Path(), help="An image file, through the image processor.")
 @click.option("--inputs", "file", type=click.Path(), help="Named tensors: .safetensors, .pt, .json or .npz.")
 @click.option("-o", "--out", type=click.Path(), help="The trace file; without it, only the table is printed.")
-@click.option("--capture", callback=names, metavar="FIELD,…",
-              help="Fields to keep, of q,k,v,bias,scores,mask,sinks,weights,output; all by default.")
+@click.option(
+    "--capture",
+    callback=names,
+    metavar="FIELD,…",
+    help="Fields to keep, of q,k,v,bias,scores,mask,sinks,weights,output; all by default.",
+)
 @click.option("--layers", callback=ints, metavar="INT,…", help="Layers to keep, such as 0,-1.")
 @click.option("--heads", callback=ints, metavar="INT,…", help="Query heads to keep.")
 @click.option("--queries", callback=positions, metavar="INT,…|A:B", help="Query positions to keep, such as -1 or -8:.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Store floating fields in this dtype.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the model runs.")
 @click.option("--attn", metavar="eager|sdpa|flex_attention", help="The attention kernel of a transformers model.")
-@click.option("--verify", type=click.Choice(["sample", "full", "off"]), default="sample", show_default=True,
-              help="Which query rows are checked against the model's own kernel.")
+@click.option(
+    "--verify",
+    type=click.Choice(["sample", "full", "off"]),
+    default="sample",
+    show_default=True,
+    help="Which query rows are checked against the model's own kernel.",
+)
 @click.option("--strict", is_flag=True, help="Fail if a call is unfaithful.")
 @click.option("--compact", is_flag=True, help="Leave scores and weights out of the file; they are derived when read.")
 @click.option("--generate", type=click.IntRange(min=1), metavar="N", help="Trace model.generate: N new tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of torch's random numbers.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow a model to run code from its repository.")
 @click.pass_obj
-def trace(screen: Screen, model: str, texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...],
-          file: str | None, out: str | None, capture: tuple[str, ...] | None, layers: list[int] | None,
-          heads: list[int] | None, queries: list[int] | slice | None, dtype: str | None, device: str, attn: str | None,
-          verify: str, strict: bool, compact: bool, generate: int | None, seed: int, trust_remote_code: bool) -> None:
+def trace(
+    screen: Screen,
+    model: str,
+    texts: tuple[str, ...],
+    pair: tuple[str, str] | None,
+    images: tuple[str, ...],
+    file: str | None,
+    out: str | None,
+    capture: tuple[str, ...] | None,
+    layers: list[int] | None,
+    heads: list[int] | None,
+    queries: list[int] | slice | None,
+    dtype: str | None,
+    device: str,
+    attn: str | None,
+    verify: str,
+    strict: bool,
+    compact: bool,
+    generate: int | None,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
     """Run MODEL once and keep what its attention did.
 
     MODEL is a directory that transformers saved, a name on the hub, or module:factory, where the factory is an
@@ -69,9 +101,17 @@ def trace(screen: Screen, model: str, texts: tuple[str, ...], pair: tuple[str, s
     given.args = move(given.args, device)
     if capture is None and (out is None or compact):
         capture = _COMPACT if compact else ("q", "k", "v")
-    options = {"capture": capture, "layers": layers, "heads": heads, "queries": queries,
-               "dtype": None if dtype is None else DTYPES[dtype], "tokens": given.tokens, "verify": verify,
-               "strict": strict, "to": None if compact else out}
+    options = {
+        "capture": capture,
+        "layers": layers,
+        "heads": heads,
+        "queries": queries,
+        "dtype": None if dtype is None else DTYPES[dtype],
+        "tokens": given.tokens,
+        "verify": verify,
+        "strict": strict,
+        "to": None if compact else out,
+    }
     for note in given.notes:
         screen.say(f"note: {note}", "dim")
     torch.manual_seed(seed)
@@ -103,7 +143,8 @@ def _run(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], 
             if pad is None:
                 pad = getattr(given.tokenizer, "eos_token_id", None)
             ids = model.generate(  # type: ignore[operator]
-                **args, max_new_tokens=generate, do_sample=False, **({} if pad is None else {"pad_token_id": pad}))
+                **args, max_new_tokens=generate, do_sample=False, **({} if pad is None else {"pad_token_id": pad})
+            )
             if given.tokenizer is not None and not getattr(model.config, "is_encoder_decoder", False):
                 made.tokens = [given.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
         return made
@@ -118,12 +159,23 @@ def _report(screen: Screen, made: Trace) -> None:
     print_calls(screen.out, made.calls)
     print_verdict(screen.out, made)
     if made.path is not None:
-        screen.out.print(f"wrote {made.path}", f"({size_of(data['bytes'])}, {counted(data['tensors'], 'tensor')})",
-                         markup=False, soft_wrap=True)
+        screen.out.print(
+            f"wrote {made.path}",
+            f"({size_of(data['bytes'])}, {counted(data['tensors'], 'tensor')})",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
-def _check_options(model: str, texts: tuple[str, ...], pair: tuple[str, str] | None, images: tuple[str, ...],
-                   file: str | None, out: str | None, compact: bool) -> None:
+def _check_options(
+    model: str,
+    texts: tuple[str, ...],
+    pair: tuple[str, str] | None,
+    images: tuple[str, ...],
+    file: str | None,
+    out: str | None,
+    compact: bool,
+) -> None:
     sources = {"--text": texts, "--pair": pair, "--image": images, "--inputs": file}
     asked = [name for name, given in sources.items() if given]
     if len(asked) > 1 and asked != ["--text", "--image"]:

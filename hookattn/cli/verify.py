@@ -17,8 +17,11 @@ from .screen import Screen, counted
 Result = tuple[Call, dict[str, Check]]
 
 
-@click.command(cls=Command, short_help="Recompute a trace file's invariants.", examples=(
-    "hookattn verify run.safetensors", "hookattn verify run.safetensors --json"))
+@click.command(
+    cls=Command,
+    short_help="Recompute a trace file's invariants.",
+    examples=("hookattn verify run.safetensors", "hookattn verify run.safetensors --json"),
+)
 @click.argument("file", type=click.Path())
 @click.pass_obj
 def verify(screen: Screen, file: str) -> None:
@@ -57,14 +60,24 @@ def _verdict(call: Call, checks: dict[str, Check]) -> str:
 
 def _data(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
     return {
-        "file": trace.path, "passed": passed,
-        "calls": [{
-            "index": call.index, "step": call.step, "path": call.site.path, "result": _verdict(call, checks).lower(),
-            "checks": {name: {"passed": None, "reason": check.reason} if check.reason else
-                       {"passed": check.passed, "error": check.error, "tolerance": check.tolerance}
-                       for name, check in checks.items()},
-            "certificate": {**call.certificate.to_json(), "faithful": call.certificate.faithful},
-        } for call, checks in results],
+        "file": trace.path,
+        "passed": passed,
+        "calls": [
+            {
+                "index": call.index,
+                "step": call.step,
+                "path": call.site.path,
+                "result": _verdict(call, checks).lower(),
+                "checks": {
+                    name: {"passed": None, "reason": check.reason}
+                    if check.reason
+                    else {"passed": check.passed, "error": check.error, "tolerance": check.tolerance}
+                    for name, check in checks.items()
+                },
+                "certificate": {**call.certificate.to_json(), "faithful": call.certificate.faithful},
+            }
+            for call, checks in results
+        ],
     }
 
 
@@ -82,9 +95,13 @@ def _print(screen: Screen, results: list[Result]) -> None:
     styles = {"pass": "green", "FAIL": "bold red", "nothing to check": "yellow"}
     for call, checks in results:
         status, verdict = call.certificate.status, _verdict(call, checks)
-        table.add_row(Text("–" if verdict == "nothing to check" else verdict, styles[verdict]),
-                      *([str(call.step)] if steps else []), Text(call.site.label), *map(_cell, checks.values()),
-                      Text(status, "bold red" if status == "unfaithful" else ""))
+        table.add_row(
+            Text("–" if verdict == "nothing to check" else verdict, styles[verdict]),
+            *([str(call.step)] if steps else []),
+            Text(call.site.label),
+            *map(_cell, checks.values()),
+            Text(status, "bold red" if status == "unfaithful" else ""),
+        )
     screen.out.print(table)
     screen.out.print(Text())
     for call, checks in results:

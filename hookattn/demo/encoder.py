@@ -26,5 +26,6 @@ def load(path: Path, attn: str = "sdpa") -> tuple[Any, Any]:
         attn: the attention kernel it uses.
     """
     from transformers import AutoModel, AutoTokenizer
+
     model = AutoModel.from_pretrained(path, local_files_only=True, attn_implementation=attn)
     return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)

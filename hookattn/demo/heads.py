@@ -47,8 +47,11 @@ Pattern = Callable[[Call], Tensor]
 
 def ranked(trace: Trace, pattern: Pattern) -> list[Head]:
     """All heads of a trace, the one that fits the pattern best first."""
-    found = [Head(call.site.layer or 0, i, call.site.path, score)
-             for call in trace for i, score in enumerate(pattern(call).tolist())]
+    found = [
+        Head(call.site.layer or 0, i, call.site.path, score)
+        for call in trace
+        for i, score in enumerate(pattern(call).tolist())
+    ]
     return sorted(found, key=lambda head: -head.score)
 
 
@@ -76,8 +79,12 @@ def same_word(tokens: Sequence[str], end: str = "[SEP]") -> Pattern:
     """
     middle = tokens.index(end)
     word = [t.isalpha() for t in tokens]
-    copies = torch.tensor([[word[i] and tokens[i] == tokens[j] and (i < middle) != (j < middle)
-                            for j in range(len(tokens))] for i in range(len(tokens))])
+    copies = torch.tensor(
+        [
+            [word[i] and tokens[i] == tokens[j] and (i < middle) != (j < middle) for j in range(len(tokens))]
+            for i in range(len(tokens))
+        ]
+    )
 
     def measure(call: Call) -> Tensor:
         weights = call.weights[0]

@@ -71,6 +71,7 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
     try:
         with working("loading the encoder"):
             from ..cli.models import quiet_transformers
+
             quiet_transformers()
             model, tokenizer = encoder.load(path)
     except ModuleNotFoundError as error:
@@ -99,8 +100,15 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
     weights = back[found[0].path].weights[0, found[0].head]
     console.print(f"\nits weights, from {file}: queries down, keys across\n", soft_wrap=True)
     print_grid(console, weights[1:middle, keys], tokens[1:middle], [tokens[i] for i in keys])
-    return {"file": str(file), "tokens": tokens, "faithful": trace.faithful, "identical_outputs": same,
-            "eager_difference": gap, "largest_error": _largest(trace), "same_word": [h.to_json() for h in found[:4]]}
+    return {
+        "file": str(file),
+        "tokens": tokens,
+        "faithful": trace.faithful,
+        "identical_outputs": same,
+        "eager_difference": gap,
+        "largest_error": _largest(trace),
+        "same_word": [h.to_json() for h in found[:4]],
+    }
 
 
 def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
         before = model(ids)
         trace = api.trace(model, ids, verify="full", tokens=tokens)
         after = model(ids)
-    guessed = before[0, LENGTH + 1:-1].argmax(-1) == ids[0, LENGTH + 2:]
+    guessed = before[0, LENGTH + 1 : -1].argmax(-1) == ids[0, LENGTH + 2 :]
     score = f"{int(guessed.sum())} of {len(guessed)}"
     seen = f"bos, {LENGTH} random tokens, the same again"
     console.print(Text(f"{seen}: {score} predictable tokens predicted\n", "italic"))
@@ -130,11 +138,23 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
     console.print(f"\nits weights, from {file}: second copy down, first copy across\n", soft_wrap=True)
     rows, keys = range(LENGTH + 1, LENGTH + 10), range(0, 12)
     weights = back[copying[0].path].weights[0, copying[0].head]
-    print_grid(console, weights[rows.start:rows.stop, keys.start:keys.stop], [tokens[i] for i in rows],
-               [tokens[i] for i in keys])
-    return {"file": str(file), "tokens": tokens, "faithful": trace.faithful, "identical_outputs": same,
-            "largest_error": _largest(trace), "predicted": int(guessed.sum()), "predictable": len(guessed),
-            "previous_token": [h.to_json() for h in before_it], "induction": [h.to_json() for h in copying]}
+    print_grid(
+        console,
+        weights[rows.start : rows.stop, keys.start : keys.stop],
+        [tokens[i] for i in rows],
+        [tokens[i] for i in keys],
+    )
+    return {
+        "file": str(file),
+        "tokens": tokens,
+        "faithful": trace.faithful,
+        "identical_outputs": same,
+        "largest_error": _largest(trace),
+        "predicted": int(guessed.sum()),
+        "predictable": len(guessed),
+        "previous_token": [h.to_json() for h in before_it],
+        "induction": [h.to_json() for h in copying],
+    }
 
 
 def _without(console: Console, why: str, command: str) -> dict[str, Any]:
@@ -147,8 +167,12 @@ def _same(console: Console, outputs: Sequence[Any]) -> bool:
     flat = [_tensors(output) for output in outputs]
     same = all(len(x) == len(flat[0]) > 0 and all(map(torch.equal, x, flat[0])) for x in flat)
     numbers = sum(x.numel() for x in flat[0])
-    console.print(Text(f"outputs before, during and after the trace: {'' if same else 'NOT '}bit-identical "
-                       f"({numbers} numbers)", "green" if same else "bold red"))
+    console.print(
+        Text(
+            f"outputs before, during and after the trace: {'' if same else 'NOT '}bit-identical ({numbers} numbers)",
+            "green" if same else "bold red",
+        )
+    )
     return same
 
 

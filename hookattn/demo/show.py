@@ -54,8 +54,11 @@ def print_ranking(out: Console, heads: Sequence[Head], count: int = 4) -> None:
     for place, head in enumerate(heads[:count]):
         style = "bold" if place == 0 else "dim"
         bar = "█" * round(head.score * 30)
-        grid.add_row(Text(f"  {head.name}", style), Text(f"{head.score:.3f}", style),
-                     Text(bar or "▏", "green" if place == 0 else "dim"))
+        grid.add_row(
+            Text(f"  {head.name}", style),
+            Text(f"{head.score:.3f}", style),
+            Text(bar or "▏", "green" if place == 0 else "dim"),
+        )
     out.print(grid)
 
 

@@ -46,8 +46,7 @@ class Names:
         digest = hashlib.blake2b(digest_size=16)
         for block in byte_blocks(x):
             digest.update(block)
-        content = (field, x.dtype, tuple(x.shape),
-                   digest.digest())
+        content = (field, x.dtype, tuple(x.shape), digest.digest())
         known = self._by_content.get(content)
         name = known or f"shared/{field}/{self._counts[field]:03d}"
         self._counts[field] += known is None
@@ -119,7 +118,9 @@ class Stream:
         self.writer.abort()
 
 
-def _call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Tensor], compact: bool) -> dict[str, Any]:
+def _call_entry(
+    call: Call, entries: dict[str, str | None], tensors: dict[str, Tensor], compact: bool
+) -> dict[str, Any]:
     fields = {f: n for f, n in entries.items() if f in FIELDS}
     scale: Any = call.scale
     if isinstance(scale, Tensor):
@@ -129,10 +130,22 @@ def _call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, T
             tensors[name] = scale
         scale = {"tensor": name}
     return {
-        "site": asdict(call.site), "step": call.step, "tap": call.tap,
-        "dtype": str(call.dtype).removeprefix("torch."), "scale": _to_json_number(scale), "softcap": call.softcap,
-        "causal": call.causal, "window": call.window, "dropout": call.dropout, "heads": call.heads,
-        "kv_heads": call.kv_heads, "queries": call.queries, "notes": list(call.notes), "fields": fields,
+        "site": asdict(call.site),
+        "step": call.step,
+        "tap": call.tap,
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "scale": _to_json_number(scale),
+        "softcap": call.softcap,
+        "causal": call.causal,
+        "window": call.window,
+        "dropout": call.dropout,
+        "heads": call.heads,
+        "own_scores": call.own_scores,
+        "mixed": call.mixed,
+        "kv_heads": call.kv_heads,
+        "queries": call.queries,
+        "notes": list(call.notes),
+        "fields": fields,
         "derivable": list(call.derivable),
         "certificate": {k: _to_json_number(v) for k, v in call.certificate.to_json().items()},
     }
@@ -140,11 +153,16 @@ def _call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, T
 
 def _document(trace: Trace, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:
     from .. import __version__
+
     versions = {**trace.model.get("versions", {}), "hookattn": __version__}
     return {
-        "model": _plain({**trace.model, "versions": versions}), "selection": _plain(trace.selection),
-        "tokens": trace.tokens, "notes": trace.notes, "compact": compact,
-        "skipped": [asdict(s) for s in trace.skipped], "calls": calls,
+        "model": _plain({**trace.model, "versions": versions}),
+        "selection": _plain(trace.selection),
+        "tokens": trace.tokens,
+        "notes": trace.notes,
+        "compact": compact,
+        "skipped": [asdict(s) for s in trace.skipped],
+        "calls": calls,
     }
 
 
@@ -170,31 +188,83 @@ def load(path: str | PathLike[str]) -> Trace:
     file = LazyFile(path)
     document = file.document
     try:
-        _expect("the document", document, tokens="texts?", model="object", notes="strs", selection="object",
-                skipped="objects", calls="objects")
-        trace = Trace(tokens=document["tokens"], model=document["model"], notes=document["notes"],
-                      selection=document["selection"], path=fspath(path))
+        _expect(
+            "the document",
+            document,
+            tokens="texts?",
+            model="object",
+            notes="strs",
+            selection="object",
+            skipped="objects",
+            calls="objects",
+        )
+        trace = Trace(
+            tokens=document["tokens"],
+            model=document["model"],
+            notes=document["notes"],
+            selection=document["selection"],
+            path=fspath(path),
+        )
         for entry in document["skipped"]:
             _expect("skipped", entry, path="str", reason="str", steps="ints")
             trace.skipped.append(Skipped(entry["path"], entry["reason"], tuple(entry["steps"])))
         trace.calls = [_read_call(file, i, entry) for i, entry in enumerate(document["calls"])]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptFileError(
-            f"{fspath(path)}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file was "
-            "damaged or written by something else; save the trace again.") from error
+            f"{fspath(path)}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file "
+            "was damaged or written by something else; save the trace again."
+        ) from error
     return trace
 
 
 def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
     where = f"call {index}"
-    _expect(where, entry, site="object", step="int", tap="str", dtype="dtype", scale="scale", softcap="number?",
-            causal="bool", window="int?", dropout="number", heads="ints?", kv_heads="ints?", queries="ints?",
-            notes="strs", fields="names", derivable="strs", certificate="object")
-    _expect(f"{where}, site", entry["site"], path="str", layer="int?", stack="str", kind="str", module="str",
-            axes="str", layers="int?")
-    _expect(f"{where}, certificate", entry["certificate"], status="str", basis="str", rows="int", of_rows="int",
-            output_error="number", weights_error="number?", row_sum_error="number", tolerance="number",
-            weights_tolerance="number")
+    _expect(
+        where,
+        entry,
+        site="object",
+        step="int",
+        tap="str",
+        dtype="dtype",
+        scale="scale",
+        softcap="number?",
+        causal="bool",
+        own_scores="bool",
+        mixed="bool",
+        window="int?",
+        dropout="number",
+        heads="ints?",
+        kv_heads="ints?",
+        queries="ints?",
+        notes="strs",
+        fields="names",
+        derivable="strs",
+        certificate="object",
+    )
+    _expect(
+        f"{where}, site",
+        entry["site"],
+        path="str",
+        layer="int?",
+        stack="str",
+        kind="str",
+        module="str",
+        axes="str",
+        layers="int?",
+    )
+    _expect(
+        f"{where}, certificate",
+        entry["certificate"],
+        status="str",
+        basis="str",
+        rows="int",
+        of_rows="int",
+        output_error="number",
+        weights_error="number?",
+        row_sum_error="number",
+        tolerance="number",
+        weights_tolerance="number",
+    )
     known = {k: v for k, v in entry["site"].items() if k in Site.__dataclass_fields__}
     scale = entry["scale"]
     names: dict[str, str | None] = entry["fields"]
@@ -202,19 +272,36 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
     if missing:
         raise CorruptFileError(f"{file.path}: {where} names the tensor {missing[0]!r}, which is not in the file.")
     dtype = getattr(torch, entry["dtype"])
-    certificate = {k: float(v) if isinstance(v, str) and k not in ("status", "basis") else v
-                   for k, v in entry["certificate"].items() if k in Certificate.__dataclass_fields__}
+    certificate = {
+        k: float(v) if isinstance(v, str) and k not in ("status", "basis") else v
+        for k, v in entry["certificate"].items()
+        if k in Certificate.__dataclass_fields__
+    }
 
     def lazy(name: str) -> Any:
         return lambda: file.tensor(name)
 
     return Call(
-        site=Site(**known), step=entry["step"], index=index, tap=entry["tap"], dtype=dtype,
+        site=Site(**known),
+        step=entry["step"],
+        index=index,
+        tap=entry["tap"],
+        dtype=dtype,
         scale=file.tensor(scale["tensor"]) if isinstance(scale, dict) else float(scale),
-        softcap=entry["softcap"], causal=entry["causal"], window=entry["window"], dropout=entry["dropout"],
-        heads=_tuple(entry["heads"]), kv_heads=_tuple(entry["kv_heads"]), queries=_tuple(entry["queries"]),
-        notes=tuple(entry["notes"]), certificate=Certificate(**certificate), derivable=tuple(entry["derivable"]),
-        fields={f: None if n is None else lazy(n) for f, n in names.items()})
+        softcap=entry["softcap"],
+        causal=entry["causal"],
+        window=entry["window"],
+        dropout=entry["dropout"],
+        heads=_tuple(entry["heads"]),
+        kv_heads=_tuple(entry["kv_heads"]),
+        queries=_tuple(entry["queries"]),
+        own_scores=entry["own_scores"],
+        mixed=entry["mixed"],
+        notes=tuple(entry["notes"]),
+        certificate=Certificate(**certificate),
+        derivable=tuple(entry["derivable"]),
+        fields={f: None if n is None else lazy(n) for f, n in names.items()},
+    )
 
 
 def _tuple(x: list[int] | None) -> tuple[int, ...] | None:
@@ -231,8 +318,15 @@ def _of(*types: type) -> Callable[[Any], bool]:
 
 _NUMBER: Callable[[Any], bool] = lambda x: type(x) in (int, float) or x in ("nan", "inf", "-inf")  # noqa: E731
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "bool": _of(bool), "int": _of(int), "str": _of(str), "object": _of(dict), "number": _NUMBER,
-    "ints": _each(_of(int)), "strs": _each(_of(str)), "objects": _each(_of(dict)), "texts": _each(_each(_of(str))),
+    "bool": _of(bool),
+    "int": _of(int),
+    "str": _of(str),
+    "object": _of(dict),
+    "number": _NUMBER,
+    "ints": _each(_of(int)),
+    "strs": _each(_of(str)),
+    "objects": _each(_of(dict)),
+    "texts": _each(_each(_of(str))),
     "dtype": lambda x: type(x) is str and isinstance(getattr(torch, x, None), torch.dtype),
     "names": lambda x: type(x) is dict and all(type(n) in (str, type(None)) for n in x.values()),
     "scale": lambda x: _NUMBER(x) or (type(x) is dict and type(x.get("tensor")) is str),

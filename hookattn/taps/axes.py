@@ -68,7 +68,7 @@ class Origin:
         #: What it was computed from, in the main: tells self- from cross-attention.
         if roots is None:
             roots = frozenset((object(),)) if parent is None else parent.roots
-        self.roots = roots
+        self.roots: frozenset[object] = roots
         #: The origin that this is one of several equal pieces of (chunk, split).
         self.piece_of: Origin | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -89,9 +89,9 @@ class Origin:
         return self._layout
 
 
-def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
+def seeded(shape: Shape, roles: Sequence[str | None], roots: frozenset[object] | None = None) -> Origin:
     """An origin whose axes are known: one role per dimension."""
-    origin = Origin(shape)
+    origin = Origin(shape, roots=roots)
     origin._layout = tuple((Atom(n, role=r),) if n != 1 else () for n, r in zip(shape, roles, strict=True))
     return origin
 

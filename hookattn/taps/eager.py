@@ -92,6 +92,8 @@ class Build:
             softcap=scores.cap,
             weights=weights.to(dtype) if weights.dtype != dtype and state.own is None else weights,
             dropout=state.dropout,
+            softmax_dtype=state.dtype,
+            mixed=bool(state.mixed),
         )
         if call.softcap is not None and isinstance(call.scale, float):
             call.scale *= call.softcap

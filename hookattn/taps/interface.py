@@ -62,7 +62,9 @@ def run(
         if not sealed:
             for x, roles in ((query, "BHTD"), (key, "BHSD"), (value, "BHSD")):
                 if x.dim() == 4:
-                    tracing.watch.set_origin(x, seeded(x.shape, tuple(roles)))
+                    # Outside a watched model nothing is known of where q and k come from: say the same.
+                    roots = tracing.watch.origin(x).roots if tracing.plan.watch_all else frozenset((module,))
+                    tracing.watch.set_origin(x, seeded(x.shape, tuple(roles), roots))
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
         with torch.no_grad(), tracing.aside():

@@ -7,7 +7,9 @@ method is replaced as an attribute. Both are counted, and undone when the last t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -37,12 +39,12 @@ class _Exchange:
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 return body(original, *args, **kwargs)
 
-            if not isinstance(self.patch.owner, type):
-                wrapper = functools.wraps(original)(lambda *args: body(original, *args))
             setattr(self.patch.owner, self.patch.name, wrapper)
             return
         function = self.original
-        self.code = function.__code__
+        self.code, self.attributes = function.__code__, dict(vars(function))
+        with contextlib.suppress(ValueError):
+            function.__signature__ = inspect.signature(function)  # for whoever asks while it is exchanged
         copy = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
@@ -53,6 +55,8 @@ class _Exchange:
     def remove(self) -> None:
         if self.by_code:
             self.original.__code__ = self.code
+            vars(self.original).clear()
+            vars(self.original).update(self.attributes)
             BODIES.pop(id(self.original), None)
         else:
             setattr(self.patch.owner, self.patch.name, self.original)

@@ -1,7 +1,8 @@
 """Products of two tensors with named axes, and bringing what belongs to one into the layout B H T S.
 
 ``matmul``, ``bmm``, ``baddbmm`` and two-operand ``einsum`` are one thing here: labels on the axes of two operands and
-of the result. Which axes are heads, queries and keys is decided only once the softmax has told which side the keys are on.
+of the result. Which axes are heads, queries and keys is decided only once the softmax has told on which side the keys
+are.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .axes import Origin
@@ -101,3 +102,4 @@ class Weights(State):
     dropout: float = 0.0
     mixed: list[str] = field(default_factory=list)
     use: Use | None = None
+    dtype: torch.dtype | None = None  # that the softmax ran in

@@ -159,7 +159,7 @@ class Watch(TorchFunctionMode):
         if isinstance(new, Weights) and new.use is None:
             if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
                 new.scores_tensor = None
-            new.use = Use(self.recorder.where())
+            new.use, new.dtype = Use(self.recorder.where()), target.dtype
             self.uses.append(new.use)
         self.set_state(target, new)
 
