@@ -159,9 +159,8 @@ def main() -> None:
             report["cases"][name] = rows
             print(f"\n{name}\n{'variant':<28}{'median ms':>10}{'ratio':>9}   quartiles")
             for row in rows:
-                print(
-                    f"{row['variant']:<28}{row['median_ms']:>10.2f}{row['ratio']:>9.3f}   {row['low']:.3f} – {row['high']:.3f}"
-                )
+                spread = f"{row['low']:.3f} – {row['high']:.3f}"
+                print(f"{row['variant']:<28}{row['median_ms']:>10.2f}{row['ratio']:>9.3f}   {spread}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import ModelError
 from .registry import adapter_for
 from .site import Site, describe
 from .taps import covered
@@ -27,6 +29,7 @@ _CALL_CODE = nn.Module._call_impl.__code__
 _NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # What of torch.nn itself attends; its other modules never do, and are not worth asking about.
 _TORCH_ATTENDS = (*_NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
+_ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 _SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
 # What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
 _ONLY_A_PART = re.compile(r"(?:Output|Projection|Bias|Mask|Norm|MLP|Dropout|Loss|Adapter(?:Layer)?)$")
@@ -61,13 +64,17 @@ def make_plan(model: nn.Module) -> Plan:
     """Ask the adapters about every module of a model.
 
     Raises:
+        ModelError: it is no module; or a part that attends is scripted, or has its weights on the meta device.
         UnsupportedConfigError: an adapter refuses the configuration.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
     plan = Plan(model)
     fixed: list[nn.Module] = []
     unnamed: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         plan.paths[id(module)], plan.modules[id(module)] = path, module
+        _check(path, module)
         name = type(module).__name__
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TORCH_ATTENDS):
             continue
@@ -95,6 +102,22 @@ def make_plan(model: nn.Module) -> Plan:
     locked = {id(m) for top in fixed for m in top.modules()}
     plan.suspects = [(p, m) for p, m in plan.suspects if id(m) not in locked]
     return plan
+
+
+def _check(path: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        if not path or _ATTENDS.search(str(module.inlined_graph)):
+            raise ModelError(
+                f"{path or type(module).__name__} is scripted or traced by torch.jit, and nothing can be seen in "
+                "compiled code; trace the Python module that it was made from."
+            )
+        return
+    for name, x in (*module._parameters.items(), *module._buffers.items()):
+        if x is not None and x.is_meta and not hasattr(module, "_hf_hook"):  # that one brings its weights when needed
+            raise ModelError(
+                f"{f'{path}.{name}' if path else name} is on the meta device and has no values; load the weights "
+                "(to_empty() and load_state_dict()) before tracing."
+            )
 
 
 def _sounds_like_attention(name: str) -> bool:

@@ -272,7 +272,7 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
     if missing:
         raise CorruptFileError(f"{file.path}: {where} names the tensor {missing[0]!r}, which is not in the file.")
     dtype = getattr(torch, entry["dtype"])
-    certificate = {
+    certificate: dict[str, Any] = {
         k: float(v) if isinstance(v, str) and k not in ("status", "basis") else v
         for k, v in entry["certificate"].items()
         if k in Certificate.__dataclass_fields__
