@@ -47,10 +47,6 @@ class Modes:
         n = torch._C._len_torch_function_stack()
         return n > 0 and torch._C._get_function_stack_at(n - 1) is self.watch
 
-    def alone(self) -> bool:
-        """Whether no other mode is open beside ours."""
-        return torch._C._len_torch_function_stack() <= 1
-
     def push(self) -> None:
         """Open our mode."""
         torch._C._push_on_torch_function_stack(self.watch)

@@ -102,10 +102,6 @@ class Session:
         """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
         return current() is self and not _in_backward()
 
-    def alone(self) -> bool:
-        """Whether no other function mode is open beside ours."""
-        return self.modes.alone()
-
     @contextmanager
     def kernel(self, sealed: bool) -> Iterator[Callable[[], bool]]:
         """Around one kernel; yields a function that tells whether a tap saw it."""

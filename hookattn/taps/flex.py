@@ -23,7 +23,7 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     tracing = current()
     if tracing is None:
         return original(*args, **kwargs)
-    with tracing.aside():
+    with tracing.kernel(True):
         out = original(*args, **kwargs)
         with torch.no_grad():
             names = ("query", "key", "value", "score_mod", "block_mask", "scale", "enable_gqa")

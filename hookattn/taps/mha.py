@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import dot_scores, softmax_weights, weighted_values
 from ..record import KernelCall
@@ -209,11 +209,12 @@ def _mask(mask: Tensor | None, kind: int | None, b: int, t: int) -> Tensor | Non
 
 
 def _no_dispatch(original: Any, args: Iterable[Any]) -> bool:
-    """In a traced thread the mode is no reason to leave the fast path; a tensor subclass or another mode is."""
-    tracing = current()
-    if tracing is None or not tracing.alone():
+    """In a traced thread our mode is no reason to leave the fast path; a tensor subclass or another mode is."""
+    answer, tracing = bool(original(args)), current()
+    if not answer or tracing is None:
+        return answer
+    with tracing.aside():
         return bool(original(args))
-    return any(type(a) not in (Tensor, nn.Parameter) and isinstance(a, Tensor) for a in args)
 
 
 TAP = Tap(
