@@ -76,8 +76,8 @@ def trace(
         TraceWriteError: the file of ``to`` could not be written.
     """
     args, kwargs = _arguments(inputs)
-    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        _check_fit(model, args, kwargs)
+    if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
+        _check_fit(model, args, kwargs)  # text, which a forward may choke on much later
     with tracing(
         model,
         capture=capture,
@@ -91,7 +91,11 @@ def trace(
         verify=verify,
         strict=strict,
     ) as made:
-        made.output = model(*args, **kwargs)
+        try:
+            made.output = model(*args, **kwargs)
+        except TypeError:
+            _check_fit(model, args, kwargs)
+            raise
     return made
 
 
@@ -218,8 +222,8 @@ def _check_result(session: Session) -> None:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(
             f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
-            "flex attention, and no softmax over a product. If the model attends through a compiled extension, tell "
-            "hookattn about it with an adapter."
+            "flex attention, and no softmax over a product. A compiled extension "
+            "that attends can't be seen."
         )
 
 

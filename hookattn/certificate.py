@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import compute_dtype, weighted_values
+from .attention import compute_dtype, dot_scores, softmax_weights, weighted_values
 from .record import KernelCall
 
 # Allowed distance in units of the largest |v| (output) and of 1 (weights), by the dtype the kernel ran in: a few times
@@ -70,15 +70,57 @@ UNVERIFIED = Certificate("unverified", 0.0, None, 0.0, 0.0, 0.0, 0, 0, "nothing"
 
 
 @dataclass(slots=True)
+class Later:
+    """What a measurement needs that is put off: the rows that are checked, k and v whole, of one plain call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    output: Tensor
+    weights: Tensor | None
+    mask: Tensor | None
+    mask_key: int
+    empty: bool
+    scale: float
+
+    def key(self) -> tuple[object, ...]:
+        """Calls of one key are measured together."""
+        return (
+            self.q.shape,
+            self.k.shape,
+            self.v.shape,
+            self.q.dtype,
+            self.weights is None,
+            self.mask_key,
+            self.mask is None or self.mask.shape[:2] == (1, 1),
+        )
+
+
+@dataclass(slots=True)
 class Pending:
     """Measured, but not yet read from the device: reading waits until the forward is over."""
 
-    errors: Tensor  # output error, weights error, row-sum excess, max |v|
+    errors: Tensor | None  # output error, weights error, row-sum excess, max |v|
     unit: float
     rows: int
     of_rows: int
     formed: bool
     basis: str
+    later_on: Later | None = None
+
+    @classmethod
+    def later(cls, what: Later, call: KernelCall, rows: slice) -> Pending:
+        """A measurement that is put off."""
+        t = call.q.shape[2]
+        return cls(None, _unit(call), len(range(*rows.indices(t))), t, False, "output", what)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the measurement is, or will be made."""
+        if self.later_on is not None:
+            return self.later_on.q.device
+        assert self.errors is not None
+        return self.errors.device
 
     def settle(self, values: list[float]) -> Certificate:
         """The certificate, from the values of ``errors``."""
@@ -134,12 +176,58 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
         output_error = _largest(gap, live)
     weights_error = zero if own is None else _largest(derived - own, live)
     total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
+    if not derived.shape[-1]:
+        total = total.new_zeros(())  # no keys: no row has anything to attend to
     excess = _largest(total if call.sinks is None else total.clamp_min(0), live)
     size = _largest(call.v.to(wide), None)
     errors = torch.stack([output_error, weights_error.to(wide), excess, size])
+    return Pending(errors, _unit(call), len(range(*rows.indices(t))), t, own is not None, basis)
+
+
+def measure_all(pending: list[Pending]) -> None:
+    """Make the measurements that were put off, all calls of one shape at once."""
+    groups: dict[tuple[object, ...], list[Pending]] = {}
+    for one in pending:
+        if one.later_on is not None:
+            groups.setdefault(one.later_on.key(), []).append(one)
+    for several in groups.values():
+        whats = [p.later_on for p in several if p.later_on is not None]
+        n, first = len(whats), whats[0]
+        shared = first.mask is None or first.mask.shape[:2] == (1, 1)
+        for start in range(0, n, n if shared else 1):
+            part = slice(start, n if shared else start + 1)
+            for p, errors in zip(several[part], _measure_group(whats[part]), strict=True):
+                p.errors, p.later_on = errors, None
+
+
+def _measure_group(whats: list[Later]) -> Tensor:
+    """N plain calls of one shape and mask -> N 4, as :class:`Pending` has them."""
+    first, n = whats[0], len(whats)
+    wide = compute_dtype(first.q.dtype)
+    v = torch.cat([w.v for w in whats]).to(wide)
+    live = first.mask.any(-1, keepdim=True) if first.mask is not None and first.empty else None
+    if first.weights is None:
+        scales = [w.scale for w in whats]
+        q = torch.cat([w.q for w in whats])
+        scores = dot_scores(q, torch.cat([w.k for w in whats]), scales[0])
+        if any(s != scales[0] for s in scales):
+            factors = scores.new_tensor([s / scales[0] for s in scales])
+            scores.mul_(factors.repeat_interleave(first.q.shape[0]).view(-1, 1, 1, 1))
+        weights = softmax_weights(scores, first.mask, empty=first.empty)
+    else:
+        weights = torch.cat([w.weights for w in whats if w.weights is not None]).to(wide)
+    gap = weighted_values(weights, v) - torch.cat([w.output for w in whats])
+    excess = weights.sum(-1, keepdim=True) - 1
+    if live is not None:
+        gap, excess = torch.where(live, gap, 0.0), torch.where(live, excess, 0.0)
+    largest = [x.reshape(n, -1).abs().amax(1) for x in (gap, excess, v)]
+    return torch.stack([largest[0], torch.zeros_like(largest[0]), largest[1], largest[2]], 1)
+
+
+def _unit(call: KernelCall) -> float:
+    """The allowed distance per unit, by the narrowest dtype that was computed in."""
     dtypes = (call.q.dtype, call.softmax_dtype or call.q.dtype)
-    unit = max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
-    return Pending(errors, unit, len(range(*rows.indices(t))), t, own is not None, basis)
+    return max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
 
 
 def _largest(x: Tensor, live: Tensor | None) -> Tensor:

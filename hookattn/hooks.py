@@ -46,7 +46,6 @@ class Plan:
         paths: module identity -> path, of every module.
         suspects: modules outside the sites that sound like attention.
         adapters: the names of the adapters that had a say.
-        compiled: whether some part of it was compiled.
     """
 
     model: nn.Module
@@ -57,7 +56,6 @@ class Plan:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     adapters: set[str] = field(default_factory=set)
-    compiled: bool = False
 
 
 def make_plan(model: nn.Module) -> Plan:

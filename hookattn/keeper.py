@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from . import attention as math
-from .certificate import Pending, measure, rows_to_check
+from .certificate import Later, Pending, measure, rows_to_check
 from .record import FIELDS, KernelCall
 from .selection import Selection, grouped, restrict
 from .site import Site
 from .trace import Call
 
+# Up to this many elements of k a call is measured together with others: what costs is the number of operations.
+_SMALL = 1 << 18
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
 
 
@@ -43,17 +45,19 @@ class Keeper:
         """Whether a field was asked for."""
         return field in self.selection.capture
 
-    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> tuple[Call, Pending | None]:
-        """What is kept of one call, and its certificate's measurements as far as there are any.
+    def keep(self, call: KernelCall, site: Site, step: int, index: int, put_off: bool) -> tuple[Call, Pending | None]:
+        """What is kept of one call, and its certificate's measurements.
+
+        With ``put_off`` a small call may be measured later, together with others, from the tensors that are kept.
 
         Raises:
             SelectionError: a selected head or query is not there.
         """
         # A function mode of the user's own shall not see what is computed here.
         with torch.no_grad(), torch._C.DisableTorchFunction(), _without_autocast(call.q.device.type):
-            return self._make(call, site, step, index)
+            return self._make(call, site, step, index, put_off)
 
-    def _make(self, call: KernelCall, site: Site, step: int, index: int) -> tuple[Call, Pending | None]:
+    def _make(self, call: KernelCall, site: Site, step: int, index: int, put_off: bool) -> tuple[Call, Pending | None]:
         for name in _TENSORS:
             x = getattr(call, name)
             if isinstance(x, Tensor) and x.requires_grad:
@@ -63,7 +67,8 @@ class Keeper:
         heads = self.selection.head_index(h, site.label)
         queries = self.selection.query_index(t, site.label)
         groups = restrict(call, heads, queries)
-        pending, scores, weights = self._derive(grouped(call, groups))
+        later = put_off and groups is None and self._can_wait(call)
+        pending, scores, weights = self._derive(grouped(call, groups), later)
         scale = call.scale
         if isinstance(scale, Tensor):
             scale = scale.to(self.selection.device or scale.device, copy=True)
@@ -92,7 +97,52 @@ class Keeper:
                 made.fields[name] = self._keep(name, value, fresh.get(name, False))
         if not call.opaque and {"q", "k", "mask", "bias", "sinks"} <= made.fields.keys():
             made.derivable = ("scores", "weights")
+        if later:
+            pending = self._put_off(call, made, weights)
         return made, pending
+
+    def _can_wait(self, call: KernelCall) -> bool:
+        """Whether a call is small and plain enough to be measured later, with others of its shape."""
+        plain = not (call.bias is not None or call.sinks is not None or call.softcap is not None)
+        own = call.weights is not None or call.outer_error is not None or call.undropped is not None
+        same = self.selection.dtype is None and self.selection.device is None
+        return (
+            plain
+            and not own
+            and same
+            and call.output is not None
+            and isinstance(call.scale, float)
+            and {"k", "v"} <= self.selection.capture
+            and self.verify == "sample"
+            and call.k.numel() <= _SMALL
+        )
+
+    def _put_off(self, call: KernelCall, made: Call, weights: Tensor | None) -> Pending:
+        """What is needed to measure a call later: tensors that are kept anyway, and copies of a few rows."""
+        assert call.mask is not None and call.output is not None and isinstance(call.scale, float)
+        rows = rows_to_check(call.q.shape[2], False)
+        mask = self._real_mask(call)
+        weight_rows = None if weights is None else weights[:, :, rows]
+        return Pending.later(
+            Later(
+                q=call.q[:, :, rows].clone(),
+                k=made.k,
+                v=made.v,
+                output=call.output[:, :, rows].clone(),
+                weights=weight_rows,
+                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
+                mask_key=id(self._once("rows", mask, lambda: mask)) if mask is not None else 0,
+                empty=mask is not None and self._has_empty(mask),
+                scale=call.scale,
+            ),
+            call,
+            rows,
+        )
+
+    def _real_mask(self, call: KernelCall) -> Tensor | None:
+        """The complete mask; None where it hides nothing."""
+        assert call.mask is not None
+        return None if call.mask.numel() == 1 and not call.causal and call.window is None else call.mask
 
     def _full_mask(self, call: KernelCall) -> Tensor:
         t, s = call.q.shape[2], call.k.shape[2]
@@ -114,17 +164,16 @@ class Keeper:
             mask = self._once(("all", device), None, lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
         return mask
 
-    def _derive(self, call: KernelCall) -> tuple[Pending | None, Tensor | None, Tensor | None]:
-        """Scores and weights as far as they are wanted, and the certificate's measurements."""
-        assert call.mask is not None
-        mask = None if call.mask.numel() == 1 and not call.causal and call.window is None else call.mask
+    def _derive(self, call: KernelCall, later: bool) -> tuple[Pending | None, Tensor | None, Tensor | None]:
+        """Scores and weights as far as they are wanted, and the certificate's measurements unless they come later."""
+        mask = self._real_mask(call)
         empty = mask is not None and self._has_empty(mask)
         scores, weights = call.scores, call.weights
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
             scores = self._scores(call, slice(None)) if scores is None else scores
             if weights is None and self.wants("weights"):
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
-        if self.verify == "off":
+        if self.verify == "off" or later:
             return None, scores, self._narrow(weights, call)
         rows = rows_to_check(call.q.shape[2], self.verify == "full")
         if call.weights is None and weights is not None:

@@ -1,44 +1,24 @@
-"""What a trace switches in torch while it runs: its function mode, and compilation."""
+"""The place of a trace's function mode on its thread's stack."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-
-_NOTE = "compiled code ran uncompiled while it was traced, so outputs may differ in the last bits"
 
 
 class Modes:
-    """The place of our function mode on the thread's stack, and the stance towards compiled code."""
+    """Opens, closes and sets aside our mode.
+
+    Attributes:
+        compiling: above 0 while compiled code shall run compiled.
+    """
 
     def __init__(self, watch: TorchFunctionMode):
         self.watch = watch
-        self._stance = ExitStack()
-        self._uncompiled = False
-
-    # Compilation
-
-    def uncompile(self, modules: Iterable[nn.Module]) -> str | None:
-        """Run compiled code uncompiled: it can't be watched, and must not be compiled with our mode on.
-
-        Returns:
-            A note, if anything was compiled in this process.
-        """
-        compiled = any(map(_is_compiled, modules))
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        if not compiled and dynamo is None:
-            return None
-        self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        self._uncompiled = True
-        return _NOTE if compiled or (dynamo is not None and dynamo.counters["frames"]) else None
-
-    def _compiling(self) -> AbstractContextManager[object]:
-        return torch.compiler.set_stance("default") if self._uncompiled else nullcontext()
+        self.compiling = 0
 
     # The function mode
 
@@ -56,11 +36,10 @@ class Modes:
         torch._C._pop_torch_function_stack()
 
     def close(self) -> None:
-        """Take our mode off the stack, however often it is on it, and leave the others; compile again."""
+        """Take our mode off the stack, however often it is on it, and leave the others."""
         for mode in reversed([m for m in self._take() if m is not self.watch]):
             torch._C._push_on_torch_function_stack(mode)
-        self._stance.close()
-        self._uncompiled = False
+        self.compiling = 0
 
     def open(self) -> bool:
         """Whether our mode is open, innermost or not."""
@@ -92,13 +71,17 @@ class Modes:
     @contextmanager
     def sealed(self) -> Iterator[None]:
         """Without our mode, and with compiled code compiled: for kernels that are read from outside."""
-        with self.aside(), self._compiling():
-            yield
+        self.compiling += 1
+        try:
+            with self.aside():
+                yield
+        finally:
+            self.compiling -= 1
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """With our mode."""
-        if self.on_top():
+        """With our mode, once."""
+        if self.open():
             yield
             return
         self.push()
@@ -106,11 +89,3 @@ class Modes:
             yield
         finally:
             self.pop()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )

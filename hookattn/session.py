@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .certificate import Pending
+from .certificate import Pending, measure_all
 from .errors import ModelError, UnfaithfulError
 from .hooks import Brackets, Plan
 from .keeper import Keeper
@@ -55,6 +55,7 @@ class Session:
         self.matched: set[int] = set()
         self._last: dict[tuple[str, str], int] = {}
         self._sites: list[tuple[Site, bool]] = []
+        self._described: dict[str, Site] = {}
         self._order: dict[tuple[str, str], list[str]] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}
         self._pending: dict[int, Pending] = {}
@@ -74,9 +75,6 @@ class Session:
         try:
             self._patched = install(p for tap in TAPS if tap.patches is not None for p in tap.patches())
             self.brackets.install()
-            note = self.modes.uncompile(self.plan.modules.values())
-            if note:
-                self.trace.notes.append(note)
             if self.plan.watch_all:
                 self.modes.push()
         except BaseException:
@@ -144,7 +142,13 @@ class Session:
         for site, _ in reversed(self._sites):
             if path == site.path or path.startswith(site.path + "."):
                 return site
-        return self.brackets.site(path)
+        if path not in self._described:
+            self._described[path] = self.brackets.site(path)
+        return self._described[path]
+
+    def _named(self, site: Site) -> bool:
+        """Whether an adapter speaks for a site."""
+        return id(self.plan.model.get_submodule(site.path)) in self.plan.sites
 
     # What the taps report
 
@@ -160,6 +164,11 @@ class Session:
         self.seen.add(path)
         self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
 
+    def note(self, text: str) -> None:
+        """What holds for the whole trace; said once."""
+        if text not in self.trace.notes:
+            self.trace.notes.append(text)
+
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
         return self.keeper.split(additive)
@@ -170,16 +179,18 @@ class Session:
             return
         self.recorded += 1
         site = self._site(call.within)
-        if call.crosses and site.kind == "self" and id(self.plan.model.get_submodule(site.path)) not in self.plan.sites:
+        if call.crosses and site.kind == "self" and not self._named(site):
             site = replace(site, kind="cross")
-        site = self._ordered(site)
+        if site.layer is None:
+            site = self._ordered(site)
         self.seen.add(site.path)
         place = (site.stack, site.kind)
         self._last[place] = max(self._last.get(place, 0), site.layer or 0)
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
-        made, pending = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls))
+        put_off = self.sink is None
+        made, pending = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls), put_off)
         if pending is not None:
             self._pending[id(made)] = pending
         self.trace.calls.append(made)
@@ -188,8 +199,6 @@ class Session:
 
     def _ordered(self, site: Site) -> Site:
         """A site without a number gets its place among those of its stack and kind."""
-        if site.layer is not None:
-            return site
         order = self._order.setdefault((site.stack, site.kind), [])
         if site.path not in order:
             order.append(site.path)
@@ -201,8 +210,9 @@ class Session:
         """Read the certificates, drop what a selection could not drop earlier, list what was skipped."""
         self._settle()
         self._late_layers()
-        for path, module in self.ran.items():
-            if not any(_within(seen, path) or _within(path, seen) for seen in self.seen):
+        unread = {p: m for p, m in self.ran.items() if not any(_within(s, p) or _within(p, s) for s in self.seen)}
+        for path, module in unread.items():
+            if not any(other != path and _within(other, path) for other in unread):  # the innermost says it best
                 self._skipped.setdefault((path, f"{module} ran, and no softmax over q·k was seen in it"), set()).add(
                     max(self.step, 0)
                 )
@@ -215,9 +225,11 @@ class Session:
         for call in self.trace.calls:
             pending = self._pending.pop(id(call), None)
             if pending is not None:
-                by_device.setdefault(pending.errors.device, []).append((call, pending))
+                by_device.setdefault(pending.device, []).append((call, pending))
         for pairs in by_device.values():
-            values = torch.stack([p.errors.double() for _, p in pairs]).tolist()
+            with torch.no_grad():
+                measure_all([p for _, p in pairs])
+                values = torch.stack([p.errors.double() for _, p in pairs if p.errors is not None]).tolist()
             for (call, pending), row in zip(pairs, values, strict=True):
                 call.certificate = pending.settle(row)
         bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]

@@ -114,7 +114,7 @@ def test_tokens() -> None:
 
 MODELS: dict[str, tuple[type[Exception], Any, Any, str]] = {
     "no module": (ModelError, "gpt2", X, "nn.Module; got str 'gpt2'"),
-    "no attention": (NoAttentionError, nn.Linear(E, E), X, r"no attention ran in Linear: .*adapter"),
+    "no attention": (NoAttentionError, nn.Linear(E, E), X, r"no attention ran in Linear: .*compiled extension"),
     "meta": (ModelError, Model().to("meta"), X, r"layers\.0\.out\.weight is on the meta device.*load the weights"),
     "keyword": (InputError, Model(), {"y": X}, r"Model\.forward\(x.*missing.*'x'; got y=float32\[2, 6, 16\]"),
     "one too many": (InputError, Model(), {"x": X, "y": X}, r"unexpected keyword argument 'y'.*dict of keyword"),

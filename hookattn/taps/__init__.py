@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import flash, flex, interface, mha, script, sdpa, varlen, xformers
+from . import compiled, flash, flex, interface, mha, script, sdpa, varlen, xformers
 from .base import Recorder, Tap
 
-TAPS: tuple[Tap, ...] = (flash.TAP, flex.TAP, interface.TAP, mha.TAP, script.TAP, sdpa.TAP, varlen.TAP, xformers.TAP)
+TAPS: tuple[Tap, ...] = (
+    compiled.TAP,
+    flash.TAP,
+    flex.TAP,
+    interface.TAP,
+    mha.TAP,
+    script.TAP,
+    sdpa.TAP,
+    varlen.TAP,
+    xformers.TAP,
+)
 
 
 def kernels() -> dict[str, Any]:

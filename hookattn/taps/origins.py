@@ -14,7 +14,23 @@ from .axes import Origin, same
 from .views import follow
 
 #: Writes whose argument becomes part of what is written to: a cache buffer is made of the keys put into it.
-POURS = frozenset(("__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "slice_scatter", "masked_scatter_"))
+POURS = frozenset(
+    (
+        "__setitem__",
+        "copy_",
+        "index_copy_",
+        "index_put_",
+        "scatter_",
+        "slice_scatter",
+        "masked_scatter_",
+        "index_add_",
+        "scatter_add_",
+        "scatter_reduce_",
+    )
+)
+_ADDS = frozenset(
+    ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce", "masked_scatter")
+)
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
 _PURGE = 4096
@@ -89,6 +105,9 @@ class Origins:
                 origin = Origin(one.shape, how[0], source, how[1])
             if name in _PIECES:
                 origin.piece_of = source
+            elif name in _ADDS:
+                sources = [self.of(t).roots for t in args if plain(t) and t.is_floating_point()]
+                origin = Origin(one.shape, roots=source.roots.union(*sources))
             elif name in _JOINS:
                 origin = self._joined(name, origin, one, args, kwargs)
             self.set(one, origin)
@@ -132,4 +151,7 @@ def plain(x: Any) -> bool:
 
 def storage_of(x: Tensor) -> int:
     """The address of a tensor's memory."""
-    return x.untyped_storage().data_ptr()
+    try:
+        return x.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own (vmap)
+        return 0

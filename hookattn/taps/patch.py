@@ -16,6 +16,8 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from .base import Patch
 
 _lock = threading.RLock()
@@ -49,8 +51,12 @@ class _Exchange:
             function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
         copy.__kwdefaults__ = function.__kwdefaults__
-        BODIES[id(function)] = functools.partial(self.patch.body, copy)
+        BODIES[id(function)] = functools.partial(_uncompiled, self.patch.body, copy)
         function.__code__ = _trampoline(id(function), self.code)
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        if dynamo is not None:
+            for code in (function.__code__, _uncompiled.__code__):
+                dynamo.skip_code(code)
 
     def remove(self) -> None:
         if self.by_code:
@@ -60,6 +66,30 @@ class _Exchange:
             BODIES.pop(id(self.original), None)
         else:
             setattr(self.patch.owner, self.patch.name, self.original)
+
+
+def _uncompiled(body: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a body as plain Python where compiled code calls it, and the original in it compiled, as it would be."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:
+        return body(original, *args, **kwargs)
+    set_callback = torch._C._dynamo.eval_frame.set_eval_frame
+    callback = set_callback(None)
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        set_callback(callback)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            set_callback(None)
+
+    if callback is None:
+        return body(original, *args, **kwargs)
+    dynamo.skip_code(compiled.__code__)
+    try:
+        return body(compiled, *args, **kwargs)
+    finally:
+        set_callback(callback)
 
 
 @functools.cache
@@ -73,9 +103,6 @@ def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
     )
     exec(compile(source, __file__, "exec"), scope)
     made: types.CodeType = scope[code.co_name].__code__.replace(co_freevars=code.co_freevars)
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None:  # a compiled caller shall run it as it is, and compile the original inside
-        dynamo.skip_code(made)
     return made
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .axes import Atom, Layout, Origin, fresh, refine
 
@@ -61,6 +61,11 @@ class Product:
         self.axes: dict[Atom, Axis] = {}
         self.pairs: dict[Label, list[tuple[Atom, Atom | None, Atom | None]]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+
+    @property
+    def learned(self) -> bool:
+        """Whether an operand is a parameter of the model."""
+        return isinstance(self.a, nn.Parameter) or isinstance(self.b, nn.Parameter)
 
     @property
     def untouched(self) -> bool:

@@ -280,7 +280,13 @@ def sink_joined(c: Context) -> State | None:
     parts = c.args[0]
     others = [t for t in parts if t is not c.x]
     dim = c.arg(1, "dim", 0) % c.x.dim()
-    if len(others) != 1 or others[0].shape[dim] != 1 or c.state.sink is not None or c.look(others[0]) is not None:
+    if (
+        len(others) != 1
+        or others[0].dim() != c.x.dim()
+        or others[0].shape[dim] != 1
+        or c.state.sink is not None
+        or c.look(others[0]) is not None
+    ):
         return None
     sink = others[0]
     for shift in c.state.shifts:

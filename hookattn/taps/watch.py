@@ -156,11 +156,13 @@ class Watch(TorchFunctionMode):
             return
         if not isinstance(target, Tensor):
             return
-        if isinstance(new, Weights) and new.use is None:
+        if isinstance(new, Weights) and not isinstance(state, Weights):
             if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
                 new.scores_tensor = None
-            new.use, new.dtype = Use(self.recorder.where()), target.dtype
-            self.uses.append(new.use)
+            new.dtype = target.dtype
+            if new.scores is not None and not new.scores.product.learned:  # a router weighs with a matrix of its own
+                new.use = Use(self.recorder.where())
+                self.uses.append(new.use)
         self.set_state(target, new)
 
     def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:

@@ -1,0 +1,38 @@
+"""Compiled code runs uncompiled in a traced thread: it can't be watched, and must not be compiled with our mode open.
+
+The decision is made where torch asks, call by call, for the callback that compiles: other threads go on compiling, and
+the trace notes it only if compiled code really ran.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .base import Patch, Tap
+from .current import current
+
+_MODULE = "torch._dynamo.eval_frame"
+_ASKED = "_callback_from_stance"
+NOTE = "compiled code ran uncompiled while it was traced, so outputs may differ in the last bits from the compiled ones"
+
+
+def body(original: Callable[..., Any], callback: Any) -> Any:
+    """No compiling callback where a trace watches; what torch would do anyway elsewhere."""
+    found = original(callback)
+    tracing = current()
+    if tracing is None or tracing.modes.compiling or found is None or found is False:
+        return found
+    tracing.note(NOTE)
+    return None
+
+
+def patches() -> Iterable[Patch]:
+    """Only if anything can have been compiled at all."""
+    module = sys.modules.get(_MODULE)
+    if module is not None and hasattr(module, _ASKED):
+        yield Patch(module, _ASKED, body)
+
+
+TAP = Tap("compiled", patches=patches)
