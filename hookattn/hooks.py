@@ -71,10 +71,11 @@ def make_plan(model: nn.Module) -> Plan:
     fixed: list[nn.Module] = []
     unnamed: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
+        cls = type(module)
+        name = cls.__name__
         plan.paths[id(module)], plan.modules[id(module)] = path, module
         _check(path, module)
-        name = type(module).__name__
-        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TORCH_ATTENDS):
+        if _never_attends(cls):  # type: ignore[arg-type]
             continue
         adapter = adapter_for(module)
         if adapter is not None:
@@ -103,7 +104,7 @@ def make_plan(model: nn.Module) -> Plan:
 
 
 def _check(path: str, module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
+    if type(module).__module__.startswith("torch.jit") and isinstance(module, torch.jit.ScriptModule):
         if not path or _ATTENDS.search(str(module.inlined_graph)):
             raise ModelError(
                 f"{path or type(module).__name__} is scripted or traced by torch.jit, and nothing can be seen in "
@@ -111,13 +112,19 @@ def _check(path: str, module: nn.Module) -> None:
             )
         return
     for name, x in (*module._parameters.items(), *module._buffers.items()):
-        if x is not None and x.is_meta and not hasattr(module, "_hf_hook"):  # that one brings its weights when needed
+        if x is not None and x.is_meta and "_hf_hook" not in vars(module):  # that one brings its weights when needed
             raise ModelError(
                 f"{f'{path}.{name}' if path else name} is on the meta device and has no values; load the weights "
                 "(to_empty() and load_state_dict()) before tracing."
             )
 
 
+@functools.cache
+def _never_attends(cls: type[nn.Module]) -> bool:
+    return cls.__module__.startswith("torch.nn.") and not issubclass(cls, _TORCH_ATTENDS)
+
+
+@functools.cache
 def _sounds_like_attention(name: str) -> bool:
     return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
 

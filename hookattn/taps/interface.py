@@ -11,17 +11,23 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..record import KernelCall
+from . import sdpa
 from .axes import seeded
 from .base import Patch, Tap
 from .current import current
 from .flex import block_mask_dense
 
+if TYPE_CHECKING:
+    from .watch import Watch
+
+_KERNEL = torch.nn.functional.scaled_dot_product_attention
 _MODULE = "transformers.modeling_utils"
 # Implementations that run compiled or foreign code: the mode must not be open inside.
 _SEALED = ("flex", "flash", "paged", "kernels")
@@ -57,6 +63,10 @@ def run(
     tracing = current()
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
+    packs = query.shape[2] == 1 and query.shape[1] != key.shape[1]  # grouped heads become the rows of one query
+    if name == "sdpa" and not packs and not tracing.modes.open():
+        with Glance(tracing.watch, query, key, value):
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
     sealed = any(word in name for word in _SEALED)
     with tracing.kernel(sealed) as seen:
         if not sealed:
@@ -72,6 +82,26 @@ def run(
                 read(name, module, query, key, value, attention_mask, kwargs, out[0] if isinstance(out, tuple) else out)
             )
     return out
+
+
+class Glance(TorchFunctionMode):
+    """Sees the fused kernel inside the implementation and follows nothing else: q, k and v are known from outside."""
+
+    def __init__(self, watch: Watch, query: Tensor, key: Tensor, value: Tensor):
+        super().__init__()
+        self.watch, self.query, self.key, self.value = watch, query, key, value
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _KERNEL:
+            return func(*args, **(kwargs or {}))
+        return sdpa.handle(self.watch, func, args, kwargs or {}, self._ungrouped)
+
+    def _ungrouped(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Keys and values as they were before they were repeated for grouped queries."""
+        keys = given["key"].shape[2]
+        if given["query"] is not self.query or given["key"].shape[1] == self.key.shape[1]:
+            return given
+        return {**given, "key": self.key[:, :, :keys], "value": self.value[:, :, :keys]}
 
 
 def read(

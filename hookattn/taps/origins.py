@@ -33,6 +33,7 @@ _ADDS = frozenset(
 )
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
+_MANY = _JOINS | _PIECES | _ADDS
 _PURGE = 4096
 
 
@@ -47,6 +48,11 @@ class Origins:
         """Forget everything."""
         self._known.clear()
         self._poured.clear()
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether anything is known of where the axes of a tensor come from."""
+        known = self._known.get(id(x))
+        return known is not None and known[0]() is x
 
     def of(self, x: Tensor) -> Origin:
         """Where the axes of a tensor come from."""
@@ -87,11 +93,21 @@ class Origins:
             source: the origin of ``x`` if it is known better than :meth:`of` would.
         """
         if x is None:
-            x = self._source(args, kwargs, out)
+            x = args[0] if args and id(args[0]) in self._known else self._source(args, kwargs, out)
             if x is None:
                 return Origin(())
         if source is None:
             source = self.of(x)
+        if type(out) is Tensor and out is not x and name not in _MANY and plain(out):
+            how = follow(name, source, x, out, args, kwargs)
+            if how is None:
+                origin = Origin(out.shape, roots=source.roots)
+            elif how[0] is same and out.shape == source.shape:
+                origin = source
+            else:
+                origin = Origin(out.shape, how[0], source, how[1])
+            self._known[id(out)] = (weakref.ref(out), origin)
+            return origin
         origin = source
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if one is x or not plain(one):

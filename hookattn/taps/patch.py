@@ -7,7 +7,6 @@ method is replaced as an attribute. Both are counted, and undone when the last t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import sys
@@ -45,8 +44,7 @@ class _Exchange:
             return
         function = self.original
         self.code, self.attributes = function.__code__, dict(vars(function))
-        with contextlib.suppress(ValueError):
-            function.__signature__ = inspect.signature(function)  # for whoever asks while it is exchanged
+        function.__signature__ = _signature(function)  # for whoever asks while it is exchanged
         copy = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
@@ -66,6 +64,11 @@ class _Exchange:
             BODIES.pop(id(self.original), None)
         else:
             setattr(self.patch.owner, self.patch.name, self.original)
+
+
+@functools.cache
+def _signature(function: types.FunctionType) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _uncompiled(body: Any, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,14 @@ def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
-def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run the kernel as the model asked for, and report it."""
+def handle(
+    watch: Watch,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    better: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Any:
+    """Run the kernel as the model asked for, and report it; ``better`` may know what its arguments were made from."""
     out = func(*args, **kwargs)
     with torch.no_grad():
         given = bind(args, kwargs)
@@ -38,7 +44,7 @@ def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any])
         if given["dropout_p"]:
             undropped = func(**{**given, "dropout_p": 0.0})
         try:
-            watch.recorder.record(read(watch, given, out, undropped))
+            watch.recorder.record(read(watch, given if better is None else better(given), out, undropped))
         except LayoutError as error:
             watch.recorder.skip(f"scaled_dot_product_attention: {error}")
     return out
@@ -59,14 +65,16 @@ def read(watch: Watch, given: dict[str, Any], out: Tensor, undropped: Tensor | N
         causal=bool(given["is_causal"]),
         dropout=float(given["dropout_p"]),
     )
-    call.crosses = not watch.origin(given["query"]).roots & watch.origin(given["key"]).roots
+    known = [watch.origins.knows(given[name]) for name in ("query", "key", "value")]
+    if known[0] and known[1]:
+        call.crosses = not watch.origin(given["query"]).roots & watch.origin(given["key"]).roots
     mask = given["attn_mask"]
     if mask is not None:
         if mask.dtype == torch.bool:
             call.mask = mask
         else:
             call.bias, call.mask = watch.recorder.split(mask)
-    if q.dim() == 4 and _plain(watch, given):
+    if q.dim() == 4 and (not any(known) or _plain(watch, given)):
         call.bias, call.mask = (
             None if m is None else m.reshape((1,) * (4 - m.dim()) + tuple(m.shape)) for m in (call.bias, call.mask)
         )

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import HookattnError
 from .axes import Origin
 from .eager import Build, ValueProduct, contracts_keys
-from .operations import PRODUCTS, SOFTMAX, Parsed, name_of, parse_product, writes_to
+from .operations import PRODUCTS, SOFTMAX, SPECIAL, Parsed, name_of, parse_product, writes_to
 from .origins import POURS, Origins, plain, storage_of
 from .product import Label, LayoutError, Product
 from .states import Part, RowStat, Scores, State, Term, Use, Weights
@@ -53,7 +53,11 @@ class Watch(TorchFunctionMode):
         handler = self.kernels.get(name)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
-        return self.follow(name, func, args, kwargs or {})
+        if self.live or name in SPECIAL or not (args and isinstance(args[0], Tensor)):
+            return self.follow(name, func, args, kwargs or {})
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        self._try(name, self.origins.note, name, args, kwargs or {}, out)
+        return out
 
     # What is known of a tensor
 
