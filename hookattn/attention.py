@@ -16,6 +16,8 @@ FILL = -99.0
 # bias by at least a third of its size.
 _BOUNDS = (MASKED, -60_000.0, -5e8, -1e30)
 _APART = 1.5
+# How many scores make a block on the CPU: 1 MiB of float32, which stays in a core's cache from product to softmax.
+_BLOCK = 1 << 18
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,6 +82,59 @@ def softmax_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = 
     if empty and mask is not None:
         weights = weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
     return weights
+
+
+def derive(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    empty: bool = True,
+    want_scores: bool = True,
+    want_weights: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scores and weights of one call, only what is wanted; on the CPU block by block, so that a block stays in cache.
+
+    Shapes and meaning as in :func:`dot_scores`, :func:`finish_scores` and :func:`softmax_weights`.
+    """
+    b, h, t, _ = q.shape
+    g, s = k.shape[1], k.shape[2]
+    simple = sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
+    if q.device.type != "cpu" or not simple or b * h * t * s <= 2 * _BLOCK:
+        whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
+        return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
+    dtype = compute_dtype(q.dtype)
+    scores = torch.empty(b, h, t, s, dtype=dtype) if want_scores else None
+    weights = torch.empty(b, h, t, s, dtype=dtype) if want_weights else None
+    rows = max(16, _BLOCK // s)
+    hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+    def cut(x: Tensor, i: int, j: int, at: slice) -> Tensor:
+        return x[i if x.shape[0] > 1 else 0, j if x.shape[1] > 1 else 0, at if x.shape[2] > 1 else slice(None)]
+
+    scratch = torch.empty(min(rows, t), s, dtype=dtype)
+    for i in range(b):
+        for j in range(h):
+            query, key = q[i, j].to(dtype), k[i, j // (h // g)].to(dtype).t()
+            for start in range(0, t, rows):
+                at = slice(start, min(start + rows, t))
+                block = scores[i, j, at] if scores is not None else scratch[: at.stop - start]
+                torch.addmm(block, query[at], key, beta=0, alpha=float(scale), out=block)
+                finish_scores(block, softcap, None if bias is None else cut(bias, i, j, at))
+                if weights is not None:
+                    out = weights[i, j, at]
+                    if hidden is not None:
+                        torch.add(block, cut(hidden, i, j, at), out=out)
+                        torch.softmax(out, -1, out=out)
+                    else:
+                        torch.softmax(block, -1, out=out)
+    if weights is not None and empty and mask is not None:
+        weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+    return scores, weights
 
 
 def sink_column(sinks: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ class Keeper:
             and isinstance(call.scale, float)
             and {"k", "v"} <= self.selection.capture
             and self.verify == "sample"
-            and call.k.numel() <= _SMALL
+            and 0 < call.k.numel() <= _SMALL
+            and call.q.numel() > 0
         )
 
     def _put_off(self, call: KernelCall, made: Call, weights: Tensor | None) -> Pending:
@@ -122,6 +123,7 @@ class Keeper:
         assert call.mask is not None and call.output is not None and isinstance(call.scale, float)
         rows = rows_to_check(call.q.shape[2], False)
         mask = self._real_mask(call)
+        kept = None if mask is None else self._keep("mask", mask, False)  # the model may write to its own until then
         weight_rows = None if weights is None else weights[:, :, rows]
         return Pending.later(
             Later(
@@ -130,8 +132,8 @@ class Keeper:
                 v=made.v,
                 output=call.output[:, :, rows].clone(),
                 weights=weight_rows,
-                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
-                mask_key=id(self._once("rows", mask, lambda: mask)) if mask is not None else 0,
+                mask=kept if kept is None or kept.shape[2] == 1 else kept[:, :, rows],
+                mask_key=kept.data_ptr() if kept is not None else 0,
                 empty=mask is not None and self._has_empty(mask),
                 scale=call.scale,
             ),
@@ -170,8 +172,11 @@ class Keeper:
         empty = mask is not None and self._has_empty(mask)
         scores, weights = call.scores, call.weights
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
-            scores = self._scores(call, slice(None)) if scores is None else scores
-            if weights is None and self.wants("weights"):
+            if scores is None:
+                missing = weights is None and self.wants("weights")
+                scores, derived = self._blocks(call, mask, empty, missing)
+                weights = derived if missing else weights
+            else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
         if self.verify == "off" or later:
             return None, scores, self._narrow(weights, call)
@@ -190,6 +195,22 @@ class Keeper:
     def _narrow(self, weights: Tensor | None, call: KernelCall) -> Tensor | None:
         """Derived weights in the kernel's dtype, as the kernel would have formed them."""
         return weights if weights is None or call.weights is not None else weights.to(call.dtype)
+
+    def _blocks(
+        self, call: KernelCall, mask: Tensor | None, empty: bool, weights: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return math.derive(
+            call.q,
+            call.k,
+            call.scale,
+            softcap=call.softcap,
+            bias=call.bias,
+            mask=mask,
+            sinks=call.sinks,
+            empty=empty,
+            want_scores=self.wants("scores"),
+            want_weights=weights,
+        )
 
     def _scores(self, call: KernelCall, rows: slice) -> Tensor:
         def cut(x: Any) -> Any:

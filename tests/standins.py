@@ -19,12 +19,22 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------------------ the math
 
 
-def one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, window: Any, softcap: float = 0.0,
-                 slopes: Tensor | None = None, dropout: float = 0.0, sink: Tensor | None = None,
-                 chunk: int = 0) -> Tensor:
+def one_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window: Any,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    sink: Tensor | None = None,
+    chunk: int = 0,
+) -> Tensor:
     """T H D, S G D, S G E -> T H E, in float32; ``slopes``: H."""
     (t, h, d), (s, g, e) = q.shape, v.shape
-    scale = d ** -0.5 if scale is None else scale
+    scale = d**-0.5 if scale is None else scale
     left, right = (-1 if n is None else n for n in (window or (-1, -1)))
     right = 0 if causal else right
     out = torch.zeros(t, h, e)
@@ -32,8 +42,13 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: b
         group = head * g // h
         for i in range(t):
             here = i + s - t
-            seen = [j for j in range(s) if (left < 0 or j >= here - left) and (right < 0 or j <= here + right)
-                    and (not chunk or j // chunk == here // chunk)]
+            seen = [
+                j
+                for j in range(s)
+                if (left < 0 or j >= here - left)
+                and (right < 0 or j <= here + right)
+                and (not chunk or j // chunk == here // chunk)
+            ]
             if not seen:
                 continue
             logits = (k[seen, group].float() * q[i, head].float()).sum(-1) * scale
@@ -43,7 +58,7 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: b
                 logits = logits - slopes[head] * torch.tensor([abs(here - j) for j in seen])
             if sink is not None:
                 logits = torch.cat([logits, sink[head].float().view(1)])
-            weights = torch.softmax(logits, -1)[:len(seen)]
+            weights = torch.softmax(logits, -1)[: len(seen)]
             if dropout:
                 weights = torch.nn.functional.dropout(weights, dropout)
             out[i, head] = (weights[:, None] * v[seen, group].float()).sum(0)
@@ -55,13 +70,24 @@ def slopes_of(slopes: Tensor | None, b: int) -> Tensor | None:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *args: Any, slopes: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return torch.stack([one_sequence(q[b], k[b], v[b], *args, slopes=slopes_of(slopes, b), **kwargs)
-                        for b in range(q.shape[0])])
+    return torch.stack(
+        [one_sequence(q[b], k[b], v[b], *args, slopes=slopes_of(slopes, b), **kwargs) for b in range(q.shape[0])]
+    )
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, *args: Any,
-           slopes: Tensor | None = None, used_q: Any = None, used_k: Any = None, table: Any = None,
-           **kwargs: Any) -> Tensor:
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    *args: Any,
+    slopes: Tensor | None = None,
+    used_q: Any = None,
+    used_k: Any = None,
+    table: Any = None,
+    **kwargs: Any,
+) -> Tensor:
     """What no sequence owns is NaN, so that nobody takes it for an output."""
     out = q.new_full((*q.shape[:2], v.shape[-1]), torch.nan)
     for b in range(len(cu_q) - 1):
@@ -71,11 +97,11 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, *
             assert cu_k is not None
             first = int(cu_k[b])
             m = int(used_k[b]) if used_k is not None else int(cu_k[b + 1]) - first
-            keys, values = k[first:first + m], v[first:first + m]
+            keys, values = k[first : first + m], v[first : first + m]
         else:
             m = int(used_k[b]) if used_k is not None else int(cu_k[b + 1] - cu_k[b])
             keys, values = from_pages(k, table[b], m), from_pages(v, table[b], m)
-        out[at:at + n] = one_sequence(q[at:at + n], keys, values, *args, slopes=slopes_of(slopes, b), **kwargs)
+        out[at : at + n] = one_sequence(q[at : at + n], keys, values, *args, slopes=slopes_of(slopes, b), **kwargs)
     return out
 
 
@@ -87,8 +113,9 @@ def from_pages(pool: Tensor, table: Tensor, n: int) -> Tensor:
 def turn(x: Tensor, cos: Tensor, sin: Tensor, at: Sequence[int], interleaved: bool) -> Tensor:
     """T H D, rotated as complex numbers."""
     half = cos.shape[-1]
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (
-        slice(0, half), slice(half, 2 * half))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    )
     number = torch.complex(x[..., first].float(), x[..., second].float())
     number = number * torch.complex(cos[list(at)].float(), sin[list(at)].float())[:, None]
     out = x.clone()
@@ -96,9 +123,25 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, at: Sequence[int], interleaved: bo
     return out
 
 
-def with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cos: Any, sin: Any,
-               lengths: Any, rows: Any, leftpad: Any, table: Any, scale: float | None, causal: bool, window: Any,
-               softcap: float, interleaved: bool, slopes: Tensor | None) -> Tensor:
+def with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Any,
+    sin: Any,
+    lengths: Any,
+    rows: Any,
+    leftpad: Any,
+    table: Any,
+    scale: float | None,
+    causal: bool,
+    window: Any,
+    softcap: float,
+    interleaved: bool,
+    slopes: Tensor | None,
+) -> Tensor:
     """Writes k and v to the cache, then attends to it."""
     out = []
     local = causal or tuple(window) != (-1, -1)
@@ -120,7 +163,7 @@ def with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
                 k_cache[place], v_cache[place] = new[i], v[b, i]
         first = 0 if leftpad is None else int(leftpad[b])
         if table is None:
-            keys, values = k_cache[row, first:n + added], v_cache[row, first:n + added]
+            keys, values = k_cache[row, first : n + added], v_cache[row, first : n + added]
         else:
             keys, values = (from_pages(x, table[b], n + added)[first:] for x in (k_cache, v_cache))
         out.append(one_sequence(query, keys, values, scale, causal, window, softcap, slopes_of(slopes, b)))
@@ -134,64 +177,188 @@ class Flash2:
     """The functions of ``flash_attn.flash_attn_interface``."""
 
     @staticmethod
-    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False,
-                        window_size: Any = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
-                        deterministic: bool = False, return_attn_probs: bool = False) -> Any:
+    def flash_attn_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
         out = dense(q, k, v, softmax_scale, causal, window_size, softcap, slopes=alibi_slopes, dropout=dropout_p)
         return (out, torch.zeros(1), None) if return_attn_probs else out
 
     @staticmethod
-    def flash_attn_qkvpacked_func(qkv: Any, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False,
-                                  window_size: Any = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
-                                  deterministic: bool = False, return_attn_probs: bool = False) -> Any:
+    def flash_attn_qkvpacked_func(
+        qkv: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         return dense(q, k, v, softmax_scale, causal, window_size, softcap, slopes=alibi_slopes, dropout=dropout_p)
 
     @staticmethod
-    def flash_attn_kvpacked_func(q: Any, kv: Any, dropout_p: float = 0.0, softmax_scale: Any = None,
-                                 causal: bool = False, window_size: Any = (-1, -1), softcap: float = 0.0,
-                                 alibi_slopes: Any = None, deterministic: bool = False,
-                                 return_attn_probs: bool = False) -> Any:
+    def flash_attn_kvpacked_func(
+        q: Any,
+        kv: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
         k, v = kv[:, :, 0], kv[:, :, 1]
         return dense(q, k, v, softmax_scale, causal, window_size, softcap, slopes=alibi_slopes, dropout=dropout_p)
 
     @staticmethod
-    def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
-                               max_seqlen_k: Any, dropout_p: float = 0.0, softmax_scale: Any = None,
-                               causal: bool = False, window_size: Any = (-1, -1), softcap: float = 0.0,
-                               alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False,
-                               block_table: Any = None) -> Any:
-        out = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap,
-                     slopes=alibi_slopes, dropout=dropout_p, table=block_table)
+    def flash_attn_varlen_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: Any,
+        max_seqlen_k: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+        block_table: Any = None,
+    ) -> Any:
+        out = packed(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            slopes=alibi_slopes,
+            dropout=dropout_p,
+            table=block_table,
+        )
         return (out, torch.zeros(1), None) if return_attn_probs else out
 
     @staticmethod
-    def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: Any, dropout_p: float = 0.0,
-                                         softmax_scale: Any = None, causal: bool = False,
-                                         window_size: Any = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
-                                         deterministic: bool = False, return_attn_probs: bool = False) -> Any:
-        return packed(qkv[:, 0], qkv[:, 1], qkv[:, 2], cu_seqlens, cu_seqlens, softmax_scale, causal, window_size,
-                      softcap, slopes=alibi_slopes, dropout=dropout_p)
+    def flash_attn_varlen_qkvpacked_func(
+        qkv: Any,
+        cu_seqlens: Any,
+        max_seqlen: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        return packed(
+            qkv[:, 0],
+            qkv[:, 1],
+            qkv[:, 2],
+            cu_seqlens,
+            cu_seqlens,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            slopes=alibi_slopes,
+            dropout=dropout_p,
+        )
 
     @staticmethod
-    def flash_attn_varlen_kvpacked_func(q: Any, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
-                                        max_seqlen_k: Any, dropout_p: float = 0.0, softmax_scale: Any = None,
-                                        causal: bool = False, window_size: Any = (-1, -1), softcap: float = 0.0,
-                                        alibi_slopes: Any = None, deterministic: bool = False,
-                                        return_attn_probs: bool = False) -> Any:
-        return packed(q, kv[:, 0], kv[:, 1], cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap,
-                      slopes=alibi_slopes, dropout=dropout_p)
+    def flash_attn_varlen_kvpacked_func(
+        q: Any,
+        kv: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: Any,
+        max_seqlen_k: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        return packed(
+            q,
+            kv[:, 0],
+            kv[:, 1],
+            cu_seqlens_q,
+            cu_seqlens_k,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            slopes=alibi_slopes,
+            dropout=dropout_p,
+        )
 
     @staticmethod
-    def flash_attn_with_kvcache(q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None,
-                                rotary_cos: Any = None, rotary_sin: Any = None, cache_seqlens: Any = None,
-                                cache_batch_idx: Any = None, cache_leftpad: Any = None, block_table: Any = None,
-                                softmax_scale: Any = None, causal: bool = False, window_size: Any = (-1, -1),
-                                softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: Any = None,
-                                num_splits: int = 0, return_softmax_lse: bool = False) -> Any:
-        out = with_cache(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-                         cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved,
-                         alibi_slopes)
+    def flash_attn_with_kvcache(
+        q: Any,
+        k_cache: Any,
+        v_cache: Any,
+        k: Any = None,
+        v: Any = None,
+        rotary_cos: Any = None,
+        rotary_sin: Any = None,
+        cache_seqlens: Any = None,
+        cache_batch_idx: Any = None,
+        cache_leftpad: Any = None,
+        block_table: Any = None,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        rotary_interleaved: bool = True,
+        alibi_slopes: Any = None,
+        num_splits: int = 0,
+        return_softmax_lse: bool = False,
+    ) -> Any:
+        out = with_cache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            rotary_cos,
+            rotary_sin,
+            cache_seqlens,
+            cache_batch_idx,
+            cache_leftpad,
+            block_table,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            rotary_interleaved,
+            alibi_slopes,
+        )
         return (out, torch.zeros(1)) if return_softmax_lse else out
 
 
@@ -199,60 +366,168 @@ class Flash3:
     """The functions of the top-level module ``flash_attn_interface``."""
 
     @staticmethod
-    def flash_attn_func(q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: bool = False, qv: Any = None,
-                        q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
-                        window_size: Any = (-1, -1), attention_chunk: int = 0, softcap: float = 0.0,
-                        num_splits: int = 1, pack_gqa: Any = None, deterministic: bool = False, sm_margin: int = 0,
-                        return_attn_probs: bool = False) -> Any:
+    def flash_attn_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        qv: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        window_size: Any = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        num_splits: int = 1,
+        pack_gqa: Any = None,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+        return_attn_probs: bool = False,
+    ) -> Any:
         out = dense(q, k, v, softmax_scale, causal, window_size, softcap, chunk=attention_chunk)
         return (out, torch.zeros(1)) if return_attn_probs else out
 
     @staticmethod
-    def flash_attn_qkvpacked_func(qkv: Any, softmax_scale: Any = None, causal: bool = False, q_descale: Any = None,
-                                  k_descale: Any = None, v_descale: Any = None, window_size: Any = (-1, -1),
-                                  attention_chunk: int = 0, softcap: float = 0.0, deterministic: bool = False,
-                                  num_heads_q: Any = None, sm_margin: int = 0, return_attn_probs: bool = False) -> Any:
+    def flash_attn_qkvpacked_func(
+        qkv: Any,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        window_size: Any = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        num_heads_q: Any = None,
+        sm_margin: int = 0,
+        return_attn_probs: bool = False,
+    ) -> Any:
         if qkv.dim() == 5:
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
             n = (qkv.shape[2] - num_heads_q) // 2
-            q, k, v = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q:num_heads_q + n], qkv[:, :, -n:]
+            q, k, v = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + n], qkv[:, :, -n:]
         return dense(q, k, v, softmax_scale, causal, window_size, softcap, chunk=attention_chunk)
 
     @staticmethod
-    def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
-                               max_seqlen_k: Any, seqused_q: Any = None, seqused_k: Any = None,
-                               softmax_scale: Any = None, causal: bool = False, qv: Any = None, q_descale: Any = None,
-                               k_descale: Any = None, v_descale: Any = None, window_size: Any = (-1, -1),
-                               attention_chunk: int = 0, softcap: float = 0.0, num_splits: int = 1,
-                               pack_gqa: Any = None, deterministic: bool = False, sm_margin: int = 0,
-                               return_attn_probs: bool = False) -> Any:
-        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap,
-                      chunk=attention_chunk, used_q=seqused_q, used_k=seqused_k)
+    def flash_attn_varlen_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: Any,
+        max_seqlen_k: Any,
+        seqused_q: Any = None,
+        seqused_k: Any = None,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        qv: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        window_size: Any = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        num_splits: int = 1,
+        pack_gqa: Any = None,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        return packed(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            chunk=attention_chunk,
+            used_q=seqused_q,
+            used_k=seqused_k,
+        )
 
     @staticmethod
-    def flash_attn_with_kvcache(q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, qv: Any = None,
-                                rotary_cos: Any = None, rotary_sin: Any = None, cache_seqlens: Any = None,
-                                cache_batch_idx: Any = None, cache_leftpad: Any = None, page_table: Any = None,
-                                cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None, max_seqlen_q: Any = None,
-                                rotary_seqlens: Any = None, q_descale: Any = None, k_descale: Any = None,
-                                v_descale: Any = None, softmax_scale: Any = None, causal: bool = False,
-                                window_size: Any = (-1, -1), attention_chunk: int = 0, softcap: float = 0.0,
-                                rotary_interleaved: bool = True, scheduler_metadata: Any = None, num_splits: int = 0,
-                                pack_gqa: Any = None, sm_margin: int = 0, return_softmax_lse: bool = False) -> Any:
-        return with_cache(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-                          cache_leftpad, page_table, softmax_scale, causal, window_size, softcap, rotary_interleaved,
-                          None)
+    def flash_attn_with_kvcache(
+        q: Any,
+        k_cache: Any,
+        v_cache: Any,
+        k: Any = None,
+        v: Any = None,
+        qv: Any = None,
+        rotary_cos: Any = None,
+        rotary_sin: Any = None,
+        cache_seqlens: Any = None,
+        cache_batch_idx: Any = None,
+        cache_leftpad: Any = None,
+        page_table: Any = None,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k_new: Any = None,
+        max_seqlen_q: Any = None,
+        rotary_seqlens: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        rotary_interleaved: bool = True,
+        scheduler_metadata: Any = None,
+        num_splits: int = 0,
+        pack_gqa: Any = None,
+        sm_margin: int = 0,
+        return_softmax_lse: bool = False,
+    ) -> Any:
+        return with_cache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            rotary_cos,
+            rotary_sin,
+            cache_seqlens,
+            cache_batch_idx,
+            cache_leftpad,
+            page_table,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            rotary_interleaved,
+            None,
+        )
 
 
 class Flash4:
     """The functions of ``flash_attn.cute.interface``."""
 
     @staticmethod
-    def flash_attn_func(q: Any, k: Any, v: Any, qv: Any = None, softmax_scale: Any = None, causal: bool = False,
-                        window_size: Any = (None, None), learnable_sink: Any = None, softcap: float = 0.0,
-                        num_splits: int = 1, pack_gqa: Any = None, deterministic: bool = False, score_mod: Any = None,
-                        mask_mod: Any = None, block_sparse_tensors: Any = None, return_lse: bool = False) -> Any:
+    def flash_attn_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        qv: Any = None,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (None, None),
+        learnable_sink: Any = None,
+        softcap: float = 0.0,
+        num_splits: int = 1,
+        pack_gqa: Any = None,
+        deterministic: bool = False,
+        score_mod: Any = None,
+        mask_mod: Any = None,
+        block_sparse_tensors: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
         return dense(q, k, v, softmax_scale, causal, window_size, softcap, sink=learnable_sink), None
 
 
@@ -262,7 +537,7 @@ class Flash4:
 def module(name: str, functions: type | None = None, **more: Any) -> types.ModuleType:
     made = types.ModuleType(name)
     made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    for key, value in (vars(functions).items() if functions is not None else ()):
+    for key, value in vars(functions).items() if functions is not None else ():
         if isinstance(value, staticmethod):
             function = value.__func__
             copy = types.FunctionType(function.__code__, function.__globals__, key, function.__defaults__)
@@ -318,15 +593,19 @@ def counted(t: int, s: int, left: int, right: int, chunk: int = 0) -> Tensor:
     for i in range(t):
         for j in range(s):
             place = i + s - t
-            mask[i, j] = ((left == -1 or place - left <= j) and (right == -1 or j <= place + right)
-                          and (not chunk or place // chunk == j // chunk))
+            mask[i, j] = (
+                (left == -1 or place - left <= j)
+                and (right == -1 or j <= place + right)
+                and (not chunk or place // chunk == j // chunk)
+            )
     return mask
 
 
 def bent(slopes: Tensor, t: int, s: int) -> Tensor:
     """−slope·|i + S − T − j|: H T S."""
-    return torch.stack([torch.tensor([[-float(m) * abs(i + s - t - j) for j in range(s)] for i in range(t)])
-                        for m in slopes])
+    return torch.stack(
+        [torch.tensor([[-float(m) * abs(i + s - t - j) for j in range(s)] for i in range(t)]) for m in slopes]
+    )
 
 
 def pad(pieces: Sequence[Tensor]) -> Tensor:
@@ -334,7 +613,7 @@ def pad(pieces: Sequence[Tensor]) -> Tensor:
     longest = max(len(p) for p in pieces)
     out = pieces[0].new_zeros(len(pieces), pieces[0].shape[1], longest, pieces[0].shape[2])
     for b, piece in enumerate(pieces):
-        out[b, :, :len(piece)] = piece.transpose(0, 1)
+        out[b, :, : len(piece)] = piece.transpose(0, 1)
     return out
 
 
@@ -343,7 +622,7 @@ def pad_masks(masks: Sequence[Tensor]) -> Tensor:
     t, s = max(m.shape[0] for m in masks), max(m.shape[1] for m in masks)
     out = torch.zeros(len(masks), 1, t, s, dtype=torch.bool)
     for b, mask in enumerate(masks):
-        out[b, 0, :mask.shape[0], :mask.shape[1]] = mask
+        out[b, 0, : mask.shape[0], : mask.shape[1]] = mask
     return out
 
 

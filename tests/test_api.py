@@ -30,8 +30,10 @@ class Attention(nn.Module):
         self.q, self.kv = nn.Linear(E, E), nn.Linear(E, 2 * E // heads * groups)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        q, kv = (y.unflatten(-1, (n, -1)).transpose(1, 2) for y, n in zip(
-            (self.q(x), self.kv(x if memory is None else memory)), self.n, strict=True))
+        q, kv = (
+            y.unflatten(-1, (n, -1)).transpose(1, 2)
+            for y, n in zip((self.q(x), self.kv(x if memory is None else memory)), self.n, strict=True)
+        )
         causal = memory is None and mask is None
         out = F.scaled_dot_product_attention(q, *kv.chunk(2, 1), attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.out(out.transpose(1, 2).flatten(2))
@@ -134,15 +136,22 @@ def test_bad_models_and_inputs(name: str) -> None:
 SELECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"verify": "ful"}, "verify='ful': expected one of 'sample', 'full', 'off'"),
     ({"capture": ("q", "attn")}, "no field 'attn'; choose among q, k, v"),
-    ({"capture": "attn"}, "no field 'attn'"), ({"capture": 5}, "capture=5: expected a list of fields"),
+    ({"capture": "attn"}, "no field 'attn'"),
+    ({"capture": 5}, "capture=5: expected a list of fields"),
     ({"capture": ()}, "capture is empty"),
     ({"layers": [0, 9]}, r"layers=\[0, 9\]: there is no layer 9; .* 2 \(main self"),
-    ({"layers": -4}, "no layer -4"), ({"layers": []}, "selects nothing"),
-    ({"heads": [0, 4]}, r"heads=\[0, 4\]: \w+.* has 4 heads.* no head 4"), ({"heads": -5}, "no head -5"),
-    ({"heads": slice(2)}, "expected an int or a list of ints"), ({"heads": ["a"]}, "expected ints, got 'a'"),
-    ({"heads": True}, "got True"), ({"queries": [6]}, r"has 6 queries, so there is no query 6"),
-    ({"queries": slice(9, None)}, "of which none is selected"), ({"queries": slice(0.5)}, "slice of ints"),
-    ({"dtype": torch.int8}, "torch.float16"), ({"dtype": "float16"}, "torch.float16"),
+    ({"layers": -4}, "no layer -4"),
+    ({"layers": []}, "selects nothing"),
+    ({"heads": [0, 4]}, r"heads=\[0, 4\]: \w+.* has 4 heads.* no head 4"),
+    ({"heads": -5}, "no head -5"),
+    ({"heads": slice(2)}, "expected an int or a list of ints"),
+    ({"heads": ["a"]}, "expected ints, got 'a'"),
+    ({"heads": True}, "got True"),
+    ({"queries": [6]}, r"has 6 queries, so there is no query 6"),
+    ({"queries": slice(9, None)}, "of which none is selected"),
+    ({"queries": slice(0.5)}, "slice of ints"),
+    ({"dtype": torch.int8}, "torch.float16"),
+    ({"dtype": "float16"}, "torch.float16"),
     ({"device": "gpu0"}, "device='gpu0': there is no such device here"),
 ]
 
@@ -167,16 +176,15 @@ def test_compiled_by_jit() -> None:
 
 def test_errors_of_the_block() -> None:
     """The model's own; no forward; one trace inside another, which leaves the outer one running."""
-    m, other = model(), model()
     with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
-        hookattn.trace(m, X[..., :3])
+        hookattn.trace(m := model(), X[..., :3])
     assert any("raised by the model" in note for note in caught.value.__notes__)
     with pytest.raises(NoAttentionError, match="never called"), hookattn.tracing(m):
         pass
     with hookattn.tracing(m) as outer:
         m(X)
-        with pytest.raises(ModelError, match="already running in this thread; finish it"), hookattn.tracing(other):
-            pass
+        with pytest.raises(ModelError, match="already running in this thread; finish it"):
+            hookattn.trace(model(), X)
         m(X)
     assert [c.step for c in outer] == [0, 0, 0, 1, 1, 1]
     assert_untouched(m)

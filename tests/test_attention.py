@@ -15,9 +15,18 @@ from tests.reference import alibi, assert_close, causal, draw, masked_softmax, r
 
 few = settings(max_examples=60, deadline=None)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-sizes = st.fixed_dictionaries({
-    "b": st.integers(1, 3), "g": st.integers(1, 3), "r": st.integers(1, 3), "t": st.integers(1, 6),
-    "s": st.integers(1, 7), "d": st.integers(1, 5), "e": st.integers(1, 5), "seed": st.integers(0, 99)})
+sizes = st.fixed_dictionaries(
+    {
+        "b": st.integers(1, 3),
+        "g": st.integers(1, 3),
+        "r": st.integers(1, 3),
+        "t": st.integers(1, 6),
+        "s": st.integers(1, 7),
+        "d": st.integers(1, 5),
+        "e": st.integers(1, 5),
+        "seed": st.integers(0, 99),
+    }
+)
 
 
 def make(n: dict[str, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +131,12 @@ def test_weighted_values(n: dict[str, int]) -> None:
     q, k, v = make(n)
     _, weights, output = reference_attention(q, k, v, scale=1.0)
     assert_close(attention.weighted_values(weights, v), output, 1e-9, "output")
-    assert_close(attention.weighted_values(weights, v[:1]), weights @ v[:1].double().repeat_interleave(n["r"], 1), 1e-9,
-                 "one value for the whole batch")
+    assert_close(
+        attention.weighted_values(weights, v[:1]),
+        weights @ v[:1].double().repeat_interleave(n["r"], 1),
+        1e-9,
+        "one value for the whole batch",
+    )
 
 
 def test_sink_column() -> None:
@@ -149,8 +162,15 @@ def test_causal_mask(t: int, s: int, window: int | None, offset: int, is_causal:
 
 
 LOWEST = {"half": -65504.0, "bfloat16": torch.finfo(torch.bfloat16).min, "float": torch.finfo(torch.float32).min}
-FILLS = {**LOWEST, "-inf": -math.inf, "-1e4": -1e4, "-1e9": -1e9, "-2e4, added twice": -2e4, "-100": -100.0,
-         "-1000": -1000.0}
+FILLS = {
+    **LOWEST,
+    "-inf": -math.inf,
+    "-1e4": -1e4,
+    "-1e9": -1e9,
+    "-2e4, added twice": -2e4,
+    "-100": -100.0,
+    "-1000": -1000.0,
+}
 T = 6
 
 
@@ -191,8 +211,9 @@ def test_the_lowest_of_each_dtype_alone_and_added_twice(dtype: torch.dtype) -> N
     check_split(bias + mask, hidden, bias + 0 * mask)
 
 
-@pytest.mark.parametrize("fill", [v for v in FILLS.values() if abs(v) >= 9000], ids=[
-    k for k, v in FILLS.items() if abs(v) >= 9000])
+@pytest.mark.parametrize(
+    "fill", [v for v in FILLS.values() if abs(v) >= 9000], ids=[k for k, v in FILLS.items() if abs(v) >= 9000]
+)
 def test_a_relative_bias_summed_into_the_mask(fill: float) -> None:
     """T5's, whatever its sign: the mask is taken out, and the bias stays where it was."""
     hidden, bias = ~causal(T), draw(1, 4, T, T, seed=2, std=8)
@@ -210,8 +231,12 @@ def test_a_slope_is_no_mask(n_k: int) -> None:
     check_split(slope.expand(2, 8, 4, n_k), None, slope.expand(2, 8, 4, n_k))
 
 
-LONG = [(n, fill) for fill in (*LOWEST.values(), -math.inf, -1e9, -1e4) for n in (16, 1024, 4096, 32768)
-        if n < 9000 or fill < -6e4]
+LONG = [
+    (n, fill)
+    for fill in (*LOWEST.values(), -math.inf, -1e9, -1e4)
+    for n in (16, 1024, 4096, 32768)
+    if n < 9000 or fill < -6e4
+]
 
 
 @pytest.mark.parametrize(("n_k", "fill"), LONG)
@@ -243,8 +268,9 @@ def test_everything_hidden(fill: float) -> None:
     hidden = torch.zeros(T, T, dtype=torch.bool)
     hidden[3] = True  # one row that may not look anywhere
     check_split(torch.zeros(T, T).masked_fill(hidden, fill), hidden, None)
-    weights = attention.softmax_weights(torch.zeros(1, 1, T, T), attention.split_additive(
-        torch.zeros(T, T).masked_fill(hidden, fill))[1])
+    weights = attention.softmax_weights(
+        torch.zeros(1, 1, T, T), attention.split_additive(torch.zeros(T, T).masked_fill(hidden, fill))[1]
+    )
     assert not weights[0, 0, 3].any() and not weights.isnan().any()
 
 
@@ -262,3 +288,27 @@ def test_the_weights_are_those_of_the_sum(n: dict[str, int], fill: str, kind: st
     scores = attention.finish_scores(attention.dot_scores(q, k, 1.0), None, bias)
     expected = masked_softmax(reference_attention(q, k, v, scale=1.0)[0] + additive, None, None)
     assert_close(attention.softmax_weights(scores, mask), expected, 1e-12, "weights")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", ["none", "causal", "padding", "each head"])
+def test_blocks_equal_the_plain_path(groups: int, masked: str) -> None:
+    """Large calls are derived block by block on the CPU; the numbers are those of the plain functions."""
+    b, h, t, s, d = 2, 4, 500, 420, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(b, n, m, d, generator=generator) for n, m in ((h, t), (h // groups, s)))
+    bias = torch.randn(1, h, t, s, generator=generator)
+    mask = {
+        "none": None,
+        "causal": attention.causal_mask(t, s),
+        "padding": torch.rand(b, 1, 1, s, generator=generator) > 0.3,
+        "each head": torch.rand(1, h, t, s, generator=generator) > 0.5,
+    }[masked]
+    if masked == "each head":
+        mask[:, :, 7] = False  # nothing to attend to
+    scores, weights = attention.derive(q, k, 0.4, softcap=20.0, bias=bias, mask=mask)
+    plain = attention.finish_scores(attention.dot_scores(q, k, 0.4), 20.0, bias)
+    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights, attention.softmax_weights(plain, mask), atol=1e-6, rtol=0)
+    only = attention.derive(q, k, 0.4, softcap=20.0, bias=bias, mask=mask, want_scores=False)
+    assert only[0] is None and torch.equal(only[1], weights)

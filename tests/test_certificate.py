@@ -52,8 +52,11 @@ class Layers(nn.Module):
 
 
 def qkv(t: int = 12, dtype: torch.dtype = torch.float32, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    return (draw(B, H, t, D, seed=1, dtype=dtype), draw(B, G, t, D, seed=2, dtype=dtype),
-            draw(B, G, t, D, seed=3, std=size, dtype=dtype))
+    return (
+        draw(B, H, t, D, seed=1, dtype=dtype),
+        draw(B, G, t, D, seed=2, dtype=dtype),
+        draw(B, G, t, D, seed=3, std=size, dtype=dtype),
+    )
 
 
 def trace(model: nn.Module, inputs: Any, **options: Any) -> hookattn.Trace:
@@ -84,13 +87,21 @@ def put(name: str, value: Any) -> Change:
 
 
 WRONG: dict[str, Change] = {
-    "scale": put("scale", lambda call: call.scale * 1.05), "no causal mask": put("causal", False),
-    "softcap": put("softcap", 3.0), "window": put("window", 3), "offset": put("offset", 1), "mask by one": later_rows,
-    "bias": put("bias", draw(1, H, 1, 12, seed=5, std=0.1)), "sinks": put("sinks", torch.full((H,), -2.0)),
+    "scale": put("scale", lambda call: call.scale * 1.05),
+    "no causal mask": put("causal", False),
+    "softcap": put("softcap", 3.0),
+    "window": put("window", 3),
+    "offset": put("offset", 1),
+    "mask by one": later_rows,
+    "bias": put("bias", draw(1, H, 1, 12, seed=5, std=0.1)),
+    "sinks": put("sinks", torch.full((H,), -2.0)),
     "a key hidden": put("mask", (torch.arange(12) != 2).view(1, 1, 1, 12)),
-    "the groups of k": put("k", lambda call: call.k.flip(1)), "the groups of v": put("v", lambda call: call.v.flip(1)),
-    "the heads of q": put("q", lambda call: call.q[:, [0, 2, 1, 3]]), "batch": put("k", lambda call: call.k.flip(0)),
-    "output": put("output", lambda call: call.output.roll(1, 1)), "v": put("v", lambda call: call.v * 1.001),
+    "the groups of k": put("k", lambda call: call.k.flip(1)),
+    "the groups of v": put("v", lambda call: call.v.flip(1)),
+    "the heads of q": put("q", lambda call: call.q[:, [0, 2, 1, 3]]),
+    "batch": put("k", lambda call: call.k.flip(0)),
+    "output": put("output", lambda call: call.output.roll(1, 1)),
+    "v": put("v", lambda call: call.v * 1.001),
     "a NaN": put("q", lambda call: call.q.index_fill(2, torch.tensor([11]), math.nan)),
 }
 
@@ -110,8 +121,17 @@ def test_a_wrong_record_is_found(monkeypatch: pytest.MonkeyPatch, what: str, ver
         hookattn.trace(model, qkv(), verify=verify, strict=True)
 
 
-@pytest.mark.parametrize("options", [{"capture": ("q",)}, {"heads": [3, 0]}, {"queries": [4, 11]}, {"layers": [0]},
-                                     {"dtype": torch.float16}, {"heads": 1, "queries": slice(-2, None)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capture": ("q",)},
+        {"heads": [3, 0]},
+        {"queries": [4, 11]},
+        {"layers": [0]},
+        {"dtype": torch.float16},
+        {"heads": 1, "queries": slice(-2, None)},
+    ],
+)
 @pytest.mark.parametrize("what", ["scale", "no causal mask", "the groups of v"])
 def test_a_selection_is_checked_too(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str) -> None:
     assert trace(Layers(1), qkv(), **options).faithful
@@ -124,8 +144,12 @@ def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPat
     build = eager.Build.call
     good = trace(Eager(), qkv())[0].certificate
     assert good.faithful and good.weights_error is not None and good.weights_error <= good.weights_tolerance
-    for change in (put("scale", lambda call: call.scale * 1.05), put("weights", lambda call: call.weights.roll(1, -1)),
-                   put("mask", (torch.arange(12) != 2).view(1, 1, 1, 12))):
+    for change in (
+        put("scale", lambda call: call.scale * 1.05),
+        put("weights", lambda call: call.weights.roll(1, -1)),
+        put("mask", (torch.arange(12) != 2).view(1, 1, 1, 12)),
+    ):
+
         def changed(self: Any, change: Change = change) -> KernelCall:
             call = build(self)
             call.scores = None
@@ -170,6 +194,26 @@ def test_a_sample_and_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             wrong(patch, put("output", lambda call, row=row: call.output.index_fill(2, torch.tensor([row]), 9.0)))
             assert trace(Sdpa(), qkv(t), verify="full")[0].certificate.status == "unfaithful"
             assert trace(Sdpa(), qkv(t))[0].certificate.faithful == (row not in looked)
+
+
+class Reused(nn.Module):
+    """Writes to its mask after each use, as models do that keep one buffer for all layers."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.ones(12, 12, dtype=torch.bool)
+        for i in range(5):
+            mask[:, i] = False
+            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return out + mask.fill_(True).sum()
+
+
+@pytest.mark.parametrize("capture", [None, ("k", "v"), ("weights",)])
+def test_a_mask_that_is_written_to_later(capture: Any) -> None:
+    model = Reused()
+    with hookattn.tracing(model, capture=capture) as found:
+        for _ in range(3):  # whether measured call by call or all together
+            model(*qkv())
+    assert len(found) == 15 and found.faithful, found.calls
 
 
 def test_verification_off(monkeypatch: pytest.MonkeyPatch) -> None:

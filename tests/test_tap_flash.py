@@ -52,11 +52,15 @@ def flash3(give: Give) -> types.ModuleType:
     return give("flash_attn_interface", Flash3)
 
 
-def qkv(t: int = T, s: int = S, h: int = H, g: int = G, e: int = D, b: int = B,
-        dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    t: int = T, s: int = S, h: int = H, g: int = G, e: int = D, b: int = B, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """B T H D, B S G D, B S G E."""
-    return (draw(b, t, h, D, seed=1, dtype=dtype), draw(b, s, g, D, seed=2, dtype=dtype),
-            draw(b, s, g, e, seed=3, dtype=dtype))
+    return (
+        draw(b, t, h, D, seed=1, dtype=dtype),
+        draw(b, s, g, D, seed=2, dtype=dtype),
+        draw(b, s, g, e, seed=3, dtype=dtype),
+    )
 
 
 def one(function: Callable[..., Any], inputs: Any, **kwargs: Any) -> Any:
@@ -76,7 +80,7 @@ def bhtd(*tensors: Tensor) -> dict[str, Tensor]:
 def test_plain_grouped_heads(flash2: types.ModuleType) -> None:
     q, k, v = qkv()
     call = one(flash2.flash_attn_func, (q, k, v))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, output=flash2.flash_attn_func(q, k, v).transpose(1, 2))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, output=flash2.flash_attn_func(q, k, v).transpose(1, 2))
     assert not call.causal and call.window is None and not call.notes
 
 
@@ -86,16 +90,19 @@ def test_scale_positional_arguments_and_other_value_width(flash2: types.ModuleTy
     check_call(call, **bhtd(q, k, v), scale=0.3, mask=counted(T, S, -1, 0))
 
 
-@pytest.mark.parametrize(("t", "s", "rows"), [
-    (2, 5, ("11110", "11111")),
-    (5, 2, ("00", "00", "00", "10", "11")),
-    (3, 3, ("100", "110", "111")),
-    (1, 4, ("1111",)),
-])
+@pytest.mark.parametrize(
+    ("t", "s", "rows"),
+    [
+        (2, 5, ("11110", "11111")),
+        (5, 2, ("00", "00", "00", "10", "11")),
+        (3, 3, ("100", "110", "111")),
+        (1, 4, ("1111",)),
+    ],
+)
 def test_causal_is_aligned_to_the_bottom_right(flash2: types.ModuleType, t: int, s: int, rows: tuple[str, ...]) -> None:
     q, k, v = qkv(t, s)
     call = one(flash2.flash_attn_func, (q, k, v), causal=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=table_of(*rows))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=table_of(*rows))
     assert call.causal
     empty = ~table_of(*rows).any(-1)
     assert (call.weights[:, :, empty] == 0).all() and (call.output[:, :, empty] == 0).all()
@@ -104,19 +111,21 @@ def test_causal_is_aligned_to_the_bottom_right(flash2: types.ModuleType, t: int,
 def test_a_window_as_it_is_printed(flash2: types.ModuleType) -> None:
     q, k, v = qkv(3, 5)
     call = one(flash2.flash_attn_func, (q, k, v), window_size=(1, 0))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=table_of("01100", "00110", "00011"))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=table_of("01100", "00110", "00011"))
     assert call.causal and call.window == 2
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [(0, 0), (1, 0), (3, 0), (1, 1), (2, 2), (1, 3), (3, 1), (2, -1), (-1, 1), (-1, 0),
-                                    (0, 1), (9, 9), (-1, -1)])
+@pytest.mark.parametrize(
+    "window",
+    [(0, 0), (1, 0), (3, 0), (1, 1), (2, 2), (1, 3), (3, 1), (2, -1), (-1, 1), (-1, 0), (0, 1), (9, 9), (-1, -1)],
+)
 @pytest.mark.parametrize(("t", "s"), [(4, 4), (3, 6), (6, 3)])
 def test_windows(flash2: types.ModuleType, t: int, s: int, window: tuple[int, int], causal: bool) -> None:
     q, k, v = qkv(t, s)
     call = one(flash2.flash_attn_func, (q, k, v), window_size=window, causal=causal)
     left, right = window[0], 0 if causal else window[1]
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(t, s, left, right))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(t, s, left, right))
     assert call.causal == (right == 0)
     said = right in (0, left)
     assert call.window == (left + 1 if said and left >= 0 else None)
@@ -127,7 +136,7 @@ def test_softcap(flash2: types.ModuleType) -> None:
     q, k, v = qkv()
     q = q * 10
     call = one(flash2.flash_attn_func, (q, k, v), softcap=5.0, causal=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, softcap=5.0, mask=counted(T, S, -1, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, softcap=5.0, mask=counted(T, S, -1, 0))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -136,28 +145,33 @@ def test_alibi(flash2: types.ModuleType, t: int, s: int, causal: bool) -> None:
     q, k, v = qkv(t, s)
     slopes = torch.tensor([0.5, 0.25, 0.125, 2.0])
     call = one(flash2.flash_attn_func, (q, k, v), alibi_slopes=slopes, causal=causal)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, bias=bent(slopes, t, s)[None],
-               mask=counted(t, s, -1, 0) if causal else None)
+    check_call(
+        call,
+        **bhtd(q, k, v),
+        scale=D**-0.5,
+        bias=bent(slopes, t, s)[None],
+        mask=counted(t, s, -1, 0) if causal else None,
+    )
 
 
 def test_alibi_of_each_batch_entry_with_softcap(flash2: types.ModuleType) -> None:
     q, k, v = qkv()
     slopes = draw(B, H, seed=9).abs()
     call = one(flash2.flash_attn_func, (q, k, v), alibi_slopes=slopes, softcap=2.0)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, softcap=2.0, bias=torch.stack([bent(m, T, S) for m in slopes]))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, softcap=2.0, bias=torch.stack([bent(m, T, S) for m in slopes]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(flash2: types.ModuleType, dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype=dtype)
     call = one(flash2.flash_attn_func, (q, k, v), causal=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, S, -1, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, -1, 0))
 
 
 def test_dropout_is_checked_against_the_kernel_without_it(flash2: types.ModuleType) -> None:
     q, k, v = qkv()
     call = one(flash2.flash_attn_func, (q, k, v), dropout_p=0.4, causal=True, return_attn_probs=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, S, -1, 0), dropout=0.4)
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, -1, 0), dropout=0.4)
     assert "without dropout" in call.certificate.basis
     full = flash2.flash_attn_func(q, k, v, causal=True).transpose(1, 2)
     assert not same_bits(call.output, full)
@@ -167,16 +181,16 @@ def test_probabilities_and_lse_returned_beside_it(flash2: types.ModuleType) -> N
     q, k, v = qkv()
     model = Calls(flash2.flash_attn_func, return_attn_probs=True)
     made = trace_checked(trace, model, (q, k, v))
-    check_call(made[0], **bhtd(q, k, v), scale=D ** -0.5)
+    check_call(made[0], **bhtd(q, k, v), scale=D**-0.5)
 
 
 def test_stacked_inputs(flash2: types.ModuleType) -> None:
     q, k, v = qkv(T, T, H, H)
     call = one(flash2.flash_attn_qkvpacked_func, (torch.stack([q, k, v], 2),), causal=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, T, -1, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, T, -1, 0))
     q, k, v = qkv()
     call = one(flash2.flash_attn_kvpacked_func, (q, torch.stack([k, v], 2)), window_size=(2, 0))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, S, 2, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, 2, 0))
 
 
 def test_gradients_are_left_alone(flash2: types.ModuleType) -> None:
@@ -207,8 +221,15 @@ def test_selection_of_heads_and_queries(flash2: types.ModuleType) -> None:
 
 # ------------------------------------------------------------------------------------------------- packed calls
 
-LENGTHS = [((3, 1, 4), (3, 1, 4)), ((2, 3), (5, 4)), ((4, 2), (2, 4)), ((3, 3), (3, 3)), ((2, 0, 3), (4, 2, 3)),
-           ((2, 0, 3), (4, 1, 5)), ((1, 1, 1), (2, 5, 3))]
+LENGTHS = [
+    ((3, 1, 4), (3, 1, 4)),
+    ((2, 3), (5, 4)),
+    ((4, 2), (2, 4)),
+    ((3, 3), (3, 3)),
+    ((2, 0, 3), (4, 2, 3)),
+    ((2, 0, 3), (4, 1, 5)),
+    ((1, 1, 1), (2, 5, 3)),
+]
 
 
 def packed_inputs(n_q: Sequence[int], n_k: Sequence[int], h: int = H, g: int = G) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,18 +240,22 @@ def as_batch(n_q: Sequence[int], n_k: Sequence[int], q: Tensor, k: Tensor, v: Te
     return {"q": pad(q.split(list(n_q))), "k": pad(k.split(list(n_k))), "v": pad(v.split(list(n_k)))}
 
 
-@pytest.mark.parametrize(("left", "right", "causal"), [
-    (-1, -1, False), (-1, -1, True), (2, 2, True), (1, 1, False), (1, 2, False), (2, -1, False), (-1, 1, False)])
+@pytest.mark.parametrize(
+    ("left", "right", "causal"),
+    [(-1, -1, False), (-1, -1, True), (2, 2, True), (1, 1, False), (1, 2, False), (2, -1, False), (-1, 1, False)],
+)
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
-def test_packed_sequences(flash2: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...], left: int, right: int,
-                          causal: bool) -> None:
+def test_packed_sequences(
+    flash2: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...], left: int, right: int, causal: bool
+) -> None:
     q, k, v = packed_inputs(n_q, n_k)
     args = (q, k, v, ends(n_q), ends(n_k), max(n_q), max(n_k))
     call = one(flash2.flash_attn_varlen_func, args, causal=causal, window_size=(left, right))
     masks = [counted(t, s, left, 0 if causal else right) for t, s in zip(n_q, n_k, strict=True)]
     out = flash2.flash_attn_varlen_func(*args, causal=causal, window_size=(left, right))
-    check_call(call, **as_batch(n_q, n_k, q, k, v), scale=D ** -0.5, mask=pad_masks(masks),
-               output=pad(out.split(list(n_q))))
+    check_call(
+        call, **as_batch(n_q, n_k, q, k, v), scale=D**-0.5, mask=pad_masks(masks), output=pad(out.split(list(n_q)))
+    )
     alike = len({s - t for t, s in zip(n_q, n_k, strict=True) if t}) == 1
     assert call.causal == causal
     assert call.window == (left + 1 if left >= 0 and alike and (causal or left == right) else None)
@@ -240,17 +265,30 @@ def test_packed_sequences(flash2: types.ModuleType, n_q: tuple[int, ...], n_k: t
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS[:3])
-def test_packed_sequences_with_alibi_and_softcap(flash2: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...],
-                                                 each: bool) -> None:
+def test_packed_sequences_with_alibi_and_softcap(
+    flash2: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...], each: bool
+) -> None:
     q, k, v = packed_inputs(n_q, n_k)
     slopes = draw(len(n_q), H, seed=9).abs() if each else draw(H, seed=9).abs()
-    call = one(flash2.flash_attn_varlen_func, (q, k, v, ends(n_q), ends(n_k), max(n_q), max(n_k)),
-               alibi_slopes=slopes, softcap=3.0, softmax_scale=0.5)
+    call = one(
+        flash2.flash_attn_varlen_func,
+        (q, k, v, ends(n_q), ends(n_k), max(n_q), max(n_k)),
+        alibi_slopes=slopes,
+        softcap=3.0,
+        softmax_scale=0.5,
+    )
     bias = torch.zeros(len(n_q), H, max(n_q), max(n_k))
     for b, (t, s) in enumerate(zip(n_q, n_k, strict=True)):
         bias[b, :, :t, :s] = bent(slopes[b] if each else slopes, t, s)
-    check_call(call, **as_batch(n_q, n_k, q, k, v), scale=0.5, softcap=3.0, bias=bias, masked_scores=False,
-               mask=pad_masks([counted(t, s, -1, -1) for t, s in zip(n_q, n_k, strict=True)]))
+    check_call(
+        call,
+        **as_batch(n_q, n_k, q, k, v),
+        scale=0.5,
+        softcap=3.0,
+        bias=bias,
+        masked_scores=False,
+        mask=pad_masks([counted(t, s, -1, -1) for t, s in zip(n_q, n_k, strict=True)]),
+    )
 
 
 def test_packed_and_stacked(flash2: types.ModuleType) -> None:
@@ -258,21 +296,29 @@ def test_packed_and_stacked(flash2: types.ModuleType) -> None:
     q, k, v = packed_inputs(n, n, H, H)
     mask = pad_masks([counted(t, t, -1, 0) for t in n])
     call = one(flash2.flash_attn_varlen_qkvpacked_func, (torch.stack([q, k, v], 1), ends(n), max(n)), causal=True)
-    check_call(call, **as_batch(n, n, q, k, v), scale=D ** -0.5, mask=mask)
+    check_call(call, **as_batch(n, n, q, k, v), scale=D**-0.5, mask=mask)
     m = (4, 2, 5)
     q, k, v = packed_inputs(n, m)
-    call = one(flash2.flash_attn_varlen_kvpacked_func,
-               (q, torch.stack([k, v], 1), ends(n), ends(m), max(n), max(m)), causal=True)
-    check_call(call, **as_batch(n, m, q, k, v), scale=D ** -0.5,
-               mask=pad_masks([counted(t, s, -1, 0) for t, s in zip(n, m, strict=True)]))
+    call = one(
+        flash2.flash_attn_varlen_kvpacked_func,
+        (q, torch.stack([k, v], 1), ends(n), ends(m), max(n), max(m)),
+        causal=True,
+    )
+    check_call(
+        call,
+        **as_batch(n, m, q, k, v),
+        scale=D**-0.5,
+        mask=pad_masks([counted(t, s, -1, 0) for t, s in zip(n, m, strict=True)]),
+    )
 
 
 def test_packed_with_dropout(flash2: types.ModuleType) -> None:
     n = (3, 1, 4)
     q, k, v = packed_inputs(n, n)
     call = one(flash2.flash_attn_varlen_func, (q, k, v, ends(n), ends(n), 4, 4), dropout_p=0.5, causal=True)
-    check_call(call, **as_batch(n, n, q, k, v), scale=D ** -0.5, dropout=0.5,
-               mask=pad_masks([counted(t, t, -1, 0) for t in n]))
+    check_call(
+        call, **as_batch(n, n, q, k, v), scale=D**-0.5, dropout=0.5, mask=pad_masks([counted(t, t, -1, 0) for t in n])
+    )
 
 
 def test_packed_with_pages(flash2: types.ModuleType) -> None:
@@ -281,9 +327,14 @@ def test_packed_with_pages(flash2: types.ModuleType) -> None:
     k, v = draw(7, size, G, D, seed=5), draw(7, size, G, D, seed=6)
     table = torch.tensor([[4, 0, 6], [1, 5, 99]], dtype=torch.int32)  # behind the last page lies nonsense
     call = one(flash2.flash_attn_varlen_func, (q, k, v, ends(n_q), ends(n_k), 2, 5), causal=True, block_table=table)
-    check_call(call, q=pad(q.split([2, 1])), k=pad([from_pages(k, t, n) for t, n in zip(table, n_k, strict=True)]),
-               v=pad([from_pages(v, t, n) for t, n in zip(table, n_k, strict=True)]), scale=D ** -0.5,
-               mask=pad_masks([counted(2, 5, -1, 0), counted(1, 3, -1, 0)]))
+    check_call(
+        call,
+        q=pad(q.split([2, 1])),
+        k=pad([from_pages(k, t, n) for t, n in zip(table, n_k, strict=True)]),
+        v=pad([from_pages(v, t, n) for t, n in zip(table, n_k, strict=True)]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(2, 5, -1, 0), counted(1, 3, -1, 0)]),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the cache
@@ -293,8 +344,9 @@ def cached(flash2: types.ModuleType, q: Tensor, k_cache: Tensor, v_cache: Tensor
     """The call, and the cache after it; a trace must leave the same cache behind as no trace."""
     plain = (k_cache.clone(), v_cache.clone())
     expected = Calls(flash2.flash_attn_with_kvcache)(q, *plain, **kwargs)
-    made = trace(Calls(flash2.flash_attn_with_kvcache), {"q": q, "k_cache": k_cache, "v_cache": v_cache, **kwargs},
-                 verify="full")
+    made = trace(
+        Calls(flash2.flash_attn_with_kvcache), {"q": q, "k_cache": k_cache, "v_cache": v_cache, **kwargs}, verify="full"
+    )
     assert same_bits(made.output, expected) and same_bits((k_cache, v_cache), plain)
     assert len(made) == 1 and not made.skipped
     return made[0]
@@ -308,9 +360,14 @@ def test_cache(flash2: types.ModuleType, lengths: Any, new: int, window: tuple[i
     given = torch.tensor(lengths, dtype=torch.int32) if isinstance(lengths, tuple) else lengths
     call = cached(flash2, q, k_cache, v_cache, k=k, v=v, cache_seqlens=given, causal=True, window_size=window)
     n = [x + new for x in ((7, 7) if lengths is None else (lengths,) * 2 if isinstance(lengths, int) else lengths)]
-    check_call(call, q=q.transpose(1, 2), k=pad([k_cache[b, :n[b]] for b in range(B)]),
-               v=pad([v_cache[b, :n[b]] for b in range(B)]), scale=D ** -0.5,
-               mask=pad_masks([counted(2, m, window[0], 0) for m in n]))
+    check_call(
+        call,
+        q=q.transpose(1, 2),
+        k=pad([k_cache[b, : n[b]] for b in range(B)]),
+        v=pad([v_cache[b, : n[b]] for b in range(B)]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(2, m, window[0], 0) for m in n]),
+    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -320,24 +377,58 @@ def test_cache_that_rotates(flash2: types.ModuleType, interleaved: bool, causal:
     k, v = draw(B, 2, G, D, seed=4), draw(B, 2, G, D, seed=5)
     angle = draw(9, D // 4, seed=6)
     n = torch.tensor([3, 1], dtype=torch.int32)
-    call = cached(flash2, q, k_cache, v_cache, k=k, v=v, rotary_cos=angle.cos(), rotary_sin=angle.sin(),
-                  cache_seqlens=n, causal=causal, window_size=window, rotary_interleaved=interleaved)
+    call = cached(
+        flash2,
+        q,
+        k_cache,
+        v_cache,
+        k=k,
+        v=v,
+        rotary_cos=angle.cos(),
+        rotary_sin=angle.sin(),
+        cache_seqlens=n,
+        causal=causal,
+        window_size=window,
+        rotary_interleaved=interleaved,
+    )
     local = causal or window != (-1, -1)
-    turned = torch.stack([turn(q[b], angle.cos(), angle.sin(), [int(n[b]) + i * local for i in range(2)], interleaved)
-                          for b in range(B)])
+    turned = torch.stack(
+        [turn(q[b], angle.cos(), angle.sin(), [int(n[b]) + i * local for i in range(2)], interleaved) for b in range(B)]
+    )
     masks = [counted(2, m, window[0], 0 if causal else window[1]) for m in (5, 3)]
-    check_call(call, q=turned.transpose(1, 2), k=pad([k_cache[0, :5], k_cache[1, :3]]),
-               v=pad([v_cache[0, :5], v_cache[1, :3]]), scale=D ** -0.5, mask=pad_masks(masks), exact=False)
+    check_call(
+        call,
+        q=turned.transpose(1, 2),
+        k=pad([k_cache[0, :5], k_cache[1, :3]]),
+        v=pad([v_cache[0, :5], v_cache[1, :3]]),
+        scale=D**-0.5,
+        mask=pad_masks(masks),
+        exact=False,
+    )
     assert any("rotates" in note for note in call.notes)
 
 
 def test_cache_rows_in_another_order_with_room_at_their_beginning(flash2: types.ModuleType) -> None:
     q, k_cache, v_cache = draw(B, 1, H, D, seed=1), draw(4, 6, G, D, seed=2), draw(4, 6, G, D, seed=3)
-    call = cached(flash2, q, k_cache, v_cache, cache_seqlens=torch.tensor([4, 6]), causal=True,
-                  cache_batch_idx=torch.tensor([3, 0]), cache_leftpad=torch.tensor([1, 2]), return_softmax_lse=True)
-    check_call(call, q=q.transpose(1, 2), k=pad([k_cache[3, 1:4], k_cache[0, 2:6]]),
-               v=pad([v_cache[3, 1:4], v_cache[0, 2:6]]), scale=D ** -0.5,
-               mask=pad_masks([counted(1, 3, -1, 0), counted(1, 4, -1, 0)]))
+    call = cached(
+        flash2,
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=torch.tensor([4, 6]),
+        causal=True,
+        cache_batch_idx=torch.tensor([3, 0]),
+        cache_leftpad=torch.tensor([1, 2]),
+        return_softmax_lse=True,
+    )
+    check_call(
+        call,
+        q=q.transpose(1, 2),
+        k=pad([k_cache[3, 1:4], k_cache[0, 2:6]]),
+        v=pad([v_cache[3, 1:4], v_cache[0, 2:6]]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(1, 3, -1, 0), counted(1, 4, -1, 0)]),
+    )
 
 
 def test_cache_in_pages(flash2: types.ModuleType) -> None:
@@ -345,14 +436,30 @@ def test_cache_in_pages(flash2: types.ModuleType) -> None:
     k, v = draw(B, 1, G, D, seed=4), draw(B, 1, G, D, seed=5)
     table = torch.tensor([[5, 2, 0], [3, 4, -1]], dtype=torch.int32)
     slopes = torch.tensor([0.5, 0.25, 0.125, 1.0])
-    call = cached(flash2, q, k_cache, v_cache, k=k, v=v, cache_seqlens=torch.tensor([4, 2]), block_table=table,
-                  alibi_slopes=slopes)
+    call = cached(
+        flash2,
+        q,
+        k_cache,
+        v_cache,
+        k=k,
+        v=v,
+        cache_seqlens=torch.tensor([4, 2]),
+        block_table=table,
+        alibi_slopes=slopes,
+    )
     bias = torch.zeros(B, H, 1, 5)
     bias[0], bias[1, :, :, :3] = bent(slopes, 1, 5), bent(slopes, 1, 3)
     rows = list(zip(table, (5, 3), strict=True))
-    check_call(call, q=q.transpose(1, 2), k=pad([from_pages(k_cache, t, n) for t, n in rows]),
-               v=pad([from_pages(v_cache, t, n) for t, n in rows]), scale=D ** -0.5, bias=bias,
-               masked_scores=False, mask=pad_masks([counted(1, 5, -1, -1), counted(1, 3, -1, -1)]))
+    check_call(
+        call,
+        q=q.transpose(1, 2),
+        k=pad([from_pages(k_cache, t, n) for t, n in rows]),
+        v=pad([from_pages(v_cache, t, n) for t, n in rows]),
+        scale=D**-0.5,
+        bias=bias,
+        masked_scores=False,
+        mask=pad_masks([counted(1, 5, -1, -1), counted(1, 3, -1, -1)]),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ other versions
@@ -369,27 +476,36 @@ def test_version_3(flash3: types.ModuleType) -> None:
 def test_version_3_chunks(flash3: types.ModuleType, t: int, s: int, causal: bool) -> None:
     q, k, v = qkv(t, s)
     call = one(flash3.flash_attn_func, (q, k, v), causal=causal, attention_chunk=2)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(t, s, -1, 0 if causal else -1, chunk=2))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(t, s, -1, 0 if causal else -1, chunk=2))
 
 
 def test_version_3_stacked(flash3: types.ModuleType) -> None:
     q, k, v = qkv(T, T)
     call = one(flash3.flash_attn_qkvpacked_func, (torch.cat([q, k, v], 2),), num_heads_q=H, causal=True)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, T, -1, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, T, -1, 0))
     q, k, v = qkv(T, T, H, H)
     call = one(flash3.flash_attn_qkvpacked_func, (torch.stack([q, k, v], 2),))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5)
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5)
 
 
 def test_version_3_of_which_only_a_part_is_used(flash3: types.ModuleType) -> None:
     n_q, n_k, used_q, used_k = (3, 4), (4, 5), (2, 3), (4, 2)
     q, k, v = packed_inputs(n_q, n_k)
-    call = one(flash3.flash_attn_varlen_func, (q, k, v, ends(n_q), ends(n_k), 4, 5), causal=True,
-               seqused_q=torch.tensor(used_q), seqused_k=torch.tensor(used_k))
-    check_call(call, q=pad([x[:n] for x, n in zip(q.split(list(n_q)), used_q, strict=True)]),
-               k=pad([x[:n] for x, n in zip(k.split(list(n_k)), used_k, strict=True)]),
-               v=pad([x[:n] for x, n in zip(v.split(list(n_k)), used_k, strict=True)]), scale=D ** -0.5,
-               mask=pad_masks([counted(t, s, -1, 0) for t, s in zip(used_q, used_k, strict=True)]))
+    call = one(
+        flash3.flash_attn_varlen_func,
+        (q, k, v, ends(n_q), ends(n_k), 4, 5),
+        causal=True,
+        seqused_q=torch.tensor(used_q),
+        seqused_k=torch.tensor(used_k),
+    )
+    check_call(
+        call,
+        q=pad([x[:n] for x, n in zip(q.split(list(n_q)), used_q, strict=True)]),
+        k=pad([x[:n] for x, n in zip(k.split(list(n_k)), used_k, strict=True)]),
+        v=pad([x[:n] for x, n in zip(v.split(list(n_k)), used_k, strict=True)]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(t, s, -1, 0) for t, s in zip(used_q, used_k, strict=True)]),
+    )
 
 
 def test_version_3_cache(flash3: types.ModuleType) -> None:
@@ -397,9 +513,14 @@ def test_version_3_cache(flash3: types.ModuleType) -> None:
     table = torch.tensor([[5, 2, 0], [3, 4, 1]], dtype=torch.int32)
     call = cached(flash3, q, k_cache, v_cache, cache_seqlens=torch.tensor([5, 3]), page_table=table, causal=True)
     rows = list(zip(table, (5, 3), strict=True))
-    check_call(call, q=q.transpose(1, 2), k=pad([from_pages(k_cache, t, n) for t, n in rows]),
-               v=pad([from_pages(v_cache, t, n) for t, n in rows]), scale=D ** -0.5,
-               mask=pad_masks([counted(1, 5, -1, 0), counted(1, 3, -1, 0)]))
+    check_call(
+        call,
+        q=q.transpose(1, 2),
+        k=pad([from_pages(k_cache, t, n) for t, n in rows]),
+        v=pad([from_pages(v_cache, t, n) for t, n in rows]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(1, 5, -1, 0), counted(1, 3, -1, 0)]),
+    )
 
 
 def test_version_4_sinks_and_open_windows(give: Give) -> None:
@@ -409,14 +530,15 @@ def test_version_4_sinks_and_open_windows(give: Give) -> None:
     q, k, v = qkv()
     sinks = draw(H, seed=8)
     call = one(sys.modules["flash_attn.cute"].flash_attn_func, (q, k, v), window_size=(1, None), learnable_sink=sinks)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, sinks=sinks, mask=counted(T, S, 1, -1))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, sinks=sinks, mask=counted(T, S, 1, -1))
 
 
 def test_the_same_interface_in_another_package(give: Give) -> None:
     vendor = give("vendor_kernels_1a2b.flash_attn_interface", Flash2)
     q, k, v = qkv()
-    check_call(one(vendor.flash_attn_func, (q, k, v), causal=True), **bhtd(q, k, v), scale=D ** -0.5,
-               mask=counted(T, S, -1, 0))
+    check_call(
+        one(vendor.flash_attn_func, (q, k, v), causal=True), **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, -1, 0)
+    )
 
 
 # --------------------------------------------------------------------------------------------- what cannot be read
@@ -447,10 +569,11 @@ def test_other_meanings_by_the_same_name(give: Give) -> None:
     q, k, v = qkv()
     assert one(strange.flash_attn_func, (q, k, v), tree=None) is not None
     for function, args, kwargs, reason in (
-            (strange.flash_attn_func, (q, k, v), {"tree": torch.ones(2)}, "argument tree"),
-            (strange.flash_attn_func, (q, k, v), {"branch": 1}, "argument more"),
-            (strange.flash_attn_varlen_func, (q[0], k[0], v[0]), {}, "no lengths of sequences"),
-            (strange.flash_attn_varlen_func, (q, k, [1]), {}, "do not fit")):
+        (strange.flash_attn_func, (q, k, v), {"tree": torch.ones(2)}, "argument tree"),
+        (strange.flash_attn_func, (q, k, v), {"branch": 1}, "argument more"),
+        (strange.flash_attn_varlen_func, (q[0], k[0], v[0]), {}, "no lengths of sequences"),
+        (strange.flash_attn_varlen_func, (q, k, [1]), {}, "do not fit"),
+    ):
         made = trace_checked(trace, Calls(function, **kwargs), args, warns=True)
         assert len(made) == 0 and reason in made.skipped[0].reason
 
@@ -501,7 +624,7 @@ def test_a_function_of_two_modules_whose_own_is_not_loaded(give: Give, monkeypat
     for name in ("one.flash_attn_interface", "two.flash_attn_interface"):
         give(name, flash_attn_func=function)
     q, k, v = qkv()
-    check_call(one(function, (q, k, v), causal=True), **bhtd(q, k, v), scale=D ** -0.5, mask=counted(T, S, -1, 0))
+    check_call(one(function, (q, k, v), causal=True), **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, -1, 0))
 
 
 def test_restored_after_the_forward_raised(flash2: types.ModuleType) -> None:
@@ -576,17 +699,27 @@ def llama() -> Any:
     """Asked for before the stand-ins: what is imported with it looks for the real packages."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, attn_implementation="sdpa")).eval()
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            attn_implementation="sdpa",
+        )
+    ).eval()
 
 
 def test_inside_a_function_registered_with_transformers(llama: Any, flash2: types.ModuleType) -> None:
     model, utils = llama, pytest.importorskip("transformers.modeling_utils")
     flash_attn_func = flash2.flash_attn_func
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
-               **kwargs: Any) -> tuple[Tensor, None]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return flash_attn_func(query, key, value, softmax_scale=scaling, causal=True), None
 
@@ -605,14 +738,19 @@ def test_inside_a_function_registered_with_transformers(llama: Any, flash2: type
         assert torch.allclose(ours.weights, theirs.weights, atol=1e-5)
 
 
-def test_inside_the_flash_implementation_of_transformers(llama: Any, flash2: types.ModuleType,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_the_flash_implementation_of_transformers(
+    llama: Any, flash2: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, utils = llama, pytest.importorskip("transformers.modeling_flash_attention_utils")
     packed_func = flash2.flash_attn_varlen_func
     for name, value in {
-            "_loaded_implementation": "flash_attention_2", "_flash_fn": flash2.flash_attn_func,
-            "_flash_varlen_fn": packed_func, "_pad_fn": utils._pad_input, "_unpad_fn": utils._unpad_input,
-            "_process_flash_kwargs_fn": utils._lazy_define_process_function(packed_func)}.items():
+        "_loaded_implementation": "flash_attention_2",
+        "_flash_fn": flash2.flash_attn_func,
+        "_flash_varlen_fn": packed_func,
+        "_pad_fn": utils._pad_input,
+        "_unpad_fn": utils._unpad_input,
+        "_process_flash_kwargs_fn": utils._lazy_define_process_function(packed_func),
+    }.items():
         monkeypatch.setattr(utils, name, value)
     ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[1, :2] = 0

@@ -27,28 +27,69 @@ class Varlen:
     """The functions of ``torch.nn.attention.varlen`` in torch 2.13."""
 
     @staticmethod
-    def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
-                    return_aux: Any = None, scale: Any = None, window_size: Any = (-1, -1), enable_gqa: bool = False,
-                    seqused_k: Any = None, block_table: Any = None, num_splits: Any = None) -> Any:
-        out = packed(query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, used_k=seqused_k,
-                     table=block_table)
+    def varlen_attn(
+        query: Any,
+        key: Any,
+        value: Any,
+        cu_seq_q: Any,
+        cu_seq_k: Any,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: Any = None,
+        window_size: Any = (-1, -1),
+        enable_gqa: bool = False,
+        seqused_k: Any = None,
+        block_table: Any = None,
+        num_splits: Any = None,
+    ) -> Any:
+        out = packed(
+            query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, used_k=seqused_k, table=block_table
+        )
         return (out, torch.zeros(1)) if return_aux else out
 
     @staticmethod
-    def varlen_attn_out(out: Any, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int,
-                        max_k: int, *, return_aux: Any = None, scale: Any = None, window_size: Any = (-1, -1),
-                        enable_gqa: bool = False, seqused_k: Any = None, block_table: Any = None,
-                        num_splits: Any = None) -> Any:
-        return out.copy_(packed(query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, used_k=seqused_k,
-                                table=block_table))
+    def varlen_attn_out(
+        out: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        cu_seq_q: Any,
+        cu_seq_k: Any,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: Any = None,
+        window_size: Any = (-1, -1),
+        enable_gqa: bool = False,
+        seqused_k: Any = None,
+        block_table: Any = None,
+        num_splits: Any = None,
+    ) -> Any:
+        return out.copy_(
+            packed(
+                query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, used_k=seqused_k, table=block_table
+            )
+        )
 
 
 class Older:
     """The function as it was when it had ``is_causal``."""
 
     @staticmethod
-    def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
-                    is_causal: bool = False, return_aux: Any = None) -> Any:
+    def varlen_attn(
+        query: Any,
+        key: Any,
+        value: Any,
+        cu_seq_q: Any,
+        cu_seq_k: Any,
+        max_q: int,
+        max_k: int,
+        is_causal: bool = False,
+        return_aux: Any = None,
+    ) -> Any:
         return packed(query, key, value, cu_seq_q, cu_seq_k, None, is_causal, None)
 
 
@@ -63,8 +104,22 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = pytest.importorskip(NAME)
     given: list[tuple[Any, ...]] = []
 
-    def kernel(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, is_causal: bool,
-               scale: Any, window: Any, gqa: bool, used: Any, table: Any, splits: Any) -> Any:
+    def kernel(
+        query: Any,
+        key: Any,
+        value: Any,
+        cu_q: Any,
+        cu_k: Any,
+        max_q: int,
+        max_k: int,
+        is_causal: bool,
+        scale: Any,
+        window: Any,
+        gqa: bool,
+        used: Any,
+        table: Any,
+        splits: Any,
+    ) -> Any:
         given.append((query, key, value))
         out = packed(query, key, value, cu_q, cu_k, scale, is_causal, window, used_k=used, table=table)
         return out, torch.zeros(1), torch.zeros(1)
@@ -102,13 +157,19 @@ LENGTHS = [((3, 1, 4), (3, 1, 4)), ((2, 3), (5, 4)), ((4, 2), (2, 4)), ((3, 3), 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (1, 1), (1, 2)])
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
-def test_sequences(varlen: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...],
-                   window: tuple[int, int]) -> None:
+def test_sequences(
+    varlen: types.ModuleType, n_q: tuple[int, ...], n_k: tuple[int, ...], window: tuple[int, int]
+) -> None:
     args = inputs(n_q, n_k)
     call = one(varlen.varlen_attn, args, window_size=window, enable_gqa=True)
     masks = [counted(t, s, *window) for t, s in zip(n_q, n_k, strict=True)]
-    check_call(call, **as_batch(n_q, n_k, *args[:3]), scale=D ** -0.5, mask=pad_masks(masks),
-               output=pad(varlen.varlen_attn(*args, window_size=window).split(list(n_q))))
+    check_call(
+        call,
+        **as_batch(n_q, n_k, *args[:3]),
+        scale=D**-0.5,
+        mask=pad_masks(masks),
+        output=pad(varlen.varlen_attn(*args, window_size=window).split(list(n_q))),
+    )
     assert call.causal == (window[1] == 0)
 
 
@@ -128,37 +189,58 @@ def test_the_installed_function_that_writes_to_a_tensor(real: Any) -> None:
     args = inputs(n, n)
     out = torch.zeros(8, H, D)
     call = one(real.varlen_attn_out, (out, *args), enable_gqa=True)
-    check_call(call, **as_batch(n, n, *args[:3]), scale=D ** -0.5, output=pad(out.split(list(n))),
-               mask=pad_masks([counted(t, t, -1, -1) for t in n]))
+    check_call(
+        call,
+        **as_batch(n, n, *args[:3]),
+        scale=D**-0.5,
+        output=pad(out.split(list(n))),
+        mask=pad_masks([counted(t, t, -1, -1) for t in n]),
+    )
 
 
 def test_log_sum_exp_beside_it_and_an_output_of_ones_own(varlen: types.ModuleType) -> None:
     n = (3, 1, 4)
     args, out = inputs(n, n), torch.zeros(8, H, D)
     mask = pad_masks([counted(t, t, -1, -1) for t in n])
-    check_call(one(varlen.varlen_attn, args, return_aux=True), **as_batch(n, n, *args[:3]), scale=D ** -0.5, mask=mask)
+    check_call(one(varlen.varlen_attn, args, return_aux=True), **as_batch(n, n, *args[:3]), scale=D**-0.5, mask=mask)
     call = one(varlen.varlen_attn_out, (out, *args))
-    check_call(call, **as_batch(n, n, *args[:3]), scale=D ** -0.5, mask=mask, output=pad(out.split(list(n))))
+    check_call(call, **as_batch(n, n, *args[:3]), scale=D**-0.5, mask=mask, output=pad(out.split(list(n))))
 
 
 def test_keys_of_which_only_a_part_is_used(varlen: types.ModuleType) -> None:
     n_q, n_k, used = (1, 1), (4, 5), (4, 2)
     q, k, v, *rest = inputs(n_q, n_k)
     call = one(varlen.varlen_attn, (q, k, v, *rest), seqused_k=torch.tensor(used), window_size=(-1, 0))
-    check_call(call, q=pad(q.split([1, 1])), k=pad([k[:4], k[4:6]]), v=pad([v[:4], v[4:6]]), scale=D ** -0.5,
-               mask=pad_masks([counted(1, 4, -1, 0), counted(1, 2, -1, 0)]))
+    check_call(
+        call,
+        q=pad(q.split([1, 1])),
+        k=pad([k[:4], k[4:6]]),
+        v=pad([v[:4], v[4:6]]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(1, 4, -1, 0), counted(1, 2, -1, 0)]),
+    )
 
 
 @pytest.mark.parametrize("ends_k", [None, ends((5, 3))])
 def test_pages(varlen: types.ModuleType, ends_k: Tensor | None) -> None:
     q, k, v = draw(3, H, D, seed=4), draw(6, 2, G, D, seed=5), draw(6, 2, G, D, seed=6)
     table, used = torch.tensor([[4, 0, 5], [1, 3, -7]], dtype=torch.int32), torch.tensor([5, 3])
-    call = one(varlen.varlen_attn, (q, k, v, ends((2, 1)), ends_k, 2, 5), seqused_k=used, block_table=table,
-               window_size=(-1, 0))
+    call = one(
+        varlen.varlen_attn,
+        (q, k, v, ends((2, 1)), ends_k, 2, 5),
+        seqused_k=used,
+        block_table=table,
+        window_size=(-1, 0),
+    )
     rows = list(zip(table, (5, 3), strict=True))
-    check_call(call, q=pad(q.split([2, 1])), k=pad([from_pages(k, t, n) for t, n in rows]),
-               v=pad([from_pages(v, t, n) for t, n in rows]), scale=D ** -0.5,
-               mask=pad_masks([counted(2, 5, -1, 0), counted(1, 3, -1, 0)]))
+    check_call(
+        call,
+        q=pad(q.split([2, 1])),
+        k=pad([from_pages(k, t, n) for t, n in rows]),
+        v=pad([from_pages(v, t, n) for t, n in rows]),
+        scale=D**-0.5,
+        mask=pad_masks([counted(2, 5, -1, 0), counted(1, 3, -1, 0)]),
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -168,7 +250,7 @@ def test_an_older_signature(give: Give, causal: bool) -> None:
     args = inputs(n_q, n_k)
     call = one(older.varlen_attn, (*args, causal))
     masks = [counted(t, s, -1, 0 if causal else -1) for t, s in zip(n_q, n_k, strict=True)]
-    check_call(call, **as_batch(n_q, n_k, *args[:3]), scale=D ** -0.5, mask=pad_masks(masks))
+    check_call(call, **as_batch(n_q, n_k, *args[:3]), scale=D**-0.5, mask=pad_masks(masks))
 
 
 def test_no_ends_of_keys_is_skipped_aloud(give: Give) -> None:

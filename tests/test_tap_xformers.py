@@ -93,8 +93,13 @@ class BlockDiagonalMask(AttentionBias):
 
     inner: Any = None
 
-    def __init__(self, q: Sequence[int], k: Sequence[int] | None = None, starts: Sequence[int] | None = None,
-                 room: int | None = None) -> None:
+    def __init__(
+        self,
+        q: Sequence[int],
+        k: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        room: int | None = None,
+    ) -> None:
         self.q, self.k = q, q if k is None else k
         self.starts = ends(self.k)[:-1].tolist() if starts is None else starts
         self.room = sum(self.k) if room is None else room
@@ -141,9 +146,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float | 
     if not k.is_floating_point():
         return q * 1
     if q.dim() == 5:
-        parts = [attend(q[:, :, g], k[:, :, g], v[:, :, g],
-                        bias[:, g] if type(bias) is Tensor and bias.dim() == 5 else bias, p, scale)
-                 for g in range(q.shape[2])]
+        parts = [
+            attend(
+                q[:, :, g],
+                k[:, :, g],
+                v[:, :, g],
+                bias[:, g] if type(bias) is Tensor and bias.dim() == 5 else bias,
+                p,
+                scale,
+            )
+            for g in range(q.shape[2])
+        ]
         return torch.stack(parts, 2)
     if q.dim() == 3:
         return attend(q[:, :, None], k[:, :, None], v[:, :, None], bias, p, scale)[:, :, 0]
@@ -171,25 +184,60 @@ class Xformers:
     """The functions of ``xformers.ops.fmha``."""
 
     @staticmethod
-    def memory_efficient_attention(query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0,
-                                   scale: Any = None, *, op: Any = None, output_dtype: Any = None) -> Any:
+    def memory_efficient_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: Any = None,
+        *,
+        op: Any = None,
+        output_dtype: Any = None,
+    ) -> Any:
         out = attend(query, key, value, attn_bias, p, scale)
         return out if output_dtype is None else out.to(output_dtype)
 
     @staticmethod
-    def memory_efficient_attention_forward(query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0,
-                                           scale: Any = None, *, op: Any = None, output_dtype: Any = None) -> Any:
+    def memory_efficient_attention_forward(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: Any = None,
+        *,
+        op: Any = None,
+        output_dtype: Any = None,
+    ) -> Any:
         return attend(query, key, value, attn_bias, p, scale)
 
     @staticmethod
     def memory_efficient_attention_forward_requires_grad(
-            query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0, scale: Any = None, *,
-            op: Any = None, output_dtype: Any = None) -> Any:
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: Any = None,
+        *,
+        op: Any = None,
+        output_dtype: Any = None,
+    ) -> Any:
         return attend(query, key, value, attn_bias, p, scale), torch.zeros(1)
 
     @staticmethod
-    def memory_efficient_attention_partial(query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0,
-                                           scale: Any = None, *, op: Any = None, output_dtype: Any = None) -> Any:
+    def memory_efficient_attention_partial(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: Any = None,
+        *,
+        op: Any = None,
+        output_dtype: Any = None,
+    ) -> Any:
         return attend(query, key, value, attn_bias, p, scale), torch.zeros(1)
 
 
@@ -200,10 +248,14 @@ def ops(give: Give) -> types.ModuleType:
     return give("xformers.ops", fmha=fmha, **{k: getattr(fmha, k) for k in vars(Xformers) if k.startswith("memory")})
 
 
-def qkv(t: int = T, s: int = S, e: int = D, b: int = B, h: int = H,
-        dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return (draw(b, t, h, D, seed=1, dtype=dtype), draw(b, s, h, D, seed=2, dtype=dtype),
-            draw(b, s, h, e, seed=3, dtype=dtype))
+def qkv(
+    t: int = T, s: int = S, e: int = D, b: int = B, h: int = H, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        draw(b, t, h, D, seed=1, dtype=dtype),
+        draw(b, s, h, D, seed=2, dtype=dtype),
+        draw(b, s, h, e, seed=3, dtype=dtype),
+    )
 
 
 def bhtd(*tensors: Tensor) -> dict[str, Tensor]:
@@ -232,54 +284,63 @@ def test_one_head_without_an_axis(ops: types.ModuleType) -> None:
     q, k, v = (x[:, :, 0] for x in qkv())
     bias = draw(B, T, S, seed=7)
     call = one(ops, (q, k, v, bias))
-    check_call(call, q=q[:, None], k=k[:, None], v=v[:, None], scale=D ** -0.5, bias=bias[:, None])
+    check_call(call, q=q[:, None], k=k[:, None], v=v[:, None], scale=D**-0.5, bias=bias[:, None])
 
 
 def test_groups_whose_keys_are_there_once(ops: types.ModuleType) -> None:
     q = draw(B, T, 2, 3, D, seed=1)
     k, v = (draw(B, S, 2, 1, D, seed=n).expand(-1, -1, -1, 3, -1) for n in (2, 3))
     call = one(ops, (q, k, v))
-    check_call(call, q=q.flatten(2, 3).transpose(1, 2), k=k[:, :, :, 0].transpose(1, 2),
-               v=v[:, :, :, 0].transpose(1, 2), scale=D ** -0.5)
+    check_call(
+        call,
+        q=q.flatten(2, 3).transpose(1, 2),
+        k=k[:, :, :, 0].transpose(1, 2),
+        v=v[:, :, :, 0].transpose(1, 2),
+        scale=D**-0.5,
+    )
 
 
 def test_groups_with_keys_of_their_own(ops: types.ModuleType) -> None:
     q, k, v = draw(B, T, 2, 3, D, seed=1), draw(B, S, 2, 3, D, seed=2), draw(B, S, 2, 3, D, seed=3)
     bias = draw(B, 2, 3, T, S, seed=7)
     call = one(ops, (q, k, v, bias))
-    check_call(call, **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D ** -0.5, bias=bias.flatten(1, 2))
+    check_call(call, **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D**-0.5, bias=bias.flatten(1, 2))
     call = one(ops, (q, k, v, bias[:, :, :1]))
-    check_call(call, **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D ** -0.5,
-               bias=bias[:, :, :1].expand(-1, -1, 3, -1, -1).flatten(1, 2))
+    check_call(
+        call,
+        **bhtd(*(x.flatten(2, 3) for x in (q, k, v))),
+        scale=D**-0.5,
+        bias=bias[:, :, :1].expand(-1, -1, 3, -1, -1).flatten(1, 2),
+    )
 
 
 def test_one_key_head_for_all_queries(ops: types.ModuleType) -> None:
     q, k, v = qkv()
     k, v = (x[:, :, :1].expand(-1, -1, H, -1) for x in (k, v))
-    check_call(one(ops, (q, k, v)), **bhtd(q, k[:, :, :1], v[:, :, :1]), scale=D ** -0.5)
+    check_call(one(ops, (q, k, v)), **bhtd(q, k[:, :, :1], v[:, :, :1]), scale=D**-0.5)
 
 
 def test_keys_by_broadcasting_and_values_not(ops: types.ModuleType) -> None:
     q, k, v = qkv()
     k = k[:, :, :1].expand(-1, -1, H, -1)
-    check_call(one(ops, (q, k, v)), **bhtd(q, k, v), scale=D ** -0.5)
+    check_call(one(ops, (q, k, v)), **bhtd(q, k, v), scale=D**-0.5)
     q, v = draw(B, T, 2, 3, D, seed=1), draw(B, S, 2, 3, D, seed=3)
     k = draw(B, S, 2, 1, D, seed=2).expand(-1, -1, -1, 3, -1)
-    check_call(one(ops, (q, k, v)), **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D ** -0.5)
+    check_call(one(ops, (q, k, v)), **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D**-0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_output_dtype(ops: types.ModuleType, dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype=dtype)
     call = one(ops, (q, k, v), output_dtype=torch.float32)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5)
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5)
     assert call.output.dtype == torch.float32
 
 
 def test_dropout(ops: types.ModuleType) -> None:
     q, k, v = qkv()
     call = one(ops, (q, k, v, LowerTriangularFromBottomRightMask()), p=0.5)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, dropout=0.5, mask=counted(T, S, -1, 0))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, dropout=0.5, mask=counted(T, S, -1, 0))
     assert "without dropout" in call.certificate.basis
 
 
@@ -293,31 +354,35 @@ def test_a_tensor_of_bias_and_mask(ops: types.ModuleType, low: float) -> None:
     keep[..., 0] = True
     bias = draw(B, H, T, S, seed=7)
     given = torch.where(keep, bias, low)
-    check_call(one(ops, (q, k, v, given)), **bhtd(q, k, v), scale=D ** -0.5, bias=bias, mask=keep, masked_scores=False)
+    check_call(one(ops, (q, k, v, given)), **bhtd(q, k, v), scale=D**-0.5, bias=bias, mask=keep, masked_scores=False)
 
 
 def test_a_bias_that_needs_a_gradient(ops: types.ModuleType) -> None:
     q, k, v = qkv()
     bias = draw(1, H, T, S, seed=7).requires_grad_()
     call = one(ops, (q, k, v, bias))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, bias=bias)
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, bias=bias)
     out = trace(Calls(ops.memory_efficient_attention), (q, k, v, bias)).output
     out.sum().backward()
     assert bias.grad is not None
 
 
-@pytest.mark.parametrize(("bias", "rows", "causal", "window"), [
-    (LowerTriangularMask(), ("10000", "11000", "11100"), True, None),
-    (LowerTriangularFromBottomRightMask(), ("11100", "11110", "11111"), True, None),
-    (LowerTriangularFromBottomRightLocalAttentionMask(2), ("01100", "00110", "00011"), True, 2),
-    (LocalAttentionFromBottomRightMask(1, 1), ("01110", "00111", "00011"), False, None),
-    (LocalAttentionFromBottomRightMask(2, 0), ("11100", "01110", "00111"), False, None),
-])
-def test_masks_as_they_are_printed(ops: types.ModuleType, bias: Any, rows: tuple[str, ...], causal: bool,
-                                   window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("bias", "rows", "causal", "window"),
+    [
+        (LowerTriangularMask(), ("10000", "11000", "11100"), True, None),
+        (LowerTriangularFromBottomRightMask(), ("11100", "11110", "11111"), True, None),
+        (LowerTriangularFromBottomRightLocalAttentionMask(2), ("01100", "00110", "00011"), True, 2),
+        (LocalAttentionFromBottomRightMask(1, 1), ("01110", "00111", "00011"), False, None),
+        (LocalAttentionFromBottomRightMask(2, 0), ("11100", "01110", "00111"), False, None),
+    ],
+)
+def test_masks_as_they_are_printed(
+    ops: types.ModuleType, bias: Any, rows: tuple[str, ...], causal: bool, window: int | None
+) -> None:
     q, k, v = qkv()
     call = one(ops, (q, k, v), attn_bias=bias)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=table_of(*rows))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=table_of(*rows))
     assert (call.causal, call.window) == (causal, window)
     assert call.notes == (f"the mask is that of a {type(bias).__name__}",)
 
@@ -325,42 +390,48 @@ def test_masks_as_they_are_printed(ops: types.ModuleType, bias: Any, rows: tuple
 def test_the_triangle_is_aligned_to_the_top_with_more_queries_than_keys(ops: types.ModuleType) -> None:
     q, k, v = qkv(4, 2)
     call = one(ops, (q, k, v), attn_bias=LowerTriangularMask())
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=table_of("10", "11", "11", "11"))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=table_of("10", "11", "11", "11"))
 
 
 def test_a_triangle_with_a_tensor(ops: types.ModuleType) -> None:
     q, k, v = qkv(T, T)
     bias = bent(torch.tensor([0.5, 0.25, 2.0, 1.0]), T, T).expand(B, H, T, T).contiguous()
     call = one(ops, (q, k, v), attn_bias=LowerTriangularMaskWithTensorBias(bias))
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, bias=bias, mask=counted(T, T, -1, 0), masked_scores=False)
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, bias=bias, mask=counted(T, T, -1, 0), masked_scores=False)
 
 
 def test_a_triangle_over_groups(ops: types.ModuleType) -> None:
     q, k, v = draw(B, T, 2, 3, D, seed=1), draw(B, T, 2, 3, D, seed=2), draw(B, T, 2, 3, D, seed=3)
     call = one(ops, (q, k, v), attn_bias=LowerTriangularMask())
-    check_call(call, **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D ** -0.5, mask=counted(T, T, -1, 0))
+    check_call(call, **bhtd(*(x.flatten(2, 3) for x in (q, k, v))), scale=D**-0.5, mask=counted(T, T, -1, 0))
 
 
-@pytest.mark.parametrize(("bias", "rows"), [
-    (BlockDiagonalMask((2, 1), (3, 2)), ("11100", "11100", "00011")),
-    (BlockDiagonalCausalMask((2, 1), (3, 2)), ("10000", "11000", "00010")),
-    (BlockDiagonalCausalWithOffsetPaddedKeysMask((2, 1), (3, 2), (0, 4), 8), ("11000000", "11100000", "00001100")),
-    (BlockDiagonalGappyKeysMask((1, 2), (2, 3), (1, 5), 9), ("011000000", "000001110", "000001110")),
-])
+@pytest.mark.parametrize(
+    ("bias", "rows"),
+    [
+        (BlockDiagonalMask((2, 1), (3, 2)), ("11100", "11100", "00011")),
+        (BlockDiagonalCausalMask((2, 1), (3, 2)), ("10000", "11000", "00010")),
+        (BlockDiagonalCausalWithOffsetPaddedKeysMask((2, 1), (3, 2), (0, 4), 8), ("11000000", "11100000", "00001100")),
+        (BlockDiagonalGappyKeysMask((1, 2), (2, 3), (1, 5), 9), ("011000000", "000001110", "000001110")),
+    ],
+)
 def test_packed_sequences_stay_in_one_batch_entry(ops: types.ModuleType, bias: Any, rows: tuple[str, ...]) -> None:
     q, k, v = qkv(3, len(rows[0]), b=1)
     call = one(ops, (q, k, v), attn_bias=bias)
-    check_call(call, **bhtd(q, k, v), scale=D ** -0.5, mask=table_of(*rows))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=table_of(*rows))
 
 
 # --------------------------------------------------------------------------------------------- what cannot be read
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"attn_bias": PagedBlockDiagonalPaddedKeysMask((3,), (5,))}, "pages of a cache"),
-    ({"attn_bias": BlockDiagonalMask((2,), (4,))}, "do not fit"),
-    ({"key": torch.zeros(1, 5, H, D, dtype=torch.int32)}, "quantized"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_bias": PagedBlockDiagonalPaddedKeysMask((3,), (5,))}, "pages of a cache"),
+        ({"attn_bias": BlockDiagonalMask((2,), (4,))}, "do not fit"),
+        ({"key": torch.zeros(1, 5, H, D, dtype=torch.int32)}, "quantized"),
+    ],
+)
 def test_skipped_aloud(ops: types.ModuleType, change: dict[str, Any], reason: str) -> None:
     q, k, v = qkv(b=1)
     with pytest.warns(hookattn.SkippedWarning, match=reason):

@@ -97,10 +97,20 @@ def document(path: Path | str) -> dict[str, Any]:
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"dtype": torch.float8_e4m3fn}, {"heads": [3, 1]},
-    {"heads": 2, "queries": slice(-1, None)}, {"capture": ("q", "weights"), "layers": [0, -1]}, {"verify": "off"},
-    {"capture": ("q", "k", "bias", "mask", "sinks")}, {"capture": "mask"}, {"verify": "full", "queries": [0, 2]},
-    {"kind": torch.float64}, {"kind": torch.bfloat16}]
+    {},
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float8_e4m3fn},
+    {"heads": [3, 1]},
+    {"heads": 2, "queries": slice(-1, None)},
+    {"capture": ("q", "weights"), "layers": [0, -1]},
+    {"verify": "off"},
+    {"capture": ("q", "k", "bias", "mask", "sinks")},
+    {"capture": "mask"},
+    {"verify": "full", "queries": [0, 2]},
+    {"kind": torch.float64},
+    {"kind": torch.bfloat16},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "all")
@@ -145,7 +155,8 @@ def test_what_calls_share_is_stored_once(tmp_path: Path) -> None:
     names = list(LazyFile(tmp_path / "f"))
     # Two lengths of each: the causal mask of all layers, the bias of two, the sinks of one.
     assert sorted(n for n in names if n.startswith("shared/")) == [
-        f"shared/{field}/00{i}" for field in ("bias", "mask", "sinks") for i in (0, 1)]
+        f"shared/{field}/00{i}" for field in ("bias", "mask", "sinks") for i in (0, 1)
+    ]
     assert not any(n.startswith("calls/") and n.endswith(("/mask", "/bias", "/sinks")) for n in names)
     call = run()[0]  # a copy of its mask, and another one as large
     masks = (call.mask, call.mask.clone(), ~call.mask)
@@ -217,8 +228,13 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     Trace([dataclasses.replace(call, fields={"weights": torch.ones(1, 1, 2, 2)})]).save(tmp_path / "small")
     assert os.path.getsize(tmp_path / "large") > 200_000_000
     environment = {**os.environ, "PYTHONPATH": str(Path(hookattn.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", LAZY, tmp_path / "large", tmp_path / "small"], capture_output=True,
-                          text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", LAZY, tmp_path / "large", tmp_path / "small"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     limits = zip((50, 20, 20, 20), map(float, done.stdout.split()), strict=True)  # ms, MB, ms, MB
     assert all(value < limit for limit, value in limits), done.stdout
 
@@ -251,8 +267,12 @@ def changed(good: bytes, path: Path, change: Callable[[dict[str, Any]], Any]) ->
 
 
 PLACES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "the document": lambda d: d, "skipped": lambda d: d["skipped"][0], "call 1": lambda d: d["calls"][1],
-    "call 1, site": lambda d: d["calls"][1]["site"], "call 1, certificate": lambda d: d["calls"][1]["certificate"]}
+    "the document": lambda d: d,
+    "skipped": lambda d: d["skipped"][0],
+    "call 1": lambda d: d["calls"][1],
+    "call 1, site": lambda d: d["calls"][1]["site"],
+    "call 1, certificate": lambda d: d["calls"][1]["certificate"],
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -277,11 +297,19 @@ def test_missing_keys_and_wrong_types(tmp_path: Path, good: bytes, place: str) -
         assert refused >= 6, f"{key}: only {refused} of 11 were refused"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda d: d["calls"][1]["fields"].update(q="gone"), r"call 1 names the tensor 'gone', which is not in the file"),
-    (lambda d: d["calls"][0].update(dtype="nn"), "'dtype' is 'nn'"), (lambda d: d.update(calls=[3]), "'calls' is"),
-    (lambda d: d["calls"][0].update(scale=10**400), "OverflowError"),
-    (lambda d: d.update(tokens=[["a"], "b"]), "expected texts or null")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["calls"][1]["fields"].update(q="gone"),
+            r"call 1 names the tensor 'gone', which is not in the file",
+        ),
+        (lambda d: d["calls"][0].update(dtype="nn"), "'dtype' is 'nn'"),
+        (lambda d: d.update(calls=[3]), "'calls' is"),
+        (lambda d: d["calls"][0].update(scale=10**400), "OverflowError"),
+        (lambda d: d.update(tokens=[["a"], "b"]), "expected texts or null"),
+    ],
+)
 def test_other_damage(tmp_path: Path, good: bytes, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     with pytest.raises(CorruptFileError, match=message):
         hookattn.load(changed(good, tmp_path / "f", change))

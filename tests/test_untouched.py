@@ -78,9 +78,6 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-# ------------------------------------------------------------------------------------------------ when it fails
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_when_the_forward_raises(way: str, kind: str, error: type[BaseException]) -> None:
@@ -113,9 +110,6 @@ def test_nothing_is_left_when_the_library_raises(way: str, monkeypatch: pytest.M
         with pytest.raises(error), hookattn.tracing(model, **options):
             model(X)
         assert_untouched(model, before)
-
-
-# ------------------------------------------------------------------------------------------------ the same bits
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -162,9 +156,6 @@ def test_checkpointed_layers_are_not_seen_twice(way: str, kind: str, recompute: 
     assert_untouched(model, before)
 
 
-# ------------------------------------------------------------------------------------------------ other threads
-
-
 def together(*tasks: Callable[[], Any]) -> list[Any]:
     """Run each in its own thread; their results in order."""
     results: list[Any] = [None] * len(tasks)
@@ -193,12 +184,10 @@ def meeting(*models: Net) -> list[Any]:
 @pytest.mark.parametrize("kinds", [("sdpa", "eager"), ("mha", "mha"), ("mha", "flex"), ("flex", "sdpa")])
 def test_two_threads_trace_two_models(way: str, kinds: tuple[str, str]) -> None:
     models, inputs = [net(kind) for kind in kinds], [X, draw(B, 4, E, seed=2)]
-    with torch.no_grad():
-        plain = [model(x) for model, x in zip(models, inputs, strict=True)]
+    plain = [together(lambda i=i: models[i](inputs[i]))[0] for i in (0, 1)]
     before = meeting(*models)
     for i, trace in enumerate(together(*(lambda i=i: hookattn.trace(models[i], inputs[i]) for i in (0, 1)))):
-        assert same_bits(trace.output, plain[i]) and trace.faithful
-        assert [c.q.shape[2] for c in trace] == [inputs[i].shape[1]] * 2
+        assert same_bits(trace.output, plain[i]) and [c.q.shape[2] for c in trace] == [inputs[i].shape[1]] * 2
         assert_untouched(models[i], before[i])
 
 
@@ -207,18 +196,15 @@ def test_two_threads_trace_two_models(way: str, kinds: tuple[str, str]) -> None:
 def test_a_thread_that_is_not_traced(way: str, kind: str, shared: bool) -> None:
     traced = net(kind if shared else "mha")
     other = traced if shared else net(kind)
-    with torch.no_grad():
-        plain = traced(X), other(X[:1])
+    plain = together(lambda: (traced(X), other(X[:1])))[0]
     before = meeting(traced, other)
-    trace, (out, modes) = together(lambda: hookattn.trace(traced, X),
-                                   lambda: (other(X[:1]), torch._C._len_torch_function_stack()))
+    trace, (out, modes) = together(
+        lambda: hookattn.trace(traced, X), lambda: (other(X[:1]), torch._C._len_torch_function_stack())
+    )
     assert same_bits((trace.output, out), plain) and modes == 0
     assert [(c.q.shape[0], c.step) for c in trace] == [(B, 0)] * 2
     assert_untouched(traced, before[0])
     assert_untouched(other, before[1])
-
-
-# ------------------------------------------------------------------------------------------------ the user's own things
 
 
 @pytest.mark.parametrize("how", ["module", "in place", "root", "forward"])
@@ -233,11 +219,11 @@ def test_compiled_parts(way: str, how: str) -> None:
         layer.forward = torch.compile(layer.forward, backend="eager")
     else:
         model = torch.compile(model, backend="eager")
-    assert same_bits(model(X), plain)
-    trace = hookattn.trace(model, X)
-    assert [p.replace("_orig_mod", "").strip(".") for p in paths(trace.calls)] == LAYERS and trace.faithful
-    assert any("compiled" in note for note in trace.notes) and same_bits((trace.output, model(X)), (plain, plain))
-    assert torch.compiler.is_compiling() is False and torch._C._len_torch_function_stack() == 0
+    for _ in range(2):  # before and after it was compiled
+        trace = hookattn.trace(model, X)
+        assert [p.replace("_orig_mod", "").strip(".") for p in paths(trace.calls)] == LAYERS and trace.faithful
+        assert any("compiled" in note for note in trace.notes) and torch._C._len_torch_function_stack() == 0
+        assert same_bits((trace.output, model(X)), (plain, plain))
     torch.compiler.reset()
 
 
@@ -267,10 +253,11 @@ def test_a_function_mode_and_hooks_of_the_users_own(way: str, kind: str) -> None
     for count in (around, inside) if kind != "mha" else (inside,):  # what it sees without a trace, in that order
         rest = iter(count.names)
         assert all(name in rest for name in plain.names)
-    with contextlib.ExitStack() as later:  # opened in a trace, and closed after it
-        with hookattn.tracing(model):
-            later.enter_context(Count())
-            model(X)
+    mode = Count()
+    with hookattn.tracing(model):
+        mode.__enter__()
+        model(X)
+    mode.__exit__(None, None, None)  # closed only after the trace
     assert_untouched(model, before)
 
 
@@ -281,7 +268,7 @@ class Cached(Attn):
         self.calls, self.cache, self.mask = 0, torch.zeros(3, B, H, T, E // H), torch.zeros(T, T)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.mask[self.calls, self.calls + 1:] = -torch.inf
+        self.mask[self.calls, self.calls + 1 :] = -torch.inf
         self.calls += 1
         self.cache.copy_(self.inner(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4))
         return self.out(F.scaled_dot_product_attention(*self.cache, self.mask).transpose(1, 2).flatten(2))
@@ -296,13 +283,11 @@ def test_captured_tensors_are_copies(way: str, grad: Any) -> None:
         first, second = trace.select(path="0")  # one module, called twice
         assert trace.faithful and not same_bits(first.k, second.k) and same_bits(second.k, attn.cache[1])
         assert int((~first.mask).sum()) == T - 1 and int((~second.mask).sum()) == 2 * T - 3
-        kept, mine = {n: x.clone() for n, x in second.fields.items() if x is not None}, second.k
-        attn.cache.fill_(7.0)
-        attn.mask.fill_(7.0)
-        assert all(same_bits(second.get(name), x) for name, x in kept.items())
-        for field in second.fields.values():
-            assert field is None or field.zero_() is field
-        assert bool((attn.cache == 7.0).all()) and not same_bits(first.k, mine)
+        mine = [x for x in second.fields.values() if x is not None]
+        kept, one = [x.clone() for x in mine], first.k.clone()
+        attn.cache.fill_(7.0), attn.mask.fill_(7.0)
+        assert same_bits(mine, kept)
+        assert all(x.zero_() is x for x in mine) and same_bits(first.k, one) and bool((attn.cache == 7.0).all())
 
 
 def test_forwards_of_a_part_and_several_forwards(way: str) -> None:
