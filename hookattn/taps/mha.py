@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..attention import dot_scores, softmax_weights, weighted_values
@@ -165,9 +166,8 @@ def report(
         x, kept = dense(x)
     b, t, c = x.shape
     heads = int(given["num_head"])
-    q, k, v = (
-        p.view(b, t, heads, c // heads).transpose(1, 2)
-        for p in F.linear(x, given["qkv_weight"], given["qkv_bias"]).chunk(3, -1)
+    q, k, v = rearrange(
+        F.linear(x, given["qkv_weight"], given["qkv_bias"]), "b t (three h d) -> three b h t d", three=3, h=heads
     )
     mask = _mask(given["mask"], given["mask_type"], b, t)
     if kept is not None:
@@ -175,7 +175,7 @@ def report(
     scale = (c // heads) ** -0.5
     weights = softmax_weights(dot_scores(q, k, scale), mask)
     output = weighted_values(weights, v).to(q.dtype)
-    rebuilt = rest(output.transpose(1, 2).reshape(b, t, c))
+    rebuilt = rest(rearrange(output, "b h t d -> b t (h d)"))
     real, _ = dense(out)
     rows = torch.ones(b, t, dtype=torch.bool, device=x.device) if kept is None else kept
     if mask is not None:
