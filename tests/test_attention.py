@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,34 @@ def test_weighted_values(n: dict[str, int]) -> None:
         1e-9,
         "one value for the whole batch",
     )
+
+
+@pytest.mark.parametrize("s", [300, 701])
+@pytest.mark.parametrize("masked", [None, (1, 1, 1, "s"), (1, 1, "t", "s"), (2, 1, "t", "s"), (2, 4, "t", "s")])
+@pytest.mark.parametrize("kind", ["plain", "capped", "biased", "sinks", "tensor scale", "one key", "bfloat16"])
+def test_a_large_call_derived_in_blocks(kind: str, masked: tuple[Any, ...] | None, s: int) -> None:
+    """Whatever the size and the blocks it is cut into, the numbers of one piece; only what is wanted."""
+    t = 449
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    q, k = draw(2, 4, t, 8, seed=1, dtype=dtype), draw(1 if kind == "one key" else 2, 2, s, 8, seed=2, dtype=dtype)
+    mask = None
+    if masked is not None:
+        mask = draw(*({"t": t, "s": s}.get(n, n) for n in masked), seed=3) > -0.5
+        mask[0, 0, 0] = False  # nothing to attend to there
+    options = {"softcap": 2.0 if kind == "capped" else None, "sinks": draw(4, seed=4) if kind == "sinks" else None,
+               "bias": draw(1, 4, 1, s, seed=5) if kind == "biased" else None}
+    scale = draw(4, 1, 1, seed=6).abs() if kind == "tensor scale" else 0.4
+    whole = attention.finish_scores(attention.dot_scores(q, k, scale), options["softcap"], options["bias"])
+    expected = attention.softmax_weights(whole, mask, options["sinks"])
+    scores, weights = attention.derive(q, k, scale, mask=mask, **options)
+    assert scores is not None and weights is not None and scores.dtype == weights.dtype == torch.float32
+    assert_close(scores, whole, 1e-5, "scores")
+    assert_close(weights, expected, 1e-6, "weights")
+    assert_close(weights[:, :, -3:], masked_softmax(whole[:, :, -3:], None if mask is None else mask.expand(
+        whole.shape)[:, :, -3:], options["sinks"]), 1e-6, "weights of the last rows")
+    only, none = attention.derive(q, k, scale, mask=mask, want_weights=False, **options)
+    assert none is None and only is not None and torch.equal(only, scores)
+    assert torch.equal(attention.derive(q, k, scale, mask=mask, want_scores=False, **options)[1], weights)
 
 
 def test_sink_column() -> None:

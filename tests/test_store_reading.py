@@ -162,7 +162,8 @@ def test_one_head_reads_one_head(tmp_path: Path, side: int) -> None:
         assert done.returncode == 0, done.stderr
         runs.append([float(word) for word in done.stdout.split()])
     elapsed, mapped, touched = (min(column) for column in zip(*runs, strict=True))
-    assert elapsed < 0.02 and mapped < 8e6 and touched < 12e6, runs
+    # Touching two corners reads less than the head itself, whatever torch allocates on its first comparison.
+    assert elapsed < 0.02 and mapped < 8e6 and touched < min(4 * side**2, 50e6), runs
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="overcommitment is the system's own")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hookattn
 from hookattn.registry import using
+from hookattn.taps import interface
 from tests.reference import assert_untouched, draw, paths, same_bits, snapshot, trace_checked
 
 B, T, E, H = 2, 6, 16, 4
@@ -45,6 +47,8 @@ class Attn(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training, is_causal=True)
         elif self.kind == "flex":
             y = flex_attention(q, k, v)
+        elif self.kind == "interface":  # as transformers looks its kernels up
+            y = interface.run(lambda _, *qkv: (F.scaled_dot_product_attention(*qkv),), "sdpa", self, q, k, v)[0]
         else:
             y = F.dropout((q @ k.mT / 2).softmax(-1), self.p, self.training) @ v
         return self.out(y.transpose(1, 2).flatten(2))
@@ -117,14 +121,12 @@ def test_nothing_is_left_when_the_library_raises(way: str, monkeypatch: pytest.M
 def test_outputs_and_random_state(way: str, kind: str, train: bool) -> None:
     p = 0.0 if kind == "flex" else 0.3
     model = net(kind, p, train=train)
-    for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
-        with context():
+    half = torch.autocast("cpu", torch.bfloat16)
+    for context in (contextlib.nullcontext(), torch.no_grad(), torch.inference_mode(), half):
+        with context:
             trace = trace_checked(hookattn.trace, model, X)
         assert len(trace) == 2 and trace.faithful and trace[0].dropout == (p if train else 0.0)
-        assert not trace[0].q.requires_grad
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trace = trace_checked(hookattn.trace, model, X)
-    assert trace.faithful and {c.dtype for c in trace} == {torch.bfloat16}
+        assert {c.dtype for c in trace} == {torch.bfloat16 if context is half else torch.float32}
     assert model.training is train and all(p.grad is None for p in model.parameters())
 
 
@@ -148,9 +150,9 @@ def test_gradients(way: str, kind: str, train: bool) -> None:
 def test_checkpointed_layers_are_not_seen_twice(way: str, kind: str, recompute: bool, how: Any) -> None:
     before = snapshot(model := net(kind, 0.1, recompute, train=True))
     with hookattn.tracing(model) as trace:
-        for _ in range(2):
-            how(model(X.clone().requires_grad_()).sum())
-    assert [(c.site.path[:8], c.step) for c in trace] == [(layer, step) for step in (0, 1) for layer in LAYERS]
+        for run in (model, lambda x: checkpoint(model, x, use_reentrant=recompute), model):
+            how(run(X.clone().requires_grad_()).sum())
+    assert [(c.site.path[:8], c.step) for c in trace] == [(layer, step) for step in (0, 1, 2) for layer in LAYERS]
     assert not trace.skipped and trace.faithful and model.layers[0].out.weight.grad is not None
     model.zero_grad()
     assert_untouched(model, before)
@@ -158,26 +160,15 @@ def test_checkpointed_layers_are_not_seen_twice(way: str, kind: str, recompute: 
 
 def together(*tasks: Callable[[], Any]) -> list[Any]:
     """Run each in its own thread; their results in order."""
-    results: list[Any] = [None] * len(tasks)
-
-    def run(i: int) -> None:
-        with torch.no_grad():
-            results[i] = tasks[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert None not in results, "a thread failed"
-    return results
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return [future.result() for future in [pool.submit(torch.no_grad()(task)) for task in tasks]]
 
 
 def meeting(*models: Net) -> list[Any]:
     """Have the threads wait for each other before every attention."""
     barrier = threading.Barrier(2, timeout=30)
-    for layer in (layer for model in models for layer in model.layers):
-        layer.meet = barrier.wait
+    for model in models:
+        model.layers[0].meet = model.layers[1].meet = barrier.wait
     return [snapshot(model) for model in models]
 
 
@@ -235,7 +226,7 @@ class Count(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "eager", "mha"])
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "mha", "interface"])
 def test_a_function_mode_and_hooks_of_the_users_own(way: str, kind: str) -> None:
     model, seen = net(kind), []
     for module in model.modules():
@@ -245,19 +236,19 @@ def test_a_function_mode_and_hooks_of_the_users_own(way: str, kind: str) -> None
         expected = model(X)
     hooked, before = list(seen), snapshot(model)
     with Count() as around:
-        outer = hookattn.trace(model, X)
-    with hookattn.tracing(model) as inner, Count() as inside:
+        outer = hookattn.trace(model, X, verify="full")
+    with hookattn.tracing(model, verify="full") as inner, Count() as inside:
         inner.output = model(X)
     assert seen == hooked * 3 and same_bits([outer.output, inner.output], [expected] * 2)
     assert len(outer) == len(inner) == 2 and outer.faithful and inner.faithful
+    assert "baddbmm" not in around.names + inside.names  # with which scores are derived
     for count in (around, inside) if kind != "mha" else (inside,):  # what it sees without a trace, in that order
         rest = iter(count.names)
         assert all(name in rest for name in plain.names)
-    mode = Count()
     with hookattn.tracing(model):
-        mode.__enter__()
+        around.__enter__()
         model(X)
-    mode.__exit__(None, None, None)  # closed only after the trace
+    around.__exit__(None, None, None)  # only after the trace
     assert_untouched(model, before)
 
 
