@@ -146,10 +146,6 @@ class Session:
             self._described[path] = self.brackets.site(path)
         return self._described[path]
 
-    def _named(self, site: Site) -> bool:
-        """Whether an adapter speaks for a site."""
-        return id(self.plan.model.get_submodule(site.path)) in self.plan.sites
-
     # What the taps report
 
     def wants(self, field: str) -> bool:
@@ -179,8 +175,6 @@ class Session:
             return
         self.recorded += 1
         site = self._site(call.within)
-        if call.crosses and site.kind == "self" and not self._named(site):
-            site = replace(site, kind="cross")
         if site.layer is None:
             site = self._ordered(site)
         self.seen.add(site.path)
