@@ -136,6 +136,8 @@ def same(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """Row-major regrouping: view, reshape, flatten, unflatten, squeeze, unsqueeze."""
     rest = [a for dim in layout for a in dim]
+    if 0 in shape or any(a.size == 0 for a in rest):
+        return fresh(shape)
     out: list[tuple[Atom, ...]] = []
     for extent in shape:
         dim: list[Atom] = []

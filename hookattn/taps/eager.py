@@ -95,8 +95,8 @@ class Build:
             softmax_dtype=state.dtype,
             mixed=bool(state.mixed),
         )
-        if call.softcap is not None and isinstance(call.scale, float):
-            call.scale *= call.softcap
+        if call.softcap is not None:
+            call.scale = call.scale * call.softcap
         if state.own is not None:
             call.applied = self._like_scores(self.use.weights, self.use.weights_origin.layout())
         if state.mixed:
