@@ -11,6 +11,7 @@ from .adapter import Adapter
 from .api import trace, tracing
 from .certificate import Certificate
 from .errors import (
+    AdapterCheckError,
     AdapterError,
     BrokenAdapterError,
     CorruptFileError,
@@ -24,6 +25,7 @@ from .errors import (
     NoAttentionError,
     SelectionError,
     SkippedWarning,
+    StitchError,
     TraceFileError,
     TraceWriteError,
     UnfaithfulError,
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FIELDS",
     "Adapter",
+    "AdapterCheckError",
     "AdapterError",
     "BrokenAdapterError",
     "Call",
@@ -59,6 +62,7 @@ __all__ = [
     "Site",
     "Skipped",
     "SkippedWarning",
+    "StitchError",
     "Trace",
     "TraceFileError",
     "TraceWriteError",

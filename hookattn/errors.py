@@ -11,7 +11,9 @@
     ├── AdapterError           an adapter or the registry is at fault; names the distribution
     │   ├── DuplicateAdapterError
     │   ├── BrokenAdapterError
+    │   ├── AdapterCheckError        what hookattn.testing.check_adapter found (also an AssertionError)
     │   └── UnsupportedConfigError   a config option that changes the math and that the adapter does not know
+    ├── StitchError            the steps of a trace do not make one picture
     ├── UnfaithfulError        a call is over its tolerance, and ``strict=True``
     └── TraceFileError         a trace file cannot be read or written
         ├── CorruptFileError
@@ -23,6 +25,8 @@ Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWar
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class HookattnError(Exception):
@@ -63,6 +67,18 @@ class BrokenAdapterError(AdapterError):
 
 class UnsupportedConfigError(AdapterError):
     """A config option that changes the math and that the adapter does not know."""
+
+
+class AdapterCheckError(AdapterError, AssertionError):
+    """What :func:`hookattn.testing.check_adapter` found; ``failures`` has one entry for each."""
+
+    def __init__(self, message: str, failures: Sequence[object] = ()):
+        super().__init__(message)
+        self.failures = tuple(failures)
+
+
+class StitchError(HookattnError):
+    """The steps of a trace do not make one picture of a generation."""
 
 
 class UnfaithfulError(HookattnError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, overload
@@ -32,7 +32,7 @@ class Trace:
     skipped: list[Skipped] = field(default_factory=list)
     tokens: list[list[str]] | None = None
     output: Any = field(default=None, repr=False)
-    model: dict[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     selection: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
@@ -151,6 +151,20 @@ class Trace:
         steps = list(dict.fromkeys(c.step for c in self.calls))
         made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
         return made[0] if len(made) == 1 else made
+
+    def stitch(self, *, beams: Any = None, length: int | None = None) -> Trace:
+        """One T×S picture of a generation for each site: all its steps put together, as one forward would have them.
+
+        Args:
+            beams: ``beam_indices`` of a beam search; False: rows were never reordered; None: the keys tell.
+            length: how many positions are kept; for assisted decoding one less than the final sequence has.
+
+        Raises:
+            StitchError, FieldNotCaptured: see :func:`hookattn.stitch.stitch`, which has the whole story.
+        """
+        from .stitch import stitch
+
+        return stitch(self, beams=beams, length=length)
 
     @property
     def faithful(self) -> bool:
