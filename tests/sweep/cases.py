@@ -1,0 +1,81 @@
+"""One model type -> a small model with drawn parameters, and inputs that it runs on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .classes import by_name, config_class, model_class
+from .inputs import Inputs
+from .recipes import RECIPES, Recipe
+from .shrink import shrink
+from .weights import draw
+
+
+class UnbuildableError(Exception):
+    """No case can be made of a type; the message is the reason."""
+
+
+def small_config(model_type: str) -> PreTrainedConfig:
+    """The type's configuration, small."""
+    recipe = RECIPES.get(model_type, Recipe())
+    cls = config_class(model_type)
+    start = recipe.start(cls) if recipe.start else cls()
+    return shrink(start, recipe.config)
+
+
+def build(model_type: str, implementation: str, gain: float = 1.6) -> tuple[nn.Module, PreTrainedConfig]:
+    """A small model of a type in one attention implementation, in eval mode; equal parameters in each."""
+    recipe = RECIPES.get(model_type, Recipe())
+    config = small_config(model_type)
+    cls = by_name(recipe.model, type(config)) if recipe.model else model_class(model_type)
+    torch.manual_seed(5)
+    if issubclass(cls, PreTrainedModel):
+        model = cls._from_config(copy.deepcopy(config), attn_implementation=implementation)
+    else:
+        config._attn_implementation = implementation
+        model = cls(config)
+    draw(model, gain)
+    return model.float().eval(), config
+
+
+def inputs_of(model_type: str, model: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
+    """Inputs that the model runs on.
+
+    Raises:
+        UnbuildableError: nothing that the rules make is accepted; says what the model said to the first of them.
+    """
+    recipe = RECIPES.get(model_type, Recipe())
+    said: list[str] = []
+    for inputs in Inputs(model, config, dict(recipe.inputs), recipe.without).candidates():
+        try:
+            run(model, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, KeyError) as error:
+            said.append(_where(error))
+            continue
+        return inputs
+    raise UnbuildableError("; ".join(dict.fromkeys(said[:3])) or "no inputs fit the signature")
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})" if trace else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}{place}"
+
+
+def run(model: nn.Module, inputs: dict[str, Any], **more: Any) -> Any:
+    """One forward from the same random state."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model(**copy_of(inputs), **more)
+
+
+def copy_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of their own, for models that write into theirs."""
+    return {k: copy.deepcopy(v) for k, v in inputs.items()}
