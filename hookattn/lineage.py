@@ -14,6 +14,7 @@ from .errors import FieldNotCaptured, StitchError
 # Cached keys come back as they were stored, or rounded by a quantized cache; those of another sequence are further off
 # (two unrelated vectors of one length: about 1.4).
 _SAME = 0.5
+_EXACT = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,11 @@ class Lineage:
             )
         n = filled[site][0] - t
         cached, known = calls[site].k[:, :, :n], self._known[site]
-        gaps = {at: _distance(cached, known[:, :, at - n : at]).amin(1).max().item() for at in (self.length, most)}
+        gaps: dict[int, float] = {}
+        for at in range(self.length, most - 1, -1):  # nothing was taken back; one token was; …
+            gaps[at] = _distance(cached, known[:, :, at - n : at]).amin(1).max().item()
+            if gaps[at] <= _EXACT:
+                return at
         return min(gaps, key=lambda at: gaps[at])
 
     def _continued(self, step: int, batch: int, calls: Sequence[Call], places: list[Place], own: list[int]) -> Tensor:
@@ -211,7 +216,7 @@ class Lineage:
         n = min(gap.shape)
         gap[range(n), range(n)] -= 1e-6
         best = gap.min(1)
-        self.exact &= bool((best.values <= 1e-5).all())
+        self.exact &= bool((best.values <= _EXACT).all())
         lost = (best.values > _SAME).nonzero()
         if len(lost):
             raise StitchError(

@@ -84,7 +84,8 @@ def _stacks(trace: Trace) -> dict[str, list[list[Call]]]:
 
 def _stack(stack: str, sites: list[list[Call]], beams: Any, length: int | None) -> list[Call]:
     steps = sorted({c.step for calls in sites for c in calls})
-    once, rest = [], []
+    once: list[list[Call]] = []
+    rest: list[list[Call]] = []
     for calls in sites:
         alone = len(calls) == 1 and calls[0].step == steps[0]
         (once if alone and (len(steps) > 1 or not _cached(calls[0])) else rest).append(calls)
