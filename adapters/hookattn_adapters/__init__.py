@@ -12,8 +12,9 @@ from .gpt2 import GPT2
 from .llama import Llama
 from .shared import Shared
 from .t5 import T5
+from .timm import Timm
 from .vit import ViT
 
-ADAPTERS = (Bert(), GPT2(), Llama(), Shared(), T5(), ViT())
+ADAPTERS = (Bert(), GPT2(), Llama(), Shared(), T5(), Timm(), ViT())
 
 __all__ = ["ADAPTERS"]

@@ -93,7 +93,7 @@ def hooks(trace: Trace, *, model: Any = None, rotary: bool | None = None) -> Ite
     taken: dict[str, Call] = {}
     for call in trace:
         site = call.site
-        stack = site.stack if both else None
+        stack = _stack(call) if both else None
         if (stack, site.kind) not in _NAMES or site.layer is None or (not both and len(stacks) > 1):
             raise SelectionError(
                 f"transformer-lens has no name for {site.stack} {site.kind}-attention ({site.label}) beside "
@@ -141,9 +141,16 @@ def find(trace: Trace, name: str) -> Tensor:
         FieldNotCaptured: its field was not kept.
     """
     hook = Hook.of(name)
-    found = trace.select(layer=hook.layer, kind=hook.kind, stack=hook.stack)
+    found = [
+        call
+        for call in trace
+        if call.site.layer == hook.layer and call.site.kind == hook.kind and hook.stack in (None, _stack(call))
+    ]
     if len(found) != 1:
-        raise SelectionError(f"{name!r} could be any of {[c.site.label for c in found]}; select a step or stack first.")
+        raise SelectionError(
+            f"{name!r} is {hook.kind}-attention of layer {hook.layer}, and {len(found)} calls are: "
+            f"{[f'{c.site.label} (step {c.step})' for c in found]}; take one stack and step with trace.select()."
+        )
     return activation(found[0], hook.field)
 
 
@@ -173,6 +180,11 @@ def to_transformer_lens(trace: Trace, model: Any = None, *, rotary: bool | None 
     return ActivationCache(found, model)
 
 
+def _stack(call: Call) -> str:
+    """A stack without a name that attends to another one is a decoder."""
+    return "decoder" if call.site.stack == "main" else call.site.stack
+
+
 def _rotary(trace: Trace, model: Any) -> bool | None:
     kind = getattr(getattr(model, "cfg", None), "positional_embedding_type", None)
     if kind is not None:
@@ -183,7 +195,7 @@ def _rotary(trace: Trace, model: Any) -> bool | None:
 
 def _says_rotary(config: Mapping[str, Any]) -> bool:
     for name, value in config.items():
-        if _ROTARY.match(name):
+        if _ROTARY.match(str(name)):
             if value is not None and value is not False:
                 return True
         elif isinstance(value, Mapping) and _says_rotary(value):
