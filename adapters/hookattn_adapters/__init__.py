@@ -8,6 +8,7 @@ knows. What an adapter says is where attention happens and what it is called.
 from __future__ import annotations
 
 from .bert import Bert
+from .diffusers import Diffusers
 from .gpt2 import GPT2
 from .llama import Llama
 from .shared import Shared
@@ -15,6 +16,6 @@ from .t5 import T5
 from .timm import Timm
 from .vit import ViT
 
-ADAPTERS = (Bert(), GPT2(), Llama(), Shared(), T5(), Timm(), ViT())
+ADAPTERS = (Bert(), Diffusers(), GPT2(), Llama(), Shared(), T5(), Timm(), ViT())
 
 __all__ = ["ADAPTERS"]

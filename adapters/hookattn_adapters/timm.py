@@ -44,6 +44,6 @@ class Timm(Adapter):
     def site(self, path: str, module: nn.Module, root: nn.Module) -> Site:
         """Numbered in the order of the model: a path starts with a stage, and stages have several layers."""
         kind = self.kind(path, module)
-        order = [p for p, m in root.named_modules() if self.knows(m) and self.attention.get(type(m).__name__) == kind]
+        order = [p for p, m in root.named_modules() if self.attention.get(type(m).__name__) == kind and self.knows(m)]
         axes = "channels" if type(module).__name__ in _CHANNELS else self.axes
         return replace(super().site(path, module, root), layer=order.index(path), layers=len(order), axes=axes)
