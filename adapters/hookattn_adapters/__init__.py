@@ -11,11 +11,12 @@ from .bert import Bert
 from .diffusers import Diffusers
 from .gpt2 import GPT2
 from .llama import Llama
+from .open_clip import OpenCLIP
 from .shared import Shared
 from .t5 import T5
 from .timm import Timm
 from .vit import ViT
 
-ADAPTERS = (Bert(), Diffusers(), GPT2(), Llama(), Shared(), T5(), Timm(), ViT())
+ADAPTERS = (Bert(), Diffusers(), GPT2(), Llama(), OpenCLIP(), Shared(), T5(), Timm(), ViT())
 
 __all__ = ["ADAPTERS"]

@@ -268,7 +268,9 @@ def test_linear_attention_is_listed_beside_the_softmax() -> None:
 
 # Gates of experts and of layers; processors run inside the module that has them.
 NOT_ATTENTION = {"MoEGate", "MiniMaxMusic3ConditionEncoder", "NucleusMoELayer"}
-_ATTENDS = re.compile(r"self\.processor\(|dispatch_attention_fn\(|scaled_dot_product_attention\(|\bsoftmax\(|flex_attention\(")
+_ATTENDS = re.compile(
+    r"self\.processor\(|dispatch_attention_fn\(|scaled_dot_product_attention\(|\bsoftmax\(|flex_attention\("
+)
 
 
 def test_every_class_that_attends_is_named() -> None:
