@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .classes import by_name, config_class, model_class
-from .inputs import Inputs
+from .inputs import Inputs, said
 from .recipes import RECIPES, Recipe
 from .shrink import shrink
 from .weights import draw
@@ -50,23 +50,15 @@ def inputs_of(model_type: str, model: nn.Module, config: PreTrainedConfig) -> di
         UnbuildableError: nothing that the rules make is accepted; says what the model said to the first of them.
     """
     recipe = RECIPES.get(model_type, Recipe())
-    said: list[str] = []
-    for inputs in Inputs(model, config, dict(recipe.inputs), recipe.without).candidates():
+    maker = Inputs(model, config, dict(recipe.inputs), recipe.without)
+    for inputs in maker.candidates():
         try:
             run(model, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, KeyError) as error:
-            said.append(_where(error))
+        except Exception as error:
+            maker.refused.append(said(error))
             continue
         return inputs
-    raise UnbuildableError("; ".join(dict.fromkeys(said[:3])) or "no inputs fit the signature")
-
-
-def _where(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})" if trace else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}{place}"
+    raise UnbuildableError("; ".join(dict.fromkeys(maker.refused[:4])) or "no inputs fit the signature")
 
 
 def run(model: nn.Module, inputs: dict[str, Any], **more: Any) -> Any:

@@ -8,6 +8,7 @@ import pkgutil
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -46,7 +47,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         if model_type in names:
             found = getattr(modeling_auto, name)[config]
             return found[0] if isinstance(found, (tuple, list)) else found
-    found = _of_config(config)
+    found = _of_config(config) or _parts_of_config(config)
     if not found:
         raise NoModelError(f"no model class takes {config.__name__} alone")
     return found[0]
@@ -75,6 +76,19 @@ def _of_config(config: Any) -> list[type[PreTrainedModel]]:
             ):
                 found.append(cls)
     return sorted(found, key=lambda c: ("For" in c.__name__, "Backbone" in c.__name__))
+
+
+def _parts_of_config(config: Any) -> list[Any]:
+    """Plain modules whose constructor takes this configuration: the one that is named like it first."""
+    found = []
+    for module in _modules(config):
+        for cls in vars(module).values():
+            if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__):
+                continue
+            taken = [p.annotation for p in inspect.signature(cls.__init__).parameters.values()][1:]
+            if taken and taken[0] in (config, config.__name__):
+                found.append(cls)
+    return sorted(found, key=lambda c: c.__name__ != config.__name__.removesuffix("Config"))[:1]
 
 
 def _modules(config: Any) -> list[Any]:

@@ -53,6 +53,7 @@ class Inputs:
         self.made: dict[str, Any] = {}
         self.length = LENGTH
         self.media: list[tuple[int, int]] = []
+        self.refused: list[str] = []
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Sets of inputs, the likeliest first."""
@@ -73,7 +74,9 @@ class Inputs:
                 for name in self.names:
                     if name not in self.made:
                         self._make(name, pick.get(name, 0))
-            except _Unfit:
+            except _Unfit as error:
+                if str(error):
+                    self.refused.append(str(error))
                 continue
             yield {n: v for n, v in self.made.items() if v is not None and n in self.parameters or n in self.given}
 
@@ -153,17 +156,18 @@ class Inputs:
             ("get_audio_features", ("input_features", "input_values", "audio_values", "input_audio_embeds"), ("audio_token_id", "audio_token_index")),
         ):
             own = next((n for n in names if self.made.get(n) is not None), None)
-            token = next((t for t in (getattr(self.config, n, None) for n in tokens) if isinstance(t, int)), None)
-            if own is None or token is None or not hasattr(self.model, getter):
+            token = next((t for c in _parts(self.config, "") for t in (vars(c).get(n) for n in tokens) if isinstance(t, int)), None)
+            owner = next((m for m in self.model.modules() if hasattr(m, getter)), None)
+            if own is None or token is None or owner is None:
                 continue
-            method = getattr(self.model, getter)
+            method = getattr(owner, getter)
             takes = inspect.signature(method).parameters
             args = {n: v for n, v in self.made.items() if n in takes}
             try:
                 with torch.no_grad():
                     features = method(**args)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-                raise _Unfit(str(error)) from error
+            except Exception as error:
+                raise _Unfit(said(error)) from error
             n = _count(features)
             if n:
                 found.append((token, -(-n // ROWS)))
@@ -176,6 +180,15 @@ class NoRuleError(Exception):
 
 class _Unfit(Exception):
     """These alternatives do not go together."""
+
+
+def said(error: BaseException) -> str:
+    """What a model said and where, in a line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})" if trace else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}{place}"
 
 
 def _count(features: Any) -> int:
@@ -218,7 +231,7 @@ def _image(i: Inputs, *lead: int) -> Tensor:
 
 
 def _grid(i: Inputs) -> tuple[int, int, int]:
-    return 1, 4, 4
+    return 1, 8, 4
 
 
 def _has_grid(i: Inputs) -> bool:
@@ -229,7 +242,7 @@ def _flat(i: Inputs) -> Tensor:
     if not _has_grid(i):
         raise _Unfit
     t, h, w = _grid(i)
-    time = i.find("temporal_patch_size", default=1, within="vision")
+    time = i.find("temporal_patch_size", "patch_temporal", default=1, within="vision")
     return i.randn(ROWS * t * h * w, i.channels() * time * i.patch() ** 2)
 
 
@@ -296,23 +309,29 @@ ALTERNATIVES: dict[str, list[Callable[[Inputs], Any]]] = {
         _flat,
         lambda i: _image(i, ROWS),
         lambda i: _image(i, ROWS, 1),
+        lambda i: _image(i, ROWS, 2),
         _frames,
         _packed,
         _flat_patches,
-        lambda i: i.randn(ROWS, i.find("num_frames", default=2, within="vision"), i.channels(), *i.side()),
+        lambda i: _image(i, ROWS * i.find("num_frames", default=4, within="vision")),
     ],
     "input_features": [
         lambda i: i.randn(ROWS, _mel(i), _time(i)),
         lambda i: i.randn(ROWS, _time(i), _mel(i)),
         lambda i: i.randn(ROWS, 1, _time(i), _mel(i)),
+        lambda i: i.randn(ROWS, 64, 128),
+        lambda i: i.randn(ROWS, 128, 64),
+        lambda i: i.randn(ROWS, 128, 128),
+        lambda i: i.randn(ROWS, 80, 128),
     ],
+    "image_sizes": [lambda i: torch.tensor([i.side()] * ROWS), lambda i: None],
     "input_values": [
         lambda i: i.randn(ROWS, 4000),
         lambda i: i.randn(ROWS, 1, 4000),
         lambda i: i.randn(ROWS, i.find("max_length", default=64), _mel(i)),
     ],
     "attention_mask": [_mask, lambda i: None],
-    "hidden_states": [_latents, lambda i: i.randn(ROWS * 16, 64), lambda i: i.randn(ROWS, 64, 4, 4)],
+    "hidden_states": [_flat, _flat_patches, _latents, lambda i: i.randn(ROWS * 16, 64), lambda i: i.randn(ROWS, 64, 4, 4)],
 }
 MEDIA = ("pixel_values", "input_features", "input_values", "image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes",
          "pixel_attention_mask", "input_features_mask", "feature_attention_mask", "pixel_values_videos")
@@ -328,14 +347,19 @@ RULES: dict[str, Callable[[Inputs], Any]] = {
     "image_grid_thw": lambda i: torch.tensor([_grid(i)] * ROWS),
     "grid_thw": lambda i: torch.tensor([_grid(i)] * ROWS),
     "video_grid_thw": lambda i: None,
-    "image_sizes": lambda i: torch.tensor([i.side()] * ROWS),
     "spatial_shapes": lambda i: torch.tensor([(4, 4)] * ROWS),
-    "pixel_attention_mask": lambda i: torch.ones(ROWS, 16, dtype=torch.long),
+    "pixel_attention_mask": lambda i: torch.ones([n for d, n in enumerate(i.made["pixel_values"].shape) if d != i.made["pixel_values"].dim() - 3], dtype=torch.long) if i.made["pixel_values"].dim() > 3 else torch.ones(ROWS, 16, dtype=torch.long),
     "mm_token_type_ids": _media_types,
     "token_type_ids": lambda i: torch.zeros(ROWS, i.length, dtype=torch.long),
     "input_features_mask": lambda i: torch.ones(ROWS, max(i.made["input_features"].shape[1:]) , dtype=torch.long),
     "feature_attention_mask": lambda i: torch.ones(ROWS, _time(i), dtype=torch.long),
     "padding_mask": lambda i: None,
+    "pixel_values_videos": lambda i: _frames(i),
+    "past_values": lambda i: i.randn(ROWS, i.find("context_length", "seq_length", default=32) + max([0, *i.find("lags_sequence", default=[0])]), i.find("num_input_channels", default=1)).squeeze(-1),
+    "past_observed_mask": lambda i: torch.ones_like(i.made["past_values"]),
+    "past_time_features": lambda i: i.randn(ROWS, i.made["past_values"].shape[1], i.find("num_time_features", default=1) or 1),
+    "future_values": lambda i: i.randn(ROWS, i.find("prediction_length", default=8)),
+    "future_time_features": lambda i: i.randn(ROWS, i.find("prediction_length", default=8), i.find("num_time_features", default=1) or 1),
     "position_ids": lambda i: torch.arange(i.length)[None].expand(ROWS, -1),
     "image_position_ids": lambda i: None,
     "pixel_position_ids": lambda i: None,

@@ -1,10 +1,14 @@
-"""What no rule can say, by model type: one entry a type, a few lines each."""
+"""What no rule can say, by model type: one entry a type, a line or a few each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,4 +32,209 @@ class Recipe:
     reason: str = ""
 
 
-RECIPES: dict[str, Recipe] = {}
+def randn(*shape: int) -> Callable[[], Tensor]:
+    """Makes normal numbers."""
+    return lambda: torch.randn(*shape, generator=torch.Generator().manual_seed(13))
+
+
+def ints(high: int, *shape: int) -> Callable[[], Tensor]:
+    """Makes whole numbers from 1."""
+    return lambda: torch.randint(1, high, shape, generator=torch.Generator().manual_seed(13))
+
+
+def ones(*shape: int) -> Callable[[], Tensor]:
+    """Makes a mask that hides nothing."""
+    return lambda: torch.ones(*shape, dtype=torch.long)
+
+
+def resnet(**options: Any) -> Callable[[Any], Any]:
+    """Starts a detection transformer from a backbone of transformers in place of one of timm."""
+    small = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+    return lambda cls: cls(
+        backbone_config=transformers.ResNetConfig(**small, out_indices=[4]), use_timm_backbone=False, **options
+    )
+
+
+def resnet3(cls: Any) -> Any:
+    """The same with three scales."""
+    small = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+    return cls(backbone_config=transformers.ResNetConfig(**small, out_indices=[2, 3, 4]), use_timm_backbone=False)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+IMAGE = {"pixel_values": randn(3, 3, 64, 64)}
+SAM = {
+    "image_embeddings": randn(3, 64, 4, 4),
+    "image_positional_embeddings": randn(3, 64, 4, 4),
+    "sparse_prompt_embeddings": randn(3, 1, 2, 64),
+    "dense_prompt_embeddings": randn(3, 64, 4, 4),
+    "multimask_output": True,
+}
+SAM2 = {**SAM, "high_resolution_features": lambda: [randn(3, 8, 16, 16)(), randn(3, 16, 8, 8)()]}
+SAM_CONFIG = {"vision_config.output_channels": 64, "prompt_encoder_config.image_size": 32, "prompt_encoder_config.patch_size": 8}
+SAM3 = {"vision_features": randn(3, 16, 64), "text_features": randn(3, 5, 64)}
+SERIES = {"prediction_length": 8, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
+POINTS = {"input_points": None, "input_labels": None, "input_boxes": randn(3, 2, 4), "input_masks": None}
+NO_PART = "is a part that only other models build, and is run with them"
+NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
+SESSION = "takes a video session object that only its processor makes"
+MASKS = Recipe(inputs={"masks": randn(3, 1, 32, 32)})
+
+RECIPES: dict[str, Recipe] = {
+    "align": Recipe(reason="its vision tower is a convolutional net whose widths do not shrink; its text tower has a row"),
+    "aria": Recipe(config={"projector_patch_to_query_dict": {16: 8}}),
+    "autoformer": Recipe(config=SERIES),
+    "bamba": Recipe(config={"num_hidden_layers": 2, "attn_layer_indices": [1]}),
+    "bark": Recipe(reason=NO_FORWARD),
+    "blip_2_qformer": Recipe(inputs={"query_embeds": randn(3, 6, 64), "encoder_hidden_states": randn(3, 7, 64)}, config={"encoder_hidden_size": 64}),
+    "blt_local_decoder": Recipe(inputs={"inputs_embeds": randn(3, 9, 64), "patch_embeds": randn(3, 9, 64)}, without=("input_ids",)),
+    "bridgetower_vision_model": Recipe(inputs={"image": randn(3, 3, 32, 32)}),
+    "chameleon_vqgan": Recipe(reason=NO_FORWARD),
+    "emu3_vqgan": Recipe(reason=NO_FORWARD),
+    "glm_image_vqmodel": Recipe(reason=NO_FORWARD),
+    "qwen2_5_omni": Recipe(reason=NO_FORWARD),
+    "qwen3_omni_moe": Recipe(reason=NO_FORWARD),
+    "clap": Recipe(inputs={"input_features": randn(3, 1, 64, 64)}),
+    "clap_audio_model": Recipe(inputs={"input_features": randn(3, 1, 64, 64)}),
+    "clvp": Recipe(config={"text_config.projection_dim": 128, "speech_config.projection_dim": 128, "projection_dim": 128}, inputs={"input_features": randn(3, 80, 20)}),
+    "clvp_encoder": Recipe(config={"projection_dim": 128}),
+    "conditional_detr": Recipe(start=resnet()),
+    "dab-detr": Recipe(start=resnet()),
+    "deformable_detr": Recipe(start=resnet3, config={"num_feature_levels": 3}),
+    "detr": Recipe(start=resnet()),
+    "table-transformer": Recipe(start=resnet()),
+    "dbrx": Recipe(config={"attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0}),
+    "decision_transformer": Recipe(
+        inputs={"states": randn(3, 5, 17), "actions": randn(3, 5, 4), "rewards": randn(3, 5, 1), "returns_to_go": randn(3, 5, 1),
+                "timesteps": lambda: torch.arange(5)[None].expand(3, -1), "attention_mask": ones(3, 5)}
+    ),
+    "deepseek_ocr2_encoder": Recipe(inputs={"inputs_embeds": randn(3, 16, 64), "num_patches": 16}),
+    "deepseek_v2": Recipe(config={"num_experts_per_tok": 2, "topk_method": "greedy"}),
+    "deepseek_vl_hybrid": Recipe(inputs={"high_res_pixel_values": randn(3, 3, 32, 32)}),
+    "dia": Recipe(inputs={"decoder_input_ids": ints(60, 3, 6, 9)}),
+    "dia_decoder": Recipe(inputs={"input_ids": ints(60, 3, 9, 9)}),
+    "diffusion_gemma": Recipe(reason="its default configuration leaves out widths"),
+    "dots1": Recipe(config={"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
+    "edgetam_mask_decoder": Recipe(inputs=SAM2),
+    "edgetam_video_mask_decoder": Recipe(inputs=SAM2),
+    "sam2_mask_decoder": Recipe(inputs=SAM2),
+    "sam2_video_mask_decoder": Recipe(inputs=SAM2),
+    "sam3_tracker_mask_decoder": Recipe(inputs=SAM2),
+    "sam3_tracker_video_mask_decoder": Recipe(inputs=SAM2),
+    "sam_mask_decoder": Recipe(inputs=SAM),
+    "sam_hq_mask_decoder": Recipe(inputs={**SAM, "hq_token_only": False, "intermediate_embeddings": lambda: [randn(3, 4, 4, 64)()]}),
+    "edgetam_prompt_encoder": Recipe(inputs=POINTS),
+    "edgetam_video_prompt_encoder": Recipe(inputs=POINTS),
+    "sam2_prompt_encoder": Recipe(inputs=POINTS),
+    "sam2_video_prompt_encoder": Recipe(inputs=POINTS),
+    "sam3_tracker_prompt_encoder": Recipe(inputs=POINTS),
+    "sam3_tracker_video_prompt_encoder": Recipe(inputs=POINTS),
+    "sam_prompt_encoder": MASKS,
+    "sam_hq_prompt_encoder": MASKS,
+    "edgetam_video": Recipe(reason=SESSION),
+    "sam2_video": Recipe(reason=SESSION),
+    "sam3_tracker_video": Recipe(reason=SESSION),
+    "sam3_video": Recipe(reason=SESSION),
+    "sam": Recipe(config=SAM_CONFIG),
+    "sam_hq": Recipe(config={**SAM_CONFIG, "mask_decoder_config.vit_dim": 64}),
+    "sam3_detr_decoder": Recipe(inputs={**SAM3, "vision_pos_encoding": randn(3, 16, 64), "spatial_shapes": lambda: torch.tensor([[4, 4]])}),
+    "sam3_lite_text_detr_decoder": Recipe(inputs={**SAM3, "vision_pos_encoding": randn(3, 16, 64), "spatial_shapes": lambda: torch.tensor([[4, 4]])}),
+    "sam3_detr_encoder": Recipe(inputs={**SAM3, "vision_features": lambda: [randn(3, 64, 4, 4)()], "vision_pos_embeds": lambda: [randn(3, 64, 4, 4)()]}),
+    "sam3_lite_text_detr_encoder": Recipe(inputs={**SAM3, "vision_features": lambda: [randn(3, 64, 4, 4)()], "vision_pos_embeds": lambda: [randn(3, 64, 4, 4)()]}),
+    "sam3_geometry_encoder": Recipe(inputs={"box_embeddings": randn(3, 2, 4), "box_mask": lambda: torch.ones(3, 2, dtype=torch.bool), "box_labels": ones(3, 2), "img_feats": lambda: (randn(3, 64, 4, 4)(),), "img_pos_embeds": lambda: (randn(3, 64, 4, 4)(),)}),
+    "sam3_lite_text_geometry_encoder": Recipe(inputs={"box_embeddings": randn(3, 2, 4), "box_mask": lambda: torch.ones(3, 2, dtype=torch.bool), "box_labels": ones(3, 2), "img_feats": lambda: (randn(3, 64, 4, 4)(),), "img_pos_embeds": lambda: (randn(3, 64, 4, 4)(),)}),
+    "sam3_mask_decoder": Recipe(inputs={"decoder_queries": randn(3, 6, 64), "backbone_features": lambda: [randn(3, 64, 16, 16)(), randn(3, 64, 8, 8)(), randn(3, 64, 4, 4)()], "encoder_hidden_states": randn(3, 16, 64), "prompt_features": randn(3, 5, 64)}),
+    "sam3_lite_text_mask_decoder": Recipe(inputs={"decoder_queries": randn(3, 6, 64), "backbone_features": lambda: [randn(3, 64, 16, 16)(), randn(3, 64, 8, 8)(), randn(3, 64, 4, 4)()], "encoder_hidden_states": randn(3, 16, 64), "prompt_features": randn(3, 5, 64)}),
+    "esm": Recipe(config={"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}),
+    "esmc": Recipe(),
+    "fastspeech2_conformer_hifigan": Recipe(inputs={"spectrogram": randn(3, 20, 80)}),
+    "speecht5_hifigan": Recipe(inputs={"spectrogram": randn(3, 20, 80)}),
+    "fastspeech2_conformer_with_hifigan": Recipe(config={"vocoder_config.model_in_dim": 80}),
+    "gemma3n_audio": Recipe(inputs={"audio_mel": randn(3, 64, 128), "audio_mel_mask": lambda: torch.zeros(3, 64, dtype=torch.bool)}),
+    "gemma4_unified_audio": Recipe(reason=NO_PART),
+    "gemma4_unified_vision": Recipe(reason=NO_PART),
+    "idefics_perciever": Recipe(reason=NO_PART),
+    "idefics_vision": Recipe(reason=NO_PART),
+    "pp_chart2table_vision": Recipe(reason=NO_PART),
+    "t5_gemma_module": Recipe(reason=NO_PART),
+    "sapiens2_head": Recipe(reason=NO_PART),
+    "vibevoice_diffusion": Recipe(reason=NO_PART),
+    "gpt_neo": Recipe(config={"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    "granite_speech5_ctc": Recipe(inputs={"input_features": randn(3, 60, 160)}),
+    "hunyuan_v1_dense": Recipe(config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "alpha": 1000.0}}),
+    "hunyuan_v1_moe": Recipe(config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "alpha": 1000.0}}),
+    "idefics2_perceiver": Recipe(inputs={"context": randn(3, 9, 64), "attention_mask": ones(3, 9)}),
+    "informer": Recipe(config=SERIES),
+    "time_series_transformer": Recipe(config=SERIES),
+    "inkling_audio": Recipe(inputs={"audio_input_ids": ints(10, 3, 9, 8)}),
+    "instructblip": Recipe(inputs={"qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
+    "instructblipvideo": Recipe(inputs={"qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
+    "jamba": Recipe(config={"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_hidden_layers": 4, "mamba_dt_rank": 8}),
+    "jev": Recipe(inputs={"marks": ones(3, 9), "num_options": ints(3, 3), "question_type_ids": ints(2, 3)}),
+    "kosmos-2": Recipe(inputs={"image_embeds_position_mask": lambda: torch.tensor([[0] * 2 + [1] * 6 + [0]] * 3)}),
+    "lilt": Recipe(config={"hidden_size": 96}),
+    "layoutlmv3": Recipe(config={"coordinate_size": 10, "shape_size": 12, "input_size": 32}),
+    "layoutxlm": Recipe(reason="shares LayoutLMv2's model, which needs detectron2"),
+    "lw_detr": Recipe(config={"backbone_config.num_windows": 4, "backbone_config.image_size": 32}),
+    "lw_detr_vit": Recipe(config={"num_windows": 4}),
+    "lxmert": Recipe(inputs={"visual_feats": randn(3, 5, 2048), "visual_pos": randn(3, 5, 4)}),
+    "lightglue": Recipe(inputs={"pixel_values": randn(3, 2, 1, 64, 64)}),
+    "superglue": Recipe(inputs={"pixel_values": randn(3, 2, 3, 64, 64)}),
+    "mamba2": Recipe(config={"num_heads": 8}),
+    "mllama_vision_model": Recipe(inputs={"pixel_values": randn(3, 1, 4, 3, 32, 32), "aspect_ratio_ids": ones(3, 1), "aspect_ratio_mask": ones(3, 1, 4)}),
+    "mllama": Recipe(inputs={"pixel_values": randn(3, 1, 4, 3, 32, 32), "aspect_ratio_ids": ones(3, 1), "aspect_ratio_mask": ones(3, 1, 4), "cross_attention_mask": ones(3, 9, 1, 4)}),
+    "moonshine_streaming": Recipe(reason="its default configuration leaves out what its decoder reads"),
+    "musicgen_decoder": Recipe(inputs={"input_ids": ints(60, 12, 9)}, without=("attention_mask",)),
+    "musicgen_melody_decoder": Recipe(inputs={"input_ids": ints(60, 12, 9)}, without=("attention_mask",)),
+    "nemotron": Recipe(),
+    "nougat": Recipe(reason="its default configuration names a model type that transformers does not map"),
+    "oneformer": Recipe(inputs={"task_inputs": ints(60, 3, 7)}),
+    "patchtst": Recipe(inputs={"past_values": randn(3, 32, 1)}),
+    "patchtsmixer": Recipe(inputs={"past_values": randn(3, 32, 1)}),
+    "timesfm": Recipe(inputs={"past_values": randn(3, 64), "past_values_padding": lambda: torch.zeros(3, 64, dtype=torch.long), "freq": lambda: torch.zeros(3, 1, dtype=torch.long)}),
+    "perceiver": Recipe(config={"d_model": 64}, inputs={"inputs": randn(3, 9, 64), "attention_mask": ones(3, 9)}),
+    "phi4_multimodal_audio": Recipe(inputs={"hidden_states": randn(3, 64, 80), "mask": lambda: None}),
+    "pi0": Recipe(inputs={"action_embeds": randn(3, 5, 64)}),
+    "pix2struct": Recipe(inputs={"flattened_patches": randn(3, 16, 770), "attention_mask": ones(3, 16)}, config={"vision_config.patch_embed_hidden_size": 768, "vision_config.patch_size": 16}),
+    "pix2struct_vision_model": Recipe(inputs={"flattened_patches": randn(3, 16, 770), "attention_mask": ones(3, 16)}, config={"patch_embed_hidden_size": 768, "patch_size": 16}),
+    "pop2piano": Recipe(without=("input_features",)),
+    "qwen2_5_omni_audio_encoder": Recipe(inputs={"input_features": randn(128, 60), "feature_lens": lambda: torch.tensor([40, 20])}, without=("attention_mask",)),
+    "qwen3_omni_moe_audio_encoder": Recipe(inputs={"input_features": randn(128, 60), "feature_lens": lambda: torch.tensor([40, 20])}),
+    "qwen2_5_omni_bigvgan": Recipe(inputs={"mel_spectrogram": randn(3, 80, 20)}),
+    "qwen2_5_omni_dit": Recipe(inputs={"hidden_states": randn(2, 24, 80), "condition_vector": randn(2, 24, 80), "speaker_embedding": randn(2, 24, 192), "quantized_code": ints(50, 2, 12), "time_step": lambda: torch.tensor(0.5), "apply_cfg": False}),
+    "qwen2_5_omni_token2wav": Recipe(reason=NO_FORWARD),
+    "qwen3_omni_moe_talker_code_predictor": Recipe(inputs={"inputs_embeds": randn(3, 9, 64)}, without=("input_ids",)),
+    "qwen4_exp": Recipe(reason="its default configuration leaves out sizes that its n-gram embedding divides by"),
+    "rag": Recipe(reason="needs a retriever with an index"),
+    "recurrent_gemma": Recipe(config={"num_hidden_layers": 3}),
+    "reformer": Recipe(config={"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh", "local", "lsh"], "num_hidden_layers": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_hashes": 2, "num_buckets": 4}),
+    "seggpt": Recipe(config={"merge_index": 0, "intermediate_hidden_state_indices": [1], "image_size": [64, 32]}),
+    "speech-encoder-decoder": Recipe(without=("input_features",)),
+    "speecht5": Recipe(inputs={"input_values": randn(3, 9, 64), "decoder_input_values": randn(3, 6, 64)}, model="SpeechT5Model"),
+    "step3p5": Recipe(config={"sliding_window": 4}),
+    "swin2sr": Recipe(config={"num_heads": [2, 2, 2, 2], "embed_dim": 32, "depths": [2, 2], "window_size": 4, "image_size": 16}),
+    "t5gemma2_decoder": Recipe(config={"dropout_rate": 0.0}),
+    "t5gemma2_encoder": Recipe(config={"text_config.dropout_rate": 0.0, "dropout_rate": 0.0}),
+    "t5gemma2_text": Recipe(config={"dropout_rate": 0.0}),
+    "tapas": Recipe(inputs={"token_type_ids": lambda: torch.zeros(3, 9, 7, dtype=torch.long)}),
+    "tvp": Recipe(reason="its visual prompt and convolutional backbone only fit full-size frames"),
+    "unlimited_ocr_vision_encoder": Recipe(inputs={"pixel_values": randn(3, 3, 32, 32), "patch_embeds": randn(3, 16, 64)}),
+    "videomt": Recipe(inputs={"pixel_values_videos": randn(2, 2, 3, 32, 32)}),
+    "videoprism_vision_model": Recipe(inputs={"pixel_values_videos": randn(3, 4, 3, 32, 32)}, without=("pixel_values",)),
+    "voxtral_realtime_text": Recipe(reason="transformers maps it to a class that it does not have"),
+    "xlstm": Recipe(reason="no attention: a recurrent matrix memory; its state's shapes do not shrink by rule"),
+    "xmod": Recipe(config={"default_language": "en_XX"}),
+    "zamba": Recipe(config={"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}),
+    "mimi_decoder": Recipe(inputs={"latents": randn(3, 64, 9)}),
+    "pocket_tts_audio_tokenizer_decoder": Recipe(inputs={"latents": randn(3, 64, 9)}),
+    "layoutlmv2": Recipe(),
+    "video_llama_3": Recipe(inputs={"image_merge_sizes": lambda: torch.tensor([2, 2, 2])}),
+    "video_llama_3_vision": Recipe(inputs={"merge_sizes": lambda: torch.tensor([2, 2, 2])}),
+    "vibevoice": Recipe(reason="its tokenizers are convolutional nets whose widths do not shrink; its text model is Qwen2"),
+    "minicpm_ocr_vision": Recipe(inputs={"target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "minicpmv4_6_vision": Recipe(inputs={"target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "minicpmv4_7_vision": Recipe(inputs={"target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "superpoint": Recipe(inputs=IMAGE),
+    "cohere_compass_text": Recipe(config={"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}),
+    "ministral": Recipe(config={"rope_parameters": ROPE}),
+}

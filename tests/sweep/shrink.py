@@ -7,8 +7,11 @@ fitting each other. Of layers that differ (hybrids) the first of each sort is ke
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -38,7 +41,7 @@ _WIDTH = re.compile(
     r"|query_dim|cross_dim|lru_width|model_dim|feature_size_dim|hidden_act_dim|qk_channels|v_channels|num_latent_dim|vit_dim"
     r"|hidden_size_global|d_latents|reduce_dim|project_dim|proj_size|adapter_in_dim|adapter_out_dim|hidden_units|pooler_output_size|conv_dim)$"
 )
-_VOCAB = re.compile(r"^(.*_)?(vocab_size|vocab_sizes|n_vocab)$")
+_VOCAB = re.compile(r"^(.*_)?(vocab_sizes?|n_vocab|vocab_size_per_layer_input|byte_group_vocab)$")
 _POSITIONS = re.compile(
     r"^(max_position_embeddings|n_positions|n_ctx|max_(source|target|speech|text)_positions|max_seq(uence)?_(len|length)|seq_len|max_sequence_length|seq_length"
     r"|decoder_max_position_embeddings|encoder_max_position_embeddings|original_max_position_embeddings|t2u_max_position_embeddings|max_len|.*_max_position_embeddings)$"
@@ -53,11 +56,35 @@ _INDEXES = re.compile(r"(indexes|indices|ind(ex|ices)?|_ids|_layers|layer_id|hoo
 _LATENTS = re.compile(r"^(num_queries|num_object_queries|num_query_tokens|num_latents|.*n_latents|num_detection_tokens|.*num_latents|latent_query_num|num_denoising|two_stage_num_proposals|visual_prompt_size)$")
 
 
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+_SMALL = {
+    "mm_tokens_per_image": 4,
+    "num_frames": 4,
+    "frames_per_clip": 4,
+    "upsample_groups": WIDTH,
+    "mamba_d_head": HEAD,
+    "first_k_dense_replace": 1,
+    "num_position_embeddings": 16,
+    "ngram_vocab_size_base": 256,
+    "context_length": 32,
+    "index_topk": 4,
+    "image_seq_length": 16,
+    "max_length": 128,
+    "moe_num_shared_experts": 1,
+    "chunk_size": 16,
+    "n_shared_experts": 1,
+    "post_conv_in_channels": WIDTH,
+    "text_embed_dim": WIDTH,
+    "n_window": 8,
+}
+
+
 @dataclasses.dataclass
 class Case:
     """What is shared while one configuration, with all that it contains, is made small."""
 
     special: dict[int, int] = dataclasses.field(default_factory=dict)
+    source: str = ""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def token(self, wanted: int) -> int:
@@ -79,6 +106,7 @@ def shrink(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = None)
 
 def _shrink(config: PreTrainedConfig, case: Case, prefix: str) -> PreTrainedConfig:
     cls = type(config)
+    case.source = source_of(cls)
     values = dict(vars(config))
     fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     layers, kept = _layers_kept(values, fields)
@@ -90,6 +118,7 @@ def _shrink(config: PreTrainedConfig, case: Case, prefix: str) -> PreTrainedConf
         if isinstance(value, PreTrainedConfig):
             changed[name] = _shrink(value, case, f"{prefix}{name}.")
             continue
+        case.source = source_of(cls)
         new = _value(name, value, values, layers, kept, hierarchical, case)
         if new is not value and new != value:
             changed[name] = new
@@ -141,26 +170,35 @@ def _layers_kept(values: Mapping[str, Any], fields: set[str]) -> tuple[int, list
 
 
 def _value(name: str, value: Any, values: Mapping[str, Any], n: int, kept: list[int] | None, stages: bool, case: Case) -> Any:
+    if value is None and name in _PLACEHOLDERS and any(isinstance(v, PreTrainedConfig) for v in values.values()):
+        return VOCAB - 20 - _PLACEHOLDERS.index(name)
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (list, tuple)):
         return _list(name, value, values, n, kept, case)
     if isinstance(value, dict):
-        return _dict(name, value, values)
+        return _dict(name, value, values, _default_sections(case.source))
     if isinstance(value, float):
         return value
     if not isinstance(value, int):
         return value
-    return _int(name, value, n, kept, stages, case)
+    return _int(name, value, values, n, kept, stages, case)
 
 
-def _int(name: str, x: int, n: int, kept: list[int] | None, stages: bool, case: Case) -> int:
+def _heads_of(name: str, values: Mapping[str, Any]) -> Any:
+    for theirs in (name.replace("key_value_attention", "attention").replace("key_value", "attention"), name.replace("num_key_value", "num"), "num_attention_heads"):
+        if isinstance(values.get(theirs), int) and theirs != name:
+            return values[theirs]
+    return None
+
+
+def _int(name: str, x: int, values: Mapping[str, Any], n: int, kept: list[int] | None, stages: bool, case: Case) -> int:
     if _LAYERS.search(name) and not _NOT_LAYERS.search(name):
         return min(x, len(kept) if kept and x == n else LAYERS)
     if _SPECIAL.search(name) and not name.endswith(("layer_id", "layer_index", "layer_idx")) and x >= 0:
         return case.token(x) if ("token" in name or x >= VOCAB) else x
     if _KV.search(name):
-        return min(x, KV_HEADS)
+        return min(x, HEADS if x == _heads_of(name, values) else KV_HEADS)
     if _HEADS.search(name):
         return min(x, HEADS)
     if _VOCAB.search(name):
@@ -171,25 +209,31 @@ def _int(name: str, x: int, n: int, kept: list[int] | None, stages: bool, case: 
         return min(x, 2)
     if name in ("n_group", "topk_group", "num_expert_groups", "n_groups_topk", "topk_groups"):
         return min(x, 1)
-    if name in ("num_position_embeddings",):
-        return 16
     for pattern, most in ((_FF, FF), (_POSITIONS, 128), (_WINDOW, 4), (_LATENTS, 6)):
         if pattern.search(name):
             return min(x, most)
     if _IMAGE.search(name):
-        return min(x, 2 * IMAGE if stages else IMAGE)
+        return min(x, (4 if "window_size" in values else 2) * IMAGE if stages else IMAGE)
+    if name in _SMALL:
+        return min(x, _SMALL[name])
+    if name in ("num_heads", "mamba_n_heads", "n_mamba_heads") and any(isinstance(values.get(e), int) for e in ("expand", "mamba_expand")):
+        return min(x, next(values[e] for e in ("expand", "mamba_expand") if isinstance(values.get(e), int)) * WIDTH // HEAD)
     if _PATCH.search(name):
         return min(x, PATCH)
-    if name in ("qk_rope_head_dim",):
-        return min(x, 8)
+    if name == "rotary_dim":
+        return min(x, HEAD // 2)
+    rope, nope = values.get("qk_rope_head_dim"), values.get("qk_nope_head_dim")
+    if isinstance(rope, int) and isinstance(nope, int) and rope:  # latent attention: a head is two parts
+        if name == "qk_rope_head_dim" or (name == "head_dim" and x == rope):
+            return min(x, HEAD // 2)
+        if name in ("qk_head_dim", "head_dim") and x == rope + nope:
+            return HEAD + HEAD // 2
     if _HEAD_DIM.search(name):
         return min(x, HEAD)
     if _WIDTH.search(name):
         return min(x, WIDTH // 2 if stages and name == "embed_dim" else WIDTH)
     if name == "window_size":
-        return min(x, 4)
-    if name == "first_k_dense_replace":
-        return min(x, 1)
+        return 4 * PATCH if x > 50 else min(x, 4)
     return x
 
 
@@ -208,12 +252,18 @@ def _list(name: str, x: Any, values: Mapping[str, Any], n: int, kept: list[int] 
     elif ints and n and _INDEXES.search(name) and max(x) <= n and "token" not in name:
         last = (len(kept) if kept else LAYERS) - 1
         made = sorted({min(i, last) if i >= 0 else max(i, -last - 1) for i in x}) if max(x) > last else list(x)
+    elif ints and _HEADS.search(name) and isinstance(values.get("embed_dim"), int) and "depths" in values:
+        made = [2, 4, 8, 8, 8, 8][: len(x)]
     elif ints and _SPECIAL.search(name) and "token" in name:
         made = [case.token(i) for i in x]
     elif ints and _IMAGE.search(name):
         made = [min(i, IMAGE) for i in x]
     elif ints and _PATCH.search(name):
         made = [min(i, PATCH) for i in x] if len(set(x)) == 1 else list(x)
+    elif ints and name.endswith("channels") and len(set(x)) == 1 and x[0] == 256:
+        made = [WIDTH] * len(x)
+    elif name == "image_grid_pinpoints":
+        made = [[IMAGE, IMAGE]]
     elif ints and _VOCAB.search(name):
         made = [min(i, VOCAB) for i in x]
     elif ints and name == "mrope_section":
@@ -223,13 +273,15 @@ def _list(name: str, x: Any, values: Mapping[str, Any], n: int, kept: list[int] 
     return type(x)(made)
 
 
-def _dict(name: str, x: dict[str, Any], values: Mapping[str, Any]) -> Any:
+def _dict(name: str, x: dict[str, Any], values: Mapping[str, Any], sections: int) -> Any:
     if not name.startswith("rope"):
         return x
     made = {}
+    if sections and "rope_type" in x and "mrope_section" not in x:
+        x = {**x, "mrope_section": [0] * sections}
     for key, value in x.items():
         if isinstance(value, dict):
-            value = _dict("rope", value, values)
+            value = _dict("rope", value, values, sections)
         elif key == "mrope_section":
             value = _sections(len(value), int(HEAD * x.get("partial_rotary_factor", 1)) // 2)
         elif key in ("short_factor", "long_factor"):
@@ -238,6 +290,12 @@ def _dict(name: str, x: dict[str, Any], values: Mapping[str, Any]) -> Any:
             value = min(value, 64)
         made[key] = value
     return made
+
+
+def _default_sections(source: str) -> int:
+    """How many sections a rotary embedding has that reads them with a default; 0: it does not."""
+    found = re.search(r'"mrope_section", \[([\d, ]+)\]', source)
+    return len(found[1].split(",")) if found else 0
 
 
 def _sections(n: int, total: int) -> list[int]:
@@ -249,10 +307,16 @@ def _sections(n: int, total: int) -> list[int]:
 def _backbone(values: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """Stages that a backbone hands out: still as many, and the last ones."""
     indices = values.get("_out_indices")
-    if not indices or "depths" in values or "num_hidden_layers" not in changed:
+    if not indices:
         return {}
+    if "depths" in values or "num_hidden_layers" not in changed:
+        return {"out_indices": list(indices)}
     n = max(changed["num_hidden_layers"], len(indices))
     return {"num_hidden_layers": n, "out_indices": list(range(n - len(indices) + 1, n + 1))}
 
 
-Rule = Callable[[str, Any], Any]
+@functools.cache
+def source_of(config: type) -> str:
+    """The text of the models in the package of a configuration class."""
+    package = importlib.import_module(config.__module__).__file__
+    return "".join(p.read_text() for p in sorted(Path(package or "").parent.glob("modeling_*.py")))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_KERNELS = re.compile(r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention|aten\.logsumexp")
+_KERNELS = re.compile(r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention")
 _ATTENTION = re.compile(r"(?i:attention|attn)")
 _PART = re.compile(r"(?i:output|projection|bias|mask|norm|mlp|dropout|loss|pool|layer$|block$|router|embed|model|encoder|decoder|head$|stack|feed|gate|conv)")
 # A softmax that weighs something else than keys: experts, codes, classes, boxes.
@@ -65,7 +65,7 @@ def watch(model: nn.Module, forward: Callable[[], Any]) -> Seen:
     seen = Seen()
 
     def enter(module: nn.Module, _: Any) -> None:
-        path, cls = paths.get(id(module), ("?", type(module).__name__))
+        path, cls = paths.get(id(module), where[-1] if where else ("", ""))  # made in the forward: it is its caller's
         where.append((path, cls))
         if _ATTENTION.search(cls) and not _PART.search(cls):
             seen.attention[path] = cls
