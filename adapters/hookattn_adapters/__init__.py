@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .bert import Bert
 from .diffusers import Diffusers
+from .einops import Einops
 from .gpt2 import GPT2
 from .llama import Llama
 from .open_clip import OpenCLIP
@@ -16,7 +17,8 @@ from .shared import Shared
 from .t5 import T5
 from .timm import Timm
 from .vit import ViT
+from .x_transformers import XTransformers
 
-ADAPTERS = (Bert(), Diffusers(), GPT2(), Llama(), OpenCLIP(), Shared(), T5(), Timm(), ViT())
+ADAPTERS = (Bert(), Diffusers(), Einops(), GPT2(), Llama(), OpenCLIP(), Shared(), T5(), Timm(), ViT(), XTransformers())
 
 __all__ = ["ADAPTERS"]
