@@ -17,8 +17,22 @@ from .shared import Shared
 from .t5 import T5
 from .timm import Timm
 from .vit import ViT
+from .vit_pytorch import ViTPytorch
 from .x_transformers import XTransformers
 
-ADAPTERS = (Bert(), Diffusers(), Einops(), GPT2(), Llama(), OpenCLIP(), Shared(), T5(), Timm(), ViT(), XTransformers())
+ADAPTERS = (
+    Bert(),
+    Diffusers(),
+    Einops(),
+    GPT2(),
+    Llama(),
+    OpenCLIP(),
+    Shared(),
+    T5(),
+    Timm(),
+    ViT(),
+    ViTPytorch(),
+    XTransformers(),
+)
 
 __all__ = ["ADAPTERS"]

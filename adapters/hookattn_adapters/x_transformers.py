@@ -1,4 +1,4 @@
-"""x-transformers: its Attend modules, in whatever order the layers are stacked."""
+"""x-transformers: its Attention modules, in whatever order the layers are stacked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from hookattn import Adapter, Site
 
-_LAYER = re.compile(r"(?:(.*)\.)?layers\.(\d+)\.1\.attend")
+_LAYER = re.compile(r"(?:(.*)\.)?layers\.(\d+)\.1")
 
 
 class XTransformers(Adapter):
@@ -23,7 +23,7 @@ class XTransformers(Adapter):
 
     name = "x-transformers"
     covers = ("x_transformers",)
-    attention = MappingProxyType({"Attend": "auto"})
+    attention = MappingProxyType({"Attention": "auto"})  # not the Attend in it, which never sees the heads being split
 
     def site(self, path: str, module: nn.Module, root: nn.Module) -> Site:
         """Layers of self-attention (``a``), cross-attention (``c``) and others are numbered together by the library."""

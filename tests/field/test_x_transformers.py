@@ -76,9 +76,10 @@ def test_a_decoder_with(name: str) -> None:
     _, own = model(ids(), return_intermediates=True)
     for call, kept in zip(trace, own.attn_intermediates, strict=True):
         if kept.post_softmax_attn is not None:
-            assert torch.equal(call.weights, kept.post_softmax_attn)
-        if name == "soft_clamp":
-            assert call.softcap == pytest.approx(3.0)
+            assert gap(call.weights, kept.post_softmax_attn) < 1e-6
+        if name == "soft_clamp":  # in a scripted function, of which the result alone can be seen
+            assert call.own_scores
+            assert call.scores[call.mask.expand_as(call.scores)].abs().max() <= 3.0
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -94,7 +95,7 @@ def test_what_is_no_softmax_over_products_is_listed(name: str) -> None:
     with pytest.warns(hookattn.SkippedWarning):
         trace = hookattn.trace(model, ids())
     assert len(trace) == 0
-    assert [s.path for s in trace.skipped] == [f"attn_layers.layers.{i}.1.attend" for i in (0, 2)]
+    assert [s.path for s in trace.skipped] == [f"attn_layers.layers.{i}.1" for i in (0, 2)]
 
 
 @pytest.mark.parametrize("flash", [False, True])
