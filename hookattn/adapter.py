@@ -60,7 +60,7 @@ class Adapter:
         return kind_of(path) if kind == "auto" else kind
 
     def knows(self, module: nn.Module) -> bool:
-        """Whether the class of a module is one that this adapter covers."""
+        """Whether the class of a module is one that this adapter covers: never one of another Python module."""
         where = type(module).__module__
         return any(where == name or where.startswith(name + ".") for name in self.covers)
 

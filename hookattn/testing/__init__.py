@@ -1,6 +1,10 @@
 """The conformance suite for adapters: what this library promises of a trace, checked on a model of yours.
 
-Subclass :class:`AdapterContract` in a test file, and pytest runs the whole suite::
+One call runs all of it, and tells everything that is wrong at once::
+
+    check_adapter(MyAdapter(), lambda: MyModel(layers=2), lambda: torch.arange(5)[None])
+
+Or subclass :class:`AdapterContract` in a test file, and pytest runs each check as a test::
 
     class TestMyModel(AdapterContract):
         adapter = MyAdapter()
@@ -11,14 +15,16 @@ Subclass :class:`AdapterContract` in a test file, and pytest runs the whole suit
         def inputs(self):
             return torch.arange(5)[None]
 
-The two functions it is made of stand on their own: :func:`check_trace` and :func:`check_clean`. Everything raises
-AssertionError, with the path of the call or module. Nothing here needs pytest.
+Two functions stand on their own: :func:`check_trace` and :func:`check_clean`. Everything raises AssertionError, with
+the path of the call or module. Nothing here needs pytest.
 """
 
 from __future__ import annotations
 
 from .calls import check_trace
+from .check import CHECKS, check_adapter
 from .clean import check_clean
 from .contract import AdapterContract
+from .failure import Failure
 
-__all__ = ["AdapterContract", "check_clean", "check_trace"]
+__all__ = ["CHECKS", "AdapterContract", "Failure", "check_adapter", "check_clean", "check_trace"]
