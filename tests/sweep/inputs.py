@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 ROWS, LENGTH = 3, 9
-WANTED = """input_ids attention_mask decoder_input_ids decoder_attention_mask pixel_values pixel_mask bbox input_features
+WANTED = """image_merge_sizes image_grid_hw
+input_ids attention_mask decoder_input_ids decoder_attention_mask pixel_values pixel_mask bbox input_features
 input_values image_grid_thw video_grid_thw grid_thw image_sizes spatial_shapes pixel_attention_mask mm_token_type_ids
 input_features_mask feature_attention_mask image_patches_indices token_type_ids padding_mask
 image_position_ids pixel_position_ids""".split()
@@ -60,7 +61,7 @@ class Inputs:
         media = [n for n in self.names if n in MEDIA and n not in self.given]
         open_names = [n for n in self.names if n in ALTERNATIVES and n not in self.given]
         choices = [range(len(ALTERNATIVES[n])) for n in open_names]
-        for chosen in itertools.islice(itertools.product(*choices), 48):
+        for chosen in itertools.islice(itertools.product(*choices), 60):
             self.generator.manual_seed(11)
             self.made = {n: (v() if callable(v) else v) for n, v in self.given.items()}
             self.media, self.length = [], LENGTH
@@ -133,9 +134,9 @@ class Inputs:
     def side(self, within: str = "vision") -> tuple[int, int]:
         """The height and width of an image."""
         size = self.find("image_size", "img_size", "crop_size", "image_resolution", default=32, within=within)
-        if isinstance(size, (list, tuple)):
+        if isinstance(size, (list, tuple)) and isinstance(size[0], int):
             return int(size[0]), int(size[-1])
-        return int(size), int(size)
+        return (size, size) if isinstance(size, int) else (32, 32)
 
     def channels(self) -> int:
         """Of an image."""
@@ -145,7 +146,9 @@ class Inputs:
     def patch(self) -> int:
         """The side of a patch."""
         p = self.find("patch_size", "spatial_patch_size", default=8, within="vision")
-        return p if isinstance(p, int) else p[-1]
+        while not isinstance(p, int):
+            p = p[-1]
+        return p
 
     def _placeholders(self) -> list[tuple[int, int]]:
         """(token, how many a row) for images and sounds, from the model's own features."""
@@ -235,7 +238,7 @@ def _grid(i: Inputs) -> tuple[int, int, int]:
 
 
 def _has_grid(i: Inputs) -> bool:
-    return any(n in i.parameters for n in ("image_grid_thw", "grid_thw"))
+    return any(n in i.parameters for n in ("image_grid_thw", "grid_thw", "image_grid_hw"))
 
 
 def _flat(i: Inputs) -> Tensor:
@@ -257,13 +260,18 @@ def _packed(i: Inputs) -> Tensor:
     return i.randn(ROWS, 16, i.channels() * i.patch() ** 2)
 
 
+def _patches5(i: Inputs) -> Tensor:
+    return i.randn(1, ROWS * 32, i.channels(), i.patch(), i.patch())
+
+
 def _frames(i: Inputs) -> Tensor:
     n = i.find("num_frames", "frames_per_clip", default=2, within="vision")
     return _image(i, ROWS, n)
 
 
 def _mel(i: Inputs) -> int:
-    return i.find("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "n_mels", "mel_bins", "input_size", "feature_size", "num_mel_filters", "subsampling_input_size", default=80, within="audio")
+    n = i.find("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "n_mels", "mel_bins", "input_size", "feature_size", "num_mel_filters", "subsampling_input_size", default=80, within="audio")
+    return n if isinstance(n, int) else 80
 
 
 def _time(i: Inputs) -> int:
@@ -312,6 +320,8 @@ ALTERNATIVES: dict[str, list[Callable[[Inputs], Any]]] = {
         lambda i: _image(i, ROWS, 2),
         _frames,
         _packed,
+        lambda i: _image(i, ROWS, 4),
+        _patches5,
         _flat_patches,
         lambda i: _image(i, ROWS * i.find("num_frames", default=4, within="vision")),
     ],
@@ -333,7 +343,8 @@ ALTERNATIVES: dict[str, list[Callable[[Inputs], Any]]] = {
     "attention_mask": [_mask, lambda i: None],
     "hidden_states": [_flat, _flat_patches, _latents, lambda i: i.randn(ROWS * 16, 64), lambda i: i.randn(ROWS, 64, 4, 4)],
 }
-MEDIA = ("pixel_values", "input_features", "input_values", "image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes",
+MEDIA = ("image_merge_sizes", "image_grid_hw", "padding_mask",
+         "pixel_values", "input_features", "input_values", "image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes",
          "pixel_attention_mask", "input_features_mask", "feature_attention_mask", "pixel_values_videos")
 RULES: dict[str, Callable[[Inputs], Any]] = {
     "input_ids": lambda i: i.tokens(),
@@ -352,8 +363,10 @@ RULES: dict[str, Callable[[Inputs], Any]] = {
     "mm_token_type_ids": _media_types,
     "token_type_ids": lambda i: torch.zeros(ROWS, i.length, dtype=torch.long),
     "input_features_mask": lambda i: torch.ones(ROWS, max(i.made["input_features"].shape[1:]) , dtype=torch.long),
-    "feature_attention_mask": lambda i: torch.ones(ROWS, _time(i), dtype=torch.long),
-    "padding_mask": lambda i: None,
+    "feature_attention_mask": lambda i: torch.ones(ROWS, i.made["input_features"].shape[-1], dtype=torch.long),
+    "padding_mask": lambda i: torch.ones(i.made["input_values"].shape, dtype=torch.bool) if isinstance(i.made.get("input_values"), Tensor) else None,
+    "image_merge_sizes": lambda i: torch.tensor([2] * ROWS),
+    "image_grid_hw": lambda i: torch.tensor([_grid(i)[1:]] * ROWS),
     "pixel_values_videos": lambda i: _frames(i),
     "past_values": lambda i: i.randn(ROWS, i.find("context_length", "seq_length", default=32) + max([0, *i.find("lags_sequence", default=[0])]), i.find("num_input_channels", default=1)).squeeze(-1),
     "past_observed_mask": lambda i: torch.ones_like(i.made["past_values"]),

@@ -61,6 +61,23 @@ def resnet3(cls: Any) -> Any:
     return cls(backbone_config=transformers.ResNetConfig(**small, out_indices=[2, 3, 4]), use_timm_backbone=False)
 
 
+def grid_positions() -> Tensor:
+    """3 16 2: the places of patches on a 4 × 4 grid."""
+    return torch.cartesian_prod(torch.arange(4), torch.arange(4))[None].expand(3, -1, -1)
+
+
+def patches(width: int) -> Callable[[], Tensor]:
+    """3 16 width: row and column from 1, then pixels."""
+    return lambda: torch.cat([grid_positions() + 1, randn(3, 16, width - 2)()], -1)
+
+
+def left_mask() -> Tensor:
+    """3 9: padded on the left alone."""
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :2] = 0
+    return mask
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 IMAGE = {"pixel_values": randn(3, 3, 64, 64)}
 SAM = {
@@ -75,6 +92,8 @@ SAM_CONFIG = {"vision_config.output_channels": 64, "prompt_encoder_config.image_
 SAM3 = {"vision_features": randn(3, 16, 64), "text_features": randn(3, 5, 64)}
 SERIES = {"prediction_length": 8, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
 POINTS = {"input_points": None, "input_labels": None, "input_boxes": randn(3, 2, 4), "input_masks": None}
+ROPE3 = {**ROPE, "mrope_section": [3, 3, 2]}
+TIMM = "needs timm, which needs torchvision; neither is installed"
 NO_PART = "is a part that only other models build, and is run with them"
 NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
 SESSION = "takes a video session object that only its processor makes"
@@ -237,4 +256,92 @@ RECIPES: dict[str, Recipe] = {
     "superpoint": Recipe(inputs=IMAGE),
     "cohere_compass_text": Recipe(config={"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}),
     "ministral": Recipe(config={"rope_parameters": ROPE}),
+}
+RECIPES |= {
+    "blt": Recipe(reason="transformers cannot build a cache for it: its configuration has no num_hidden_layers"),
+    "blt_local_encoder": Recipe(inputs={"patch_embeds": randn(3, 9, 64), "num_patches": 9, "patch_ids": lambda: torch.arange(9)[None].expand(3, -1)}, without=("encoder_attention_mask", "attention_mask")),
+    "chameleon": Recipe(config={"vocabulary_map": {"<image>": 120, "IMGIMGA": 3}}, without=("pixel_values",)),
+    "emu3": Recipe(config={"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}}, without=("pixel_values",)),
+    "cohere_compass": Recipe(config={"text_config.rope_parameters": {"full_attention": ROPE3, "sliding_attention": ROPE3}}),
+    "cohere_compass_text": Recipe(config={"rope_parameters": {"full_attention": ROPE3, "sliding_attention": ROPE3}}),
+    "dbrx": Recipe(config={"attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0}),
+    "dots1": Recipe(config={"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    "deepseek_ocr2_text": Recipe(config={"mlp_layer_types": ["dense", "sparse"]}),
+    "unlimited_ocr_text": Recipe(config={"mlp_layer_types": ["dense", "sparse"]}),
+    "lfm2_moe": Recipe(config={"layer_types": ["conv", "full_attention"]}),
+    "ernie4_5_vl_moe_text": Recipe(config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}),
+    "esmfold2": Recipe(reason="its three-dimensional rotary embedding needs heads of full width, and its trunk all of its sizes"),
+    "evolla": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
+    "fast_vlm": Recipe(reason=TIMM),
+    "gemma3n": Recipe(reason=TIMM),
+    "gemma3n_vision": Recipe(reason=TIMM),
+    "edgetam": Recipe(reason=TIMM),
+    "edgetam_vision_model": Recipe(reason=TIMM),
+    "pe_audio_video": Recipe(reason=TIMM),
+    "pe_audio_video_encoder": Recipe(reason=TIMM),
+    "pe_video": Recipe(reason=TIMM),
+    "pe_video_encoder": Recipe(reason=TIMM),
+    "perception_lm": Recipe(reason=TIMM),
+    "timm_backbone": Recipe(reason=TIMM),
+    "timm_wrapper": Recipe(reason=TIMM),
+    "omdet-turbo": Recipe(reason=TIMM),
+    "gemma3n_text": Recipe(config={"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": [48, 48, 48, 48]}),
+    "gemma4_vision": Recipe(inputs={"pixel_position_ids": grid_positions}),
+    "granite_docling": Recipe(inputs={"pixel_values": randn(3, 1, 3, 32, 32), "pixel_attention_mask": ones(3, 1, 32, 32)}),
+    "granite_speech5_ctc": Recipe(inputs={"input_features": randn(3, 60, 320)}),
+    "granite_speech5_encoder": Recipe(inputs={"input_features": randn(3, 60, 320)}),
+    "inkling2_vision": Recipe(inputs={"pixel_values": randn(12, 2, 16, 16, 3)}),
+    "inkling_audio": Recipe(inputs={"audio_input_ids": ints(10, 3, 9, 80)}),
+    "inkling_vision": Recipe(reason="its patch embedding does not shrink: building it takes half a minute"),
+    "inkling_mm_model": Recipe(reason="its patch embedding does not shrink: building it takes half a minute; its text model has a row"),
+    "instructblipvideo": Recipe(inputs={"pixel_values": randn(3, 4, 3, 32, 32), "qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
+    "jev": Recipe(inputs={"marks": ones(3, 9), "num_options": lambda: torch.tensor([2, 2, 2]), "question_type_ids": lambda: torch.zeros(3, dtype=torch.long)}),
+    "janus_vqgan": Recipe(reason="a convolutional codec whose image size its decoder fixes"),
+    "kyutai_speech_to_text": Recipe(inputs={"input_ids": ints(60, 3, 9, 33)}),
+    "lw_detr": Recipe(config={"backbone_config.num_windows": 4, "backbone_config.image_size": 32, "group_detr": 2}),
+    "lxmert": Recipe(config={"visual_feat_dim": 64}, inputs={"visual_feats": randn(3, 5, 64), "visual_pos": randn(3, 5, 4)}),
+    "mistral4": Recipe(config={"qk_head_dim": 24, "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.3334}}),
+    "moonshine_streaming": Recipe(config={"num_key_value_heads": 4, "encoder_config.num_key_value_heads": 4}),
+    "mllama": Recipe(inputs={"pixel_values": randn(3, 1, 4, 3, 32, 32), "aspect_ratio_ids": ones(3, 1), "aspect_ratio_mask": ones(3, 1, 4), "cross_attention_mask": ones(3, 9, 1, 4)}, config={"vision_config.vision_output_dim": 128}),
+    "nemotron_h": Recipe(config={"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1}),
+    "neomme": Recipe(without=("pixel_values",)),
+    "oneformer": Recipe(inputs={"task_inputs": ints(60, 3, 77), "pixel_values": randn(3, 3, 128, 128)}, without=("pixel_mask",)),
+    "minicpm_ocr_vision": Recipe(inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "minicpmv4_6_vision": Recipe(inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "minicpmv4_7_vision": Recipe(inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}),
+    "pi0": Recipe(inputs={"action_embeds": randn(3, 5, 64), "pixel_values": randn(3, 1, 3, 32, 32), "pixel_attention_mask": lambda: torch.ones(3, 1, dtype=torch.bool)}),
+    "pix2struct": Recipe(inputs={"flattened_patches": patches(770), "attention_mask": ones(3, 16)}, config={"vision_config.patch_embed_hidden_size": 768}),
+    "pix2struct_vision_model": Recipe(inputs={"flattened_patches": patches(770), "attention_mask": ones(3, 16)}, config={"patch_embed_hidden_size": 768}),
+    "pix2struct_text_model": Recipe(config={"initializer_range": 0.02}),
+    "musicgen": Recipe(config={"dropout": 0.0}),
+    "musicgen_melody": Recipe(config={"dropout": 0.0}),
+    "qwen2_5_omni_bigvgan": Recipe(inputs={"mel_spectrogram": randn(3, 64, 20)}, config={"upsample_initial_channel": 64}),
+    "qwen2_5_omni_dit": Recipe(config={"mel_dim": 80}, inputs={"hidden_states": randn(2, 24, 80), "condition_vector": randn(2, 24, 80), "speaker_embedding": randn(2, 24, 192), "quantized_code": ints(50, 2, 12), "time_step": lambda: torch.tensor(0.5), "apply_cfg": False}),
+    "qwen3_omni_moe_audio_encoder": Recipe(inputs={"input_features": randn(128, 64), "feature_lens": lambda: torch.tensor([32, 32])}),
+    "qwen3_omni_moe_talker_text": Recipe(config={"shared_expert_intermediate_size": 48}),
+    "qwen3_asr_encoder": Recipe(inputs={"input_features": randn(3, 128, 64), "input_features_mask": ones(3, 64)}),
+    "sam": Recipe(config=SAM_CONFIG, inputs={"input_points": randn(3, 1, 2, 2)}),
+    "sapiens2": Recipe(config={"num_key_value_heads_per_layer": [4, 2], "num_first_full_attention_layers": 1, "num_last_full_attention_layers": 1}),
+    "seggpt": Recipe(config={"merge_index": 0, "intermediate_hidden_state_indices": [1], "image_size": [64, 32]}, inputs={"pixel_values": randn(3, 3, 32, 32), "prompt_pixel_values": randn(3, 3, 32, 32), "prompt_masks": randn(3, 3, 32, 32)}),
+    "step3p7": Recipe(config={"text_config.sliding_window": 4}),
+    "superpoint": Recipe(config={"keypoint_decoder_dim": 65}, inputs=IMAGE),
+    "superglue": Recipe(config={"keypoint_detector_config.keypoint_decoder_dim": 65}, inputs={"pixel_values": randn(3, 2, 3, 64, 64)}),
+    "lightglue": Recipe(config={"keypoint_detector_config.keypoint_decoder_dim": 65}, inputs={"pixel_values": randn(3, 2, 1, 64, 64)}),
+    "sam3_geometry_encoder": Recipe(reason="samples regions with torchvision"),
+    "sam3_lite_text_geometry_encoder": Recipe(reason="samples regions with torchvision"),
+    "t5gemma2_decoder": Recipe(config={"dropout_rate": 0.0}, inputs={"encoder_hidden_states": randn(3, 7, 64), "encoder_attention_mask": ones(3, 7)}),
+    "unlimited_ocr_vision_encoder": Recipe(inputs={"pixel_values": randn(3, 3, 32, 32), "patch_embeds": randn(3, 64, 4, 4)}),
+    "vipllava": Recipe(config={"vision_feature_layers": [-2, -1]}),
+    "vitmatte": Recipe(inputs={"pixel_values": randn(3, 4, 64, 64)}, config={"fusion_hidden_sizes": [64, 32, 16, 16]}),
+    "xcodec": Recipe(inputs={"input_values": randn(3, 1, 4000)}),
+    "zamba": Recipe(config={"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32}),
+    "zoedepth": Recipe(config={"bottleneck_features": 64, "fusion_hidden_size": 64}),
+    "molmo2": Recipe(config={"adapter_config.vision_feature_layer": [-1, -2]}),
+    "qwen2_audio": Recipe(inputs={"attention_mask": left_mask}),
+    "efficientloftr": Recipe(reason="its widths follow a fixed convolutional backbone"),
+    "efficientnet": Recipe(reason="a convolutional net whose widths do not shrink; no attention"),
+    "gemma4_assistant": Recipe(reason="its default configuration does not pass its own validation"),
+    "gemma4_unified_assistant": Recipe(reason="takes the cache of another model"),
+    "muse_spark": Recipe(reason="its audio tower's stages do not shrink by rule; its text model has a row"),
+    "moshi_depth": Recipe(inputs={"input_ids": ints(60, 3, 3), "last_hidden_state": randn(3, 1, 64)}, without=("attention_mask",)),
 }

@@ -76,6 +76,14 @@ _SMALL = {
     "post_conv_in_channels": WIDTH,
     "text_embed_dim": WIDTH,
     "n_window": 8,
+    "num_experts_per_tok": 2,
+    "keypoint_decoder_dim": 65,
+    "vision_output_dim": WIDTH,
+    "projector_input_dim": WIDTH,
+    "projector_output_dim": WIDTH,
+    "n_groups": 1,
+    "adapter_input_size": WIDTH,
+    "nemo_conv_channels": WIDTH,
 }
 
 
@@ -172,6 +180,8 @@ def _layers_kept(values: Mapping[str, Any], fields: set[str]) -> tuple[int, list
 def _value(name: str, value: Any, values: Mapping[str, Any], n: int, kept: list[int] | None, stages: bool, case: Case) -> Any:
     if value is None and name in _PLACEHOLDERS and any(isinstance(v, PreTrainedConfig) for v in values.values()):
         return VOCAB - 20 - _PLACEHOLDERS.index(name)
+    if value is None and isinstance(values.get("num_attention_heads"), int) and name in ("num_key_value_heads", "head_dim"):
+        return KV_HEADS if name == "num_key_value_heads" else HEAD
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -209,13 +219,13 @@ def _int(name: str, x: int, values: Mapping[str, Any], n: int, kept: list[int] |
         return min(x, 2)
     if name in ("n_group", "topk_group", "num_expert_groups", "n_groups_topk", "topk_groups"):
         return min(x, 1)
+    if name in _SMALL:
+        return min(x, _SMALL[name])
     for pattern, most in ((_FF, FF), (_POSITIONS, 128), (_WINDOW, 4), (_LATENTS, 6)):
         if pattern.search(name):
             return min(x, most)
     if _IMAGE.search(name):
         return min(x, (4 if "window_size" in values else 2) * IMAGE if stages else IMAGE)
-    if name in _SMALL:
-        return min(x, _SMALL[name])
     if name in ("num_heads", "mamba_n_heads", "n_mamba_heads") and any(isinstance(values.get(e), int) for e in ("expand", "mamba_expand")):
         return min(x, next(values[e] for e in ("expand", "mamba_expand") if isinstance(values.get(e), int)) * WIDTH // HEAD)
     if _PATCH.search(name):

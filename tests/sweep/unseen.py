@@ -20,6 +20,11 @@ _ATTENTION = re.compile(r"(?i:attention|attn)")
 _PART = re.compile(r"(?i:output|projection|bias|mask|norm|mlp|dropout|loss|pool|layer$|block$|router|embed|model|encoder|decoder|head$|stack|feed|gate|conv)")
 # A softmax that weighs something else than keys: experts, codes, classes, boxes.
 _NOT_ATTENTION = re.compile(r"(?i:router|gate$|gating|topk|moe|expert|quantiz|classif|predict|head$|loss|integral|distribution|lmhead|sparsemlp|feedforward|ffn|hyperconn|mixer$|mlp)")
+# Classes with a softmax of their own that is no attention, where the name does not tell.
+_ELSEWHERE = {
+    "Ovis2VisionModel": "visual words are a softmax over a vocabulary",
+    "RwkvFeedForward": "a feed forward that a name matches",
+}
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Seen:
         known = {*captured, *skipped}
         found = []
         for (path, cls, op), n in self.kernels.items():
-            if not _covered(path, known) and not _NOT_ATTENTION.search(cls):
+            if not _covered(path, known) and not _NOT_ATTENTION.search(cls) and cls not in _ELSEWHERE:
                 found.append(f"{op} × {n} in {path or '<model>'} ({cls})")
         for path, cls in self.attention.items():
             if not _covered(path, known):

@@ -30,7 +30,7 @@ def draw(model: nn.Module, gain: float = 1.6) -> None:
         gain: how large what queries and keys are made with is, in units that keep the variance.
     """
     for name, p in model.named_parameters():
-        if not p.is_floating_point() or p.is_meta or _KEEP.search(name):
+        if not p.is_floating_point() or p.is_meta or not p.numel() or _KEEP.search(name):
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(p.shape, generator=generator)
@@ -42,10 +42,10 @@ def _new(name: str, p: Tensor, noise: Tensor, gain: float) -> Tensor:
     if p.dim() < 2:
         if _SHALLOW.search(name) and p.numel() and p.abs().max() < 0.2:
             return 0.5 + 0.1 * noise
-        constant = p.numel() > 0 and bool((p == p.reshape(-1)[0]).all())
+        constant = bool((p == p.reshape(-1)[0]).all())
         if not constant:
             return p + 0.1 * noise
-        first = float(p.reshape(-1)[0]) if p.numel() else 0.0
+        first = float(p.reshape(-1)[0])
         if "sink" in name:
             return noise
         scale = gain if asks and first == 1 else 1.0
