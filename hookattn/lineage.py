@@ -96,6 +96,11 @@ class Lineage:
         own = [i for i, c in enumerate(calls) if not crosses(c)]
         filled = {i: self._filled(calls[i], *sizes[i]) for i in own}
         first = self._first(step, t, {i: (filled[i], sizes[i][1]) for i in own}, calls)
+        if t < self.length and first == 0:
+            raise StitchError(
+                f"step {step} of the {self.stack} stack begins again with {t} positions, after {self.length} of the "
+                "steps before it: these are several generations. Stitch the steps of each: trace.select(step=…)."
+            )
         places = []
         for i, (_, s) in enumerate(sizes):
             if i not in filled:

@@ -83,7 +83,7 @@ def complaint(kind: type[Exception] = BrokenAdapterError, *, option: str = "plai
 
 # Once the plan asks the adapters through `registry.check` and `registry.site_of`.
 ASKED = pytest.mark.xfail(
-    condition="registry" not in str(__import__("inspect").getsource(sys.modules["hookattn.plan"]._look)),
+    condition="site_of" not in str(__import__("inspect").getsource(sys.modules["hookattn.plan"]._look)),
     reason="the plan asks adapters directly",
     strict=False,
 )

@@ -19,7 +19,8 @@ import hookattn
 from hookattn import AdapterCheckError, KernelCall
 from hookattn.hooks import Brackets
 from hookattn.session import Session
-from hookattn.testing import check_adapter
+from hookattn.testing import Failure, check_adapter
+from hookattn.testing.failure import listing
 from tests import reference
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
@@ -395,3 +396,20 @@ def test_a_call_that_is_lost_in_half_precision_alone_is_caught(monkeypatch: pyte
 
     monkeypatch.setattr(Session, "record", some)
     assert {f.check for f in caught(Toy).failures} == {"half precision"}
+
+
+def test_what_holds_for_many_calls_is_said_once() -> None:
+    failures = [Failure(f"layers.{i}", "a promise", "this", "that", "do so", "a check") for i in range(9)]
+    told = listing("title", [*failures, *failures])
+    assert told.splitlines() == [
+        "title",
+        "",
+        "a check",
+        *(f"  layers.{i}" for i in range(4)),
+        "  and 5 more",
+        "    a promise",
+        "    expected  this",
+        "    got       that",
+        "    mend      do so",
+    ]
+    assert str(failures[0]) == "layers.0: a promise: expected this, got that. Do so."

@@ -475,6 +475,18 @@ def test_forwards_of_different_sequences_are_not_one_generation() -> None:
         trace.stitch()
 
 
+def test_two_generations_from_one_prompt_are_not_one() -> None:
+    model = tiny.llama()
+    with hookattn.tracing(model) as trace:
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            tokens = model.generate(**prompt(model), max_new_tokens=4, min_new_tokens=4, do_sample=True)
+    for beams in (None, False):
+        with pytest.raises(StitchError, match=r"step 4 .* begins again with 6 positions, after 9"):
+            trace.stitch(beams=beams)
+    compare(trace.select(step=[4, 5, 6, 7]).stitch(), over(model, tokens))
+
+
 def test_selected_queries_leave_gaps() -> None:
     model = tiny.llama()
     with hookattn.tracing(model, queries=slice(-1, None)) as trace:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+_SHOWN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -47,14 +49,20 @@ def require(failures: Iterable[Failure]) -> None:
 
 
 def listing(title: str, failures: Iterable[Failure]) -> str:
-    """All failures, each check's together, indented so that they can be read in a terminal."""
-    lines, last = [title], ""
+    """All failures: each check's together, and what is said of several calls once, so that it fits a terminal."""
+    said: dict[str, dict[Failure, list[str]]] = {}
     for f in failures:
-        if f.check != last:
-            lines.append(f"\n{f.check}")
-            last = f.check
-        lines.append(f"  {f.where}")
-        lines.append(f"    {f.what}")
-        lines += [f"    {word:<9} {said}" for word, said in (("expected", f.expected), ("got", f.got)) if said]
-        lines += [f"    mend      {f.mend}"] if f.mend else []
+        places = said.setdefault(f.check, {}).setdefault(replace(f, where=""), [])
+        if f.where not in places:
+            places.append(f.where)
+    lines = [title]
+    for check, several in said.items():
+        lines.append(f"\n{check}")
+        for f, places in several.items():
+            more = [f"and {len(places) - _SHOWN} more"] if len(places) > _SHOWN else []
+            lines += [f"  {place}" for place in (*places[:_SHOWN], *more)]
+            lines.append(f"    {f.what}")
+            lines += [
+                f"    {word:<9} {x}" for word, x in (("expected", f.expected), ("got", f.got), ("mend", f.mend)) if x
+            ]
     return "\n".join(lines)

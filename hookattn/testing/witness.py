@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..store.rawbytes import byte_blocks
 from ..trace import Call, Trace
 from .case import Case, NotApplicable
 from .failure import Failure
@@ -46,13 +47,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, x: Any) -> None:
         for t in tree_leaves(x):
-            if isinstance(t, Tensor) and t.numel() in self.sizes and t.is_floating_point():
+            if isinstance(t, Tensor) and t.is_floating_point() and not t.is_nested and t.numel() in self.sizes:
                 self.seen.add(_key(t))
 
 
 def _key(x: Tensor) -> _Key:
-    flat = x.detach().cpu().contiguous().view(-1)
-    return x.dtype, flat.view(torch.uint8).numpy().tobytes()
+    return x.dtype, b"".join(bytes(block) for block in byte_blocks(x))  # a block lasts until the next
 
 
 def witness(case: Case) -> Iterator[Failure]:
