@@ -21,7 +21,7 @@ from .errors import (
     SkippedWarning,
     UnfaithfulWarning,
 )
-from .hooks import make_plan
+from .plan import check_meta, make_plan
 from .selection import Selection
 from .session import Session
 from .trace import Trace
@@ -136,6 +136,7 @@ def tracing(
             yield made
         except Exception as error:
             if not isinstance(error, HookattnError):
+                check_meta(model)  # the reason, then
                 error.add_note(
                     "hookattn: raised by the model or the traced block itself; nothing is left on the model."
                 )
@@ -218,6 +219,7 @@ def _check_result(session: Session) -> None:
     if made.calls:
         return
     if session.recorded == 0 and not made.skipped:
+        check_meta(session.plan.model)
         if session.step < 0 and not session.ran:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import compute_dtype, dot_scores, softmax_weights, weighted_values
+from .attention import compute_dtype, weighted_values
 from .record import KernelCall
 
 # Allowed distance in units of the largest |v| (output) and of 1 (weights), by the dtype the kernel ran in: a few times
 # the rounding of the longest sum that occurs; a wrong mask, scale or head order is off by orders of magnitude more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 SAMPLE = 8
+_LEAST = 1e-3  # no head is held to more than this of a unit, however small its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Certificate:
 
     Attributes:
         status: ``faithful``, ``unfaithful``, or ``unverified`` (verification was off).
-        output_error: max abs error of weights·v against the kernel's own output.
+        output_error: max abs error of weights·v against the kernel's own output, of the head that is furthest from it
+            for the size of its values.
         weights_error: max abs error of the derived weights against the model's own; None where it forms none.
         row_sum_error: max distance of a row sum from 1 (with sinks: above 1).
         tolerance: the bound for ``output_error``.
@@ -70,68 +73,61 @@ UNVERIFIED = Certificate("unverified", 0.0, None, 0.0, 0.0, 0.0, 0, 0, "nothing"
 
 
 @dataclass(slots=True)
-class Later:
-    """What a measurement needs that is put off: the rows that are checked, k and v whole, of one plain call."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    output: Tensor
-    weights: Tensor | None
-    mask: Tensor | None
-    mask_key: int
-    empty: bool
-    scale: float
-
-    def key(self) -> tuple[object, ...]:
-        """Calls of one key are measured together."""
-        return (
-            self.q.shape,
-            self.k.shape,
-            self.v.shape,
-            self.q.dtype,
-            self.weights is None,
-            self.mask_key,
-            self.mask is None or self.mask.shape[:2] == (1, 1),
-        )
-
-
-@dataclass(slots=True)
 class Pending:
-    """Measured, but not yet read from the device: reading waits until the forward is over."""
+    """N calls of one shape, measured but not yet read from the device: reading waits until the forward is over.
 
-    errors: Tensor | None  # output error, weights error, row-sum excess, max |v|
+    Attributes:
+        values: 1-D: N row-sum excesses, N weights errors if the model formed weights of its own, then for each call its
+            output errors, then for each call the largest ``|v|`` that they are held against.
+        counts: how many output errors a call has (one for each batch entry and head, or one), and how many ``|v|``.
+        unit: the allowed distance per unit, from :data:`TOLERANCE`.
+        rows: query rows checked, of ``of_rows``.
+        formed: whether the model formed weights of its own.
+        basis: what the rebuilt output was compared with.
+    """
+
+    values: Tensor
+    counts: tuple[int, int]
     unit: float
     rows: int
     of_rows: int
-    formed: bool
-    basis: str
-    later_on: Later | None = None
+    formed: bool = False
+    basis: str = "output"
 
-    @classmethod
-    def later(cls, what: Later, call: KernelCall, rows: slice) -> Pending:
-        """A measurement that is put off."""
-        t = call.q.shape[2]
-        return cls(None, _unit(call), len(range(*rows.indices(t))), t, False, "output", what)
+    def settle(self, n: int, values: list[float]) -> list[Certificate]:
+        """The certificates of the N calls, from the values of ``values``."""
+        errors, sizes = self.counts
+        start = 2 * n if self.formed else n
+        then = start + n * errors
+        return [
+            self._certify(
+                values[i],
+                values[n + i] if self.formed else None,
+                values[start + i * errors : start + (i + 1) * errors],
+                values[then + i * sizes : then + (i + 1) * sizes],
+            )
+            for i in range(n)
+        ]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the measurement is, or will be made."""
-        if self.later_on is not None:
-            return self.later_on.q.device
-        assert self.errors is not None
-        return self.errors.device
-
-    def settle(self, values: list[float]) -> Certificate:
-        """The certificate, from the values of ``errors``."""
-        output, weights, excess, size = values
+    def _certify(self, excess: float, weights: float | None, errors: list[float], sizes: list[float]) -> Certificate:
+        """One certificate; its output error is that of the head that is worst off for the size of its values."""
         unit = self.unit
-        tolerance = unit * max(size, 1e-3)
-        good = output <= tolerance and weights <= unit and excess <= 4 * unit  # NaN fails
+        bounds = [unit * max(size, _LEAST) for size in sizes] or [unit * _LEAST]
+        if len(errors) < len(bounds):
+            bounds = [max(bounds)]
+        per = max(len(errors) // len(bounds), 1)  # query heads of one key head
+        worst, output, tolerance = -1.0, 0.0, max(bounds)
+        for i, error in enumerate(errors):
+            bound = bounds[i // per]
+            if not error / bound <= worst:  # NaN is worse than anything
+                worst, output, tolerance = error / bound, error, bound
+                if math.isnan(error):
+                    break
+        good = output <= tolerance and (weights is None or weights <= unit) and excess <= 4 * unit  # NaN fails
         return Certificate(
             "faithful" if good else "unfaithful",
             output,
-            weights if self.formed else None,
+            weights,
             excess,
             tolerance,
             unit,
@@ -166,72 +162,52 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
     used = derived if own is None else own if call.applied is None else call.applied[:, :, rows]
     wide = compute_dtype(call.q.dtype)
     live = None if mask is None else (mask[:, :, rows] if mask.shape[2] > 1 else mask).any(-1, keepdim=True)
-    zero = derived.new_zeros(())
     if call.outer_error is not None:
-        output_error, basis = call.outer_error.to(wide), "what the fused layer returned"
+        errors, basis = call.outer_error.to(wide).reshape(1), "what the fused layer returned"
     elif reference is None:
-        output_error, basis = zero, "nothing: the kernel's output was not seen"
+        errors, basis = derived.new_zeros(1), "nothing: the kernel's output was not seen"
     else:
         gap = weighted_values(used.to(wide), call.v) - reference[:, :, rows]
-        output_error = _largest(gap, live)
-    weights_error = zero if own is None else _largest(derived - own, live)
+        errors = largest(gap, live, 2).flatten()
     total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
     if not derived.shape[-1]:
-        total = total.new_zeros(())  # no keys: no row has anything to attend to
-    excess = _largest(total if call.sinks is None else total.clamp_min(0), live)
-    size = _largest(call.v.to(wide), None)
-    errors = torch.stack([output_error, weights_error.to(wide), excess, size])
-    return Pending(errors, _unit(call), len(range(*rows.indices(t))), t, own is not None, basis)
+        total = total.new_zeros((1,) * 4)  # no keys: no row has anything to attend to
+    excess = largest(total if call.sinks is None else total.clamp_min(0), live)
+    v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
+    sizes = largest(v.to(wide), None, 2).flatten()
+    weights_error = [] if own is None else [largest(derived - own, live).to(wide)]
+    values = torch.cat([excess, *weights_error, errors.to(wide), sizes])
+    counts = errors.numel(), sizes.numel()
+    return Pending(values, counts, unit_of(call), len(range(*rows.indices(t))), t, own is not None, basis)
 
 
-def measure_all(pending: list[Pending]) -> None:
-    """Make the measurements that were put off, all calls of one shape at once."""
-    groups: dict[tuple[object, ...], list[Pending]] = {}
-    for one in pending:
-        if one.later_on is not None:
-            groups.setdefault(one.later_on.key(), []).append(one)
-    for several in groups.values():
-        whats = [p.later_on for p in several if p.later_on is not None]
-        n, first = len(whats), whats[0]
-        shared = first.mask is None or first.mask.shape[:2] == (1, 1)
-        for start in range(0, n, n if shared else 1):
-            part = slice(start, n if shared else start + 1)
-            for p, errors in zip(several[part], _measure_group(whats[part]), strict=True):
-                p.errors, p.later_on = errors, None
+def read(pending: Sequence[tuple[int, Pending]]) -> list[list[Certificate]]:
+    """The certificates of what was measured, each with the number of its calls; one transfer for each device."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (_, one) in enumerate(pending):
+        places.setdefault((one.values.device, one.values.dtype), []).append(i)
+    made: dict[int, list[Certificate]] = {}
+    for several in places.values():
+        parts = [pending[i][1].values for i in several]
+        flat: list[float] = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
+        start = 0
+        for i, part in zip(several, parts, strict=True):
+            n, one = pending[i]
+            made[i] = one.settle(n, flat[start : start + part.numel()])
+            start += part.numel()
+    return [made[i] for i in range(len(pending))]
 
 
-def _measure_group(whats: list[Later]) -> Tensor:
-    """N plain calls of one shape and mask -> N 4, as :class:`Pending` has them."""
-    first, n = whats[0], len(whats)
-    wide = compute_dtype(first.q.dtype)
-    v = torch.cat([w.v for w in whats]).to(wide)
-    live = first.mask.any(-1, keepdim=True) if first.mask is not None and first.empty else None
-    if first.weights is None:
-        scales = [w.scale for w in whats]
-        q = torch.cat([w.q for w in whats])
-        scores = dot_scores(q, torch.cat([w.k for w in whats]), scales[0])
-        if any(s != scales[0] for s in scales):
-            factors = scores.new_tensor([s / scales[0] for s in scales])
-            scores.mul_(factors.repeat_interleave(first.q.shape[0]).view(-1, 1, 1, 1))
-        weights = softmax_weights(scores, first.mask, empty=first.empty)
-    else:
-        weights = torch.cat([w.weights for w in whats if w.weights is not None]).to(wide)
-    gap = weighted_values(weights, v) - torch.cat([w.output for w in whats])
-    excess = weights.sum(-1, keepdim=True) - 1
-    if live is not None:
-        gap, excess = torch.where(live, gap, 0.0), torch.where(live, excess, 0.0)
-    largest = [x.reshape(n, -1).abs().amax(1) for x in (gap, excess, v)]
-    return torch.stack([largest[0], torch.zeros_like(largest[0]), largest[1], largest[2]], 1)
-
-
-def _unit(call: KernelCall) -> float:
+def unit_of(call: KernelCall) -> float:
     """The allowed distance per unit, by the narrowest dtype that was computed in."""
     dtypes = (call.q.dtype, call.softmax_dtype or call.q.dtype)
     return max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
 
 
-def _largest(x: Tensor, live: Tensor | None) -> Tensor:
-    """Max abs over rows that have something to attend to."""
+def largest(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:
+    """Max abs over all dimensions after the first ``keep``, of rows that have something to attend to; 1-D for none."""
     if live is not None:
         x = torch.where(live, x, 0.0)
-    return torch.linalg.vector_norm(x, ord=torch.inf) if x.numel() else x.new_zeros(())
+    if not x.numel():
+        return x.new_zeros(x.shape[:keep] if keep else 1)
+    return x.abs().flatten(keep).amax(keep) if keep else x.abs().amax().reshape(1)

@@ -4,23 +4,85 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+_FLAT = frozenset({str, int, float, bool, type(None), list, tuple, dict})
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Class, configuration and versions of a model and of the libraries that run it."""
-    config: Any = getattr(model, "config", None)
+
+class Description(Mapping[str, Any]):
+    """A mapping that is made when somebody reads it: turning a configuration into plain data costs as much as a layer.
+
+    Args:
+        make: makes it, of what was noted when the model ran.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Any]]):
+        self._make: Callable[[], dict[str, Any]] | None = make
+        self._made: dict[str, Any] = {}
+
+    def _read(self) -> dict[str, Any]:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
+
+    def __getitem__(self, key: str) -> Any:
+        return self._read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        return self._read() == other if isinstance(other, dict) else super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._read(),)
+
+
+def describe_model(model: nn.Module) -> Description:
+    """Class, configuration and versions of a model and of the libraries that run it, as they are now."""
+    cls, config = type(model), _noted(getattr(model, "config", None))
+
+    def make() -> dict[str, Any]:
+        package = cls.__module__.partition(".")[0]
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        version = getattr(sys.modules.get(package), "__version__", None)
+        if isinstance(version, str):
+            versions[package] = version
+        return {"class": cls.__name__, "module": cls.__module__, "config": _plain(config), "versions": versions}
+
+    return Description(make)
+
+
+def _noted(config: Any) -> Any:
+    """A copy that later changes of the configuration, or of those within it, don't reach."""
+    if isinstance(config, dict):
+        return dict(config)
+    if not hasattr(config, "__dict__"):
+        return config
+    values = vars(config)
+    if not hasattr(config, "to_dict"):
+        return dict(values)
+    copy = object.__new__(type(config))
+    vars(copy).update(values)
+    for name, value in values.items():
+        if type(value) not in _FLAT and hasattr(value, "to_dict"):
+            vars(copy)[name] = _noted(value)
+    return copy
+
+
+def _plain(config: Any) -> Any:
     if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    elif config is not None and not isinstance(config, dict):
-        config = dict(vars(config)) if hasattr(config, "__dict__") else repr(config)
-    cls = type(model)
-    package = cls.__module__.partition(".")[0]
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    version = getattr(sys.modules.get(package), "__version__", None)
-    if isinstance(version, str):
-        versions[package] = version
-    return {"class": cls.__name__, "module": cls.__module__, "config": config, "versions": versions}
+        return config.to_dict()
+    return config if config is None or isinstance(config, dict) else repr(config)

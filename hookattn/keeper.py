@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention as math
-from .certificate import Later, Pending, measure, rows_to_check
+from .call import Call
+from .certificate import Pending, measure, read, rows_to_check, unit_of
+from .later import SMALL, Small, Waiting
+from .masks import Masked, complete
+from .quiet import Quiet
 from .record import FIELDS, KernelCall
 from .selection import Selection, grouped, restrict
 from .site import Site
-from .trace import Call
 
-# Up to this many elements of k a call is measured together with others: what costs is the number of operations.
-_SMALL = 1 << 18
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
+_CONTIGUOUS = torch.contiguous_format
 
 
 class Keeper:
@@ -27,10 +28,18 @@ class Keeper:
     Args:
         selection: what is kept of each.
         verify: ``"sample"``, ``"full"`` or ``"off"``.
+        wait: whether small calls may be derived and measured together, after the kernel ran.
     """
 
-    def __init__(self, selection: Selection, verify: str):
+    def __init__(self, selection: Selection, verify: str, wait: bool):
         self.selection, self.verify = selection, verify
+        self.fields = tuple(f for f in FIELDS if f in selection.capture)
+        self.derivable = {"q", "k", "mask", "bias", "sinks"} <= selection.capture
+        self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
+        self.measured: list[tuple[Call, Pending]] = []
+        self._wait = wait and not (selection.heads or selection.queries or selection.dtype or selection.device)
+        self._outputs = verify != "off" or "output" in selection.capture
+        self._waits = verify != "off" or self.waiting.scores or self.waiting.weights
         self._shared: dict[Any, tuple[Tensor | None, Any, Tensor | None]] = {}
 
     def forget(self) -> None:
@@ -39,137 +48,139 @@ class Keeper:
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
-        return self._once("split", additive, lambda: math.split_additive(additive))  # type: ignore[no-any-return]
+        with Quiet(additive):
+            return self._once("split", additive, lambda: math.split_additive(additive))  # type: ignore[no-any-return]
 
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""
         return field in self.selection.capture
 
-    def keep(self, call: KernelCall, site: Site, step: int, index: int, put_off: bool) -> tuple[Call, Pending | None]:
-        """What is kept of one call, and its certificate's measurements.
-
-        With ``put_off`` a small call may be measured later, together with others, from the tensors that are kept.
+    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        """What is kept of one call.
 
         Raises:
             SelectionError: a selected head or query is not there.
         """
-        # A function mode of the user's own shall not see what is computed here.
-        with torch.no_grad(), torch._C.DisableTorchFunction(), _without_autocast(call.q.device.type):
-            return self._make(call, site, step, index, put_off)
+        if self._wait and self._is_small(call):
+            grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                return self._keep_small(call, site, step, index)
+            finally:
+                torch._C._set_grad_enabled(grad)
+        with Quiet(call.q):
+            return self._keep_now(call, site, step, index)
 
-    def _make(self, call: KernelCall, site: Site, step: int, index: int, put_off: bool) -> tuple[Call, Pending | None]:
+    def settle(self) -> None:
+        """Derive what waits, and read what was measured into the calls' certificates."""
+        self.waiting.settle()
+        pairs, self.measured = self.measured, []
+        for (call, _), certificates in zip(pairs, read([(1, p) for _, p in pairs]), strict=True):
+            call.certificate = certificates[0]
+
+    # Small and plain calls, which wait
+
+    def _is_small(self, call: KernelCall) -> bool:
+        """Whether a call is small and plain enough to wait for others of its shape."""
+        q, k, v = call.q, call.k, call.v
+        if not (
+            type(q) is type(k) is type(v) is type(call.output) is Tensor
+            and call.bias is call.weights is call.scores is call.sinks is None
+            and call.undropped is call.outer_error is None
+            and call.softcap is None
+            and not call.opaque
+            and type(call.scale) is float
+            and call.scale != 0
+            and not torch._C._len_torch_function_stack()
+        ):
+            return False
+        b, h, t, d = q.shape
+        s, keys, values = k.shape[2], k.numel(), v.numel()
+        return (
+            0 < keys <= SMALL
+            and 0 < values <= SMALL
+            and 0 < b * h * t * d <= SMALL
+            and b * h * t * s <= SMALL
+            and k.shape[0] == v.shape[0] == b
+        )
+
+    def _keep_small(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        q, k, v, output = call.q, call.k, call.v, call.output
+        assert output is not None and isinstance(call.scale, float)
+        several = [q, k, v, output] if self._outputs else [q, k, v]
+        own = [x.clone(memory_format=_CONTIGUOUS) for x in several]
+        masked = self._masked(call)
+        made = self._call(call, site, step, index)
+        given: dict[str, Tensor | None] = {"q": own[0], "k": own[1], "v": own[2], "mask": masked.mask}
+        if self._outputs:
+            given["output"] = own[3]
+        made.fields = {name: given.get(name) for name in self.fields}
+        if self._waits:
+            self.waiting.add(Small(made, own, masked, call.scale, unit_of(call)))
+        return made
+
+    def _call(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        return Call(
+            site,
+            step,
+            index,
+            call.tap,
+            call.q.dtype,
+            call.scale,
+            call.softcap,
+            call.causal,
+            call.window,
+            call.dropout,
+            own_scores=call.opaque,
+            mixed=call.mixed,
+            notes=tuple(call.notes),
+            derivable=("scores", "weights") if self.derivable and not call.opaque else (),
+        )
+
+    # All others
+
+    def _keep_now(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
         for name in _TENSORS:
             x = getattr(call, name)
             if isinstance(x, Tensor) and x.requires_grad:
                 setattr(call, name, x.detach())
-        call.mask = self._full_mask(call)
+        masked = self._masked(call)
+        call.mask = masked.mask
         h, t = call.q.shape[1:3]
         heads = self.selection.head_index(h, site.label)
         queries = self.selection.query_index(t, site.label)
         groups = restrict(call, heads, queries)
-        later = put_off and groups is None and self._can_wait(call)
-        pending, scores, weights = self._derive(grouped(call, groups), later)
-        scale = call.scale
-        if isinstance(scale, Tensor):
-            scale = scale.to(self.selection.device or scale.device, copy=True)
-        made = Call(
-            site=site,
-            step=step,
-            index=index,
-            tap=call.tap,
-            dtype=call.dtype,
-            scale=scale,
-            softcap=call.softcap,
-            causal=call.causal,
-            window=call.window,
-            dropout=call.dropout,
-            heads=None if heads is None else tuple(heads),
-            kv_heads=None if groups is None else tuple(groups),
-            queries=None if queries is None else tuple(range(t)[queries] if isinstance(queries, slice) else queries),
-            own_scores=call.opaque,
-            mixed=call.mixed,
-            notes=tuple(call.notes),
-        )
-        fresh = {"scores": scores is not call.scores, "weights": weights is not call.weights}
-        for name in FIELDS:
-            if name in self.selection.capture:
-                value = scores if name == "scores" else weights if name == "weights" else getattr(call, name)
-                made.fields[name] = self._keep(name, value, fresh.get(name, False))
-        if not call.opaque and {"q", "k", "mask", "bias", "sinks"} <= made.fields.keys():
-            made.derivable = ("scores", "weights")
-        if later:
-            pending = self._put_off(call, made, weights)
-        return made, pending
+        if heads is not None or queries is not None:
+            masked = masked._replace(mask=call.mask, real=None if masked.real is None else call.mask)
+        pending, scores, weights = self._derive(grouped(call, groups), masked)
+        if isinstance(call.scale, Tensor):
+            call.scale = call.scale.to(self.selection.device or call.scale.device, copy=True)
+        made = self._call(call, site, step, index)
+        made.heads = None if heads is None else tuple(heads)
+        made.kv_heads = None if groups is None else tuple(groups)
+        if queries is not None:
+            made.queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries)
+        fresh = {"scores": scores is not call.scores, "weights": weights is not call.weights, "mask": True}
+        for name in self.fields:
+            value = scores if name == "scores" else weights if name == "weights" else getattr(call, name)
+            made.fields[name] = self._keep(name, value, fresh.get(name, False))
+        if pending is not None:
+            self.measured.append((made, pending))
+        return made
 
-    def _can_wait(self, call: KernelCall) -> bool:
-        """Whether a call is small and plain enough to be measured later, with others of its shape."""
-        plain = not (call.bias is not None or call.sinks is not None or call.softcap is not None)
-        own = call.weights is not None or call.outer_error is not None or call.undropped is not None
-        same = self.selection.dtype is None and self.selection.device is None
-        return (
-            plain
-            and not own
-            and same
-            and call.output is not None
-            and isinstance(call.scale, float)
-            and {"k", "v"} <= self.selection.capture
-            and self.verify == "sample"
-            and 0 < call.k.numel() <= _SMALL
-            and call.q.numel() > 0
-        )
+    # Masks
 
-    def _put_off(self, call: KernelCall, made: Call, weights: Tensor | None) -> Pending:
-        """What is needed to measure a call later: tensors that are kept anyway, and copies of a few rows."""
-        assert call.mask is not None and call.output is not None and isinstance(call.scale, float)
-        rows = rows_to_check(call.q.shape[2], False)
-        mask = self._real_mask(call)
-        kept = None if mask is None else self._keep("mask", mask, False)  # the model may write to its own until then
-        weight_rows = None if weights is None else weights[:, :, rows]
-        return Pending.later(
-            Later(
-                q=call.q[:, :, rows].clone(),
-                k=made.k,
-                v=made.v,
-                output=call.output[:, :, rows].clone(),
-                weights=weight_rows,
-                mask=kept if kept is None or kept.shape[2] == 1 else kept[:, :, rows],
-                mask_key=kept.data_ptr() if kept is not None else 0,
-                empty=mask is not None and self._has_empty(mask),
-                scale=call.scale,
-            ),
-            call,
-            rows,
-        )
-
-    def _real_mask(self, call: KernelCall) -> Tensor | None:
-        """The complete mask; None where it hides nothing."""
-        assert call.mask is not None
-        return None if call.mask.numel() == 1 and not call.causal and call.window is None else call.mask
-
-    def _full_mask(self, call: KernelCall) -> Tensor:
+    def _masked(self, call: KernelCall) -> Masked:
+        own = call.mask
+        if own is not None and own.dtype != torch.bool:
+            own = own.bool()
         t, s = call.q.shape[2], call.k.shape[2]
-        device = call.q.device
-        mask = call.mask
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.bool()
-        if call.causal or call.window is not None:
-            key = (t, s, call.offset, call.window, call.causal, device)
-            own = self._once(
-                key,
-                None,
-                lambda: math.causal_mask(
-                    t, s, window=call.window, offset=call.offset, causal=call.causal, device=device
-                ),
-            )
-            mask = own if mask is None else own & mask
-        if mask is None:
-            mask = self._once(("all", device), None, lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
-        return mask
+        key = t, s, call.offset, call.window, call.causal, call.q.device
+        return self._once(key, own, lambda: complete(own, *key))  # type: ignore[no-any-return]
 
-    def _derive(self, call: KernelCall, later: bool) -> tuple[Pending | None, Tensor | None, Tensor | None]:
-        """Scores and weights as far as they are wanted, and the certificate's measurements unless they come later."""
-        mask = self._real_mask(call)
-        empty = mask is not None and self._has_empty(mask)
+    def _derive(self, call: KernelCall, masked: Masked) -> tuple[Pending | None, Tensor | None, Tensor | None]:
+        """Scores and weights as far as they are wanted, and the certificate's measurements."""
+        mask, empty = masked.real, masked.empty
         scores, weights = call.scores, call.weights
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
             if scores is None:
@@ -178,7 +189,7 @@ class Keeper:
                 weights = derived if missing else weights
             else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
-        if self.verify == "off" or later:
+        if self.verify == "off":
             return None, scores, self._narrow(weights, call)
         rows = rows_to_check(call.q.shape[2], self.verify == "full")
         if call.weights is None and weights is not None:
@@ -220,9 +231,6 @@ class Keeper:
             math.dot_scores(call.q[:, :, rows], call.k, cut(call.scale)), call.softcap, cut(call.bias)
         )
 
-    def _has_empty(self, mask: Tensor) -> bool:
-        return bool(self._once("empty", mask, lambda: not bool(mask.any(-1).all())))
-
     def _once(self, key: Any, tensor: Tensor | None, make: Callable[[], Any]) -> Any:
         """Computed once for a tensor that many layers share; forgotten with the step."""
         if tensor is not None:
@@ -240,7 +248,7 @@ class Keeper:
         if x is None:
             return None
         if name in ("mask", "bias", "sinks"):
-            return self._once(("kept", name), x, lambda: self._store(x, False))  # type: ignore[no-any-return]
+            return self._once(("kept", name), x, lambda: self._store(x, fresh))  # type: ignore[no-any-return]
         return self._store(x, fresh)
 
     def _store(self, x: Tensor, fresh: bool) -> Tensor:
@@ -249,12 +257,3 @@ class Keeper:
         if dtype != x.dtype or device != x.device:
             return x.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
         return x if fresh and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-
-
-@contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from .taps.watch import Watch
 
 
 class Modes:
@@ -16,9 +19,14 @@ class Modes:
         compiling: above 0 while compiled code shall run compiled.
     """
 
-    def __init__(self, watch: TorchFunctionMode):
-        self.watch = watch
+    def __init__(self, make: Callable[[], Watch]):
+        self._make = make
         self.compiling = 0
+
+    @cached_property
+    def watch(self) -> Watch:
+        """Our mode, made when it is first needed."""
+        return self._make()
 
     # The function mode
 
@@ -37,14 +45,20 @@ class Modes:
 
     def close(self) -> None:
         """Take our mode off the stack, however often it is on it, and leave the others."""
-        for mode in reversed([m for m in self._take() if m is not self.watch]):
-            torch._C._push_on_torch_function_stack(mode)
+        if torch._C._len_torch_function_stack():
+            for mode in reversed([m for m in self._take() if m is not self.watch]):
+                torch._C._push_on_torch_function_stack(mode)
         self.compiling = 0
+
+    def flush(self) -> None:
+        """Forget what was followed; report what looked like an attention and was never used as one."""
+        if "watch" in vars(self):
+            self.watch.flush()
 
     def open(self) -> bool:
         """Whether our mode is open, innermost or not."""
         n = torch._C._len_torch_function_stack()
-        return any(torch._C._get_function_stack_at(i) is self.watch for i in range(n))
+        return n > 0 and any(torch._C._get_function_stack_at(i) is self.watch for i in range(n))
 
     def _take(self) -> list[TorchFunctionMode]:
         """Pop modes, the topmost first, until ours is not open any more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FIELDS = ("q", "k", "v", "bias", "scores", "mask", "sinks", "weights", "output")
 
@@ -37,7 +37,7 @@ class KernelCall:
         softmax_dtype: the dtype the softmax ran in, where it is known and may differ from that of ``q``.
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
-        crosses: whether k comes from something else than q, as far as its history tells; None: unknown.
+        module: the module that the kernel itself was told it runs in.
         within: the child of the running module that the call belongs to, where a fused layer hides it.
         notes: what a reader has to know.
     """
@@ -64,7 +64,7 @@ class KernelCall:
     mixed: bool = False
     softmax_dtype: torch.dtype | None = None
     outer_error: Tensor | None = None
-    crosses: bool | None = None
+    module: nn.Module | None = None
     within: str = ""
     notes: list[str] = field(default_factory=list)
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .certificate import Pending, measure_all
 from .errors import ModelError, UnfaithfulError
-from .hooks import Brackets, Plan
+from .hooks import Brackets
 from .keeper import Keeper
 from .modes import Modes
+from .plan import Plan, check_meta, within
 from .record import KernelCall
 from .selection import Selection
 from .site import Site
-from .taps import TAPS, kernels
+from .taps import kernels, patches
 from .taps.current import current, set_current
-from .taps.patch import install, remove
+from .taps.patch import Exchange, install, remove
 from .taps.watch import Watch
 from .trace import Call, Skipped, Trace
 
@@ -43,23 +43,22 @@ class Session:
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
         self.strict, self.sink = strict, sink
-        self.keeper = Keeper(selection, verify)
-        self.watch = Watch(self, kernels())
-        self.modes = Modes(self.watch)
-        self.aside = self.modes.aside
+        self.keeper = Keeper(selection, verify, wait=sink is None)
+        self.modes = Modes(lambda: Watch(self, kernels()))
         self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.forward)
         self.step = -1
         self.seen: set[str] = set()
-        self.ran: dict[str, str] = {}
+        self.ran: dict[int, nn.Module] = {}  # what sounds like attention, and ran
         self.recorded = 0
+        self.glance: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
         self.matched: set[int] = set()
         self._last: dict[tuple[str, str], int] = {}
-        self._sites: list[tuple[Site, bool]] = []
+        self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
         self._described: dict[str, Site] = {}
         self._order: dict[tuple[str, str], list[str]] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}
-        self._pending: dict[int, Pending] = {}
-        self._patched: list[tuple[int, str]] = []
+        self._patched: list[Exchange] = []
+        self._running = False
 
     # Life
 
@@ -71,9 +70,10 @@ class Session:
         """
         if current() is not None:
             raise ModelError("a trace is already running in this thread; finish it before starting another.")
-        self.before = set_current(self)
+        set_current(self)
+        self._running = True
         try:
-            self._patched = install(p for tap in TAPS if tap.patches is not None for p in tap.patches())
+            self._patched = install(patches())
             self.brackets.install()
             if self.plan.watch_all:
                 self.modes.push()
@@ -83,6 +83,9 @@ class Session:
 
     def stop(self) -> None:
         """Detach everything, whatever state the forward left it in."""
+        if not self._running:
+            return
+        self._running = False
         self.modes.close()
         self.brackets.remove()
         remove(self._patched)
@@ -90,7 +93,16 @@ class Session:
         self._sites.clear()
         if self.active():
             set_current(None)
-        self.watch.flush()
+        self.modes.flush()
+
+    @property
+    def watch(self) -> Watch:
+        """The function mode."""
+        return self.modes.watch
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Without the function mode: for kernels that must not see it."""
+        return self.modes.aside()
 
     def active(self) -> bool:
         """Whether the current thread is the traced one."""
@@ -115,12 +127,12 @@ class Session:
         self._sites.clear()
         self.keeper.forget()
 
-    def _enter_site(self, site: Site, sealed: bool) -> None:
-        opened = not sealed and not self.modes.open()
+    def _enter_site(self, module: nn.Module) -> None:
+        self._ran(module)
+        opened = not self.modes.open()
         if opened:
             self.modes.push()
-        self._sites.append((site, opened))
-        self.ran.setdefault(site.path, site.module)
+        self._sites.append((self.plan.sites[id(module)], opened))
 
     def _leave_site(self) -> None:
         if self._sites:
@@ -128,20 +140,20 @@ class Session:
             if opened and self.modes.on_top():
                 self.modes.pop()
 
-    def _ran(self, path: str, module: nn.Module) -> None:
-        self.ran.setdefault(path, type(module).__name__)
+    def _ran(self, module: nn.Module) -> None:
+        self.ran[id(module)] = module
 
     def where(self) -> str:
         """The path of the site that is running, or else of the innermost module."""
         return self._sites[-1][0].path if self._sites and not self.plan.watch_all else self.brackets.running()
 
-    def _site(self, within: str) -> Site:
+    def _site(self, call: KernelCall) -> Site:
+        known = self.plan.sites.get(id(call.module))
+        if known is not None:
+            return known
         if self._sites and not self.plan.watch_all:
             return self._sites[-1][0]
-        path = ".".join(x for x in (self.brackets.running(), within) if x)
-        for site, _ in reversed(self._sites):
-            if path == site.path or path.startswith(site.path + "."):
-                return site
+        path = ".".join(x for x in (self.brackets.running(), call.within) if x)
         if path not in self._described:
             self._described[path] = self.brackets.site(path)
         return self._described[path]
@@ -150,7 +162,7 @@ class Session:
 
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""
-        return field in self.selection.capture
+        return self.keeper.wants(field)
 
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read."""
@@ -173,20 +185,20 @@ class Session:
         """Take one call: select, derive, measure, keep."""
         if _in_backward():
             return
+        if call.q.is_meta:
+            check_meta(self.plan.model)
         self.recorded += 1
-        site = self._site(call.within)
+        site = self._site(call)
         if site.layer is None:
             site = self._ordered(site)
         self.seen.add(site.path)
-        place = (site.stack, site.kind)
-        self._last[place] = max(self._last.get(place, 0), site.layer or 0)
+        if self.selection.layers is not None:
+            place = (site.stack, site.kind)
+            self._last[place] = max(self._last.get(place, 0), site.layer or 0)
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
-        put_off = self.sink is None
-        made, pending = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls), put_off)
-        if pending is not None:
-            self._pending[id(made)] = pending
+        made = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls))
         self.trace.calls.append(made)
         if self.sink is not None and takes:
             self.sink(made)
@@ -204,28 +216,24 @@ class Session:
         """Read the certificates, drop what a selection could not drop earlier, list what was skipped."""
         self._settle()
         self._late_layers()
-        unread = {p: m for p, m in self.ran.items() if not any(_within(s, p) or _within(p, s) for s in self.seen)}
-        for path, module in unread.items():
-            if not any(other != path and _within(other, path) for other in unread):  # the innermost says it best
-                self._skipped.setdefault((path, f"{module} ran, and no softmax over q·k was seen in it"), set()).add(
-                    max(self.step, 0)
-                )
+        sites = self.plan.sites
+        if not all(key in sites and sites[key].path in self.seen for key in self.ran):
+            self._list_silent()
         self.trace.skipped = [
             Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
         ]
 
+    def _list_silent(self) -> None:
+        """What ran, sounds like attention, and was not seen attending: nor anything around it or in it."""
+        ran = {self.plan.paths[key]: type(module).__name__ for key, module in self.ran.items()}
+        silent = {p: m for p, m in ran.items() if not any(within(s, p) or within(p, s) for s in self.seen)}
+        for path, module in silent.items():
+            if not any(other != path and within(other, path) for other in silent):  # the innermost says it best
+                reason = f"{module} ran, and no softmax over q·k was seen in it"
+                self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
+
     def _settle(self) -> None:
-        by_device: dict[torch.device, list[tuple[Call, Pending]]] = {}
-        for call in self.trace.calls:
-            pending = self._pending.pop(id(call), None)
-            if pending is not None:
-                by_device.setdefault(pending.device, []).append((call, pending))
-        for pairs in by_device.values():
-            with torch.no_grad():
-                measure_all([p for _, p in pairs])
-                values = torch.stack([p.errors.double() for _, p in pairs if p.errors is not None]).tolist()
-            for (call, pending), row in zip(pairs, values, strict=True):
-                call.certificate = pending.settle(row)
+        self.keeper.settle()
         bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]
         if bad and self.strict:
             raise UnfaithfulError(
@@ -251,10 +259,6 @@ class Session:
     def describe_layers(self) -> str:
         """The last layer of every stack that ran, as text."""
         return ", ".join(f"{n} ({stack} {kind})" for (stack, kind), n in self._last.items())
-
-
-def _within(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".") or not outer
 
 
 def _in_backward() -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 from . import compiled, flash, flex, interface, mha, script, sdpa, varlen, xformers
-from .base import Recorder, Tap
+from .base import Patch, Recorder, Tap
 
 TAPS: tuple[Tap, ...] = (
     compiled.TAP,
@@ -20,14 +22,31 @@ TAPS: tuple[Tap, ...] = (
 )
 
 
+_found: tuple[int, Any, tuple[Patch, ...]] = (0, None, ())
+
+
+def patches() -> tuple[Patch, ...]:
+    """What has to be exchanged while a trace runs; looked for again only after another module was loaded."""
+    global _found
+    loaded = sys.modules
+    count, newest = len(loaded), loaded[next(reversed(loaded))]
+    if (count, newest) != _found[:2]:
+        _found = count, newest, tuple(patch for tap in TAPS if tap.patches is not None for patch in tap.patches())
+    return _found[2]
+
+
+@functools.cache
 def kernels() -> dict[str, Any]:
     """Torch function name -> handler, of every tap."""
     return {name: handler for tap in TAPS for name, handler in (tap.kernels or {}).items()}
 
 
+_COVERS = tuple(tap.covers for tap in TAPS if tap.covers is not None)
+
+
 def covered(module: Any) -> bool:
     """Whether some tap sees every attention call of a module without the function mode."""
-    return any(tap.covers is not None and tap.covers(module) for tap in TAPS)
+    return any(covers(module) for covers in _COVERS)
 
 
-__all__ = ["TAPS", "Recorder", "Tap", "covered", "kernels"]
+__all__ = ["TAPS", "Recorder", "Tap", "covered", "kernels", "patches"]

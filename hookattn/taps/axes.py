@@ -50,7 +50,7 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("_layout", "args", "depth", "how", "parent", "piece_of", "roots", "shape")
+    __slots__ = ("_layout", "args", "depth", "how", "parent", "piece_of", "shape")
 
     def __init__(
         self,
@@ -58,17 +58,12 @@ class Origin:
         how: Callable[..., Layout] | None = None,
         parent: Origin | None = None,
         args: Any = None,
-        roots: frozenset[object] | None = None,
     ):
         self.shape = tuple(shape)
         self.how = how
         self.parent = parent
         self.args = args
         self._layout: Layout | None = None
-        #: What it was computed from, in the main: tells self- from cross-attention.
-        if roots is None:
-            roots = frozenset((object(),)) if parent is None else parent.roots
-        self.roots: frozenset[object] = roots
         #: The origin that this is one of several equal pieces of (chunk, split).
         self.piece_of: Origin | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -89,9 +84,9 @@ class Origin:
         return self._layout
 
 
-def seeded(shape: Shape, roles: Sequence[str | None], roots: frozenset[object] | None = None) -> Origin:
+def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
     """An origin whose axes are known: one role per dimension."""
-    origin = Origin(shape, roots=roots)
+    origin = Origin(shape)
     origin._layout = tuple((Atom(n, role=r),) if n != 1 else () for n, r in zip(shape, roles, strict=True))
     return origin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,8 +30,7 @@ class Recorder(Protocol):
         """:func:`hookattn.attention.split_additive`, once for a tensor that many layers share."""
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """A Python function whose body is exchanged while a trace runs anywhere in the process.
 
     ``body`` has the original's signature and is given the original as its first argument; it must behave like the

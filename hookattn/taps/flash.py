@@ -7,7 +7,6 @@ listed as skipped as soon as that argument is used.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -213,15 +212,8 @@ KERNELS = {
 
 def patches() -> Iterable[Patch]:
     """The functions of every loaded package that has the interface."""
-    loaded = sys.modules
-    names = _names(len(loaded), next(reversed(loaded)))
-    return find([loaded[name] for name in names if name in loaded], KERNELS)
-
-
-@functools.lru_cache(maxsize=1)
-def _names(count: int, newest: str) -> tuple[str, ...]:
-    """The modules to look at; asked again only after another one was loaded."""
-    return tuple(n for n in list(sys.modules) if n.rpartition(".")[2] == _INTERFACE or n in ("flash_attn", _CUTE))
+    names = [n for n in list(sys.modules) if n.rpartition(".")[2] == _INTERFACE or n in ("flash_attn", _CUTE)]
+    return find([sys.modules[name] for name in names if name in sys.modules], KERNELS)
 
 
 TAP = Tap(_NAME, patches=patches)

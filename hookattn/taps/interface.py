@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ..quiet import Quiet
 from ..record import KernelCall
 from . import sdpa
 from .axes import seeded
@@ -24,20 +24,17 @@ from .base import Patch, Tap
 from .current import current
 from .flex import block_mask_dense
 
-if TYPE_CHECKING:
-    from .watch import Watch
-
-_KERNEL = torch.nn.functional.scaled_dot_product_attention
 _MODULE = "transformers.modeling_utils"
 # Implementations that run compiled or foreign code: the mode must not be open inside.
 _SEALED = ("flex", "flash", "paged", "kernels")
 
 
 def patches() -> Iterable[Patch]:
-    """The look-up, if transformers is loaded at all."""
+    """The look-up, if transformers is loaded at all, and the fused kernel that its functions call."""
     module = sys.modules.get(_MODULE)
     if module is not None and hasattr(module, "AttentionInterface"):
         yield Patch(module.AttentionInterface, "get_interface", look_up)
+        yield Patch(torch.nn.functional, "scaled_dot_product_attention", kernel)
 
 
 def look_up(original: Callable[..., Any], interface: Any, attn_implementation: Any, default: Any) -> Any:
@@ -63,18 +60,14 @@ def run(
     tracing = current()
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
-    packs = query.shape[2] == 1 and query.shape[1] != key.shape[1]  # grouped heads become the rows of one query
-    if name == "sdpa" and not packs and not tracing.modes.open():
-        with Glance(tracing.watch, query, key, value):
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
+    if name == "sdpa" and not tracing.modes.open():
+        return _glance(tracing, function, module, query, key, value, attention_mask, args, kwargs)
     sealed = any(word in name for word in _SEALED)
     with tracing.kernel(sealed) as seen:
         if not sealed:
             for x, roles in ((query, "BHTD"), (key, "BHSD"), (value, "BHSD")):
                 if x.dim() == 4:
-                    # Outside a watched model nothing is known of where q and k come from: say the same.
-                    roots = tracing.watch.origin(x).roots if tracing.plan.watch_all else frozenset((module,))
-                    tracing.watch.set_origin(x, seeded(x.shape, tuple(roles), roots))
+                    tracing.watch.set_origin(x, seeded(x.shape, tuple(roles)))
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
         with torch.no_grad(), tracing.aside():
@@ -84,24 +77,45 @@ def run(
     return out
 
 
-class Glance(TorchFunctionMode):
-    """Sees the fused kernel inside the implementation and follows nothing else: q, k and v are known from outside."""
+def _glance(
+    tracing: Any,
+    function: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here."""
+    before = tracing.recorded
+    tracing.glance = module, query, key, value
+    try:
+        out = function(module, query, key, value, mask, *args, **kwargs)
+    finally:
+        tracing.glance = None
+    if tracing.recorded == before:
+        with Quiet(query):
+            tracing.record(read("sdpa", module, query, key, value, mask, kwargs, out[0]))
+    return out
 
-    def __init__(self, watch: Watch, query: Tensor, key: Tensor, value: Tensor):
-        super().__init__()
-        self.watch, self.query, self.key, self.value = watch, query, key, value
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _KERNEL:
-            return func(*args, **(kwargs or {}))
-        return sdpa.handle(self.watch, func, args, kwargs or {}, self._ungrouped)
-
-    def _ungrouped(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Keys and values as they were before they were repeated for grouped queries."""
-        keys = given["key"].shape[2]
-        if given["query"] is not self.query or given["key"].shape[1] == self.key.shape[1]:
-            return given
-        return {**given, "key": self.key[:, :, :keys], "value": self.value[:, :, :keys]}
+def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The fused kernel; inside an implementation that is glanced at, its real arguments are reported."""
+    tracing = current()
+    out = original(*args, **kwargs)
+    if tracing is None or tracing.glance is None:
+        return out
+    module, query, key, value = tracing.glance
+    given = sdpa.bind(args, kwargs)
+    if given["query"] is query:  # else grouped heads were packed into the rows of one query: read from outside
+        call = sdpa.plain(tracing, original, given, out, module)
+        if call.k.shape[1] != key.shape[1]:  # repeated for grouped queries
+            keys = call.k.shape[2]
+            call.k, call.v = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
+        tracing.record(call)
+    return out
 
 
 def read(
@@ -114,6 +128,7 @@ def read(
         k=k,
         v=v,
         output=out.transpose(1, 2),
+        module=module,
         tap=f"interface:{name}",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         softcap=given.get("softcap"),
@@ -140,19 +155,26 @@ def read(
             call.bias = bias if call.bias is None else call.bias + bias
         if hidden is not None:
             call.mask = hidden if call.mask is None else call.mask & hidden
-    if "flash" in name:
+    if name == "sdpa":
+        call.causal = causal and mask is None
+    elif "flash" in name:
         call.causal, call.offset, call.window = causal, s - t, given.get("sliding_window")
     return call
 
 
 def covers(module: nn.Module) -> bool:
     """Whether a module's attention goes through the interface and a fused kernel, and nothing else."""
-    forward = getattr(type(module), "forward", None)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return implementation not in ("eager", None) and _asks(getattr(type(module), "forward", None))
+
+
+@functools.lru_cache(maxsize=1024)
+def _asks(forward: Any) -> bool:
+    """Whether a forward asks the interface for its function."""
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         forward = inner
     code = getattr(forward, "__code__", None)
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "eager")
-    return code is not None and "get_interface" in code.co_names and implementation not in ("eager", None)
+    return code is not None and "get_interface" in code.co_names
 
 
 TAP = Tap("interface", patches=patches, covers=covers)

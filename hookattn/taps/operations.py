@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .origins import POURS
 from .product import Label, einsum_labels, matmul_labels
 
 # Operations that make no tensor worth following; everything that only asks.
@@ -23,7 +22,7 @@ _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
 PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
 SOFTMAX = frozenset(("softmax", "_softmax"))
 # What has to be looked at even where nothing is known to be part of an attention yet.
-SPECIAL = PRODUCTS | SOFTMAX | POURS
+SPECIAL = PRODUCTS | SOFTMAX
 _ALIASES = {
     "softmax_": "softmax",
     "_softmax": "softmax",

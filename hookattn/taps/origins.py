@@ -13,27 +13,9 @@ from . import axes
 from .axes import Origin, same
 from .views import follow
 
-#: Writes whose argument becomes part of what is written to: a cache buffer is made of the keys put into it.
-POURS = frozenset(
-    (
-        "__setitem__",
-        "copy_",
-        "index_copy_",
-        "index_put_",
-        "scatter_",
-        "slice_scatter",
-        "masked_scatter_",
-        "index_add_",
-        "scatter_add_",
-        "scatter_reduce_",
-    )
-)
-_ADDS = frozenset(
-    ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce", "masked_scatter")
-)
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
-_MANY = _JOINS | _PIECES | _ADDS
+_MANY = _JOINS | _PIECES
 _PURGE = 4096
 
 
@@ -42,12 +24,10 @@ class Origins:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
-        self._poured: dict[int, frozenset[object]] = {}
 
     def clear(self) -> None:
         """Forget everything."""
         self._known.clear()
-        self._poured.clear()
 
     def knows(self, x: Tensor) -> bool:
         """Whether anything is known of where the axes of a tensor come from."""
@@ -59,7 +39,7 @@ class Origins:
         known = self._known.get(id(x))
         if known is not None and known[0]() is x and known[1].shape == x.shape:
             return known[1]
-        return self.set(x, Origin(x.shape, roots=self._poured.get(storage_of(x)) if self._poured else None))
+        return self.set(x, Origin(x.shape))
 
     def set(self, x: Tensor, origin: Origin) -> Origin:
         """Say where the axes of a tensor come from."""
@@ -67,11 +47,6 @@ class Origins:
             self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
         self._known[id(x)] = (weakref.ref(x), origin)
         return origin
-
-    def pour(self, storage: int, poured: Sequence[Tensor]) -> None:
-        """Tensors are written into the memory at ``storage``."""
-        roots = (self.of(t).roots for t in poured)
-        self._poured[storage] = self._poured.get(storage, frozenset()).union(*roots)
 
     def note(
         self,
@@ -101,7 +76,7 @@ class Origins:
         if type(out) is Tensor and out is not x and name not in _MANY and plain(out):
             how = follow(name, source, x, out, args, kwargs)
             if how is None:
-                origin = Origin(out.shape, roots=source.roots)
+                origin = Origin(out.shape)
             elif how[0] is same and out.shape == source.shape:
                 origin = source
             else:
@@ -114,16 +89,13 @@ class Origins:
                 return source
             how = follow(name, source, x, one, args, kwargs)
             if how is None:
-                origin = Origin(one.shape, roots=source.roots)
+                origin = Origin(one.shape)
             elif how[0] is same and one.shape == source.shape:
                 origin = source
             else:
                 origin = Origin(one.shape, how[0], source, how[1])
             if name in _PIECES:
                 origin.piece_of = source
-            elif name in _ADDS:
-                sources = [self.of(t).roots for t in args if plain(t) and t.is_floating_point()]
-                origin = Origin(one.shape, roots=source.roots.union(*sources))
             elif name in _JOINS:
                 origin = self._joined(name, origin, one, args, kwargs)
             self.set(one, origin)
@@ -133,10 +105,8 @@ class Origins:
         """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
         parts = [self.of(t) for t in args[0] if plain(t)]
         whole = parts[0].piece_of if parts else None
-        roots = origin.roots.union(*(p.roots for p in parts))
         if origin is parts[0]:
             origin = Origin(out.shape, same, origin)
-        origin.roots = roots
         if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
             return origin
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
@@ -144,7 +114,7 @@ class Origins:
             out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]
         ):
             return origin
-        return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"), roots)
+        return Origin(out.shape, axes.joined, parts[0], (dim, len(parts), name == "stack"))
 
     def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """The argument whose axes the result has: the first that is followed, else the first there is."""

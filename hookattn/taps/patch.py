@@ -20,55 +20,66 @@ import torch
 from .base import Patch
 
 _lock = threading.RLock()
-_active: dict[tuple[int, str], _Exchange] = {}
+_made: dict[tuple[int, str], Exchange] = {}  # used again as long as they fit: a trace pays for switching alone
 BODIES: dict[int, Any] = {}
 
 
-class _Exchange:
+class Exchange:
     """One exchanged function and how many traces need it so."""
 
     def __init__(self, patch: Patch):
         self.patch, self.users = patch, 0
-        self.original = vars(patch.owner)[patch.name]
-        self.by_code = isinstance(self.original, types.FunctionType) and isinstance(patch.owner, types.ModuleType)
-
-    def install(self) -> None:
+        self.original = original = vars(patch.owner)[patch.name]
+        self.by_code = isinstance(original, types.FunctionType) and isinstance(patch.owner, types.ModuleType)
         if not self.by_code:
-            body, original = self.patch.body, self.original
+            body = patch.body
 
             @functools.wraps(original)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 return body(original, *args, **kwargs)
 
-            setattr(self.patch.owner, self.patch.name, wrapper)
+            self.wrapper = wrapper
+            return
+        self.code = original.__code__
+        self.signature = inspect.signature(original)  # for whoever asks while it is exchanged
+        self.signed = "__signature__" in vars(original)
+        copy = types.FunctionType(
+            original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
+        )
+        copy.__kwdefaults__ = original.__kwdefaults__
+        self.body = functools.partial(_uncompiled, patch.body, copy)
+        self.other = _trampoline(id(original), self.code)
+        self.skipped = False
+
+    def fits(self, patch: Patch) -> bool:
+        """Whether it can be used again: the function is still the one it was made for."""
+        if vars(self.patch.owner).get(patch.name) is not self.original or self.patch.body is not patch.body:
+            return False
+        return not self.by_code or self.original.__code__ is self.code
+
+    def install(self) -> None:
+        if not self.by_code:
+            setattr(self.patch.owner, self.patch.name, self.wrapper)
             return
         function = self.original
-        self.code, self.attributes = function.__code__, dict(vars(function))
-        function.__signature__ = _signature(function)  # for whoever asks while it is exchanged
-        copy = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-        )
-        copy.__kwdefaults__ = function.__kwdefaults__
-        BODIES[id(function)] = functools.partial(_uncompiled, self.patch.body, copy)
-        function.__code__ = _trampoline(id(function), self.code)
+        if not self.signed:
+            function.__signature__ = self.signature
+        BODIES[id(function)] = self.body
+        function.__code__ = self.other
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
-        if dynamo is not None:
-            for code in (function.__code__, _uncompiled.__code__):
+        if dynamo is not None and not self.skipped:
+            self.skipped = True
+            for code in (self.other, _uncompiled.__code__):
                 dynamo.skip_code(code)
 
     def remove(self) -> None:
         if self.by_code:
             self.original.__code__ = self.code
-            vars(self.original).clear()
-            vars(self.original).update(self.attributes)
+            if not self.signed:
+                vars(self.original).pop("__signature__", None)
             BODIES.pop(id(self.original), None)
         else:
             setattr(self.patch.owner, self.patch.name, self.original)
-
-
-@functools.cache
-def _signature(function: types.FunctionType) -> inspect.Signature:
-    return inspect.signature(function)
 
 
 def _uncompiled(body: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,27 +120,31 @@ def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
     return made
 
 
-def install(patches: Iterable[Patch]) -> list[tuple[int, str]]:
+def install(patches: Iterable[Patch]) -> list[Exchange]:
     """Exchange the functions; returns what :func:`remove` needs."""
-    keys = []
+    exchanges = []
     with _lock:
         for patch in patches:
             key = (id(patch.owner), patch.name)
-            exchange = _active.get(key)
-            if exchange is None:
-                exchange = _active[key] = _Exchange(patch)
+            exchange = _made.get(key)
+            if exchange is None or (not exchange.users and not exchange.fits(patch)):
+                exchange = _made[key] = Exchange(patch)
+            if not exchange.users:
                 exchange.install()
             exchange.users += 1
-            keys.append(key)
-    return keys
+            exchanges.append(exchange)
+    return exchanges
 
 
-def remove(keys: Iterable[tuple[int, str]]) -> None:
+def remove(exchanges: Iterable[Exchange]) -> None:
     """Undo :func:`install`."""
     with _lock:
-        for key in keys:
-            exchange = _active[key]
+        for exchange in exchanges:
             exchange.users -= 1
-            if exchange.users == 0:
-                del _active[key]
+            if not exchange.users:
                 exchange.remove()
+
+
+def exchanged() -> list[str]:
+    """The names of what is exchanged now."""
+    return [exchange.patch.name for exchange in _made.values() if exchange.users]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..quiet import Quiet
 from ..record import KernelCall
 from . import axes
 from .axes import Layout, Origin, refine, seeded
-from .base import Tap
+from .base import Recorder, Tap
 from .product import Label, LayoutError, Piece, Product, Roles, arrange
 
 if TYPE_CHECKING:
@@ -26,64 +27,54 @@ def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
-def handle(
-    watch: Watch,
-    func: Any,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    better: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> Any:
-    """Run the kernel as the model asked for, and report it; ``better`` may know what its arguments were made from."""
+def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run the kernel as the model asked for, and report it."""
     out = func(*args, **kwargs)
-    with torch.no_grad():
-        given = bind(args, kwargs)
-        if any(t.is_nested for t in (given["query"], given["key"], given["value"])):
-            watch.recorder.skip("scaled_dot_product_attention on nested tensors")
-            return out
-        undropped = None
-        if given["dropout_p"]:
-            undropped = func(**{**given, "dropout_p": 0.0})
-        try:
-            watch.recorder.record(read(watch, given if better is None else better(given), out, undropped))
-        except LayoutError as error:
-            watch.recorder.skip(f"scaled_dot_product_attention: {error}")
+    given = bind(args, kwargs)
+    if given["query"].is_nested or given["key"].is_nested or given["value"].is_nested:
+        watch.recorder.skip("scaled_dot_product_attention on nested tensors")
+        return out
+    call = plain(watch.recorder, func, given, out)
+    try:
+        with Quiet(out):
+            watch.recorder.record(read(watch, given, call))
+    except LayoutError as error:
+        watch.recorder.skip(f"scaled_dot_product_attention: {error}")
     return out
 
 
-def read(watch: Watch, given: dict[str, Any], out: Tensor, undropped: Tensor | None) -> KernelCall:
-    """One call of the kernel in the contract's layout."""
-    q, k, v = (_cast(given[n], out.dtype) for n in ("query", "key", "value"))
-    scale = given["scale"]
-    call = KernelCall(
-        q=q,
-        k=k,
-        v=v,
-        output=out,
-        tap="sdpa",
-        undropped=undropped,
-        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
-        causal=bool(given["is_causal"]),
-        dropout=float(given["dropout_p"]),
-    )
-    known = [watch.origins.knows(given[name]) for name in ("query", "key", "value")]
-    if known[0] and known[1]:
-        call.crosses = not watch.origin(given["query"]).roots & watch.origin(given["key"]).roots
-    mask = given["attn_mask"]
+def plain(recorder: Recorder, func: Any, given: dict[str, Any], out: Tensor, module: Any = None) -> KernelCall:
+    """One call of the kernel with B H T D operands as they stand; ``module``: the one it was told it runs in."""
+    q, k, v, scale, mask = given["query"], given["key"], given["value"], given["scale"], given["attn_mask"]
+    if not q.dtype == k.dtype == v.dtype == out.dtype:  # under autocast
+        q, k, v = (x.to(out.dtype) for x in (q, k, v))
+    call = KernelCall(q, k, v, out, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
+    call.causal, call.module = bool(given["is_causal"]), module
+    if given["dropout_p"]:
+        call.dropout = float(given["dropout_p"])
+        with torch.no_grad():
+            call.undropped = func(**{**given, "dropout_p": 0.0})
     if mask is not None:
         if mask.dtype == torch.bool:
             call.mask = mask
         else:
-            call.bias, call.mask = watch.recorder.split(mask)
-    if q.dim() == 4 and (not any(known) or _plain(watch, given)):
-        call.bias, call.mask = (
-            None if m is None else m.reshape((1,) * (4 - m.dim()) + tuple(m.shape)) for m in (call.bias, call.mask)
-        )
+            call.bias, call.mask = recorder.split(mask)
+        if q.dim() == 4:
+            call.bias, call.mask = _four(call.bias), _four(call.mask)
+    return call
+
+
+def _four(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def read(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCall:
+    """The call in the contract's layout, whatever the kernel was given."""
+    knows = watch.origins.knows
+    followed = knows(given["query"]) or knows(given["key"]) or knows(given["value"])
+    if call.q.dim() == 4 and (not followed or _plain(watch, given)):
         return call
     return _arranged(watch, given, call)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _plain(watch: Watch, given: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from ..errors import HookattnError
 from .axes import Origin
 from .eager import Build, ValueProduct, contracts_keys
 from .operations import PRODUCTS, SOFTMAX, SPECIAL, Parsed, name_of, parse_product, writes_to
-from .origins import POURS, Origins, plain, storage_of
+from .origins import Origins, plain, storage_of
 from .product import Label, LayoutError, Product
 from .states import Part, RowStat, Scores, State, Term, Use, Weights
 from .steps import Context, step
@@ -91,14 +91,14 @@ class Watch(TorchFunctionMode):
         if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
         found = self._stateful(args, kwargs) if self.live else None
-        writes = (self.live or name in POURS) and writes_to(name, args, kwargs)
+        writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
             self._try(name, self._before_write, name, found, args, kwargs)
         out = func(*args, **kwargs)
         if found is None:
             self._try(name, self._untouched, name, args, kwargs, out)
         else:
-            self._try(name, self._advance, name, *found, out, args, kwargs, bool(writes))
+            self._try(name, self._advance, name, *found, out, args, kwargs, writes)
         return out
 
     def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
@@ -194,8 +194,6 @@ class Watch(TorchFunctionMode):
             scores = state if isinstance(state, Scores) else getattr(state, "of", getattr(state, "scores", None))
             if scores is not None:
                 scores.product.keep(storage)
-        if name in POURS:
-            self.origins.pour(storage, [t for t in args[1:] if plain(t) and t.is_floating_point()])
 
     def _written(self, x: Tensor) -> None:
         """A write to ``x`` also changed every tensor that shares its memory."""
@@ -240,7 +238,7 @@ class Watch(TorchFunctionMode):
                         self.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
                     return
             product = Product(_autocast(a, out), _autocast(b, out), labels, self.origin(a), self.origin(b))
-            origin = Origin(out.shape, product.layout, roots=product.origin_a.roots)
+            origin = Origin(out.shape, product.layout)
             scores = Scores(origin, product=product, scale=alpha)
             if beta is not None:
                 scores.terms.append(Term(beta[0], origin, beta[1]))
@@ -271,7 +269,6 @@ class Watch(TorchFunctionMode):
                 return
             use = ValueProduct(w, w_labels, state.origin, v, v_labels, self.origin(v), out, labels[2])
             call = Build(state, use).call()
-            call.crosses = not state.scores.product.origin_a.roots & state.scores.product.origin_b.roots
         except LayoutError as error:
             self.recorder.skip(str(error))
             return

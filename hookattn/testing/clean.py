@@ -19,7 +19,7 @@ def check_clean(model: nn.Module) -> None:
     assert current() is None, "a trace is still running in this thread"
     modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
     assert not any(_ours(type(mode)) for mode in modes), "a torch function mode is still open"
-    assert not patch._active, f"still exchanged: {[name for _, name in patch._active]}"
+    assert not patch.exchanged(), f"still exchanged: {patch.exchanged()}"
     for name in dir(nn.modules.module):
         if name.startswith("_global_") and name.endswith("hooks"):
             hooks = getattr(nn.modules.module, name)
