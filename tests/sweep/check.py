@@ -20,6 +20,7 @@ from .cases import UnbuildableError, build, copy_of, inputs_of, run
 from .classes import NoModelError
 from .offered import compare_offered
 from .recipes import RECIPES, Recipe
+from .skips import unread
 from .unseen import watch
 
 FLAT = 0.97  # of the entropy of a uniform row
@@ -143,6 +144,7 @@ def _calls(row: Row, trace: hookattn.Trace) -> None:
     row.kinds = dict(Counter(f"{c.site.stack} {c.site.kind}" for c in trace))
     row.taps = dict(Counter(c.tap for c in trace))
     row.skipped = sorted({f"{s.path}: {s.reason}" for s in trace.skipped})
+    row.problems += sorted({f"unread: {s.path}: {s.reason}" for s in trace.skipped if unread(row.model_type, s.path, s.reason)})
     row.notes += sorted({n for c in trace for n in c.notes})
     if any(c.own_scores for c in trace):
         row.notes.append("scores are the model's own")

@@ -112,8 +112,9 @@ class Inputs:
         """ROWS length: whole, padded left, padded right."""
         length = length or self.length
         mask = torch.ones(ROWS, length, dtype=torch.long)
-        mask[1, : min(2, length // 3)] = 0
-        mask[2, length - min(3, length // 3) :] = 0
+        left, right = (length // 5, length // 4) if length > 200 else (min(2, length // 3), min(3, length // 3))
+        mask[1, :left] = 0
+        mask[2, length - right :] = 0
         return mask
 
     def tokens(self, length: int | None = None) -> Tensor:

@@ -23,7 +23,11 @@ NOT_WEIGHTS = (
     ("minimax", "attentions", "hands out the state of its linear attention among its attentions"),
     ("mm-grounding-dino", "decoder_attentions[2]", "deformable sampling"),
     ("grounding-dino", "decoder_attentions[2]", "deformable sampling"),
+    ("rf_detr", "cross_attentions", "deformable sampling"),
     ("prophetnet", "cross_attentions", "hands out the scores before the softmax"),
+    ("prophetnet", "encoder_attentions", "hands out the scores before the softmax"),
+    ("squeezebert", "attentions", "hands out the scores before the softmax"),
+    ("wavlm", "attentions", "hands out the mean over its heads, once for each"),
 )
 
 
@@ -34,14 +38,20 @@ def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: h
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
         row.notes.append(f"offers no attentions: {type(error).__name__}")
         return
-    offered = list(attentions(output))
+    offered: list[tuple[str, Tensor]] = []
+    for name, x in attentions(output):
+        if not any(x.shape == y.shape and x.equal(y) for _, y in offered):  # some are handed out under two names
+            offered.append((name, x))
     free = list(range(len(trace)))
     for name, theirs in offered:
-        why = next((w for t, part, w in NOT_WEIGHTS if row.model_type.startswith(t) and name.startswith(part)), "")
+        deformable = "cross_attentions" in name and any("eformable" in x for x in row.skipped)
+        why = "deformable sampling" if deformable else next((w for t, part, w in NOT_WEIGHTS if row.model_type.startswith(t) and name.startswith(part)), "")
+        if why.startswith("hands out the scores"):
+            theirs = theirs.softmax(-1)
         fits = {i: d for i in free if (d := distance(trace[i], theirs)) is not None}
         best = min(fits, key=lambda i: fits[i], default=-1)
         if why and (best < 0 or fits[best] > TOLERANCE):
-            if why not in row.notes:
+            if not any(why in note for note in row.notes):
                 row.notes.append(f"{name}: {why}")
             continue
         if not fits:
@@ -60,6 +70,8 @@ def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: h
 def distance(call: hookattn.Call, theirs: Tensor) -> float | None:
     """The largest distance over the rows that may attend to anything; None where the shapes do not fit."""
     mine = call.weights
+    if theirs.dim() == mine.dim() and theirs.stride(1) == 0 and theirs.shape == mine.shape and mine.shape[1] > 1:
+        mine = mine.mean(1, keepdim=True).expand_as(mine)
     t, s = theirs.shape[-2:]
     if theirs.dim() == 4 and mine.shape[:2] == theirs.shape[:2] and (t, s) != mine.shape[-2:] and t <= mine.shape[2] and s <= mine.shape[3]:
         # A prompt that the model adds and cuts off again, or one softmax over several sequences that it splits.

@@ -71,6 +71,29 @@ def patches(width: int) -> Callable[[], Tensor]:
     return lambda: torch.cat([grid_positions() + 1, randn(3, 16, width - 2)()], -1)
 
 
+def long_mask(length: int) -> Callable[[], Tensor]:
+    """3 length: padded left and right, longer than a block."""
+
+    def make() -> Tensor:
+        mask = torch.ones(3, length, dtype=torch.long)
+        mask[1, : length // 6] = 0
+        mask[2, -(length // 5) :] = 0
+        return mask
+
+    return make
+
+
+def first_token(length: int) -> Callable[[], Tensor]:
+    """3 length: 1 at the first token that is not padding."""
+
+    def make() -> Tensor:
+        mask = torch.zeros(3, length, dtype=torch.long)
+        mask[:, 0], mask[1, 0], mask[1, length // 6] = 1, 0, 1
+        return mask
+
+    return make
+
+
 def left_mask() -> Tensor:
     """3 9: padded on the left alone."""
     mask = torch.ones(3, 9, dtype=torch.long)
@@ -93,6 +116,7 @@ SAM3 = {"vision_features": randn(3, 16, 64), "text_features": randn(3, 5, 64)}
 SERIES = {"prediction_length": 8, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
 POINTS = {"input_points": None, "input_labels": None, "input_boxes": randn(3, 2, 4), "input_masks": None}
 ROPE3 = {**ROPE, "mrope_section": [3, 3, 2]}
+HIERA = {"hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 2, 4, 4], "num_attention_heads": 1, "blocks_per_stage": [1, 2, 2, 1], "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [3], "image_size": [64, 64]}
 TIMM = "needs timm, which needs torchvision; neither is installed"
 NO_PART = "is a part that only other models build, and is run with them"
 NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
@@ -344,4 +368,34 @@ RECIPES |= {
     "gemma4_unified_assistant": Recipe(reason="takes the cache of another model"),
     "muse_spark": Recipe(reason="its audio tower's stages do not shrink by rule; its text model has a row"),
     "moshi_depth": Recipe(inputs={"input_ids": ints(60, 3, 3), "last_hidden_state": randn(3, 1, 64)}, without=("attention_mask",)),
+    "big_bird": Recipe(config={"block_size": 4, "num_random_blocks": 1}, inputs={"input_ids": ints(60, 3, 48), "attention_mask": long_mask(48), "token_type_ids": lambda: torch.zeros(3, 48, dtype=torch.long)}),
+    "bigbird_pegasus": Recipe(config={"block_size": 4, "num_random_blocks": 1}, inputs={"input_ids": ints(60, 3, 48), "attention_mask": long_mask(48)}),
+    "longt5": Recipe(config={"encoder_attention_type": "transient-global"}),
+    "longformer": Recipe(inputs={"input_ids": ints(60, 3, 16), "attention_mask": long_mask(16), "global_attention_mask": first_token(16)}),
+    "led": Recipe(inputs={"input_ids": ints(60, 3, 16), "attention_mask": long_mask(16), "global_attention_mask": first_token(16)}),
+    "pegasus_x": Recipe(config={"block_size": 8, "num_global_tokens": 4}),
+    "ernie4_5_vl_moe": Recipe(config={"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}),
+    "musicgen": Recipe(reason="its default configuration leaves out what its model reads; its decoder has a row"),
+    "musicgen_melody": Recipe(reason="its default configuration leaves out what its model reads; its decoder has a row"),
+    "deepseek_ocr2_text": Recipe(config={"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}),
+    "hunyuan_vl_text": Recipe(config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [2, 2, 2, 2]}}),
+    "clap": Recipe(config={"projection_dim": 64, "audio_config.depths": [2, 2], "audio_config.num_attention_heads": [2, 4], "audio_config.patch_embeds_hidden_size": 32, "audio_config.hidden_size": 64}, inputs={"input_features": randn(3, 1, 64, 64)}),
+    "clvp": Recipe(config={"text_config.projection_dim": 256, "speech_config.projection_dim": 256, "text_config.hidden_size": 128, "speech_config.hidden_size": 128}, inputs={"input_features": randn(3, 80, 20)}),
+    "clvp_encoder": Recipe(config={"projection_dim": 256, "hidden_size": 128}),
+    "llama4_vision_model": Recipe(config={"pixel_shuffle_ratio": 0.5, "projector_input_dim": 64, "intermediate_size": 256}),
+    "levit": Recipe(config={"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "image_size": 64}),
+    "fastspeech2_conformer_hifigan": Recipe(inputs={"spectrogram": randn(3, 20, 64)}),
+    "speecht5_hifigan": Recipe(inputs={"spectrogram": randn(3, 20, 64)}),
+    "instructblipvideo": Recipe(config={"video_token_index": 110, "image_token_index": 110}, inputs={"pixel_values": randn(3, 4, 3, 32, 32), "qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
+    "granitemoehybrid": Recipe(config={"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]}),
+    "bamba": Recipe(config={"num_hidden_layers": 2, "attn_layer_indices": [1]}),
+    "nemotron_h_omni": Recipe(without=("input_features",)),
+    "sam2_hiera_det_model": Recipe(config=HIERA),
+    "sam2_vision_model": Recipe(config={f"backbone_config.{k}": v for k, v in HIERA.items()} | {"backbone_channel_list": [64, 32, 16, 8], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}, inputs={"pixel_values": randn(3, 3, 64, 64)}),
+    "rf_detr": Recipe(inputs={"pixel_values": randn(3, 3, 64, 64)}),
+    "dinat": Recipe(reason="needs natten, a compiled extension"),
+    "layoutlmv2": Recipe(reason="needs detectron2"),
+    "higgs_audio_v2_tokenizer": Recipe(reason="needs torchaudio"),
+    "diffusion_gemma_text": Recipe(reason="its default configuration leaves out widths"),
+    "qwen4_exp_text": Recipe(reason="its default configuration leaves out sizes that its indexer divides by"),
 }

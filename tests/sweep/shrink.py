@@ -76,6 +76,9 @@ _SMALL = {
     "post_conv_in_channels": WIDTH,
     "text_embed_dim": WIDTH,
     "n_window": 8,
+    "attention_window": 4,
+    "local_radius": 3,
+    "global_block_size": 4,
     "num_experts_per_tok": 2,
     "keypoint_decoder_dim": 65,
     "vision_output_dim": WIDTH,
@@ -272,6 +275,8 @@ def _list(name: str, x: Any, values: Mapping[str, Any], n: int, kept: list[int] 
         made = [min(i, PATCH) for i in x] if len(set(x)) == 1 else list(x)
     elif ints and name.endswith("channels") and len(set(x)) == 1 and x[0] == 256:
         made = [WIDTH] * len(x)
+    elif name == "attention_window":
+        made = [4] * len(x[: len(kept) if kept else LAYERS])
     elif name == "image_grid_pinpoints":
         made = [[IMAGE, IMAGE]]
     elif ints and _VOCAB.search(name):

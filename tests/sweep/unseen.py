@@ -23,6 +23,7 @@ _NOT_ATTENTION = re.compile(r"(?i:router|gate$|gating|topk|moe|expert|quantiz|cl
 # Classes with a softmax of their own that is no attention, where the name does not tell.
 _ELSEWHERE = {
     "Ovis2VisionModel": "visual words are a softmax over a vocabulary",
+    "VitsConvFlow": "widths and heights of a spline",
     "RwkvFeedForward": "a feed forward that a name matches",
 }
 
@@ -35,20 +36,32 @@ class Seen:
     attention: dict[str, str] = field(default_factory=dict)
 
     def uncovered(self, captured: Iterable[str], skipped: Iterable[str]) -> list[str]:
-        """What ran and is under, around or at no captured or skipped path."""
-        known = {*captured, *skipped}
+        """What ran and is under, around or at no captured or skipped path, or ran more often than it was captured."""
+        calls, left_out = Counter(captured), set(skipped)
+        known = {*calls, *left_out}
         found = []
         for (path, cls, op), n in self.kernels.items():
             if not _covered(path, known) and not _NOT_ATTENTION.search(cls) and cls not in _ELSEWHERE:
                 found.append(f"{op} × {n} in {path or '<model>'} ({cls})")
+        for path, n in calls.items():
+            ran = sum(m for (p, cls, _), m in self.kernels.items() if _within(p, path) and not _NOT_ATTENTION.search(cls))
+            if ran > n and not any(_within(path, s) or _within(s, path) for s in left_out):
+                found.append(f"{ran} softmaxes or kernels in {path or '<model>'}, and {n} calls")
         for path, cls in self.attention.items():
             if not _covered(path, known):
                 found.append(f"{path} ({cls}) ran")
         return found
 
 
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".") or not outer
+
+
 def _covered(path: str, known: set[str]) -> bool:
-    return any(path == k or path.startswith(k + ".") or (k.startswith(path + ".") and path != "") for k in known if k) or "" in known
+    """Whether it is in a known place, around one, or beside one in the same attention (a softmax in a module of its own)."""
+    parent, _, leaf = path.rpartition(".")
+    beside = leaf in ("softmax", "attn_softmax") and any(_within(k, parent) for k in known)
+    return beside or any(_within(path, k) or (path != "" and _within(k, path)) for k in known)
 
 
 class _Watch(TorchDispatchMode):
