@@ -7,7 +7,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow bench train clean help
+.PHONY: demo test lint test-slow bench train coverage clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,9 @@ test-slow: $(VENV)/.dev ## what takes long
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python benchmarks/overhead.py
+
+coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
+	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume
 
 train: $(VENV)/.dev ## train the demo's small causal model again
 	$(BIN)/python examples/train_induction.py
