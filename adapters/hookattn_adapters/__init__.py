@@ -16,6 +16,7 @@ from .open_clip import OpenCLIP
 from .shared import Shared
 from .t5 import T5
 from .timm import Timm
+from .torch_geometric import TorchGeometric
 from .vit import ViT
 from .vit_pytorch import ViTPytorch
 from .x_transformers import XTransformers
@@ -30,6 +31,7 @@ ADAPTERS = (
     Shared(),
     T5(),
     Timm(),
+    TorchGeometric(),
     ViT(),
     ViTPytorch(),
     XTransformers(),
