@@ -52,9 +52,6 @@ class Diffusers(Adapter):
         site, block = super().site(path, module, root), _UNET.match(path)
         if block is None:
             return site
-        alike = [
-            p
-            for p, m in root.named_modules()
-            if type(m).__name__ in self.attention and p.startswith(block[0]) and self.kind(p, m) == site.kind
-        ]
+        inside = [(p, m) for p, m in root.named_modules() if p.startswith(block[0])]
+        alike = [p for p, m in inside if type(m).__name__ in self.attention and self.kind(p, m) == site.kind]
         return replace(site, stack=block[1], layer=alike.index(path), layers=len(alike))
