@@ -103,8 +103,9 @@ def derive(
     """
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
-    simple = sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
-    if q.device.type != "cpu" or not simple or b * h * t * s <= 2 * _BLOCK:
+    simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
+    simple = simple and b * h * t * s > 2 * _BLOCK
+    if not simple or not bool(torch.isfinite(q.sum() + k.sum())):  # −∞ is added below: to +∞ it would give NaN
         whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
         return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
     dtype = compute_dtype(q.dtype)

@@ -89,17 +89,20 @@ class Brackets:
             handle.remove()
         self._handles.clear()
 
-    def running(self) -> str:
-        """The path of the innermost module of the model whose forward is on this thread's stack; else empty."""
+    def running(self) -> str | None:
+        """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""
         frame: FrameType | None = sys._getframe(1)
-        paths = self.plan.paths
+        paths, model = self.plan.paths, self.plan.model
+        found = None
         while frame is not None:
             if frame.f_code is _CALL_CODE:
                 path = paths.get(id(frame.f_locals.get("self")))
                 if path is not None:
                     return path
+            elif found is None and frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
+                found = ""  # somebody calls its forward without calling it
             frame = frame.f_back
-        return ""
+        return found
 
     def site(self, path: str) -> Site:
         """The site that a module belongs to, by the word of an adapter or else of its path."""

@@ -49,7 +49,7 @@ class Session:
         self.step = -1
         self.seen: set[str] = set()
         self.ran: dict[int, nn.Module] = {}  # what sounds like attention, and ran
-        self.recorded = 0
+        self.heard = self.recorded = 0  # kernels that were seen, and those of them that were the model's
         self.glance: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
         self.matched: set[int] = set()
         self._last: dict[tuple[str, str], int] = {}
@@ -115,9 +115,9 @@ class Session:
     @contextmanager
     def kernel(self, sealed: bool) -> Iterator[Callable[[], bool]]:
         """Around one kernel; yields a function that tells whether a tap saw it."""
-        before = self.recorded
+        before = self.heard
         with self.modes.sealed() if sealed else self.modes.opened():
-            yield lambda: self.recorded > before
+            yield lambda: self.heard > before
 
     # Where we are
 
@@ -143,17 +143,20 @@ class Session:
     def _ran(self, module: nn.Module) -> None:
         self.ran[id(module)] = module
 
-    def where(self) -> str:
-        """The path of the site that is running, or else of the innermost module."""
+    def where(self) -> str | None:
+        """The path of the site that is running, or else of the innermost module; None outside the model."""
         return self._sites[-1][0].path if self._sites and not self.plan.watch_all else self.brackets.running()
 
-    def _site(self, call: KernelCall) -> Site:
+    def _site(self, call: KernelCall) -> Site | None:
         known = self.plan.sites.get(id(call.module))
         if known is not None:
             return known
         if self._sites and not self.plan.watch_all:
             return self._sites[-1][0]
-        path = ".".join(x for x in (self.brackets.running(), call.within) if x)
+        running = self.brackets.running()
+        if running is None:
+            return None
+        path = ".".join(x for x in (running, call.within) if x)
         if path not in self._described:
             self._described[path] = self.brackets.site(path)
         return self._described[path]
@@ -169,6 +172,8 @@ class Session:
         if _in_backward():
             return
         path = self.where() if path is None else path
+        if path is None:  # another model
+            return
         self.seen.add(path)
         self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
 
@@ -187,8 +192,11 @@ class Session:
             return
         if call.q.is_meta:
             check_meta(self.plan.model)
-        self.recorded += 1
+        self.heard += 1
         site = self._site(call)
+        if site is None:  # another model, in the same thread
+            return
+        self.recorded += 1
         if site.layer is None:
             site = self._ordered(site)
         self.seen.add(site.path)

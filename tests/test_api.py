@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookattn
 from hookattn import FieldNotCaptured, InputError, ModelError, NoAttentionError, SelectionError
+from hookattn.testing import check_clean
 from tests.reference import assert_untouched, draw, paths, same_bits, snapshot
 
 B, T, E, H, G = 2, 6, 16, 4, 2
@@ -297,3 +298,33 @@ def test_nothing_large_is_formed_first(n: dict[str, int]) -> None:
             with torch.no_grad(), Largest() as largest:
                 hookattn.trace(m, (x, mask), capture=("weights",), **options)
             assert largest.numel == n["heads"] * 512 * 512 if bound is None else largest.numel <= bound, options
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder", "decoder layer"])
+def test_the_steps_of_a_model_that_is_one_of_torchs_own(kind: str, training: bool) -> None:
+    """Some of these leave their fused path as soon as they are hooked; their forwards are counted all the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    made = {
+        "attention": nn.MultiheadAttention(16, 2, batch_first=True),
+        "layer": layer,
+        "encoder": nn.TransformerEncoder(layer, 2),
+        "decoder layer": nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+    }
+    model = made[kind].train(training)
+    x = torch.randn(2, 5, 16)
+    inputs = {"attention": (x, x, x), "decoder layer": (x, x)}.get(kind, (x,))
+    other = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with torch.no_grad():
+        plain = model(*inputs)
+        with hookattn.tracing(model, strict=True) as found:
+            outputs = [model(*inputs) for _ in range(3)]
+            other(x)  # is not the model's
+    steps = [call.step for call in found]
+    per = {"encoder": 2, "decoder layer": 2}.get(kind, 1)
+    assert steps == [i for i in range(3) for _ in range(per)]
+    for out in outputs:
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, out)), strict=True):
+            assert a is b is None or torch.equal(a, b)
+    check_clean(model)

@@ -297,3 +297,21 @@ def test_blocks_equal_the_plain_path(kind: str, masked: str) -> None:
     other, none = attention.derive(q, k, scale, want_weights=False, **options)
     assert none is None and other is not None and only is not None
     assert torch.equal(only, weights) and torch.equal(other, scores)
+
+
+@pytest.mark.parametrize("spot", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_what_is_hidden_need_not_be_finite(where: str, spot: float) -> None:
+    """In blocks as in one piece: a masked entry weighs nothing, whatever its score."""
+    for t in (16, 800):
+        q, k = draw(1, 2, t, 4, seed=1), draw(1, 2, t, 4, seed=2)
+        mask = torch.ones(1, 1, t, t, dtype=torch.bool)
+        if where == "k":
+            k[:, :, 5, 0], mask[..., 5] = spot, False
+        else:
+            q[:, :, 5, 0], mask[:, :, 5] = spot, False
+        weights = attention.derive(q, k, 0.5, mask=mask)[1]
+        assert weights is not None and weights.isfinite().all() and not weights[..., ~mask[0, 0, 0]].any()
+        live = mask.any(-1)[0, 0]
+        scores = torch.where(mask, (q.double() @ k.double().mT) * 0.5, -math.inf)
+        torch.testing.assert_close(weights[:, :, live].double(), scores.softmax(-1)[:, :, live], atol=1e-5, rtol=0)

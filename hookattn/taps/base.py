@@ -23,8 +23,8 @@ class Recorder(Protocol):
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""
 
-    def where(self) -> str:
-        """The path of the module that is running now."""
+    def where(self) -> str | None:
+        """The path of the module that is running now; None outside the model."""
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """:func:`hookattn.attention.split_additive`, once for a tensor that many layers share."""

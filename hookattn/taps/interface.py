@@ -89,13 +89,13 @@ def _glance(
     kwargs: dict[str, Any],
 ) -> Any:
     """Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here."""
-    before = tracing.recorded
+    before = tracing.heard
     tracing.glance = module, query, key, value
     try:
         out = function(module, query, key, value, mask, *args, **kwargs)
     finally:
         tracing.glance = None
-    if tracing.recorded == before:
+    if tracing.heard == before:
         with Quiet(query):
             tracing.record(read("sdpa", module, query, key, value, mask, kwargs, out[0]))
     return out

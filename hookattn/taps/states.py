@@ -85,7 +85,7 @@ class RowStat(State):
 class Use:
     """Whether weights, or any view of them, were multiplied with values; where they were made."""
 
-    path: str
+    path: str | None
     done: bool = False
 
 
