@@ -166,3 +166,11 @@ class TestContractViT(Contract):
 
 class TestContractMaxViT(Contract):
     which = "maxvit"
+
+
+class TestContractMerger(Contract):
+    which = "merger"
+    formed = ("k", "v", "output")  # its queries are a parameter, the same for the whole batch
+
+    def model(self) -> nn.Module:
+        return drawn(build("merger"), gain=4.0)
