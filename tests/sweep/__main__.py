@@ -22,6 +22,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types alone; their rows are printed")
     parser.add_argument("--impl", choices=IMPLEMENTATIONS, help="this implementation alone")
     parser.add_argument("--resume", action="store_true", help="keep rows of the same versions and sources")
+    parser.add_argument(
+        "--redo", nargs="+", metavar="TYPE", help="keep the rows of the results file, whatever it is of, but for these"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one case")
     parser.add_argument("--results", default=str(ROOT / "out" / "sweep.jsonl"), help="rows, one JSON document a line")
@@ -33,7 +36,7 @@ def main() -> int:
     if unknown:
         parser.error(f"transformers has no model type {', '.join(unknown)}")
     cases = [(t, i) for t in types for i in IMPLEMENTATIONS if args.impl in (None, i)]
-    results = Results(None if args.only else args.results, resume=args.resume)
+    results = Results(None if args.only else args.results, resume=args.resume, without=args.redo)
     waiting = [c for c in cases if c not in results]
     started, total = time.monotonic(), len(waiting)
 
@@ -44,8 +47,14 @@ def main() -> int:
                 if value not in ("", [], {}, None):
                     print(f"  {key}: {value}" if key != "model_type" else value)
         elif len(results.rows) % 50 == 0 or row["status"] == "red":
-            red = f" {row['model_type']} {row['implementation']}: {row['problems'][0]}" if row["status"] == "red" else ""
-            print(f"{len(results.rows)}/{total} {time.monotonic() - started:.0f} s{red[:200]}", file=sys.stderr, flush=True)
+            red = (
+                f" {row['model_type']} {row['implementation']}: {row['problems'][0]}" if row["status"] == "red" else ""
+            )
+            print(
+                f"{len(results.rows)}/{total} {time.monotonic() - started:.0f} s{red[:200]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     run_all(waiting, 1 if args.only else args.jobs, args.timeout, done)
     if not args.only and args.impl is None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .classes import by_name, config_class, model_class
 from .inputs import Inputs, said
-from .recipes import RECIPES, Recipe
+from .recipes import Recipe
 from .shrink import shrink
+from .table import RECIPES
 from .weights import draw
 
 
@@ -54,7 +55,7 @@ def inputs_of(model_type: str, model: nn.Module, config: PreTrainedConfig) -> di
     for inputs in maker.candidates():
         try:
             run(model, inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what a model says to inputs that do not fit it
             maker.refused.append(said(error))
             continue
         return inputs

@@ -18,9 +18,11 @@ from hookattn.testing.clean import state_of
 
 from .cases import UnbuildableError, build, copy_of, inputs_of, run
 from .classes import NoModelError
+from .inputs import said
 from .offered import compare_offered
-from .recipes import RECIPES, Recipe
+from .recipes import Recipe
 from .skips import unread
+from .table import RECIPES
 from .unseen import watch
 
 FLAT = 0.97  # of the entropy of a uniform row
@@ -89,8 +91,8 @@ def check(model_type: str, implementation: str) -> Row:
                     break
         except (UnbuildableError, NoModelError) as error:
             row.status, row.reason = "unbuilt", str(error)
-        except ImportError as error:
-            row.status, row.reason = "unbuilt", " ".join(str(error).split())[:160]
+        except Exception as error:  # noqa: BLE001 - building or running it without a trace; a trace's errors are red
+            row.status, row.reason = "unbuilt", said(error)
     if row.problems:
         row.status = "red"
     row.seconds = round(time.perf_counter() - started, 2)
@@ -132,7 +134,9 @@ def _check(row: Row, gain: float) -> None:
     if differs:
         row.problems.append(f"output differs: {differs}")
     _calls(row, trace)
-    row.problems += [f"unseen: {x}" for x in seen.uncovered([c.site.path for c in trace], [s.path for s in trace.skipped])]
+    row.problems += [
+        f"unseen: {x}" for x in seen.uncovered([c.site.path for c in trace], [s.path for s in trace.skipped])
+    ]
     if not _finite(plain):
         row.notes.append("the model's own output is not finite")
     if row.implementation == "eager" and trace.calls:
@@ -144,7 +148,9 @@ def _calls(row: Row, trace: hookattn.Trace) -> None:
     row.kinds = dict(Counter(f"{c.site.stack} {c.site.kind}" for c in trace))
     row.taps = dict(Counter(c.tap for c in trace))
     row.skipped = sorted({f"{s.path}: {s.reason}" for s in trace.skipped})
-    row.problems += sorted({f"unread: {s.path}: {s.reason}" for s in trace.skipped if unread(row.model_type, s.path, s.reason)})
+    row.problems += sorted(
+        {f"unread: {s.path}: {s.reason}" for s in trace.skipped if unread(row.model_type, s.path, s.reason)}
+    )
     row.notes += sorted({n for c in trace for n in c.notes})
     if any(c.own_scores for c in trace):
         row.notes.append("scores are the model's own")
@@ -192,7 +198,9 @@ def difference(a: Any, b: Any, path: str = "output") -> str:
     if isinstance(a, dict):
         return next((d for k in a if (d := difference(a[k], b[k], f"{path}.{k}"))), "")
     if isinstance(a, (list, tuple)):
-        return next((d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}[{i}]"))), "")
+        return next(
+            (d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}[{i}]"))), ""
+        )
     if hasattr(a, "__dict__") and not isinstance(a, (nn.Module, type)) and "transformers" in type(a).__module__:
         skip = {k for k, v in vars(a).items() if "onfig" in type(v).__name__}
         return difference({k: v for k, v in vars(a).items() if k not in skip}, vars(b), path)

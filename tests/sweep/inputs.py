@@ -36,7 +36,9 @@ class Inputs:
         without: names that are left out.
     """
 
-    def __init__(self, model: nn.Module, config: PreTrainedConfig, given: dict[str, Any], without: tuple[str, ...] = ()):
+    def __init__(
+        self, model: nn.Module, config: PreTrainedConfig, given: dict[str, Any], without: tuple[str, ...] = ()
+    ):
         self.model, self.config, self.given = model, config, given
         self.parameters = {
             n: p
@@ -45,11 +47,15 @@ class Inputs:
         }
         required = [n for n, p in self.parameters.items() if p.default is p.empty]
         self.names = [n for n in self.parameters if (n in WANTED or n in required or n in given) and n not in without]
-        if not {"input_ids", "decoder_input_ids"} & set(self.names):
-            if "inputs_embeds" in self.parameters and not {"pixel_values", "input_features", "input_values"} & set(self.names):
-                self.names.append("inputs_embeds")
+        fed = {"input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values"}
+        if "inputs_embeds" in self.parameters and not fed & set(self.names):
+            self.names.append("inputs_embeds")
         if _crosses(model) and "encoder_hidden_states" in self.parameters:
-            self.names += [n for n in ("encoder_hidden_states", "encoder_attention_mask") if n in self.parameters and n not in self.names and n not in without]
+            self.names += [
+                n
+                for n in ("encoder_hidden_states", "encoder_attention_mask")
+                if n in self.parameters and n not in self.names and n not in without
+            ]
         self.generator = torch.Generator().manual_seed(11)
         self.made: dict[str, Any] = {}
         self.length = LENGTH
@@ -65,6 +71,8 @@ class Inputs:
             self.generator.manual_seed(11)
             self.made = {n: (v() if callable(v) else v) for n, v in self.given.items()}
             self.media, self.length = [], LENGTH
+            if isinstance(self.made.get("input_ids"), Tensor):
+                self.length = self.made["input_ids"].shape[1]
             pick = dict(zip(open_names, chosen, strict=True))
             try:
                 for name in media:
@@ -79,7 +87,7 @@ class Inputs:
                 if str(error):
                     self.refused.append(str(error))
                 continue
-            yield {n: v for n, v in self.made.items() if v is not None and n in self.parameters or n in self.given}
+            yield {n: v for n, v in self.made.items() if (v is not None and n in self.parameters) or n in self.given}
 
     def _make(self, name: str, choice: int) -> None:
         if name in ALTERNATIVES:
@@ -123,6 +131,8 @@ class Inputs:
         most = min([vocab if isinstance(vocab, int) else 99, 99])
         ids = self.ints(min(10, most // 2), most, ROWS, length or self.length)
         pad = self.find("pad_token_id", default=0)
+        for token, _ in self.media:
+            ids[ids == token] = most - 1 if token != most - 1 else most - 2
         if length is None:
             start = 4
             for token, n in self.media:
@@ -155,12 +165,23 @@ class Inputs:
         """(token, how many a row) for images and sounds, from the model's own features."""
         found = []
         for getter, names, tokens in (
-            ("get_image_features", ("pixel_values",), ("image_token_id", "image_token_index", "img_token_id", "media_placeholder_token_id")),
+            (
+                "get_image_features",
+                ("pixel_values",),
+                ("image_token_id", "image_token_index", "img_token_id", "media_placeholder_token_id"),
+            ),
             ("get_video_features", ("pixel_values_videos",), ("video_token_id", "video_token_index")),
-            ("get_audio_features", ("input_features", "input_values", "audio_values", "input_audio_embeds"), ("audio_token_id", "audio_token_index")),
+            (
+                "get_audio_features",
+                ("input_features", "input_values", "audio_values", "input_audio_embeds"),
+                ("audio_token_id", "audio_token_index"),
+            ),
         ):
             own = next((n for n in names if self.made.get(n) is not None), None)
-            token = next((t for c in _parts(self.config, "") for t in (vars(c).get(n) for n in tokens) if isinstance(t, int)), None)
+            token = next(
+                (t for c in _parts(self.config, "") for t in (vars(c).get(n) for n in tokens) if isinstance(t, int)),
+                None,
+            )
             owner = next((m for m in self.model.modules() if hasattr(m, getter)), None)
             if own is None or token is None or owner is None:
                 continue
@@ -198,7 +219,11 @@ def said(error: BaseException) -> str:
 def _count(features: Any) -> int:
     """How many feature vectors there are."""
     if not isinstance(features, (Tensor, list, tuple)):
-        features = getattr(features, "pooler_output", None) if getattr(features, "pooler_output", None) is not None else getattr(features, "last_hidden_state", features)
+        features = (
+            getattr(features, "pooler_output", None)
+            if getattr(features, "pooler_output", None) is not None
+            else getattr(features, "last_hidden_state", features)
+        )
     if isinstance(features, (list, tuple)):
         return sum(_count(f) for f in features)
     if isinstance(features, Tensor):
@@ -271,7 +296,20 @@ def _frames(i: Inputs) -> Tensor:
 
 
 def _mel(i: Inputs) -> int:
-    n = i.find("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "n_mels", "mel_bins", "input_size", "feature_size", "num_mel_filters", "subsampling_input_size", default=80, within="audio")
+    n = i.find(
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "input_dim",
+        "n_mels",
+        "mel_bins",
+        "input_size",
+        "feature_size",
+        "num_mel_filters",
+        "subsampling_input_size",
+        default=80,
+        within="audio",
+    )
     return n if isinstance(n, int) else 80
 
 
@@ -342,17 +380,47 @@ ALTERNATIVES: dict[str, list[Callable[[Inputs], Any]]] = {
         lambda i: i.randn(ROWS, i.find("max_length", default=64), _mel(i)),
     ],
     "attention_mask": [_mask, lambda i: None],
-    "hidden_states": [_flat, _flat_patches, _latents, lambda i: i.randn(ROWS * 16, 64), lambda i: i.randn(ROWS, 64, 4, 4)],
+    "hidden_states": [
+        _flat,
+        _flat_patches,
+        _latents,
+        lambda i: i.randn(ROWS * 16, 64),
+        lambda i: i.randn(ROWS, 64, 4, 4),
+    ],
 }
-MEDIA = ("image_merge_sizes", "image_grid_hw", "padding_mask",
-         "pixel_values", "input_features", "input_values", "image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes",
-         "pixel_attention_mask", "input_features_mask", "feature_attention_mask", "pixel_values_videos")
+MEDIA = (
+    "image_merge_sizes",
+    "image_grid_hw",
+    "padding_mask",
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "image_grid_thw",
+    "grid_thw",
+    "image_sizes",
+    "spatial_shapes",
+    "pixel_attention_mask",
+    "input_features_mask",
+    "feature_attention_mask",
+    "pixel_values_videos",
+)
 RULES: dict[str, Callable[[Inputs], Any]] = {
     "input_ids": lambda i: i.tokens(),
     "decoder_input_ids": lambda i: i.tokens(6),
     "decoder_attention_mask": lambda i: i.mask(6),
     "inputs_embeds": _latents,
-    "encoder_hidden_states": lambda i: i.randn(ROWS, 7, i.find("cross_hidden_size", "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", "d_model", default=64)),
+    "encoder_hidden_states": lambda i: i.randn(
+        ROWS,
+        7,
+        i.find(
+            "cross_hidden_size",
+            "encoder_hidden_size",
+            "cross_attention_hidden_size",
+            "hidden_size",
+            "d_model",
+            default=64,
+        ),
+    ),
     "encoder_attention_mask": lambda i: i.mask(7),
     "pixel_mask": _pixel_mask,
     "bbox": _bbox,
@@ -360,20 +428,43 @@ RULES: dict[str, Callable[[Inputs], Any]] = {
     "grid_thw": lambda i: torch.tensor([_grid(i)] * ROWS),
     "video_grid_thw": lambda i: None,
     "spatial_shapes": lambda i: torch.tensor([(4, 4)] * ROWS),
-    "pixel_attention_mask": lambda i: torch.ones([n for d, n in enumerate(i.made["pixel_values"].shape) if d != i.made["pixel_values"].dim() - 3], dtype=torch.long) if i.made["pixel_values"].dim() > 3 else torch.ones(ROWS, 16, dtype=torch.long),
+    "pixel_attention_mask": lambda i: (
+        torch.ones(
+            [n for d, n in enumerate(i.made["pixel_values"].shape) if d != i.made["pixel_values"].dim() - 3],
+            dtype=torch.long,
+        )
+        if i.made["pixel_values"].dim() > 3
+        else torch.ones(ROWS, 16, dtype=torch.long)
+    ),
     "mm_token_type_ids": _media_types,
     "token_type_ids": lambda i: torch.zeros(ROWS, i.length, dtype=torch.long),
-    "input_features_mask": lambda i: torch.ones(ROWS, max(i.made["input_features"].shape[1:]) , dtype=torch.long),
+    "input_features_mask": lambda i: (
+        torch.ones(ROWS, max(i.made["input_features"].shape[1:]), dtype=torch.long)
+        if "input_features" in i.made
+        else None
+    ),
     "feature_attention_mask": lambda i: torch.ones(ROWS, i.made["input_features"].shape[-1], dtype=torch.long),
-    "padding_mask": lambda i: torch.ones(i.made["input_values"].shape, dtype=torch.bool) if isinstance(i.made.get("input_values"), Tensor) else None,
+    "padding_mask": lambda i: (
+        torch.ones(i.made["input_values"].shape, dtype=torch.bool)
+        if isinstance(i.made.get("input_values"), Tensor)
+        else None
+    ),
     "image_merge_sizes": lambda i: torch.tensor([2] * ROWS),
     "image_grid_hw": lambda i: torch.tensor([_grid(i)[1:]] * ROWS),
     "pixel_values_videos": lambda i: _frames(i),
-    "past_values": lambda i: i.randn(ROWS, i.find("context_length", "seq_length", default=32) + max([0, *i.find("lags_sequence", default=[0])]), i.find("num_input_channels", default=1)).squeeze(-1),
+    "past_values": lambda i: i.randn(
+        ROWS,
+        i.find("context_length", "seq_length", default=32) + max([0, *i.find("lags_sequence", default=[0])]),
+        i.find("num_input_channels", default=1),
+    ).squeeze(-1),
     "past_observed_mask": lambda i: torch.ones_like(i.made["past_values"]),
-    "past_time_features": lambda i: i.randn(ROWS, i.made["past_values"].shape[1], i.find("num_time_features", default=1) or 1),
+    "past_time_features": lambda i: i.randn(
+        ROWS, i.made["past_values"].shape[1], i.find("num_time_features", default=1) or 1
+    ),
     "future_values": lambda i: i.randn(ROWS, i.find("prediction_length", default=8)),
-    "future_time_features": lambda i: i.randn(ROWS, i.find("prediction_length", default=8), i.find("num_time_features", default=1) or 1),
+    "future_time_features": lambda i: i.randn(
+        ROWS, i.find("prediction_length", default=8), i.find("num_time_features", default=1) or 1
+    ),
     "position_ids": lambda i: torch.arange(i.length)[None].expand(ROWS, -1),
     "image_position_ids": lambda i: None,
     "pixel_position_ids": lambda i: None,

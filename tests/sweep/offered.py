@@ -18,11 +18,18 @@ TOLERANCE = 1e-4
 # What a model hands out as attentions and is not the weights that met the values: (type, part of the name, why).
 NOT_WEIGHTS = (
     ("granite_speech", "attentions", "hands out the attention's output under this name"),
-    ("groupvit", "vision_model_output.attentions", "hands out the assignment of patches to groups: a softmax over groups"),
+    (
+        "groupvit",
+        "vision_model_output.attentions",
+        "hands out the assignment of patches to groups: a softmax over groups",
+    ),
     ("groupvit_vision", "attentions", "hands out the assignment of patches to groups: a softmax over groups"),
     ("minimax", "attentions", "hands out the state of its linear attention among its attentions"),
     ("mm-grounding-dino", "decoder_attentions[2]", "deformable sampling"),
     ("grounding-dino", "decoder_attentions[2]", "deformable sampling"),
+    ("sam", "mask_decoder_attentions", "hands out the attention's output under this name"),
+    ("sam2", "attentions", "hands out the attention's output under this name"),
+    ("sam2", "vision_attentions", "hands out the attention's output under this name"),
     ("rf_detr", "cross_attentions", "deformable sampling"),
     ("prophetnet", "cross_attentions", "hands out the scores before the softmax"),
     ("prophetnet", "encoder_attentions", "hands out the scores before the softmax"),
@@ -44,8 +51,12 @@ def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: h
             offered.append((name, x))
     free = list(range(len(trace)))
     for name, theirs in offered:
-        deformable = "cross_attentions" in name and any("eformable" in x for x in row.skipped)
-        why = "deformable sampling" if deformable else next((w for t, part, w in NOT_WEIGHTS if row.model_type.startswith(t) and name.startswith(part)), "")
+        deformable = any("eformable" in x for x in row.skipped)
+        why = (
+            "deformable sampling"
+            if deformable
+            else next((w for t, part, w in NOT_WEIGHTS if row.model_type.startswith(t) and name.startswith(part)), "")
+        )
         if why.startswith("hands out the scores"):
             theirs = theirs.softmax(-1)
         fits = {i: d for i in free if (d := distance(trace[i], theirs)) is not None}
@@ -73,14 +84,21 @@ def distance(call: hookattn.Call, theirs: Tensor) -> float | None:
     if theirs.dim() == mine.dim() and theirs.stride(1) == 0 and theirs.shape == mine.shape and mine.shape[1] > 1:
         mine = mine.mean(1, keepdim=True).expand_as(mine)
     t, s = theirs.shape[-2:]
-    if theirs.dim() == 4 and mine.shape[:2] == theirs.shape[:2] and (t, s) != mine.shape[-2:] and t <= mine.shape[2] and s <= mine.shape[3]:
+    if (
+        theirs.dim() == 4
+        and mine.shape[:2] == theirs.shape[:2]
+        and (t, s) != mine.shape[-2:]
+        and t <= mine.shape[2]
+        and s <= mine.shape[3]
+    ):
         # A prompt that the model adds and cuts off again, or one softmax over several sequences that it splits.
         parts = [mine[:, :, -t:, -s:], mine[:, :, :t, :s]]
         return min((part.double() - theirs.double()).abs().max().item() for part in parts)
     if theirs.shape != mine.shape:
         if theirs.numel() != mine.numel() or theirs.shape[-2:] != mine.shape[-2:]:
             return None
-        theirs = theirs.reshape(mine.shape)
+        orders = [theirs, theirs.transpose(1, 2)] if theirs.dim() == 5 else [theirs]  # blocks before or after the heads
+        theirs = min((x.reshape(mine.shape) for x in orders), key=lambda x: (mine - x).abs().sum().item())
     rows = call.mask.expand_as(mine).any(-1)
     if not rows.any():
         return 0.0
@@ -99,4 +117,3 @@ def attentions(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, (list, tuple)):
         for i, value in enumerate(output):
             yield from attentions(value, f"{name}[{i}]")
-

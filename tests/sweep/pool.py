@@ -1,4 +1,4 @@
-"""All cases in worker processes that outlive a crash: a case that kills or stalls its worker costs its own row alone."""
+"""All cases in worker processes: one that kills or stalls its worker costs its own row alone."""
 
 from __future__ import annotations
 

@@ -18,15 +18,15 @@ _MEANS = {
 }
 HEAD = """# Coverage
 
-Made by `make coverage`; do not edit. Every model type that transformers {transformers} maps ({types} of them, towers and
-sub-models counted), with torch {torch}: tiny, from its own configuration class, random weights that make attention far from
-uniform, three rows (whole, padded left, padded right where it takes a mask), in eager and in sdpa.
+Made by `make coverage`; do not edit. Every model type that transformers {transformers} maps ({types} of them, towers
+and sub-models counted), with torch {torch}: tiny, from its own configuration class, random weights that make attention
+far from uniform, three rows (whole, padded left, padded right where it takes a mask), in eager and in sdpa.
 
-**Exact** means that all of this holds: the traced output is bit-identical to the untraced one; nothing is left on the model;
-in float64, `softmax(where(mask, scores, -inf), sinks) == weights` and `weights @ v == output` for every call; every certificate
-is faithful with `verify="full"`; the weights are what the eager model returns with `output_attentions=True`, where it does
-(to 1e-4); no module computed more softmaxes than there are calls and skipped sites; and what was skipped is no softmax
-attention. A row where one of these fails is **red**, and says which.
+**Exact** means that all of this holds: the traced output is bit-identical to the untraced one; nothing is left on the
+model; in float64, `softmax(where(mask, scores, -inf), sinks) == weights` and `weights @ v == output` for every call;
+every certificate is faithful with `verify="full"`; the weights are what the eager model returns with
+`output_attentions=True`, where it does (to 1e-4); no module computed more softmaxes than there are calls and skipped
+sites; and what was skipped is no softmax attention. A row where one of these fails is **red**, and says which.
 
 {summary}
 """
@@ -55,14 +55,18 @@ def _summary(rows: list[Row], seconds: float) -> str:
     took = f" The run took {seconds / 60:.0f} minutes." if seconds > 60 else ""
     lines += [
         "",
-        f"{calls} calls in all, {compared} of them compared with the model's own attentions. The flattest call of a case has a mean "
-        f"entropy of {median:.2f} of a uniform row's in the median case.{took}",
+        f"{calls} calls in all, {compared} of them compared with the model's own attentions. In the median case, the "
+        f"flattest call has a mean entropy of {median:.2f} of a uniform row's.{took}",
     ]
     return "\n".join(lines)
 
 
 def _red(rows: list[Row]) -> str:
-    lines = [f"- `{r['model_type']}` in {r['implementation']}: {_cut('; '.join(r['problems']), 500)}" for r in rows if r["status"] == "red"]
+    lines = [
+        f"- `{r['model_type']}` in {r['implementation']}: {_cut('; '.join(r['problems']), 500)}"
+        for r in rows
+        if r["status"] == "red"
+    ]
     return "\n".join(["## Red rows", "", *lines, ""]) if lines else "## Red rows\n\nNone.\n"
 
 
@@ -95,7 +99,9 @@ def _table(types: dict[str, dict[str, Row]]) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    taps = "" if row["status"] not in ("green", "red") else ", ".join(f"{n} {t}" for t, n in row.get("taps", {}).items())
+    taps = (
+        "" if row["status"] not in ("green", "red") else ", ".join(f"{n} {t}" for t, n in row.get("taps", {}).items())
+    )
     return f"{_MEANS[row['status']]}{': ' + taps if taps else ''}"
 
 
@@ -123,8 +129,12 @@ def _notes(rows: list[Row]) -> str:
     for row in rows:
         for note in row.get("notes", []):
             text = re.sub(r"^[\w.\[\]]*attentions[\w.\[\]]*: ", "own attentions: ", note)
-            found.setdefault(re.sub(r"nearly uniform: .*", "a call that stays nearly uniform", text), set()).add(row["model_type"])
-    lines = [f"- {_cut(note, 200)}: {', '.join(f'`{t}`' for t in sorted(where))}" for note, where in sorted(found.items())]
+            found.setdefault(re.sub(r"nearly uniform: .*", "a call that stays nearly uniform", text), set()).add(
+                row["model_type"]
+            )
+    lines = [
+        f"- {_cut(note, 200)}: {', '.join(f'`{t}`' for t in sorted(where))}" for note, where in sorted(found.items())
+    ]
     return "\n".join(["## Notes", "", *lines]) if lines else ""
 
 

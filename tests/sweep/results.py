@@ -33,18 +33,20 @@ class Results:
     Args:
         path: the file; None: they are only held.
         resume: start with the rows of the file, if it is of the same versions and sources.
+        without: start with the rows of the file in any case, but for these types (while recipes are written).
     """
 
-    def __init__(self, path: str | Path | None, resume: bool = False):
+    def __init__(self, path: str | Path | None, resume: bool = False, without: Iterable[str] | None = None):
         self.path = None if path is None else Path(path)
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
         if self.path is None:
             return
         head = key()
-        if resume and self.path.exists():
+        if (resume or without) and self.path.exists():
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            if lines and lines[0] == head:
-                self.rows = {(r["model_type"], r["implementation"]): r for r in lines[1:]}
+            if lines and (without or lines[0] == head):
+                rows = [r for r in lines[1:] if r["model_type"] not in set(without or ())]
+                self.rows = {(r["model_type"], r["implementation"]): r for r in rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(x) + "\n" for x in (head, *self.rows.values())))
 

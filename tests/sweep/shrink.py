@@ -31,9 +31,15 @@ _HEADS = re.compile(
     r"^(num_attention_heads|num_heads|n_heads?|.*_attention_heads|attention_heads|.*_num_heads|.*resampler_heads"
     r"|resampler_n_heads|encoder_attention_heads|.*num_heads|linear_num_value_heads|decoder_num_attention_heads|index_n_heads)$"
 )
-_KV = re.compile(r"^(num_key_value_heads|n_kv_heads|num_kv_heads|.*_num_key_value_heads|num_key_value_attention_heads|linear_num_key_heads|.*_kv_heads)$")
-_HEAD_DIM = re.compile(r"^(.*_)?(head_dim|attention_head_size|attention_head_dim|d_kv|d_head|dim_head|kv_channels|head_size)$")
-_FF = re.compile(r"^(.*_)?(intermediate_size|ffn?_dim|d_ff|dff|dim_ff|n_inner|ffn_hidden_size|dim_feedforward|mlp_dim|d_inner|feedforward_dim|feed_forward_(hidden_)?size|mlp_hidden_size|ff_dim|expert_dim|intermediate_dim)$")
+_KV = re.compile(
+    r"^(num_key_value_heads|n_kv_heads|num_kv_heads|.*_num_key_value_heads|num_key_value_attention_heads|linear_num_key_heads|.*_kv_heads)$"
+)
+_HEAD_DIM = re.compile(
+    r"^(.*_)?(head_dim|attention_head_size|attention_head_dim|d_kv|d_head|dim_head|kv_channels|head_size)$"
+)
+_FF = re.compile(
+    r"^(.*_)?(intermediate_size|ffn?_dim|d_ff|dff|dim_ff|n_inner|ffn_hidden_size|dim_feedforward|mlp_dim|d_inner|feedforward_dim|feed_forward_(hidden_)?size|mlp_hidden_size|ff_dim|expert_dim|intermediate_dim)$"
+)
 _WIDTH = re.compile(
     r"^(.*_)?(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_dim|embedding_size|hidden_dim|projection_dim"
     r"|proj_dim|output_dim|output_size|width|embed_size|inner_dim|latent_dim|out_dim|hidden_sz|projection_size|q_lora_rank|lora_rank"
@@ -46,14 +52,24 @@ _POSITIONS = re.compile(
     r"^(max_position_embeddings|n_positions|n_ctx|max_(source|target|speech|text)_positions|max_seq(uence)?_(len|length)|seq_len|max_sequence_length|seq_length"
     r"|decoder_max_position_embeddings|encoder_max_position_embeddings|original_max_position_embeddings|t2u_max_position_embeddings|max_len|.*_max_position_embeddings)$"
 )
-_EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|moe_num_experts|num_routed_experts|.*_num_experts|num_experts_total)$")
-_TOPK = re.compile(r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_top_k|moe_k|top_k_experts|experts_per_token|.*_experts_per_tok|top_k)$")
+_EXPERTS = re.compile(
+    r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|moe_num_experts|num_routed_experts|.*_num_experts|num_experts_total)$"
+)
+_TOPK = re.compile(
+    r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_top_k|moe_k|top_k_experts|experts_per_token|.*_experts_per_tok|top_k)$"
+)
 _IMAGE = re.compile(r"^(.*_)?(image_size|img_size|crop_size|image_resolution|spec_size)$")
 _PATCH = re.compile(r"^(patch_size|patch_sizes|patch_size_(height|width)|vision_patch_size)$")
-_WINDOW = re.compile(r"^(sliding_window|sliding_window_size|attention_window_size|attention_chunk_size|keep_window_size|local_attention_window_len)$")
+_WINDOW = re.compile(
+    r"^(sliding_window|sliding_window_size|attention_window_size|attention_chunk_size|keep_window_size|local_attention_window_len)$"
+)
 _SPECIAL = re.compile(r"(_token_id|_token_ids|_token_index|_token_indices|_index|_idx|_id|_token)$")
-_INDEXES = re.compile(r"(indexes|indices|ind(ex|ices)?|_ids|_layers|layer_id|hook_ids|_idxs|_blocks|feature_layer|_layer)$")
-_LATENTS = re.compile(r"^(num_queries|num_object_queries|num_query_tokens|num_latents|.*n_latents|num_detection_tokens|.*num_latents|latent_query_num|num_denoising|two_stage_num_proposals|visual_prompt_size)$")
+_INDEXES = re.compile(
+    r"(indexes|indices|ind(ex|ices)?|_ids|_layers|layer_id|hook_ids|_idxs|_blocks|feature_layer|_layer)$"
+)
+_LATENTS = re.compile(
+    r"^(num_queries|num_object_queries|num_query_tokens|num_latents|.*n_latents|num_detection_tokens|.*num_latents|latent_query_num|num_denoising|two_stage_num_proposals|visual_prompt_size)$"
+)
 
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
@@ -122,7 +138,9 @@ def _shrink(config: PreTrainedConfig, case: Case, prefix: str) -> PreTrainedConf
     fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     layers, kept = _layers_kept(values, fields)
     changed: dict[str, Any] = {}
-    hierarchical = any(isinstance(values.get(n), (list, tuple)) and len(values[n]) > 1 for n in ("depths", "blocks_per_stage"))
+    hierarchical = any(
+        isinstance(values.get(n), (list, tuple)) and len(values[n]) > 1 for n in ("depths", "blocks_per_stage")
+    )
     for name, value in values.items():
         if name not in fields and not isinstance(value, PreTrainedConfig):
             continue
@@ -153,7 +171,15 @@ def _told(config: PreTrainedConfig, fields: set[str], changed: Mapping[str, Any]
         default = vars(type(config)())
     except Exception as error:  # noqa: BLE001 - a class without a default of its own: then all of it is told
         default = {"": error}
-    common = {"transformers_version", "dtype", "id2label", "label2id", "return_dict", "output_hidden_states", "architectures"}
+    common = {
+        "transformers_version",
+        "dtype",
+        "id2label",
+        "label2id",
+        "return_dict",
+        "output_hidden_states",
+        "architectures",
+    }
     told = {}
     for name in fields - common - set(changed):
         if name in vars(config) and (name not in default or default[name] != vars(config)[name]):
@@ -163,8 +189,19 @@ def _told(config: PreTrainedConfig, fields: set[str], changed: Mapping[str, Any]
 
 def _layers_kept(values: Mapping[str, Any], fields: set[str]) -> tuple[int, list[int] | None]:
     """How many layers there were, and which are kept: one of each sort that the per-layer lists tell apart."""
-    n = next((values[k] for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "layers") if isinstance(values.get(k), int)), 0)
-    lists = [tuple(v) for k, v in values.items() if k in fields and isinstance(v, (list, tuple)) and len(v) == n and n > 4 and not _INDEXES.search(k)]
+    n = next(
+        (
+            values[k]
+            for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "layers")
+            if isinstance(values.get(k), int)
+        ),
+        0,
+    )
+    lists = [
+        tuple(v)
+        for k, v in values.items()
+        if k in fields and isinstance(v, (list, tuple)) and len(v) == n and n > 4 and not _INDEXES.search(k)
+    ]
     if not lists:
         return n, None
     sorts: dict[Any, int] = {}
@@ -180,10 +217,16 @@ def _layers_kept(values: Mapping[str, Any], fields: set[str]) -> tuple[int, list
     return n, sorted(kept)
 
 
-def _value(name: str, value: Any, values: Mapping[str, Any], n: int, kept: list[int] | None, stages: bool, case: Case) -> Any:
+def _value(
+    name: str, value: Any, values: Mapping[str, Any], n: int, kept: list[int] | None, stages: bool, case: Case
+) -> Any:
     if value is None and name in _PLACEHOLDERS and any(isinstance(v, PreTrainedConfig) for v in values.values()):
         return VOCAB - 20 - _PLACEHOLDERS.index(name)
-    if value is None and isinstance(values.get("num_attention_heads"), int) and name in ("num_key_value_heads", "head_dim"):
+    if (
+        value is None
+        and isinstance(values.get("num_attention_heads"), int)
+        and name in ("num_key_value_heads", "head_dim")
+    ):
         return KV_HEADS if name == "num_key_value_heads" else HEAD
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -199,7 +242,11 @@ def _value(name: str, value: Any, values: Mapping[str, Any], n: int, kept: list[
 
 
 def _heads_of(name: str, values: Mapping[str, Any]) -> Any:
-    for theirs in (name.replace("key_value_attention", "attention").replace("key_value", "attention"), name.replace("num_key_value", "num"), "num_attention_heads"):
+    for theirs in (
+        name.replace("key_value_attention", "attention").replace("key_value", "attention"),
+        name.replace("num_key_value", "num"),
+        "num_attention_heads",
+    ):
         if isinstance(values.get(theirs), int) and theirs != name:
             return values[theirs]
     return None
@@ -229,8 +276,12 @@ def _int(name: str, x: int, values: Mapping[str, Any], n: int, kept: list[int] |
             return min(x, most)
     if _IMAGE.search(name):
         return min(x, (4 if "window_size" in values else 2) * IMAGE if stages else IMAGE)
-    if name in ("num_heads", "mamba_n_heads", "n_mamba_heads") and any(isinstance(values.get(e), int) for e in ("expand", "mamba_expand")):
-        return min(x, next(values[e] for e in ("expand", "mamba_expand") if isinstance(values.get(e), int)) * WIDTH // HEAD)
+    if name in ("num_heads", "mamba_n_heads", "n_mamba_heads") and any(
+        isinstance(values.get(e), int) for e in ("expand", "mamba_expand")
+    ):
+        return min(
+            x, next(values[e] for e in ("expand", "mamba_expand") if isinstance(values.get(e), int)) * WIDTH // HEAD
+        )
     if _PATCH.search(name):
         return min(x, PATCH)
     if name == "rotary_dim":
@@ -250,7 +301,9 @@ def _int(name: str, x: int, values: Mapping[str, Any], n: int, kept: list[int] |
     return x
 
 
-_WIDTH_LISTS = re.compile(r"^(.*_)?(hidden_sizes|embed_dims?|embed_dim_per_stage|in_channels|channel_list|channels|feature_dims|hidden_dims)$")
+_WIDTH_LISTS = re.compile(
+    r"^(.*_)?(hidden_sizes|embed_dims?|embed_dim_per_stage|in_channels|channel_list|channels|feature_dims|hidden_dims)$"
+)
 
 
 def _list(name: str, x: Any, values: Mapping[str, Any], n: int, kept: list[int] | None, case: Case) -> Any:

@@ -9,9 +9,9 @@ import re
 
 # Recurrences, kernels, sampling, hashing: by the class that ran.
 _NO_SOFTMAX = re.compile(
-    r"(Mamba|Ssm|SSM|DeltaNet|DeltaAttention|LightningAttention|LinearAttention|Rwkv|RWKV|Retention|Hyena|Deformable"
+    r"(FrozenBatchNorm|Mamba|Ssm|SSM|DeltaNet|DeltaAttention|LightningAttention|LinearAttention|Rwkv|RWKV|Retention|Hyena|Deformable"
     r"|FourierTransform|EfficientAdditiveAttention|AttentionGRUCell|YosoSelfAttention|MraSelfAttention|MobileViTV2LinearSelf"
-    r"|AutoCorrelation|Recurrent|XLSTM|xLSTM|ShortConv|GatedMLP|AttentionGate|AttentionFreeTransformer)\w* ran"
+    r"|AutoformerAttention|Recurrent|XLSTM|xLSTM|ShortConv|GatedMLP|AttentionGate|AttentionFreeTransformer)\w* ran"
 )
 # A softmax over something else: (type, part of the path, why).
 _ELSEWHERE = (
@@ -19,6 +19,9 @@ _ELSEWHERE = (
     ("deepseek_v4", "layers", "a gate over the keys that are pooled into one"),
     ("mgp-str", "a3_module", "attention whose scores a convolution makes, without queries or keys"),
     ("groupvit", "downsample.assign", "a softmax over groups, made hard: each patch is assigned to one"),
+    ("sam2", "", "a softmax over heads that the model computes and throws away"),
+    ("edgetam", "", "a softmax over heads that the model computes and throws away"),
+    ("deformable_detr", "normalization", "a normalisation that is named after deformable attention"),
     ("videoprism", "", "the similarity of images and texts"),
 )
 

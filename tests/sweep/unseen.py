@@ -15,14 +15,25 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_KERNELS = re.compile(r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention")
+_KERNELS = re.compile(
+    r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention"
+)
 _ATTENTION = re.compile(r"(?i:attention|attn)")
-_PART = re.compile(r"(?i:output|projection|bias|mask|norm|mlp|dropout|loss|pool|layer$|block$|router|embed|model|encoder|decoder|head$|stack|feed|gate|conv)")
+_PART = re.compile(
+    r"(?i:output|projection|bias|mask|norm|mlp|dropout|loss|pool|layer$|block$|router|embed|model|encoder|decoder|head$|stack|feed|gate|conv)"
+)
 # A softmax that weighs something else than keys: experts, codes, classes, boxes.
-_NOT_ATTENTION = re.compile(r"(?i:router|gate$|gating|topk|moe|expert|quantiz|classif|predict|head$|loss|integral|distribution|lmhead|sparsemlp|feedforward|ffn|hyperconn|mixer$|mlp)")
+_NOT_ATTENTION = re.compile(
+    r"(?i:router|gate$|gating|topk|moe|expert|quantiz|classif|predict|head$|loss|integral|distribution|lmhead|sparsemlp|feedforward|ffn|hyperconn|mixer$|mlp)"
+)
 # Classes with a softmax of their own that is no attention, where the name does not tell.
 _ELSEWHERE = {
     "Ovis2VisionModel": "visual words are a softmax over a vocabulary",
+    "GraniteSpeech5Encoder": "letters that a head in the middle predicts, fed back",
+    "GraniteSpeechCTCEncoder": "letters that a head in the middle predicts, fed back",
+    "GraniteSpeechPlusCTCEncoder": "letters that a head in the middle predicts, fed back",
+    "SuperPointInterestPointDecoder": "where in a cell a keypoint is",
+    "BltPatcher": "the entropy of the next byte",
     "VitsConvFlow": "widths and heights of a spline",
     "RwkvFeedForward": "a feed forward that a name matches",
 }
@@ -44,7 +55,9 @@ class Seen:
             if not _covered(path, known) and not _NOT_ATTENTION.search(cls) and cls not in _ELSEWHERE:
                 found.append(f"{op} × {n} in {path or '<model>'} ({cls})")
         for path, n in calls.items():
-            ran = sum(m for (p, cls, _), m in self.kernels.items() if _within(p, path) and not _NOT_ATTENTION.search(cls))
+            ran = sum(
+                m for (p, cls, _), m in self.kernels.items() if _within(p, path) and not _NOT_ATTENTION.search(cls)
+            )
             if ran > n and not any(_within(path, s) or _within(s, path) for s in left_out):
                 found.append(f"{ran} softmaxes or kernels in {path or '<model>'}, and {n} calls")
         for path, cls in self.attention.items():
@@ -58,7 +71,7 @@ def _within(path: str, outer: str) -> bool:
 
 
 def _covered(path: str, known: set[str]) -> bool:
-    """Whether it is in a known place, around one, or beside one in the same attention (a softmax in a module of its own)."""
+    """Whether it is in a known place, around one, or beside one (a softmax that is a module of its own)."""
     parent, _, leaf = path.rpartition(".")
     beside = leaf in ("softmax", "attn_softmax") and any(_within(k, parent) for k in known)
     return beside or any(_within(path, k) or (path != "" and _within(k, path)) for k in known)

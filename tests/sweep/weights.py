@@ -17,7 +17,9 @@ _QUERY_KEY = re.compile(
     r"|q_lin|k_lin|q_[ab]_proj|kv_[ab]_proj\w*|query_proj|key_proj|kv_proj|qk_proj|linear_q|linear_k|query_layer|key_layer|q_norm|k_norm|query_norm|key_norm"
     r"|q_a_layernorm|q_layernorm|k_layernorm|to_kv|Wqkv|q_head|k_head|kv|sampling|in_proj_weight|proj_q|proj_k|q_up_proj|attention\.self\.\w+)(\.|_weight|$)"
 )
-_KEEP = re.compile(r"(A_log|dt_bias|\bD$|dt_proj|time_decay|time_first|inv_freq|rotary|logit_scale|temperature|tau|spline|running|codebook|cluster|num_batches|lambda_\w+init|weight_g|parametrizations|filter_bank|window)")
+_KEEP = re.compile(
+    r"(A_log|dt_bias|\bD$|dt_proj|time_decay|time_first|inv_freq|rotary|logit_scale|temperature|tau|spline|running|codebook|cluster|num_batches|lambda_\w+init|weight_g|parametrizations|filter_bank|window)"
+)
 _SHALLOW = re.compile(r"(layer_scale|lambda_?1|lambda_?2|ls\d|gamma|layerscale|gate)")
 
 
@@ -50,7 +52,9 @@ def _new(name: str, p: Tensor, noise: Tensor, gain: float) -> Tensor:
             return noise
         scale = gain if asks and first == 1 else 1.0
         return first * scale + 0.2 * noise
-    if re.search(r"(embed|position|relative|rel_pos|table|token|wte|wpe|query_|queries|prompt|probe|latent|bias)", name) and not re.search(r"proj|patch|conv|dense|linear|fc\d", name):
+    if re.search(
+        r"(embed|position|relative|rel_pos|table|token|wte|wpe|query_|queries|prompt|probe|latent|bias)", name
+    ) and not re.search(r"proj|patch|conv|dense|linear|fc\d", name):
         return 0.8 * noise
     fan = p[0].numel()
     return noise * ((gain if asks else 1.0) / max(fan, 1) ** 0.5)
