@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import AdapterCheckError
+from ..errors import AdapterCheckError, AdapterError
 from . import structure, untouched, variants, witness
 from .case import Case, NotApplicable
 from .failure import Failure, listing, of_check
@@ -124,6 +124,8 @@ def apply(check: Callable[[Case], Iterator[Failure]], case: Case) -> tuple[list[
             found.append(failure)
     except NotApplicable as reason:
         return found, f"not run: {reason}"
+    except AdapterError as error:  # names the adapter and the module itself
+        found.append(Failure(case.adapter.name, type(error).__name__, got=str(error)))
     return found, "passed"
 
 
