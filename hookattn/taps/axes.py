@@ -91,6 +91,13 @@ def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
     return origin
 
 
+def known(layout: Layout) -> Origin:
+    """An origin whose layout is known."""
+    origin = Origin(sizes(layout))
+    origin._layout = layout
+    return origin
+
+
 def fresh(shape: Shape) -> Layout:
     """Nothing is known: one atom a dimension (none for an extent of 1)."""
     return tuple((Atom(n),) if n != 1 else () for n in shape)

@@ -10,25 +10,11 @@ from torch import Tensor
 
 from ..attention import FILL, MASKED, dot_scores, finish_scores, split_additive
 from ..record import KernelCall
-from .axes import Atom, Layout, Origin, refine
+from .axes import Layout, Origin, refine
 from .product import Label, LayoutError, Piece, Product, Roles, arrange
-from .states import Scores, Term, Weights
+from .states import Scores, Term, ValueProduct, Weights
 
 NAME = "eager"
-
-
-@dataclass(slots=True)
-class ValueProduct:
-    """``weights · v``: the operands, their labels, and the result."""
-
-    weights: Tensor
-    weights_labels: Sequence[Label]
-    weights_origin: Origin
-    v: Tensor
-    v_labels: Sequence[Label]
-    v_origin: Origin
-    out: Tensor
-    out_labels: Sequence[Label]
 
 
 def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence[Label], origin: Origin) -> bool:
@@ -47,16 +33,25 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
 
 @dataclass
 class Build:
-    """Brings everything that belongs to one hand-written attention into B H T S."""
+    """Brings everything that belongs to one hand-written attention into B H T S.
 
-    state: Weights
-    use: ValueProduct
+    Attributes:
+        parts: the weights and their product with the values; several where the weights were split along the keys.
+        out: the output.
+        out_origin: its axes, where there are several parts.
+    """
+
+    parts: Sequence[tuple[Weights, ValueProduct]]
+    out: Tensor
+    out_origin: Origin | None = None
+    state: Weights = field(init=False)
     scores: Scores = field(init=False)
     product: Product = field(init=False)
     roles: Roles = field(init=False)
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.parts = sorted(self.parts, key=lambda part: part[0].share or (0, 0))
+        self.state = self.parts[0][0]
         assert self.state.scores is not None and self.state.scores_origin is not None
         self.scores = self.state.scores
         self.product = self.scores.product
@@ -73,15 +68,18 @@ class Build:
             raise LayoutError("the operands of the score product can't be told apart")
         q = arrange(sides[query_side], product.operand_pieces(query_side, self.roles), "BHTD")
         k = arrange(sides[key_side], product.operand_pieces(key_side, self.roles), "BHSD", group=True)
-        dims = dict(zip(self.use.weights_labels, self.use.weights_origin.layout(), strict=True))
-        v = arrange(self.use.v, self._value_pieces(dims), "BHSD", group=True)
-        output = arrange(self.use.out, self._output_pieces(dims), "BHTD")
-        dtype = self.use.v.dtype
-        own, own_origin = state.own or (self.use.weights, self.use.weights_origin)
-        weights = self._like_scores(own, own_origin.layout())
+        v = _joined([self._values(use) for _, use in self.parts])
+        output = arrange(self.out, self._output_pieces(), "BHTD")
+        applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
+        changed = any(w.own is not None for w, _ in self.parts)
+        weights = applied
+        if changed:
+            own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
+            weights = _cat([self._like_scores(x, origin.layout()) for x, origin in own])
         b, h = weights.shape[:2]
         q = q.expand(b, h, -1, -1)
         k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
+        mixed = list(dict.fromkeys(name for w, _ in self.parts for name in w.mixed))
         call = KernelCall(
             q=q,
             k=k,
@@ -90,19 +88,19 @@ class Build:
             scale=self._scale(),
             tap=NAME,
             softcap=scores.cap,
-            weights=weights.to(dtype) if weights.dtype != dtype and state.own is None else weights,
-            dropout=state.dropout,
+            weights=weights.to(v.dtype) if weights.dtype != v.dtype and not changed else weights,
+            dropout=max(w.dropout for w, _ in self.parts),
             softmax_dtype=state.dtype,
-            mixed=bool(state.mixed),
+            mixed=bool(mixed),
         )
         if call.softcap is not None:
             call.scale = call.scale * call.softcap
-        if state.own is not None:
-            call.applied = self._like_scores(self.use.weights, self.use.weights_origin.layout())
-        if state.mixed:
+        if changed:
+            call.applied = applied
+        if mixed:
             call.notes.append(
-                f"weights changed after the softmax by {', '.join(state.mixed)}"
-                + (" (mixed across heads)" if _mixes(state.mixed) else "")
+                f"weights changed after the softmax by {', '.join(mixed)}"
+                + (" (mixed across heads)" if _mixes(mixed) else "")
             )
         self._check(call)
         self._terms(call)
@@ -195,26 +193,58 @@ class Build:
         x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
         return arrange(x, self.roles.pieces(layout, x.shape), "BHTS", broadcast=True)
 
-    def _value_pieces(self, dims: dict[Label, tuple[Atom, ...]]) -> list[list[Piece]]:
-        use, out = self.use, []
-        own_layout = use.v_origin.layout()
-        for i, (label, extent) in enumerate(zip(use.v_labels, use.v.shape, strict=True)):
+    def _values(self, use: ValueProduct) -> Tensor:
+        """B G S E."""
+        dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+        layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
+        extents = dict(zip(use.v_labels, use.v.shape, strict=True))
+        pieces: list[list[Piece]] = []
+        order = []
+        # In the order of the weights' dimensions, with those that all values share.
+        for label, atoms in dims.items():
+            if label not in layout:
+                mine = [Piece(a.size, self.roles.of(a), broadcast=True) for a in atoms]
+                pieces.append([p for p in mine if p.role in "BH"])
+                continue
+            order.append(use.v_labels.index(label))
+            extent = extents[label]
+            if label not in use.out_labels:
+                pieces.append([Piece(extent, "S")])
+                continue
+            pairs = refine(atoms, layout[label]) if extent != 1 else None
+            own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
+            pieces.append([Piece(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in own])
+        for i, label in enumerate(use.v_labels):
             if label not in dims:
-                out.append([Piece(extent, "D")])
-            elif label not in use.out_labels:
-                out.append([Piece(extent, "S")])
-            else:
-                pairs = refine(dims[label], own_layout[i]) if extent != 1 else None
-                atoms = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in dims[label]]
-                out.append([Piece(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in atoms])
-        return out
+                order.append(i)
+                pieces.append([Piece(extents[label], "D")])
+        return arrange(use.v.permute(order), pieces, "BHSD", group=True)
 
-    def _output_pieces(self, dims: dict[Label, tuple[Atom, ...]]) -> list[list[Piece]]:
-        use = self.use
+    def _output_pieces(self) -> list[list[Piece]]:
+        if self.out_origin is None:
+            use = self.parts[0][1]
+            dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+            return [
+                [Piece(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Piece(extent, "D")]
+                for label, extent in zip(use.out_labels, use.out.shape, strict=True)
+            ]
+        width = {a for _, use in self.parts for a in use.width}
         return [
-            [Piece(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Piece(extent, "D")]
-            for label, extent in zip(use.out_labels, use.out.shape, strict=True)
+            [Piece(a.size, "D" if a in width or width & {*a.lineage()} else self.roles.of(a)) for a in dim]
+            for dim in self.out_origin.layout()
         ]
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 3)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The values of all the keys, with those of shared heads or batches copied where others are not."""
+    if len(parts) == 1:
+        return parts[0]
+    b, g = (max(x.shape[i] for x in parts) for i in (0, 1))
+    return torch.cat([x.expand(b, -1, -1, -1).repeat_interleave(g // x.shape[1], 1) for x in parts], 2)
 
 
 def _same_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

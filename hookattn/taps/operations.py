@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .product import Label, einsum_labels, matmul_labels
+from .product import Label
 
 # Operations that make no tensor worth following; everything that only asks.
 _IGNORED = frozenset(
@@ -83,3 +83,42 @@ def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Par
         return None
     plain = matmul_labels(a.dim(), b.dim())
     return None if plain is None else (a, b, plain, 1.0, None)
+
+
+def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
+    if a < 1 or b < 1:
+        return None
+    n = max(a, b) - 2
+    batch_a, batch_b = list(range(n - max(a - 2, 0), n)), list(range(n - max(b - 2, 0), n))
+    la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
+    lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
+    lo: list[Label] = [*(batch_a if a >= b else batch_b)]
+    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
+
+
+def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != 2:
+        return None
+
+    def expand(term: str, n: int) -> list[Label]:
+        if "..." not in term:
+            return list(term)
+        head, tail = term.split("...")
+        extra = n - len(head) - len(tail)
+        return [*head, *range(-extra, 0), *tail]
+
+    la, lb = expand(terms[0], a), expand(terms[1], b)
+    if not arrow:
+        counts = left.replace(",", "").replace(".", "")
+        dots = "..." if "..." in left else ""
+        right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
+    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
+    lo = expand(right, len(right.replace(".", "")) + n_dots)
+    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
+        return None
+    return la, lb, lo

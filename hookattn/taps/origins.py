@@ -14,8 +14,8 @@ from .axes import Origin, same
 from .views import follow
 
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
-_PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
-_MANY = _JOINS | _PIECES
+PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
+_MANY = _JOINS | PIECES
 _PURGE = 4096
 
 
@@ -94,7 +94,7 @@ class Origins:
                 origin = source
             else:
                 origin = Origin(one.shape, how[0], source, how[1])
-            if name in _PIECES:
+            if name in PIECES:
                 origin.piece_of = source
             elif name in _JOINS:
                 origin = self._joined(name, origin, one, args, kwargs)

@@ -201,6 +201,13 @@ class Roles:
         ]
 
 
+def mixes_heads(product: Product, atoms: Sequence[Atom]) -> bool:
+    """Whether these axes of a product's result are heads (or batch), all of them: a sum over them mixes heads."""
+    axes = product.axes
+    found = [next((a for a in (x, *x.lineage()) if a in axes), None) for x in atoms]
+    return bool(found) and all(a is not None and (axes[a].side == "batch" or axes[a].head) for a in found)
+
+
 def arrange(
     x: Tensor, dims: Sequence[Sequence[Piece]], roles: str, *, group: bool = False, broadcast: bool = False
 ) -> Tensor:
@@ -255,42 +262,3 @@ def _valid(layout: Layout, x: Tensor) -> Layout:
 
 def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
-
-
-def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
-    """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
-    if a < 1 or b < 1:
-        return None
-    n = max(a, b) - 2
-    batch_a, batch_b = list(range(n - max(a - 2, 0), n)), list(range(n - max(b - 2, 0), n))
-    la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
-    lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
-    lo: list[Label] = [*(batch_a if a >= b else batch_b)]
-    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
-
-
-def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
-    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
-    equation = equation.replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) != 2:
-        return None
-
-    def expand(term: str, n: int) -> list[Label]:
-        if "..." not in term:
-            return list(term)
-        head, tail = term.split("...")
-        extra = n - len(head) - len(tail)
-        return [*head, *range(-extra, 0), *tail]
-
-    la, lb = expand(terms[0], a), expand(terms[1], b)
-    if not arrow:
-        counts = left.replace(",", "").replace(".", "")
-        dots = "..." if "..." in left else ""
-        right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
-    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
-    lo = expand(right, len(right.replace(".", "")) + n_dots)
-    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
-        return None
-    return la, lb, lo

@@ -1,15 +1,17 @@
-"""What is known of the tensors of an attention written out by hand: scores, exponentials, row statistics, weights."""
+"""What is known of the tensors of an attention written out by hand: scores, exponentials, weights, sums of values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .axes import Origin
-from .product import Product
+from .axes import Atom, Origin
+from .product import Label, Product
 
 
 @dataclass(slots=True)
@@ -57,6 +59,13 @@ class Part(State):
 
 
 @dataclass(slots=True)
+class Lost(State):
+    """Scores that went where they cannot be followed; ``why`` says where."""
+
+    why: str = ""
+
+
+@dataclass(slots=True)
 class Exp(State):
     """``exp`` of scores, not yet normalised."""
 
@@ -83,10 +92,11 @@ class RowStat(State):
 
 @dataclass(slots=True)
 class Use:
-    """Whether weights, or any view of them, were multiplied with values; where they were made."""
+    """What became of the result of one softmax over scores, in whatever views and slices; ``path``: where it ran."""
 
     path: str | None
     done: bool = False
+    why: str = "softmax over q·k whose result was never multiplied with values"
 
 
 @dataclass(slots=True)
@@ -103,3 +113,36 @@ class Weights(State):
     mixed: list[str] = field(default_factory=list)
     use: Use | None = None
     dtype: torch.dtype | None = None  # that the softmax ran in
+    share: tuple[int, int] | None = None  # the keys that this is a slice of, first and past the last
+    why: str = ""  # ``scores`` is None: where they were lost
+
+
+@dataclass(slots=True)
+class ValueProduct:
+    """``weights · v``: the operands, their labels, and the result; ``width``: those of its axes that are ``v``'s."""
+
+    weights: Tensor
+    weights_labels: Sequence[Label]
+    weights_origin: Origin
+    v: Tensor
+    v_labels: Sequence[Label]
+    v_origin: Origin
+    out: Tensor
+    out_labels: Sequence[Label]
+    width: tuple[Atom, ...] = ()
+
+
+@dataclass(slots=True)
+class Sum(State):
+    """Values weighted by slices of the weights of one softmax, added up."""
+
+    parts: list[tuple[Weights, ValueProduct]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the slices are all of the keys, each once."""
+        state = self.parts[0][0]
+        assert state.scores_origin is not None
+        spans = sorted(w.share for w, _ in self.parts if w.share is not None)
+        together = all(a[1] == b[0] for a, b in pairwise(spans))
+        return together and spans[-1][1] - spans[0][0] == state.scores_origin.shape[state.dim] - state.extended

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +11,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import HookattnError
-from .axes import Origin
-from .eager import Build, ValueProduct, contracts_keys
-from .operations import PRODUCTS, SOFTMAX, SPECIAL, Parsed, name_of, parse_product, writes_to
-from .origins import Origins, plain, storage_of
-from .product import Label, LayoutError, Product
-from .states import Part, RowStat, Scores, State, Term, Use, Weights
-from .steps import Context, step
+from .context import Context
+from .meeting import finish_sum, note_product
+from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
+from .origins import PIECES, Origins, plain, storage_of
+from .states import Lost, Part, RowStat, Scores, State, Sum, Use, Weights
+from .steps import LOST, pieces, step
 
 if TYPE_CHECKING:
     from .base import Recorder
 
 Call = Callable[..., Any]
+_LESSER = (RowStat, Lost, Part)
 
 
 class Watch(TorchFunctionMode):
@@ -129,31 +128,40 @@ class Watch(TorchFunctionMode):
         writes: bool,
     ) -> None:
         """An operation on a part of an attention."""
+        target: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
+        origin = state.origin
         if writes:
+            written = kwargs.get("out", args[0] if args else None)
+            if written is not x:
+                self._poured(name, state, written)
+                return
             self._written(x)
-            origin = state.origin
+            if isinstance(state, Part):
+                return
+            target = x
         else:
             origin = self.origins.note(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
+        result = target if isinstance(out, Tensor) or not writes else x
+        context = Context(
+            name.removesuffix("_") if name == "where_" else name,
+            state,
+            x,
+            position,
+            result,
+            args,
+            kwargs,
+            origin,
+            self.state,
+            self.recorder.wants("scores"),
+        )
         with torch.no_grad():
-            result = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
-            if writes and not isinstance(out, Tensor):
-                result = x
-            context = Context(
-                name.removesuffix("_") if name == "where_" else name,
-                state,
-                x,
-                position,
-                result,
-                args,
-                kwargs,
-                origin,
-                self.state,
-                self.recorder.wants("scores"),
-            )
+            if name in PIECES and isinstance(out, (tuple, list)):
+                context.out = out
+                for one, piece in zip(out, pieces(context), strict=True):
+                    if piece is not None:
+                        self.set_state(one, piece)
+                return
             new = step(context)
-        target = x if writes else result
-        if isinstance(state, Part) and writes:
-            return
         if new is None:
             if writes and isinstance(target, Tensor):
                 self.live.pop(id(target), None)
@@ -161,22 +169,43 @@ class Watch(TorchFunctionMode):
         if not isinstance(target, Tensor):
             return
         if isinstance(new, Weights) and not isinstance(state, Weights):
-            if new.scores is not None and not new.scores.opaque and (new.scores.terms or new.scores.fills):
-                new.scores_tensor = None
-            new.dtype = target.dtype
-            if new.scores is not None and not new.scores.product.learned:  # a router weighs with a matrix of its own
-                new.use = Use(self.recorder.where())
-                self.uses.append(new.use)
+            self._began(new, target)
+        if isinstance(new, Sum) and new.complete:
+            self.live.pop(id(target), None)
+            with torch.no_grad():
+                finish_sum(self, new, target)
+            return
         self.set_state(target, new)
 
+    def _began(self, weights: Weights, out: Tensor) -> None:
+        """A softmax ran over scores."""
+        scores = weights.scores
+        weights.dtype = out.dtype
+        if scores is not None:
+            if not scores.opaque and (scores.terms or scores.fills):
+                weights.scores_tensor = None
+            if scores.product.learned:  # a router weighs with a matrix of its own
+                return
+        weights.use = Use(self.recorder.where())
+        weights.use.why = weights.why or weights.use.why
+        self.uses.append(weights.use)
+
+    def _poured(self, name: str, state: State, written: Any) -> None:
+        """Scores were copied into a tensor that is none."""
+        of = getattr(state, "of", state)
+        if isinstance(of, Scores) and not of.product.learned and plain(written):
+            self.set_state(written, Lost(self.origin(written), why=LOST.format("a copy into a buffer")))
+        elif isinstance(of, Lost) and plain(written):
+            self.set_state(written, Lost(self.origin(written), why=of.why))
+
     def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:
-        """The tensor with a state among the arguments; scores and weights before statistics of them."""
+        """The tensor with a state among the arguments; scores and weights before parts and statistics of them."""
         found = None
-        for i, arg in enumerate((*args, *kwargs.values())):
+        for i, arg in enumerate((*args, *kwargs.values()) if kwargs else args):
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(one, Tensor):
                     state = self.state(one)
-                    if state is not None and (found is None or isinstance(found[2], RowStat)):
+                    if state is not None and (found is None or isinstance(found[2], _LESSER)):
                         found = (i, one, state)
         return found
 
@@ -220,85 +249,17 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if parsed is None or not isinstance(out, Tensor):
             return out
-        self._try(name, self._note_product, name, parsed, out)
+        self._try(name, note_product, self, name, parsed, out)
         return out
-
-    def _note_product(self, name: str, parsed: Parsed, out: Tensor) -> None:
-        """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
-        a, b, labels, alpha, beta = parsed
-        with torch.no_grad():
-            states = [self.state(t) for t in (a, b)]
-            for i, state in enumerate(states):
-                if isinstance(state, Weights):
-                    self._weights_product(name, state, i, (a, b), labels, out)
-                    return
-                if isinstance(state, Scores) and _sums_heads(state, labels[i], labels[1 - i], labels[2]):
-                    if out.shape == (a, b)[i].shape:
-                        self.set_origin(out, state.origin)
-                        self.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
-                    return
-            product = Product(_autocast(a, out), _autocast(b, out), labels, self.origin(a), self.origin(b))
-            origin = Origin(out.shape, product.layout)
-            scores = Scores(origin, product=product, scale=alpha)
-            if beta is not None:
-                scores.terms.append(Term(beta[0], origin, beta[1]))
-            self.set_origin(out, origin)
-            self.set_state(out, scores)
-
-    def _weights_product(
-        self,
-        name: str,
-        state: Weights,
-        index: int,
-        operands: tuple[Tensor, Tensor],
-        labels: tuple[list[Label], list[Label], list[Label]],
-        out: Tensor,
-    ) -> None:
-        w, v = operands[index], operands[1 - index]
-        w_labels, v_labels = labels[index], labels[1 - index]
-        contracted = [x for x in w_labels if x in v_labels and x not in labels[2]]
-        try:
-            if not contracts_keys(state, w_labels, contracted, state.origin):
-                if out.shape == w.shape:
-                    self._mix(name, state, w, out)
-                return
-            if state.use is not None:
-                state.use.done = True
-            if state.scores is None:
-                self.recorder.skip("softmax over something that is not a product of queries and keys")
-                return
-            use = ValueProduct(w, w_labels, state.origin, v, v_labels, self.origin(v), out, labels[2])
-            call = Build(state, use).call()
-        except LayoutError as error:
-            self.recorder.skip(str(error))
-            return
-        self.recorder.record(call)
-
-    def _mix(self, name: str, state: Weights, w: Tensor, out: Tensor) -> None:
-        self.set_origin(out, state.origin)
-        self.set_state(out, replace(state, own=state.own or (w, state.origin), mixed=[*state.mixed, name]))
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
         for use in self.uses:
             if not use.done:
-                self.recorder.skip("softmax over q·k whose result was never multiplied with values", use.path)
+                self.recorder.skip(use.why, use.path)
         self.uses.clear()
         self.live.clear()
         self.origins.clear()
-
-
-def _sums_heads(state: Scores, labels: Sequence[Label], others: Sequence[Label], result: Sequence[Label]) -> bool:
-    """Whether a product sums scores over their heads (head mixing) rather than over queries or keys."""
-    layout = state.origin.layout()
-    summed = [a for x, dim in zip(labels, layout, strict=True) if x in others and x not in result for a in dim]
-    axes = state.product.axes
-    roots = [r for a in summed for r in (a, *a.lineage()) if r in axes]
-    return bool(roots) and all(axes[r].side == "batch" for r in roots)
-
-
-def _autocast(x: Tensor, out: Tensor) -> Tensor:
-    return x if x.dtype == out.dtype or not x.is_floating_point() else x.to(out.dtype)
 
 
 def _version(x: Tensor) -> int:

@@ -1,0 +1,55 @@
+"""One operation on a tensor that is part of an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .axes import Origin
+from .states import Part, Scores, State
+
+Step = Callable[["Context"], State | None]
+
+
+@dataclass(slots=True)
+class Context:
+    """One operation on a tensor that has a state."""
+
+    name: str
+    state: Any
+    x: Tensor
+    position: int
+    out: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    origin: Origin
+    look: Callable[[Any], State | None]
+    keep_finite: bool
+
+    def other(self, name: str = "other") -> Any:
+        """The other operand of a binary operation."""
+        return self.kwargs[name] if name in self.kwargs else self.args[1 - self.position]
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name."""
+        return self.kwargs.get(name, self.args[index] if len(self.args) > index else default)
+
+
+def number(value: Any) -> float | None:
+    """A Python number, or the value of a one-element tensor; None for anything else."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return float(value.item())
+    return None
+
+
+def carried(c: Context) -> State | None:
+    """A view or a cast: the same state under the result's axes."""
+    state: State = c.state
+    if isinstance(state, Scores) and isinstance(c.out, Tensor) and c.out.numel() != c.x.numel():
+        return Part(c.origin, of=state)
+    return replace(state, origin=c.origin)

@@ -1,0 +1,131 @@
+"""Products of two tensors while a model runs: scores are made, heads are mixed, weights meet the values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .axes import Atom, Origin, known, sizes
+from .eager import Build, contracts_keys
+from .operations import Parsed
+from .product import Label, LayoutError, Product, mixes_heads
+from .states import Scores, Sum, Term, ValueProduct, Weights
+
+if TYPE_CHECKING:
+    from .watch import Watch
+
+_NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
+_NO_PRODUCT = "softmax over something that is not a product of queries and keys"
+
+
+def note_product(watch: Watch, name: str, parsed: Parsed, out: Tensor) -> None:
+    """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
+    a, b, labels, alpha, beta = parsed
+    for i, x in enumerate((a, b)):
+        state = watch.state(x) if watch.live else None
+        if isinstance(state, Weights):
+            with torch.no_grad():
+                _weights_product(watch, name, state, i, (a, b), labels, out)
+            return
+        if isinstance(state, Scores) and mixes_heads(state.product, _summed(state, i, labels)):
+            if out.shape == x.shape:
+                watch.set_origin(out, state.origin)
+                watch.set_state(out, state.but(opaque=[*state.opaque, name], finite=None))
+            return
+    with torch.no_grad():
+        product = Product(_autocast(a, out), _autocast(b, out), labels, watch.origin(a), watch.origin(b))
+    origin = Origin(out.shape, product.layout)
+    scores = Scores(origin, product=product, scale=alpha)
+    if beta is not None:
+        scores.terms.append(Term(beta[0], origin, beta[1]))
+    watch.set_origin(out, origin)
+    watch.set_state(out, scores)
+
+
+def _weights_product(
+    watch: Watch,
+    name: str,
+    state: Weights,
+    index: int,
+    operands: tuple[Tensor, Tensor],
+    labels: tuple[list[Label], list[Label], list[Label]],
+    out: Tensor,
+) -> None:
+    w, v = operands[index], operands[1 - index]
+    w_labels, v_labels = labels[index], labels[1 - index]
+    contracted = [x for x in w_labels if x in v_labels and x not in labels[2]]
+    try:
+        if not contracts_keys(state, w_labels, contracted, state.origin):
+            atoms = _summed(state, index, labels)
+            if out.shape == w.shape and state.scores is not None and mixes_heads(state.scores.product, atoms):
+                mixed = replace(state, own=state.own or (w, state.origin), mixed=[*state.mixed, name])
+                watch.set_origin(out, state.origin)
+                watch.set_state(out, mixed)
+            elif state.use is not None:
+                state.use.why = _NOT_KEYS
+            return
+        if state.scores is None:
+            if state.use is not None:
+                state.use.done = True
+            watch.recorder.skip(state.why or _NO_PRODUCT)
+            return
+        use = ValueProduct(w, w_labels, state.origin, v, v_labels, watch.origin(v), out, labels[2])
+        if state.share is not None:
+            _begin_sum(watch, state, use)
+            return
+        if state.use is not None:
+            state.use.done = True
+        call = Build([(state, use)], out).call()
+    except LayoutError as error:
+        if state.use is not None:
+            state.use.done = True
+        watch.recorder.skip(str(error))
+        return
+    watch.recorder.record(call)
+
+
+def _begin_sum(watch: Watch, state: Weights, use: ValueProduct) -> None:
+    """The values of some of the keys: the output once those of the others are added."""
+    dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+    layout = []
+    for label, extent in zip(use.out_labels, use.out.shape, strict=True):
+        if label not in dims:
+            use.width += () if extent == 1 else (Atom(extent),)
+            layout.append(use.width[-1:] if extent != 1 else ())
+        else:
+            layout.append(dims[label])
+    if sizes(tuple(layout)) != use.out.shape:
+        raise LayoutError("a slice of the weights was multiplied with values that have more of an axis than it")
+    if state.use is not None:
+        state.use.why = "only a part of the weights of a softmax over q·k was multiplied with values, or was summed up"
+    origin = known(tuple(layout))
+    watch.set_origin(use.out, origin)
+    watch.set_state(use.out, Sum(origin, parts=[(state, use)]))
+
+
+def finish_sum(watch: Watch, state: Sum, out: Tensor) -> None:
+    """The values of all the keys are in: ``out`` is the kernel's output."""
+    use = state.parts[0][0].use
+    if use is not None:
+        use.done = True
+    try:
+        call = Build(state.parts, out, state.origin).call()
+    except LayoutError as error:
+        watch.recorder.skip(str(error))
+        return
+    watch.recorder.record(call)
+
+
+def _summed(state: Weights | Scores, index: int, labels: tuple[list[Label], list[Label], list[Label]]) -> list[Atom]:
+    """The axes of an operand that a product sums over."""
+    layout, own, other, out = state.origin.layout(), labels[index], labels[1 - index], labels[2]
+    if len(layout) != len(own):
+        return []
+    return [a for x, dim in zip(own, layout, strict=True) if x in other and x not in out for a in dim]
+
+
+def _autocast(x: Tensor, out: Tensor) -> Tensor:
+    return x if x.dtype == out.dtype or not x.is_floating_point() else x.to(out.dtype)
