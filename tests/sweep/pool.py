@@ -86,6 +86,9 @@ def run_all(cases: Iterable[Case], jobs: int, timeout: float, done: Callable[[di
             if worker is None or not worker.alive():
                 worker = Worker()
             row = worker.run(case, timeout)
+            if not worker.alive():  # once more: a machine that stood still is not the case's fault
+                worker = Worker()
+                row = worker.run(case, timeout)
             with lock:
                 done(row)
         if worker is not None:

@@ -9,14 +9,15 @@ import re
 
 # Recurrences, kernels, sampling, hashing: by the class that ran.
 _NO_SOFTMAX = re.compile(
-    r"(FrozenBatchNorm|Mamba|Ssm|SSM|DeltaNet|DeltaAttention|LightningAttention|LinearAttention|Rwkv|RWKV|Retention|Hyena|Deformable"
+    r"(FrozenBatchNorm|PatchTSMixerGatedAttention|Mamba|Ssm|SSM|DeltaNet|DeltaAttention|LightningAttention|LinearAttention|Rwkv|RWKV|Retention|Hyena|Deformable"
     r"|FourierTransform|EfficientAdditiveAttention|AttentionGRUCell|YosoSelfAttention|MraSelfAttention|MobileViTV2LinearSelf"
     r"|AutoformerAttention|Recurrent|XLSTM|xLSTM|ShortConv|GatedMLP|AttentionGate|AttentionFreeTransformer)\w* ran"
 )
 # A softmax over something else: (type, part of the path, why).
 _ELSEWHERE = (
     ("convbert", "", "a softmax over the taps of a dynamic convolution"),
-    ("deepseek_v4", "layers", "a gate over the keys that are pooled into one"),
+    ("deepseek_v4", "layers", "the mixing of residual streams, and a gate over the keys that are pooled into one"),
+    ("glm5_next", "layers", "the mixing of residual streams, and a gate over the keys that are pooled into one"),
     ("mgp-str", "a3_module", "attention whose scores a convolution makes, without queries or keys"),
     ("groupvit", "downsample.assign", "a softmax over groups, made hard: each patch is assigned to one"),
     ("sam2", "", "a softmax over heads that the model computes and throws away"),

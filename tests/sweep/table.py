@@ -34,6 +34,7 @@ from .recipes import (
 )
 
 RECIPES: dict[str, Recipe] = {
+    "EvollaModel": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
     "align": Recipe(
         reason="its vision tower is a convolutional net whose widths do not shrink; its text tower has a row"
     ),

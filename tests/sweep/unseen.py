@@ -32,6 +32,8 @@ _ELSEWHERE = {
     "GraniteSpeech5Encoder": "letters that a head in the middle predicts, fed back",
     "GraniteSpeechCTCEncoder": "letters that a head in the middle predicts, fed back",
     "GraniteSpeechPlusCTCEncoder": "letters that a head in the middle predicts, fed back",
+    "AttentiveStatisticsPooling": "statistics over time, weighed by a convolution",
+    "LogBinomialSoftmax": "bins of depth",
     "SuperPointInterestPointDecoder": "where in a cell a keypoint is",
     "BltPatcher": "the entropy of the next byte",
     "VitsConvFlow": "widths and heights of a spline",
