@@ -41,8 +41,18 @@ NOT_WEIGHTS = (
 )
 
 
-def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: hookattn.Trace) -> None:
-    """Find for each tensor of ``output_attentions=True`` the call that it is of, and note the largest distance."""
+def compare_offered(
+    row: Row, model: nn.Module, inputs: dict[str, Any], trace: hookattn.Trace, alive: Tensor | None = None
+) -> None:
+    """Find for each tensor of ``output_attentions=True`` the call that it is of, and note the largest distance.
+
+    Args:
+        row: gets the result.
+        model: the eager model.
+        inputs: its inputs.
+        trace: what is compared with it.
+        alive: the batch entries that are compared; None: all.
+    """
     try:
         output = run(model, inputs, output_attentions=True)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
@@ -62,7 +72,7 @@ def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: h
         )
         if why.startswith("hands out the scores"):
             theirs = theirs.softmax(-1)
-        fits = {i: d for i in free if (d := distance(trace[i], theirs)) is not None}
+        fits = {i: d for i in free if (d := distance(trace[i], theirs, alive)) is not None}
         best = min(fits, key=lambda i: fits[i], default=-1)
         if why and (best < 0 or fits[best] > TOLERANCE):
             if not any(why in note for note in row.notes):
@@ -81,7 +91,7 @@ def compare_offered(row: Row, model: nn.Module, inputs: dict[str, Any], trace: h
         row.notes.append("offers no attentions")
 
 
-def distance(call: hookattn.Call, theirs: Tensor) -> float | None:
+def distance(call: hookattn.Call, theirs: Tensor, alive: Tensor | None = None) -> float | None:
     """The largest distance over the rows that may attend to anything; None where the shapes do not fit."""
     mine = call.weights
     if theirs.dim() == mine.dim() and theirs.stride(1) == 0 and theirs.shape == mine.shape and mine.shape[1] > 1:
@@ -103,6 +113,8 @@ def distance(call: hookattn.Call, theirs: Tensor) -> float | None:
         orders = [theirs, theirs.transpose(1, 2)] if theirs.dim() == 5 else [theirs]  # blocks before or after the heads
         theirs = min((x.reshape(mine.shape) for x in orders), key=lambda x: (mine - x).abs().sum().item())
     rows = call.mask.expand_as(mine).any(-1)
+    if alive is not None and len(rows) == len(alive):
+        rows = rows & alive[:, None, None]
     if not rows.any():
         return 0.0
     gap = (mine.double() - theirs.double()).abs()[rows].max().item()
