@@ -195,12 +195,24 @@ def resized(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 
 
 def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
+    """Another extent of a dimension: what is left of it, or added to it, counts from its innermost axis out."""
     if math.prod(a.size for a in dim) == extent:
         return dim
-    if extent == 1:
-        return ()
-    parent = dim[0] if len(dim) == 1 else None
-    return (Atom(extent, parent),)
+    if extent == 0:
+        return (Atom(0),)
+    out: list[Atom] = []
+    for i, atom in reversed(list(enumerate(dim))):
+        if extent == 1:
+            break
+        if i == 0 or (extent < atom.size and atom.size % extent == 0):
+            out.insert(0, Atom(extent, atom))
+            extent = 1
+        elif atom.size and extent % atom.size == 0:
+            out.insert(0, atom)
+            extent //= atom.size
+        else:
+            return (Atom(extent * math.prod(a.size for a in out)),)
+    return tuple(out) if extent == 1 else (Atom(extent), *out)
 
 
 def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]) -> Layout:

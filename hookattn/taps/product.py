@@ -166,8 +166,17 @@ class Roles:
         if not known and not any(a.role for a in batch):
             # The dimension next to the matrices is the heads by convention; a lone batch dimension is the batch.
             dims = [x for x in product.lo if x in product.la and x in product.lb]
+            own = [x for x in product.lo if x not in dims and not self._softmaxed(x) and self._side(x) == self.queries]
             if len(dims) > 1:
                 self.heads.update(t[0] for t in product.pairs.get(dims[-1], ()))
+            elif len(own) == 2:  # keys without heads: of the queries' own dimensions the outer one is
+                self.heads.update(t[0] for t in product.pairs.get(own[0], ()))
+
+    def _side(self, label: Label) -> Side:
+        return "a" if label in self.product.la else "b"
+
+    def _softmaxed(self, label: Label) -> bool:
+        return any(t[0] in self.softmaxed for t in self.product.pairs.get(label, ()))
 
     @property
     def queries(self) -> Side:
