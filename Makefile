@@ -7,7 +7,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow bench train coverage clean help
+.PHONY: demo test lint test-slow test-field bench train coverage clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,6 +38,13 @@ test: lint ## linter, types and the tests
 
 test-slow: $(VENV)/.dev ## what takes long
 	$(BIN)/python -m pytest -m "slow" -n 1
+
+$(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/field/libraries.txt -r tests/field/needed.txt
+	@touch $@
+
+test-field: $(VENV)/.field ## the other libraries of the field, installed for it
+	$(BIN)/python -m pytest tests/field -n $(JOBS)
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python benchmarks/overhead.py

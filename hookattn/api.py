@@ -148,7 +148,7 @@ def tracing(
         if stream is not None:
             stream.finish()
     finally:
-        session.stop()
+        session.close()
         if stream is not None:
             stream.close()
     _warn(made)

@@ -77,13 +77,15 @@ class Pending:
     """N calls of one shape, measured but not yet read from the device: reading waits until the forward is over.
 
     Attributes:
-        values: 1-D: N row-sum excesses, N weights errors if the model formed weights of its own, then for each call its
-            output errors, then for each call the largest ``|v|`` that they are held against.
+        values: 1-D: N row-sum excesses, N weights errors if the model formed weights of its own, N largest ``|score|``
+            if ``rounding`` is not 0, then for each call its output errors, then for each call the largest ``|v|`` that
+            they are held against.
         counts: how many output errors a call has (one for each batch entry and head, or one), and how many ``|v|``.
         unit: the allowed distance per unit, from :data:`TOLERANCE`.
         rows: query rows checked, of ``of_rows``.
         formed: whether the model formed weights of its own.
         basis: what the rebuilt output was compared with.
+        rounding: what is allowed beside ``unit``, in units of the largest score: rounding it moves every weight.
     """
 
     values: Tensor
@@ -93,14 +95,17 @@ class Pending:
     of_rows: int
     formed: bool = False
     basis: str = "output"
+    rounding: float = 0.0
 
     def settle(self, n: int, values: list[float]) -> list[Certificate]:
         """The certificates of the N calls, from the values of ``values``."""
         errors, sizes = self.counts
-        start = 2 * n if self.formed else n
+        scores = 2 * n if self.formed else n
+        start = scores + n if self.rounding else scores
         then = start + n * errors
         return [
             self._certify(
+                self.unit + (self.rounding * values[scores + i] if self.rounding else 0.0),
                 values[i],
                 values[n + i] if self.formed else None,
                 values[start + i * errors : start + (i + 1) * errors],
@@ -109,9 +114,11 @@ class Pending:
             for i in range(n)
         ]
 
-    def _certify(self, excess: float, weights: float | None, errors: list[float], sizes: list[float]) -> Certificate:
+    def _certify(
+        self, unit: float, excess: float, weights: float | None, errors: list[float], sizes: list[float]
+    ) -> Certificate:
         """One certificate; its output error is that of the head that is worst off for the size of its values."""
-        unit = self.unit
+        unit = unit if math.isfinite(unit) else self.unit
         bounds = [unit * max(size, _LEAST) for size in sizes] or [unit * _LEAST]
         if len(errors) < len(bounds):
             bounds = [max(bounds)]
@@ -145,7 +152,7 @@ def rows_to_check(t: int, full: bool) -> slice:
     return slice((t - 1) % step, t, step)
 
 
-def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor) -> Pending:
+def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor, scores: Tensor) -> Pending:
     """Compare what was rebuilt with what the kernel returned.
 
     Args:
@@ -153,6 +160,7 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
         rows: the query rows that are checked.
         mask: the complete mask, broadcastable to B H T S.
         derived: B H rows S, weights derived from q, k, bias, mask and sinks.
+        scores: B H rows S, the scores that they were derived from; 0 where the mask hides them.
     """
     t = call.q.shape[2]
     reference, basis = call.output, "output"
@@ -176,9 +184,10 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor)
     v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
     sizes = largest(v.to(wide), None, 2).flatten()
     weights_error = [] if own is None else [largest(derived - own, live).to(wide)]
-    values = torch.cat([excess, *weights_error, errors.to(wide), sizes])
-    counts = errors.numel(), sizes.numel()
-    return Pending(values, counts, unit_of(call), len(range(*rows.indices(t))), t, own is not None, basis)
+    reach = largest(scores, None).to(wide)
+    values = torch.cat([excess, *weights_error, reach, errors.to(wide), sizes])
+    counts, checked, formed = (errors.numel(), sizes.numel()), len(range(*rows.indices(t))), own is not None
+    return Pending(values, counts, unit_of(call), checked, t, formed, basis, rounding_of(call.dtype, formed))
 
 
 def read(pending: Sequence[tuple[int, Pending]]) -> list[list[Certificate]]:
@@ -202,6 +211,11 @@ def unit_of(call: KernelCall) -> float:
     """The allowed distance per unit, by the narrowest dtype that was computed in."""
     dtypes = (call.q.dtype, call.softmax_dtype or call.q.dtype)
     return max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
+
+
+def rounding_of(dtype: torch.dtype, formed: bool) -> float:
+    """How far the rounding of a score of 1 may move a weight: a fused kernel has its scores in float32 at least."""
+    return 2 * torch.finfo(dtype if formed else compute_dtype(dtype)).eps
 
 
 def largest(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:

@@ -52,7 +52,7 @@ class Description(Mapping[str, Any]):
 
 def describe_model(model: nn.Module) -> Description:
     """Class, configuration and versions of a model and of the libraries that run it, as they are now."""
-    cls, config = type(model), _noted(getattr(model, "config", None))
+    cls, config = type(model), _noted(getattr(model, "config", getattr(model, "cfg", None)))
 
     def make() -> dict[str, Any]:
         package = cls.__module__.partition(".")[0]

@@ -192,16 +192,17 @@ class Keeper:
         if self.verify == "off":
             return None, scores, self._narrow(weights, call)
         rows = rows_to_check(call.q.shape[2], self.verify == "full")
+        part = self._scores(call, rows) if scores is None or not call.opaque else scores[:, :, rows]
+        row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         if call.weights is None and weights is not None:
             derived = weights[:, :, rows]
         else:
-            part = self._scores(call, rows) if scores is None or not call.opaque else scores[:, :, rows]
-            row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
             sinks = call.sinks
             if sinks is not None and sinks.dim() == 4 and sinks.shape[2] > 1:
                 sinks = sinks[:, :, rows]
             derived = math.softmax_weights(part.to(math.compute_dtype(part.dtype)), row_mask, sinks, empty)
-        return measure(call, rows, mask if empty else None, derived), scores, self._narrow(weights, call)
+        reach = part if row_mask is None else torch.where(row_mask, part, 0.0)
+        return measure(call, rows, mask if empty else None, derived, reach), scores, self._narrow(weights, call)
 
     def _narrow(self, weights: Tensor | None, call: KernelCall) -> Tensor | None:
         """Derived weights in the kernel's dtype, as the kernel would have formed them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import compute_dtype
 from .call import Call
-from .certificate import Pending, read, rows_to_check
+from .certificate import Pending, read, rounding_of, rows_to_check
 from .masks import Masked, additive
 from .quiet import Quiet
 
@@ -82,6 +82,13 @@ class Waiting:
         assert isinstance(value, Tensor)
         return value
 
+    def drop(self) -> None:
+        """Forget what waits: the block raised."""
+        for small in self._calls:
+            for name in ("scores", "weights"):
+                small.call.fields.pop(name, None)
+        self._calls.clear()
+
     def settle(self) -> None:
         """Derive and measure what waits, and read the measurements into the calls' certificates."""
         self.flush()
@@ -92,7 +99,7 @@ class Waiting:
             for (calls, _), certificates in zip(pairs, made, strict=True):
                 for small, certificate in zip(calls, certificates, strict=True):
                     small.call.certificate = certificate
-                if calls not in again and any(c.max_error != c.max_error for c in certificates):
+                if calls not in again and not all(c.faithful for c in certificates):
                     again.append(calls)
                     with Quiet(calls[0].own[0]):
                         self._derive(calls, careful=True)
@@ -110,8 +117,8 @@ class Waiting:
     def _derive(self, several: Sequence[Small], careful: bool = False) -> None:
         """N calls of one shape at once, with as few operations as will do.
 
-        The mask is added to the scores as −∞, which is quicker than choosing; where that gives NaN, because a score is
-        not finite, ``careful`` chooses.
+        The mask is added to the scores as −∞, which is quicker than choosing, and the size of the scores is not looked
+        at. Where that finds a call unfaithful, ``careful`` chooses, and allows for the rounding of large scores.
         """
         first, n = several[0], len(several)
         (b, h, t, d), (g, s), e = first.own[0].shape, first.own[1].shape[1:3], first.own[2].shape[3]
@@ -135,6 +142,10 @@ class Waiting:
                 small.call.fields["scores"] = own
         if not self.weights and not measured:
             return
+        reach = None
+        if careful:
+            seen = scores if mask is None else torch.where(mask, scores, 0.0)
+            reach = seen.abs().view(n, -1).amax(1)
         if mask is not None:
             if careful:
                 scores = torch.where(mask, scores, -torch.inf)
@@ -161,5 +172,10 @@ class Waiting:
             live = mask.any(-1, keepdim=True)
             gap, excess = torch.where(live, gap, 0.0), torch.where(live[..., 0], excess, 0.0)
         found = excess.abs_().view(n, -1), gap.abs_().view(n * b * h, -1), parts[2].abs().view(n * b * g, -1)
-        values = torch.cat([x.amax(1) for x in found])
-        self._measured.append((several, Pending(values, (b * h, b * g), first.unit, output.shape[3], t)))
+        most = [x.amax(1) for x in found]
+        if reach is not None:
+            most.insert(1, reach)
+        pending = Pending(torch.cat(most), (b * h, b * g), first.unit, output.shape[3], t)
+        if reach is not None:
+            pending.rounding = rounding_of(dtype, False)
+        self._measured.append((several, pending))

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from . import registry
 from .adapter import Adapter
 from .errors import ModelError
 from .registry import adapter_for, generation
@@ -42,6 +43,7 @@ class Plan:
         watch_all: whether some part of the model is covered by no adapter, so that the mode stays open throughout.
         modules: module identity -> module, of the sites.
         suspects: modules outside the sites that sound like attention.
+        named: module identity -> the adapter that named it a site.
         adapters: the names of the adapters that had a say.
     """
 
@@ -51,6 +53,7 @@ class Plan:
     watch_all: bool = False
     modules: dict[int, nn.Module] = field(default_factory=dict)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
+    named: dict[int, Adapter] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
 
     @functools.cached_property
@@ -100,8 +103,9 @@ def make_plan(model: nn.Module) -> Plan:
     plan = Plan(model, watch_all=found.watch_all, adapters=found.adapters)
     for place, site, adapter in found.sites:
         module = modules[place]
-        adapter.check(module)
+        registry.check(adapter, site.path, module)
         plan.sites[id(module)], plan.modules[id(module)] = site, module
+        plan.named[id(module)] = adapter
         if covered(module):
             plan.sealed.add(id(module))
     plan.suspects = [(path, modules[place]) for place, path in found.suspects]
@@ -154,8 +158,8 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
         adapter = adapter_for(module)
         if adapter is not None:
             if cls.__name__ in adapter.attention:
-                adapter.check(module)
-                sites.append((places[id(module)], adapter.site(path, module, model), adapter))
+                registry.check(adapter, path, module)
+                sites.append((places[id(module)], registry.site_of(adapter, path, module, model), adapter))
                 adapters.add(adapter.name)
             elif _sounds_like_attention(cls.__name__):
                 unnamed.append((path, module))

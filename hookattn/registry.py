@@ -111,7 +111,7 @@ def _claimed(module: nn.Module) -> Adapter | None:
     for adapter in found:
         if not Adapter.knows(adapter, module):
             raise BrokenAdapterError(
-                f"{_of(adapter)} claims {where}, which is in none of the modules that it covers "
+                f"{owner(adapter)} claims {where}, which is in none of the modules that it covers "
                 f"({', '.join(adapter.covers)}). Mend its `knows`, or name the module in `covers`."
             )
     return found[0] if found else None  # no two cover the same
@@ -127,7 +127,7 @@ def check(adapter: Adapter, path: str, module: nn.Module) -> None:
     try:
         adapter.check(module)
     except UnsupportedConfigError as error:
-        raise UnsupportedConfigError(f"{path or '<model>'}: {error} (said by {_of(adapter)})") from error
+        raise UnsupportedConfigError(f"{path or '<model>'}: {error} (said by {owner(adapter)})") from error
     except Exception as error:
         raise _blame(adapter, path, "check", error) from error
 
@@ -153,19 +153,19 @@ def site_of(adapter: Adapter, path: str, module: nn.Module, root: nn.Module) -> 
     elif any(n is not None and (type(n) is not int or n < 0) for n in (site.layer, site.layers)):
         wrong = f"returned layer={site.layer!r} of {site.layers!r}; both have to be counts, or None"
     if wrong:
-        raise BrokenAdapterError(f"{path or '<model>'}: `site` of {_of(adapter)} {wrong}.")
+        raise BrokenAdapterError(f"{path or '<model>'}: `site` of {owner(adapter)} {wrong}.")
     assert isinstance(site, Site)
     return site
 
 
 def _blame(adapter: Adapter, path: str, method: str, error: Exception) -> BrokenAdapterError:
     return BrokenAdapterError(
-        f"{path or '<model>'}: `{method}` of {_of(adapter)} failed: {type(error).__name__}: {error}. "
+        f"{path or '<model>'}: `{method}` of {owner(adapter)} failed: {type(error).__name__}: {error}. "
         "Mend it, or trace without it."
     )
 
 
-def _of(adapter: Adapter) -> str:
+def owner(adapter: Adapter) -> str:
     source = next((s for a, s in _adapters.values() if a is adapter), _HERE)
     return f"the adapter {adapter.name!r} of {source if source == _HERE else f'distribution {source!r}'}"
 

@@ -15,6 +15,7 @@ from .keeper import Keeper
 from .modes import Modes
 from .plan import Plan, check_meta, within
 from .record import KernelCall
+from .registry import owner
 from .selection import Selection
 from .site import Site
 from .taps import kernels, patches
@@ -94,6 +95,12 @@ class Session:
         if self.active():
             set_current(None)
         self.modes.flush()
+
+    def close(self) -> None:
+        """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
+        self.stop()
+        self.keeper.waiting.drop()
+        vars(self).clear()
 
     @property
     def watch(self) -> Watch:
@@ -233,11 +240,13 @@ class Session:
 
     def _list_silent(self) -> None:
         """What ran, sounds like attention, and was not seen attending: nor anything around it or in it."""
-        ran = {self.plan.paths[key]: type(module).__name__ for key, module in self.ran.items()}
+        ran = {self.plan.paths[key]: module for key, module in self.ran.items()}
         silent = {p: m for p, m in ran.items() if not any(within(s, p) or within(p, s) for s in self.seen)}
         for path, module in silent.items():
             if not any(other != path and within(other, path) for other in silent):  # the innermost says it best
-                reason = f"{module} ran, and no softmax over q·k was seen in it"
+                adapter = self.plan.named.get(id(module))
+                named = "" if adapter is None else f" (it is a site by the word of {owner(adapter)})"
+                reason = f"{type(module).__name__} ran, and no softmax over q·k was seen in it{named}"
                 self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
 
     def _settle(self) -> None:

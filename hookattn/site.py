@@ -49,16 +49,23 @@ class Site:
 
 
 def layer_of(path: str, root: nn.Module) -> tuple[int | None, int | None]:
-    """The first numbered container on a path: (index, length); (None, None) where there is none."""
+    """The first numbered container on a path: (index, length); (None, None) where there is none.
+
+    An ``nn.Sequential`` of different classes is a pipeline, not a stack of layers, if there are layers further in.
+    """
     module: Any = root
     parts = path.split(".") if path else []
+    pipeline: tuple[int, int] | None = None
     for part in parts:
         parent, module = module, getattr(module, part, None)
         if part.isdigit() and isinstance(parent, (nn.ModuleList, nn.Sequential)):
-            return int(part), len(parent)
+            found = int(part), len(parent)
+            if isinstance(parent, nn.ModuleList) or len({type(m) for m in parent}) == 1:
+                return found
+            pipeline = pipeline or found
         if module is None:
             break
-    return next(((int(p), None) for p in parts if p.isdigit()), (None, None))
+    return pipeline or next(((int(p), None) for p in parts if p.isdigit()), (None, None))
 
 
 def stack_of(path: str, default: str = "main") -> str:

@@ -166,6 +166,20 @@ class Trace:
 
         return stitch(self, beams=beams, length=length)
 
+    def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
+        """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
+
+        Args:
+            model: the bridge that was traced; it says whether positions are rotary.
+            rotary: the same, in a word.
+
+        Raises:
+            ImportError, SelectionError: see :func:`hookattn.interop.transformer_lens.to_transformer_lens`.
+        """
+        from .interop.transformer_lens import to_transformer_lens
+
+        return to_transformer_lens(self, model, rotary=rotary)
+
     @property
     def faithful(self) -> bool:
         """Whether every call's certificate is within tolerance."""

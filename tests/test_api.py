@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from collections import UserDict
 from types import SimpleNamespace
 from typing import Any
@@ -328,3 +331,21 @@ def test_the_steps_of_a_model_that_is_one_of_torchs_own(kind: str, training: boo
         for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, out)), strict=True):
             assert a is b is None or torch.equal(a, b)
     check_clean(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trace_that_is_dropped_is_gone_at_once(fails: bool) -> None:
+    """Nothing that ran it still holds it until a garbage collection: its tensors may be most of the memory there is."""
+    model = Model()
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyError), hookattn.tracing(model) as found:
+            model(X)
+            if fails:
+                raise KeyError
+        gone = [weakref.ref(found), weakref.ref(found[0].q), weakref.ref(found[0])]
+        del found
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()

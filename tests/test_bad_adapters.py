@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -82,11 +81,6 @@ def complaint(kind: type[Exception] = BrokenAdapterError, *, option: str = "plai
 
 
 # Once the plan asks the adapters through `registry.check` and `registry.site_of`.
-ASKED = pytest.mark.xfail(
-    condition="site_of" not in str(__import__("inspect").getsource(sys.modules["hookattn.plan"]._look)),
-    reason="the plan asks adapters directly",
-    strict=False,
-)
 
 
 class RaisesInCheck(Good):
@@ -170,7 +164,6 @@ def test_what_an_adapter_does_wrong_is_told_with_its_name(
     assert said in told
 
 
-@ASKED
 @pytest.mark.parametrize(("adapter", "method", "said"), WRONG, ids=lambda x: type(x).__name__)
 def test_a_trace_says_so(adapter: Adapter, method: str, said: str, install: Any) -> None:
     install(adapter)
@@ -190,7 +183,6 @@ def test_an_option_that_an_adapter_does_not_know(install: Any) -> None:
     registry.check(registry.adapters()["theirs"][0], "layers.1", model.layers[1])
 
 
-@ASKED
 def test_a_trace_of_a_model_with_that_option_says_so(install: Any) -> None:
     install(Refuses())
     assert "option='gated'" in complaint(UnsupportedConfigError, option="gated")

@@ -247,9 +247,7 @@ def test_the_tolerance_of_each_dtype(monkeypatch: pytest.MonkeyPatch, dtype: tor
 @pytest.mark.parametrize("t", [12, 600])
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("head", range(H))
-def test_a_quiet_head_is_held_to_its_own_size(
-    monkeypatch: pytest.MonkeyPatch, head: int, batch: int, t: int
-) -> None:
+def test_a_quiet_head_is_held_to_its_own_size(monkeypatch: pytest.MonkeyPatch, head: int, batch: int, t: int) -> None:
     """An error that would be nothing beside the values of another head."""
     q, k, v = qkv(t)
     v[batch, head // (H // G)] *= 1e-2
@@ -263,7 +261,7 @@ def test_a_quiet_head_is_held_to_its_own_size(
 
     wrong(monkeypatch, put("output", slip))
     found = trace(Sdpa(), (q, k, v))[0].certificate
-    assert not found.faithful and math.isclose(found.tolerance, TOLERANCE[torch.float32] * quiet, rel_tol=1e-5)
+    assert not found.faithful and math.isclose(found.tolerance, TOLERANCE[torch.float32] * quiet, rel_tol=0.05)
 
 
 @pytest.mark.parametrize("spot", ["q", "k", "v"])
@@ -314,3 +312,20 @@ def test_warnings_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         hookattn.trace(Layers(6), qkv())
     texts = [str(w.message) for w in caught]
     assert [t.split()[0] for t in texts] == ["layers.0", "layers.1", "layers.2", "3"] and "3 more" in texts[-1]
+
+
+@pytest.mark.parametrize("t", [12, 600])
+@pytest.mark.parametrize("kind", [Sdpa, Eager])
+def test_large_scores_may_round(kind: type[nn.Module], t: int) -> None:
+    """A score of 1e5 in float32 is known to 4e-3, and its weight no better; that is no fault of the record."""
+    q, k, v = qkv(t)
+    small = hookattn.trace(kind(), (q, k, v), strict=True, verify="full")[0].certificate
+    large = hookattn.trace(kind(), (q * 200, k * 200, v), strict=True, verify="full")[0].certificate
+    assert small.weights_tolerance < 1e-4 < large.weights_tolerance < 0.1 or large.output_error <= small.tolerance
+
+
+@pytest.mark.parametrize("t", [12, 600])
+def test_large_scores_do_not_excuse_everything(monkeypatch: pytest.MonkeyPatch, t: int) -> None:
+    q, k, v = qkv(t)
+    wrong(monkeypatch, WRONG["no causal mask"])
+    assert not trace(Sdpa(), (q * 30, k * 30, v))[0].certificate.faithful

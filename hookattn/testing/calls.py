@@ -21,8 +21,8 @@ def check_trace(trace: Trace) -> None:
 
     Shapes and dtypes fit; scores are finite, and are scale·q·kᵀ, soft-capped, plus bias; weights are the softmax of the
     scores where the mask is True, with the sinks; masked entries weigh nothing; a causal kernel's mask hides later
-    keys; weights times v is the kernel's output (without dropout); no certificate is unfaithful; whatever was skipped
-    has a reason.
+    keys; weights times v is the kernel's output (without dropout, and where nothing mixed the weights); no certificate
+    is unfaithful; whatever was skipped has a reason.
 
     Raises:
         AssertionError: with everything that is not so.
@@ -141,7 +141,7 @@ def _math_failures(
     hidden = weights.abs()[~mask & live]
     if hidden.numel() and not hidden.max() <= _NOTHING:
         yield Failure(where, "a masked entry weighs", "0", f"{hidden.max().item():.3g}")
-    if v is not None and output is not None and not call.dropout:
+    if v is not None and output is not None and not call.dropout and not call.mixed:
         mixed = weights @ _repeat(v, call, sizes)
         bound = unit * max(v.abs().max().item() if v.numel() else 0.0, 1e-3)
         mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"

@@ -64,7 +64,7 @@ def witness(case: Case) -> Iterator[Failure]:
 def formed(case: Case, model: torch.nn.Module, trace: Trace, inputs: Any = None) -> Iterator[Failure]:
     """The same for one trace of a model."""
     wanted = [(call, name, x) for call in trace for name in case.formed if (x := _field(call, name)) is not None]
-    watch = _Watch({x.numel() for *_, x in wanted})
+    watch = _Watch({n for *_, x in wanted for n in (x.numel(), x[:1].numel())})
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which nothing can be seen
     try:
@@ -75,7 +75,9 @@ def formed(case: Case, model: torch.nn.Module, trace: Trace, inputs: Any = None)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     for call, name, x in wanted:
-        if not any(_key(x.permute(order)) in watch.seen for order in permutations(range(x.dim()))):
+        one = x[:1]  # learned queries that all batch entries share
+        forms = (x, one) if torch.equal(x, one.expand_as(x)) else (x,)
+        if not any(_key(y.permute(order)) in watch.seen for y in forms for order in permutations(range(y.dim()))):
             where = f"{call.site.label} (call {call.index}, step {call.step}, {call.tap})"
             yield Failure(
                 where, f"{name} as the model has it", "a tensor that it forms", "one that it never forms", _MEND[name]
