@@ -76,9 +76,9 @@ def _noted(config: Any) -> Any:
         return dict(values)
     copy = object.__new__(type(config))
     vars(copy).update(values)
-    for name, value in values.items():
-        if type(value) not in _FLAT and hasattr(value, "to_dict"):
-            vars(copy)[name] = _noted(value)
+    for name in [name for name, value in values.items() if type(value) not in _FLAT]:
+        if hasattr(values[name], "to_dict"):
+            vars(copy)[name] = _noted(values[name])
     return copy
 
 

@@ -106,8 +106,7 @@ def make_plan(model: nn.Module) -> Plan:
         registry.check(adapter, site.path, module)
         plan.sites[id(module)], plan.modules[id(module)] = site, module
         plan.named[id(module)] = adapter
-        if covered(module):
-            plan.sealed.add(id(module))
+    plan.sealed = covered(plan.modules.values())
     plan.suspects = [(path, modules[place]) for place, path in found.suspects]
     return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from . import compiled, flash, flex, interface, mha, script, sdpa, varlen, xformers
@@ -44,9 +45,9 @@ def kernels() -> dict[str, Any]:
 _COVERS = tuple(tap.covers for tap in TAPS if tap.covers is not None)
 
 
-def covered(module: Any) -> bool:
-    """Whether some tap sees every attention call of a module without the function mode."""
-    return any(covers(module) for covers in _COVERS)
+def covered(modules: Collection[Any]) -> set[int]:
+    """By identity, the modules of which some tap sees every attention call without the function mode."""
+    return set().union(*(covers(modules) for covers in _COVERS))
 
 
 __all__ = ["TAPS", "Recorder", "Tap", "covered", "kernels", "patches"]

@@ -51,13 +51,14 @@ class Tap:
         kernels: torch function name -> handler ``(watch, func, args, kwargs) -> result``, called inside the mode.
         patches: the functions that don't dispatch to function modes; made only when a trace starts, since some live
             in optional packages that may be imported later.
-        covers: whether this tap alone sees every attention call of a module, so that the mode can stay closed in it.
+        covers: of some modules, by identity, those in which this tap alone sees every attention call, so that the mode
+            can stay closed in them.
     """
 
     name: str
     kernels: dict[str, Callable[..., Any]] | None = None
     patches: Callable[[], Iterable[Patch]] | None = None
-    covers: Callable[[Any], bool] | None = None
+    covers: Callable[[Iterable[Any]], set[int]] | None = None
 
 
 def as_bhtd(x: Tensor) -> Tensor:

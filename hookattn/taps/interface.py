@@ -162,10 +162,19 @@ def read(
     return call
 
 
-def covers(module: nn.Module) -> bool:
-    """Whether a module's attention goes through the interface and a fused kernel, and nothing else."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return implementation not in ("eager", None) and _asks(getattr(type(module), "forward", None))
+def covers(modules: Iterable[nn.Module]) -> set[int]:
+    """The modules whose attention goes through the interface and a fused kernel, and nothing else."""
+    found = set()
+    known: dict[tuple[type, int], bool] = {}  # most share one class and one configuration
+    for module in modules:
+        config = getattr(module, "config", None)
+        key = type(module), id(config)
+        if key not in known:
+            fused = getattr(config, "_attn_implementation", None) not in ("eager", None)
+            known[key] = fused and _asks(getattr(type(module), "forward", None))
+        if known[key]:
+            found.add(id(module))
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
