@@ -21,7 +21,7 @@ from .errors import (
     SkippedWarning,
     UnfaithfulWarning,
 )
-from .plan import check_meta, make_plan
+from .inspection import check_meta, make_plan
 from .selection import Selection
 from .session import Session
 from .trace import Trace

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .plan import Plan
+from .inspection import Plan
 from .site import Site, describe
 
 _CALL_CODE = nn.Module._call_impl.__code__

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .errors import ModelError, UnfaithfulError
 from .hooks import Brackets
+from .inspection import Plan, check_meta, within
 from .keeper import Keeper
 from .modes import Modes
-from .plan import Plan, check_meta, within
 from .record import KernelCall
 from .registry import owner
 from .selection import Selection

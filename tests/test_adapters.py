@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hookattn import Adapter
-from hookattn.plan import Plan, make_plan
+from hookattn.inspection import Plan, make_plan
 from hookattn.registry import using
 from hookattn.testing import check_adapter
 

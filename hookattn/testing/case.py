@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..api import tracing
 from ..errors import SkippedWarning, UnfaithfulWarning
-from ..plan import Plan, make_plan
+from ..inspection import Plan, make_plan
 from ..registry import using
 from ..trace import Trace
 

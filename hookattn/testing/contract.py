@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..adapter import Adapter
-from ..plan import Plan
+from ..inspection import Plan
 from .case import Case
 from .check import CHECKS, apply
 from .failure import require

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..plan import within
+from ..inspection import within
 from ..record import FIELDS
 from ..registry import adapter_for, using
 from .case import Case, same

@@ -1,0 +1,219 @@
+"""What of a model has to be watched how: the sites that adapters name, and whether the rest must be watched as a whole.
+
+Looking at every module costs as much as a layer of a small model runs, so what was found is remembered for as long as
+the model lives, and used again while it still has the same modules under the same names. What depends on a
+configuration is asked again each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from . import registry
+from .adapter import Adapter
+from .errors import ModelError
+from .registry import adapter_for, generation
+from .site import Site
+from .taps import covered
+
+# Modules that leave their fused eval path as soon as a hook is attached anywhere in them.
+NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+# What of torch.nn itself attends; its other modules never do, and are not worth asking about.
+_TORCH_ATTENDS = (*NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
+_ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
+_SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
+# What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
+_ONLY_A_PART = re.compile(r"(?:Output|Projection|Bias|Mask|Norm|MLP|Dropout|Loss|Adapter(?:Layer)?)$")
+
+
+@dataclass
+class Plan:
+    """What of a model has to be watched how.
+
+    Attributes:
+        sites: the sites that adapters named, by module identity.
+        sealed: of those, the ones whose kernels are seen without the function mode.
+        watch_all: whether some part of the model is covered by no adapter, so that the mode stays open throughout.
+        modules: module identity -> module, of the sites.
+        suspects: modules outside the sites that sound like attention.
+        named: module identity -> the adapter that named it a site.
+        adapters: the names of the adapters that had a say.
+    """
+
+    model: nn.Module
+    sites: dict[int, Site] = field(default_factory=dict)
+    sealed: set[int] = field(default_factory=set)
+    watch_all: bool = False
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
+    named: dict[int, Adapter] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def paths(self) -> dict[int, str]:
+        """Module identity -> path, of every module."""
+        return {id(module): path for path, module in self.model.named_modules()}
+
+
+class _Shape(NamedTuple):
+    """What modules there are: their names, identities and classes, the children of one module together."""
+
+    generation: int
+    names: list[str]
+    modules: list[int]
+    classes: list[type]
+
+
+class _Found(NamedTuple):
+    """What was found in a model of one shape; modules by their place in it, so that nothing keeps them alive."""
+
+    shape: _Shape
+    sites: list[tuple[int, Site, Adapter]]
+    suspects: list[tuple[int, str]]
+    watch_all: bool
+    adapters: frozenset[str]
+    leaves: list[bool]
+
+
+_MANY = 10_000
+_known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+
+def make_plan(model: nn.Module) -> Plan:
+    """Ask the adapters about every module of a model.
+
+    Raises:
+        ModelError: it is no module; or a part that attends is scripted, or has its weights on the meta device.
+        UnsupportedConfigError: an adapter refuses the configuration.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
+    found = _known.get(model)
+    modules, shape = _walk(model) if found is None else _walk_again(model, found.leaves)
+    if found is None or found.shape != shape:
+        modules, shape = _walk(model)
+        found = _known[model] = _look(model, modules, shape)
+    plan = Plan(model, watch_all=found.watch_all, adapters=found.adapters)
+    for place, site, adapter in found.sites:
+        module = modules[place]
+        registry.check(adapter, site.path, module)
+        plan.sites[id(module)], plan.modules[id(module)] = site, module
+        plan.named[id(module)] = adapter
+    plan.sealed = covered(plan.modules.values())
+    plan.suspects = [(path, modules[place]) for place, path in found.suspects]
+    return plan
+
+
+def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
+    """Every module; one that has several places comes several times, unless there are too many of them (a circle)."""
+    modules: list[nn.Module] = [model]
+    names: list[str] = []
+    for module in modules:
+        if module._modules:
+            names.extend(module._modules.keys())
+            modules.extend([child for child in module._modules.values() if child is not None])
+            if len(modules) > _MANY:
+                modules = list(model.modules())
+                names = [path for path, _ in model.named_modules()]
+                break
+    return modules, _shape(modules, names)
+
+
+def _walk_again(model: nn.Module, leaves: list[bool]) -> tuple[list[nn.Module], _Shape]:
+    """The same, of a model that is known: what of torch had no children then is not asked for them again."""
+    modules: list[nn.Module] = [model]
+    names: list[str] = []
+    for module, leaf in zip(modules, leaves, strict=False):
+        if not leaf and module._modules:
+            names.extend(module._modules.keys())
+            modules.extend([child for child in module._modules.values() if child is not None])
+    return modules, _shape(modules, names)
+
+
+def _shape(modules: list[nn.Module], names: list[str]) -> _Shape:
+    return _Shape(generation(), names, list(map(id, modules)), list(map(type, modules)))
+
+
+def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
+    places = {key: place for place, key in enumerate(shape.modules)}
+    check_meta(model)
+    sites: list[tuple[int, Site, Adapter]] = []
+    suspects: list[tuple[str, nn.Module]] = []
+    fixed: list[nn.Module] = []
+    unnamed: list[tuple[str, nn.Module]] = []
+    watch_all, adapters = False, set()
+    for path, module in model.named_modules():
+        cls = type(module)
+        _check_scripted(path, module)
+        if _never_attends(cls):
+            continue
+        adapter = adapter_for(module)
+        if adapter is not None:
+            if cls.__name__ in adapter.attention:
+                registry.check(adapter, path, module)
+                sites.append((places[id(module)], registry.site_of(adapter, path, module, model), adapter))
+                adapters.add(adapter.name)
+            elif _sounds_like_attention(cls.__name__):
+                unnamed.append((path, module))
+            continue
+        if isinstance(module, NO_HOOKS):
+            fixed.append(module)
+        watch_all = True
+        if _sounds_like_attention(cls.__name__):
+            suspects.append((path, module))
+    for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
+        if not any(within(path, site.path) or within(site.path, path) for _, site, _ in sites):
+            watch_all = True
+            suspects.append((path, module))
+    locked = {id(m) for top in fixed for m in top.modules()}
+    hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
+    leaves = [not m._modules and _never_attends(type(m)) for m in modules]
+    return _Found(shape, sites, hookable, watch_all, frozenset(adapters), leaves)
+
+
+def check_meta(model: nn.Module) -> None:
+    """Raise if some weights have no values.
+
+    Raises:
+        ModelError: naming the first that is on the meta device.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or "_hf_hook" in vars(module):  # that one brings its weights
+            continue
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            if x is not None and x.is_meta:
+                raise ModelError(
+                    f"{f'{path}.{name}' if path else name} is on the meta device and has no values; load the weights "
+                    "(to_empty() and load_state_dict()) before tracing."
+                )
+
+
+def _check_scripted(path: str, module: nn.Module) -> None:
+    if not isinstance(module, torch.jit.ScriptModule) or not type(module).__module__.startswith("torch.jit"):
+        return
+    if not path or _ATTENDS.search(str(module.inlined_graph)):
+        raise ModelError(
+            f"{path or type(module).__name__} is scripted or traced by torch.jit, and nothing can be seen in compiled "
+            "code; trace the Python module that it was made from."
+        )
+
+
+def _never_attends(cls: type[nn.Module]) -> bool:
+    return cls.__module__.startswith("torch.nn.") and not issubclass(cls, _TORCH_ATTENDS)
+
+
+@functools.cache
+def _sounds_like_attention(name: str) -> bool:
+    return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
+
+
+def within(path: str, outer: str) -> bool:
+    """Whether a module path lies in another, or is it."""
+    return path == outer or path.startswith(outer + ".") or not outer

@@ -1,0 +1,212 @@
+"""What is remembered of a model between traces, and when it must not be."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hookattn
+from hookattn import Adapter, inspection
+from hookattn.errors import ModelError, UnsupportedConfigError
+from hookattn.inspection import make_plan
+from hookattn.registry import using
+
+
+class Attention(nn.Module):
+    def __init__(self, scale: float = 0.5) -> None:
+        super().__init__()
+        self.scale, self.config = scale, SimpleNamespace(odd=False)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.scaled_dot_product_attention(x, x, x, scale=self.scale))
+
+
+class Other(Attention):
+    pass
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, n: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Mine(Adapter):
+    name = "mine"
+    covers = (__name__,)
+    attention = {"Attention": "self", "Other": "cross"}
+
+    def check(self, module: nn.Module) -> None:
+        if module.config.odd:
+            raise UnsupportedConfigError("odd")
+
+
+X = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["adapter", "none"])
+def adapters(request: Any) -> Any:
+    with using(*([Mine()] if request.param == "adapter" else [])):
+        yield request.param == "adapter"
+
+
+def paths(model: nn.Module) -> list[tuple[str, str]]:
+    return [(call.site.path, call.site.kind) for call in hookattn.trace(model, X, verify="full", strict=True)]
+
+
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models that were looked at module by module."""
+    seen: list[nn.Module] = []
+    look = inspection._look
+
+    def counted(model: nn.Module, *rest: Any) -> Any:
+        seen.append(model)
+        return look(model, *rest)
+
+    monkeypatch.setattr(inspection, "_look", counted)
+    return seen
+
+
+def test_the_second_time_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch, adapters: bool) -> None:
+    model, seen = Model(), looked(monkeypatch)
+    first = paths(model)
+    assert [paths(model) for _ in range(3)] == [first] * 3 and seen == [model]
+    assert first == [("layers.0.attn", "self"), ("layers.1.attn", "self")]
+
+
+def change_class(model: Model) -> None:
+    model.layers[1].attn.__class__ = Other
+
+
+def put_in(model: Model) -> None:
+    model.layers.append(Block())
+
+
+def take_out(model: Model) -> None:
+    del model.layers[0]
+
+
+def rename(model: Model) -> None:
+    model.blocks = model.layers
+    del model.layers
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x))  # type: ignore[method-assign]
+
+
+def wrap(model: Model) -> None:
+    model.layers[0].attn = nn.Sequential(model.layers[0].attn)  # type: ignore[assignment]
+
+
+def share(model: Model) -> None:
+    model.layers[1].attn = model.layers[0].attn
+
+
+def below_what_had_no_children(model: Model) -> None:
+    model.layers[0].norm = nn.Sequential(nn.LayerNorm(8), Attention())  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_class, put_in, take_out, rename, wrap, share, below_what_had_no_children],
+    ids=lambda f: f.__name__,
+)
+def test_a_model_that_was_changed_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, adapters: bool, change: Any
+) -> None:
+    model, seen = Model(), looked(monkeypatch)
+    paths(model)
+    change(model)
+    found = paths(model)
+    fresh = Model()
+    change(fresh)
+    assert found == paths(fresh) and seen == [model, model, fresh]
+
+
+def test_a_module_with_several_places_and_a_circle(adapters: bool) -> None:
+    model = Model()
+    model.layers.append(model.layers[0])
+    model.register_module("nothing", None)
+    assert [p for p, _ in paths(model)] == ["layers.0.attn", "layers.1.attn", "layers.0.attn"]
+    model.layers[1].outer = model  # a circle
+    for _ in range(3):
+        assert [p for p, _ in paths(model)] == ["layers.0.attn", "layers.1.attn", "layers.0.attn"]
+
+
+def test_what_is_configured_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with using(Mine()):
+        model, seen = Model(), looked(monkeypatch)
+        paths(model)
+        model.layers[1].attn.config.odd = True
+        with pytest.raises(UnsupportedConfigError):
+            hookattn.trace(model, X)
+        model.layers[1].attn.config.odd = False
+        assert len(paths(model)) == 2 and seen == [model]
+
+
+def test_other_adapters_are_asked_anew() -> None:
+    model = Model()
+    with using():
+        assert make_plan(model).watch_all and not make_plan(model).sites
+    with using(Mine()):
+        assert not make_plan(model).watch_all and len(make_plan(model).sites) == 2
+    with using():
+        assert make_plan(model).watch_all
+
+
+def test_weights_that_lost_their_values_since(adapters: bool) -> None:
+    model = Model()
+    paths(model)
+    model.to("meta")
+    for inputs in (X, X.to("meta")):
+        with pytest.raises(ModelError, match=r"layers\.0\.\w+\.\w+ is on the meta device.*load the weights"):
+            hookattn.trace(model, inputs)
+
+
+def test_a_model_is_not_kept_alive(adapters: bool) -> None:
+    gc.collect()
+    model = Model()
+    paths(model)
+    gone = weakref.ref(model), weakref.ref(model.layers[1].attn)
+    known = len(inspection._known)
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None] and len(inspection._known) == known - 1
+
+
+def test_the_description_is_of_the_model_as_it_was() -> None:
+    class Config:
+        def __init__(self, **values: Any) -> None:
+            vars(self).update(values)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in vars(self).items()}
+
+    model = Model()
+    model.config = Config(width=8, text=Config(layers=2))
+    found = hookattn.trace(model, X)
+    model.config.width = 9
+    model.config.text.layers = 3
+    assert found.model["config"] == {"width": 8, "text": {"layers": 2}}
+    assert dict(found.model) == {**found.model} and found.model["class"] == "Model" and len(found.model) == 4
+    assert found.model == dict(found.model) and "Model" in repr(found.model)
