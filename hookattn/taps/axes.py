@@ -54,12 +54,12 @@ class Origin:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: tuple[int, ...],
         how: Callable[..., Layout] | None = None,
         parent: Origin | None = None,
         args: Any = None,
     ):
-        self.shape = tuple(shape)
+        self.shape = shape
         self.how = how
         self.parent = parent
         self.args = args
@@ -86,7 +86,7 @@ class Origin:
 
 def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
     """An origin whose axes are known: one role per dimension."""
-    origin = Origin(shape)
+    origin = Origin(tuple(shape))
     origin._layout = tuple((Atom(n, role=r),) if n != 1 else () for n, r in zip(shape, roles, strict=True))
     return origin
 
@@ -163,6 +163,18 @@ def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 def permute(layout: Layout, shape: tuple[int, ...], order: Sequence[int]) -> Layout:
     """Dimensions in another order."""
     return tuple(layout[i] for i in order)
+
+
+def transpose(layout: Layout, shape: tuple[int, ...], dims: tuple[int, int]) -> Layout:
+    """Two dimensions exchanged."""
+    out, (a, b) = list(layout), dims
+    out[a], out[b] = out[b], out[a]
+    return tuple(out)
+
+
+def mapped(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
+    """A linear map: the last dimension is another."""
+    return (*layout[:-1], *fresh(shape[-1:]))
 
 
 def expand(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -49,11 +50,17 @@ def name_of(func: Any) -> str:
 
 
 def writes_to(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if name == "__setitem__" or kwargs.get("inplace") is True or kwargs.get("out") is not None:
+    """Whether an operation writes to an argument: the first, or ``out=``."""
+    if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):
         return True
-    if name == "dropout":
-        return len(args) > 3 and args[3] is True
-    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name.endswith("__"))
+    return _in_place(name) or (name == "dropout" and len(args) > 3 and args[3] is True)
+
+
+@cache
+def _in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
+    return name.endswith("_") and not name.endswith("__")
 
 
 Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from . import axes
 from .axes import Origin, same
-from .views import follow
+from .views import VIEWS, View, follow, same_axes
 
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
 _MANY = _JOINS | PIECES
 _PURGE = 4096
+_NONE: dict[str, Any] = {}
+_ref = weakref.ref
 
 
 class Origins:
@@ -45,10 +47,31 @@ class Origins:
         """Say where the axes of a tensor come from."""
         if len(self._known) > _PURGE:
             self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
-        self._known[id(x)] = (weakref.ref(x), origin)
+        self._known[id(x)] = (_ref(x), origin)
         return origin
 
-    def note(
+    def note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Say where the axes of the results of an operation come from. Runs for every operation: it has to be quick."""
+        if type(out) is Tensor and name not in _MANY and args:
+            x: Tensor = args[0]
+            known = self._known.get(id(x))
+            if known is not None and known[0]() is x and x is not out:
+                source = known[1]
+                view: View = VIEWS.get(name, same_axes)
+                try:
+                    shape = out.shape
+                except RuntimeError:  # a nested tensor
+                    return
+                if view is same_axes:
+                    origin = source if shape == source.shape else Origin(shape)
+                else:
+                    how = view(x, out, args, kwargs or _NONE)
+                    origin = Origin(shape) if how is None else Origin(shape, how[0], source, how[1])
+                self._known[id(out)] = (_ref(out), origin)
+                return
+        self.derive(name, args, kwargs or _NONE, out)
+
+    def derive(
         self,
         name: str,
         args: Sequence[Any],
@@ -57,7 +80,7 @@ class Origins:
         x: Tensor | None = None,
         source: Origin | None = None,
     ) -> Origin:
-        """Say where the axes of the results of an operation come from; returns the origin of the last.
+        """As :meth:`note`, of any results of any operation; returns the origin of the last.
 
         Args:
             name: the operation.
@@ -73,16 +96,6 @@ class Origins:
                 return Origin(())
         if source is None:
             source = self.of(x)
-        if type(out) is Tensor and out is not x and name not in _MANY and plain(out):
-            how = follow(name, source, x, out, args, kwargs)
-            if how is None:
-                origin = Origin(out.shape)
-            elif how[0] is same and out.shape == source.shape:
-                origin = source
-            else:
-                origin = Origin(out.shape, how[0], source, how[1])
-            self._known[id(out)] = (weakref.ref(out), origin)
-            return origin
         origin = source
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if one is x or not plain(one):

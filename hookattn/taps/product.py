@@ -232,12 +232,16 @@ def arrange(
     pieces = [p for dim in dims for p in dim]
     if any(p.role not in roles for p in pieces):
         raise LayoutError(f"an axis in the role {next(p.role for p in pieces if p.role not in roles)} is left over")
-    x = x.reshape([1 if p.broadcast else p.size for p in pieces])
+    start = [1 if p.broadcast else p.size for p in pieces]
+    if list(x.shape) != start:
+        x = x.reshape(start)
     if group:
         keep = _grouped(pieces)
-        x = x[tuple(slice(None) if k else 0 for k in keep)]
-        pieces = [p for p, k in zip(pieces, keep, strict=True) if k]
-    shape, extents = list(x.shape), []
+        if not all(keep):
+            x = x[tuple(slice(None) if k else 0 for k in keep)]
+            pieces = [p for p, k in zip(pieces, keep, strict=True) if k]
+    had = list(x.shape)
+    shape, extents = list(had), []
     order = []
     for role in roles:
         mine = [i for i, p in enumerate(pieces) if p.role == role]
@@ -246,7 +250,11 @@ def arrange(
             for i in mine:
                 shape[i] = pieces[i].size
         extents.append(math.prod(shape[i] for i in mine))
-    return x.expand(shape).permute(order).reshape(extents)
+    if shape != had:
+        x = x.expand(shape)
+    if order != sorted(order):
+        x = x.permute(order)
+    return x if list(x.shape) == extents else x.reshape(extents)
 
 
 def _grouped(pieces: Sequence[Piece]) -> list[bool]:

@@ -24,7 +24,7 @@ def _reshape(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return (axes.reshape, None) if out.numel() == x.numel() else None
 
 
-def _same(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def same_axes(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
     return axes.same, None
 
 
@@ -37,11 +37,11 @@ def _resized(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def _transpose(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+    if len(args) == 3:
+        return axes.transpose, (args[1], args[2])
     a = kwargs.get("dim0", kwargs.get("axis0", args[1] if len(args) > 1 else 0))
     b = kwargs.get("dim1", kwargs.get("axis1", args[2] if len(args) > 2 else 1))
-    order = list(range(x.dim()))
-    order[a], order[b] = order[b], order[a]
-    return axes.permute, order
+    return axes.transpose, (a, b)
 
 
 def _mt(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
@@ -118,8 +118,7 @@ def _stack(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def _linear(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
-    layout_dims: list[int | None] = [*range(x.dim() - 1), None]
-    return axes.keep_dims, layout_dims
+    return axes.mapped, None
 
 
 _SAME = (
@@ -128,7 +127,7 @@ _SAME = (
 )
 
 VIEWS: dict[str, View] = {
-    **dict.fromkeys(_SAME.split(), _same),
+    **dict.fromkeys(_SAME.split(), same_axes),
     **dict.fromkeys(
         (
             "view",

@@ -37,26 +37,32 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.kernels = kernels
-        self.names: dict[Any, str] = {}
+        self.operations: dict[Any, tuple[str, Call | None, bool]] = {}
         self.origins = Origins()
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[Use] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = self.names.get(func)
-        if name is None:
-            name = self.names[func] = name_of(func)
+        name, handler, special = self.operations.get(func) or self._operation(func)
         if not name:
-            return func(*args, **(kwargs or {}))
-        handler = self.kernels.get(name)
+            return func(*args, **kwargs) if kwargs else func(*args)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
-        if self.live or name in SPECIAL or not (args and isinstance(args[0], Tensor)):
+        if special or self.live:
             return self.follow(name, func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
-        self._try(name, self.origins.note, name, args, kwargs or {}, out)
+        try:
+            self.origins.note(name, args, kwargs, out)
+        except Exception as error:  # noqa: BLE001 - as in _try
+            self._failed(name, error)
         return out
+
+    def _operation(self, func: Any) -> tuple[str, Call | None, bool]:
+        """Its name (empty: to be ignored), the handler of its tap, and whether it has to be looked at in any case."""
+        name = name_of(func)
+        found = self.operations[func] = name, self.kernels.get(name), name in SPECIAL
+        return found
 
     # What is known of a tensor
 
@@ -90,7 +96,7 @@ class Watch(TorchFunctionMode):
         if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
         found = self._stateful(args, kwargs) if self.live else None
-        writes = bool(self.live) and writes_to(name, args, kwargs)
+        writes = writes_to(name, args, kwargs) if self.live else False
         if writes:
             self._try(name, self._before_write, name, found, args, kwargs)
         out = func(*args, **kwargs)
@@ -104,11 +110,13 @@ class Watch(TorchFunctionMode):
         """A fault in following the model is reported as attention not read; the model goes on."""
         try:
             return action(*args)
-        except HookattnError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the model's
-            self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
-            return None
+            return self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        if isinstance(error, HookattnError):
+            raise error
+        self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
 
     def _untouched(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """An operation on tensors that are no part of an attention yet."""
@@ -140,7 +148,7 @@ class Watch(TorchFunctionMode):
                 return
             target = x
         else:
-            origin = self.origins.note(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
+            origin = self.origins.derive(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
         result = target if isinstance(out, Tensor) or not writes else x
         context = Context(
             name.removesuffix("_") if name == "where_" else name,
@@ -200,10 +208,10 @@ class Watch(TorchFunctionMode):
 
     def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:
         """The tensor with a state among the arguments; scores and weights before parts and statistics of them."""
-        found = None
+        found, live = None, self.live
         for i, arg in enumerate((*args, *kwargs.values()) if kwargs else args):
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if isinstance(one, Tensor):
+                if id(one) in live:
                     state = self.state(one)
                     if state is not None and (found is None or isinstance(found[2], _LESSER)):
                         found = (i, one, state)
