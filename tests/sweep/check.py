@@ -155,6 +155,9 @@ def _compare_eager(row: Row, inputs: dict[str, Any], trace: hookattn.Trace, plai
     """
     eager, _ = build(row.model_type, "eager", gain)
     theirs = run(eager, inputs)
+    if not _finite(theirs):
+        row.notes.append("not compared with eager, whose own output is not finite")
+        return
     alive = torch.ones(ROWS, dtype=torch.bool)
     for mask in (c.mask for c in trace if c.mask.shape[0] == ROWS):
         alive &= mask.any(-1).flatten(1).all(-1)
