@@ -182,7 +182,8 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor,
         total = total.new_zeros((1,) * 4)  # no keys: no row has anything to attend to
     excess = largest(total if call.sinks is None else total.clamp_min(0), live)
     v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
-    sizes = largest(v.to(wide), None, 2).flatten()
+    finite = torch.nan_to_num(v.to(wide), 0.0, 0.0, 0.0)  # the value of a key that nobody attends to may be anything
+    sizes = largest(finite, None, 2).flatten()
     weights_error = [] if own is None else [largest(derived - own, live).to(wide)]
     reach = largest(scores, None).to(wide)
     values = torch.cat([excess, *weights_error, reach, errors.to(wide), sizes])

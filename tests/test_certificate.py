@@ -329,3 +329,24 @@ def test_large_scores_do_not_excuse_everything(monkeypatch: pytest.MonkeyPatch, 
     q, k, v = qkv(t)
     wrong(monkeypatch, WRONG["no causal mask"])
     assert not trace(Sdpa(), (q * 30, k * 30, v))[0].certificate.faithful
+
+
+def test_a_value_that_nobody_attends_to_may_be_nan() -> None:
+    class Chosen(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = (q @ k.mT * 0.4).softmax(-1)
+            return (weights @ v)[0]
+
+    q, k, v = (draw(2, H, 12, D, seed=i) for i in range(3))
+    v[1] = math.nan  # its whole batch entry: the rows of the other one are as good as ever
+    found = trace(Chosen(), (q, k, v), heads=[0])[0].certificate
+    assert found.status == "unfaithful"  # NaN is NaN
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool)
+    mask[1] = False
+
+    class Masked(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT * 0.4).masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+    found = trace(Masked(), (q, k, v))[0].certificate
+    assert found.faithful and 0 < found.tolerance < 1e-3

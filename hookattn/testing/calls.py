@@ -143,7 +143,8 @@ def _math_failures(
         yield Failure(where, "a masked entry weighs", "0", f"{hidden.max().item():.3g}")
     if v is not None and output is not None and not call.dropout and not call.mixed:
         mixed = weights @ _repeat(v, call, sizes)
-        bound = unit * max(v.abs().max().item() if v.numel() else 0.0, 1e-3)
+        finite = v[v.isfinite()].abs()  # the value of a key that nobody attends to may be anything
+        bound = unit * max(finite.max().item() if finite.numel() else 0.0, 1e-3)
         mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"
         yield from _apart(mixed, output, live.expand_as(output), bound, where, "weights @ v == output", mend)
 
