@@ -37,6 +37,12 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     del sys.modules["test_rows"]
 
 
+def test_the_check_of_the_page(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    source = DOC.read_text().split("```python\n")[2].split("```")[0]
+    exec(compile(source, str(DOC), "exec"), vars(example))
+    assert capsys.readouterr().out.startswith("passed - ")
+
+
 def contract(kind: type[AdapterContract]) -> dict[str, str]:
     """The suite on a class, as pytest runs it: test -> what it complains of."""
     found = {}
