@@ -30,7 +30,9 @@ _TORCH_ATTENDS = (*NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.Transform
 _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 _SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
 # What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
-_ONLY_A_PART = re.compile(r"(?:Output|Projection|Bias|Mask|Norm|MLP|Dropout|Loss|Adapter(?:Layer)?)$")
+_ONLY_A_PART = re.compile(
+    r"(?:Output|Projection|Bias|Mask|Norm(?:\dd)?|Conv(?:\dd)?|MLP|FeedForward|Dropout|Loss|Adapter(?:Layer)?)$"
+)
 
 
 @dataclass

@@ -210,3 +210,22 @@ def test_the_description_is_of_the_model_as_it_was() -> None:
     assert found.model["config"] == {"width": 8, "text": {"layers": 2}}
     assert dict(found.model) == {**found.model} and found.model["class"] == "Model" and len(found.model) == 4
     assert found.model == dict(found.model) and "Model" in repr(found.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "attends"),
+    [
+        ("SelfAttention", True),
+        ("CrossAttn", True),
+        ("MambaMixer", True),
+        ("DeformableAttention", True),
+        ("SelfAttentionOutput", False),
+        ("DeformableFrozenBatchNorm2d", False),
+        ("RwkvFeedForward", False),
+        ("MambaConv1d", False),
+        ("AttnAdapterLayer", False),
+        ("Convolution", False),
+    ],
+)
+def test_what_sounds_like_attention(name: str, attends: bool) -> None:
+    assert inspection._sounds_like_attention(name) is attends
