@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -121,7 +122,10 @@ def tracing(
     """
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
-    selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    if isinstance(capture, tuple | str | None) and layers is heads is queries is dtype is device is None:
+        selection = _fields_alone(capture)
+    else:
+        selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_plan(model)
     made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
@@ -152,6 +156,11 @@ def tracing(
         if stream is not None:
             stream.close()
     _warn(made)
+
+
+@functools.lru_cache(maxsize=64)
+def _fields_alone(capture: tuple[str, ...] | str | None) -> Selection:
+    return Selection.of(capture)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,11 +6,12 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-_FLAT = frozenset({str, int, float, bool, type(None), list, tuple, dict})
+_names: WeakKeyDictionary[type, tuple[int, list[str]]] = WeakKeyDictionary()
 
 
 class Description(Mapping[str, Any]):
@@ -52,7 +53,8 @@ class Description(Mapping[str, Any]):
 
 def describe_model(model: nn.Module) -> Description:
     """Class, configuration and versions of a model and of the libraries that run it, as they are now."""
-    cls, config = type(model), _noted(getattr(model, "config", getattr(model, "cfg", None)))
+    cls = type(model)
+    config = _noted(model.config if hasattr(model, "config") else getattr(model, "cfg", None))
 
     def make() -> dict[str, Any]:
         package = cls.__module__.partition(".")[0]
@@ -76,10 +78,18 @@ def _noted(config: Any) -> Any:
         return dict(values)
     copy = object.__new__(type(config))
     vars(copy).update(values)
-    for name in [name for name, value in values.items() if type(value) not in _FLAT]:
-        if hasattr(values[name], "to_dict"):
-            vars(copy)[name] = _noted(values[name])
+    for name in _nested(type(config), len(values), values):
+        vars(copy)[name] = _noted(values[name])
     return copy
+
+
+def _nested(kind: type, count: int, values: dict[str, Any]) -> list[str]:
+    """The names of the configurations within one; looked for once for each class and number of attributes."""
+    known = _names.get(kind)
+    if known is None or known[0] != count:
+        found = [name for name, value in values.items() if hasattr(value, "to_dict")]
+        known = _names[kind] = (count, found)
+    return [name for name in known[1] if hasattr(values.get(name), "to_dict")]
 
 
 def _plain(config: Any) -> Any:
