@@ -71,15 +71,17 @@ def _noted(config: Any) -> Any:
     """A copy that later changes of the configuration, or of those within it, don't reach."""
     if isinstance(config, dict):
         return dict(config)
-    if not hasattr(config, "__dict__"):
+    try:  # past what a configuration does when an attribute is asked for, which takes its time
+        values: dict[str, Any] = object.__getattribute__(config, "__dict__")
+    except AttributeError:
         return config
-    values = vars(config)
-    if not hasattr(config, "to_dict"):
+    if not hasattr(type(config), "to_dict"):
         return dict(values)
     copy = object.__new__(type(config))
-    vars(copy).update(values)
+    own = object.__getattribute__(copy, "__dict__")
+    own.update(values)
     for name in _nested(type(config), len(values), values):
-        vars(copy)[name] = _noted(values[name])
+        own[name] = _noted(values[name])
     return copy
 
 
@@ -87,9 +89,9 @@ def _nested(kind: type, count: int, values: dict[str, Any]) -> list[str]:
     """The names of the configurations within one; looked for once for each class and number of attributes."""
     known = _names.get(kind)
     if known is None or known[0] != count:
-        found = [name for name, value in values.items() if hasattr(value, "to_dict")]
+        found = [name for name, value in values.items() if hasattr(type(value), "to_dict")]
         known = _names[kind] = (count, found)
-    return [name for name in known[1] if hasattr(values.get(name), "to_dict")]
+    return [name for name in known[1] if hasattr(type(values.get(name)), "to_dict")]
 
 
 def _plain(config: Any) -> Any:
