@@ -94,11 +94,15 @@ def first_token(length: int) -> Callable[[], Tensor]:
     return make
 
 
-def left_mask() -> Tensor:
-    """3 9: padded on the left alone."""
-    mask = torch.ones(3, 9, dtype=torch.long)
-    mask[1, :2] = 0
-    return mask
+def holders(token: int, n: int) -> Callable[[], Tensor]:
+    """3 9 + n: text with n placeholders in it, away from the padding."""
+
+    def make() -> Tensor:
+        ids = ints(60, 3, 9 + n)()
+        ids[:, 4 : 4 + n] = token
+        return ids
+
+    return make
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

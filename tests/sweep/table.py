@@ -24,7 +24,6 @@ from .recipes import (
     first_token,
     grid_positions,
     ints,
-    left_mask,
     long_mask,
     ones,
     patches,
@@ -32,6 +31,7 @@ from .recipes import (
     resnet,
     resnet3,
 )
+from .table_media import RECIPES as MEDIA
 
 RECIPES: dict[str, Recipe] = {
     "EvollaModel": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
@@ -113,10 +113,6 @@ RECIPES: dict[str, Recipe] = {
             "timesteps": lambda: torch.arange(5)[None].expand(3, -1),
             "attention_mask": ones(3, 5),
         }
-    ),
-    "deepseek_ocr2": Recipe(
-        config={"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
-        without=("pixel_values",),
     ),
     "deepseek_ocr2_encoder": Recipe(inputs={"inputs_embeds": randn(3, 16, 64), "num_patches": 16}),
     "deepseek_ocr2_text": Recipe(config={"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}),
@@ -207,7 +203,6 @@ RECIPES: dict[str, Recipe] = {
     "idefics_perciever": Recipe(reason=NO_PART),
     "idefics_vision": Recipe(reason=NO_PART),
     "informer": Recipe(config=SERIES),
-    "inkling2_vision": Recipe(inputs={"pixel_values": randn(12, 2, 16, 16, 3)}),
     "inkling_audio": Recipe(inputs={"audio_input_ids": ints(10, 3, 9, 80)}),
     "inkling_mm_model": Recipe(
         reason="its patch embedding does not shrink: building it takes half a minute; its text model has a row"
@@ -233,13 +228,6 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "janus_vqgan": Recipe(reason="a convolutional codec whose image size its decoder fixes"),
-    "jev": Recipe(
-        inputs={
-            "marks": ones(3, 9),
-            "num_options": lambda: torch.tensor([2, 2, 2]),
-            "question_type_ids": lambda: torch.zeros(3, dtype=torch.long),
-        }
-    ),
     "kosmos-2": Recipe(inputs={"image_embeds_position_mask": lambda: torch.tensor([[0] * 2 + [1] * 6 + [0]] * 3)}),
     "kyutai_speech_to_text": Recipe(inputs={"input_ids": ints(60, 3, 9, 33)}),
     "layoutlmv2": Recipe(reason="needs detectron2"),
@@ -264,7 +252,6 @@ RECIPES: dict[str, Recipe] = {
         inputs={"input_ids": ints(60, 3, 16), "attention_mask": long_mask(16), "global_attention_mask": first_token(16)}
     ),
     "longt5": Recipe(config={"encoder_attention_type": "transient-global"}),
-    "lw_detr": Recipe(config={"backbone_config.num_windows": 4, "backbone_config.image_size": 32, "group_detr": 2}),
     "lw_detr_vit": Recipe(config={"num_windows": 4}),
     "lxmert": Recipe(
         config={"visual_feat_dim": 64}, inputs={"visual_feats": randn(3, 5, 64), "visual_pos": randn(3, 5, 4)}
@@ -282,7 +269,6 @@ RECIPES: dict[str, Recipe] = {
         inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}
     ),
     "ministral": Recipe(config={"rope_parameters": ROPE}),
-    "mistral4": Recipe(config={"qk_head_dim": 24, "head_dim": 8, "rope_parameters": ROPE}),
     "mllama": Recipe(
         inputs={
             "pixel_values": randn(3, 1, 4, 3, 32, 32),
@@ -300,14 +286,12 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "mobilevitv2": Recipe(inputs={"pixel_values": randn(3, 3, 128, 128)}),
-    "molmo2": Recipe(config={"adapter_config.vision_feature_layer": [-1, -2]}),
     "moonshine_streaming": Recipe(config={"num_key_value_heads": 4, "encoder_config.num_key_value_heads": 4}),
     "moshi_depth": Recipe(
         config={"input_size": 64},
         inputs={"input_ids": ints(60, 3, 3), "last_hidden_state": randn(3, 1, 64)},
         without=("attention_mask",),
     ),
-    "muse_spark": Recipe(reason="its audio tower's stages do not shrink by rule; its text model has a row"),
     "musicgen": Recipe(reason="its default configuration leaves out what its model reads; its decoder has a row"),
     "musicgen_decoder": Recipe(inputs={"input_ids": ints(60, 12, 9)}, without=("attention_mask",)),
     "musicgen_melody": Recipe(
@@ -334,13 +318,6 @@ RECIPES: dict[str, Recipe] = {
     "phi4_multimodal_audio": Recipe(
         config={"depthwise_separable_out_channel": 64, "ext_pw_out_channel": 64},
         inputs={"hidden_states": randn(3, 64, 80), "mask": lambda: None},
-    ),
-    "pi0": Recipe(
-        inputs={
-            "action_embeds": randn(3, 5, 64),
-            "pixel_values": randn(3, 1, 3, 32, 32),
-            "pixel_attention_mask": lambda: torch.ones(3, 1, dtype=torch.bool),
-        }
     ),
     "pix2struct": Recipe(
         inputs={"flattened_patches": patches(770), "attention_mask": ones(3, 16)},
@@ -374,14 +351,8 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "qwen2_5_omni_token2wav": Recipe(reason=NO_FORWARD),
-    "qwen2_audio": Recipe(inputs={"attention_mask": left_mask}),
-    "qwen3_asr_encoder": Recipe(inputs={"input_features": randn(3, 128, 64), "input_features_mask": ones(3, 64)}),
     "qwen3_omni_moe": Recipe(reason=NO_FORWARD),
-    "qwen3_omni_moe_audio_encoder": Recipe(
-        inputs={"input_features": randn(128, 64), "feature_lens": lambda: torch.tensor([32, 32])}
-    ),
     "qwen3_omni_moe_talker_code_predictor": Recipe(inputs={"inputs_embeds": randn(3, 9, 64)}, without=("input_ids",)),
-    "qwen3_omni_moe_talker_text": Recipe(config={"shared_expert_intermediate_size": 48}),
     "qwen4_exp": Recipe(reason="its default configuration leaves out sizes that its n-gram embedding divides by"),
     "qwen4_exp_text": Recipe(reason="its default configuration leaves out sizes that its indexer divides by"),
     "rag": Recipe(reason="needs a retriever with an index"),
@@ -543,7 +514,6 @@ RECIPES: dict[str, Recipe] = {
             "backbone_config.image_size": 64,
         },
     ),
-    "voxtral_realtime_text": Recipe(reason="transformers maps it to a class that it does not have"),
     "xcodec": Recipe(inputs={"input_values": randn(3, 1, 4000)}),
     "xlstm": Recipe(reason="no attention: a recurrent matrix memory; its state's shapes do not shrink by rule"),
     "xmod": Recipe(config={"default_language": "en_XX"}),
@@ -557,3 +527,4 @@ RECIPES: dict[str, Recipe] = {
     ),
     "zoedepth": Recipe(config={"bottleneck_features": 64, "fusion_hidden_size": 64}),
 }
+RECIPES.update(MEDIA)

@@ -1,0 +1,190 @@
+"""Recipes of models that see, hear or do both, where no rule makes what they take."""
+
+from __future__ import annotations
+
+import torch
+
+from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn
+
+EIGHT = [2, 2, 2, 2]
+SPEECH = Recipe(
+    config={"window_size": 15},
+    inputs={
+        "input_features": randn(3, 64, 64),
+        "input_features_mask": lambda: torch.ones(3, 15, dtype=torch.bool),
+    },
+)
+
+RECIPES: dict[str, Recipe] = {
+    "csm": Recipe(without=("input_values",)),
+    "deepseek_ocr2": Recipe(
+        config={
+            "text_config.mlp_layer_types": ["dense", "sparse"],
+            "text_config.num_experts_per_tok": 2,
+            "vision_config.sam_config.downsample_channels": [64, 64],
+        }
+    ),
+    "deepseek_ocr2_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
+    "dots3_note_audio_encoder": Recipe(
+        inputs={"input_features": randn(3, 128, 64), "chunk_sample_lengths": lambda: torch.tensor([10240, 8000, 6000])}
+    ),
+    "fun_asr_nano": Recipe(
+        config={"adaptor_config.intermediate_size": 16, "audio_token_id": 110},
+        inputs={"input_features": randn(3, 20, 560), "input_features_mask": ones(3, 20)},
+    ),
+    "fun_asr_nano_encoder": Recipe(inputs={"input_features": randn(3, 20, 560), "input_features_mask": ones(3, 20)}),
+    "glm_image": Recipe(
+        config={"image_token_id": 110},
+        inputs={
+            "image_grid_thw": lambda: torch.tensor([(1, 8, 4)] * 6),
+            "images_per_sample": lambda: torch.tensor([2, 2, 2]),
+            "pixel_values": randn(96, 192),
+            "input_ids": holders(110, 32),
+        },
+    ),
+    "glmasr": Recipe(
+        config={"audio_config.intermediate_size": 256},
+        inputs={"input_features": randn(3, 128, 64), "input_features_mask": ones(3, 64)},
+    ),
+    "granite4_vision": Recipe(
+        config={"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1], "downsample_rate": "2/4"}
+    ),
+    "granite_speech": SPEECH,
+    "granite_speech_plus": SPEECH,
+    "hunyuan_vl": Recipe(
+        config={"text_config.rope_parameters": {**ROPE, "xdrope_section": EIGHT, "mrope_section": EIGHT}}
+    ),
+    "inkling2": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
+    "inkling2_vision": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
+    "jev": Recipe(
+        inputs={
+            "input_ids": ints(60, 1, 9),
+            "marks": lambda: torch.tensor([[3, 5]]),
+            "num_options": lambda: torch.tensor([[2, 2]]),
+            "question_type_ids": lambda: torch.tensor([[0, 1]]),
+        }
+    ),
+    "lw_detr": Recipe(
+        config={
+            "backbone_config.num_windows": 4,
+            "backbone_config.image_size": 32,
+            "backbone_config.out_indices": [1, 2],
+            "group_detr": 2,
+            "projector_scale_factors": [1.0],
+        }
+    ),
+    "minicpm_ocr": Recipe(
+        inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}
+    ),
+    "minicpmv4_6": Recipe(
+        inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}
+    ),
+    "minicpmv4_7": Recipe(
+        inputs={"pixel_values": randn(1, 3, 8, 384), "target_sizes": lambda: torch.tensor([[4, 4]] * 3)}
+    ),
+    "mistral4": Recipe(
+        config={
+            "qk_head_dim": 24,
+            "head_dim": 8,
+            "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4},
+        }
+    ),
+    "molmo2": Recipe(
+        config={"adapter_config.vision_feature_layer": [-1, -2], "image_patch_id": 110},
+        inputs={
+            "pixel_values": randn(3, 16, 192),
+            "image_token_pooling": lambda: torch.arange(48).reshape(12, 4),
+            "image_grids": lambda: torch.tensor([[0, 0, 2, 2]] * 3),
+            "image_num_crops": ones(3),
+            "input_ids": holders(110, 4),
+        },
+    ),
+    "molmo2_adapter": Recipe(
+        inputs={
+            "image_features": randn(2, 16, 128),
+            "pooled_patches_idx": lambda: torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [16, 17, 20, -1]]),
+        }
+    ),
+    "muse_glimmer": Recipe(config={"out_hidden_size": 256}),
+    "muse_glimmer_assistant": Recipe(
+        inputs={
+            "noise_embeds": randn(3, 4, 64),
+            "context_hidden_states": randn(3, 5, 64),
+            "attention_mask": long_mask(9),
+        }
+    ),
+    "muse_spark": Recipe(
+        config={"out_hidden_size": 256, "audio_config.num_hidden_layers": 4}, without=("input_values",)
+    ),
+    "muse_spark_audio": Recipe(config={"num_hidden_layers": 4}),
+    "musicflamingo": Recipe(
+        config={"audio_token_id": 110, "audio_config.max_source_positions": 32},
+        inputs={
+            "input_features": randn(3, 128, 64),
+            "input_features_mask": ones(3, 64),
+            "input_ids": holders(110, 16),
+        },
+    ),
+    "pi0": Recipe(
+        config={"vlm_config.image_token_id": 110},
+        inputs={
+            "action_embeds": randn(3, 5, 64),
+            "pixel_values": randn(3, 1, 3, 32, 32),
+            "pixel_attention_mask": lambda: torch.ones(3, 1, dtype=torch.bool),
+            "input_ids": holders(110, 16),
+        },
+    ),
+    "qwen2_audio": Recipe(
+        config={"audio_config.max_source_positions": 16, "audio_token_index": 110},
+        inputs={
+            "input_features": randn(3, 128, 32),
+            "feature_attention_mask": ones(3, 32),
+            "input_ids": holders(110, 8),
+        },
+    ),
+    "qwen3_asr": Recipe(
+        config={"audio_config.n_window": 50, "audio_config.n_window_infer": 100, "audio_token_id": 110},
+        inputs={
+            "input_features": randn(3, 128, 200),
+            "input_features_mask": ones(3, 200),
+            "input_ids": holders(110, 26),
+        },
+    ),
+    "qwen3_asr_encoder": Recipe(
+        config={"n_window": 50, "n_window_infer": 100},
+        inputs={"input_features": randn(3, 128, 200), "input_features_mask": ones(3, 200)},
+    ),
+    "qwen3_omni_moe_audio_encoder": Recipe(
+        config={"n_window": 50, "n_window_infer": 100},
+        inputs={"input_features": randn(128, 200), "feature_lens": lambda: torch.tensor([130, 70])},
+    ),
+    "qwen3_omni_moe_talker_text": Recipe(
+        config={"shared_expert_intermediate_size": 48},
+        inputs={"inputs_embeds": randn(3, 9, 64)},
+        without=("input_ids",),
+    ),
+    "qwen3_omni_moe_thinker": Recipe(
+        config={"audio_config.n_window": 50, "audio_config.n_window_infer": 100},
+        inputs={"input_features": randn(3, 128, 100), "feature_attention_mask": ones(3, 100)},
+    ),
+    "sam2": Recipe(
+        config={f"vision_config.backbone_config.{k}": v for k, v in HIERA.items()}
+        | {
+            "vision_config.backbone_channel_list": [64, 32, 16, 8],
+            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "prompt_encoder_config.image_size": 64,
+            "prompt_encoder_config.patch_size": 16,
+        },
+        inputs={"pixel_values": randn(3, 3, 64, 64), "input_points": randn(3, 1, 2, 2), "input_labels": ones(3, 1, 2)},
+    ),
+    "unlimited_ocr": Recipe(
+        config={
+            "text_config.mlp_layer_types": ["dense", "sparse"],
+            "vision_config.sam_config.downsample_channels": [64, 64],
+        }
+    ),
+    "unlimited_ocr_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
+    "voxtral": Recipe(config={"audio_config.intermediate_size": 256}),
+    "voxtral_realtime": Recipe(inputs={"input_ids": ints(60, 3, 8)}),
+    "voxtral_realtime_text": Recipe(model="VoxtralRealtimeTextModel", inputs={"t_cond": randn(1, 64)}),
+}
