@@ -279,23 +279,6 @@ class Unread(TwoSources):
         weights = torch.cat([q @ k1.mT, (q + 1) @ k2.mT], -1).softmax(-1)
         return weights[..., :T] @ v1 + weights[..., T:] @ v2
 
-    def gathered(self, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
-        index = torch.arange(S).flip(0)[:4].expand(B, H, T, 4)
-        return (q @ k2.mT).gather(-1, index).softmax(-1) @ v2[:, :, :4]
-
-    def poured(self, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
-        scores = q.new_zeros(B, H, T, S)
-        scores[:, :, :, 1:] = (q @ k2.mT)[..., :-1]
-        return (scores * 0.5).softmax(-1) @ v2
-
-    def cut(self, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
-        return (q @ k2.mT)[..., :4].softmax(-1) @ v2[:, :, :4]
-
-    def kept(self, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
-        """The weights go somewhere that is no product."""
-        weights = (q @ k2.mT)[..., :4].softmax(-1)
-        return (weights[..., None] * v2[:, :, None, :4]).sum(-2)
-
 
 @pytest.mark.parametrize(
     ("how", "says"),
@@ -303,10 +286,6 @@ class Unread(TwoSources):
         ("half", "only a part"),
         ("scaled", "scaled each in its own way"),
         ("queries", "the queries are not the same"),
-        ("gathered", "gather"),
-        ("poured", "buffer"),
-        ("cut", "a part of the scores"),
-        ("kept", "a part of the scores"),
     ],
 )
 def test_what_is_not_read_is_listed(how: str, says: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .axes import Origin
-from .states import Part, Scores, State
+from .entries import CASTS, Entries, moved
+from .states import Lost, Part, Scores, Spread, State
 
 Step = Callable[["Context"], State | None]
 
@@ -28,6 +29,15 @@ class Context:
     origin: Origin
     look: Callable[[Any], State | None]
     keep_finite: bool
+    func: Any = None
+
+    def moved(self) -> Entries | None:
+        """Where the entries of the result came from, if that can be told."""
+        return moved(self.name, self.func, self.args, self.kwargs, self.x, self.position, self.out, self.entries)
+
+    def entries(self, x: Any) -> Entries | None:
+        """Where the entries of a tensor came from."""
+        return entries_of(self.look(x), x)
 
     def other(self, name: str = "other") -> Any:
         """The other operand of a binary operation."""
@@ -47,9 +57,23 @@ def number(value: Any) -> float | None:
     return None
 
 
+def entries_of(state: State | None, x: Any) -> Entries | None:
+    """Where the entries of a tensor with a state came from."""
+    if isinstance(state, Scores):
+        if state.sink is not None or state.cap is not None or state.factors or state.product.learned:
+            return None
+        return state.entries or Entries(source=state.product, shape=tuple(x.shape))
+    return state.entries if isinstance(state, (Part, Lost, Spread)) else None
+
+
 def carried(c: Context) -> State | None:
     """A view or a cast: the same state under the result's axes."""
     state: State = c.state
-    if isinstance(state, Scores) and isinstance(c.out, Tensor) and c.out.numel() != c.x.numel():
-        return Part(c.origin, of=state)
+    if isinstance(state, Scores) and isinstance(c.out, Tensor):
+        if c.out.numel() != c.x.numel():
+            return Part(c.origin, of=state, entries=c.moved())
+        if c.name not in CASTS:
+            return state.but(origin=c.origin, entries=c.moved())
+    if isinstance(state, Part):
+        return replace(state, origin=c.origin, entries=c.moved())
     return replace(state, origin=c.origin)

@@ -64,6 +64,7 @@ def _join(states: Sequence[Scores], tensors: Sequence[Tensor], dim: int, out: Te
         known((*q.layout[:dim], *q.layout[dim + 1 :])),
         known(layout),
     )
+    product.shape = tuple(out.shape)
     origin = Origin(out.shape, product.layout)
     terms = _laid(tensors, [_biases(s, t) for s, t in zip(states, tensors, strict=True)], dim, origin)
     fills = _laid(tensors, [_fills(s, t) for s, t in zip(states, tensors, strict=True)], dim, origin)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .axes import Atom, Origin, known, sizes
+from .dense import dense
 from .eager import Build, contracts_keys
+from .entries import Entries
 from .operations import Parsed
 from .product import Label, LayoutError, Product, mixes_heads
-from .states import Scores, Sum, Term, ValueProduct, Weights
+from .states import Gathered, Met, Scores, Spread, Sum, Term, ValueProduct, Weights
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -30,6 +32,10 @@ def note_product(watch: Watch, name: str, parsed: Parsed, out: Tensor) -> None:
             with torch.no_grad():
                 _weights_product(watch, name, state, i, (a, b), labels, out)
             return
+        if isinstance(state, Spread):
+            with torch.no_grad():
+                _spread_product(watch, state, i, (a, b), labels, out)
+            return
         if isinstance(state, Scores) and mixes_heads(state.product, _summed(state, i, labels)):
             if out.shape == x.shape:
                 watch.set_origin(out, state.origin)
@@ -37,6 +43,7 @@ def note_product(watch: Watch, name: str, parsed: Parsed, out: Tensor) -> None:
             return
     with torch.no_grad():
         product = Product(_autocast(a, out), _autocast(b, out), labels, watch.origin(a), watch.origin(b))
+    product.shape = tuple(out.shape)
     origin = Origin(out.shape, product.layout)
     scores = Scores(origin, product=product, scale=alpha)
     if beta is not None:
@@ -104,6 +111,40 @@ def _begin_sum(watch: Watch, state: Weights, use: ValueProduct) -> None:
     origin = known(tuple(layout))
     watch.set_origin(use.out, origin)
     watch.set_state(use.out, Sum(origin, parts=[(state, use)]))
+
+
+def _spread_product(
+    watch: Watch,
+    state: Spread,
+    index: int,
+    operands: tuple[Tensor, Tensor],
+    labels: tuple[list[Label], list[Label], list[Label]],
+    out: Tensor,
+) -> None:
+    w, v = operands[index], operands[1 - index]
+    met = Met(state.entries, w, labels[index], v, labels[1 - index], out, labels[2], state.own, state.dropout)
+    entries = Entries(source=met, shape=tuple(out.shape))
+    gathered = Gathered(watch.origin(out), root=state.root, uses=[met], entries=[entries])
+    if not finish_gathered(watch, gathered, out):
+        watch.set_state(out, gathered)
+
+
+def finish_gathered(watch: Watch, state: Gathered, out: Tensor) -> bool:
+    """Whether all weights have met their values: then the call is reported, or why it can't be read."""
+    use = state.root.use
+    if use.done:
+        return True
+    try:
+        call = dense(state.root, state.uses, out, state.entries)
+    except LayoutError as error:
+        use.done = True
+        watch.recorder.skip(f"{use.why}: {error}")
+        return True
+    if call is None:
+        return False
+    use.done = True
+    watch.recorder.record(call)
+    return True
 
 
 def finish_sum(watch: Watch, state: Sum, out: Tensor) -> None:

@@ -58,6 +58,7 @@ class Product:
         self.la, self.lb, self.lo = (tuple(x) for x in labels)
         self.origin_a, self.origin_b = origin_a, origin_b
         self.versions = (_version(a), _version(b))
+        self.shape: tuple[int, ...] = ()  # of the result, where that is needed
         self.axes: dict[Atom, Axis] = {}
         self.pairs: dict[Label, list[tuple[Atom, Atom | None, Atom | None]]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .axes import Atom, Origin
+from .entries import Entries
 from .product import Label, Product
 
 
@@ -44,6 +45,7 @@ class Scores(State):
     shifts: list[Tensor | float] = field(default_factory=list)  # subtracted from every score of a row
     sink: Tensor | None = None
     opaque: list[str] = field(default_factory=list)
+    entries: Entries | None = None  # where they are not as the product made them
     finite: tuple[Tensor, int, Origin] | None = None  # the model's own scores before any term or mask was joined
 
     def but(self, **changes: Any) -> Scores:
@@ -56,13 +58,17 @@ class Part(State):
     """A slice of scores: writing to it writes to them."""
 
     of: Scores = None  # type: ignore[assignment]
+    entries: Entries | None = None
 
 
 @dataclass(slots=True)
 class Lost(State):
-    """Scores that went where they cannot be followed; ``why`` says where."""
+    """Scores that were moved about, or went where they cannot be followed; ``why`` says where."""
 
     why: str = ""
+    entries: Entries | None = None  # where each came from, as long as that can be followed
+    scales: dict[int, float] = field(default_factory=dict)  # by the id of the product
+    opaque: bool = False
 
 
 @dataclass(slots=True)
@@ -115,6 +121,54 @@ class Weights(State):
     dtype: torch.dtype | None = None  # that the softmax ran in
     share: tuple[int, int] | None = None  # the keys that this is a slice of, first and past the last
     why: str = ""  # ``scores`` is None: where they were lost
+
+
+@dataclass(slots=True)
+class Root:
+    """A softmax over scores that were moved about: its argument, where that came from, and its result."""
+
+    scores: Tensor
+    out: Tensor
+    dim: int
+    entries: Entries
+    scale: float
+    opaque: bool
+    use: Use
+    scored: Any = None  # what was worked out of it
+
+
+@dataclass(slots=True)
+class Spread(State):
+    """Weights of a softmax over scores that were moved about; they may be moved about too."""
+
+    root: Root = None  # type: ignore[assignment]
+    entries: Entries = None  # type: ignore[assignment]
+    own: tuple[Tensor, Entries] | None = None  # before dropout
+    dropout: float = 0.0
+
+
+@dataclass(slots=True)
+class Met:
+    """A product of such weights with values."""
+
+    entries: Entries
+    weights: Tensor
+    w_labels: Sequence[Label]
+    v: Tensor
+    v_labels: Sequence[Label]
+    out: Tensor
+    out_labels: Sequence[Label]
+    own: tuple[Tensor, Entries] | None
+    dropout: float
+
+
+@dataclass(slots=True)
+class Gathered(State):
+    """Values that such weights have gathered, added up; ``entries``: of each of the products' results."""
+
+    root: Root = None  # type: ignore[assignment]
+    uses: list[Met] = field(default_factory=list)
+    entries: list[Entries] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import HookattnError
 from .context import Context
-from .meeting import finish_sum, note_product
+from .meeting import finish_gathered, finish_sum, note_product
 from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
 from .origins import PIECES, Origins, plain, storage_of
-from .states import Lost, Part, RowStat, Scores, State, Sum, Use, Weights
-from .steps import LOST, pieces, step
+from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights
+from .steps import pieces, spread_scores, step
 
 if TYPE_CHECKING:
     from .base import Recorder
@@ -103,7 +103,7 @@ class Watch(TorchFunctionMode):
         if found is None:
             self._try(name, self._untouched, name, args, kwargs, out)
         else:
-            self._try(name, self._advance, name, *found, out, args, kwargs, writes)
+            self._try(name, self._advance, name, func, *found, out, args, kwargs, writes)
         return out
 
     def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
@@ -127,6 +127,7 @@ class Watch(TorchFunctionMode):
     def _advance(
         self,
         name: str,
+        func: Any,
         position: int,
         x: Tensor,
         state: State,
@@ -137,31 +138,34 @@ class Watch(TorchFunctionMode):
     ) -> None:
         """An operation on a part of an attention."""
         target: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
-        origin = state.origin
-        if writes:
-            written = kwargs.get("out", args[0] if args else None)
-            if written is not x:
-                self._poured(name, state, written)
-                return
+        origin, written = state.origin, _target(args, kwargs)
+        if not writes:
+            origin = self.origins.derive(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
+        elif written is x:
             self._written(x)
             if isinstance(state, Part):
                 return
             target = x
-        else:
-            origin = self.origins.derive(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
-        result = target if isinstance(out, Tensor) or not writes else x
         context = Context(
             name.removesuffix("_") if name == "where_" else name,
             state,
             x,
             position,
-            result,
+            target if isinstance(out, Tensor) or not writes else x,
             args,
             kwargs,
             origin,
             self.state,
             self.recorder.wants("scores"),
+            func,
         )
+        if writes and written is not x:
+            if plain(written) and isinstance(state, (Scores, Part, Lost)):  # poured into a tensor that is none
+                context.x, context.position, context.origin = written, 0, self.origin(written)
+                poured = spread_scores(context, context.moved())
+                if poured is not None:
+                    self.set_state(written, poured)
+            return
         with torch.no_grad():
             if name in PIECES and isinstance(out, (tuple, list)):
                 context.out = out
@@ -178,11 +182,24 @@ class Watch(TorchFunctionMode):
             return
         if isinstance(new, Weights) and not isinstance(state, Weights):
             self._began(new, target)
+        elif isinstance(new, Spread) and not isinstance(state, Spread):
+            new.root.use.path = self.recorder.where()
+            self.uses.append(new.root.use)
         if isinstance(new, Sum) and new.complete:
             self.live.pop(id(target), None)
             with torch.no_grad():
                 finish_sum(self, new, target)
             return
+        if (
+            isinstance(new, Gathered)
+            and new is not state
+            and isinstance(state, Gathered)
+            and len(new.uses) > len(state.uses)
+        ):
+            with torch.no_grad():
+                if finish_gathered(self, new, target):
+                    self.live.pop(id(target), None)
+                    return
         self.set_state(target, new)
 
     def _began(self, weights: Weights, out: Tensor) -> None:
@@ -197,14 +214,6 @@ class Watch(TorchFunctionMode):
         weights.use = Use(self.recorder.where())
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
-
-    def _poured(self, name: str, state: State, written: Any) -> None:
-        """Scores were copied into a tensor that is none."""
-        of = getattr(state, "of", state)
-        if isinstance(of, Scores) and not of.product.learned and plain(written):
-            self.set_state(written, Lost(self.origin(written), why=LOST.format("a copy into a buffer")))
-        elif isinstance(of, Lost) and plain(written):
-            self.set_state(written, Lost(self.origin(written), why=of.why))
 
     def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:
         """The tensor with a state among the arguments; scores and weights before parts and statistics of them."""
@@ -223,7 +232,7 @@ class Watch(TorchFunctionMode):
         """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
         if found is not None and isinstance(found[2], Weights) and name.startswith("dropout") and found[2].own is None:
             found[2].own = (found[1].clone(), found[2].origin)
-        x: Any = kwargs.get("out", args[0] if args else None)
+        x = _target(args, kwargs)
         if not plain(x):
             return
         storage = storage_of(x)
@@ -268,6 +277,11 @@ class Watch(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.origins.clear()
+
+
+def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What an operation writes to."""
+    return kwargs.get("out", args[0] if args else None)
 
 
 def _version(x: Tensor) -> int:

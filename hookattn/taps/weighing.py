@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .axes import Origin, resized
 from .context import Context, Step, carried, number
+from .entries import Entries
 from .scoring import MAPS, filled, follows
-from .states import Exp, LogWeights, Lost, RowStat, Scores, State, Sum, Weights
+from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
 
 # A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
 _EPSILON = 1e-5
@@ -25,10 +26,19 @@ def soft_max(c: Context) -> State | None:
 
 
 def softmax_lost(c: Context) -> State | None:
-    """Softmax of scores that were lost on the way."""
+    """Softmax of scores that were moved about, or lost on the way."""
     dim = c.arg(1, "dim", -1)
-    why = c.state.why if isinstance(c.state, Lost) else "softmax over a part of the scores of a product"
-    return None if dim is None else Weights(c.origin, dim=dim % c.x.dim(), why=why)
+    if dim is None:
+        return None
+    state: Lost | Part = c.state
+    why = state.why if isinstance(state, Lost) else "softmax over a part of the scores of a product"
+    scales = state.scales if isinstance(state, Lost) else {0: state.of.scale}
+    if state.entries is None or len(set(scales.values())) != 1 or not isinstance(c.out, Tensor):
+        return Weights(c.origin, dim=dim % c.x.dim(), why=why)
+    dark = state.opaque if isinstance(state, Lost) else bool(state.of.opaque)
+    scale = next(iter(scales.values()))
+    root = Root(c.x, c.out, dim % c.x.dim(), state.entries, scale, dark, Use(None, why=why))
+    return Spread(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
 
 
 def weights_of(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, tensor: Tensor | None) -> Weights:
