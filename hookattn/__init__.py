@@ -33,6 +33,8 @@ from .errors import (
     UnsupportedConfigError,
 )
 from .loading import load
+from .planned import MemoryPlan, PlannedCall
+from .planning import plan
 from .record import FIELDS, KernelCall
 from .registry import adapters, register
 from .site import Site
@@ -55,9 +57,11 @@ __all__ = [
     "HookattnError",
     "InputError",
     "KernelCall",
+    "MemoryPlan",
     "ModelError",
     "NewerFormatError",
     "NoAttentionError",
+    "PlannedCall",
     "SelectionError",
     "Site",
     "Skipped",
@@ -71,6 +75,7 @@ __all__ = [
     "UnsupportedConfigError",
     "adapters",
     "load",
+    "plan",
     "register",
     "trace",
     "tracing",
