@@ -169,6 +169,15 @@ class Unread(Moved):
     def half(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT)[..., :4].softmax(-1)[..., :2] @ v[:, :, :2]
 
+    def overwritten(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT)[..., :4].contiguous()
+        weights = scores.softmax(-1)
+        scores.zero_()
+        return weights @ v[:, :, :4]
+
+    def dropped_in_place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout((q @ k.mT)[..., :4].softmax(-1), 0.5, True, inplace=True) @ v[:, :, :4]
+
     def sorted(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT).sort(-1).values[..., :4].softmax(-1) @ v[:, :, :4]
 
@@ -181,7 +190,9 @@ class Unread(Moved):
         ("other_values", "several values"),
         ("no_values", "part of the scores"),
         ("half", "part of the scores"),
-        ("sorted", ""),
+        ("overwritten", "written to"),
+        ("dropped_in_place", "part of the scores"),
+        ("sorted", "'sort'"),
     ],
 )
 def test_what_can_not_be_laid_out_is_listed(how: str, says: str) -> None:

@@ -18,7 +18,7 @@ from ..record import KernelCall
 from .entries import Entries
 from .product import LayoutError
 from .scored import Scored, rows_of, vectors_of
-from .states import Met, Root
+from .states import Met, Root, version_of
 
 NAME = "eager"
 
@@ -35,6 +35,8 @@ def dense(root: Root, uses: Sequence[Met], out: Tensor, entries: Sequence[Entrie
     Raises:
         LayoutError: it can't be laid out so.
     """
+    if version_of(root.scores) != root.version or any(version_of(use.weights) != use.version for use in uses):
+        raise LayoutError("scores or weights were written to after the softmax")
     scored = root.scored = root.scored or Scored(root)
     return _Dense(scored, uses).call(out, entries)
 

@@ -14,7 +14,7 @@ from .eager import Build, contracts_keys
 from .entries import Entries
 from .operations import Parsed
 from .product import Label, LayoutError, Product, mixes_heads
-from .states import Gathered, Met, Scores, Spread, Sum, Term, ValueProduct, Weights
+from .states import Gathered, Met, Scores, Spread, Sum, Term, ValueProduct, Weights, version_of
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -122,7 +122,9 @@ def _spread_product(
     out: Tensor,
 ) -> None:
     w, v = operands[index], operands[1 - index]
-    met = Met(state.entries, w, labels[index], v, labels[1 - index], out, labels[2], state.own, state.dropout)
+    met = Met(
+        state.entries, w, labels[index], v, labels[1 - index], out, labels[2], state.own, state.dropout, version_of(w)
+    )
     entries = Entries(source=met, shape=tuple(out.shape))
     gathered = Gathered(watch.origin(out), root=state.root, uses=[met], entries=[entries])
     if not finish_gathered(watch, gathered, out):

@@ -15,6 +15,11 @@ from .entries import Entries
 from .product import Label, Product
 
 
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written to; −1 where nobody counts."""
+    return -1 if x.is_inference() else x._version
+
+
 @dataclass(slots=True)
 class Term:
     """A tensor that was joined to the scores: the tensor, a factor, and the scores' axes at that moment."""
@@ -134,6 +139,7 @@ class Root:
     scale: float
     opaque: bool
     use: Use
+    version: int  # of the argument
     scored: Any = None  # what was worked out of it
 
 
@@ -160,6 +166,7 @@ class Met:
     out_labels: Sequence[Label]
     own: tuple[Tensor, Entries] | None
     dropout: float
+    version: int  # of the weights
 
 
 @dataclass(slots=True)

@@ -166,6 +166,8 @@ def spread(c: Context) -> State | None:
     state: Spread = c.state
     if c.name.startswith("dropout"):
         p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
+        if training and p and c.out is c.x:
+            return None  # what was there before is gone
         if training and p:
             return replace(state, origin=c.origin, own=state.own or (c.x, state.entries), dropout=float(p))
     if not isinstance(c.out, Tensor) or (c.name in _MULTIPLIES + _ADD.split() + _SUB.split()):

@@ -15,7 +15,7 @@ from .context import Context
 from .meeting import finish_gathered, finish_sum, note_product
 from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
 from .origins import PIECES, Origins, plain, storage_of
-from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights
+from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights, version_of
 from .steps import pieces, spread_scores, step
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ class Watch(TorchFunctionMode):
         if known is None or known[0]() is not x:
             return None
         state = known[1]
-        if state.version != _version(x) and isinstance(state, Scores):
-            state = state.but(opaque=[*state.opaque, "a write through a view"], finite=None, version=_version(x))
+        if state.version != version_of(x) and isinstance(state, Scores):
+            state = state.but(opaque=[*state.opaque, "a write through a view"], finite=None, version=version_of(x))
             self.live[id(x)] = (known[0], state)
         return state
 
     def set_state(self, x: Tensor, state: State) -> None:
         """Say what a tensor is."""
-        state.version = _version(x)
+        state.version = version_of(x)
         key, live = id(x), self.live
 
         def gone(ref: Any) -> None:
@@ -248,7 +248,7 @@ class Watch(TorchFunctionMode):
             other = ref()
             if other is not None and other is not x and isinstance(state, Scores) and storage_of(other) == storage:
                 changed = state.but(
-                    opaque=[*state.opaque, "a write through a view"], finite=None, version=_version(other)
+                    opaque=[*state.opaque, "a write through a view"], finite=None, version=version_of(other)
                 )
                 self.live[key] = (ref, changed)
 
@@ -282,7 +282,3 @@ class Watch(TorchFunctionMode):
 def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What an operation writes to."""
     return kwargs.get("out", args[0] if args else None)
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version

@@ -11,7 +11,7 @@ from .axes import Origin, resized
 from .context import Context, Step, carried, number
 from .entries import Entries
 from .scoring import MAPS, filled, follows
-from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
+from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights, version_of
 
 # A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
 _EPSILON = 1e-5
@@ -37,7 +37,7 @@ def softmax_lost(c: Context) -> State | None:
         return Weights(c.origin, dim=dim % c.x.dim(), why=why)
     dark = state.opaque if isinstance(state, Lost) else bool(state.of.opaque)
     scale = next(iter(scales.values()))
-    root = Root(c.x, c.out, dim % c.x.dim(), state.entries, scale, dark, Use(None, why=why))
+    root = Root(c.x, c.out, dim % c.x.dim(), state.entries, scale, dark, Use(None, why=why), version_of(c.x))
     return Spread(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
 
 
