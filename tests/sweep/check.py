@@ -91,6 +91,8 @@ def check(model_type: str, implementation: str) -> Row:
                     break
         except (UnbuildableError, NoModelError) as error:
             row.status, row.reason = "unbuilt", str(error)
+            if row.reason.startswith(f"KeyError: '{implementation}'"):
+                row.status = "refused"  # a model that looks its function up by name, and has none of its own
         except Exception as error:  # noqa: BLE001 - building or running it without a trace; a trace's errors are red
             row.status, row.reason = "unbuilt", said(error)
     if row.problems:
@@ -154,7 +156,11 @@ def _compare_eager(row: Row, inputs: dict[str, Any], trace: hookattn.Trace, plai
     go on with them.
     """
     eager, _ = build(row.model_type, "eager", gain)
-    theirs = run(eager, inputs)
+    try:
+        theirs = run(eager, inputs)
+    except KeyError:
+        row.notes.append("not compared with eager, which the model does not have")
+        return
     if not _finite(theirs):
         row.notes.append("not compared with eager, whose own output is not finite")
         return

@@ -158,7 +158,6 @@ RECIPES: dict[str, Recipe] = {
     "fast_vlm": Recipe(reason=TIMM),
     "fastspeech2_conformer_hifigan": Recipe(inputs={"spectrogram": randn(3, 20, 64)}),
     "fastspeech2_conformer_with_hifigan": Recipe(config={"vocoder_config.model_in_dim": 80}),
-    "florence_vision": Recipe(inputs={"pixel_values": randn(3, 3, 64, 64)}),
     "gemma3n": Recipe(reason=TIMM),
     "gemma3n_audio": Recipe(
         inputs={"audio_mel": randn(3, 64, 128), "audio_mel_mask": lambda: torch.zeros(3, 64, dtype=torch.bool)}
@@ -506,15 +505,6 @@ RECIPES: dict[str, Recipe] = {
         inputs={"pixel_values_videos": randn(3, 4, 3, 32, 32)}, without=("pixel_values",)
     ),
     "vipllava": Recipe(config={"vision_feature_layers": [-2, -1]}),
-    "vitmatte": Recipe(
-        inputs={"pixel_values": randn(3, 4, 64, 64)},
-        config={
-            "fusion_hidden_sizes": [64, 32, 16, 16],
-            "backbone_config.num_channels": 4,
-            "backbone_config.image_size": 64,
-        },
-    ),
-    "xcodec": Recipe(inputs={"input_values": randn(3, 1, 4000)}),
     "xlstm": Recipe(reason="no attention: a recurrent matrix memory; its state's shapes do not shrink by rule"),
     "xmod": Recipe(config={"default_language": "en_XX"}),
     "zamba": Recipe(

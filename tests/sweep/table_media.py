@@ -7,6 +7,11 @@ import torch
 from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn
 
 EIGHT = [2, 2, 2, 2]
+LINE = Recipe(inputs={"pixel_values": randn(3, 3, 96, 160)})
+CODEC = Recipe(
+    config={"quantization_dim": 128},
+    inputs={"input_values": randn(3, 1, 3200), "input_features": randn(3, 10, 64), "input_features_mask": ones(3, 10)},
+)
 SPEECH = Recipe(
     config={"window_size": 15},
     inputs={
@@ -25,16 +30,33 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "deepseek_ocr2_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
+    "depth_pro": Recipe(
+        config={
+            "patch_size": 32,
+            "image_model_config.image_size": 32,
+            "patch_model_config.image_size": 32,
+            "fov_model_config.image_size": 32,
+            "merge_padding_value": 1,
+            "intermediate_hook_ids": [1, 0],
+            "intermediate_feature_dims": [64, 64],
+            "scaled_images_feature_dims": [64, 64, 64],
+        },
+        inputs={"pixel_values": randn(3, 3, 128, 128)},
+    ),
+    "dots3_note": Recipe(
+        inputs={"input_features": randn(3, 128, 64), "chunk_sample_lengths": lambda: torch.tensor([10240] * 3)}
+    ),
     "dots3_note_audio_encoder": Recipe(
         inputs={"input_features": randn(3, 128, 64), "chunk_sample_lengths": lambda: torch.tensor([10240, 8000, 6000])}
     ),
+    "florence_vision": Recipe(inputs={"hidden_states": randn(3, 3, 64, 64)}),
     "fun_asr_nano": Recipe(
         config={"adaptor_config.intermediate_size": 16, "audio_token_id": 110},
         inputs={"input_features": randn(3, 20, 560), "input_features_mask": ones(3, 20)},
     ),
     "fun_asr_nano_encoder": Recipe(inputs={"input_features": randn(3, 20, 560), "input_features_mask": ones(3, 20)}),
     "glm_image": Recipe(
-        config={"image_token_id": 110},
+        config={"image_token_id": 110, "vq_config.latent_channels": 64, "vq_config.num_embeddings": 64},
         inputs={
             "image_grid_thw": lambda: torch.tensor([(1, 8, 4)] * 6),
             "images_per_sample": lambda: torch.tensor([2, 2, 2]),
@@ -47,7 +69,13 @@ RECIPES: dict[str, Recipe] = {
         inputs={"input_features": randn(3, 128, 64), "input_features_mask": ones(3, 64)},
     ),
     "granite4_vision": Recipe(
-        config={"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1], "downsample_rate": "2/4"}
+        config={
+            "deepstack_layer_map": [[-2, 0]],
+            "spatial_target_layers": [1],
+            "downsample_rate": "2/4",
+            "image_token_index": 110,
+        },
+        inputs={"pixel_values": randn(3, 2, 3, 32, 32), "input_ids": holders(110, 10)},
     ),
     "granite_speech": SPEECH,
     "granite_speech_plus": SPEECH,
@@ -109,14 +137,16 @@ RECIPES: dict[str, Recipe] = {
     "muse_glimmer_assistant": Recipe(
         inputs={
             "noise_embeds": randn(3, 4, 64),
-            "context_hidden_states": randn(3, 5, 64),
+            "context_hidden_states": randn(3, 5, 320),
             "attention_mask": long_mask(9),
         }
     ),
     "muse_spark": Recipe(
         config={"out_hidden_size": 256, "audio_config.num_hidden_layers": 4}, without=("input_values",)
     ),
-    "muse_spark_audio": Recipe(config={"num_hidden_layers": 4}),
+    "muse_spark_audio": Recipe(
+        config={"num_hidden_layers": 4}, inputs={"input_values": randn(3, 3840)}, without=("padding_mask",)
+    ),
     "musicflamingo": Recipe(
         config={"audio_token_id": 110, "audio_config.max_source_positions": 32},
         inputs={
@@ -125,6 +155,9 @@ RECIPES: dict[str, Recipe] = {
             "input_ids": holders(110, 16),
         },
     ),
+    "neucodec": CODEC,
+    "pe_audio": Recipe(inputs={"input_values": randn(3, 1, 5120), "padding_mask": ones(3, 5120)}),
+    "pe_audio_encoder": Recipe(inputs={"input_values": randn(3, 1, 5120), "padding_mask": ones(3, 5120)}),
     "pi0": Recipe(
         config={"vlm_config.image_token_id": 110},
         inputs={
@@ -134,6 +167,15 @@ RECIPES: dict[str, Recipe] = {
             "input_ids": holders(110, 16),
         },
     ),
+    "pp_doclayout_v2": Recipe(
+        config={"class_thresholds": [0.0] * 64, "class_order": list(range(64))},
+        inputs={"pixel_values": randn(3, 3, 64, 64)},
+    ),
+    "pp_doclayout_v3": Recipe(config={"x4_feat_dim": 128}, inputs={"pixel_values": randn(3, 3, 128, 128)}),
+    "pp_ocrv5_mobile_rec": LINE,
+    "pp_ocrv5_server_rec": LINE,
+    "pp_ocrv6_small_rec": LINE,
+    "pp_ocrv6_tiny_rec": LINE,
     "qwen2_audio": Recipe(
         config={"audio_config.max_source_positions": 16, "audio_token_index": 110},
         inputs={
@@ -184,7 +226,36 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "unlimited_ocr_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
+    "vibevoice_acoustic_tokenizer_decoder": Recipe(
+        config={"num_filters": 4}, inputs={"hidden_states": randn(3, 64, 9)}
+    ),
+    "vibevoice_acoustic_tokenizer_encoder": Recipe(
+        config={"num_filters": 4}, inputs={"hidden_states": randn(3, 1, 6400)}
+    ),
+    "vibevoice_asr": Recipe(
+        config={
+            "acoustic_tokenizer_encoder_config.num_filters": 4,
+            "semantic_tokenizer_encoder_config.num_filters": 4,
+            "audio_token_id": 110,
+        },
+        inputs={
+            "input_values": randn(3, 1, 6400),
+            "padding_mask": ones(3, 6400),
+            "input_ids": holders(110, 2),
+        },
+    ),
+    "vitmatte": Recipe(
+        inputs={"pixel_values": randn(3, 4, 64, 64)},
+        config={
+            "fusion_hidden_sizes": [64, 32, 16, 16],
+            "backbone_config.num_channels": 4,
+            "backbone_config.image_size": 64,
+            "backbone_config.patch_size": 16,
+        },
+    ),
     "voxtral": Recipe(config={"audio_config.intermediate_size": 256}),
     "voxtral_realtime": Recipe(inputs={"input_ids": ints(60, 3, 8)}),
     "voxtral_realtime_text": Recipe(model="VoxtralRealtimeTextModel", inputs={"t_cond": randn(1, 64)}),
+    "xcodec": Recipe(config={"codebook_dim": 1088}, inputs={"input_values": randn(3, 1, 4000)}),
+    "xcodec2": CODEC,
 }

@@ -18,7 +18,7 @@ _QUERY_KEY = re.compile(
     r"|q_a_layernorm|q_layernorm|k_layernorm|to_kv|Wqkv|q_head|k_head|kv|sampling|in_proj_weight|proj_q|proj_k|q_up_proj|attention\.self\.\w+)(\.|_weight|$)"
 )
 _KEEP = re.compile(
-    r"(A_log|dt_bias|\bD$|dt_proj|time_decay|time_first|inv_freq|rotary|logit_scale|temperature|tau|spline|running|codebook|cluster|num_batches|lambda_\w+init|weight_g|parametrizations|filter_bank|window)"
+    r"(A_log|dt_bias|\bD$|dt_proj|time_decay|time_first|inv_freq|rotary|logit_scale|temperature|tau|spline|running|codebook|cluster|num_batches|lambda_\w+init|weight_g|parametrizations|filter_bank|window$|enc_out_bbox_embed)"
 )
 _SHALLOW = re.compile(r"(layer_scale|lambda_?1|lambda_?2|ls\d|gamma|layerscale|gate)")
 
