@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .certificate import UNVERIFIED, Certificate
 from .errors import FieldNotCaptured, HookattnError
 from .record import FIELDS
 from .site import Site
+
+if TYPE_CHECKING:
+    from .statistics.base import Statistic
 
 Load = Callable[[], Tensor]
 
@@ -44,6 +48,7 @@ class Call:
         heads: the query heads kept; None: all.
         kv_heads: for each kept head its index in ``k`` and ``v``; None: head ``h`` has ``h // (H / G)``.
         queries: the query rows kept; None: all.
+        keys: S, where statistics were captured.
         own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
         notes: what a reader has to know.
@@ -69,24 +74,48 @@ class Call:
     certificate: Certificate = UNVERIFIED
     derivable: tuple[str, ...] = ()
     fields: dict[str, Tensor | Load | None] = field(default_factory=dict, repr=False)
+    keys: int | None = None
 
-    def get(self, name: str) -> Tensor | None:
-        """A field by name; None where the call has none (``bias``, ``sinks``).
+    def get(self, name: str | Statistic) -> Tensor | None:
+        """A field by name; None where the call has none (``bias``, ``sinks``, a statistic that isn't defined for it).
+
+        Args:
+            name: a field; or a statistic of :mod:`hookattn.statistics`, as it was captured or by its plain name.
 
         Raises:
-            FieldNotCaptured: it was not kept.
+            FieldNotCaptured: it was not kept, or several statistics have this plain name.
         """
+        if not isinstance(name, str):
+            name = name.key
         if name in self.fields:
             value = self.fields[name]
             return value() if callable(value) else value
         if name in self.derivable:
             return self._derive(name)
         if name not in FIELDS:
-            raise AttributeError(f"a call has no field {name!r}; there are {', '.join(FIELDS)}.")
+            return self._statistic(name)
         kept = [f for f in FIELDS if f in self.fields or f in self.derivable]
         raise FieldNotCaptured(
             f"{name!r} of {self.site.label} was not captured (captured: {', '.join(kept)}); "
             f"trace again with capture={tuple(f for f in FIELDS if f in kept or f == name)!r}."
+        )
+
+    def _statistic(self, name: str) -> Tensor | None:
+        from .statistics.registry import STATISTICS, resolve
+
+        found = resolve(name, self.fields)
+        if len(found) == 1:
+            return self.get(found[0])
+        if found:
+            raise FieldNotCaptured(f"{name!r} of {self.site.label} may be {' or '.join(found)}; name one of these.")
+        plain = name.partition("(")[0]
+        if plain.removesuffix("_keys") not in STATISTICS:
+            known = ", ".join((*FIELDS, *STATISTICS))
+            raise AttributeError(f"a call has no field {name!r}; there are {known}.")
+        kept = ", ".join(self.fields) or "nothing"
+        raise FieldNotCaptured(
+            f"the statistic {name!r} of {self.site.label} was not captured (captured: {kept}); trace again with "
+            f"{plain.removesuffix('_keys')!r}, or its class in hookattn.statistics, in capture=."
         )
 
     def _tensor(self, name: str) -> Tensor:

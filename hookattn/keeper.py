@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention as math
+from .beside import beside, kept_rows, sample
 from .call import Call
 from .certificate import Pending, measure, read, rows_to_check, unit_of
 from .later import SMALL, Small, Waiting
@@ -38,6 +40,9 @@ class Keeper:
         self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
         self.measured: list[tuple[Call, Pending]] = []
         self._wait = wait and not (selection.heads or selection.queries or selection.dtype or selection.device)
+        self._wait = self._wait and not selection.statistics
+        # With statistics and nothing of the size T·S, nothing of that size is formed, a mask least of all.
+        self._lean = bool(selection.statistics) and not {"scores", "weights", "mask"} & selection.capture
         self._outputs = verify != "off" or "output" in selection.capture
         self._waits = verify != "off" or self.waiting.scores or self.waiting.weights
         self._shared: dict[Any, tuple[Tensor | None, Any, Tensor | None]] = {}
@@ -144,15 +149,26 @@ class Keeper:
             x = getattr(call, name)
             if isinstance(x, Tensor) and x.requires_grad:
                 setattr(call, name, x.detach())
-        masked = self._masked(call)
-        call.mask = masked.mask
         h, t = call.q.shape[1:3]
         heads = self.selection.head_index(h, site.label)
         queries = self.selection.query_index(t, site.label)
+        found: dict[str, Tensor | None] = {}
+        if self.selection.statistics:
+            found, notes = beside(call, self.selection.statistics, site, heads, queries)
+            call.notes = [*call.notes, *notes]
+        kept = kept_rows(call, queries) if self._lean and self.verify != "off" else None
+        masked = None if self._lean else self._masked(call)
+        if masked is not None:
+            call.mask = masked.mask
+        keys = call.k.shape[2]
         groups = restrict(call, heads, queries)
-        if heads is not None or queries is not None:
-            masked = masked._replace(mask=call.mask, real=None if masked.real is None else call.mask)
-        pending, scores, weights = self._derive(grouped(call, groups), masked)
+        if masked is None:
+            pending, scores, weights = self._check_rows(grouped(call, groups), kept), None, None
+        else:
+            if heads is not None or queries is not None:
+                assert call.mask is not None
+                masked = masked._replace(mask=call.mask, real=None if masked.real is None else call.mask)
+            pending, scores, weights = self._derive(grouped(call, groups), masked)
         if isinstance(call.scale, Tensor):
             call.scale = call.scale.to(self.selection.device or call.scale.device, copy=True)
         made = self._call(call, site, step, index)
@@ -164,9 +180,20 @@ class Keeper:
         for name in self.fields:
             value = scores if name == "scores" else weights if name == "weights" else getattr(call, name)
             made.fields[name] = self._keep(name, value, fresh.get(name, False))
+        if found:
+            made.keys = keys
+            made.fields.update((name, None if x is None else self._store(x, True)) for name, x in found.items())
         if pending is not None:
             self.measured.append((made, pending))
         return made
+
+    def _check_rows(self, call: KernelCall, kept: Tensor | None) -> Pending | None:
+        """The certificate's measurements, from the rows that are checked alone."""
+        if kept is None:
+            return None
+        part, masked = sample(call, kept, self.verify == "full")
+        pending, _, _ = self._derive(part, masked)
+        return None if pending is None else replace(pending, of_rows=len(kept))
 
     # Masks
 

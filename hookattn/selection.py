@@ -13,6 +13,8 @@ from torch import Tensor
 from .errors import SelectionError
 from .record import FIELDS, KernelCall
 from .site import Site
+from .statistics.base import Statistic
+from .statistics.registry import STATISTICS, named
 
 # Fields that always have their full extents; the others may be there by broadcasting.
 _WHOLE = ("q", "k", "v", "output", "undropped", "scores", "weights", "applied")
@@ -24,6 +26,7 @@ class Selection:
 
     Attributes:
         capture: fields, a subset of :data:`~hookattn.record.FIELDS`.
+        statistics: computed beside the kernel, see :mod:`hookattn.statistics`.
         layers: layer indices in each stack, negative ones from its end; None: all.
         heads: query heads, negative ones from the end; None: all.
         queries: a slice or indices of query positions; None: all.
@@ -37,11 +40,12 @@ class Selection:
     queries: slice | tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    statistics: tuple[Statistic, ...] = ()
 
     @classmethod
     def of(
         cls,
-        capture: Iterable[str] | str | None = None,
+        capture: Iterable[str | Statistic] | str | Statistic | None = None,
         layers: Any = None,
         heads: Any = None,
         queries: Any = None,
@@ -53,25 +57,15 @@ class Selection:
         Raises:
             SelectionError: an unknown field, something that is no index, or an empty selection.
         """
-        if not isinstance(capture, (Iterable, type(None))):
-            raise SelectionError(f"capture={capture!r}: expected a list of fields; choose among {', '.join(FIELDS)}.")
-        fields = FIELDS if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
-        unknown = [f for f in fields if f not in FIELDS]
-        if unknown:
-            raise SelectionError(
-                f"capture={capture!r}: there is no field {unknown[0]!r}; choose among {', '.join(FIELDS)}."
-            )
-        if not fields:
-            raise SelectionError(f"capture is empty: nothing would be kept; choose among {', '.join(FIELDS)}.")
+        fields, statistics = _captured(capture)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
         if not isinstance(queries, slice):
             queries = _indices("queries", queries)
         elif not all(x is None or hasattr(x, "__index__") for x in (queries.start, queries.stop, queries.step)):
             raise SelectionError(f"queries={queries!r}: expected a slice of ints.")
-        return cls(
-            frozenset(fields), _indices("layers", layers), _indices("heads", heads), queries, dtype, _device(device)
-        )
+        chosen = _indices("layers", layers), _indices("heads", heads)
+        return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
 
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
@@ -114,12 +108,42 @@ class Selection:
         """As plain data."""
         q = self.queries
         return {
-            "capture": [f for f in FIELDS if f in self.capture],
+            "capture": [f for f in FIELDS if f in self.capture] + [s.key for s in self.statistics],
             "layers": self.layers,
             "heads": self.heads,
             "queries": [q.start, q.stop, q.step] if isinstance(q, slice) else {"indices": q} if q is not None else None,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
+
+
+def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
+    """The fields and the statistics that ``capture=`` names."""
+    if capture is None:
+        return list(FIELDS), ()
+    if isinstance(capture, (str, Statistic)):
+        capture = (capture,)
+    known = f"choose among {', '.join(FIELDS)}, and the statistics {', '.join(STATISTICS)}"
+    if not isinstance(capture, Iterable):
+        raise SelectionError(f"capture={capture!r}: expected a list of fields; {known}.")
+    fields: list[str] = []
+    statistics: dict[str, Statistic] = {}
+    for item in tuple(capture):
+        if item in FIELDS:
+            fields.append(item)
+            continue
+        found = item if isinstance(item, Statistic) else named(item) if isinstance(item, str) else None
+        if found is None and item in STATISTICS:
+            raise SelectionError(
+                f"capture={capture!r}: {item!r} has no defaults; give {STATISTICS[item].__name__}(…) "
+                "of hookattn.statistics."
+            )
+        if found is None:
+            raise SelectionError(f"capture={capture!r}: there is no field {item!r}; {known}.")
+        if statistics.setdefault(found.key, found) != found:
+            raise SelectionError(f"capture={capture!r}: two different statistics would be named {found.key!r}.")
+    if not fields and not statistics:
+        raise SelectionError(f"capture is empty: nothing would be kept; {known}.")
+    return fields, tuple(statistics.values())
 
 
 def _indices(name: str, value: Any) -> tuple[int, ...] | None:

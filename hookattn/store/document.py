@@ -61,7 +61,7 @@ def save(trace: Trace, path: str | PathLike[str], *, compact: bool = False) -> s
     for call in trace.calls:
         left_out = {f for f in ("scores", "weights") if compact and f in call.derivable}
         entries: dict[str, str | None] = {}
-        for field in FIELDS:
+        for field in (*FIELDS, *(f for f in call.fields if f not in FIELDS)):
             if field in call.fields and field not in left_out:
                 value = call.get(field)
                 entries[field] = None
@@ -121,7 +121,7 @@ class Stream:
 def _call_entry(
     call: Call, entries: dict[str, str | None], tensors: dict[str, Tensor], compact: bool
 ) -> dict[str, Any]:
-    fields = {f: n for f, n in entries.items() if f in FIELDS}
+    fields = {f: n for f, n in entries.items() if f != "scale"}
     scale: Any = call.scale
     if isinstance(scale, Tensor):
         name = entries.get("scale")
@@ -129,6 +129,7 @@ def _call_entry(
             name = f"calls/{call.index:04d}/{call.site.path or 'model'}/scale"
             tensors[name] = scale
         scale = {"tensor": name}
+    since_1_1 = {} if call.keys is None else {"keys": call.keys}
     return {
         "site": asdict(call.site),
         "step": call.step,
@@ -148,6 +149,7 @@ def _call_entry(
         "fields": fields,
         "derivable": list(call.derivable),
         "certificate": {k: _to_json_number(v) for k, v in call.certificate.to_json().items()},
+        **since_1_1,
     }
 
 
@@ -266,6 +268,8 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         weights_tolerance="number",
     )
     known = {k: v for k, v in entry["site"].items() if k in Site.__dataclass_fields__}
+    if "keys" in entry:
+        _expect(where, entry, keys="int?")
     scale = entry["scale"]
     names: dict[str, str | None] = entry["fields"]
     missing = [n for n in names.values() if n is not None and n not in file]
@@ -295,6 +299,7 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         heads=_tuple(entry["heads"]),
         kv_heads=_tuple(entry["kv_heads"]),
         queries=_tuple(entry["queries"]),
+        keys=entry.get("keys"),  # since 1.1
         own_scores=entry["own_scores"],
         mixed=entry["mixed"],
         notes=tuple(entry["notes"]),

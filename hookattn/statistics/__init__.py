@@ -1,0 +1,39 @@
+"""Statistics of attention that need no T×S matrix: one a file, all in one pass."""
+
+from .base import Statistic
+from .engine import compute
+from .entropy import Entropy
+from .first_mass import FirstMass
+from .local_mass import LocalMass
+from .lse import LogSumExp
+from .max_score import MaxScore
+from .mean_distance import MeanDistance
+from .merging import merge
+from .positions import query_positions
+from .previous_mass import PreviousMass
+from .problem import Problem
+from .received import Received
+from .registry import STATISTICS, named, resolve
+from .segment_mass import SegmentMass
+from .top_k import TopK
+
+__all__ = [
+    "STATISTICS",
+    "Entropy",
+    "FirstMass",
+    "LocalMass",
+    "LogSumExp",
+    "MaxScore",
+    "MeanDistance",
+    "PreviousMass",
+    "Problem",
+    "Received",
+    "SegmentMass",
+    "Statistic",
+    "TopK",
+    "compute",
+    "merge",
+    "named",
+    "query_positions",
+    "resolve",
+]

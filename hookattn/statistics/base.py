@@ -1,0 +1,57 @@
+"""What a statistic is: a frozen description of a number for each head and query, or each head and key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .block import Block
+
+Out = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic with its parameters. Pure: what it is of comes as :class:`~hookattn.statistics.block.Block`.
+
+    Subclasses set ``name`` and write :meth:`write`; those with parameters name them in :attr:`key`.
+    """
+
+    name: ClassVar[str]
+    positional: ClassVar[bool] = False
+    """Whether it needs to know at which key position each query is."""
+
+    @property
+    def key(self) -> str:
+        """The field's name in a call and in the file, for example ``first_mass(4)``."""
+        return self.name
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that it makes."""
+        return (self.key,)
+
+    def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
+        """Its fields as they are for a call in which no query has a key; ``shape`` is B H T S."""
+        return {self.key: torch.zeros(shape[:3], dtype=dtype, device=device)}
+
+    def columns(self, s: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """N S: vectors over the keys whose products with the weights it wants; one pass for those of all statistics."""
+        return None
+
+    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+        """Put its values of one block of rows into ``out``.
+
+        Args:
+            block: some rows of some heads.
+            sums: b h R N, the products of the block's weights with :meth:`columns`.
+            out: what :meth:`allocate` returned.
+        """
+        raise NotImplementedError
+
+    def problem(self, s: int) -> str | None:
+        """What a reader has to know of a call with ``s`` keys."""
+        return None

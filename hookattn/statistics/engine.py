@@ -1,0 +1,229 @@
+"""All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys.
+
+A block of scores stays in the processor's cache from the product to the last sum over it. Beside that one product and
+the exponential, which a fused kernel computes too, all is cheap: the statistics but the top keys take about as long as
+the kernel's own forward, which has the product with v instead. Reusing a fused kernel, which returns its log-sum-exp
+and takes more columns along in v, would cost one forward for the entropy and another for what keys receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import compute_dtype, finish_scores
+from .base import Out, Statistic
+from .block import HIDDEN, Block
+from .problem import Problem, hidden
+
+# How many scores make a block.
+_BLOCK = 1 << 20
+_LEAST = 16
+
+
+@torch.no_grad()
+def compute(problem: Problem, statistics: Sequence[Statistic]) -> dict[str, Tensor | None]:
+    """The statistics of one call.
+
+    Args:
+        problem: the call.
+        statistics: which ones.
+
+    Returns:
+        Field name → tensor, in float32 (float64 for a call in that); None for a statistic that needs positions, where
+        the call has none.
+    """
+    q, k = problem.q, problem.k
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    dtype = compute_dtype(q.dtype if problem.scores is None else problem.scores.dtype)
+    made: dict[str, Tensor | None] = {}
+    asked: list[tuple[Statistic, Out]] = []
+    for statistic in statistics:
+        if statistic.positional and problem.positions is None:
+            made.update(dict.fromkeys(statistic.fields))
+            continue
+        out = statistic.allocate(shape, dtype, q.device)
+        made.update(out)
+        asked.append((statistic, out))
+    if asked and 0 not in shape:
+        columns, spans = _columns(asked, shape[3], dtype, q.device)
+        for block in _Pass(problem, dtype).blocks():
+            sums = None if columns is None else block.mass @ columns[:, block.keys].t()
+            for (statistic, out), span in zip(asked, spans, strict=True):
+                statistic.write(block, None if sums is None else sums[..., span], out)
+    return made
+
+
+def _columns(
+    asked: Sequence[tuple[Statistic, Out]], s: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, list[slice]]:
+    """All columns that are asked for, N S, and which of them are whose."""
+    parts: list[Tensor] = []
+    spans: list[slice] = []
+    start = 0
+    for statistic, _ in asked:
+        part = statistic.columns(s, dtype, device)
+        n = 0 if part is None else len(part)
+        if part is not None:
+            parts.append(part)
+        spans.append(slice(start, start + n))
+        start += n
+    return (torch.cat(parts) if parts else None), spans
+
+
+@dataclass(slots=True)
+class _Tile:
+    """Where a block is: batch entries, key heads, rows; the keys, and the first and last place on the diagonal."""
+
+    batch: slice
+    groups: slice
+    rows: slice
+    keys: slice
+    diagonal: tuple[int, int]
+
+
+class _Pass:
+    """One pass over a problem."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype):
+        self.problem, self.dtype = problem, dtype
+        q, k = problem.q, problem.k
+        self.b, self.h, self.t, self.d = q.shape
+        self.s = k.shape[2]
+        own = problem.scores is not None
+        self.g = self.h if own else k.shape[1]
+        self.per = self.h // self.g
+        self.k = k if own else k.to(dtype).expand(self.b, -1, -1, -1)
+        rows = torch.arange(self.t, device=q.device) if problem.rows is None else problem.rows
+        self.diagonal = rows + problem.offset
+        self.places = self.diagonal.tolist()
+        places = problem.positions
+        self.reach = [] if places is None else torch.stack([places.amin(0), places.amax(0)], 1).tolist()
+        self.mask = None if problem.mask is None else ~problem.mask.bool() if problem.mask.shape[2] == 1 else None
+        self.scratch: dict[int, Tensor] = {}
+
+    def blocks(self) -> Iterator[Block]:
+        """Every row of every head once."""
+        for tile in self._tiles():
+            yield self._block(tile)
+
+    def _tiles(self) -> Iterator[_Tile]:
+        rows = min(self.t, max(_LEAST, _BLOCK // (self.per * self.s)))
+        groups = min(self.g, max(1, _BLOCK // (rows * self.per * self.s)))
+        batch = min(self.b, max(1, _BLOCK // (rows * self.h * self.s))) if groups == self.g else 1
+        for b in range(0, self.b, batch):
+            for g in range(0, self.g, groups):
+                for t in range(0, self.t, rows):
+                    end = min(t + rows, self.t)
+                    at = self.places[t:end]
+                    least, most = min(at), max(at)
+                    place = slice(b, min(b + batch, self.b)), slice(g, min(g + groups, self.g)), slice(t, end)
+                    yield _Tile(*place, self._keys(least, most), (least, most))
+
+    def _keys(self, least: int, most: int) -> slice:
+        """The keys that a causal or windowed kernel lets some of these rows see; at least one."""
+        problem, start, stop = self.problem, 0, self.s
+        if problem.causal:
+            stop = min(stop, most + 1)
+        if problem.window is not None:
+            start = max(start, least - problem.window + 1)
+            stop = min(stop, most + problem.window)
+        start = min(max(start, 0), self.s - 1)
+        return slice(start, max(stop, start + 1))
+
+    def _empty(self, which: int, shape: tuple[int, ...]) -> Tensor:
+        """Memory that is used again for the next block."""
+        n = 1
+        for size in shape:
+            n *= size
+        if which not in self.scratch or self.scratch[which].numel() < n:
+            self.scratch[which] = torch.empty(n, dtype=self.dtype, device=self.problem.q.device)
+        return self.scratch[which][:n].view(shape)
+
+    def _block(self, tile: _Tile) -> Block:
+        problem = self.problem
+        heads = slice(tile.groups.start * self.per, tile.groups.stop * self.per)
+        place = (tile.batch, heads, tile.rows)
+        scores = self._scores(tile, place)
+        self._hide(scores, tile, place)
+        top = scores.amax(-1, keepdim=True)
+        dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
+        full = not bool(dead.any())
+        shift = top if full else torch.where(dead, 0.0, top)
+        shifted = scores.sub_(shift)
+        mass = torch.exp(shifted, out=self._empty(1, tuple(scores.shape)))
+        own = mass.sum(-1, keepdim=True)
+        lse = shift + own.log()
+        if not full:
+            top = torch.where(dead, -torch.inf, top)
+        if problem.sinks is not None:
+            lse = torch.logaddexp(lse, _cut(problem.sinks, place, None).to(self.dtype))
+            factor = torch.exp(shift - lse)
+        else:
+            factor = own.reciprocal()
+        if not full:
+            factor = torch.where(dead, 0.0, factor)
+        positions = problem.positions
+        reach = (0, 0)
+        if positions is not None:
+            positions = (positions if positions.shape[0] == 1 else positions[tile.batch])[:, None, tile.rows, None]
+            ends = self.reach[tile.rows]
+            reach = min(a for a, _ in ends), max(z for _, z in ends)
+        return Block(place, tile.keys, shifted, mass, factor, top, lse, own * factor, positions, reach)
+
+    def _scores(self, tile: _Tile, place: tuple[slice, slice, slice]) -> Tensor:
+        """b h R n, before any mask."""
+        problem, (batch, heads, rows) = self.problem, place
+        b, h, r = (x.stop - x.start for x in place)
+        n = tile.keys.stop - tile.keys.start
+        out = self._empty(0, (b, h, r, n))
+        if problem.scores is not None:
+            return out.copy_(problem.scores[batch, heads, rows, tile.keys])
+        g = tile.groups.stop - tile.groups.start
+        q = problem.q[batch, heads, rows].to(self.dtype).reshape(b * g, self.per * r, self.d)
+        k = self.k[batch, tile.groups, tile.keys].reshape(b * g, n, self.d)
+        alpha = problem.scale if isinstance(problem.scale, (int, float)) else 1.0
+        flat = out.view(b * g, self.per * r, n)
+        if len(flat) == 1:
+            torch.addmm(flat[0], q[0], k[0].t(), beta=0, alpha=alpha, out=flat[0])
+        else:
+            torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=alpha, out=flat)
+        if isinstance(problem.scale, Tensor):
+            out.mul_(_cut(_four(problem.scale), place, tile.keys).to(self.dtype))
+        bias = None if problem.bias is None else _cut(problem.bias, place, tile.keys)
+        return finish_scores(out, problem.softcap, bias)
+
+    def _hide(self, scores: Tensor, tile: _Tile, place: tuple[slice, slice, slice]) -> None:
+        problem, keys = self.problem, tile.keys
+        if self.mask is not None:
+            scores.masked_fill_(_cut(self.mask, place, keys), HIDDEN)
+        elif problem.mask is not None:
+            scores.masked_fill_(~_cut(problem.mask, place, keys).bool(), HIDDEN)
+        if not problem.causal and problem.window is None:
+            return
+        least, most = tile.diagonal
+        lower, upper = keys.start, keys.stop  # keys in between are hidden from no row
+        if problem.window is not None:
+            lower = min(max(most - problem.window + 1, keys.start), keys.stop)
+            upper = max(min(least + problem.window, keys.stop), lower)
+        if problem.causal:
+            upper = max(min(least + 1, upper), lower)
+        for edge in (slice(keys.start, lower), slice(upper, keys.stop)):
+            if edge.stop > edge.start:
+                hide = hidden(self.diagonal[tile.rows], edge, problem.causal, problem.window)
+                scores[..., edge.start - keys.start : edge.stop - keys.start].masked_fill_(hide, HIDDEN)
+
+
+def _cut(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Tensor:
+    """Part of a tensor that is there by broadcasting in some axes."""
+    for dim, at in enumerate(place if keys is None else (*place, keys)):
+        if x.shape[dim] > 1:
+            x = x[(slice(None),) * dim + (at,)]
+    return x
+
+
+def _four(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]

@@ -1,0 +1,53 @@
+"""At which key position each query is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..record import KernelCall
+
+# So many entries of a mask are looked at together.
+_PART = 1 << 22
+
+
+def query_positions(call: KernelCall, kind: str) -> Tensor | None:
+    """The key position of every query of a call.
+
+    A kernel that is causal by itself says it: query i is on its diagonal. With as many keys as queries, query i is at
+    key i. With more keys (a cache), each query is at the last key that it may attend to, if a mask has these go up one
+    by one; this holds for a static cache, whose end is masked, too. Else the last query is at the last key.
+
+    Args:
+        call: the whole call.
+        kind: the site's kind; a cross-attention has no such positions.
+
+    Returns:
+        (B or 1) T, int64; None: queries and keys are not places in one sequence.
+    """
+    t, s = call.q.shape[2], call.k.shape[2]
+    if kind.startswith("cross") or (t > s and not call.causal):
+        return None
+    steps = torch.arange(t, device=call.q.device).unsqueeze(0)
+    if call.causal:
+        return steps + call.offset
+    if t == s or call.mask is None:
+        return steps + (s - t)
+    last = _last_allowed(call.mask, t, s)
+    return steps + (s - t) if last is None else last
+
+
+def _last_allowed(mask: Tensor, t: int, s: int) -> Tensor | None:
+    """(B or 1) T: the last key that each query may attend to; None if they don't go up one by one."""
+    mask = mask[(None,) * (4 - mask.dim())].bool()
+    if mask.shape[2] not in (1, t) or (mask.shape[2] == 1 and t > 1) or mask.shape[3] != s:
+        return None
+    rows = max(1, _PART // (mask.shape[0] * mask.shape[1] * s))
+    parts = []
+    for part in torch.split(mask, rows, 2):
+        seen = part[:, 0] if part.shape[1] == 1 else part.any(1)
+        found = s - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)  # argmax: the first of the largest
+        parts.append(torch.where(seen.any(-1), found, -1))
+    last = torch.cat(parts, 1)
+    good = bool((last >= 0).all()) and bool((last.diff(dim=1) == 1).all())
+    return last if good else None

@@ -1,0 +1,44 @@
+"""All statistics, in one place, and what ``capture=`` may say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .base import Statistic
+from .entropy import Entropy
+from .first_mass import FirstMass
+from .local_mass import LocalMass
+from .lse import LogSumExp
+from .max_score import MaxScore
+from .mean_distance import MeanDistance
+from .previous_mass import PreviousMass
+from .received import Received
+from .segment_mass import SegmentMass
+from .top_k import TopK
+
+STATISTICS: dict[str, type[Statistic]] = {
+    kind.name: kind
+    for kind in (
+        Entropy,
+        LogSumExp,
+        MaxScore,
+        FirstMass,
+        LocalMass,
+        PreviousMass,
+        SegmentMass,
+        MeanDistance,
+        TopK,
+        Received,
+    )
+}
+
+
+def named(name: str) -> Statistic | None:
+    """A statistic with its defaults, by its plain name; None: there is none, or it has no defaults (segments)."""
+    kind = STATISTICS.get(name)
+    return None if kind is None or kind is SegmentMass else kind()
+
+
+def resolve(name: str, fields: Iterable[str]) -> list[str]:
+    """The fields that a plain name such as ``first_mass`` or ``top_k_keys`` may mean."""
+    return [field for field in fields if field.partition("(")[0] == name]

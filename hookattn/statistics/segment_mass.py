@@ -1,0 +1,68 @@
+"""The attention that goes to given sets of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import SelectionError
+from .base import Out, Statistic
+from .block import Block
+
+
+@dataclass(frozen=True, init=False)
+class SegmentMass(Statistic):
+    """``Σ_{j ∈ set} w_j`` for each of N named sets of key positions, B H T N in the order of the names.
+
+    A key position that a call does not have (yet) takes nothing; the call has a note.
+
+    Args:
+        sets: name → key positions, from 0, the same for all batch entries; they may overlap.
+
+    Raises:
+        SelectionError: no sets, a name that is no text, or positions that are no ints from 0.
+    """
+
+    name: ClassVar[str] = "segment_mass"
+    sets: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
+        if not isinstance(sets, Mapping) or not sets:
+            raise SelectionError(f"SegmentMass({sets!r}): expected a name and key positions for each set of keys.")
+        made = []
+        for name, keys in sets.items():
+            items = tuple(keys.tolist() if isinstance(keys, Tensor) else keys)
+            if not isinstance(name, str) or not name or any(not hasattr(i, "__index__") or i < 0 for i in items):
+                raise SelectionError(f"SegmentMass: {name!r}: {items[:5]}: expected a name, and ints from 0.")
+            made.append((name, tuple(sorted({int(i) for i in items}))))
+        object.__setattr__(self, "sets", tuple(made))
+
+    @property
+    def key(self) -> str:
+        """See :class:`Statistic`."""
+        return f"{self.name}({','.join(name for name, _ in self.sets)})"
+
+    def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
+        """See :class:`Statistic`."""
+        return {self.key: torch.zeros(*shape[:3], len(self.sets), dtype=dtype, device=device)}
+
+    def columns(self, s: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """One indicator a set."""
+        made = torch.zeros(len(self.sets), s, dtype=dtype)
+        for row, (_, keys) in zip(made, self.sets, strict=True):
+            row[[i for i in keys if i < s]] = 1
+        return made.to(device)
+
+    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+        """See :class:`Statistic`."""
+        assert sums is not None
+        out[self.key][block.place] = sums * block.factor
+
+    def problem(self, s: int) -> str | None:
+        """Sets that go beyond the keys."""
+        beyond = [name for name, keys in self.sets if keys and keys[-1] >= s]
+        return f"{self.name}: {', '.join(beyond)} has positions beyond the {s} keys" if beyond else None
