@@ -22,7 +22,7 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
     if state.scores is None or state.scores_origin is None:
         return len(contracted) == 1 and labels.index(contracted[0]) == state.dim
     dims = dict(zip(labels, origin.layout(), strict=True))
-    roles = Roles(state.scores.product, state.scores_origin.layout()[state.dim])
+    roles = state.scores.product.roles(state.scores_origin.layout()[state.dim])
     summed = [a for x in contracted for a in dims[x]]
     kept = [a for x in labels if x not in contracted for a in dims[x]]
     try:
@@ -55,7 +55,7 @@ class Build:
         assert self.state.scores is not None and self.state.scores_origin is not None
         self.scores = self.state.scores
         self.product = self.scores.product
-        self.roles = Roles(self.product, self.state.scores_origin.layout()[self.state.dim])
+        self.roles = self.product.roles(self.state.scores_origin.layout()[self.state.dim])
 
     def call(self) -> KernelCall:
         """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""

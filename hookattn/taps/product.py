@@ -62,6 +62,7 @@ class Product:
         self.axes: dict[Atom, Axis] = {}
         self.pairs: dict[Label, list[tuple[Atom, Atom | None, Atom | None]]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+        self._roles: tuple[tuple[Atom, ...], Roles] | None = None
 
     @property
     def learned(self) -> bool:
@@ -115,6 +116,12 @@ class Product:
             out.append(tuple(atoms))
         return tuple(out)
 
+    def roles(self, softmax_atoms: tuple[Atom, ...]) -> Roles:
+        """The roles of the axes of the result, given those that the softmax runs over."""
+        if self._roles is None or self._roles[0] != softmax_atoms:
+            self._roles = softmax_atoms, Roles(self, softmax_atoms)
+        return self._roles[1]
+
     def operand_pieces(self, which: Literal["a", "b"], roles: Roles) -> list[list[Piece]]:
         """The pieces of each dimension of an operand of the score product (``D`` the contracted ones)."""
         labels, tensor, other = (self.la, self.a, 2) if which == "b" else (self.la, self.a, 1)
@@ -145,6 +152,7 @@ class Roles:
 
     def __init__(self, product: Product, softmax_atoms: Sequence[Atom]):
         self.product = product
+        self._known: dict[Atom, str] = {}
         self.softmaxed = {self.root(a) for a in softmax_atoms}
         sides = {product.axes[a].side for a in self.softmaxed}
         if "batch" in sides or len(sides) > 1:
@@ -195,12 +203,17 @@ class Roles:
 
     def of(self, atom: Atom) -> str:
         """B, H, T or S."""
-        root = self.root(atom)
-        if root in self.softmaxed:
-            return "S"
-        if root in self.heads:
-            return "H"
-        return "T" if self.product.axes[root].side == self.queries else "B"
+        role = self._known.get(atom)
+        if role is None:
+            root = self.root(atom)
+            if root in self.softmaxed:
+                role = "S"
+            elif root in self.heads:
+                role = "H"
+            else:
+                role = "T" if self.product.axes[root].side == self.queries else "B"
+            self._known[atom] = role
+        return role
 
     def pieces(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Piece]]:
         """The pieces of a tensor laid out like the scores, or broadcast against them (``shape``)."""
