@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +124,20 @@ SAM_CONFIG = {
 SAM3 = {"vision_features": randn(3, 16, 64), "text_features": randn(3, 5, 64)}
 SERIES = {"prediction_length": 8, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
 POINTS = {"input_points": None, "input_labels": None, "input_boxes": randn(3, 2, 4), "input_masks": None}
+EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 64,
+    "ngram_vocab_size_base": 97,
+    "make_ngram_vocab_size_divisible_by": 4,
+    "split_ngram_parts": 1,
+    "eos_token_id": 1,
+}
 ROPE3 = {**ROPE, "mrope_section": [3, 3, 2]}
 HIERA = {
     "hidden_size": 8,
@@ -134,7 +149,19 @@ HIERA = {
     "global_attention_blocks": [4],
     "image_size": [64, 64],
 }
-TIMM = "needs timm, which needs torchvision; neither is installed"
+
+
+def lacks(*libraries: str) -> str:
+    """Why a type that needs these is not run; empty where they can all be imported."""
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            return f"needs {library}, which cannot be imported ({error})"
+    return ""
+
+
+TIMM = lacks("timm")
 NO_PART = "is a part that only other models build, and is run with them"
 NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
 SESSION = "takes a video session object that only its processor makes"

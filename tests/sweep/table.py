@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from .recipes import (
+    EXPERTS,
     HIERA,
     IMAGE,
     MASKS,
     NO_FORWARD,
     NO_PART,
     POINTS,
+    QWEN4,
     ROPE,
     ROPE3,
     SAM,
@@ -24,6 +26,7 @@ from .recipes import (
     first_token,
     grid_positions,
     ints,
+    lacks,
     long_mask,
     ones,
     patches,
@@ -35,9 +38,6 @@ from .table_media import RECIPES as MEDIA
 
 RECIPES: dict[str, Recipe] = {
     "EvollaModel": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
-    "align": Recipe(
-        reason="its vision tower is a convolutional net whose widths do not shrink; its text tower has a row"
-    ),
     "aria": Recipe(config={"projector_patch_to_query_dict": {16: 8}}),
     "autoformer": Recipe(config=SERIES),
     "bamba": Recipe(config={"num_hidden_layers": 2, "attn_layer_indices": [1]}),
@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {
         inputs={"query_embeds": randn(3, 6, 64), "encoder_hidden_states": randn(3, 7, 64)},
         config={"encoder_hidden_size": 64},
     ),
-    "blt": Recipe(reason="transformers cannot build a cache for it: its configuration has no num_hidden_layers"),
+    "blt": Recipe(inputs={"use_cache": False}),
     "blt_local_decoder": Recipe(
         inputs={"inputs_embeds": randn(3, 9, 64), "patch_embeds": randn(3, 9, 64)}, without=("input_ids",)
     ),
@@ -122,9 +122,9 @@ RECIPES: dict[str, Recipe] = {
     "detr": Recipe(start=resnet()),
     "dia": Recipe(inputs={"decoder_input_ids": ints(60, 3, 6, 9)}),
     "dia_decoder": Recipe(inputs={"input_ids": ints(60, 3, 9, 9)}),
-    "diffusion_gemma": Recipe(reason="its default configuration leaves out widths"),
-    "diffusion_gemma_text": Recipe(reason="its default configuration leaves out widths"),
-    "dinat": Recipe(reason="needs natten, a compiled extension"),
+    "diffusion_gemma": Recipe(config={f"text_config.{k}": v for k, v in EXPERTS.items()}),
+    "diffusion_gemma_text": Recipe(config=EXPERTS),
+    "dinat": Recipe(reason=lacks("natten")),
     "dots1": Recipe(
         config={"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 2}
     ),
@@ -135,8 +135,6 @@ RECIPES: dict[str, Recipe] = {
     "edgetam_video_mask_decoder": Recipe(inputs=SAM2),
     "edgetam_video_prompt_encoder": Recipe(inputs=POINTS),
     "edgetam_vision_model": Recipe(reason=TIMM),
-    "efficientloftr": Recipe(reason="its widths follow a fixed convolutional backbone"),
-    "efficientnet": Recipe(reason="a convolutional net whose widths do not shrink; no attention"),
     "embedding_gemma2": Recipe(without=("pixel_values", "input_features", "input_features_mask")),
     "emu3": Recipe(config={"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}}, without=("pixel_values",)),
     "emu3_vqgan": Recipe(reason=NO_FORWARD),
@@ -173,7 +171,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gemma3n_vision": Recipe(reason=TIMM),
     "gemma4": Recipe(without=("pixel_values", "input_features", "input_features_mask")),
-    "gemma4_assistant": Recipe(reason="its default configuration does not pass its own validation"),
+    "gemma4_assistant": Recipe(
+        reason="its configuration shares every layer's keys and values, which transformers cannot build a cache for"
+    ),
     "gemma4_unified": Recipe(without=("pixel_values", "input_features", "input_features_mask")),
     "gemma4_unified_assistant": Recipe(reason="takes the cache of another model"),
     "gemma4_unified_audio": Recipe(reason=NO_PART),
@@ -187,7 +187,7 @@ RECIPES: dict[str, Recipe] = {
     "granite_speech5_ctc": Recipe(inputs={"input_features": randn(3, 60, 320)}),
     "granite_speech5_encoder": Recipe(inputs={"input_features": randn(3, 60, 320)}),
     "granitemoehybrid": Recipe(config={"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]}),
-    "higgs_audio_v2_tokenizer": Recipe(reason="needs torchaudio"),
+    "higgs_audio_v2_tokenizer": Recipe(reason=lacks("torchaudio")),
     "hunyuan_v1_dense": Recipe(
         config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "alpha": 1000.0}}
     ),
@@ -203,10 +203,6 @@ RECIPES: dict[str, Recipe] = {
     "idefics_vision": Recipe(reason=NO_PART),
     "informer": Recipe(config=SERIES),
     "inkling_audio": Recipe(inputs={"audio_input_ids": ints(10, 3, 9, 80)}),
-    "inkling_mm_model": Recipe(
-        reason="its patch embedding does not shrink: building it takes half a minute; its text model has a row"
-    ),
-    "inkling_vision": Recipe(reason="its patch embedding does not shrink: building it takes half a minute"),
     "instructblip": Recipe(inputs={"qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
     "instructblipvideo": Recipe(
         config={"video_token_index": 110, "image_token_index": 110},
@@ -226,12 +222,11 @@ RECIPES: dict[str, Recipe] = {
             "mamba_dt_rank": 8,
         }
     ),
-    "janus_vqgan": Recipe(reason="a convolutional codec whose image size its decoder fixes"),
     "kosmos-2": Recipe(inputs={"image_embeds_position_mask": lambda: torch.tensor([[0] * 2 + [1] * 6 + [0]] * 3)}),
     "kyutai_speech_to_text": Recipe(inputs={"input_ids": ints(60, 3, 9, 33)}),
-    "layoutlmv2": Recipe(reason="needs detectron2"),
+    "layoutlmv2": Recipe(reason=lacks("detectron2")),
     "layoutlmv3": Recipe(config={"coordinate_size": 10, "shape_size": 12, "input_size": 32}),
-    "layoutxlm": Recipe(reason="shares LayoutLMv2's model, which needs detectron2"),
+    "layoutxlm": Recipe(reason=lacks("detectron2")),
     "led": Recipe(
         inputs={"input_ids": ints(60, 3, 16), "attention_mask": long_mask(16), "global_attention_mask": first_token(16)}
     ),
@@ -291,16 +286,14 @@ RECIPES: dict[str, Recipe] = {
         inputs={"input_ids": ints(60, 3, 3), "last_hidden_state": randn(3, 1, 64)},
         without=("attention_mask",),
     ),
-    "musicgen": Recipe(reason="its default configuration leaves out what its model reads; its decoder has a row"),
     "musicgen_decoder": Recipe(inputs={"input_ids": ints(60, 12, 9)}, without=("attention_mask",)),
-    "musicgen_melody": Recipe(
-        reason="its default configuration leaves out what its model reads; its decoder has a row"
-    ),
     "musicgen_melody_decoder": Recipe(inputs={"input_ids": ints(60, 12, 9)}, without=("attention_mask",)),
     "nemotron_h": Recipe(config={"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1}),
     "nemotron_h_omni": Recipe(without=("pixel_values", "image_grid_hw", "input_features")),
     "neomme": Recipe(without=("pixel_values",)),
-    "nougat": Recipe(reason="its default configuration names a model type that transformers does not map"),
+    "nougat": Recipe(
+        reason="its configuration class names a part that transformers does not map (donut_swin), and cannot be made"
+    ),
     "omdet-turbo": Recipe(reason=TIMM),
     "oneformer": Recipe(
         inputs={"task_inputs": ints(60, 3, 77), "pixel_values": randn(3, 3, 128, 128)}, without=("pixel_mask",)
@@ -352,8 +345,8 @@ RECIPES: dict[str, Recipe] = {
     "qwen2_5_omni_token2wav": Recipe(reason=NO_FORWARD),
     "qwen3_omni_moe": Recipe(reason=NO_FORWARD),
     "qwen3_omni_moe_talker_code_predictor": Recipe(inputs={"inputs_embeds": randn(3, 9, 64)}, without=("input_ids",)),
-    "qwen4_exp": Recipe(reason="its default configuration leaves out sizes that its n-gram embedding divides by"),
-    "qwen4_exp_text": Recipe(reason="its default configuration leaves out sizes that its indexer divides by"),
+    "qwen4_exp": Recipe(config={f"text_config.{k}": v for k, v in QWEN4.items()}),
+    "qwen4_exp_text": Recipe(config=QWEN4),
     "rag": Recipe(reason="needs a retriever with an index"),
     "recurrent_gemma": Recipe(config={"num_hidden_layers": 3}),
     "reformer": Recipe(
@@ -391,7 +384,7 @@ RECIPES: dict[str, Recipe] = {
             "vision_pos_embeds": lambda: [randn(3, 64, 4, 4)()],
         }
     ),
-    "sam3_geometry_encoder": Recipe(reason="samples regions with torchvision"),
+    "sam3_geometry_encoder": Recipe(reason=lacks("torchvision")),
     "sam3_lite_text_detr_decoder": Recipe(
         inputs={**SAM3, "vision_pos_encoding": randn(3, 16, 64), "spatial_shapes": lambda: torch.tensor([[4, 4]])}
     ),
@@ -402,7 +395,7 @@ RECIPES: dict[str, Recipe] = {
             "vision_pos_embeds": lambda: [randn(3, 64, 4, 4)()],
         }
     ),
-    "sam3_lite_text_geometry_encoder": Recipe(reason="samples regions with torchvision"),
+    "sam3_lite_text_geometry_encoder": Recipe(reason=lacks("torchvision")),
     "sam3_lite_text_mask_decoder": Recipe(
         inputs={
             "decoder_queries": randn(3, 6, 64),
@@ -418,9 +411,6 @@ RECIPES: dict[str, Recipe] = {
             "encoder_hidden_states": randn(3, 16, 64),
             "prompt_features": randn(3, 5, 64),
         }
-    ),
-    "sam3_tracker": Recipe(
-        reason="its vision encoder's feature sizes do not shrink by rule; its parts have rows of theirs"
     ),
     "sam3_tracker_mask_decoder": Recipe(inputs=SAM2),
     "sam3_tracker_prompt_encoder": Recipe(inputs=POINTS),
@@ -488,15 +478,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "timm_backbone": Recipe(reason=TIMM),
     "timm_wrapper": Recipe(reason=TIMM),
-    "tvp": Recipe(reason="its visual prompt and convolutional backbone only fit full-size frames"),
     "unlimited_ocr_text": Recipe(config={"mlp_layer_types": ["dense", "sparse"]}),
     "unlimited_ocr_vision_encoder": Recipe(
         inputs={"pixel_values": randn(3, 3, 32, 32), "patch_embeds": randn(3, 64, 4, 4)}
     ),
     "uvdoc": Recipe(reason="a convolutional net whose widths do not shrink; no attention"),
-    "vibevoice": Recipe(
-        reason="its tokenizers are convolutional nets whose widths do not shrink; its text model is Qwen2"
-    ),
     "vibevoice_diffusion": Recipe(reason=NO_PART),
     "video_llama_3": Recipe(inputs={"image_merge_sizes": lambda: torch.tensor([2, 2, 2])}),
     "video_llama_3_vision": Recipe(inputs={"merge_sizes": lambda: torch.tensor([2, 2, 2])}),
@@ -505,7 +491,7 @@ RECIPES: dict[str, Recipe] = {
         inputs={"pixel_values_videos": randn(3, 4, 3, 32, 32)}, without=("pixel_values",)
     ),
     "vipllava": Recipe(config={"vision_feature_layers": [-2, -1]}),
-    "xlstm": Recipe(reason="no attention: a recurrent matrix memory; its state's shapes do not shrink by rule"),
+    "xlstm": Recipe(config={"qk_dim_factor": 1.0}),
     "xmod": Recipe(config={"default_language": "en_XX"}),
     "zamba": Recipe(
         config={

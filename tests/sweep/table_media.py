@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn
+from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn, resnet
 
 EIGHT = [2, 2, 2, 2]
 LINE = Recipe(inputs={"pixel_values": randn(3, 3, 96, 160)})
@@ -21,6 +21,7 @@ SPEECH = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
+    "align": Recipe(config={"vision_config.width_coefficient": 0.2, "vision_config.depth_coefficient": 0.2}),
     "csm": Recipe(without=("input_values",)),
     "deepseek_ocr2": Recipe(
         config={
@@ -48,6 +49,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "dots3_note_audio_encoder": Recipe(
         inputs={"input_features": randn(3, 128, 64), "chunk_sample_lengths": lambda: torch.tensor([10240, 8000, 6000])}
+    ),
+    "efficientnet": Recipe(config={"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256}),
+    "efficientloftr": Recipe(
+        config={"out_features": [16, 16, 32, 64], "rope_parameters": {**ROPE, "partial_rotary_factor": 2.0}},
+        inputs={"pixel_values": randn(3, 2, 3, 64, 64)},
     ),
     "florence_vision": Recipe(inputs={"hidden_states": randn(3, 3, 64, 64)}),
     "fun_asr_nano": Recipe(
@@ -84,6 +90,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "inkling2": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
     "inkling2_vision": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
+    "inkling_mm_model": Recipe(
+        config={"vision_config.patch_size": 4, "vision_config.num_hidden_layers": 3, "image_token_id": 110},
+        inputs={"pixel_values": randn(12, 2, 4, 4, 3), "input_ids": holders(110, 4)},
+        without=("audio_input_ids",),
+    ),
+    "inkling_vision": Recipe(
+        config={"patch_size": 4, "num_hidden_layers": 3}, inputs={"pixel_values": randn(12, 2, 4, 4, 3)}
+    ),
     "jev": Recipe(
         inputs={
             "input_ids": ints(60, 1, 9),
@@ -92,6 +106,7 @@ RECIPES: dict[str, Recipe] = {
             "question_type_ids": lambda: torch.tensor([[0, 1]]),
         }
     ),
+    "janus_vqgan": Recipe(config={"num_patches": 2}),
     "lw_detr": Recipe(
         config={
             "backbone_config.num_windows": 4,
@@ -147,6 +162,16 @@ RECIPES: dict[str, Recipe] = {
     "muse_spark_audio": Recipe(
         config={"num_hidden_layers": 4}, inputs={"input_values": randn(3, 3840)}, without=("padding_mask",)
     ),
+    "musicgen": Recipe(
+        model="MusicgenForConditionalGeneration",
+        inputs={"decoder_input_ids": ints(60, 12, 6)},
+        without=("decoder_attention_mask", "input_values"),
+    ),
+    "musicgen_melody": Recipe(
+        model="MusicgenMelodyForConditionalGeneration",
+        inputs={"decoder_input_ids": ints(60, 12, 6), "input_features": randn(3, 20, 12)},
+        without=("decoder_attention_mask", "input_values"),
+    ),
     "musicflamingo": Recipe(
         config={"audio_token_id": 110, "audio_config.max_source_positions": 32},
         inputs={
@@ -156,8 +181,8 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "neucodec": CODEC,
-    "pe_audio": Recipe(inputs={"input_values": randn(3, 1, 5120), "padding_mask": ones(3, 5120)}),
-    "pe_audio_encoder": Recipe(inputs={"input_values": randn(3, 1, 5120), "padding_mask": ones(3, 5120)}),
+    "pe_audio": Recipe(inputs={"input_values": randn(3, 1, 5760), "padding_mask": ones(3, 5760)}),
+    "pe_audio_encoder": Recipe(inputs={"input_values": randn(3, 1, 5760), "padding_mask": ones(3, 5760)}),
     "pi0": Recipe(
         config={"vlm_config.image_token_id": 110},
         inputs={
@@ -219,6 +244,11 @@ RECIPES: dict[str, Recipe] = {
         },
         inputs={"pixel_values": randn(3, 3, 64, 64), "input_points": randn(3, 1, 2, 2), "input_labels": ones(3, 1, 2)},
     ),
+    "tvp": Recipe(
+        start=resnet(),
+        config={"visual_prompt_size": 8, "max_img_size": 64, "num_frames": 4},
+        inputs={"pixel_values": randn(1, 4, 3, 64, 64), "input_ids": ints(60, 1, 9), "attention_mask": ones(1, 9)},
+    ),
     "unlimited_ocr": Recipe(
         config={
             "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -226,6 +256,22 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "unlimited_ocr_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
+    "sam3_tracker": Recipe(
+        config={
+            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "prompt_encoder_config.image_size": 32,
+            "prompt_encoder_config.patch_size": 8,
+        },
+        inputs={"pixel_values": randn(3, 3, 32, 32), "input_points": randn(3, 1, 2, 2), "input_labels": ones(3, 1, 2)},
+    ),
+    "vibevoice": Recipe(
+        config={"audio_config.num_filters": 4, "audio_token_id": 110},
+        inputs={
+            "input_values": randn(3, 1, 6400),
+            "padding_mask": ones(3, 6400),
+            "input_ids": holders(110, 2),
+        },
+    ),
     "vibevoice_acoustic_tokenizer_decoder": Recipe(
         config={"num_filters": 4}, inputs={"hidden_states": randn(3, 64, 9)}
     ),
