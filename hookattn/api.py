@@ -122,8 +122,9 @@ def tracing(
     """
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
-    if isinstance(capture, tuple | str | None) and layers is heads is queries is dtype is device is None:
-        selection = _fields_alone(capture)
+    plain = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
+    if plain and all(x is None for x in (layers, heads, queries, dtype, device)):
+        selection = _fields_alone(capture)  # type: ignore[arg-type]
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_plan(model)
@@ -159,7 +160,7 @@ def tracing(
 
 
 @functools.lru_cache(maxsize=64)
-def _fields_alone(capture: tuple[str, ...] | str | None) -> Selection:
+def _fields_alone(capture: tuple[str, ...] | None) -> Selection:
     return Selection.of(capture)
 
 

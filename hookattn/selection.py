@@ -128,11 +128,11 @@ def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
     fields: list[str] = []
     statistics: dict[str, Statistic] = {}
     for item in tuple(capture):
-        if item in FIELDS:
+        if isinstance(item, str) and item in FIELDS:
             fields.append(item)
             continue
         found = item if isinstance(item, Statistic) else named(item) if isinstance(item, str) else None
-        if found is None and item in STATISTICS:
+        if found is None and isinstance(item, str) and item in STATISTICS:
             raise SelectionError(
                 f"capture={capture!r}: {item!r} has no defaults; give {STATISTICS[item].__name__}(…) "
                 "of hookattn.statistics."
