@@ -7,7 +7,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow test-field bench train coverage clean help
+.PHONY: demo test lint test-slow test-field bench bench-gpu train coverage clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -47,7 +47,10 @@ test-field: $(VENV)/.field ## the other libraries of the field, installed for it
 	$(BIN)/python -m pytest tests/field -n $(JOBS)
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks --json out/bench.json
+
+bench-gpu: $(VENV)/.dev ## the same on a GPU, in eight minutes; says so where there is none
+	$(BIN)/python -m benchmarks --device cuda --json out/bench-gpu.json
 
 coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
 	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume

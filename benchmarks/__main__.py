@@ -1,0 +1,112 @@
+"""``python -m benchmarks``: measure, print one table a case and one of the bars, write JSON.
+
+python -m benchmarks                                  # the CPU's cases
+python -m benchmarks --device cuda --json out.json    # the GPU's
+python -m benchmarks --cases toy --rounds 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from .bars import verdicts
+from .cases import SMALL, Case, cases
+from .clock import clock_of
+from .derivation import derivation
+from .disk import streaming
+from .measure import Row, measure
+from .table import bar_table, case_table
+
+_LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
+    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 180; cuda: 150)")
+    parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
+    parser.add_argument(
+        "--busy", action="store_true", help="count the time of this process on one core, not the wall's"
+    )
+    parser.add_argument("--json", help="write the numbers to this file")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: no CUDA device is here; the rows of the GPU were not run.")
+        return 0
+    warnings.simplefilter("ignore", FutureWarning)
+    device = torch.device(options.device)
+    clock = clock_of(device, options.busy)
+    if options.busy:
+        torch.set_num_threads(1)
+    chosen = [c for c in cases() if _chosen(c, options.cases, device)]
+    if not chosen:
+        parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
+    share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
+    about = {**_about(device), "clock": clock.__name__}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    start = time.perf_counter()
+    rows: dict[str, list[Row]] = {}
+    extra: dict[str, float] = {}
+    for case in chosen:
+        rows[case.name] = measure(case, device, share * case.weight, options.rounds, clock)
+        print(case_table(case.name, rows[case.name]), flush=True)
+        if case.name == SMALL:
+            extra.update(streaming(case.make(device), case.inputs(device), clock))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if device.type == "cuda":
+        extra.update(derivation(device))
+    for name, value in extra.items():
+        print(f"{name}: {value:.4g}")
+    told = verdicts(rows, extra, device.type)
+    print(bar_table(told))
+    print(f"took {time.perf_counter() - start:.0f} s")
+    if options.json:
+        report: dict[str, Any] = {
+            "about": about,
+            "cases": {name: [r.to_json() for r in several] for name, several in rows.items()},
+            "extra": extra,
+            "bars": [{"name": t.name, "sign": t.sign, "limit": t.limit, "measured": t.measured} for t in told],
+        }
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    return 0
+
+
+def _chosen(case: Case, name: str | None, device: torch.device) -> bool:
+    return device.type in case.places if name is None else name in case.name
+
+
+def _about(device: torch.device) -> dict[str, str]:
+    found = {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""The sizes that are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+
+TOY = "toy (4 layers, width 64, 32 tokens)"
+SMALL = "small (12 layers, width 768, 512 tokens)"
+LONG = "long (4 layers, width 768, 2048 tokens, no vocabulary head)"
+LARGE = "8B-shaped (32 layers, width 4096, 2048 tokens, bfloat16)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and an input.
+
+    Attributes:
+        name: says what it is.
+        make: the model, on a device.
+        tokens, batch, dtype: of the input.
+        layers, heads: of the model, for what it will take.
+        width: of the input, where it is no token ids.
+        places: the devices that it is measured on unless it is asked for by name.
+        weight: its share of the time.
+    """
+
+    name: str
+    make: Callable[[torch.device], nn.Module]
+    tokens: int
+    layers: int
+    heads: int
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    width: int = 0
+    places: tuple[str, ...] = ("cpu", "cuda")
+    weight: float = 1.0
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """Token ids, or vectors."""
+        made = torch.Generator().manual_seed(0)
+        if self.width:
+            return torch.randn(self.batch, self.tokens, self.width, generator=made).to(device, self.dtype)
+        return torch.randint(0, models.VOCABULARY, (self.batch, self.tokens), generator=made).to(device)
+
+
+def _gpt2(
+    name: str,
+    layers: int,
+    width: int,
+    heads: int,
+    tokens: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = models.VOCABULARY,
+    places: tuple[str, ...] = ("cpu", "cuda"),
+    weight: float = 1.0,
+) -> Case:
+    def make(device: torch.device) -> nn.Module:
+        return models.gpt2(layers, width, heads, tokens, vocabulary, device, dtype)
+
+    return Case(name, make, tokens, layers, heads, batch, dtype, places=places, weight=weight)
+
+
+def _llama(name: str, layers: int, tokens: int, batch: int = 1, weight: float = 1.0) -> Case:
+    def make(device: torch.device) -> nn.Module:
+        return models.llama(layers, tokens, device, torch.bfloat16)
+
+    return Case(name, make, tokens, layers, 32, batch, torch.bfloat16, places=("cuda",), weight=weight)
+
+
+def _plain(name: str, layers: int, width: int, heads: int, tokens: int, weight: float = 1.0) -> Case:
+    def make(device: torch.device) -> nn.Module:
+        return models.plain(layers, width, heads, device, torch.float32)
+
+    return Case(name, make, tokens, layers, heads, width=width, weight=weight)
+
+
+def cases() -> Iterator[Case]:
+    """From the smallest to the largest."""
+    half = torch.bfloat16
+    yield _gpt2(TOY, 4, 64, 4, 32, vocabulary=1000, weight=1.5)
+    yield _gpt2("toy, batch 16", 4, 64, 4, 32, batch=16, vocabulary=1000, weight=0.5)
+    yield _plain("plain toy, no adapter (4 layers, width 64, 32 tokens)", 4, 64, 4, 32, weight=0.5)
+    yield _gpt2("small, 128 tokens, batch 16", 12, 768, 12, 128, batch=16)
+    yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.5)
+    yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2)
+    yield _gpt2(LONG, 4, 768, 12, 2048, weight=2)
+    yield _gpt2("longer (4 layers, width 768, 8192 tokens)", 4, 768, 12, 8192, places=("cuda",))
+    yield _gpt2("longest (1 layer, width 768, 32768 tokens)", 1, 768, 12, 32768, places=("cuda",))
+    yield _llama(LARGE, 32, 2048, weight=2)
+    yield _llama("8B-shaped, 512 tokens, batch 16", 32, 512, batch=16)
+    yield _llama("8B-shaped (8 layers), 8192 tokens", 8, 8192)
+    yield _llama("8B-shaped (2 layers), 32768 tokens", 2, 32768)
+
+
+def room(case: Case, eager: bool, kept: int) -> int:
+    """About how many bytes a row takes beside the untraced forward.
+
+    Args:
+        case: the case.
+        eager: whether the scores of a layer are formed by eager arithmetic, in several copies.
+        kept: what is kept.
+    """
+    scores = case.batch * case.heads * case.tokens**2
+    temporary = 5 * scores * max(case.dtype.itemsize, 4) if eager else 2 * scores * 4 if kept else 0
+    return kept + temporary

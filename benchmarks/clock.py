@@ -1,0 +1,140 @@
+"""Timing: every variant runs once in each round, in turn, so that a drift of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MOST, LEAST = 100, 3
+_SLOW = 8  # a variant that takes so many untraced forwards runs in some rounds alone
+
+
+@dataclass
+class Variant:
+    """One way to run a forward.
+
+    Attributes:
+        name: the row of the table.
+        run: runs it once; what it returns is kept until the clock has stopped.
+        around: entered before the clock starts and left after it stops.
+        after: what to do when the clock has stopped (a file that goes).
+        kept: bytes that it keeps, if they are known.
+        peer: whether it is somebody else's.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    after: Callable[[], None] = lambda: None
+    kept: int | None = None
+    peer: bool = False
+
+
+@dataclass
+class Timed:
+    """The seconds of one variant, by round."""
+
+    variant: Variant
+    seconds: dict[int, float] = field(default_factory=dict)
+    failed: str | None = None
+
+
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def cpu_clock(run: Callable[[], Any]) -> float:
+    """Seconds by the wall."""
+    start = time.perf_counter()
+    kept = run()
+    spent = time.perf_counter() - start
+    del kept
+    return spent
+
+
+def process_clock(run: Callable[[], Any]) -> float:
+    """Seconds of this process on its cores: for one thread on a machine that others use too; waiting does not count."""
+    start = time.process_time()
+    kept = run()
+    spent = time.process_time() - start
+    del kept
+    return spent
+
+
+def cuda_clock(run: Callable[[], Any]) -> float:
+    """Seconds between two events of the current stream; what was queued before is waited for."""
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    kept = run()
+    end.record()
+    torch.cuda.synchronize()
+    del kept
+    return start.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
+
+
+def clock_of(device: torch.device, busy: bool = False) -> Clock:
+    """The clock of a device; ``busy``: of a machine that others use too."""
+    if device.type == "cuda":
+        return cuda_clock
+    return process_clock if busy else cpu_clock
+
+
+def once(variant: Variant, clock: Clock) -> float:
+    """Seconds of one run."""
+    with variant.around():
+        spent = clock(variant.run)
+    variant.after()
+    return spent
+
+
+def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: int = 0) -> list[Timed]:
+    """Time every variant against the first.
+
+    Args:
+        variants: the first is what the others are compared with.
+        clock: measures one run.
+        seconds: about how long all of it may take; at least 3 rounds, at most 100.
+        rounds: exactly so many rounds instead.
+    """
+    found = [Timed(v) for v in variants]
+    first: list[float] = []
+    for timed in found:  # warm-up: twice, and what fails is out
+        try:
+            once(timed.variant, clock)
+            first.append(once(timed.variant, clock))
+        except Exception as error:
+            if not timed.variant.peer:
+                raise
+            timed.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            first.append(0.0)
+    strides = [max(1, min(20, int(s / (_SLOW * first[0])))) for s in first]
+    one_round = sum(s / n for s, n in zip(first, strides, strict=True))
+    rounds = rounds or max(LEAST, min(MOST, int(seconds / max(one_round, 1e-9))))
+    for i in range(rounds):
+        for timed, stride in zip(found, strides, strict=True):
+            if timed.failed is None and i % stride == 0:
+                timed.seconds[i] = once(timed.variant, clock)
+    return found
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return statistics.median(ordered), ordered[quarter], ordered[-1 - quarter]
+
+
+def compare(timed: Timed, base: Timed) -> tuple[float, float, float]:
+    """The ratio of two variants: median and quartiles of the ratios of each round."""
+    return quartiles([s / base.seconds[i] for i, s in timed.seconds.items() if i in base.seconds])
+
+
+def added(timed: Timed, base: Timed) -> float:
+    """Median of the seconds that a variant takes beyond another, round by round."""
+    return statistics.median(s - base.seconds[i] for i, s in timed.seconds.items() if i in base.seconds)

@@ -1,0 +1,48 @@
+"""How fast scores and weights are written, beside a copy on the same device."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from hookattn.attention import causal_mask, derive
+
+from .clock import Clock, clock_of
+
+
+def derivation(
+    device: torch.device,
+    *,
+    heads: int = 32,
+    tokens: int = 4096,
+    width: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    rounds: int = 20,
+    clock: Clock | None = None,
+) -> dict[str, float]:
+    """Bytes of scores and weights ÷ time, as a share of what a copy on the device reads and writes in the same time."""
+    clock = clock or clock_of(device)
+    q, k = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in "qk")
+    mask = causal_mask(tokens, tokens, device=device).contiguous()
+
+    def derived() -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return derive(q, k, width**-0.5, mask=mask, empty=False)
+
+    written = sum(x.nbytes for x in derived() if x is not None)
+    source = torch.empty(written // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    spent = _median(derived, clock, rounds)
+    copied = _median(lambda: target.copy_(source), clock, rounds)
+    bandwidth = 2 * source.nbytes / copied
+    return {
+        "derive, bytes per second": written / spent,
+        "copy, bytes read and written per second": bandwidth,
+        "derive ÷ copy": written / spent / bandwidth,
+    }
+
+
+def _median(run: Callable[[], object], clock: Clock, rounds: int) -> float:
+    run()
+    return statistics.median(clock(run) for _ in range(rounds))

@@ -1,0 +1,67 @@
+"""The same fields, or what comes nearest, as other libraries hand them out: each as its own documentation says.
+
+A library that is not installed gives no row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+
+from .clock import Variant
+from .models import sibling
+
+HOOKS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern")
+
+
+def peers(eager: nn.Module, x: Tensor) -> Iterator[Variant]:
+    """Every peer that is installed, on the weights of a causal model of transformers that runs in eager."""
+    yield Variant("eager, output_attentions=True (weights)", lambda: eager(x, output_attentions=True), peer=True)
+    for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight), ("torchlens", _torchlens)):
+        if find_spec(library) is not None:
+            name, run = makes(eager, x)
+            yield Variant(name, run, peer=True)
+
+
+def _bridge(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    model = sibling(eager)
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config).eval()
+
+    def wanted(name: str) -> bool:
+        return name.endswith(HOOKS)
+
+    return "TransformerBridge.run_with_cache (same fields)", lambda: bridge.run_with_cache(x, names_filter=wanted)
+
+
+def _nnsight(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+    import nnsight
+
+    model = nnsight.NNsight(sibling(eager))
+    layers = model.transformer.h if hasattr(eager, "transformer") else model.model.layers
+    sites = [layer.attn if hasattr(eager, "transformer") else layer.self_attn for layer in layers]
+    operation = re.findall(r"attention_interface_\d+", str(sites[0].source))[-1]
+
+    def run() -> Any:
+        with model.trace(x):
+            kept = nnsight.save([])
+            for site in sites:
+                call = getattr(site.source, operation)
+                given = call.inputs[0]
+                scores = call.source.nn_functional_softmax_0.inputs[0][0]
+                kept.append((given[1], given[2], given[3], scores, call.output[1]))
+        return kept
+
+    return "nnsight (q, k, v, masked scores, weights)", run
+
+
+def _torchlens(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+    import torchlens
+
+    model, wanted = sibling(eager), torchlens.func("matmul") | torchlens.func("softmax")
+    return "torchlens (products and softmax)", lambda: torchlens.trace(model, x, save=wanted)
