@@ -38,6 +38,7 @@ class KernelCall:
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
         module: the module that the kernel itself was told it runs in.
+        path: the module around all that the call is made of, where its parts ran in several; None: the running one.
         within: the child of the running module that the call belongs to, where a fused layer hides it.
         notes: what a reader has to know.
     """
@@ -65,6 +66,7 @@ class KernelCall:
     softmax_dtype: torch.dtype | None = None
     outer_error: Tensor | None = None
     module: nn.Module | None = None
+    path: str | None = None
     within: str = ""
     notes: list[str] = field(default_factory=list)
 

@@ -160,7 +160,7 @@ class Session:
             return known
         if self._sites and not self.plan.watch_all:
             return self._sites[-1][0]
-        running = self.brackets.running()
+        running = self.brackets.running() if call.path is None else call.path
         if running is None:
             return None
         path = ".".join(x for x in (running, call.within) if x)

@@ -355,3 +355,25 @@ def test_a_capture_that_is_no_field_is_refused_whatever_it_is() -> None:
     for capture in ((["q"],), ({"q": 1},), (3,), "", ("q", None), [[]], 3):
         with pytest.raises(SelectionError, match="choose among|expected"):
             hookattn.trace(Model(), X, capture=capture)
+
+
+def test_an_attention_in_parts_is_at_the_module_around_them() -> None:
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a @ b
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.softmax, self.values = Product(), nn.Softmax(-1), Product()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.values(self.softmax(self.scores(x, x.mT)), x)
+
+    model = nn.ModuleDict({"a": nn.ModuleList([Parts(), Parts()])})
+    model.forward = lambda x: model["a"][1](model["a"][0](x))  # type: ignore[method-assign]
+    found = hookattn.trace(model, X, strict=True)
+    assert [(call.site.path, call.site.layer, call.site.module) for call in found] == [
+        ("a.0", 0, "Parts"),
+        ("a.1", 1, "Parts"),
+    ]

@@ -14,7 +14,7 @@ from .eager import Build, contracts_keys
 from .entries import Entries
 from .operations import Parsed
 from .product import Label, LayoutError, Product, mixes_heads
-from .states import Gathered, Met, Scores, Spread, Sum, Term, ValueProduct, Weights, version_of
+from .states import Gathered, Met, Scores, Spread, Sum, Term, Use, ValueProduct, Weights, version_of
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -91,6 +91,7 @@ def _weights_product(
             state.use.done = True
         watch.recorder.skip(str(error))
         return
+    call.path = _around(state.use, watch.recorder.where())
     watch.recorder.record(call)
 
 
@@ -145,6 +146,7 @@ def finish_gathered(watch: Watch, state: Gathered, out: Tensor) -> bool:
     if call is None:
         return False
     use.done = True
+    call.path = _around(use, watch.recorder.where())
     watch.recorder.record(call)
     return True
 
@@ -159,7 +161,20 @@ def finish_sum(watch: Watch, state: Sum, out: Tensor) -> None:
     except LayoutError as error:
         watch.recorder.skip(str(error))
         return
+    call.path = _around(use, watch.recorder.where())
     watch.recorder.record(call)
+
+
+def _around(use: Use | None, path: str | None) -> str | None:
+    """The module around both the softmax and its product with the values."""
+    if use is None or use.path is None or path is None or use.path == path:
+        return path
+    both = []
+    for a, b in zip(use.path.split("."), path.split("."), strict=False):
+        if a != b:
+            break
+        both.append(a)
+    return ".".join(both)
 
 
 def _summed(state: Weights | Scores, index: int, labels: tuple[list[Label], list[Label], list[Label]]) -> list[Atom]:
