@@ -1,7 +1,12 @@
-"""Timing: every variant runs once in each round, in turn, so that a drift of the machine hits all of them alike."""
+"""Timing: every variant runs once in each round, so that a drift of the machine hits all of them alike.
+
+The order of a round is drawn anew, and before a short run comes an untraced forward that is not timed: what a variant
+leaves behind in the caches (a file that was written, say) is no cost of the next.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +17,7 @@ from typing import Any
 import torch
 
 MOST, LEAST = 100, 3
+_SHORT = 0.1  # seconds of a run before which an untraced forward runs
 _SLOW = 8  # a variant that takes so many untraced forwards runs in some rounds alone
 
 
@@ -114,11 +120,16 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
             timed.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             first.append(0.0)
     strides = [max(1, min(20, int(s / (_SLOW * first[0])))) for s in first]
-    one_round = sum(s / n for s, n in zip(first, strides, strict=True))
+    warming = first[0] if first[0] < _SHORT else 0.0
+    one_round = sum((s + warming) / n for s, n in zip(first, strides, strict=True))
     rounds = rounds or max(LEAST, min(MOST, int(seconds / max(one_round, 1e-9))))
+    order, draw = list(zip(found, strides, strict=True)), random.Random(0)
     for i in range(rounds):
-        for timed, stride in zip(found, strides, strict=True):
+        draw.shuffle(order)
+        for timed, stride in order:
             if timed.failed is None and i % stride == 0:
+                if first[0] < _SHORT:
+                    variants[0].run()
                 timed.seconds[i] = once(timed.variant, clock)
     return found
 
