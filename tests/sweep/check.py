@@ -135,12 +135,13 @@ def _check(row: Row, gain: float) -> None:
     differs = difference(plain, trace.output)
     if differs:
         row.problems.append(f"output differs: {differs}")
-    _calls(row, trace)
+    broken = not _finite(plain)
+    _calls(row, trace, broken)
     row.problems += [
         f"unseen: {x}" for x in seen.uncovered([c.site.path for c in trace], [s.path for s in trace.skipped])
     ]
-    if not _finite(plain):
-        row.notes.append("the model's own output is not finite")
+    if broken:
+        row.notes.append("the model itself computes NaN, without a trace as well")
     if not trace.calls:
         return
     if row.implementation == "eager":
@@ -175,7 +176,7 @@ def _compare_eager(row: Row, inputs: dict[str, Any], trace: hookattn.Trace, plai
         row.notes.append("its own two paths differ: the model's outputs in eager and in sdpa do not agree either")
 
 
-def _calls(row: Row, trace: hookattn.Trace) -> None:
+def _calls(row: Row, trace: hookattn.Trace, broken: bool) -> None:
     row.calls = len(trace)
     row.kinds = dict(Counter(f"{c.site.stack} {c.site.kind}" for c in trace))
     row.taps = dict(Counter(c.tap for c in trace))
@@ -190,6 +191,9 @@ def _calls(row: Row, trace: hookattn.Trace) -> None:
         row.status = "none"
         return
     for call in trace:
+        if broken and bool(call.q.isnan().any(-1).all() or call.k.isnan().any(-1).all()):
+            row.notes.append(f"the model itself computes NaN: every query or every key of {call.site.label}")
+            continue  # nothing in it can hold or fail
         one = hookattn.Trace(calls=[call], selection=trace.selection)
         try:
             check_trace(one)

@@ -106,6 +106,21 @@ def holders(token: int, n: int) -> Callable[[], Tensor]:
     return make
 
 
+def session(name: str, side: int) -> Callable[[], Any]:
+    """Makes what a video segmenter keeps between frames: two frames, and one object that is pointed at in the first."""
+
+    def make() -> Any:
+        cls = getattr(transformers, name)
+        made = cls(video=randn(2, 3, side, side)(), video_height=side, video_width=side, dtype=torch.float32)
+        which = made.obj_id_to_idx(1)
+        made.obj_with_new_inputs = [1]
+        points = {"point_coords": side / 2 + randn(1, 1, 2, 2)(), "point_labels": torch.ones(1, 1, 2, dtype=torch.int)}
+        made.add_point_inputs(which, 0, points)
+        return made
+
+    return make
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 IMAGE = {"pixel_values": randn(3, 3, 64, 64)}
 SAM = {

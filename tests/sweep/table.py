@@ -136,7 +136,10 @@ RECIPES: dict[str, Recipe] = {
     "edgetam_video_prompt_encoder": Recipe(inputs=POINTS),
     "edgetam_vision_model": Recipe(reason=TIMM),
     "embedding_gemma2": Recipe(without=("pixel_values", "input_features", "input_features_mask")),
-    "emu3": Recipe(config={"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}}, without=("pixel_values",)),
+    "emu3": Recipe(
+        config={"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}, "vq_config.base_channels": 32},
+        without=("pixel_values",),
+    ),
     "emu3_vqgan": Recipe(reason=NO_FORWARD),
     "ernie4_5_vl_moe": Recipe(
         config={
@@ -347,7 +350,6 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_omni_moe_talker_code_predictor": Recipe(inputs={"inputs_embeds": randn(3, 9, 64)}, without=("input_ids",)),
     "qwen4_exp": Recipe(config={f"text_config.{k}": v for k, v in QWEN4.items()}),
     "qwen4_exp_text": Recipe(config=QWEN4),
-    "rag": Recipe(reason="needs a retriever with an index"),
     "recurrent_gemma": Recipe(config={"num_hidden_layers": 3}),
     "reformer": Recipe(
         config={
@@ -366,7 +368,6 @@ RECIPES: dict[str, Recipe] = {
     "sam2_hiera_det_model": Recipe(config=HIERA),
     "sam2_mask_decoder": Recipe(inputs=SAM2),
     "sam2_prompt_encoder": Recipe(inputs=POINTS),
-    "sam2_video": Recipe(reason=SESSION),
     "sam2_video_mask_decoder": Recipe(inputs=SAM2),
     "sam2_video_prompt_encoder": Recipe(inputs=POINTS),
     "sam2_vision_model": Recipe(
@@ -414,7 +415,6 @@ RECIPES: dict[str, Recipe] = {
     ),
     "sam3_tracker_mask_decoder": Recipe(inputs=SAM2),
     "sam3_tracker_prompt_encoder": Recipe(inputs=POINTS),
-    "sam3_tracker_video": Recipe(reason=SESSION),
     "sam3_tracker_video_mask_decoder": Recipe(inputs=SAM2),
     "sam3_tracker_video_prompt_encoder": Recipe(inputs=POINTS),
     "sam3_video": Recipe(reason=SESSION),
@@ -491,6 +491,7 @@ RECIPES: dict[str, Recipe] = {
         inputs={"pixel_values_videos": randn(3, 4, 3, 32, 32)}, without=("pixel_values",)
     ),
     "vipllava": Recipe(config={"vision_feature_layers": [-2, -1]}),
+    "vits": Recipe(config={"upsample_initial_channel": 32}),
     "xlstm": Recipe(config={"qk_dim_factor": 1.0}),
     "xmod": Recipe(config={"default_language": "en_XX"}),
     "zamba": Recipe(

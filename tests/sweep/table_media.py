@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+import transformers
 
-from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn, resnet
+from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn, resnet, session
 
 EIGHT = [2, 2, 2, 2]
 LINE = Recipe(inputs={"pixel_values": randn(3, 3, 96, 160)})
@@ -19,6 +20,19 @@ SPEECH = Recipe(
         "input_features_mask": lambda: torch.ones(3, 15, dtype=torch.bool),
     },
 )
+
+SAM2_SIZES = {
+    **{f"vision_config.backbone_config.{k}": v for k, v in HIERA.items()},
+    "vision_config.backbone_channel_list": [64, 32, 16, 8],
+    "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "prompt_encoder_config.image_size": 64,
+    "prompt_encoder_config.patch_size": 16,
+}
+SAM3_SIZES = {
+    "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "prompt_encoder_config.image_size": 32,
+    "prompt_encoder_config.patch_size": 8,
+}
 
 RECIPES: dict[str, Recipe] = {
     "align": Recipe(config={"vision_config.width_coefficient": 0.2, "vision_config.depth_coefficient": 0.2}),
@@ -234,14 +248,20 @@ RECIPES: dict[str, Recipe] = {
         config={"audio_config.n_window": 50, "audio_config.n_window_infer": 100},
         inputs={"input_features": randn(3, 128, 100), "feature_attention_mask": ones(3, 100)},
     ),
-    "sam2": Recipe(
-        config={f"vision_config.backbone_config.{k}": v for k, v in HIERA.items()}
-        | {
-            "vision_config.backbone_channel_list": [64, 32, 16, 8],
-            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-            "prompt_encoder_config.image_size": 64,
-            "prompt_encoder_config.patch_size": 16,
+    "rag": Recipe(
+        start=lambda cls: cls(question_encoder=transformers.DPRConfig(), generator=transformers.BartConfig()),
+        config={"n_docs": 2},
+        inputs={
+            "input_ids": ints(60, 3, 9),
+            "decoder_input_ids": ints(60, 3, 6),
+            "context_input_ids": ints(60, 6, 9),
+            "context_attention_mask": ones(6, 9),
+            "doc_scores": randn(3, 2),
         },
+        without=("decoder_attention_mask",),
+    ),
+    "sam2": Recipe(
+        config=SAM2_SIZES,
         inputs={"pixel_values": randn(3, 3, 64, 64), "input_points": randn(3, 1, 2, 2), "input_labels": ones(3, 1, 2)},
     ),
     "tvp": Recipe(
@@ -256,12 +276,27 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "unlimited_ocr_vision": Recipe(config={"sam_config.downsample_channels": [64, 64]}),
-    "sam3_tracker": Recipe(
+    # The first frame of a video alone: memories are attended to from the second on.
+    "sam2_video": Recipe(
         config={
-            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-            "prompt_encoder_config.image_size": 32,
-            "prompt_encoder_config.patch_size": 8,
+            **SAM2_SIZES,
+            "image_size": 64,
+            "memory_attention_rope_feat_sizes": [4, 4],
+            "memory_encoder_output_channels": 16,
         },
+        inputs={"inference_session": session("Sam2VideoInferenceSession", 64), "frame_idx": 0},
+    ),
+    "sam3_tracker_video": Recipe(
+        config={
+            **SAM3_SIZES,
+            "image_size": 32,
+            "memory_attention_rope_feat_sizes": [4, 4],
+            "memory_encoder_output_channels": 16,
+        },
+        inputs={"inference_session": session("Sam3TrackerVideoInferenceSession", 32), "frame_idx": 0},
+    ),
+    "sam3_tracker": Recipe(
+        config=SAM3_SIZES,
         inputs={"pixel_values": randn(3, 3, 32, 32), "input_points": randn(3, 1, 2, 2), "input_labels": ones(3, 1, 2)},
     ),
     "vibevoice": Recipe(
