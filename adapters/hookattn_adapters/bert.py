@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import ClassVar
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class Bert(Adapter):
     """
 
     name = "bert"
-    covers = ("transformers.models.bert.modeling_bert",)
+    covers: ClassVar[tuple[str, ...]] = ("transformers.models.bert.modeling_bert",)
     attention = MappingProxyType({"BertCrossAttention": "cross", "BertSelfAttention": "self"})
 
     def site(self, path: str, module: nn.Module, root: nn.Module) -> Site:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import ClassVar
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class T5(Adapter):
     """
 
     name = "t5"
-    covers = ("transformers.models.t5.modeling_t5",)
+    covers: ClassVar[tuple[str, ...]] = ("transformers.models.t5.modeling_t5",)
     attention = MappingProxyType({"T5Attention": "auto"})  # EncDecAttention: cross
 
     def site(self, path: str, module: nn.Module, root: nn.Module) -> Site:
