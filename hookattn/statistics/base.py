@@ -23,6 +23,8 @@ class Statistic:
     name: ClassVar[str]
     positional: ClassVar[bool] = False
     """Whether it needs to know at which key position each query is."""
+    last: ClassVar[bool] = False
+    """Whether it writes over ``block.shifted``, for want of more memory in the cache; only one statistic may."""
 
     @property
     def key(self) -> str:
@@ -38,16 +40,26 @@ class Statistic:
         """Its fields as they are for a call in which no query has a key; ``shape`` is B H T S."""
         return {self.key: torch.zeros(shape[:3], dtype=dtype, device=device)}
 
-    def columns(self, s: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """N S: vectors over the keys whose products with the weights it wants; one pass for those of all statistics."""
-        return None
+    def columns(self) -> int:
+        """How many vectors over the keys it wants the products with the weights of: one pass for all statistics."""
+        return 0
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def fill(self, columns: Tensor, keys: slice, reach: tuple[int, int] | None) -> None:
+        """Write these vectors.
+
+        Args:
+            columns: N n, of zeros when it is first called.
+            keys: which keys these n are; all of them for vectors that are the same for all rows.
+            reach: None: write the vectors that are the same for all rows. Else the first and the last key position of
+                the queries of the next block: write those that are not.
+        """
+
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """Put its values of one block of rows into ``out``.
 
         Args:
             block: some rows of some heads.
-            sums: b h R N, the products of the block's weights with :meth:`columns`.
+            sums: b h R N, the products of the block's ``mass`` with its columns.
             out: what :meth:`allocate` returned.
         """
         raise NotImplementedError

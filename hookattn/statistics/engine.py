@@ -49,29 +49,43 @@ def compute(problem: Problem, statistics: Sequence[Statistic]) -> dict[str, Tens
         made.update(out)
         asked.append((statistic, out))
     if asked and 0 not in shape:
-        columns, spans = _columns(asked, shape[3], dtype, q.device)
-        for block in _Pass(problem, dtype).blocks():
-            sums = None if columns is None else block.mass @ columns[:, block.keys].t()
-            for (statistic, out), span in zip(asked, spans, strict=True):
-                statistic.write(block, None if sums is None else sums[..., span], out)
+        asked.sort(key=lambda pair: pair[0].last)
+        columns = _Columns([statistic for statistic, _ in asked], shape[3], dtype, q.device)
+        for block in _Pass(problem, dtype, columns).blocks():
+            for (statistic, out), span in zip(asked, columns.spans, strict=True):
+                statistic.write(block, columns.sums[..., span], out)
     return made
 
 
-def _columns(
-    asked: Sequence[tuple[Statistic, Out]], s: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, list[slice]]:
-    """All columns that are asked for, N S, and which of them are whose."""
-    parts: list[Tensor] = []
-    spans: list[slice] = []
-    start = 0
-    for statistic, _ in asked:
-        part = statistic.columns(s, dtype, device)
-        n = 0 if part is None else len(part)
-        if part is not None:
-            parts.append(part)
-        spans.append(slice(start, start + n))
-        start += n
-    return (torch.cat(parts) if parts else None), spans
+class _Columns:
+    """The vectors that all statistics want products with, one beside the other; the first is for the sum of all."""
+
+    def __init__(self, statistics: Sequence[Statistic], s: int, dtype: torch.dtype, device: torch.device):
+        self.statistics = statistics
+        self.spans: list[slice] = []
+        n = 1
+        for statistic in statistics:
+            self.spans.append(slice(n, n + statistic.columns()))
+            n = self.spans[-1].stop
+        # Keys are the inner axis: the product is several times slower the other way round.
+        self.all = torch.zeros(n, s, dtype=dtype, device=device)
+        self.all[0] = 1
+        self.sums = self.all
+        self._fill(slice(0, s), None)
+
+    def _fill(self, keys: slice, reach: tuple[int, int] | None) -> None:
+        for statistic, span in zip(self.statistics, self.spans, strict=True):
+            if span.stop > span.start:
+                statistic.fill(self.all[span, keys], keys, reach)
+
+    def take(self, mass: Tensor, keys: slice, reach: tuple[int, int]) -> Tensor:
+        """b h R 1: the sum of a block's rows; keeps the other products."""
+        if len(self.all) == 1:
+            self.sums = mass.sum(-1, keepdim=True)
+        else:
+            self._fill(keys, reach)
+            self.sums = mass @ self.all[:, keys].t()
+        return self.sums[..., :1]
 
 
 @dataclass(slots=True)
@@ -88,8 +102,8 @@ class _Tile:
 class _Pass:
     """One pass over a problem."""
 
-    def __init__(self, problem: Problem, dtype: torch.dtype):
-        self.problem, self.dtype = problem, dtype
+    def __init__(self, problem: Problem, dtype: torch.dtype, columns: _Columns):
+        self.problem, self.dtype, self.columns = problem, dtype, columns
         q, k = problem.q, problem.k
         self.b, self.h, self.t, self.d = q.shape
         self.s = k.shape[2]
@@ -148,6 +162,12 @@ class _Pass:
         heads = slice(tile.groups.start * self.per, tile.groups.stop * self.per)
         place = (tile.batch, heads, tile.rows)
         scores = self._scores(tile, place)
+        positions = problem.positions
+        reach = (0, 0)
+        if positions is not None:
+            positions = (positions if positions.shape[0] == 1 else positions[tile.batch])[:, None, tile.rows, None]
+            ends = self.reach[tile.rows]
+            reach = min(a for a, _ in ends), max(z for _, z in ends)
         self._hide(scores, tile, place)
         top = scores.amax(-1, keepdim=True)
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
@@ -155,7 +175,7 @@ class _Pass:
         shift = top if full else torch.where(dead, 0.0, top)
         shifted = scores.sub_(shift)
         mass = torch.exp(shifted, out=self._empty(1, tuple(scores.shape)))
-        own = mass.sum(-1, keepdim=True)
+        own = self.columns.take(mass, tile.keys, reach)
         lse = shift + own.log()
         if not full:
             top = torch.where(dead, -torch.inf, top)
@@ -166,12 +186,6 @@ class _Pass:
             factor = own.reciprocal()
         if not full:
             factor = torch.where(dead, 0.0, factor)
-        positions = problem.positions
-        reach = (0, 0)
-        if positions is not None:
-            positions = (positions if positions.shape[0] == 1 else positions[tile.batch])[:, None, tile.rows, None]
-            ends = self.reach[tile.rows]
-            reach = min(a for a, _ in ends), max(z for _, z in ends)
         return Block(place, tile.keys, shifted, mass, factor, top, lse, own * factor, positions, reach)
 
     def _scores(self, tile: _Tile, place: tuple[slice, slice, slice]) -> Tensor:

@@ -20,9 +20,10 @@ class Entropy(Statistic):
     """
 
     name: ClassVar[str] = "entropy"
+    last: ClassVar[bool] = True
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        product = torch.linalg.vecdot(block.shifted, block.mass).unsqueeze(-1) * block.factor
+        product = block.shifted.mul_(block.mass).sum(-1, keepdim=True) * block.factor
         rest = torch.where(block.total == 0, 0.0, (block.lse - block.top) * block.total)
         out[self.key][block.place] = (rest - product).clamp_min_(0).squeeze(-1)

@@ -33,7 +33,7 @@ class FirstMass(Statistic):
         """See :class:`Statistic`."""
         return f"{self.name}({self.n})"
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         first = block.mass[..., : max(self.n - block.keys.start, 0)]
         out[self.key][block.place] = first.sum(-1) * block.factor.squeeze(-1)

@@ -35,7 +35,7 @@ class LocalMass(Statistic):
         """See :class:`Statistic`."""
         return f"{self.name}({self.window})"
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         near = block.near(self.window - 1, self.window - 1)
         inside = block.distance(near).abs_() < self.window

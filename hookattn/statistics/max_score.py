@@ -25,6 +25,6 @@ class MaxScore(Statistic):
         """See :class:`Statistic`."""
         return {self.key: torch.full(shape[:3], -torch.inf, dtype=dtype, device=device)}
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         out[self.key][block.place] = block.top.squeeze(-1)

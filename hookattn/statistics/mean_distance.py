@@ -17,24 +17,35 @@ class MeanDistance(Statistic):
     """``Σ_j w_j |i − j| / Σ_j w_j`` of a query at key position i, B H T, in keys.
 
     The divisor is 1 unless there are sinks. 0 for a row with nothing to attend to. Outside of the square around the
-    diagonal ``|i − j|`` is linear in j, so that two products with vectors do; counted from that square, so that nothing
+    diagonal ``|i − j|`` is linear in j, so that products with two vectors do; counted from that square, so that nothing
     cancels where distances are short and positions large.
     """
 
     name: ClassVar[str] = "mean_distance"
     positional: ClassVar[bool] = True
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def columns(self) -> int:
+        """Two."""
+        return 2
+
+    def fill(self, columns: Tensor, keys: slice, reach: tuple[int, int] | None) -> None:
+        """How far keys are from the first query, and on which side; 0 in the square."""
+        if reach is None:
+            return
+        first, last = reach
+        away, side = columns
+        torch.arange(first - keys.start, first - keys.stop, -1, out=away)
+        left, right = (min(max(x - keys.start, 0), len(away)) for x in (first, last + 1))
+        right = max(left, right)
+        away[left:right], away[right:] = 0, away[right:].neg()
+        side[:left], side[left:right], side[right:] = 1, 0, -1
+
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         assert block.positions is not None
-        square, (first, last), mass = block.near(0, 0), block.reach, block.mass
-        found = torch.linalg.vecdot(mass[..., square], block.distance(square).abs_().to(mass.dtype))
-        keys = torch.arange(block.keys.start, block.keys.stop, device=mass.device)
-        for columns, origin, sign in ((slice(0, square.start), first, 1), (slice(square.stop, None), last, -1)):
-            away = (origin - keys[columns]).mul_(sign).to(mass.dtype)
-            if away.numel():
-                sums = mass[..., columns] @ torch.stack([away, torch.ones_like(away)], 1)
-                rest = (block.positions - origin).mul_(sign).squeeze(-1)
-                found = found + sums[..., 0] + sums[..., 1] * rest
+        square = block.near(0, 0)
+        within = (block.mass[..., square] * block.distance(square).abs_()).sum(-1)
+        beyond = (block.positions - block.reach[0]).squeeze(-1)
+        found = within + sums[..., 0] + sums[..., 1] * beyond
         per = torch.where(block.total == 0, 0.0, block.factor / block.total)
         out[self.key][block.place] = found * per.squeeze(-1)

@@ -21,7 +21,7 @@ class PreviousMass(Statistic):
     name: ClassVar[str] = "previous_mass"
     positional: ClassVar[bool] = True
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         near = block.near(1, -1)
         inside = block.distance(near) == 1

@@ -26,7 +26,7 @@ class Received(Statistic):
         b, h, _, s = shape
         return {self.key: torch.zeros(b, h, s, dtype=dtype, device=device)}
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         column = block.factor.transpose(-1, -2) @ block.mass
         out[self.key][(*block.place[:2], block.keys)] += column.squeeze(-2)

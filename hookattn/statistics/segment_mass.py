@@ -50,16 +50,18 @@ class SegmentMass(Statistic):
         """See :class:`Statistic`."""
         return {self.key: torch.zeros(*shape[:3], len(self.sets), dtype=dtype, device=device)}
 
-    def columns(self, s: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """One indicator a set."""
-        made = torch.zeros(len(self.sets), s, dtype=dtype)
-        for row, (_, keys) in zip(made, self.sets, strict=True):
-            row[[i for i in keys if i < s]] = 1
-        return made.to(device)
+    def columns(self) -> int:
+        """One a set."""
+        return len(self.sets)
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def fill(self, columns: Tensor, keys: slice, reach: tuple[int, int] | None) -> None:
+        """Indicators."""
+        if reach is None:
+            for row, (_, chosen) in zip(columns, self.sets, strict=True):
+                row[[i - keys.start for i in chosen if keys.start <= i < keys.stop]] = 1
+
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        assert sums is not None
         out[self.key][block.place] = sums * block.factor
 
     def problem(self, s: int) -> str | None:

@@ -49,7 +49,7 @@ class TopK(Statistic):
             keys: torch.full(size, -1, dtype=torch.int64, device=device),
         }
 
-    def write(self, block: Block, sums: Tensor | None, out: Out) -> None:
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
         n = min(self.k, block.mass.shape[-1])
         values, index = torch.topk(block.shifted, n, -1)
