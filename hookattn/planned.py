@@ -14,6 +14,9 @@ import torch
 from .record import FIELDS
 from .selection import Selection
 from .site import Site
+from .statistics.registry import named
+
+_FEW = ("entropy", "top_k", "received")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def size_of(count: float) -> str:
 
 def table(plan: MemoryPlan) -> str:
     """One line for each run of calls that take the same, and the totals."""
-    fields = [f for f in FIELDS if any(f in c.bytes for c in plan.calls)]
+    names = list(dict.fromkeys(name for call in plan.calls for name in call.bytes))
+    fields = [f for f in FIELDS if f in names] + [f for f in names if f not in FIELDS]
     lines = [("site", "kind", "calls", *fields, "bytes")]
 
     def alike(call: PlannedCall) -> tuple[object, ...]:
@@ -155,3 +159,6 @@ def smaller(selection: Selection, streamed: bool) -> Iterator[tuple[str, Selecti
             yield f"capture={lean!r}, dtype=torch.float16", both, streamed
     if selection.queries is None:
         yield "queries=slice(-1, None) (the last position)", replace(selection, queries=slice(-1, None)), streamed
+    if not selection.statistics:
+        few = replace(selection, capture=frozenset(), statistics=tuple(s for n in _FEW if (s := named(n)) is not None))
+        yield f"capture={_FEW!r} (statistics, which grow with the length alone)", few, streamed

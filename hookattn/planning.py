@@ -31,6 +31,7 @@ from .record import FIELDS, KernelCall
 from .selection import Selection, restrict
 from .session import Session
 from .site import Site
+from .statistics.positions import query_positions
 from .taps.watch import Watch
 from .trace import Trace
 
@@ -42,6 +43,7 @@ _IMPOSSIBLE = (
 )
 _TAP = Watch._try.__code__
 _CPU = torch.device("cpu")
+_Entry = tuple[tuple[int, ...], torch.dtype, Tensor | None]
 
 
 def plan(
@@ -195,10 +197,8 @@ def _sizes(seen: _Seen, selection: Selection) -> tuple[list[PlannedCall], int]:
         h, t = call.q.shape[1:3]
         restrict(call, selection.head_index(h, site.label), selection.query_index(t, site.label))
         shapes, sizes = {}, {}
-        for name in FIELDS:
-            if name not in selection.capture:
-                continue
-            entry = _entry(call, name)
+        entries = {name: _entry(call, name) for name in FIELDS if name in selection.capture}
+        for name, entry in {**entries, **_statistics(given, call, site, selection)}.items():
             if entry is None:
                 continue
             shape, dtype, x = entry
@@ -236,9 +236,22 @@ def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:
     return masks[key]
 
 
-def _entry(call: KernelCall, name: str) -> tuple[tuple[int, ...], torch.dtype, Tensor | None] | None:
+def _statistics(given: KernelCall, call: KernelCall, site: Site, selection: Selection) -> dict[str, _Entry]:
+    """The same of the statistics of a call, which is restricted to what is kept of the given one."""
+    made: dict[str, _Entry] = {}
+    placed = not selection.statistics or query_positions(replace(given, mask=None), site.kind) is not None
+    dtype = compute_dtype(call.dtype if call.scores is None else call.scores.dtype)
+    b, h, t, s = *call.q.shape[:3], call.k.shape[2]
+    for statistic in selection.statistics:
+        if placed or not statistic.positional:
+            for name, x in statistic.allocate((b, h, t, s), dtype, torch.device("meta")).items():
+                made[name] = tuple(x.shape), x.dtype, None
+    return made
+
+
+def _entry(call: KernelCall, name: str) -> _Entry | None:
     """Shape and dtype of a field as it is kept, and the tensor that calls may have in common; None: it has none."""
-    x: Tensor | None = getattr(call, name, None)
+    x: Tensor | None = getattr(call, name)
     if name in ("scores", "weights") and x is None:
         (b, h, t), s = call.q.shape[:3], call.k.shape[2]
         return (b, h, t, s), compute_dtype(call.dtype) if name == "scores" else call.dtype, None

@@ -47,6 +47,13 @@ SELECTIONS: list[dict[str, Any]] = [
     {"queries": slice(-1, None)},
     {"queries": [0, 2]},
     {"dtype": torch.float16},
+    {"capture": ("q", "entropy", "top_k", "received", "first_mass")},
+    {
+        "capture": ("mean_distance", "weights", "lse"),
+        "heads": [1, 2],
+        "queries": slice(2, None),
+        "dtype": torch.float16,
+    },
 ]
 
 
@@ -98,6 +105,13 @@ def test_attention_in_many_hands(case: Any) -> None:
 def test_modules_of_torch(train: bool) -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     check(nn.TransformerEncoder(layer, 2).train(train), torch.randn(2, 5, 32))
+
+
+def test_statistics_that_a_call_does_not_have() -> None:
+    told = check(
+        tiny.t5(), {"input_ids": tiny.ids(), "decoder_input_ids": tiny.ids(5)}, capture=("entropy", "mean_distance")
+    )
+    assert {(c.site.kind, *c.bytes) for c in told.calls} == {("self", "entropy", "mean_distance"), ("cross", "entropy")}
 
 
 def test_half_precision_and_experts() -> None:
@@ -177,8 +191,8 @@ def test_one_that_is_too_large_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "free_disk", lambda path: whole.total - 1)
     told = hookattn.plan(model, inputs)
     assert not told.fits
-    assert [x.split(" ")[0].split("=")[0] for x in told.advice] == ["capture", "capture", "queries"]
-    assert "does not fit" in repr(told) and planned.size_of(last.total) in told.advice[-1]
+    assert [x.split(" ")[0].split("=")[0] for x in told.advice] == ["capture", "capture", "queries", "capture"]
+    assert "does not fit" in repr(told) and planned.size_of(last.total) in told.advice[-2]
     streamed = hookattn.plan(model, inputs, to="x.safetensors")
     assert not streamed.fits and streamed.free_disk == whole.total - 1
     monkeypatch.setattr(planning, "free_disk", lambda path: whole.total)
