@@ -456,6 +456,20 @@ def test_segments_beyond_the_keys_are_noted() -> None:
     assert call.notes == ("segment_mass: out has positions beyond the 9 keys",)
 
 
+def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "statistics.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(text.split("```python")[1].split("```")[0], "statistics.md", "exec"), names)
+    call = names["call"]
+    weights = masked_softmax(reference_attention(*[names["x"]] * 3, scale=32**-0.5)[0], causal(600, 600), None)
+    close(call.get("first_mass"), weights[..., :4].sum(-1), "first_mass")
+    close(call.get(names["prompt"])[..., 1], weights[..., 100:130].sum(-1), "question")
+    for kind in st.STATISTICS.values():
+        assert f"| `{kind.name}` | `{kind.__name__}(" in text
+    assert len(st.merge(names["trace"])) == 1
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
