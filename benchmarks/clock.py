@@ -6,6 +6,7 @@ leaves behind in the caches (a file that was written, say) is no cost of the nex
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -30,7 +31,8 @@ class Variant:
         run: runs it once; what it returns is kept until the clock has stopped.
         around: entered before the clock starts and left after it stops.
         after: what to do when the clock has stopped (a file that goes).
-        kept: bytes that it keeps, if they are known.
+        kept: bytes that it keeps on the model's device, if they are known.
+        host, disk: bytes that it puts into host memory or into a file.
         peer: whether it is somebody else's.
     """
 
@@ -39,6 +41,8 @@ class Variant:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     after: Callable[[], None] = lambda: None
     kept: int | None = None
+    host: int = 0
+    disk: int = 0
     peer: bool = False
 
 
@@ -105,26 +109,23 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
     Args:
         variants: the first is what the others are compared with.
         clock: measures one run.
-        seconds: about how long all of it may take; at least 3 rounds, at most 100.
+        seconds: about how long the rounds may take; 3 to 100 of them. A variant that takes an eighth of
+            that at once runs in one round alone, and after twice the time no further round begins.
         rounds: exactly so many rounds instead.
     """
     found = [Timed(v) for v in variants]
-    first: list[float] = []
-    for timed in found:  # warm-up: twice, and what fails is out
-        try:
-            once(timed.variant, clock)
-            first.append(once(timed.variant, clock))
-        except Exception as error:
-            if not timed.variant.peer:
-                raise
-            timed.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            first.append(0.0)
+    first = [_warm(timed, clock, math.inf if rounds else seconds / 8) for timed in found]
     strides = [max(1, min(20, int(s / (_SLOW * first[0])))) for s in first]
+    if not rounds:
+        strides = [MOST if s > seconds / 8 and i else n for i, (s, n) in enumerate(zip(first, strides, strict=True))]
     warming = first[0] if first[0] < _SHORT else 0.0
     one_round = sum((s + warming) / n for s, n in zip(first, strides, strict=True))
+    end = math.inf if rounds else time.perf_counter() + 2 * seconds
     rounds = rounds or max(LEAST, min(MOST, int(seconds / max(one_round, 1e-9))))
     order, draw = list(zip(found, strides, strict=True)), random.Random(0)
     for i in range(rounds):
+        if i and time.perf_counter() > end:
+            break
         draw.shuffle(order)
         for timed, stride in order:
             if timed.failed is None and i % stride == 0:
@@ -132,6 +133,18 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
                     variants[0].run()
                 timed.seconds[i] = once(timed.variant, clock)
     return found
+
+
+def _warm(timed: Timed, clock: Clock, long: float) -> float:
+    """Seconds of the second run, or of the first if it took ``long``; 0 where a peer cannot run this."""
+    try:
+        spent = once(timed.variant, clock)
+        return spent if spent > long else once(timed.variant, clock)
+    except Exception as error:
+        if not timed.variant.peer:
+            raise
+        timed.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return 0.0
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

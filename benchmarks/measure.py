@@ -14,6 +14,7 @@ from .memory import peak
 from .variants import BASE, EAGER, variants
 
 _SPARE = 0.8  # of the free memory
+_TO_DISK = 3 << 30
 
 
 @dataclass
@@ -78,8 +79,13 @@ def too_large(case: Case, variant: Variant, device: torch.device) -> str | None:
     if variant.peer:
         kept = case.layers * scores * case.dtype.itemsize * (1 if "output_attentions" in variant.name else 2)
     need = 0 if variant.name == BASE else room(case, eager, kept)
-    free = int(_SPARE * free_memory(device))
-    return None if need <= free else f"left out: needs about {size_of(need)} of {size_of(free)}"
+    if variant.disk > _TO_DISK:
+        return f"left out: {size_of(variant.disk)} to disk would take the time of all else"
+    for where, size, place in (("", need, device), (" of the host", variant.host, torch.device("cpu"))):
+        free = int(_SPARE * free_memory(place))
+        if size > free:
+            return f"left out: needs about {size_of(size)} of {size_of(free)}{where}"
+    return None
 
 
 def _row(timed: Timed, base: Timed, calls: int) -> Row:

@@ -69,7 +69,8 @@ def variants(model: nn.Module, x: Tensor) -> list[Variant]:
 
 def _traced(name: str, model: nn.Module, x: Tensor, **options: Any) -> Variant:
     kept = hookattn.plan(model, x, **{k: v for k, v in options.items() if k != "verify"}).total
-    return Variant(name, lambda: hookattn.trace(model, x, **options), kept=kept)
+    there = x.is_cuda and options.get("device") == "cpu"
+    return Variant(name, lambda: hookattn.trace(model, x, **options), kept=0 if there else kept, host=there * kept)
 
 
 def _streamed(model: nn.Module, x: Tensor) -> Variant:
@@ -80,7 +81,13 @@ def _streamed(model: nn.Module, x: Tensor) -> Variant:
         assert folder.name
         path.unlink(missing_ok=True)
 
-    return Variant(DISK, lambda: hookattn.trace(model, x, to=os.fspath(path)), after=gone, kept=0)
+    return Variant(
+        DISK,
+        lambda: hookattn.trace(model, x, to=os.fspath(path)),
+        after=gone,
+        kept=0,
+        disk=hookattn.plan(model, x).total,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -147,7 +148,9 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         session.start()
         try:
-            with Rules(may_guess):  # in the caller's grad mode, which fused layers look at
+            with warnings.catch_warnings(), Rules(may_guess):  # in the caller's grad mode: fused layers look at it
+                # A tap asks where tensors lie in memory, which fake ones do nowhere.
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
                 copy(*args, **kwargs)
         except TypeError:
             _check_fit(copy, args, kwargs)

@@ -81,7 +81,9 @@ def test_a_peer_that_fails_is_a_row_and_ours_is_an_error() -> None:
 def test_the_rounds_fit_the_time() -> None:
     rows = [Variant("base", lambda: 1.0), Variant("other", lambda: 1.0)]
     assert len(clock.time_all(rows, Hands(), 20.0)[0].seconds) == 10
-    assert len(clock.time_all(rows, Hands(), 0.0)[0].seconds) == clock.LEAST
+    long = clock.time_all([*rows, Variant("long", lambda: 5.0)], Hands(), 30.0)
+    assert len(long[1].seconds) > 3 and list(long[2].seconds) == [0]
+    assert len(clock.time_all(rows, Hands(), 0.0)[0].seconds) == 1  # time is up after the first
 
 
 def test_a_case_of_ours() -> None:
@@ -127,6 +129,9 @@ def test_what_does_not_fit_is_left_out_with_a_line(monkeypatch: pytest.MonkeyPat
     assert rows[variants.BASE].left_out is None
     assert (rows[variants.FULL].left_out or "").startswith("left out: needs about")
     assert "left out: needs about" in table.case_table("tiny", list(rows.values()))
+    far = Variant("far", lambda: None, kept=0, host=1 << 20)
+    assert (measure.too_large(TINY, far, CPU) or "").endswith("of the host")
+    assert "to disk" in (measure.too_large(TINY, Variant("file", lambda: None, kept=0, disk=1 << 40), CPU) or "")
     assert room(TINY, True, 0) == 5 * 2 * 64 * 4
 
 
