@@ -25,12 +25,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 # products, masks of -100, latent attention, soft-caps, hybrids.
 HARD = """gpt_oss t5gemma2 xglm trocr fsmt vits bloom reformer hiera longt5 prophetnet deberta deberta-v2 xlnet
 funnel sew-d swin diffllama nystromformer deepseek_v3 gemma2 mpt t5 beit wav2vec2-conformer perceiver qwen3_next llava
-clip detr seamless_m4t whisper mixtral mllama""".split()
+clip detr seamless_m4t whisper mixtral mllama longformer led big_bird granite_speech rf_detr""".split()
 # type -> (implementation, what is wrong)
-KNOWN_RED = {
-    "longformer": ("eager", "banded weights are not read"),
-    "led": ("eager", "banded weights are not read"),
-}
+KNOWN_RED: dict[str, tuple[str, str]] = {}
 TENTH = sorted(set(model_types()[1::18]) | set(HARD) - set(KNOWN_RED))
 
 

@@ -40,6 +40,8 @@ NOT_WEIGHTS = (
     ("squeezebert", "attentions", "hands out the scores before the softmax"),
     ("wavlm", "attentions", "hands out the mean over its heads, once for each"),
 )
+# Models that compute a band of the scores, and hand it out as it is stored: columns count from the query.
+BANDS = ("longformer", "led")
 
 
 def compare_offered(
@@ -74,6 +76,10 @@ def compare_offered(
         if why.startswith("hands out the scores"):
             theirs = theirs.softmax(-1)
         fits = {i: d for i in free if (d := distance(trace[i], theirs, alive)) is not None}
+        if row.model_type in BANDS and not name.startswith(("decoder", "cross")):
+            fits = {i: d for i in free if (d := band_distance(trace[i], theirs, "global" in name)) is not None}
+            note = "hands out a band as it is stored: compared as the sorted values of each row"
+            row.notes += [note] if note not in row.notes else []
         best = min(fits, key=lambda i: fits[i], default=-1)
         if why and (best < 0 or fits[best] > TOLERANCE):
             if not any(why in note for note in row.notes):
@@ -120,6 +126,24 @@ def distance(call: hookattn.Call, theirs: Tensor, alive: Tensor | None = None) -
         return 0.0
     gap = (mine.double() - theirs.double()).abs()[rows].max().item()
     return gap if gap == gap else float("inf")
+
+
+def band_distance(call: hookattn.Call, theirs: Tensor, columns: bool) -> float | None:
+    """The largest distance of a dense call from a stored band, whose columns are others: row by row, in falling order.
+
+    Args:
+        call: the call, B H T S.
+        theirs: B H T n; or B H S T, where ``columns``. Rows of zeros are those of another softmax, and are left out.
+        columns: whether a column of theirs is a query.
+    """
+    theirs = theirs.transpose(-1, -2) if columns else theirs
+    mine = call.weights
+    if mine.shape[:3] != theirs.shape[:3] or mine.shape[3] < theirs.shape[3]:
+        return None
+    theirs = nn.functional.pad(theirs, (0, mine.shape[3] - theirs.shape[3]))
+    rows = theirs.ne(0).any(-1)
+    gap = mine.double().sort(-1).values - theirs.double().sort(-1).values
+    return gap.abs()[rows].max().item() if rows.any() else None
 
 
 def attentions(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
