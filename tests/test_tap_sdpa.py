@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import hookattn
 from tests.reference import (
     alibi,
     assert_untouched,
@@ -595,3 +596,45 @@ def test_forwards_after_the_trace_are_not_seen() -> None:
     model(q, k, v)
     assert [call.step for call in trace.calls] == [0, 1]
     assert_untouched(model)
+
+
+class Learned(nn.Module):
+    """One set of learned queries for every row of the batch, and other axes that the kernel broadcasts by itself."""
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], watched: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(draw(*shape, seed=i)) for i, shape in enumerate(shapes))
+        self.watched = watched
+
+    def forward(self, mask: Tensor | None) -> Tensor:
+        q, k, v = (x * 1.0 if self.watched else x for x in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 2, 3, 4), (5, 2, 7, 4), (5, 2, 7, 6)),
+        ((5, 2, 3, 4), (1, 2, 7, 4), (5, 2, 7, 6)),
+        ((5, 2, 3, 4), (5, 2, 7, 4), (1, 2, 7, 6)),
+        ((5, 1, 3, 4), (5, 2, 7, 4), (5, 2, 7, 6)),
+        ((5, 2, 3, 4), (5, 1, 7, 4), (5, 1, 7, 6)),
+        ((5, 2, 3, 4), (5, 1, 7, 4), (5, 2, 7, 6)),
+        ((1, 1, 3, 4), (5, 2, 7, 4), (1, 2, 7, 6)),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_broadcasts(shapes: tuple[tuple[int, ...], ...], watched: bool, masked: bool) -> None:
+    model = Learned(shapes, watched)
+    mask = torch.rand(5, 1, 3, 7, generator=torch.Generator().manual_seed(0)) > 0.3 if masked else None
+    (call,) = hookattn.trace(model, (mask,), verify="full", strict=True)
+    assert call.shape.startswith("B5 H2 T3 S7") and call.q.shape[:2] == (5, 2)
+    assert call.k.shape[0] == call.v.shape[0] == 5
+    groups = call.k.shape[1]
+    k, v = (x.double().repeat_interleave(2 // groups, 1) for x in (call.k, call.v))
+    scores = call.q.double() @ k.mT * call.scale
+    weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+    assert (weights - call.weights.double()).abs().max() < 1e-6
+    assert (weights @ v - call.output.double()).abs().max() < 1e-5

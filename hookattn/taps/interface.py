@@ -113,7 +113,8 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = sdpa.plain(tracing, original, given, out, module)
         if call.k.shape[1] != key.shape[1]:  # repeated for grouped queries
             keys = call.k.shape[2]
-            call.k, call.v = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
+            key, value = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
+            call.q, call.k, call.v = sdpa.full(call.q, key, value, out)
         tracing.record(call)
     return out
 

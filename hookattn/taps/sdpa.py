@@ -48,6 +48,10 @@ def plain(recorder: Recorder, func: Any, given: dict[str, Any], out: Tensor, mod
     q, k, v, scale, mask = given["query"], given["key"], given["value"], given["scale"], given["attn_mask"]
     if not q.dtype == k.dtype == v.dtype == out.dtype:  # under autocast
         q, k, v = (x.to(out.dtype) for x in (q, k, v))
+    if q.dim() == 4 and not (
+        q.shape[:2] == out.shape[:2] and k.shape[:2] == v.shape[:2] and k.shape[0] == out.shape[0]
+    ):
+        q, k, v = full(q, k, v, out)
     call = KernelCall(q, k, v, out, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
     call.causal, call.module = bool(given["is_causal"]), module
     if given["dropout_p"]:
@@ -62,6 +66,17 @@ def plain(recorder: Recorder, func: Any, given: dict[str, Any], out: Tensor, mod
         if q.dim() == 4:
             call.bias, call.mask = _four(call.bias), _four(call.mask)
     return call
+
+
+def full(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v whose batch or heads the kernel broadcasts (learned queries, say), at their full extents."""
+    if not q.dim() == k.dim() == v.dim() == out.dim() == 4:
+        return q, k, v
+    b, h = out.shape[:2]
+    q, k, v = q.expand(b, h, -1, -1), k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1)
+    groups = max(k.shape[1], v.shape[1])
+    k, v = (x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (k, v))
+    return q, k, v
 
 
 def _four(x: Tensor | None) -> Tensor | None:
