@@ -353,15 +353,34 @@ def test_merge_over_batches() -> None:
         st.merge(hookattn.trace(model, (x, x, x)))
 
 
-def test_keys_that_fell_out_of_a_cache_are_not_summed() -> None:
+@pytest.mark.parametrize("capture", [("received", "entropy"), ("top_k", "entropy")])
+def test_keys_that_fell_out_of_a_cache_are_not_summed(capture: tuple[str, ...]) -> None:
     x = draw(1, 2, 8, 4, seed=7)
-    layer = Layer()
-    with hookattn.tracing(layer, capture=("received", "entropy")) as found:
+    for first in (8, 1):  # from the first step on, or with a window that is full already
+        layer = Layer()
+        with hookattn.tracing(layer, capture=capture) as found:
+            layer(x[:, :, :first], x, x)
+            for _ in range(2):
+                layer(x[:, :, :1], x, x)
+        with pytest.raises(StitchError, match="fell out of the cache"):
+            st.merge(found)
+    with hookattn.tracing(layer, capture=capture, queries=-1) as found:
         layer(x, x, x)
-        for _ in range(2):
-            layer(x[:, :, :1], x, x)
-    with pytest.raises(StitchError, match="fell out of the cache"):
+        layer(x[:, :, :1], torch.cat([x, x[:, :, :1]], 2), torch.cat([x, x[:, :, :1]], 2))
+    with pytest.raises(StitchError, match="queries were left out"):
         st.merge(found)
+
+
+def test_a_cache_that_becomes_static_after_the_first_step() -> None:
+    x, layer = draw(1, 2, 8, 4, seed=7), Layer()
+    with hookattn.tracing(layer, capture=("received", "entropy")) as found:
+        layer(x[:, :, :5], x[:, :, :5], x[:, :, :5], causal(5, 5))
+        for i in (5, 6, 7):
+            layer(x[:, :, i : i + 1], x, x, torch.arange(8)[None] <= i)
+    expected = explicit(reference_attention(x, x, x, scale=0.5)[0], causal(8, 8).expand(1, 2, 8, 8))
+    [call] = st.merge(found)
+    close(call.get("received"), expected["received"], "received")
+    close(call.get("entropy"), expected["entropy"], "entropy")
 
 
 def test_cross_attention_has_no_positions() -> None:

@@ -29,8 +29,9 @@ def merge(traces: Trace | Sequence[Trace], over: str = "steps") -> Trace:
         traces: over ``"steps"``: one trace, or several that continue one another; over ``"batches"``: several traces of
             the same model, with as many queries and keys each.
         over: ``"steps"``: rows are appended in the order of the steps, and what keys received is summed. Step by
-            step the keys have to be the same tokens: a growing cache, or a static one, or a cross-attention. Rows of
-            beam search, which change places, are not followed. ``"batches"``: batch entries are appended.
+            step the keys have to be the same tokens: a growing cache, or a static one (if ``received`` was captured,
+            or from the first step on), or a cross-attention. Rows of beam search, which change places, are not
+            followed. ``"batches"``: batch entries are appended.
 
     Returns:
         A Trace: over steps with one call for each site; over batches with the calls of the first trace.
@@ -105,22 +106,38 @@ def _cat(name: str, parts: Sequence[Tensor], dim: int, calls: Sequence[Call]) ->
 
 
 def _check_keys(name: str, calls: Sequence[Call]) -> None:
-    """Whether key j is the same token in all steps."""
+    """Whether key j is the same token in all steps: there is room for all that were seen so far."""
     if len(calls) == 1:
         return
     site, keys = calls[0].site, [call.keys for call in calls]
-    if any(n is None for n in keys):
+    known = [n for n in keys if n is not None]
+    if len(known) < len(keys):
         raise StitchError(f"{site.label}: {name} was merged before; merge the traces of all steps at once.")
-    rows = [_rows(call) for call in calls]
-    same = site.kind.startswith("cross") or (rows[0] is not None and keys[0] != rows[0])
-    for i in range(1, len(calls)):
-        a, b, t = keys[i - 1], keys[i], rows[i]
-        assert a is not None and b is not None
-        if not (same and a == b) and not (t is not None and b == a + t):
+    if site.kind.startswith("cross"):
+        if len(set(known)) > 1:
+            raise StitchError(f"{site.label}: {name} is of {known[:4]}… keys, which are not the same sequence.")
+        return
+    seen = known[0] - _free(calls[0])
+    for call, n in zip(calls[1:], known[1:], strict=True):
+        t = _rows(call)
+        if t is None:
+            raise StitchError(f"{site.label}: queries were left out, so which keys {name} counts is not known.")
+        seen += t
+        if n < seen:
             raise StitchError(
-                f"{site.label}: {b} keys after {a}, with {t or 'unknown'} new queries: keys fell out of the cache, or "
-                f"queries were left out, and {name} counts keys that are not the same tokens in all steps."
+                f"{site.label}: {n} keys in step {call.step}, after {seen} tokens: keys fell out of the cache, and "
+                f"{name} counts keys that are not the same tokens in all steps."
             )
+
+
+def _free(call: Call) -> int:
+    """How many slots at the end of a static cache are empty: hidden from all queries, of which there are fewer."""
+    names = [n for n in call.fields if _plain(n) == Received.name]
+    got = call.get(names[0]) if names else None
+    if got is None or _rows(call) == call.keys:
+        return 0
+    used = (got != 0).flatten(0, 1).any(0).nonzero()
+    return got.shape[2] - (int(used[-1]) + 1 if len(used) else 0)
 
 
 def _rows(call: Call) -> int | None:
