@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
     parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 180; cuda: 150)")
     parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
+    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
     parser.add_argument(
         "--busy", action="store_true", help="count the time of this process on one core, not the wall's"
     )
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [c for c in cases() if _chosen(c, options.cases, device)]
     if not chosen:
         parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
+    names = [name for name in options.rows.split(",") if name]
     share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
     about = {**_about(device), "clock": clock.__name__}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
@@ -66,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: dict[str, list[Row]] = {}
     extra: dict[str, float] = {}
     for case in chosen:
-        rows[case.name] = measure(case, device, share * case.weight, options.rounds, clock)
+        rows[case.name] = measure(case, device, share * case.weight, options.rounds, clock, names=names)
         print(case_table(case.name, rows[case.name]), flush=True)
-        if case.name == SMALL:
+        if case.name == SMALL and not names:
             extra.update(streaming(case.make(device), case.inputs(device), clock))
         gc.collect()
         if device.type == "cuda":

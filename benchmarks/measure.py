@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -49,13 +50,21 @@ class Row:
 
 
 def measure(
-    case: Case, device: torch.device, seconds: float, rounds: int = 0, clock: Clock | None = None, memory: bool = True
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    rounds: int = 0,
+    clock: Clock | None = None,
+    memory: bool = True,
+    names: Sequence[str] = (),
 ) -> list[Row]:
-    """Every row of a case; what does not fit into memory is a row that says so."""
+    """Every row of a case, or those whose name contains one of ``names``, beside the first; what does not fit into
+    memory is a row that says so."""
     clock = clock or clock_of(device)
     model, x = case.make(device), case.inputs(device)
     with torch.no_grad():
         every = variants(model, x)
+        every = [v for v in every if v is every[0] or not names or any(n in v.name for n in names)]
         fit, rows = [], {}
         for variant in every:
             reason = too_large(case, variant, device)

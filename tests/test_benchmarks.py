@@ -174,8 +174,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(command, "cases", lambda: iter([TINY]))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     path = tmp_path / "out" / "bench.json"
-    assert command.main(["--cases", "tiny", "--rounds", "1", "--busy", "--json", str(path)]) == 0
+    assert (
+        command.main(["--cases", "tiny", "--rounds", "1", "--busy", "--json", str(path), "--rows", "everyt,q k"]) == 0
+    )
     report = json.loads(path.read_text(encoding="utf-8"))
+    assert len(report["cases"]["tiny"]) == 6
     assert report["cases"]["tiny"][0]["name"] == variants.BASE and report["about"]["torch"]
     assert "everything" in capsys.readouterr().out
     with pytest.raises(SystemExit):
