@@ -107,7 +107,9 @@ class Selection:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         q = self.queries
+        statistics = {s.key: s.parameters for s in self.statistics}
         return {
+            **({"statistics": statistics} if statistics else {}),
             "capture": [f for f in FIELDS if f in self.capture] + [s.key for s in self.statistics],
             "layers": self.layers,
             "heads": self.heads,

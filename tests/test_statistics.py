@@ -414,6 +414,9 @@ def test_file(stream: bool, tmp_path: Path) -> None:
     read = hookattn.load(path)
     assert list(read[0].fields) == list(plain[0].fields) and read[0].keys == 9
     assert read.selection["capture"] == ["q", *(s.key for s in asked())]
+    assert read.selection["statistics"]["first_mass(3)"] == {"n": 3}
+    sets = read.selection["statistics"]["segment_mass(a,b,none)"]["sets"]
+    assert sets == {"a": [[0, 1], [2, 4]], "b": [[1, 2]], "none": []}
     for name in plain[0].fields:
         for trace in (found, read):
             value, expected = trace[0].get(name), plain[0].get(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class Statistic:
     def key(self) -> str:
         """The field's name in a call and in the file, for example ``first_mass(4)``."""
         return self.name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its parameters as plain data, for the file."""
+        return asdict(self)
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class SegmentMass(Statistic):
     def key(self) -> str:
         """See :class:`Statistic`."""
         return f"{self.name}({','.join(name for name, _ in self.sets)})"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Each set as runs of positions, ``[start, stop]`` without the stop."""
+        made: dict[str, list[list[int]]] = {}
+        for name, keys in self.sets:
+            runs: list[list[int]] = []
+            for i in keys:
+                if runs and runs[-1][1] == i:
+                    runs[-1][1] = i + 1
+                else:
+                    runs.append([i, i + 1])
+            made[name] = runs
+        return {"sets": made}
 
     def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
         """See :class:`Statistic`."""
