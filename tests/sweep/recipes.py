@@ -177,6 +177,7 @@ def lacks(*libraries: str) -> str:
 
 
 TIMM = lacks("timm")
+BLOCKS = "a convolutional net without attention, whose default configuration leaves out the table of its blocks"
 NO_PART = "is a part that only other models build, and is run with them"
 NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
 SESSION = "takes a video session object that only its processor makes"

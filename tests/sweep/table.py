@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .recipes import (
+    BLOCKS,
     EXPERTS,
     HIERA,
     IMAGE,
@@ -326,6 +327,9 @@ RECIPES: dict[str, Recipe] = {
     "pocket_tts_audio_tokenizer_decoder": Recipe(inputs={"latents": randn(3, 64, 9)}),
     "pop2piano": Recipe(without=("input_features",)),
     "pp_chart2table_vision": Recipe(reason=NO_PART),
+    "pp_ocrv5_server_det": Recipe(reason=BLOCKS),
+    "pp_ocrv6_medium_det": Recipe(reason=BLOCKS),
+    "pp_ocrv6_small_det": Recipe(reason="a convolutional net without attention, whose neck fits its full widths alone"),
     "qwen2_5_omni": Recipe(reason=NO_FORWARD),
     "qwen2_5_omni_audio_encoder": Recipe(
         inputs={"input_features": randn(128, 60), "feature_lens": lambda: torch.tensor([40, 20])},
