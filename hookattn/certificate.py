@@ -210,7 +210,9 @@ def read(pending: Sequence[tuple[int, Pending]]) -> list[list[Certificate]]:
 
 def unit_of(call: KernelCall) -> float:
     """The allowed distance per unit, by the narrowest dtype that was computed in."""
-    dtypes = (call.q.dtype, call.softmax_dtype or call.q.dtype)
+    dtypes = {call.q.dtype, call.v.dtype, call.softmax_dtype or call.q.dtype}
+    if call.weights is not None:
+        dtypes.add(call.weights.dtype)
     return max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
 
 

@@ -350,3 +350,17 @@ def test_a_value_that_nobody_attends_to_may_be_nan() -> None:
 
     found = trace(Masked(), (q, k, v))[0].certificate
     assert found.faithful and 0 < found.tolerance < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_float32_and_weights_in_the_dtype_of_the_values(dtype: torch.dtype) -> None:
+    """As GPT-J has it: what is multiplied in the end is known no better than the narrowest of them."""
+
+    class Mixed(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = (q.float() @ k.float().mT * 0.4).softmax(-1).to(v.dtype)
+            return weights @ v
+
+    q, k, v = (draw(2, H, 12, D, seed=i, dtype=dtype) for i in range(3))
+    found = hookattn.trace(Mixed(), (q, k, v), strict=True, verify="full")[0]
+    assert found.certificate.weights_tolerance >= TOLERANCE[dtype] and found.weights.dtype == dtype
