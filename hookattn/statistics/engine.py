@@ -1,9 +1,9 @@
 """All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys.
 
 A block of scores stays in the processor's cache from the product to the last sum over it. Beside that one product and
-the exponential, which a fused kernel computes too, all is cheap: the statistics but the top keys take about as long as
-the kernel's own forward, which has the product with v instead. Reusing a fused kernel, which returns its log-sum-exp
-and takes more columns along in v, would cost one forward for the entropy and another for what keys receive.
+the exponential, which a fused kernel computes too, there are only sums over it. Reusing a fused kernel, which returns
+its log-sum-exp and takes more columns along in v, would cost one forward for the entropy and another for what keys
+receive, and leave the largest score to a third pass.
 """
 
 from __future__ import annotations
