@@ -25,6 +25,7 @@ from .errors import (
 from .inspection import check_meta, make_plan
 from .selection import Selection
 from .session import Session
+from .statistics.base import Statistic
 from .trace import Trace
 
 _VERIFY = ("sample", "full", "off")
@@ -34,7 +35,7 @@ def trace(
     model: nn.Module,
     inputs: Any,
     *,
-    capture: Iterable[str] | str | None = None,
+    capture: Iterable[str | Statistic] | str | Statistic | None = None,
     layers: Any = None,
     heads: Any = None,
     queries: Any = None,
@@ -54,7 +55,8 @@ def trace(
         model: any ``nn.Module``.
         inputs: a tensor or other single argument, a tuple of arguments, or a mapping of keyword arguments (a
             tokenizer's BatchEncoding, say).
-        capture: fields to keep, of q, k, v, bias, scores, mask, sinks, weights, output; all by default.
+        capture: fields to keep, of q, k, v, bias, scores, mask, sinks, weights, output; all by default. Also statistics
+            by name, or as objects of :mod:`hookattn.statistics`.
         layers: layer indices of each stack, negative ones from its end; all by default.
         heads: query heads; all by default.
         queries: query positions, a slice or indices; all by default.
@@ -104,7 +106,7 @@ def trace(
 def tracing(
     model: nn.Module,
     *,
-    capture: Iterable[str] | str | None = None,
+    capture: Iterable[str | Statistic] | str | Statistic | None = None,
     layers: Any = None,
     heads: Any = None,
     queries: Any = None,

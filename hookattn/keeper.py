@@ -218,7 +218,8 @@ class Keeper:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
         if self.verify == "off":
             return None, scores, self._narrow(weights, call)
-        rows = rows_to_check(call.q.shape[2], self.verify == "full")
+        b, h, t = call.q.shape[:3]
+        rows = rows_to_check(t, self.verify == "full", b * h * t * call.k.shape[2])
         part = self._scores(call, rows) if scores is None or not call.opaque else scores[:, :, rows]
         row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         if call.weights is None and weights is not None:

@@ -20,8 +20,6 @@ from .quiet import Quiet
 SMALL = 1 << 18
 # So many scores may wait; then they are derived whether the forward is over or not.
 _LIMIT = 1 << 23
-# Up to this many scores all rows are measured: leaving some out would cost more.
-_ALL = 1 << 14
 
 
 @dataclass(slots=True)
@@ -130,7 +128,7 @@ class Waiting:
         if wide != dtype:
             parts = [x.to(wide) for x in parts]
         q, k = parts[0], parts[1].view(n * b * g, s, d)
-        rows = slice(0, t, 1) if b * h * t * s <= _ALL else rows_to_check(t, self.verify == "full")
+        rows = rows_to_check(t, self.verify == "full", b * h * t * s)
         whole = self.scores or self.weights or rows == slice(0, t, 1)
         if not whole:
             q = q[:, :, rows]

@@ -182,7 +182,9 @@ SPEECH = ("audio self encoder.layers.{}.attention",)
 
 
 def whisper() -> dict[str, Tensor]:
-    return {"input_features": seeded(2, 80, 16), "decoder_input_ids": ids(4)}
+    mask = torch.ones(2, 4, dtype=torch.long)
+    mask[1, 3] = 0
+    return {"input_features": seeded(2, 80, 16), "decoder_input_ids": ids(4), "decoder_attention_mask": mask}
 
 
 # fmt: off

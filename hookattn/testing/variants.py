@@ -95,7 +95,8 @@ def cache(case: Case) -> Iterator[Failure]:
         past = None
         torch.manual_seed(1)
         for start, stop in ((0, n - 2), (n - 2, n - 1), (n - 1, n)):
-            cut = rest if name == "decoder_input_ids" else {k: _cut(k, v, n, start, stop) for k, v in rest.items()}
+            ours = [k for k in rest if name == "input_ids" or k.startswith("decoder_")]  # the rest is the encoder's
+            cut = {k: _cut(k, v, n, start, stop) if k in ours else v for k, v in rest.items()}
             made.append(model(**{name: ids[:, start:stop]}, **cut, past_key_values=past, use_cache=True))
             past = getattr(made[-1], "past_key_values", None)
             if past is None:
