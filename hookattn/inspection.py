@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -46,7 +47,6 @@ class Plan:
         modules: module identity -> module, of the sites.
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
-        adapters: the names of the adapters that had a say.
     """
 
     model: nn.Module
@@ -56,7 +56,11 @@ class Plan:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     named: dict[int, Adapter] = field(default_factory=dict)
-    adapters: frozenset[str] = frozenset()
+
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the adapters that had a say."""
+        return {adapter.name for adapter in self.named.values()}
 
     @functools.cached_property
     def paths(self) -> dict[int, str]:
@@ -80,11 +84,11 @@ class _Found(NamedTuple):
     sites: list[tuple[int, Site, Adapter]]
     suspects: list[tuple[int, str]]
     watch_all: bool
-    adapters: frozenset[str]
     leaves: list[bool]
 
 
 _MANY = 10_000
+_UNKNOWN = (False,) * _MANY
 _known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
@@ -97,15 +101,18 @@ def make_plan(model: nn.Module) -> Plan:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
-    found = _known.get(model)
-    modules, shape = _walk(model) if found is None else _walk_again(model, found.leaves)
-    if found is None or found.shape != shape:
-        modules, shape = _walk(model)
+    known = _known.get(model)
+    modules, shape = _walk(model, _UNKNOWN if known is None else known.leaves)
+    if known is not None and known.shape == shape:
+        found = known
+        for place, site, adapter in found.sites:
+            registry.check(adapter, site.path, modules[place])
+    else:
+        modules, shape = _walk(model, _UNKNOWN)
         found = _known[model] = _look(model, modules, shape)
-    plan = Plan(model, watch_all=found.watch_all, adapters=found.adapters)
+    plan = Plan(model, watch_all=found.watch_all)
     for place, site, adapter in found.sites:
         module = modules[place]
-        registry.check(adapter, site.path, module)
         plan.sites[id(module)], plan.modules[id(module)] = site, module
         plan.named[id(module)] = adapter
     plan.sealed = covered(plan.modules.values())
@@ -113,34 +120,20 @@ def make_plan(model: nn.Module) -> Plan:
     return plan
 
 
-def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
-    """Every module; one that has several places comes several times, unless there are too many of them (a circle)."""
-    modules: list[nn.Module] = [model]
-    names: list[str] = []
-    for module in modules:
-        if module._modules:
-            names.extend(module._modules.keys())
-            modules.extend([child for child in module._modules.values() if child is not None])
-            if len(modules) > _MANY:
-                modules = list(model.modules())
-                names = [path for path, _ in model.named_modules()]
-                break
-    return modules, _shape(modules, names)
+def _walk(model: nn.Module, leaves: Sequence[bool]) -> tuple[list[nn.Module], _Shape]:
+    """Every module; one that has several places comes several times, unless there are too many of them (a circle).
 
-
-def _walk_again(model: nn.Module, leaves: list[bool]) -> tuple[list[nn.Module], _Shape]:
-    """The same, of a model that is known: what of torch had no children then is not asked for them again."""
+    Those that ``leaves`` marks had no children when the model was last looked at, and are of torch: they are not asked.
+    """
     modules: list[nn.Module] = [model]
     names: list[str] = []
     for module, leaf in zip(modules, leaves, strict=False):
         if not leaf and module._modules:
             names.extend(module._modules.keys())
             modules.extend([child for child in module._modules.values() if child is not None])
-    return modules, _shape(modules, names)
-
-
-def _shape(modules: list[nn.Module], names: list[str]) -> _Shape:
-    return _Shape(generation(), names, list(map(id, modules)), list(map(type, modules)))
+    if len(modules) > _MANY:
+        modules, names = list(model.modules()), [path for path, _ in model.named_modules()]
+    return modules, _Shape(generation(), names, list(map(id, modules)), list(map(type, modules)))
 
 
 def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
@@ -150,7 +143,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     suspects: list[tuple[str, nn.Module]] = []
     fixed: list[nn.Module] = []
     unnamed: list[tuple[str, nn.Module]] = []
-    watch_all, adapters = False, set()
+    watch_all = False
     for path, module in model.named_modules():
         cls = type(module)
         _check_scripted(path, module)
@@ -161,7 +154,6 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             if cls.__name__ in adapter.attention:
                 registry.check(adapter, path, module)
                 sites.append((places[id(module)], registry.site_of(adapter, path, module, model), adapter))
-                adapters.add(adapter.name)
             elif _sounds_like_attention(cls.__name__):
                 unnamed.append((path, module))
             continue
@@ -177,7 +169,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     locked = {id(m) for top in fixed for m in top.modules()}
     hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
     leaves = [not m._modules and _never_attends(type(m)) for m in modules]
-    return _Found(shape, sites, hookable, watch_all, frozenset(adapters), leaves)
+    return _Found(shape, sites, hookable, watch_all, leaves)
 
 
 def check_meta(model: nn.Module) -> None:

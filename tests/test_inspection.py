@@ -164,6 +164,25 @@ def test_what_is_configured_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) 
         assert len(paths(model)) == 2 and seen == [model]
 
 
+def test_what_is_configured_is_asked_once_for_each_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(Mine, "check", lambda self, module: asked.append(module))
+    model = Model()
+    with using(Mine()):
+        for n in (1, 2):  # the model is looked at, and then known
+            assert make_plan(model).adapters == {"mine"}
+            assert asked == [layer.attn for layer in model.layers] * n
+
+
+def test_more_modules_than_are_followed_place_by_place(monkeypatch: pytest.MonkeyPatch, adapters: bool) -> None:
+    monkeypatch.setattr(inspection, "_MANY", 6)
+    model = Model(4)
+    first = paths(model)
+    assert paths(model) == first and [p for p, _ in first] == [f"layers.{i}.attn" for i in range(4)]
+    model.layers[3].norm = nn.Sequential(nn.LayerNorm(8), Attention())  # type: ignore[assignment]
+    assert len(paths(model)) == 5
+
+
 def test_other_adapters_are_asked_anew() -> None:
     model = Model()
     with using():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..certificate import Certificate
 from ..errors import CorruptFileError
+from ..memory import version_of
 from ..record import FIELDS
 from ..site import Site
 from ..trace import Call, Skipped, Trace
@@ -39,7 +40,7 @@ class Names:
         """The name of a field, and whether it still has to be written."""
         if field not in _SHARED:
             return f"calls/{call.index:04d}/{call.site.path or 'model'}/{field}", True
-        version = -1 if x.is_inference() else x._version
+        version = version_of(x)
         ref, then, name = self._by_identity.get(id(x), (None, -1, ""))
         if ref is not None and ref() is x and then == version:
             return name, False

@@ -59,10 +59,3 @@ class Tap:
     kernels: dict[str, Callable[..., Any]] | None = None
     patches: Callable[[], Iterable[Patch]] | None = None
     covers: Callable[[Iterable[Any]], set[int]] | None = None
-
-
-def as_bhtd(x: Tensor) -> Tensor:
-    """T D or B T D to B H T D with one head; B H T D as it is."""
-    while x.dim() < 4:
-        x = x.unsqueeze(-3) if x.dim() == 3 else x.unsqueeze(0)
-    return x

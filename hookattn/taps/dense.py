@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..attention import FILL, MASKED
+from ..memory import version_of
 from ..record import KernelCall
 from .entries import Entries
 from .product import LayoutError
 from .scored import Scored, rows_of, vectors_of
-from .states import Met, Root, version_of
+from .states import Met, Root
 
 NAME = "eager"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import FILL, MASKED, dot_scores, finish_scores, split_additive
+from ..memory import version_of
 from ..record import KernelCall
 from .axes import Layout, Origin, refine
 from .product import Label, LayoutError, Piece, Product, Roles, arrange
@@ -145,7 +146,7 @@ class Build:
             call.scores = self._like_scores(tensor, self.state.scores_origin.layout())
         elif scores.finite is not None and call.bias is None:
             kept, version, origin = scores.finite
-            if version == (-1 if kept.is_inference() else kept._version):
+            if version == version_of(kept):
                 call.scores = self._like_scores(kept, origin.layout())
 
     def _own_values(self, call: KernelCall) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..memory import version_of
 from .axes import Atom, Origin, known, sizes
 from .dense import dense
 from .eager import Build, contracts_keys
 from .entries import Entries
 from .operations import Parsed
 from .product import Label, LayoutError, Product, mixes_heads
-from .states import Gathered, Met, Scores, Spread, Sum, Term, Use, ValueProduct, Weights, version_of
+from .states import Gathered, Met, Scores, Spread, Sum, Term, Use, ValueProduct, Weights
 
 if TYPE_CHECKING:
     from .watch import Watch

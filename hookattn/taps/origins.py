@@ -146,11 +146,3 @@ class Origins:
 def plain(x: Any) -> bool:
     """A strided tensor: one whose axes can be followed."""
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
-
-
-def storage_of(x: Tensor) -> int:
-    """The address of a tensor's memory."""
-    try:
-        return x.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own (vmap)
-        return 0

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..memory import storage_of, version_of
 from .axes import Atom, Layout, Origin, fresh, refine
 
 Label = int | str
@@ -57,7 +58,7 @@ class Product:
         self.a, self.b = a, b
         self.la, self.lb, self.lo = (tuple(x) for x in labels)
         self.origin_a, self.origin_b = origin_a, origin_b
-        self.versions = (_version(a), _version(b))
+        self.versions = (version_of(a), version_of(b))
         self.shape: tuple[int, ...] = ()  # of the result, where that is needed
         self.axes: dict[Atom, Axis] = {}
         self.pairs: dict[Label, list[tuple[Atom, Atom | None, Atom | None]]] = {}
@@ -72,17 +73,17 @@ class Product:
     @property
     def untouched(self) -> bool:
         """Whether neither operand was written to since."""
-        return self.versions == (_version(self.a), _version(self.b))
+        return self.versions == (version_of(self.a), version_of(self.b))
 
     def keep(self, storage: int) -> None:
         """The memory at ``storage`` is about to be written to: copy an operand that lies in it."""
         if not self.untouched:
             return
-        if self.a.untyped_storage().data_ptr() == storage:
+        if storage_of(self.a) == storage:
             self.a = self.a.clone()
-        if self.b.untyped_storage().data_ptr() == storage:
+        if storage_of(self.b) == storage:
             self.b = self.b.clone()
-        self.versions = (_version(self.a), _version(self.b))
+        self.versions = (version_of(self.a), version_of(self.b))
 
     def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:
         """The layout of the result; fills :attr:`axes`."""
@@ -289,7 +290,3 @@ def _head_test(contracted: Sequence[Sequence[Atom]]):  # type: ignore[no-untyped
 
 def _valid(layout: Layout, x: Tensor) -> Layout:
     return layout if len(layout) == x.dim() else fresh(x.shape)
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version

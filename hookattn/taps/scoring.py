@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import FILL
+from ..memory import version_of
 from .axes import Origin
 from .context import Context, carried, number
 from .product import mixes_heads
@@ -97,7 +98,7 @@ def finite_of(c: Context) -> tuple[Tensor, int, Origin] | None:
     state: Scores = c.state
     if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
         return None
-    return c.x, (-1 if c.x.is_inference() else c.x._version), state.origin
+    return c.x, version_of(c.x), state.origin
 
 
 def filled(c: Context, mask: Tensor, value: Any) -> State | None:

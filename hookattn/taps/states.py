@@ -15,11 +15,6 @@ from .entries import Entries
 from .product import Label, Product
 
 
-def version_of(x: Tensor) -> int:
-    """How often a tensor was written to; −1 where nobody counts."""
-    return -1 if x.is_inference() else x._version
-
-
 @dataclass(slots=True)
 class Term:
     """A tensor that was joined to the scores: the tensor, a factor, and the scores' axes at that moment."""

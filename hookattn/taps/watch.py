@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import HookattnError
+from ..memory import storage_of, version_of
 from .context import Context
 from .meeting import finish_gathered, finish_sum, note_product
 from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
-from .origins import PIECES, Origins, plain, storage_of
-from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights, version_of
+from .origins import PIECES, Origins, plain
+from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights
 from .steps import pieces, spread_scores, step
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..memory import version_of
 from .axes import Origin, resized
 from .context import Context, Step, carried, number
 from .entries import Entries
 from .scoring import MAPS, filled, follows
-from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights, version_of
+from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
 
 # A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
 _EPSILON = 1e-5

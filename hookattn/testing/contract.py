@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..adapter import Adapter
-from ..inspection import Plan
 from .case import Case
 from .check import CHECKS, apply
 from .failure import require
@@ -104,6 +103,3 @@ class AdapterContract:
             padding=self.padding,
             skipped=self.skipped,
         )
-
-    def _plan(self) -> tuple[nn.Module, Plan]:
-        return self._case().plan()
