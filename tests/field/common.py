@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.machinery
 import importlib.util
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.testing import check_clean, check_trace
+from hookattn.testing.case import same, tensors
 from hookattn.testing.clean import state_of
 
 
@@ -80,7 +80,7 @@ def examine(
         trace = hookattn.trace(model, inputs, verify="full")
     assert before == state_of(model), f"changed by the trace: {before ^ state_of(model)}"
     check_clean(model)
-    pairs = list(zip(tensors_in(plain), tensors_in(trace.output), strict=True))
+    pairs = list(zip(tensors(plain), tensors(trace.output), strict=True))
     assert pairs, "the model returns no tensor"
     assert all(same(a, b) for a, b in pairs), "the output is not bit-identical when traced"
     assert len(trace) == calls, [call.site.path for call in trace]
@@ -99,26 +99,6 @@ def run(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def tensors_in(x: Any) -> Iterator[Tensor]:
-    """Every tensor in what a model returns, in order."""
-    if isinstance(x, Tensor):
-        yield x.detach()
-    elif isinstance(x, Mapping):
-        for one in x.values():
-            yield from tensors_in(one)
-    elif isinstance(x, (list, tuple)):
-        for one in x:
-            yield from tensors_in(one)
-    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-        for field in dataclasses.fields(x):
-            yield from tensors_in(getattr(x, field.name))
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def gap(actual: Tensor, expected: Tensor) -> float:

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hookattn.inspection import within
+
 _KERNELS = re.compile(
     r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention"
 )
@@ -58,9 +60,9 @@ class Seen:
                 found.append(f"{op} × {n} in {path or '<model>'} ({cls})")
         for path, n in calls.items():
             ran = sum(
-                m for (p, cls, _), m in self.kernels.items() if _within(p, path) and not _NOT_ATTENTION.search(cls)
+                m for (p, cls, _), m in self.kernels.items() if within(p, path) and not _NOT_ATTENTION.search(cls)
             )
-            if ran > n and not any(_within(path, s) or _within(s, path) for s in left_out):
+            if ran > n and not any(within(path, s) or within(s, path) for s in left_out):
                 found.append(f"{ran} softmaxes or kernels in {path or '<model>'}, and {n} calls")
         for path, cls in self.attention.items():
             if not _covered(path, known):
@@ -68,15 +70,11 @@ class Seen:
         return found
 
 
-def _within(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".") or not outer
-
-
 def _covered(path: str, known: set[str]) -> bool:
     """Whether it is in a known place, around one, or beside one (a softmax that is a module of its own)."""
     parent, _, leaf = path.rpartition(".")
-    beside = leaf in ("softmax", "attn_softmax") and any(_within(k, parent) for k in known)
-    return beside or any(_within(path, k) or (path != "" and _within(k, path)) for k in known)
+    beside = leaf in ("softmax", "attn_softmax") and any(within(k, parent) for k in known)
+    return beside or any(within(path, k) or (path != "" and within(k, path)) for k in known)
 
 
 class _Watch(TorchDispatchMode):
