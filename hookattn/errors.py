@@ -14,6 +14,8 @@
     │   ├── AdapterCheckError        what hookattn.testing.check_adapter found (also an AssertionError)
     │   └── UnsupportedConfigError   a config option that changes the math and that the adapter does not know
     ├── StitchError            the steps of a trace do not make one picture
+    ├── MeasureError           a measure is not defined for a call, or the labels given to it do not fit
+    ├── RenderError            a picture or a page cannot be made of this trace, or not shown
     ├── UnfaithfulError        a call is over its tolerance, and ``strict=True``
     └── TraceFileError         a trace file cannot be read or written
         ├── CorruptFileError
@@ -79,6 +81,14 @@ class AdapterCheckError(AdapterError, AssertionError):
 
 class StitchError(HookattnError):
     """The steps of a trace do not make one picture of a generation."""
+
+
+class MeasureError(HookattnError):
+    """A measure is not defined for a call, or the labels given to it do not fit; names the measure and the call."""
+
+
+class RenderError(HookattnError):
+    """A picture or a page cannot be made of this trace, or cannot be shown."""
 
 
 class UnfaithfulError(HookattnError):

@@ -22,10 +22,14 @@ from tests.reference import as_sinks, draw, masked_softmax, reference_attention
 
 SETS = {"a": (0, 2, 3), "b": (1,), "none": ()}
 ALL: tuple[Any, ...] = (
-    "entropy", "lse", "max_score", st.FirstMass(3), st.LocalMass(4), "previous_mass", st.SegmentMass(SETS),
+    "entropy", "lse", "max_score", st.FirstMass(3), st.LocalMass(4), st.FarMass(4), "previous_mass",
+    st.SegmentMass(SETS), st.OffsetMass(), st.OffsetMass(2), st.OffsetMass(-3),
     "mean_distance", st.TopK(5), "received",
 )  # fmt: skip
-POSITIONAL = ("local_mass(4)", "previous_mass", "mean_distance")
+POSITIONAL = (
+    "local_mass(4)", "far_mass(4)", "previous_mass", "mean_distance",
+    "offset_mass(0)", "offset_mass(2)", "offset_mass(-3)",
+)  # fmt: skip
 
 
 def explicit(
@@ -52,7 +56,10 @@ def explicit(
         total = weights.sum(-1)
         mean = (weights * away.abs()).sum(-1) / total
         found["local_mass(4)"] = (weights * (away.abs() < 4)).sum(-1)
+        found["far_mass(4)"] = (weights * (away.abs() >= 4)).sum(-1)
         found["previous_mass"] = (weights * (away == 1)).sum(-1)
+        for offset in (0, 2, -3):
+            found[f"offset_mass({offset})"] = (weights * (away == -offset)).sum(-1)
         found["mean_distance"] = torch.where(total > 0, mean, 0.0)
     found["weights"] = weights
     return found

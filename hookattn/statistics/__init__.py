@@ -3,12 +3,14 @@
 from .base import Statistic
 from .engine import compute
 from .entropy import Entropy
+from .far_mass import FarMass
 from .first_mass import FirstMass
 from .local_mass import LocalMass
 from .lse import LogSumExp
 from .max_score import MaxScore
 from .mean_distance import MeanDistance
 from .merging import merge
+from .offset_mass import OffsetMass
 from .positions import query_positions
 from .previous_mass import PreviousMass
 from .problem import Problem
@@ -20,11 +22,13 @@ from .top_k import TopK
 __all__ = [
     "STATISTICS",
     "Entropy",
+    "FarMass",
     "FirstMass",
     "LocalMass",
     "LogSumExp",
     "MaxScore",
     "MeanDistance",
+    "OffsetMass",
     "PreviousMass",
     "Problem",
     "Received",

@@ -28,7 +28,7 @@ class LocalMass(Statistic):
     window: int = 16
 
     def __post_init__(self) -> None:
-        check_count("LocalMass", "window", self.window)
+        check_count(type(self).__name__, "window", self.window)
 
     @property
     def key(self) -> str:

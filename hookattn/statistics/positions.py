@@ -33,12 +33,19 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
         return steps + call.offset
     if t == s or call.mask is None:
         return steps + (s - t)
-    last = _last_allowed(call.mask, t, s)
+    last = last_allowed(call.mask, steps[0], s)
     return steps + (s - t) if last is None else last
 
 
-def _last_allowed(mask: Tensor, t: int, s: int) -> Tensor | None:
-    """(B or 1) T: the last key that each query may attend to; None if they don't go up one by one."""
+def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
+    """(B or 1) T: the last key that each query may attend to; None if they don't go up as the queries do.
+
+    Args:
+        mask: bool, broadcastable to B H T S.
+        queries: T, int64: which of the kernel's queries these are.
+        s: S.
+    """
+    t = len(queries)
     mask = mask[(None,) * (4 - mask.dim())].bool()
     if mask.shape[2] not in (1, t) or (mask.shape[2] == 1 and t > 1) or mask.shape[3] != s:
         return None
@@ -49,5 +56,5 @@ def _last_allowed(mask: Tensor, t: int, s: int) -> Tensor | None:
         found = s - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)  # argmax: the first of the largest
         parts.append(torch.where(seen.any(-1), found, -1))
     last = torch.cat(parts, 1)
-    good = bool((last >= 0).all()) and bool((last.diff(dim=1) == 1).all())
+    good = bool((last >= 0).all()) and bool((last.diff(dim=1) == queries.diff()).all())
     return last if good else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Out, Statistic
 from .block import Block
+from .offset_mass import diagonal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,4 @@ class PreviousMass(Statistic):
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        near = block.near(1, -1)
-        inside = block.distance(near) == 1
-        out[self.key][block.place] = (block.mass[..., near] * inside).sum(-1) * block.factor.squeeze(-1)
+        out[self.key][block.place] = diagonal(block, -1)

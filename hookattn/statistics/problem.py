@@ -53,8 +53,8 @@ class Problem:
             call.k,
             call.scale,
             call.softcap,
-            _four(call.bias),
-            _four(call.mask),
+            four(call.bias),
+            four(call.mask),
             None if call.sinks is None else sink_column(call.sinks),
             call.scores,
             call.causal,
@@ -65,7 +65,7 @@ class Problem:
         )
 
 
-def _four(x: Tensor | None) -> Tensor | None:
+def four(x: Tensor | None) -> Tensor | None:
     """With all four axes."""
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from .base import Statistic
 from .entropy import Entropy
+from .far_mass import FarMass
 from .first_mass import FirstMass
 from .local_mass import LocalMass
 from .lse import LogSumExp
 from .max_score import MaxScore
 from .mean_distance import MeanDistance
+from .offset_mass import OffsetMass
 from .previous_mass import PreviousMass
 from .received import Received
 from .segment_mass import SegmentMass
@@ -24,7 +26,9 @@ STATISTICS: dict[str, type[Statistic]] = {
         MaxScore,
         FirstMass,
         LocalMass,
+        FarMass,
         PreviousMass,
+        OffsetMass,
         SegmentMass,
         MeanDistance,
         TopK,

@@ -1,0 +1,39 @@
+"""At which key position each query of a recorded call is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..statistics.positions import last_allowed
+
+if TYPE_CHECKING:
+    from ..trace import Call
+
+
+def query_positions(call: Call, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """(B or 1) T, int64; None: queries and keys are not places in one sequence.
+
+    As :func:`hookattn.statistics.query_positions` has it for the kernel's own arguments. A record has no diagonal, but
+    a mask that has it: where the last key that each query may attend to goes up as the queries do, it is there.
+
+    Args:
+        call: the call.
+        shape: B H T S of what was kept.
+    """
+    _, _, t, s = shape
+    if call.site.kind.startswith("cross"):
+        return None
+    rows = torch.arange(t) if call.queries is None else torch.tensor(call.queries)
+    mask = call.get("mask") if call.has("mask") else None
+    square = call.queries is None and t == s and not call.causal
+    if mask is not None and not square:
+        found = last_allowed(mask, rows.to(mask.device), s)
+        if found is not None:
+            return found
+    if call.queries is None and t <= s:
+        return (rows + (s - t)).unsqueeze(0)
+    # Rows were selected: the first forward has queries and keys alike, and a later one is not known.
+    return rows.unsqueeze(0) if call.step == 0 and int(rows.max()) < s else None

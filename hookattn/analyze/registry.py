@@ -1,0 +1,69 @@
+"""All measures of a head, in one place, and what a caller may say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import SelectionError
+from ..statistics.base import Statistic
+from .confidence import Confidence
+from .distance import MeanDistance
+from .entropy import Entropy, NormalisedEntropy
+from .local import GlobalSpread, LocalMass
+from .measure import Measure
+from .offset import NextToken, PreviousToken, SelfToken
+from .sink import FirstToken, LearnedSink, Sink
+
+MEASURES: dict[str, type[Measure]] = {
+    kind.name: kind
+    for kind in (
+        Entropy,
+        NormalisedEntropy,
+        Confidence,
+        LocalMass,
+        GlobalSpread,
+        MeanDistance,
+        PreviousToken,
+        NextToken,
+        SelfToken,
+        FirstToken,
+        Sink,
+        LearnedSink,
+    )
+}
+
+
+def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
+    """Measures by name, or as they are.
+
+    Raises:
+        SelectionError: there is no such measure, or nothing was named.
+    """
+    several = [measures] if isinstance(measures, (str, Measure)) else list(measures)
+    if not several:
+        raise SelectionError(f"no measure was named; there are {', '.join(MEASURES)}.")
+    return list({m.key: m for m in map(_one, several)}.values())
+
+
+def _one(item: str | Measure) -> Measure:
+    if isinstance(item, Measure):
+        return item
+    if item not in MEASURES:
+        raise SelectionError(f"there is no measure {item!r}; there are {', '.join(MEASURES)}.")
+    return MEASURES[item]()
+
+
+def statistics(*measures: str | Measure) -> tuple[Statistic, ...]:
+    """What to give to ``capture=`` so that measures need no weights: the statistics that they are made of.
+
+    Args:
+        measures: names or objects; none: all that are made of statistics alone.
+
+    Raises:
+        SelectionError: there is no such measure, or it is made of more than statistics.
+    """
+    chosen = resolve(measures) if measures else [k() for k in MEASURES.values() if k().statistics]
+    bad = [m.key for m in chosen if not m.statistics]
+    if bad:
+        raise SelectionError(f"{', '.join(bad)} cannot be computed beside the kernel; capture weights for it.")
+    return tuple({s.key: s for m in chosen for s in m.statistics}.values())

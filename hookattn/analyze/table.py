@@ -1,0 +1,127 @@
+"""Measures of all calls of a trace, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HookattnError, MeasureError, SelectionError
+from .measure import Measure, Reading
+from .registry import resolve
+from .view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ..trace import Trace
+
+BY = ("head", "example", "query")
+
+
+def measure(
+    trace: Trace,
+    measures: str | Measure | Iterable[str | Measure],
+    *,
+    by: str = "head",
+    real: Any = None,
+    missing: bool = False,
+) -> DataFrame:
+    """Measures of every head of a trace; what they share is computed once.
+
+    Args:
+        trace: in memory, loaded, or compact; with weights, or what they can be derived of, or the statistics that the
+            measures are made of (``capture=hookattn.analyze.statistics(…)``).
+        measures: names or :class:`Measure` objects.
+        by: ``"head"``: a row for each call and head, averaged over the batch; ``"example"``: for each batch entry too;
+            ``"query"``: for each query too, which only measures that are means over queries have.
+        real: bool or 0/1, B S, an ``attention_mask``: True = a real token, no padding. Without it those keys are real
+            that some query may attend to.
+        missing: whether a measure that is not defined for a call is NaN there, instead of an error.
+
+    Returns:
+        A pandas DataFrame with ``call``, ``step``, ``layer``, ``stack``, ``kind``, ``path``, ``head`` (and ``example``,
+        ``query``, ``token``), and one column for each measure. Its ``attrs["units"]`` has their units.
+
+    Raises:
+        MeasureError: a measure is not defined for a call, and not ``missing``; or nothing is defined at all.
+        FieldNotCaptured: the trace lacks a field; names the measure, the call and the ``capture=`` that keeps it.
+        SelectionError: an unknown measure or ``by``.
+    """
+    import pandas as pd
+
+    chosen = resolve(measures)
+    if by not in BY:
+        raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
+    if not trace.calls:
+        raise MeasureError("the trace has no calls to measure.")
+    frames = []
+    for call in trace.calls:
+        view = View(call, trace, real)
+        found = readings(view, chosen, missing)
+        frames.append(pd.DataFrame(_columns(view, found, by)))
+    table = pd.concat(frames, ignore_index=True)
+    table.attrs["units"] = {m.key: m.unit for m in chosen}
+    return table
+
+
+def readings(view: View, measures: Sequence[Measure], missing: bool = False) -> dict[str, Reading | None]:
+    """Each measure of one call by its key; None where it is not defined and may be missing.
+
+    Raises:
+        HookattnError: see :func:`measure`.
+    """
+    defined = [m for m in measures if not missing or m.problem(view) is None]
+    shared = [s for m in defined for s in m.statistics if view.positions is not None or not s.positional]
+    try:
+        view.prepare(shared)
+    except HookattnError:
+        if not missing:
+            raise
+    found: dict[str, Reading | None] = dict.fromkeys(m.key for m in measures)
+    for m in defined:
+        try:
+            found[m.key] = m.of(view)
+        except HookattnError as error:
+            if not missing:
+                raise type(error)(f"{m.key}: {error}") from error
+    return found
+
+
+def _columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
+    b, h, t, _ = view.shape
+    call = view.call
+    sizes = {"head": (h,), "example": (b, h), "query": (b, h, t)}[by]
+    n = int(torch.tensor(sizes).prod())
+    index = torch.meshgrid(*(torch.arange(x) for x in sizes), indexing="ij")
+    head = torch.tensor(list(view.heads))[index[0 if by == "head" else 1]]
+    columns: dict[str, Any] = {
+        "call": call.index,
+        "step": call.step,
+        "layer": call.site.layer,
+        "stack": call.site.stack,
+        "kind": call.site.kind,
+        "path": call.site.path,
+        "head": head.flatten().numpy(),
+    }
+    if by != "head":
+        columns["example"] = index[0].flatten().numpy()
+    if by == "query":
+        columns["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
+        if view.trace.tokens is not None and view.positions is not None:
+            tokens = view.tokens("queries")
+            columns["token"] = [tokens[i][j] for i in range(b) for _ in range(h) for j in range(t)]
+    for key, reading in found.items():
+        value = None if reading is None else _values(key, view, reading, by)
+        columns[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
+    return columns
+
+
+def _values(key: str, view: View, reading: Reading, by: str) -> Tensor:
+    if by != "query":
+        return reading.heads if by == "head" else reading.value
+    if reading.rows is None:
+        raise MeasureError(f"{key} of {view.where}: it is no mean over queries, so there is no value by query.")
+    return torch.where(view.rows.unsqueeze(1), reading.rows, torch.nan)

@@ -1,0 +1,243 @@
+"""What a measure sees of a call: weights, statistics, which rows and keys count, positions, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention import compute_dtype
+from ..errors import FieldNotCaptured, MeasureError
+from ..statistics.base import Statistic
+from ..statistics.engine import compute
+from .positions import query_positions
+from .problem import problem_of
+
+if TYPE_CHECKING:
+    from ..trace import Call, Trace
+
+
+class View:
+    """One call of a trace. What is expensive is computed once, when it is first asked for.
+
+    Args:
+        call: the call.
+        trace: the trace it is of; its tokens are used.
+        real: bool or 0/1, B S (as an ``attention_mask``): True = a real token, no padding. Without it a key is real
+            that some query may attend to.
+    """
+
+    def __init__(self, call: Call, trace: Trace, real: Tensor | None = None):
+        self.call, self.trace, self._real = call, trace, real
+        self._statistics: dict[str, Tensor | None] = {}
+
+    # What it is of
+
+    @property
+    def where(self) -> str:
+        """The call as it is named in an error."""
+        return f"call {self.call.index} ({self.call.site.label}, step {self.call.step})"
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are of different sequences."""
+        return self.call.site.kind.startswith("cross")
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B H T S.
+
+        Raises:
+            FieldNotCaptured: no field that was kept tells.
+        """
+        for name in ("weights", "scores"):
+            if name in self.call.fields:
+                b, h, t, s = self.tensor(name).shape
+                return b, h, t, s
+        if "q" in self.call.fields and ("k" in self.call.fields or self.call.keys is not None):
+            b, h, t, _ = self.tensor("q").shape
+            return b, h, t, self.call.keys if self.call.keys is not None else self.tensor("k").shape[2]
+        for value in self.call.fields:
+            rows = self.call.keys is not None and self.call.get(value)
+            if isinstance(rows, Tensor) and rows.dim() >= 3 and not value.startswith("received"):
+                assert self.call.keys is not None
+                return rows.shape[0], rows.shape[1], rows.shape[2], self.call.keys
+        raise FieldNotCaptured(
+            f"{self.where}: its shape is not known from {', '.join(self.call.fields) or 'nothing'}; "
+            "trace again with 'weights' in capture=."
+        )
+
+    @cached_property
+    def heads(self) -> Sequence[int]:
+        """H: the number of each head that was kept."""
+        return range(self.shape[1]) if self.call.heads is None else self.call.heads
+
+    @cached_property
+    def queries(self) -> Sequence[int]:
+        """T: the number of each query row that was kept."""
+        return range(self.shape[2]) if self.call.queries is None else self.call.queries
+
+    # Values
+
+    def tensor(self, name: str) -> Tensor:
+        """A field.
+
+        Raises:
+            FieldNotCaptured: it was not kept, or the call has none.
+        """
+        value = self.call.get(name)
+        if value is None:
+            raise FieldNotCaptured(f"{self.where} has no {name}.")
+        return value
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """B H T S, float32 (float64 for a call in that).
+
+        Raises:
+            FieldNotCaptured: the weights were not kept.
+        """
+        weights = self.tensor("weights")
+        return weights.to(compute_dtype(weights.dtype))
+
+    def prepare(self, statistics: Sequence[Statistic]) -> None:
+        """Compute several statistics in one pass, those that the trace does not hold already.
+
+        Raises:
+            FieldNotCaptured: neither they nor what they can be computed of was kept.
+        """
+        missing = {}
+        for statistic in statistics:
+            if statistic.key not in self.call.fields and statistic.key not in self._statistics:
+                missing[statistic.key] = statistic
+        if missing:
+            problem = problem_of(self.call, self.positions)
+            if problem is None:
+                kept = ", ".join(self.call.fields) or "nothing"
+                raise FieldNotCaptured(
+                    f"{self.where}: {', '.join(missing)} can be computed of weights, of scores and mask, or of q, k, "
+                    f"mask, bias and sinks; captured were {kept}. Trace again with one of these, or with "
+                    f"hookattn.analyze.statistics(…), in capture=."
+                )
+            self._statistics |= compute(problem, list(missing.values()))
+
+    def stat(self, statistic: Statistic) -> Tensor:
+        """A statistic's field: as it was captured, or computed of what was.
+
+        Raises:
+            FieldNotCaptured: see :meth:`prepare`.
+            MeasureError: it needs positions that the call does not have.
+        """
+        self.prepare([statistic])
+        key = statistic.key
+        value = self._statistics[key] if key in self._statistics else self.call.get(key)
+        if value is None:
+            raise MeasureError(
+                f"{self.where}: {key} is not defined here, as queries and keys are not places in one sequence."
+            )
+        return value
+
+    # Which rows and keys count
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
+        if self.call.has("mask"):
+            return self.tensor("mask")
+        if self.call.has("weights"):
+            return self.weights > 0
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """int64, broadcastable to B H T: how many keys each query may attend to.
+
+        Raises:
+            FieldNotCaptured: the mask was not kept.
+        """
+        mask = self.tensor("mask")
+        return mask.expand(*mask.shape[:3], self.shape[3]).sum(-1)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """bool, B S: which keys are real tokens.
+
+        Raises:
+            MeasureError: ``real`` is of another shape.
+        """
+        b, _, _, s = self.shape
+        if self._real is None:
+            return self.mask.any(1).any(1).expand(b, s)
+        real = torch.as_tensor(self._real).bool().to(self.mask.device)
+        if real.dim() != 2 or real.shape[0] not in (1, b) or real.shape[1] < s:
+            raise MeasureError(f"{self.where}: real= has shape {tuple(real.shape)}; expected B S = {b} {s}.")
+        return real[:, :s].expand(b, s)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """bool, B T: which queries count: those with something to attend to that are no padding themselves."""
+        b, _, t, s = self.shape
+        rows = self.mask.any(-1).any(1).expand(b, t)
+        positions = self.positions
+        if positions is None:
+            return rows
+        at = positions.expand(b, t)
+        own = self.keys.gather(1, at.clamp(0, s - 1)) | (at < 0) | (at >= s)
+        return rows & own
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
+        return query_positions(self.call, self.shape)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(B or 1) T S, int64: query position − key position.
+
+        Raises:
+            MeasureError: there are no positions.
+        """
+        if self.positions is None:
+            raise MeasureError(f"{self.where}: queries and keys are not places in one sequence: there is no distance.")
+        return self.positions.unsqueeze(-1) - torch.arange(self.shape[3], device=self.positions.device)
+
+    def mean(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
+        """B H: the mean over the rows that count, NaN where none does.
+
+        Args:
+            values: B H T.
+            rows: bool, B T or B H T: which of them; by default :attr:`rows`.
+        """
+        rows = self.rows if rows is None else rows
+        rows = (rows if rows.dim() == 3 else rows.unsqueeze(1)).expand(values.shape)
+        total = torch.where(rows, values, 0.0).sum(-1, dtype=torch.float64)
+        return total / rows.sum(-1)
+
+    # Tokens
+
+    def tokens(self, of: str = "keys") -> list[list[str]]:
+        """The tokens of each batch entry at the keys, or at the queries.
+
+        Raises:
+            MeasureError: the trace has no tokens, or not as many as there are positions.
+        """
+        b, _, t, s = self.shape
+        given = self.trace.tokens
+        if given is None:
+            raise MeasureError(f"{self.where}: this needs tokens; trace again with tokens=, or set trace.tokens.")
+        rows = list(given) * b if len(given) == 1 else list(given)
+        short = min(map(len, rows), default=0)
+        if len(rows) != b or short < s or (self.crosses and short != s):
+            raise MeasureError(
+                f"{self.where}: the tokens don't fit: {len(given)} lists of "
+                f"{sorted({len(r) for r in given})} tokens for {b} batch entries of {s} keys."
+            )
+        if of == "keys":
+            return [row[:s] for row in rows]
+        if self.positions is None:
+            raise MeasureError(f"{self.where}: queries and keys are not places in one sequence; query tokens unknown.")
+        at = self.positions.expand(b, t).tolist()
+        return [[row[i] for i in places] for row, places in zip(rows, at, strict=True)]

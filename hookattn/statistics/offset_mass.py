@@ -1,0 +1,45 @@
+"""The attention that goes to the token a fixed number of places away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import SelectionError
+from .base import Out, Statistic
+from .block import Block
+
+
+def diagonal(block: Block, offset: int) -> Tensor:
+    """b h R: the weight that each query of a block gives to the key ``offset`` places after it."""
+    near = block.near(-offset, offset)
+    inside = block.distance(near) == -offset
+    return (block.mass[..., near] * inside).sum(-1) * block.factor.squeeze(-1)
+
+
+@dataclass(frozen=True)
+class OffsetMass(Statistic):
+    """``w_{i+offset}`` of a query at key position i, B H T; 0 where there is no such key. 0 is the token itself.
+
+    Raises:
+        SelectionError: ``offset`` is no int.
+    """
+
+    name: ClassVar[str] = "offset_mass"
+    positional: ClassVar[bool] = True
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.offset) is not int:
+            raise SelectionError(f"OffsetMass(offset={self.offset!r}): expected an int.")
+
+    @property
+    def key(self) -> str:
+        """See :class:`Statistic`."""
+        return f"{self.name}({self.offset})"
+
+    def write(self, block: Block, sums: Tensor, out: Out) -> None:
+        """See :class:`Statistic`."""
+        out[self.key][block.place] = diagonal(block, self.offset)
