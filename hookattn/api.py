@@ -133,7 +133,7 @@ def tracing(
     made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
-        from .store.document import Stream
+        from .store.stream import Stream
 
         stream = Stream(to, made)
     session = Session(plan, made, selection, verify, strict, None if stream is None else stream.add)

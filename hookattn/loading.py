@@ -16,6 +16,6 @@ def load(path: str | PathLike[str]) -> Trace:
         NewerFormatError: written in a newer format than this version reads.
         TraceFileError: cannot be opened.
     """
-    from .store.document import load as read
+    from .store.restore import load as read
 
     return read(path)

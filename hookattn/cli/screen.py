@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -36,6 +35,8 @@ class Screen:
 
     def json(self, data: Any) -> None:
         """Write a JSON document to stdout."""
+        from ..store.plain import plain
+
         click.echo(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
 
     def say(self, message: str, style: str = "") -> None:
@@ -112,15 +113,6 @@ def console(stream: TextIO, quiet: bool = False) -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_WIDTH
     return made
-
-
-def plain(x: Any) -> Any:
-    """Something that strict JSON can hold: numbers that are not finite become their names."""
-    if isinstance(x, dict):
-        return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(v) for v in x]
-    return repr(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def size_of(n: float) -> str:
