@@ -1,0 +1,195 @@
+"""A trace made small enough for a page: weights as 8-bit codes, other numbers as 16-bit floats, large fields left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FieldNotCaptured, RenderError, SelectionError
+from ..record import FIELDS
+from ..trace import Call, Trace
+
+ROOM = 4_000_000
+"""Bytes of data that a page takes unasked: with base64 and the viewer, six million."""
+LIMIT = 180_000_000
+"""Bytes of data that a page takes at the most: 240 million in base64, half of the longest text a browser holds."""
+
+GROUPS = (("weights", "mask", "sinks"), ("q", "k", "bias"), ("scores",), ("v",), ("output",))
+"""What is worth most first. What is in one group is of no use alone."""
+
+_LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "scores": "BHTS", "weights": "BHTS", "output": "BHTE"}
+_WIDTHS = {"weights": 1, "mask": 1}
+# A mask is mostly long runs, which gzip leaves next to nothing of.
+_MASK_SHARE = 8
+
+
+@dataclass
+class Narrowed:
+    """A trace for a page, and how it differs from the one it was made of.
+
+    Attributes:
+        trace: its fields are computed when they are read.
+        coding: ``(call, field)`` → ``{"kind", "error"}``, by the call's place in the trace; complete once every field
+            was read, as the error is measured then. ``sqrt8``: a U8 tensor of codes, which mean (code / 255)².
+        rounded: field → the largest absolute error of its 16-bit floats, likewise; exact ones are not in it.
+        left_out: fields of the trace that are not in the page.
+    """
+
+    trace: Trace
+    coding: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    rounded: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the page has to know."""
+        made = []
+        if self.coding:
+            error = max(entry["error"] for entry in self.coding.values())
+            made.append(f"This page holds the weights as 8-bit codes: off by {error:.1e} at the most.")
+        if self.rounded:
+            said = ", ".join(f"{name} by {error:.1e}" for name, error in self.rounded.items())
+            made.append(f"This page holds 16-bit floats: rounded, at the most, are {said}.")
+        if self.left_out:
+            said = ", ".join(self.left_out)
+            made.append(f"This page leaves out {said}, for its size. `hookattn view` shows all that the trace file has.")
+        return made
+
+
+def narrowed(trace: Trace, fields: Sequence[str] | None = None) -> Narrowed:
+    """The trace as it goes into a page: as it is where it is small, else narrowed, and without what has no room.
+
+    Args:
+        trace: any; it stays as it is, and none of its large tensors is read before the page's size is known.
+        fields: what to keep; None: as much as there is room for, the weights and the mask in any case.
+
+    Raises:
+        RenderError: even so it is too large; says how large, and what to do.
+        FieldNotCaptured: a field of ``fields`` that no call has.
+        SelectionError: a field of ``fields`` that there is not.
+    """
+    if fields is None and sum(_bytes(call, f) for call in trace for f in call.fields) <= ROOM:
+        return Narrowed(trace)
+    there = [f for f in FIELDS if any(call.has(f) for call in trace)]
+    kept = _fitting(trace, there) if fields is None else _asked(trace, there, fields)
+    size = sum(_bytes(call, f, narrow=True) for call in trace for f in kept if call.has(f))
+    if size > LIMIT:
+        raise RenderError(
+            f"a page of this trace would take {size * 4 / 3 / 1e6:,.0f} MB for {', '.join(kept)}, and at most "
+            f"{LIMIT * 4 / 3 / 1e6:,.0f} MB open well. `hookattn view FILE` (or hookattn.render.serve) shows a trace of any "
+            "size, as it reads only what is looked at; or make a page of a part: trace.select(layer=…, step=…), or a "
+            "trace of fewer heads or queries."
+        )
+    made = Narrowed(trace)
+    made.left_out = tuple(f for f in there if f not in kept and not _follows(trace, f, kept))
+    made.trace = replace(trace, calls=[_call(call, i, kept, made) for i, call in enumerate(trace)])
+    return made
+
+
+def _asked(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[str]:
+    if isinstance(fields, str) or not fields or any(f not in FIELDS for f in fields):
+        raise SelectionError(f"fields={fields!r}: expected a tuple of some of {', '.join(FIELDS)}.")
+    for f in fields:
+        if f not in there:
+            raise FieldNotCaptured(
+                f"{f!r} was captured of no call of this trace, which has {', '.join(there) or 'no fields'}; trace again "
+                f"with {f!r} in capture=, or leave it out of fields=."
+            )
+    return [f for f in FIELDS if f in fields]
+
+
+def _fitting(trace: Trace, there: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    room = ROOM
+    for group in GROUPS:
+        wanted = [f for f in group if f in there and not _follows(trace, f, kept)]
+        size = sum(_bytes(call, f, narrow=True) for call in trace for f in wanted if call.has(f))
+        if size <= room or (wanted and not kept):
+            kept += wanted
+            room -= size
+    return [f for f in FIELDS if f in kept]
+
+
+def _follows(trace: Trace, name: str, kept: Iterable[str]) -> bool:
+    """Whether the viewer derives the scores of all calls from what is kept."""
+    return name == "scores" and {"q", "k"} <= {*kept} and all("scores" in call.derivable for call in trace)
+
+
+def _bytes(call: Call, name: str, narrow: bool = False) -> int:
+    """The bytes of a field that is there or follows, without reading a large one."""
+    shape, itemsize = _extents(call, name)
+    if narrow and name in FIELDS:
+        itemsize = min(itemsize, _WIDTHS.get(name, 2))
+    count = itemsize
+    for n in shape:
+        count *= n
+    return -(-count // _MASK_SHARE) if name == "mask" else count
+
+
+def _extents(call: Call, name: str) -> tuple[tuple[int, ...], int]:
+    value = call.fields.get(name)
+    tensor = value() if callable(value) else value
+    if tensor is not None:
+        return tuple(tensor.shape), tensor.dtype.itemsize
+    if name in call.fields:
+        return (0,), 1
+    sizes: dict[str, int] = {}
+    for other, letters in _LETTERS.items():
+        if call.fields.get(other) is not None:
+            sizes.update(zip(letters, _extents(call, other)[0], strict=True))
+    return tuple(sizes.get(x, 1) for x in _LETTERS.get(name, "")), 4
+
+
+def _call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:
+    fields: dict[str, Any] = {}
+    for name in kept:
+        if call.has(name):
+            absent = name in call.fields and call.fields[name] is None
+            fields[name] = None if absent else partial(_encoded, call, place, name, made)
+    # Statistics are small, and are what is left of an attention too large to keep.
+    fields |= {name: value for name, value in call.fields.items() if name not in FIELDS}
+    return replace(call, fields=fields)
+
+
+def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
+    value = call.get(name)
+    assert value is not None
+    if name == "weights":
+        codes = sqrt8(value)
+        if codes is not None:
+            error = float((codes.double().div(255).square() - value).abs().max()) if codes.numel() else 0.0
+            made.coding[place, name] = {"kind": "sqrt8", "error": error}
+            return codes
+    half, error = half_floats(value)
+    if error:
+        made.rounded[name] = max(error, made.rounded.get(name, 0.0))
+    return half
+
+
+def sqrt8(weights: Tensor) -> Tensor | None:
+    """Weights as 8-bit codes, U8 of the same shape: round(255·√w), so that small ones are told apart.
+
+    None where something is no weight: below 0, above 1 by more than rounding, or not finite.
+    """
+    if weights.numel() and not bool(((weights >= 0) & (weights <= 1 + 1e-2)).all()):
+        return None
+    return weights.float().clamp(max=1).sqrt().mul(255).round().to(torch.uint8)
+
+
+def half_floats(x: Tensor) -> tuple[Tensor, float]:
+    """A tensor of 32- or 64-bit floats as 16-bit ones, and the largest absolute error; any other one as it is.
+
+    It stays as it is, too, where a number is too large for 16 bits.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or not x.numel():
+        return x, 0.0
+    half = x.to(torch.float16)
+    finite = x.isfinite()
+    if bool((half.isinf() & finite).any()):
+        return x, 0.0
+    return half, float(torch.where(finite, half.to(x.dtype) - x, 0.0).abs().max())
