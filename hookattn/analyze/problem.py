@@ -39,7 +39,7 @@ def problem_of(call: Call, positions: Tensor | None) -> Problem | None:
     some = weights.any(-1, keepdim=True)
     lacking = some & (rest > slack)
     sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
-    return _of_scores(weights.log(), weights > 0, sinks, positions)
+    return _of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
 
 
 def _of_scores(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None) -> Problem:

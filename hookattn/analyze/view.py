@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import compute_dtype
+from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
+from ..statistics.problem import four
 from .positions import query_positions
 from .problem import problem_of
 
@@ -100,6 +101,10 @@ class View:
         Raises:
             FieldNotCaptured: the weights were not kept.
         """
+        call = self.call
+        if not call.has("weights") and all(map(call.has, ("scores", "mask", "sinks"))):
+            scores = call.scores
+            return softmax_weights(scores.to(compute_dtype(scores.dtype)), call.mask, call.sinks)
         weights = self.tensor("weights")
         return weights.to(compute_dtype(weights.dtype))
 
@@ -146,9 +151,9 @@ class View:
     def mask(self) -> Tensor:
         """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
         if self.call.has("mask"):
-            return self.tensor("mask")
+            return four(self.tensor("mask"))
         if self.call.has("weights"):
-            return self.weights > 0
+            return self.weights != 0  # a NaN is to be seen
         return torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     @cached_property
@@ -158,7 +163,7 @@ class View:
         Raises:
             FieldNotCaptured: the mask was not kept.
         """
-        mask = self.tensor("mask")
+        mask = four(self.tensor("mask"))
         return mask.expand(*mask.shape[:3], self.shape[3]).sum(-1)
 
     @cached_property

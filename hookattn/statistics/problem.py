@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -65,6 +66,12 @@ class Problem:
         )
 
 
+@overload
+def four(x: Tensor) -> Tensor: ...
+@overload
+def four(x: None) -> None: ...
+@overload
+def four(x: Tensor | None) -> Tensor | None: ...
 def four(x: Tensor | None) -> Tensor | None:
     """With all four axes."""
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
