@@ -16,6 +16,7 @@
     ├── StitchError            the steps of a trace do not make one picture
     ├── MeasureError           a measure is not defined for a call, or the labels given to it do not fit
     ├── RenderError            a picture or a page cannot be made of this trace, or not shown
+    │   └── PageTooLargeError  it has no room in one page; says its size
     ├── UnfaithfulError        a call is over its tolerance, and ``strict=True``
     └── TraceFileError         a trace file cannot be read or written
         ├── CorruptFileError
@@ -89,6 +90,10 @@ class MeasureError(HookattnError):
 
 class RenderError(HookattnError):
     """A picture or a page cannot be made of this trace, or cannot be shown."""
+
+
+class PageTooLargeError(RenderError):
+    """A trace has no room in one self-contained page; the message says its size, and what shows it all the same."""
 
 
 class UnfaithfulError(HookattnError):

@@ -11,6 +11,7 @@ from .demo import demo
 from .info import info
 from .trace import trace
 from .verify import verify
+from .view import view
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -25,5 +26,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, verify, adapters, demo):
+for command in (trace, info, view, verify, adapters, demo):
     app.add_command(command)

@@ -1,4 +1,4 @@
-"""A trace made small enough for a page: weights as 8-bit codes, other numbers as 16-bit floats, large fields left out."""
+"""A trace made small enough for a page: weights as 8-bit codes, the rest as 16-bit floats, some fields left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FieldNotCaptured, RenderError, SelectionError
+from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..record import FIELDS
 from ..trace import Call, Trace
 
@@ -57,19 +57,20 @@ class Narrowed:
             made.append(f"This page holds 16-bit floats: rounded, at the most, are {said}.")
         if self.left_out:
             said = ", ".join(self.left_out)
-            made.append(f"This page leaves out {said}, for its size. `hookattn view` shows all that the trace file has.")
+            made.append(f"This page leaves out {said} for its size; `hookattn view` shows all of a trace file.")
         return made
 
 
-def narrowed(trace: Trace, fields: Sequence[str] | None = None) -> Narrowed:
+def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIMIT) -> Narrowed:
     """The trace as it goes into a page: as it is where it is small, else narrowed, and without what has no room.
 
     Args:
         trace: any; it stays as it is, and none of its large tensors is read before the page's size is known.
         fields: what to keep; None: as much as there is room for, the weights and the mask in any case.
+        limit: bytes of data that are too many.
 
     Raises:
-        RenderError: even so it is too large; says how large, and what to do.
+        PageTooLargeError: even so it is too large; says how large, and what to do.
         FieldNotCaptured: a field of ``fields`` that no call has.
         SelectionError: a field of ``fields`` that there is not.
     """
@@ -78,10 +79,10 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None) -> Narrowed:
     there = [f for f in FIELDS if any(call.has(f) for call in trace)]
     kept = _fitting(trace, there) if fields is None else _asked(trace, there, fields)
     size = sum(_bytes(call, f, narrow=True) for call in trace for f in kept if call.has(f))
-    if size > LIMIT:
-        raise RenderError(
+    if size > limit:
+        raise PageTooLargeError(
             f"a page of this trace would take {size * 4 / 3 / 1e6:,.0f} MB for {', '.join(kept)}, and at most "
-            f"{LIMIT * 4 / 3 / 1e6:,.0f} MB open well. `hookattn view FILE` (or hookattn.render.serve) shows a trace of any "
+            f"{limit * 4 / 3 / 1e6:,.0f} MB fit. `hookattn view FILE` (or hookattn.render.serve) shows a trace of any "
             "size, as it reads only what is looked at; or make a page of a part: trace.select(layer=…, step=…), or a "
             "trace of fewer heads or queries."
         )
@@ -97,8 +98,8 @@ def _asked(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[st
     for f in fields:
         if f not in there:
             raise FieldNotCaptured(
-                f"{f!r} was captured of no call of this trace, which has {', '.join(there) or 'no fields'}; trace again "
-                f"with {f!r} in capture=, or leave it out of fields=."
+                f"{f!r} was captured of no call of this trace, which has {', '.join(there) or 'no fields'}; trace "
+                f"again with {f!r} in capture=, or leave it out of fields=."
             )
     return [f for f in FIELDS if f in fields]
 

@@ -79,7 +79,8 @@ def _scores(scores: Mapping[str, Any], calls: int | None) -> dict[str, Any]:
     for name, entry in made.items():
         table = entry if name == "roles" else entry.get("values") if isinstance(entry, dict) else None
         if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
-            expected = "a list for each call" if name == "roles" else '{"unit", "description", "values": [a list for each call]}'
+            rows = "a list for each call"
+            expected = rows if name == "roles" else f'{{"unit", "description", "values": [{rows}]}}'
             raise RenderError(f"scores[{name!r}]: expected {expected}, and got {str(scores[name])[:80]!r}.")
         if calls is not None and len(table) != calls:
             raise RenderError(f"scores[{name!r}]: expected {calls} rows, one for each call, and got {len(table)}.")

@@ -1,0 +1,67 @@
+"""``hookattn view``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from ..errors import RenderError
+from .command import Command
+from .screen import Screen, size_of
+
+
+@click.command(
+    cls=Command,
+    short_help="Look at a trace file in the browser.",
+    examples=(
+        "hookattn view run.safetensors",
+        "hookattn view before.safetensors after.safetensors",
+        "hookattn view run.safetensors --html run.html",
+    ),
+)
+@click.argument("file", type=click.Path())
+@click.argument("compare", type=click.Path(), required=False, metavar="[FILE2]")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port; by default the first free one from 8765 on.")
+@click.option("--no-open", is_flag=True, help="Print the address, and open no browser.")
+@click.option("--html", type=click.Path(), metavar="OUT", help="Write one self-contained page instead, for anyone.")
+@click.pass_obj
+def view(screen: Screen, file: str, compare: str | None, port: int | None, no_open: bool, html: str | None) -> None:
+    """Look at a trace FILE, or at two side by side, in the browser.
+
+    A local page reads what it shows from the file, which can be of any size; it is served to this machine alone, until
+    Ctrl-C. With --html, viewer and data become one file that opens anywhere, offline.
+    """
+    if html is not None:
+        if port is not None or no_open:
+            raise click.UsageError("--port and --no-open are for the served page: leave them out with --html.")
+        _write(screen, file, compare, html)
+        return
+    try:
+        from ..render.server import serve
+    except ModuleNotFoundError as error:
+        raise RenderError(
+            f'this needs the package {error.name}: pip install "hookattn[view]"; or write a page with --html.'
+        ) from error
+
+    def ready(url: str) -> None:
+        if screen.as_json:
+            screen.json({"url": url, "pid": os.getpid()})
+        else:
+            click.echo(url)
+            screen.say("Ctrl-C ends it", "dim")
+
+    serve(file, compare=compare, port=port, open_browser=not no_open, ready=ready)
+
+
+def _write(screen: Screen, file: str, compare: str | None, html: str) -> None:
+    from ..render.page import save_page
+
+    with screen.working(f"writing {html}"):
+        save_page(file, html, compare=compare)
+    data: dict[str, Any] = {"html": html, "bytes": os.path.getsize(html)}
+    if screen.as_json:
+        screen.json(data)
+    else:
+        screen.out.print(f"wrote {html}", f"({size_of(data['bytes'])})", markup=False, soft_wrap=True)

@@ -1,0 +1,163 @@
+"""One HTML file with the trace and the viewer in it: it opens offline, and fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
+from ..store.partial import PartialFile, explained
+from .narrow import LIMIT, Narrowed, narrowed
+from .options import script_json, viewer_options
+from .shell import head, module, policy, script, tail
+from .stored import TraceLike, name_of, opened, title_of
+
+BLOCK = 1 << 18
+"""Bytes of one block, which is what is decoded at once: a head of 512 tokens in 8-bit codes."""
+
+_OPEN = """
+  const part = (id) => document.getElementById(id);
+  return {
+    source: embedded(part("trace")),
+    compare: part("compare") && embedded(part("compare")),
+    options: JSON.parse(part("options").textContent),
+  };
+"""
+
+
+def page(
+    trace: TraceLike,
+    *,
+    compare: TraceLike | None = None,
+    state: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
+    theme: str = "auto",
+    title: str | None = None,
+    fields: Sequence[str] | None = None,
+) -> str:
+    """The trace as a self-contained HTML page: viewer and data are inside, and nothing is fetched.
+
+    A small trace is in it bit for bit. Of a larger one the weights become 8-bit codes (a weight is off by 0.004 at the
+    most), other numbers 16-bit floats, and fields that have no room are left out; the page says all of that.
+
+    Args:
+        trace: a trace (in memory, loaded, compact, or a part of one), or the path of a trace file.
+        compare: a second one, for the compare view.
+        state: the selection shown first, such as ``{"view": "matrix", "layer": 3, "heads": [5]}``.
+        scores: analyzer scores by which heads are sorted; see :func:`hookattn.render.options.viewer_options`.
+        images: what the patches of a vision model were cut of; see docs/viewer.md.
+        theme: ``"light"``, ``"dark"`` or ``"auto"``.
+        title: of the page; by default the model and the file.
+        fields: what to keep, such as ``("q", "k", "v", "weights", "mask")``; by default what six million bytes have
+            room for, the weights and the mask in any case.
+
+    Raises:
+        PageTooLargeError: says how large it is, and what shows it all the same.
+        RenderError: options of another form.
+        FieldNotCaptured, SelectionError: ``fields`` names what is not there.
+        TraceFileError: the path is not that of a trace file.
+    """
+    options: dict[str, Any] = {"state": state, "scores": scores, "images": images, "theme": theme, "fields": fields}
+    return "".join(parts(trace, compare=compare, title=title, **options))
+
+
+def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> str:
+    """Write :func:`page` to a file, which appears whole or not at all; returns its path.
+
+    Args:
+        trace: as there.
+        path: the file; an older one is replaced.
+        options: those of :func:`page`.
+
+    Raises:
+        TraceWriteError: it cannot be written there; and what :func:`page` raises.
+    """
+    target = Path(path)
+    file = PartialFile(target)
+    size = 0
+    try:
+        for piece in parts(trace, **options):
+            data = piece.encode("utf-8")
+            with explained(target, "write the page", size + len(data)):
+                file.write(size, data)
+            size += len(data)
+        with explained(target, "finish the page", size):
+            file.commit(size)
+    finally:
+        file.discard()
+    return os.fspath(path)
+
+
+def parts(
+    trace: TraceLike,
+    *,
+    compare: TraceLike | None = None,
+    state: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
+    theme: str = "auto",
+    title: str | None = None,
+    fields: Sequence[str] | None = None,
+    limit: int = LIMIT,
+) -> Iterator[str]:
+    """The text of :func:`page`, piece by piece."""
+    first = opened(trace)
+    second = None if compare is None else opened(compare)
+    options = viewer_options(state=state, scores=scores, images=images, theme=theme, calls=len(first))
+    made = {"trace": narrowed(first, fields, limit)}
+    if second is not None:
+        made["compare"] = narrowed(second, fields, limit)
+    code = base64.b64encode(module().encode("utf-8")).decode()
+    text = script(f'import {{ mount, embedded }} from "data:text/javascript;base64,{code}";', _OPEN)
+    yield head(title_of(first) if title is None else title, policy(text, module="data: blob:", connect="'none'"))
+    yield f'<script type="application/json" id="options">{script_json(options)}</script>\n'
+    for (name, part), source in zip(made.items(), (first, second), strict=False):
+        assert source is not None
+        yield f'<div id="{name}" hidden>\n'
+        yield from _blocks(part, name_of(source))
+        yield "</div>\n"
+    yield tail(text)
+
+
+def _blocks(made: Narrowed, name: str) -> Iterator[str]:
+    """The bytes of a trace file, header first, as ``<script>`` elements of base64, which holds nothing that is HTML."""
+    with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
+        path = made.trace.save(os.path.join(folder, "page.safetensors"))
+        with open(path, "rb") as file:
+            header, start = _header(file, made)
+            yield _block(0, header, f' data-name="{html.escape(name)}"')
+            at = len(header)
+            file.seek(start)
+            while data := file.read(BLOCK):
+                yield _block(at, data)
+                at += len(data)
+
+
+def _header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
+    """The file's header with what was narrowed, and where the file's data starts."""
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    header = json.loads(file.read(length))
+    document = json.loads(header["__metadata__"][METADATA_KEY])
+    coding = {document["calls"][i]["fields"][field]: entry for (i, field), entry in made.coding.items()}
+    document["notes"] += made.notes
+    header["__metadata__"][METADATA_KEY] = encode_document(document | ({"coding": coding} if coding else {}))
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return frame_header(raw, data_start(raw)), LENGTH_BYTES + length
+
+
+def _block(start: int, data: bytes, more: str = "") -> str:
+    # A fixed time, so that the same trace gives the same page.
+    packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    return (
+        f'<script type="application/x-hookattn" data-start="{start}" data-end="{start + len(data)}" '
+        f'data-codec="gzip"{more}>{packed}</script>\n'
+    )

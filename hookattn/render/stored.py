@@ -1,0 +1,71 @@
+"""The file of a trace: its own, where it is as it was written, else a temporary one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike, fspath
+
+from ..errors import RenderError, TraceFileError
+from ..loading import load
+from ..trace import Trace
+
+TraceLike = Trace | str | PathLike[str]
+
+
+def opened(trace: TraceLike) -> Trace:
+    """A trace, or the one in a file.
+
+    Raises:
+        RenderError: neither.
+        TraceFileError: the file is no trace.
+    """
+    if isinstance(trace, Trace):
+        return trace
+    if not isinstance(trace, (str, PathLike)):
+        raise RenderError(f"expected a Trace or the path of a trace file, and got {type(trace).__name__}.")
+    return load(trace)
+
+
+def name_of(trace: Trace) -> str:
+    """What a trace is called where there is room for one line."""
+    return os.path.basename(trace.path) if trace.path else str(trace.model.get("class") or "trace")
+
+
+def title_of(trace: Trace) -> str:
+    """The model's class and the file."""
+    return " · ".join(dict.fromkeys(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x))
+
+
+@contextmanager
+def stored(trace: TraceLike) -> Iterator[str]:
+    """The path of a file that holds this trace; a temporary one is deleted after the block.
+
+    Raises:
+        RenderError, TraceFileError: as :func:`opened`; TraceWriteError: no room for the temporary file.
+    """
+    found = opened(trace)
+    if found.path is not None and (found is not trace or _as_written(found, found.path)):
+        yield os.path.abspath(fspath(found.path))
+        return
+    with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
+        yield found.save(os.path.join(folder, "trace.safetensors"))
+
+
+def _as_written(trace: Trace, path: str) -> bool:
+    """Whether the file under the trace's name still holds it: not a part of it, nor an older state."""
+    try:
+        there = load(path)
+    except TraceFileError:
+        return False  # it can still be read: the trace holds the file open
+    return (
+        len(there) == len(trace)
+        and (there.tokens, there.notes) == (trace.tokens, trace.notes)
+        and all(
+            (a.site, a.step, a.certificate, list(a.fields)) == (b.site, b.step, b.certificate, list(b.fields))
+            and all(value is None or callable(value) for value in b.fields.values())
+            for a, b in zip(there.calls, trace.calls, strict=True)
+        )
+    )

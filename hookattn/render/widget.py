@@ -1,0 +1,186 @@
+"""The viewer as a widget for notebooks: the kernel hands out the bytes that are looked at."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import os
+import uuid
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import anywidget
+import traitlets
+
+from ..errors import PageTooLargeError, RenderError
+from .narrow import ROOM
+from .options import viewer_options
+from .page import parts, save_page
+from .shell import module
+from .stored import TraceLike, name_of, opened, stored
+
+_READ = 1 << 26
+"""The most bytes of one message."""
+
+# A notebook is read in many places. Where the widget does not come to life (no kernel, or an export), the page does.
+_FALLBACK = """<div id="{id}" hidden>{text}<script type="application/x-hookattn-page">{page}</script></div>
+<script>(() => {{
+  const box = document.getElementById("{id}");
+  if (!box) return;
+  const data = box.querySelector('script[type="application/x-hookattn-page"]').textContent;
+  const live = () => document.querySelector(".{id} [data-hookattn-live]") !== null;
+  let waited = 0, frame = null;
+  async function show() {{
+    box.hidden = false;
+    if (!data) return;
+    frame = document.createElement("iframe");
+    frame.title = "hookattn";
+    frame.style.cssText = "width: 100%; height: 720px; border: 0";
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    frame.srcdoc = await new Response(unpacked).text();
+    box.append(frame);
+  }}
+  const timer = setInterval(() => {{
+    if (live() || !box.isConnected) {{
+      clearInterval(timer);
+      box.hidden = true;
+      if (frame) frame.remove();
+    }} else if (++waited === 12) show();
+  }}, 250);
+}})();</script>
+"""
+
+
+class Widget(anywidget.AnyWidget):
+    """A trace in Jupyter, JupyterLab, VS Code, Colab or marimo. Its selection is :attr:`state`, in both directions.
+
+    ``widget.observe(f, names="state")`` calls ``f`` when the reader selects something; ``widget.state = {...}``
+    selects. What is shown is read from the trace file when it is needed, exactly, so the trace can be of any size. The
+    output also carries a self-contained page, which shows where no kernel runs: in a saved or exported notebook.
+
+    Attributes:
+        state: the selection, such as ``{"view": "matrix", "layer": 3, "heads": [5], ...}``.
+        options: what the viewer was handed: theme, scores, images.
+
+    Raises:
+        RenderError: options of another form.
+        TraceFileError: the path is not that of a trace file.
+    """
+
+    state = traitlets.Dict().tag(sync=True)
+    options = traitlets.Dict().tag(sync=True)
+    _name = traitlets.Unicode().tag(sync=True)
+    _size = traitlets.Int().tag(sync=True)
+
+    def __init__(
+        self,
+        trace: TraceLike,
+        *,
+        state: Mapping[str, Any] | None = None,
+        scores: Mapping[str, Any] | None = None,
+        images: Mapping[str, Any] | None = None,
+        theme: str = "auto",
+        page: bool = True,
+    ) -> None:
+        """Make the widget; it shows when it is the last line of a cell.
+
+        Args:
+            trace: a trace, or the path of a trace file; one that is not in a file is written to a temporary one.
+            state: the selection shown first.
+            scores: analyzer scores by which heads are sorted; see :func:`hookattn.render.options.viewer_options`.
+            images: what the patches of a vision model were cut of.
+            theme: ``"light"``, ``"dark"`` or ``"auto"``.
+            page: whether the output carries the self-contained page too, up to some megabytes of the notebook.
+        """
+        self._trace, self._page = opened(trace), page
+        given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
+        options = viewer_options(state=state, calls=len(self._trace), **given)
+        with ExitStack() as stack:
+            path = stack.enter_context(stored(self._trace))
+            # A descriptor: a file that is replaced under its name is read as it was.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            kept = stack.pop_all()
+        self._descriptor = descriptor
+        self._close = weakref.finalize(self, _release, descriptor, kept)
+        self._given = {**given, "state": state}
+        self._class = f"hookattn-{uuid.uuid4().hex[:12]}"
+        self._esm = module()
+        super().__init__(
+            state=options.pop("state", {}),
+            options=options,
+            _name=name_of(self._trace),
+            _size=os.fstat(descriptor).st_size,
+            _dom_classes=[self._class],
+        )
+        self.on_msg(_hear)
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes of the trace file from ``start`` up to ``end``.
+
+        Raises:
+            RenderError: there are no such bytes, or they cannot be read any more.
+        """
+        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= self._size):
+            raise RenderError(f"bytes {start!r} to {end!r} of a trace of {self._size} bytes: there are none such.")
+        if end - start > _READ:
+            raise RenderError(f"{end - start} bytes at once; at most {_READ} fit in one message.")
+        if not self._close.alive:
+            raise RenderError("the widget is closed; show the trace again.")
+        made = b""
+        while len(made) < end - start:
+            os.lseek(self._descriptor, start + len(made), os.SEEK_SET)
+            more = os.read(self._descriptor, end - start - len(made))
+            if not more:
+                raise RenderError(
+                    f"the trace file was cut to {start + len(made)} of {self._size} bytes; show it again."
+                )
+            made += more
+        return made
+
+    def save_page(self, path: str | os.PathLike[str], **options: Any) -> str:
+        """Write what is shown, the present selection first, to one HTML file; as :func:`hookattn.render.save_page`."""
+        return save_page(self._trace, path, **{**self._given, "state": self.state, **options})
+
+    def close(self) -> None:
+        """Close the widget and its file."""
+        super().close()
+        self._close()
+
+    def _ipython_display_(self, **kwargs: Any) -> None:
+        from IPython.display import display
+
+        bundle = self._repr_mimebundle_()
+        assert bundle is not None
+        display(bundle[0], raw=True)  # type: ignore[no-untyped-call]
+        if self._page:
+            # An output of its own: of one that has both forms exporters take the widget, and what runs it off the net.
+            display({"text/html": self._fallback(), "text/plain": ""}, raw=True)  # type: ignore[no-untyped-call]
+
+    def _fallback(self) -> str:
+        try:
+            text = "".join(parts(self._trace, **self._given, limit=2 * ROOM))
+            packed, said = base64.b64encode(gzip.compress(text.encode("utf-8"), 6, mtime=0)).decode(), ""
+        except PageTooLargeError as error:
+            packed, said = "", f"<p>hookattn: {html.escape(str(error))}</p>"
+        return _FALLBACK.format(id=self._class, text=said, page=packed)
+
+
+def _hear(widget: Widget, content: Any, buffers: Any) -> None:
+    if not isinstance(content, dict) or content.get("kind") != "read":
+        return
+    answer = {"id": content.get("id")}
+    try:
+        data = widget.read(content.get("start"), content.get("end"))  # type: ignore[arg-type]
+    except (RenderError, OSError) as error:
+        widget.send({**answer, "kind": "error", "message": str(error)})
+    else:
+        widget.send({**answer, "kind": "bytes"}, buffers=[data])
+
+
+def _release(descriptor: int, kept: ExitStack) -> None:
+    os.close(descriptor)
+    kept.close()
