@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookattnError, MeasureError, SelectionError
+from .frame import call_columns
 from .measure import Measure, Reading
 from .registry import resolve
 from .view import View
@@ -33,7 +34,7 @@ def measure(
 
     Args:
         trace: in memory, loaded, or compact; with weights, or what they can be derived of, or the statistics that the
-            measures are made of (``capture=hookattn.analyze.statistics(…)``).
+            measures are made of (``capture=hookattn.analyze.capture(…)``).
         measures: names or :class:`Measure` objects.
         by: ``"head"``: a row for each call and head, averaged over the batch; ``"example"``: for each batch entry too;
             ``"query"``: for each query too, which only measures that are means over queries have.
@@ -92,20 +93,11 @@ def readings(view: View, measures: Sequence[Measure], missing: bool = False) -> 
 
 def _columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
     b, h, t, _ = view.shape
-    call = view.call
     sizes = {"head": (h,), "example": (b, h), "query": (b, h, t)}[by]
     n = int(torch.tensor(sizes).prod())
     index = torch.meshgrid(*(torch.arange(x) for x in sizes), indexing="ij")
     head = torch.tensor(list(view.heads))[index[0 if by == "head" else 1]]
-    columns: dict[str, Any] = {
-        "call": call.index,
-        "step": call.step,
-        "layer": call.site.layer,
-        "stack": call.site.stack,
-        "kind": call.site.kind,
-        "path": call.site.path,
-        "head": head.flatten().numpy(),
-    }
+    columns = {**call_columns(view), "head": head.flatten().numpy()}
     if by != "head":
         columns["example"] = index[0].flatten().numpy()
     if by == "query":

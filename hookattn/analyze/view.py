@@ -108,6 +108,17 @@ class View:
         weights = self.tensor("weights")
         return weights.to(compute_dtype(weights.dtype))
 
+    def per_head(self, name: str) -> Tensor:
+        """``k`` or ``v`` of each query head: B H S D, or B H S E.
+
+        Raises:
+            FieldNotCaptured: it was not kept, or it is not known how many heads there are.
+        """
+        value, kv = self.tensor(name), self.call.kv_heads
+        if kv is not None:
+            return value[:, list(kv)]
+        return value.repeat_interleave(self.shape[1] // value.shape[1], 1)
+
     def prepare(self, statistics: Sequence[Statistic]) -> None:
         """Compute several statistics in one pass, those that the trace does not hold already.
 
@@ -125,7 +136,7 @@ class View:
                 raise FieldNotCaptured(
                     f"{self.where}: {', '.join(missing)} can be computed of weights, of scores and mask, or of q, k, "
                     f"mask, bias and sinks; captured were {kept}. Trace again with one of these, or with "
-                    f"hookattn.analyze.statistics(…), in capture=."
+                    f"hookattn.analyze.capture(…), in capture=."
                 )
             self._statistics |= compute(problem, list(missing.values()))
 

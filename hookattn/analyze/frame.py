@@ -1,0 +1,64 @@
+"""Tables that have one row for each place in a tensor, and the calls that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import MeasureError
+from .view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ..trace import Trace
+
+
+def views(trace: Trace, real: Any = None) -> list[View]:
+    """Each call of a trace.
+
+    Args:
+        trace: the trace.
+        real: B S, see :class:`View`.
+
+    Raises:
+        MeasureError: there are none.
+    """
+    if not trace.calls:
+        raise MeasureError("the trace has no calls to measure.")
+    return [View(call, trace, real) for call in trace.calls]
+
+
+def call_columns(view: View) -> dict[str, Any]:
+    """The columns that say which call a row is of."""
+    call = view.call
+    return {
+        "call": call.index,
+        "step": call.step,
+        "layer": call.site.layer,
+        "stack": call.site.stack,
+        "kind": call.site.kind,
+        "path": call.site.path,
+    }
+
+
+def long(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Tensor]) -> DataFrame:
+    """One row for each place: the columns of the call, a label for each axis, the values.
+
+    Args:
+        view: the call.
+        axes: name → the labels along it, as many as the tensors have there.
+        values: name → a tensor over all axes.
+    """
+    import numpy as np
+    import pandas as pd
+
+    places = np.indices([len(labels) for labels in axes.values()]).reshape(len(axes), -1)
+    columns = call_columns(view)
+    for (name, labels), place in zip(axes.items(), places, strict=True):
+        columns[name] = np.asarray(labels)[place]
+    for name, value in values.items():
+        columns[name] = value.detach().flatten().cpu().numpy()
+    return pd.DataFrame(columns)
