@@ -1,0 +1,73 @@
+/** What every part of the page shares: the trace, the state, the cursor. */
+import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signals";
+import type { Call } from "./data/call";
+import { type Axes, axesOf } from "./data/labels";
+import { Trace } from "./data/trace";
+import type { Options } from "./options";
+import type { Source } from "./source/source";
+import { callOf, normalise, type State } from "./state";
+
+/** The cell or row that the pointer is at; indices among what is stored. */
+export interface Cursor {
+  query: number | null;
+  key: number | null;
+}
+
+export interface App {
+  readonly trace: Trace;
+  /** The second trace of a comparison, or null. */
+  readonly other: Trace | null;
+  readonly options: Options;
+  readonly state: ReadonlySignal<State>;
+  readonly dark: ReadonlySignal<boolean>;
+  readonly cursor: Signal<Cursor>;
+  set(patch: Partial<State>): void;
+}
+
+export async function open(source: Source, options: Options, dark: ReadonlySignal<boolean>, views: readonly string[]): Promise<App> {
+  const [trace, other] = await Promise.all([Trace.open(source), options.compare ? Trace.open(options.compare) : null]);
+  const state = signal(normalise(options.state ?? {}, null, trace, views));
+  return {
+    trace,
+    other,
+    options,
+    state,
+    dark,
+    cursor: signal({ query: null, key: null }),
+    set(patch) {
+      const next = normalise(patch, state.peek(), trace, views);
+      if (JSON.stringify(next) === JSON.stringify(state.peek())) return;
+      state.value = next;
+      options.onState?.(next);
+    },
+  };
+}
+
+/** The call in view, and the names of its rows and columns. Reads the state: a component that asks follows it. */
+export function current(app: App): { call: Call; axes: Axes } {
+  const state = app.state.value;
+  const call = callOf(app.trace, state);
+  return { call, axes: axesOf(app.trace, call, state.batch) };
+}
+
+/** The place among the stored heads of a head that is named by its number in the model. */
+export function stored(call: Call, head: number): number {
+  return Math.max(0, call.headNumbers.indexOf(head));
+}
+
+/** The head that a view of one head shows. */
+export function focus(state: State): number {
+  return state.heads.at(-1) ?? 0;
+}
+
+/** Whether the page is dark: as asked, or as the system is. `stop` ends listening. */
+export function darkness(theme: Options["theme"]): { dark: ReadonlySignal<boolean>; stop(): void } {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const dark = signal(theme === "dark" || (theme !== "light" && system.matches));
+  const listen = () => (dark.value = system.matches);
+  const follow = theme === undefined || theme === "auto";
+  if (follow) system.addEventListener("change", listen);
+  return { dark, stop: () => system.removeEventListener("change", listen) };
+}
+
+export { effect };

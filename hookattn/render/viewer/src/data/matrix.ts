@@ -1,0 +1,24 @@
+import type { Numbers } from "./dtypes";
+
+/** One head of one field: rows × cols, row-major. */
+export interface Matrix {
+  readonly rows: number;
+  readonly cols: number;
+  readonly data: Numbers;
+}
+
+export function at(matrix: Matrix, row: number, col: number): number {
+  return matrix.data[row * matrix.cols + col]!;
+}
+
+/** Smallest and largest finite value, `[NaN, NaN]` where there is none. */
+export function extent({ data }: Matrix): [number, number] {
+  let low = Infinity;
+  let high = -Infinity;
+  for (let i = 0; i < data.length; i++) {
+    const x = data[i]!;
+    if (x < low && x > -Infinity) low = x;
+    if (x > high && x < Infinity) high = x;
+  }
+  return low > high ? [NaN, NaN] : [low, high];
+}

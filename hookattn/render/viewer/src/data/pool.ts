@@ -1,0 +1,61 @@
+/** Matrices made smaller for the screen: the largest or the sum of what falls together, never the mean. NaN is left out. */
+import type { Slices } from "../slices";
+import type { Pool } from "../state";
+import type { Matrix } from "./matrix";
+
+/** Level i has cells of 2^i × 2^i entries; level 0 is the matrix itself. */
+export type Pyramid = readonly Matrix[];
+
+const SMALLEST = 128;
+
+export async function pyramid(matrix: Matrix, pool: Pool, slices: Slices): Promise<Pyramid> {
+  const levels = [matrix];
+  for (let last = matrix; Math.max(last.rows, last.cols) > SMALLEST; ) levels.push((last = await half(last, pool, slices)));
+  return levels;
+}
+
+async function half({ rows, cols, data }: Matrix, pool: Pool, slices: Slices): Promise<Matrix> {
+  const [r, c] = [Math.ceil(rows / 2), Math.ceil(cols / 2)];
+  const out = new Float32Array(r * c);
+  const sum = pool === "sum";
+  for (let y = 0; y < r; y++) {
+    const top = 2 * y * cols;
+    const below = 2 * y + 1 < rows ? top + cols : -1;
+    for (let x = 0; x < c; x++) {
+      const i = 2 * x;
+      const wide = i + 1 < cols;
+      let v = data[top + i]!;
+      if (wide) v = join(v, data[top + i + 1]!, sum);
+      if (below >= 0) {
+        v = join(v, data[below + i]!, sum);
+        if (wide) v = join(v, data[below + i + 1]!, sum);
+      }
+      out[y * c + x] = v;
+    }
+    if (y % 64 === 0) await slices.turn();
+  }
+  return { rows: r, cols: c, data: out };
+}
+
+function join(a: number, b: number, sum: boolean): number {
+  if (a !== a) return b;
+  if (b !== b) return a;
+  return sum ? a + b : a > b ? a : b;
+}
+
+/** At most `rows` × `cols`, the largest of what falls together. */
+export async function poolTo(matrix: Matrix, rows: number, cols: number, slices: Slices): Promise<Matrix> {
+  const [r, c] = [Math.min(rows, matrix.rows), Math.min(cols, matrix.cols)];
+  if (r === matrix.rows && c === matrix.cols) return matrix;
+  const data = new Float32Array(r * c).fill(NaN);
+  const column = Uint32Array.from({ length: matrix.cols }, (_, s) => Math.floor((s * c) / matrix.cols));
+  for (let t = 0; t < matrix.rows; t++) {
+    const to = Math.floor((t * r) / matrix.rows) * c;
+    for (let s = 0, i = t * matrix.cols; s < matrix.cols; s++, i++) {
+      const cell = to + column[s]!;
+      data[cell] = join(data[cell]!, matrix.data[i]!, false);
+    }
+    await slices.turn();
+  }
+  return { rows: r, cols: c, data };
+}

@@ -1,0 +1,162 @@
+/** A trace as the views read it: its calls at once, its numbers one head at a time, when they are looked at. */
+import { NotCaptured, ViewerError } from "../errors";
+import { Lru } from "../lru";
+import { Slices } from "../slices";
+import type { Source } from "../source/source";
+import { type Call, describeCalls, kvHead, where } from "./call";
+import * as derive from "./derive";
+import { type Coding, type Entry, readHeader, type TraceDocument } from "./document";
+import { CODINGS, DTYPES, type Numbers } from "./dtypes";
+import type { Matrix } from "./matrix";
+
+/** Bytes of decoded heads that are kept: a few of 4096 × 4096 float32. */
+const CACHE = 256 * 2 ** 20;
+
+export interface Tensor {
+  shape: number[];
+  data: Numbers;
+}
+
+export class Trace {
+  readonly calls: Call[];
+  private readonly cache = new Lru<Promise<Matrix>>(CACHE);
+
+  private constructor(
+    readonly source: Source,
+    readonly document: TraceDocument,
+    readonly entries: ReadonlyMap<string, Entry>,
+  ) {
+    this.calls = describeCalls(document.calls, entries);
+  }
+
+  static async open(source: Source): Promise<Trace> {
+    const { document, entries } = await readHeader(source);
+    return new Trace(source, document, entries);
+  }
+
+  /** Whether a field can be had: stored, or derived from what is stored. `null` (no bias, no sinks) counts as had. */
+  has(call: Call, field: string): boolean {
+    return field in call.fields || (call.derivable.includes(field) && (field === "scores" || field === "weights"));
+  }
+
+  /** How the stored numbers of a field were narrowed, or null. */
+  coding(call: Call, field: string): Coding | null {
+    return this.document.coding?.[call.fields[field] ?? ""] ?? null;
+  }
+
+  /**
+   * One head of a field, `head` counted among those stored: q T×D, k S×D, v S×E, output T×E, scores, weights, mask and bias T×S.
+   * Throws NotCaptured; for a field that the call has none of (bias null), use `optional`.
+   */
+  head(call: Call, field: string, batch: number, head: number): Promise<Matrix> {
+    const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
+    const name = call.fields[field];
+    const key = name == null ? `${call.index} ${field} ${batch} ${kv}` : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
+    let known = this.cache.get(key);
+    if (known === undefined) {
+      known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv);
+      this.cache.set(key, known, 0);
+      known.then(
+        (matrix) => this.cache.set(key, known!, matrix.data.byteLength),
+        () => this.cache.delete(key),
+      );
+    }
+    return known;
+  }
+
+  /** As `head`, or null where the call has no such term. */
+  async optional(call: Call, field: string, batch: number, head: number): Promise<Matrix | null> {
+    if (call.fields[field] === null) return null;
+    return this.head(call, field, batch, head);
+  }
+
+  /** The learned logits that join the softmax of a head: one, or one a row; null if there are none. */
+  async sinks(call: Call, batch: number, head: number): Promise<Numbers | null> {
+    const name = call.fields["sinks"];
+    if (name === null) return null;
+    if (name === undefined) throw new NotCaptured("sinks", where(call));
+    const { shape, data } = await this.tensor(name);
+    if (shape.length === 1) return data.slice(head, head + 1);
+    const [b, h, t] = [shape.at(-4) ?? 1, shape.at(-3) ?? 1, shape.at(-2) ?? 1];
+    const start = ((b > 1 ? batch : 0) * h + (h > 1 ? head : 0)) * t;
+    return data.slice(start, start + t);
+  }
+
+  /** A whole tensor, by its name in the file: statistics and other small things. */
+  async tensor(name: string): Promise<Tensor> {
+    const entry = this.entry(name);
+    return { shape: entry.shape, data: await this.numbers(name, entry, 0, count(entry.shape)) };
+  }
+
+  private entry(name: string): Entry {
+    const entry = this.entries.get(name);
+    if (entry === undefined) throw new ViewerError(`${this.source.name}: the document names a tensor “${name}” that is not in the file.`);
+    return entry;
+  }
+
+  /** Elements `first` to `end` of a tensor, as numbers. */
+  private async numbers(name: string, { dtype, begin }: Entry, first: number, end: number): Promise<Numbers> {
+    const type = DTYPES[dtype];
+    if (type === undefined) throw new ViewerError(`“${name}” has the dtype ${dtype}, which this viewer does not know.`);
+    const bytes = await this.source.read(begin + first * type.size, begin + end * type.size);
+    const coding = this.document.coding?.[name];
+    if (coding === undefined) return type.decode(bytes);
+    const decode = CODINGS[coding.kind];
+    if (decode === undefined) throw new ViewerError(`“${name}” is coded as “${coding.kind}”, which this viewer does not know.`);
+    return decode(new Uint8Array(bytes));
+  }
+
+  private async stored(call: Call, field: string, name: string, batch: number, head: number): Promise<Matrix> {
+    const entry = this.entry(name);
+    const [b, h, rows, cols] = [4, 3, 2, 1].map((i) => entry.shape.at(-i) ?? 1) as [number, number, number, number];
+    const start = ((b > 1 ? batch : 0) * h + (h > 1 ? head : 0)) * rows * cols;
+    const data = await this.numbers(name, entry, start, start + rows * cols);
+    const stored = { rows, cols, data };
+    const { T, S } = call.extents;
+    return field === "mask" || field === "bias" ? expand(stored, T, S) : stored;
+  }
+
+  private async derive(call: Call, field: string, batch: number, head: number): Promise<Matrix> {
+    if (!this.has(call, field) || call.fields[field] === null) throw new NotCaptured(field, where(call));
+    const slices = new Slices();
+    if (field === "weights") {
+      const [scores, mask, sinks] = await Promise.all([
+        this.head(call, "scores", batch, head),
+        this.optional(call, "mask", batch, head),
+        this.sinks(call, batch, head),
+      ]);
+      return derive.weights(scores, mask, sinks, slices);
+    }
+    const [q, k, bias, scale] = await Promise.all([
+      this.head(call, "q", batch, head),
+      this.head(call, "k", batch, head),
+      this.optional(call, "bias", batch, head),
+      this.scale(call, batch, head),
+    ]);
+    return derive.scores({ q, k, scale, softcap: call.softcap, bias }, slices);
+  }
+
+  /** The kernel's factor on q·kᵀ, for one head. */
+  async scale(call: Call, batch: number, head: number): Promise<number | Matrix> {
+    if (typeof call.scale === "number") return call.scale;
+    const stored = await this.stored(call, "scale", call.scale.tensor, batch, head);
+    return expand(stored, call.extents.T, call.extents.S);
+  }
+}
+
+function count(shape: number[]): number {
+  return shape.reduce((a, b) => a * b, 1);
+}
+
+/** A broadcast matrix at its full extents. */
+function expand(matrix: Matrix, rows: number, cols: number): Matrix {
+  if (matrix.rows === rows && matrix.cols === cols) return matrix;
+  const data = new (matrix.data.constructor as Float64ArrayConstructor)(rows * cols);
+  for (let r = 0; r < rows; r++) {
+    const from = (matrix.rows > 1 ? r : 0) * matrix.cols;
+    const row = matrix.data.subarray(from, from + matrix.cols);
+    if (matrix.cols > 1) data.set(row, r * cols);
+    else data.fill(row[0]!, r * cols, (r + 1) * cols);
+  }
+  return { rows, cols, data };
+}

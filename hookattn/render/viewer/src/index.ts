@@ -1,0 +1,125 @@
+/**
+ * The viewer of hookattn traces, as one ES module.
+ *
+ *     import { mount, embedded, served } from "./hookattn-viewer.js";
+ *     mount(element, embedded(), { link: true });          // a trace inside the page
+ *     mount(element, await served("/trace"), { theme: "dark" });
+ *
+ * The default export is the front end of a notebook widget, in anywidget's protocol.
+ */
+import { h, render } from "preact";
+import { type App, darkness, open } from "./app";
+import { message, ViewerError } from "./errors";
+import type { Options, Scores } from "./options";
+import { asked, type WidgetModel } from "./source/widget";
+import type { Source } from "./source/source";
+import { decode, encode, type State } from "./state";
+import { toPng, toSvg } from "./ui/export";
+import { Shell } from "./ui/shell";
+import style from "./ui/style.css";
+import { VIEWS } from "./views/index";
+
+export { embedded } from "./source/embedded";
+export { served } from "./source/served";
+export type { Source, Options, Scores, State };
+
+export interface Viewer {
+  /** The selection; null until the trace is open. */
+  readonly state: State | null;
+  /** Resolves when the trace is open and drawn, or its error is. */
+  readonly ready: Promise<void>;
+  set(state: Partial<State>): void;
+  destroy(): void;
+  /** What the view in front has drawn. */
+  svg(): string;
+  png(): Promise<Blob>;
+}
+
+/** Show a trace in `el`. Errors are shown there too. */
+export function mount(el: HTMLElement, source: Source, options: Options = {}): Viewer {
+  const shadow = el.shadowRoot ?? el.attachShadow({ mode: "open" });
+  const sheet = document.createElement("style");
+  sheet.textContent = style;
+  const root = document.createElement("div");
+  shadow.replaceChildren(sheet, root);
+  const theme = darkness(options.theme);
+  let app: App | null = null;
+  let gone = false;
+  const pending: Partial<State> = { ...options.state, ...(options.link ? decode(location.hash) : {}) };
+  const onHash = () => app?.set(decode(location.hash));
+  if (options.link) addEventListener("hashchange", onHash);
+
+  function onState(state: State): void {
+    if (options.link) history.replaceState(null, "", `#${encode(state)}`);
+    options.onState?.(state);
+  }
+
+  render(h("div", { class: "ha", "data-theme": theme.dark.value ? "dark" : "light" }, "Opening the trace …"), root);
+  const ids = VIEWS.map((v) => v.id);
+  const ready = open(source, { ...options, state: pending, onState }, theme.dark, ids).then(
+    (opened) => {
+      if (gone) return;
+      if (opened.trace.calls.length === 0) throw new ViewerError(empty(opened));
+      const views = VIEWS.filter((v) => !v.absent?.(opened));
+      app = opened;
+      app.set(pending);
+      if (!views.some((v) => v.id === app!.state.value.view)) app.set({ view: views[0]!.id });
+      render(h(Shell, { app, views }), root);
+    },
+  ).catch((error: unknown) => {
+    const notice = h("div", { class: "notice error", role: "alert" }, message(error));
+    if (!gone) render(h("div", { class: "ha", "data-theme": theme.dark.value ? "dark" : "light" }, notice), root);
+  });
+
+  const figure = () => {
+    const found = root.querySelector<HTMLElement>(".figure");
+    if (found === null) throw new ViewerError("Nothing is drawn yet: wait for `ready`.");
+    return found;
+  };
+  return {
+    get state() {
+      return app?.state.value ?? null;
+    },
+    ready,
+    set(state) {
+      if (app === null) Object.assign(pending, state);
+      else app.set(state);
+    },
+    destroy() {
+      gone = true;
+      theme.stop();
+      removeEventListener("hashchange", onHash);
+      render(null, root);
+      shadow.replaceChildren();
+    },
+    svg: () => toSvg(figure()),
+    png: async () => toPng(figure()),
+  };
+}
+
+function empty({ trace }: App): string {
+  const skipped = trace.document.skipped.map((s) => `${s.path || "the model itself"}: ${s.reason}`);
+  return ["There is no attention call in this trace.", ...skipped].join("\n");
+}
+
+export default {
+  render({ model, el }: { model: WidgetModel; el: HTMLElement }): () => void {
+    const source = asked(model);
+    const options = (model.get("options") ?? {}) as Options;
+    const viewer = mount(el, source, {
+      ...options,
+      state: (model.get("state") ?? {}) as Partial<State>,
+      onState(state) {
+        model.set("state", state);
+        model.save_changes();
+      },
+    });
+    const follow = () => viewer.set((model.get("state") ?? {}) as Partial<State>);
+    model.on("change:state", follow);
+    return () => {
+      model.off("change:state", follow);
+      source.close();
+      viewer.destroy();
+    };
+  },
+};

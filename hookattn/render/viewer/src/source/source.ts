@@ -1,0 +1,7 @@
+/** Random access to the bytes of one trace file, wherever it is. */
+export interface Source {
+  readonly name: string;
+  readonly size: number;
+  /** Bytes `start` to `end`, the end excluded. */
+  read(start: number, end: number): Promise<ArrayBuffer>;
+}

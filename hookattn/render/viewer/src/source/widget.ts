@@ -1,0 +1,61 @@
+import { ViewerError } from "../errors";
+import type { Source } from "./source";
+
+/** What anywidget hands to `render`: the part of it that is used here. */
+export interface WidgetModel {
+  get(name: string): unknown;
+  set(name: string, value: unknown): void;
+  save_changes(): void;
+  send(content: unknown): void;
+  on(event: string, listener: (...args: never[]) => void): void;
+  off(event: string, listener: (...args: never[]) => void): void;
+}
+
+interface Answer {
+  kind: string;
+  id: string;
+  message?: string;
+}
+
+const TIMEOUT = 60_000;
+
+/** The trace that the kernel holds, read by custom messages. `close` stops listening. */
+export function asked(model: WidgetModel): Source & { close(): void } {
+  const waiting = new Map<string, { resolve(bytes: ArrayBuffer): void; reject(error: unknown): void }>();
+  // Several views of one model hear each other's answers: ids must not meet.
+  const prefix = Math.random().toString(36).slice(2);
+  let count = 0;
+
+  function hear(answer: Answer, buffers: DataView[]): void {
+    const asker = waiting.get(answer.id);
+    if (asker === undefined) return;
+    waiting.delete(answer.id);
+    const view = buffers[0];
+    if (answer.kind !== "bytes" || view === undefined) {
+      asker.reject(new ViewerError(answer.message ?? "The kernel could not read the trace."));
+      return;
+    }
+    asker.resolve(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength) as ArrayBuffer);
+  }
+
+  model.on("msg:custom", hear);
+  return {
+    name: String(model.get("_name") ?? "trace"),
+    size: Number(model.get("_size")),
+    close() {
+      model.off("msg:custom", hear);
+    },
+    read(start, end) {
+      const id = `${prefix}-${count++}`;
+      return new Promise((resolve, reject) => {
+        const late = setTimeout(() => {
+          waiting.delete(id);
+          reject(new ViewerError("The kernel does not answer. Is it busy, or was it stopped?"));
+        }, TIMEOUT);
+        const done = <T>(pass: (value: T) => void) => (value: T) => (clearTimeout(late), pass(value));
+        waiting.set(id, { resolve: done(resolve), reject: done(reject) });
+        model.send({ kind: "read", id, start, end });
+      });
+    },
+  };
+}

@@ -1,0 +1,234 @@
+import type { ComponentChildren } from "preact";
+import { type App, current, focus } from "../app";
+import { headColour } from "../colours";
+import { measures } from "../options";
+import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
+import type { ControlName, View } from "../views/index";
+
+export function Controls({ app, view }: { app: App; view: View }) {
+  const shown = view.controls.map((name) => {
+    const Control = CONTROLS[name];
+    return <Control key={name} app={app} />;
+  });
+  return (
+    <div class="controls" role="group" aria-label="What is shown">
+      <Stack app={app} />
+      <Step app={app} />
+      <Batch app={app} />
+      {shown}
+    </div>
+  );
+}
+
+function Named({ name, children }: { name: string; children: ComponentChildren }) {
+  return (
+    <label class="control">
+      <span class="name">{name}</span>
+      {children}
+    </label>
+  );
+}
+
+/** A few choices, side by side. */
+function Segments<T extends string>(props: { name: string; value: T; of: [T, string, string?][]; pick(value: T): void }) {
+  return (
+    <div class="control" role="group" aria-label={props.name}>
+      <span class="name">{props.name}</span>
+      <div class="segments">
+        {props.of.map(([value, text, title]) => (
+          <button key={value} type="button" title={title} aria-pressed={value === props.value} onClick={() => props.pick(value)}>
+            {text}
+          </button>
+        ))}
+      </div>
+    </div>
+  );
+}
+
+/** A slider over the values that there are; nothing where there is only one. */
+function Slider<T>(props: { name: string; values: readonly T[]; value: T; text(value: T): string; pick(value: T): void }) {
+  const at = Math.max(0, props.values.indexOf(props.value));
+  if (props.values.length < 2) return null;
+  return (
+    <Named name={props.name}>
+      <input
+        type="range" min={0} max={props.values.length - 1} step={1} value={at} aria-label={props.name}
+        aria-valuetext={props.text(props.value)}
+        onInput={(event) => props.pick(props.values[Number(event.currentTarget.value)]!)}
+      />
+      <output>{props.text(props.value)}</output>
+    </Named>
+  );
+}
+
+export function steps(app: App): number[] {
+  return distinct(app.trace.calls.map((c) => c.step)).sort((a, b) => a - b);
+}
+
+/** The layers of the stack and kind in view. */
+export function layers(app: App, state: State): (number | null)[] {
+  const calls = app.trace.calls.filter((c) => c.step === state.step && c.site.stack === state.stack && c.site.kind === state.kind);
+  return distinct(calls.map((c) => c.site.layer)).sort((a, b) => (a ?? -1) - (b ?? -1));
+}
+
+function distinct<T>(values: T[]): T[] {
+  return [...new Set(values)];
+}
+
+function Stack({ app }: { app: App }) {
+  const state = app.state.value;
+  const names = distinct(app.trace.calls.map((c) => JSON.stringify([c.site.stack, c.site.kind])));
+  if (names.length < 2) return null;
+  return (
+    <Named name="Attention">
+      <select
+        value={JSON.stringify([state.stack, state.kind])}
+        onChange={(event) => {
+          const [stack, kind] = JSON.parse(event.currentTarget.value) as [string, string];
+          app.set({ stack, kind, nth: 0, query: null, key: null, zoom: null });
+        }}
+      >
+        {names.map((name) => <option key={name} value={name}>{(JSON.parse(name) as string[]).join(" · ")}</option>)}
+      </select>
+    </Named>
+  );
+}
+
+function Step({ app }: { app: App }) {
+  const state = app.state.value;
+  return <Slider name="Step" values={steps(app)} value={state.step} text={String} pick={(step) => app.set({ step, query: null, key: null, zoom: null })} />;
+}
+
+function Batch({ app }: { app: App }) {
+  const { call } = current(app);
+  const entries = Array.from({ length: call.extents.B }, (_, b) => b);
+  return <Slider name="Batch" values={entries} value={app.state.value.batch} text={String} pick={(batch) => app.set({ batch })} />;
+}
+
+function Layer({ app }: { app: App }) {
+  const state = app.state.value;
+  const same = matches(app.trace, state);
+  return (
+    <>
+      <Slider name="Layer" values={layers(app, state)} value={state.layer} text={(l) => (l === null ? "–" : String(l))} pick={(layer) => app.set({ layer, nth: 0 })} />
+      {same.length > 1 && (
+        <Named name="Module">
+          <select value={state.nth} onChange={(event) => app.set({ nth: Number(event.currentTarget.value) })}>
+            {same.map((c, i) => <option key={c.index} value={i}>{c.site.path || "the model itself"}{c.heads === null ? "" : ""}</option>)}
+          </select>
+        </Named>
+      )}
+    </>
+  );
+}
+
+/** Click: this head alone. With ctrl, cmd or shift, or by “all”: several. */
+function Heads({ app }: { app: App }) {
+  const state = app.state.value;
+  const { call } = current(app);
+  const all = state.heads.length === call.headNumbers.length;
+  const one = focus(state);
+  const pick = (head: number, more: boolean) => {
+    if (!more) return app.set({ heads: [head] });
+    const rest = state.heads.filter((h) => h !== head);
+    app.set({ heads: rest.length === state.heads.length ? [...rest, head] : rest.length > 0 ? rest : [head] });
+  };
+  return (
+    <div class="control" role="group" aria-label="Heads">
+      <span class="name">Heads</span>
+      <div class="chips">
+        {call.headNumbers.map((head) => (
+          <button
+            key={head} type="button" class={head === one && state.heads.length > 1 ? "chip focus" : "chip"} aria-pressed={state.heads.includes(head)}
+            aria-label={`Head ${head}`} title={`Head ${head}: click to see it alone, ctrl-click to add or remove it`}
+            style={{ borderBottomColor: state.heads.includes(head) ? headColour(head) : "var(--line)" }}
+            onClick={(event) => pick(head, event.ctrlKey || event.metaKey || event.shiftKey)}
+          >
+            {head}
+          </button>
+        ))}
+        {call.headNumbers.length > 1 && (
+          <button type="button" class="all" onClick={() => app.set({ heads: all ? [one] : [...call.headNumbers.filter((h) => h !== one), one] })}>
+            &nbsp;{all ? "one" : "all"}&nbsp;
+          </button>
+        )}
+      </div>
+    </div>
+  );
+}
+
+function FieldControl({ app }: { app: App }) {
+  const of: [Field, string][] = [["weights", "weights"], ["scores", "scores"], ["mask", "mask"]];
+  return <Segments name="Field" value={app.state.value.field} of={of} pick={(field) => app.set({ field })} />;
+}
+
+function ScaleControl({ app }: { app: App }) {
+  const of: [Scale, string][] = [["linear", "linear"], ["log", "log"]];
+  return <Segments name="Scale" value={app.state.value.scale} of={of} pick={(scale) => app.set({ scale })} />;
+}
+
+function PoolControl({ app }: { app: App }) {
+  const of: [Pool, string, string][] = [
+    ["max", "largest", "Where a pixel covers several numbers, it shows the largest"],
+    ["sum", "sum", "Where a pixel covers several numbers, it shows their sum"],
+  ];
+  return <Segments name="Pooled" value={app.state.value.pool} of={of} pick={(pool) => app.set({ pool })} />;
+}
+
+function SinkControl({ app }: { app: App }) {
+  const of: [Sink, string, string][] = [
+    ["show", "shown", "All weights as they are"],
+    ["drop", "dropped", "Without the first key that is attended to"],
+    ["renormalise", "renormalised", "Without it, and each row's other weights made to sum to one"],
+  ];
+  return <Segments name="First key" value={app.state.value.sink} of={of} pick={(sink) => app.set({ sink })} />;
+}
+
+function FilterControl({ app }: { app: App }) {
+  const { axes } = current(app);
+  if (axes.queries.segments === null || axes.keys.segments === null) return null;
+  const of: [Filter, string, string][] = [
+    ["all", "all", "Both sentences"],
+    ["AA", "A→A", "Within the first sentence"],
+    ["AB", "A→B", "From the first sentence to the second"],
+    ["BA", "B→A", "From the second sentence to the first"],
+    ["BB", "B→B", "Within the second sentence"],
+  ];
+  return <Segments name="Pair" value={app.state.value.filter} of={of} pick={(filter) => app.set({ filter })} />;
+}
+
+function SortControl({ app }: { app: App }) {
+  const state = app.state.value;
+  const known = measures(app.options.scores);
+  if (known.length === 0) return null;
+  const chosen = known.find(([name]) => name === state.sort)?.[1];
+  return (
+    <>
+      <Named name="Order">
+        <select value={state.sort} title={chosen?.description} onChange={(event) => app.set({ sort: event.currentTarget.value, least: null })}>
+          <option value="layer">by layer</option>
+          {known.map(([name]) => <option key={name} value={name}>by {name}</option>)}
+        </select>
+      </Named>
+      {chosen !== undefined && (
+        <Named name={`at least${chosen.unit ? ` (${chosen.unit})` : ""}`}>
+          <input
+            type="number" step="any" style={{ width: "90px" }} value={state.least ?? ""}
+            onInput={(event) => app.set({ least: event.currentTarget.value === "" ? null : Number(event.currentTarget.value) })}
+          />
+        </Named>
+      )}
+    </>
+  );
+}
+
+const CONTROLS: Readonly<Record<ControlName, (props: { app: App }) => ComponentChildren>> = {
+  layer: Layer,
+  heads: Heads,
+  field: FieldControl,
+  scale: ScaleControl,
+  pool: PoolControl,
+  sink: SinkControl,
+  filter: FilterControl,
+  sort: SortControl,
+};

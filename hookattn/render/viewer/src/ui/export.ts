@@ -1,0 +1,85 @@
+/** What a view has drawn, as one SVG or PNG: its <svg>s, its <canvas>es and its labels, where they are. */
+const INHERITED = [
+  "fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "opacity", "font-family", "font-size",
+  "font-weight", "text-anchor", "dominant-baseline", "visibility", "display",
+] as const;
+const SVG = "http://www.w3.org/2000/svg";
+
+export function toSvg(figure: HTMLElement): string {
+  const frame = figure.getBoundingClientRect();
+  const [left, top] = [frame.left - figure.scrollLeft, frame.top - figure.scrollTop];
+  const parts: Element[] = [];
+  let [width, height] = [0, 0];
+  for (const element of figure.querySelectorAll<HTMLElement | SVGSVGElement>("svg, canvas, .label")) {
+    const box = element.getBoundingClientRect();
+    if (box.width === 0 || box.height === 0 || element.closest(".notice, .tip")) continue;
+    const [x, y] = [box.left - left, box.top - top];
+    parts.push(element instanceof HTMLCanvasElement ? picture(element, x, y, box) : element instanceof SVGSVGElement ? drawing(element, x, y, box) : words(element, x, y, box));
+    width = Math.max(width, x + box.width);
+    height = Math.max(height, y + box.height);
+  }
+  const root = make("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
+  const paper = getComputedStyle(figure.closest(".ha")!).backgroundColor;
+  root.append(make("rect", { width, height, fill: paper }), ...parts);
+  return new XMLSerializer().serializeToString(root);
+}
+
+export async function toPng(figure: HTMLElement): Promise<Blob> {
+  const svg = toSvg(figure);
+  const image = new Image();
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
+  await image.decode();
+  const scale = Math.min(2, 16_000 / Math.max(image.width, image.height, 1));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(image.width * scale));
+  canvas.height = Math.max(1, Math.round(image.height * scale));
+  canvas.getContext("2d")!.drawImage(image, 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve, reject) => {
+    canvas.toBlob((blob) => (blob === null ? reject(new Error("The browser could not make a PNG of this size.")) : resolve(blob)));
+  });
+}
+
+export function download(blob: Blob, name: string): string {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  return `Saved ${name}.`;
+}
+
+function make(tag: string, attributes: Record<string, string | number>): SVGElement {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) if (name !== "xmlns") element.setAttribute(name, String(value));
+  return element;
+}
+
+function picture(canvas: HTMLCanvasElement, x: number, y: number, { width, height }: DOMRect): Element {
+  const image = make("image", { x, y, width, height, preserveAspectRatio: "none", href: canvas.toDataURL() });
+  image.setAttribute("style", "image-rendering: pixelated");
+  return image;
+}
+
+/** A copy whose styles are its own: the style sheet does not travel with it. */
+function drawing(svg: SVGSVGElement, x: number, y: number, { width, height }: DOMRect): Element {
+  const copy = svg.cloneNode(true) as SVGSVGElement;
+  const [from, to] = [[svg, ...svg.querySelectorAll("*")], [copy, ...copy.querySelectorAll("*")]];
+  from.forEach((element, i) => {
+    const style = getComputedStyle(element);
+    const own = to[i]!;
+    own.removeAttribute("style");
+    own.removeAttribute("class");
+    if (element !== svg) for (const name of INHERITED) own.setAttribute(name, style.getPropertyValue(name));
+  });
+  for (const [name, value] of Object.entries({ x, y, width, height })) copy.setAttribute(name, String(value));
+  return copy;
+}
+
+function words(element: HTMLElement, x: number, y: number, { height }: DOMRect): Element {
+  const style = getComputedStyle(element);
+  const text = make("text", {
+    x, y: y + height / 2, "dominant-baseline": "central", fill: style.color, "font-family": style.fontFamily, "font-size": style.fontSize,
+  });
+  text.textContent = element.textContent;
+  return text;
+}

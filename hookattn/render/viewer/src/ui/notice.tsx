@@ -1,0 +1,87 @@
+import type { ComponentChildren } from "preact";
+import type { App } from "../app";
+import type { Call } from "../data/call";
+import type { Certificate } from "../data/document";
+import { measured } from "../format";
+
+export function Notice({ error, children }: { error?: boolean; children: ComponentChildren }) {
+  return (
+    <div class={error ? "notice error" : "notice"} role={error ? "alert" : "note"}>
+      {children}
+    </div>
+  );
+}
+
+const SIGN = { faithful: "✓", unfaithful: "✗", unverified: "?" };
+
+/** A call's certificate, wherever something of the call is drawn. `short`: only its sign. */
+export function Badge({ certificate, short }: { certificate: Certificate | null; short?: boolean }) {
+  const status = certificate?.status ?? "unverified";
+  const sign = SIGN[status] ?? "?";
+  const told = certificate === null ? "no certificate" : describe(certificate);
+  return (
+    <span class={`badge ${status}`} title={told} aria-label={`${status}: ${told}`} data-status={status}>
+      <span aria-hidden="true">{sign}</span>
+      {!short && <span>{status}</span>}
+      {!short && certificate !== null && status !== "unverified" && (
+        <span>
+          {measured(certificate.output_error)} {status === "faithful" ? "≤" : "against"} {measured(certificate.tolerance)}
+        </span>
+      )}
+    </span>
+  );
+}
+
+function describe(c: Certificate): string {
+  const weights = c.weights_error == null ? "" : `, weights off by ${measured(c.weights_error)}`;
+  return (
+    `weights·v differ from the kernel's output by ${measured(c.output_error)} (tolerance ${measured(c.tolerance)})${weights}, ` +
+    `row sums by ${measured(c.row_sum_error)}; ${c.rows} of ${c.of_rows} rows checked. ${c.basis}`
+  );
+}
+
+/** What a reader has to know before trusting what is drawn. */
+export function Notices({ app, call }: { app: App; call: Call }) {
+  const { skipped, notes, calls } = app.trace.document;
+  const unfaithful = calls.filter((c) => c.certificate?.status === "unfaithful").length;
+  const field = app.state.value.field;
+  const coding = app.trace.coding(call, field);
+  const narrow = app.trace.entries.get(call.fields["weights"] ?? "")?.dtype;
+  return (
+    <>
+      {call.certificate?.status === "unfaithful" && (
+        <Notice error>
+          What was rebuilt of this call is not what the model did: {describe(call.certificate)}
+        </Notice>
+      )}
+      {unfaithful > 0 && call.certificate?.status !== "unfaithful" && (
+        <Notice>{unfaithful} of the {calls.length} calls in this trace are unfaithful; this one is not among them.</Notice>
+      )}
+      {coding !== null && (
+        <Notice>
+          The numbers are rounded to 8 bits to keep the page small{coding.error !== undefined && `: they are off by at most ${measured(coding.error)}`}.
+        </Notice>
+      )}
+      {coding === null && narrow === "F16" && call.dtype !== "float16" && <Notice>The weights are rounded to 16 bits (float16).</Notice>}
+      {skipped.length > 0 && (
+        <Notice>
+          <details>
+            <summary>
+              {skipped.length === 1 ? "One module" : `${skipped.length} modules`} with attention could not be read, and{" "}
+              {skipped.length === 1 ? "is" : "are"} not shown
+            </summary>
+            <ul>{skipped.map((s) => <li key={s.path}>{s.path || "the model itself"}: {s.reason}</li>)}</ul>
+          </details>
+        </Notice>
+      )}
+      {[...notes, ...call.notes].length > 0 && (
+        <Notice>
+          <details>
+            <summary>Notes</summary>
+            <ul>{[...notes, ...call.notes].map((note) => <li key={note}>{note}</li>)}</ul>
+          </details>
+        </Notice>
+      )}
+    </>
+  );
+}

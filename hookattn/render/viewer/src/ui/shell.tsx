@@ -1,0 +1,90 @@
+import { useRef, useState } from "preact/hooks";
+import { type App, current } from "../app";
+import { NotCaptured, message } from "../errors";
+import { where } from "../data/call";
+import { encode } from "../state";
+import type { View } from "../views/index";
+import { Controls } from "./controls";
+import { download, toPng, toSvg } from "./export";
+import { KEYS, keyName, press } from "./keyboard";
+import { Badge, Notice, Notices } from "./notice";
+import { Table } from "./table";
+
+/** The page around a view. */
+export function Shell({ app, views }: { app: App; views: readonly View[] }) {
+  const state = app.state.value;
+  const view = views.find((v) => v.id === state.view)!;
+  const { call } = current(app);
+  const ids = views.map((v) => v.id);
+  const missing = view.fields(state).find((field) => !app.trace.has(call, field));
+  const figure = useRef<HTMLDivElement>(null);
+  const help = useRef<HTMLDialogElement>(null);
+  const { model } = app.trace.document;
+  return (
+    <div
+      class="ha" data-theme={app.dark.value ? "dark" : "light"} tabIndex={-1}
+      onKeyDown={(event) => {
+        if (event.key === "?") help.current?.showModal();
+        else if (!press(app, event, ids)) return;
+        event.preventDefault();
+      }}
+    >
+      <header class="top">
+        <h1 dir="auto">{app.trace.source.name}</h1>
+        {model.class && <span class="quiet">{model.class}</span>}
+        <span class="quiet">{where(call)}</span>
+        <Badge certificate={call.certificate} />
+      </header>
+      <div class="tabs" role="tablist" aria-label="Views">
+        {views.map((v) => (
+          <button key={v.id} type="button" role="tab" aria-selected={v.id === view.id} title={v.help} onClick={() => app.set({ view: v.id })}>
+            {v.label}
+          </button>
+        ))}
+      </div>
+      <Controls app={app} view={view} />
+      <Notices app={app} call={call} />
+      <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
+        {missing !== undefined ? <Notice error>{new NotCaptured(missing, where(call)).message}</Notice> : <view.component app={app} />}
+      </div>
+      <div aria-live="polite">{app.trace.has(call, state.field) && <Table app={app} />}</div>
+      <Foot app={app} figure={() => figure.current!} help={() => help.current?.showModal()} />
+      <dialog class="help" ref={help}>
+        <p>{view.help}</p>
+        <table>
+          {KEYS.map((k) => (
+            <tr key={k.does}>
+              <td>{(k.keys.length > 4 ? [k.keys[0]!, "…", k.keys.at(-1)!] : k.keys).map((key) => <kbd key={key}>{keyName(key)}</kbd>)}</td>
+              <td>{k.does}</td>
+            </tr>
+          ))}
+        </table>
+        <form method="dialog"><button>Close</button></form>
+      </dialog>
+    </div>
+  );
+}
+
+function Foot({ app, figure, help }: { app: App; figure(): HTMLElement; help(): void }) {
+  const [told, tell] = useState("");
+  const act = (work: () => Promise<string>) => () => {
+    work().then(tell, (error: unknown) => tell(message(error)));
+  };
+  const name = app.trace.source.name.replace(/\.safetensors$/, "").replace(/[^\p{L}\p{N}._-]+/gu, "-") || "attention";
+  return (
+    <div class="foot">
+      <button type="button" onClick={act(async () => download(new Blob([toSvg(figure())], { type: "image/svg+xml" }), `${name}.svg`))}>SVG</button>
+      <button type="button" onClick={act(async () => download(await toPng(figure()), `${name}.png`))}>PNG</button>
+      {app.options.link && (
+        <button type="button" onClick={act(async () => copy(`${location.href.replace(/#.*$/, "")}#${encode(app.state.value)}`))}>Copy link</button>
+      )}
+      <button type="button" onClick={help}>Keys <kbd>?</kbd></button>
+      <span class="quiet" role="status">{told}</span>
+    </div>
+  );
+}
+
+async function copy(text: string): Promise<string> {
+  await navigator.clipboard.writeText(text);
+  return "The link to this selection is in the clipboard.";
+}

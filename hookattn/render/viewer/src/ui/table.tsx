@@ -1,0 +1,85 @@
+/** The current selection as text: a sentence for a screen reader, and a table of its strongest pairs. */
+import { type App, current, focus, stored } from "../app";
+import { type Axes, type Axis } from "../data/labels";
+import { at, type Matrix } from "../data/matrix";
+import { presented } from "../data/presented";
+import { exact } from "../format";
+import { Slices } from "../slices";
+import { useLoaded } from "./hooks";
+
+const ROWS = 24;
+
+interface Pair {
+  query: number;
+  key: number;
+  value: number;
+}
+
+export function name(axis: Axis, i: number): string {
+  const label = axis.labels[i];
+  return label === undefined ? String(i) : axis.named ? `${axis.positions[i]} “${label.text}”` : label.text;
+}
+
+export function Table({ app }: { app: App }) {
+  const state = app.state.value;
+  const { call, axes } = current(app);
+  const head = focus(state);
+  const { query, key, field, sink, filter, batch } = state;
+  const { value } = useLoaded(
+    async (signal) => {
+      const matrix = presented(await app.trace.head(call, field, batch, stored(call, head)), field, sink, filter, axes);
+      return { pairs: await strongest(matrix, query, key, new Slices(10, signal)), axes, field, head };
+    },
+    [app, call, head, query, key, field, sink, filter, batch],
+  );
+  if (value === null) return null;
+  return (
+    <details class="as-table">
+      <summary>{told(value, query, key)}</summary>
+      <table>
+        <thead>
+          <tr><th scope="col">query</th><th scope="col">key</th><th scope="col">{value.field}</th></tr>
+        </thead>
+        <tbody>
+          {value.pairs.map((p) => (
+            <tr key={`${p.query} ${p.key}`}>
+              <td>{name(value.axes.queries, p.query)}</td>
+              <td>{name(value.axes.keys, p.key)}</td>
+              <td class="number">{exact(p.value)}</td>
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </details>
+  );
+}
+
+function told({ pairs, axes, field, head }: { pairs: Pair[]; axes: Axes; field: string; head: number }, query: number | null, key: number | null): string {
+  const first = pairs[0];
+  if (first === undefined) return `Head ${head}: nothing is attended to here`;
+  const cell = `${name(axes.queries, first.query)} → ${name(axes.keys, first.key)}: ${field} ${exact(first.value)}`;
+  if (query !== null && key !== null) return `Head ${head}, ${cell}`;
+  const of = query !== null ? `the keys of ${name(axes.queries, query)}` : key !== null ? `the queries of ${name(axes.keys, key)}` : "all pairs";
+  return `Head ${head}, strongest of ${of}: ${cell}`;
+}
+
+/** The largest values of a row, a column, one cell, or of all, the largest first. */
+async function strongest(matrix: Matrix, query: number | null, key: number | null, slices: Slices): Promise<Pair[]> {
+  const found: Pair[] = [];
+  const rows = query === null ? [0, matrix.rows] : [query, query + 1];
+  const cols = key === null ? [0, matrix.cols] : [key, key + 1];
+  let least = -Infinity;
+  for (let t = rows[0]!; t < rows[1]!; t++) {
+    for (let s = cols[0]!; s < cols[1]!; s++) {
+      const value = at(matrix, t, s);
+      if (!(value > least)) continue;
+      found.push({ query: t, key: s, value });
+      if (found.length >= 4 * ROWS) {
+        found.sort((a, b) => b.value - a.value).length = ROWS;
+        least = found[ROWS - 1]!.value;
+      }
+    }
+    await slices.turn();
+  }
+  return found.sort((a, b) => b.value - a.value).slice(0, ROWS);
+}

@@ -1,0 +1,163 @@
+import { useMemo } from "preact/hooks";
+import { type App, current, stored } from "../app";
+import { headColour } from "../colours";
+import { at, type Matrix } from "../data/matrix";
+import { presented } from "../data/presented";
+import { type Link, strongest } from "../data/strongest";
+import { number, percent } from "../format";
+import { Slices } from "../slices";
+import { useLoaded, useWidth } from "../ui/hooks";
+import { Column, labelWidth, Lines, rowHeight } from "../ui/lines";
+import { Notice } from "../ui/notice";
+import { name } from "../ui/table";
+import type { View } from "./index";
+
+/** Lines at once, and for one token; more are no longer told apart. */
+const LINES = 2500;
+const OF_ONE = 500;
+const FLOOR = 0.004;
+const CELL = 11;
+const CELLS = 16;
+
+function Head({ app }: { app: App }) {
+  const state = app.state.value;
+  const { batch, sink, filter, scale } = state;
+  const [ref, room] = useWidth();
+  const { call, axes } = current(app);
+  const numbers = state.heads.toSorted((a, b) => a - b).join();
+  const { value, error } = useLoaded(
+    async (signal) => {
+      const heads = numbers.split(",").map(Number);
+      const matrices: Matrix[] = [];
+      for (const head of heads) {
+        matrices.push(presented(await app.trace.head(call, "weights", batch, stored(call, head)), "weights", sink, filter, axes));
+        signal.throwIfAborted();
+      }
+      return { call, axes, heads, matrices, ...(await strongest(matrices, LINES, FLOOR, new Slices(10, signal))) };
+    },
+    [app, call, batch, numbers, sink, filter],
+  );
+  const locked = { query: state.query, key: state.key };
+  const cursor = app.cursor.value;
+  const query = cursor.query ?? (cursor.key === null || locked.key !== null ? locked.query : null);
+  const key = cursor.key ?? (cursor.query === null || locked.query !== null ? locked.key : null);
+  const few = useMemo(() => (value === null ? [] : linksOf(value.matrices, query, key)), [value, query, key]);
+  if (error !== null) return <Notice error>{error}</Notice>;
+  if (value === null || room === 0) return <div ref={ref} />;
+  const { heads, matrices } = value;
+  const { queries, keys } = value.axes;
+  const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
+  const width = Math.min(room, 1100);
+  const label = Math.min(190, Math.max(60, (width - 2 * cells) * 0.3));
+  const [wide1, wide2] = [labelWidth(queries, label), labelWidth(keys, label)];
+  const gap = Math.min(460, Math.max(70, width - 2 * cells - wide1 - wide2));
+  const left = cells + wide1;
+  const right = left + gap;
+  // A query stands beside its own key where both count the same positions.
+  const shift = value.call.site.kind === "self" && queries.labels.length < keys.labels.length ? queries.positions.map((p) => p - keys.positions[0]!) : null;
+  const aligned = shift !== null && shift.every((p) => p >= 0 && p < keys.labels.length);
+  const count = Math.max(queries.labels.length, keys.labels.length);
+  const height = rowHeight(count);
+  const top = 26;
+  const to = (s: number) => top + (s + 0.5) * height;
+  const from = (t: number) => to(aligned ? shift[t]! : t);
+  const find = (event: PointerEvent | MouseEvent) => {
+    const box = (event.currentTarget as Element).getBoundingClientRect();
+    const row = Math.floor((event.clientY - box.top - top) / height);
+    const side = event.clientX - box.left < (left + right) / 2 ? "query" : "key";
+    const index = side === "query" && aligned ? shift.indexOf(row) : row;
+    const there = index >= 0 && index < (side === "query" ? queries : keys).labels.length;
+    return { side, index: there ? index : null } as const;
+  };
+  const one = query !== null || key !== null;
+  const shown = one ? few : value.links;
+  return (
+    <div ref={ref}>
+      <svg
+        width={right + wide2 + cells} height={top + count * height + 6} role="img" aria-label={`Lines from queries to keys, weighted by attention, heads ${heads.join(", ")}`}
+        onPointerMove={(event) => {
+          const { side, index } = find(event);
+          app.cursor.value = { query: side === "query" ? index : null, key: side === "key" ? index : null };
+        }}
+        onPointerLeave={() => (app.cursor.value = { query: null, key: null })}
+        onClick={(event) => {
+          const { side, index } = find(event);
+          app.set({ [side]: index === locked[side] ? null : index });
+        }}
+      >
+        <text class="faint" x={left - 5} y={12} text-anchor="end">queries</text>
+        <text class="faint" x={right + 5} y={12}>keys</text>
+        <Column axis={queries} x={left} side="end" width={wide1} height={height} y={from} active={query} locked={locked.query} />
+        <Column axis={keys} x={right} side="start" width={wide2} height={height} y={to} active={key} locked={locked.key} />
+        <Lines links={shown} heads={heads} scale={scale} left={left + 3} right={right - 3} from={from} to={to} />
+        {query !== null && key === null && <Cells links={few} heads={heads} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />}
+        {key !== null && query === null && <Cells links={few} heads={heads} x={cells - 4} end at={(l) => from(l.query)} height={height} />}
+      </svg>
+      <div class="readout quiet">
+        {query !== null && key !== null
+          ? `${name(queries, query)} → ${name(keys, key)}: ${heads.map((h, i) => `head ${h} ${number(at(matrices[i]!, query, key))}`).join(" · ")}`
+          : query !== null
+            ? `from query ${name(queries, query)}`
+            : key !== null
+              ? `to key ${name(keys, key)}`
+              : `${value.links.length} lines, which carry ${percent(value.share)} of the attention of ${heads.length === 1 ? "this head" : "these heads"}; hover over a token for all of its own, click to lock it`}
+      </div>
+    </div>
+  );
+}
+
+/** The links of one query, of one key, or of the pair; the strongest, should there be very many. */
+function linksOf(matrices: readonly Matrix[], query: number | null, key: number | null): Link[] {
+  const links: Link[] = [];
+  for (const [of, matrix] of matrices.entries()) {
+    const rows = query === null ? [0, key === null ? 0 : matrix.rows] : [query, query + 1];
+    const cols = key === null ? [0, query === null ? 0 : matrix.cols] : [key, key + 1];
+    for (let t = rows[0]!; t < Math.min(rows[1]!, matrix.rows); t++) {
+      for (let s = cols[0]!; s < Math.min(cols[1]!, matrix.cols); s++) {
+        const value = at(matrix, t, s);
+        if (value > 1e-4) links.push({ of, query: t, key: s, value });
+      }
+    }
+  }
+  return links.sort((a, b) => b.value - a.value).slice(0, OF_ONE);
+}
+
+/** The weight of each head beside a token: a number for one head, cells as strong as the weight for several. */
+function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: number; end?: boolean; at(link: Link): number; height: number }) {
+  const { links, heads, x, end, height } = props;
+  if (heads.length === 1) {
+    const free = new Set<number>();
+    return (
+      <g>
+        {links.map((l) => {
+          const y = props.at(l);
+          const slot = Math.round(y / 14);
+          // Rows lower than a line of text: the strongest of those that would overlap.
+          if (height < 14 && [slot - 1, slot, slot + 1].some((s) => free.has(s))) return null;
+          free.add(slot);
+          return <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">{number(l.value)}</text>;
+        })}
+      </g>
+    );
+  }
+  const size = Math.min(CELL - 1, Math.max(2, height - 2));
+  return (
+    <g>
+      {links.filter((l) => l.of < CELLS).map((l) => (
+        <rect
+          key={`${l.of} ${l.query} ${l.key}`} x={end ? x - (heads.slice(0, CELLS).length - l.of) * CELL : x + l.of * CELL} y={props.at(l) - size / 2} width={CELL - 1} height={size}
+          fill={headColour(heads[l.of]!)} fill-opacity={Math.max(0.05, l.value).toFixed(3)}
+        />
+      ))}
+    </g>
+  );
+}
+
+export const head: View = {
+  id: "head",
+  label: "Heads",
+  help: "Lines from each query (left) to the keys it attends to (right), as strong as the weight, a colour a head. Hover over a token for its own lines, click to lock it.",
+  fields: () => ["weights"],
+  controls: ["layer", "scale", "sink", "filter", "heads"],
+  component: Head,
+};

@@ -1,0 +1,93 @@
+"""Chromium for the tests of the viewer: no network, a fresh profile, and a site that answers from the test itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VIEWER = Path(__file__).parents[2] / "hookattn" / "render" / "viewer"
+ORIGIN = "http://viewer.test"
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; skipped where it or playwright is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not Path(CHROMIUM).exists():
+        pytest.skip("no chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens pages that reach nothing: a request that the test does not answer fails, and so does an error in the page."""
+    contexts, problems = [], []
+
+    def open_(**options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        context.route(re.compile("^(?!data:|blob:|file:)"), lambda route: (problems.append(route.request.url), route.abort()))
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.problems = problems
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def serve(page: Any, files: dict[str, Path | bytes | str]) -> None:
+    """Answers ``ORIGIN/name`` for every file, also in ranges."""
+
+    def answer(route: Any) -> None:
+        content = files[route.request.url.split("?")[0].removeprefix(ORIGIN + "/")]
+        data = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else content.read_bytes()
+        name = route.request.url
+        kind = "text/javascript" if name.endswith(".js") else "text/html" if name.endswith(".html") else "application/octet-stream"
+        headers = {"Content-Type": kind + "; charset=utf-8" if kind.startswith("text") else kind, "ETag": f'"{hash(data)}"'}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", route.request.headers.get("range", ""))
+        if asked:
+            start, end = int(asked[1]), int(asked[2]) + 1
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            route.fulfill(status=206, headers=headers, body=data[start:end])
+        else:
+            route.fulfill(status=200, headers=headers, body=data)
+
+    page.route(lambda url: url.startswith(ORIGIN + "/") and url.split("?")[0].removeprefix(ORIGIN + "/") in files, answer)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>trace</title>
+<body style="margin:0"><div id="viewer"></div><script type="module">
+import {{ mount, served }} from "/hookattn-viewer.js";
+window.viewer = mount(document.getElementById("viewer"), await served("/trace.safetensors"), {options});
+await viewer.ready; window.opened = performance.now();
+</script>"""
+
+
+def show(page: Any, trace: Path, options: str = "{link: true}", more: dict[str, Path] | None = None, hash: str = "") -> Any:
+    """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open."""
+    files = {"index.html": PAGE.format(options=options), "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
+    serve(page, {**files, "trace.safetensors": trace, **(more or {})})
+    page.goto(f"{ORIGIN}/index.html{hash}")
+    page.wait_for_function("window.opened !== undefined")
+    return page
