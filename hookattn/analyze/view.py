@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..trace import Call, Trace
 
 
+Made = TypeVar("Made")
+
+
 class View:
     """One call of a trace. What is expensive is computed once, when it is first asked for.
 
@@ -34,6 +37,7 @@ class View:
     def __init__(self, call: Call, trace: Trace, real: Tensor | None = None):
         self.call, self.trace, self._real = call, trace, real
         self._statistics: dict[str, Tensor | None] = {}
+        self._made: dict[Hashable, Any] = {}
 
     # What it is of
 
@@ -140,21 +144,32 @@ class View:
                 )
             self._statistics |= compute(problem, list(missing.values()))
 
-    def stat(self, statistic: Statistic) -> Tensor:
+    def stat(self, statistic: Statistic, field: str | None = None) -> Tensor:
         """A statistic's field: as it was captured, or computed of what was.
+
+        Args:
+            statistic: which.
+            field: which of its fields, where it has several; by default the first.
 
         Raises:
             FieldNotCaptured: see :meth:`prepare`.
             MeasureError: it needs positions that the call does not have.
         """
         self.prepare([statistic])
-        key = statistic.key
+        key = field or statistic.key
         value = self._statistics[key] if key in self._statistics else self.call.get(key)
         if value is None:
             raise MeasureError(
                 f"{self.where}: {key} is not defined here, as queries and keys are not places in one sequence."
             )
         return value
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns, called once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
     # Which rows and keys count
 
