@@ -168,6 +168,21 @@ def test_one_shot_takes_no_more_than_it_needs(tmp_path: Path) -> None:
     assert LazyFile(write_file(tmp_path / "none", {}, {"a": 1})).keys() == []
 
 
+@WRITERS
+def test_every_byte_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    written: list[int] = []
+    own = partial.PartialFile.write
+
+    def counted(self: Any, offset: int, data: bytes) -> None:
+        written.append(len(data))
+        own(self, offset, data)
+
+    monkeypatch.setattr(partial.PartialFile, "write", counted)
+    tensors = {f"t{i}": torch.full((1 << 18,), float(i)) for i in range(5)}
+    path = write(tmp_path / "f", tensors, DOCUMENT)
+    assert sum(written) == path.stat().st_size > writer.RESERVE
+
+
 @pytest.mark.parametrize("reserve", [0, 13, 1024, 4096, 1 << 20])
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_stream_and_one_shot_hold_the_same(

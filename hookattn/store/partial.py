@@ -93,6 +93,8 @@ class PartialFile:
 
     def move(self, begin: int, size: int, to: int, source: PartialFile | None = None) -> None:
         """Copy a range, of this file or of ``source``, to an offset here; the two may overlap. Raises OSError."""
+        if source is None and to == begin:
+            return
         starts = range(0, size, CHUNK)
         # From the side it moves to, so that no chunk is overwritten before it was read.
         for start in starts if source is not None or to <= begin else reversed(starts):
