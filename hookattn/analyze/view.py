@@ -220,6 +220,15 @@ class View:
         return rows & own
 
     @cached_property
+    def pairs(self) -> Tensor:
+        """bool, B (1 or H) T S: which real keys each query that counts may attend to.
+
+        Raises:
+            FieldNotCaptured: the mask was not kept.
+        """
+        return self.tensor("mask") & self.rows[:, None, :, None] & self.keys[:, None, None]
+
+    @cached_property
     def positions(self) -> Tensor | None:
         """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
         return query_positions(self.call, self.shape)
