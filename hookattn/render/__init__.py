@@ -1,0 +1,51 @@
+"""Pictures of traces: figures for papers, interactive ones, and the viewer. Nothing is imported unasked."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .figures import distance, heads, heatmap, layers, lens, neuron
+    from .page import page, save_page
+    from .plotly import plotly
+    from .show import show
+
+_WHERE = {
+    **dict.fromkeys(("distance", "heads", "heatmap", "layers", "lens", "neuron"), ".figures"),
+    **dict.fromkeys(("page", "save_page"), ".page"),
+    "plotly": ".plotly",
+    "show": ".show",
+}
+_EXTRAS = {"matplotlib": "render", "plotly": "render"}
+
+__all__ = ["distance", "heads", "heatmap", "layers", "lens", "neuron", "page", "plotly", "save_page", "show"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
+    try:
+        return getattr(import_module(_WHERE[name], __name__), name)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra:
+            error.add_note(f'hookattn: pip install "hookattn[{extra}]"')
+        raise
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Exports(ModuleType):
+    """Keeps the names of functions for the functions: importing ``.page`` would bind ``page`` to the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Exports

@@ -1,0 +1,166 @@
+"""What all figures have in common: a sheet measured in inches, a style that depends on no setting, exact output."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import matplotlib
+import matplotlib.style
+from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from ..palette import ALARM, FAINT, GRID, INK, PAPER
+from ..part import Part
+
+P = ParamSpec("P")
+
+# For what DejaVu Sans lacks; of these, the ones that are installed.
+_FALLBACKS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "PingFang SC", "Hiragino Sans", "Yu Gothic",
+    "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Arial Unicode MS",
+    "Noto Sans Hebrew", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Sans Symbols2",
+    "Noto Emoji", "Unifont",
+)  # fmt: skip
+
+
+@functools.cache
+def style() -> dict[str, Any]:
+    """The settings of every figure: small type for a column of text, thin lines, text kept as text in vector files."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return {
+        "font.family": ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)],
+        "font.size": 7.0,
+        "axes.titlesize": 7.5,
+        "axes.labelsize": 7.0,
+        "axes.linewidth": 0.5,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
+        "xtick.major.width": 0.5,
+        "ytick.major.width": 0.5,
+        "xtick.major.size": 2.0,
+        "ytick.major.size": 2.0,
+        "grid.color": GRID,
+        "grid.linewidth": 0.4,
+        "hatch.linewidth": 0.5,
+        "figure.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "savefig.dpi": 300,
+        "savefig.bbox": "tight",
+        "savefig.pad_inches": 0.04,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "hookattn",
+        "pdf.fonttype": 42,
+        "ps.fonttype": 42,
+    }
+
+
+class Sheet(Figure):
+    """A figure that saves itself in the style it was drawn in, whatever is set; the same trace gives the same bytes."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """As :meth:`matplotlib.figure.Figure.savefig`; text stays text in SVG and PDF, and no date is written."""
+        kind = options.get("format") or (str(fname).rpartition(".")[2] if not hasattr(fname, "write") else "png")
+        dated = {"svg": "Date", "pdf": "CreationDate"}.get(str(kind).lower())
+        if dated:
+            options["metadata"] = {dated: None, **(options.get("metadata") or {})}
+        with matplotlib.style.context(["default", style()]):
+            super().savefig(fname, **options)
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", dpi=160)
+        return out.getvalue()
+
+
+def drawn(view: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Run a view in the style of all figures, and leave the settings as they were."""
+
+    @functools.wraps(view)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(["default", style()]):
+            figure = view(*args, **kwargs)
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)  # a token such as $x$ is what it says
+        return figure
+
+    return run
+
+
+def sheet(width: float, height: float) -> Sheet:
+    """An empty figure of a size in inches, with no window."""
+    made = Sheet(figsize=(width, height))
+    FigureCanvasAgg(made)
+    return made
+
+
+def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes with their upper left corner at (x, y) from the figure's, all in inches."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
+
+
+def write(figure: Figure, x: float, y: float, text: str, **options: Any) -> Text:
+    """Text with its upper left corner at (x, y) from the figure's, in inches."""
+    w, h = figure.get_size_inches()
+    return figure.text(x / w, 1 - y / h, text, **{"va": "top", "ha": "left", **options})
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The lines above a view.
+
+    Attributes:
+        title: what is drawn; may be empty.
+        alarms: what speaks against it.
+        notes: what a reader has to know.
+    """
+
+    title: str
+    alarms: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], title: str, notes: Sequence[str] = ()) -> Heading:
+        """The heading of a view of these parts, with what their certificates say against them."""
+        alone = len(parts) == 1
+        alarms = [part.doubt if alone else f"{part.title}: {part.doubt}" for part in parts if part.doubt]
+        return cls(title, tuple(dict.fromkeys(alarms)), tuple(dict.fromkeys(notes)))
+
+    @property
+    def height(self) -> float:
+        """Inches from the top of the figure to where the view may begin."""
+        return 0.05 + 0.2 * bool(self.title) + 0.13 * (len(self.alarms) + len(self.notes))
+
+    def draw(self, figure: Figure) -> None:
+        """Write it."""
+        write(figure, 0.05, 0.03, self.title, fontsize=8.0, fontweight="bold")
+        lines = [*((line, ALARM) for line in self.alarms), *((line, FAINT) for line in self.notes)]
+        for i, (line, colour) in enumerate(lines):
+            write(figure, 0.05, 0.03 + 0.2 * bool(self.title) + 0.13 * i, line, fontsize=6.5, color=colour)
+
+
+def plain(axes: Axes) -> None:
+    """Take away the frame and the ticks."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def group(artist: Artist, name: str) -> None:
+    """Name an artist in SVG files, and for whoever looks for it."""
+    artist.set_gid(name)

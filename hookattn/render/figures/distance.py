@@ -1,0 +1,101 @@
+"""How far heads look: mean attention at each distance from the query."""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ...errors import SelectionError
+from ...trace import Trace
+from ..palette import head_style
+from ..part import Array, Part, Where
+from .base import Heading, drawn, group, place, sheet
+from .layers import one_stack
+from .values import FLOOR, SCALES, UNKNOWN, Scale, values
+
+_WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
+
+
+@drawn
+def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -> Figure:
+    """Mean weight against the distance from the query back to the key, a panel for each layer and a line for each head.
+
+    The mean at distance d is over all drawn queries i that have a key at i − d which the mask allows: 1 at d = 1 is a
+    head that always attends to the token before. Negative distances are keys behind the query.
+
+    Args:
+        trace: in memory, loaded, or compact; one stack, kind and step of it.
+        scale: of the weights.
+        **where: what is drawn: :class:`hookattn.render.part.Where`.
+
+    Returns:
+        A figure with a line for each layer and head, named ``layer-N-head-M``.
+
+    Raises:
+        SelectionError: nothing fits, several stacks, kinds or steps do, or there are no distances (cross-attention).
+        FieldNotCaptured: the weights are not in the trace; names the ``capture=``.
+    """
+    if scale not in SCALES:
+        raise SelectionError(f"scale={scale!r}: expected one of {', '.join(SCALES)}.")
+    parts = one_stack(trace, "distance", **where)
+    columns = min(4, math.ceil(math.sqrt(len(parts))))
+    rows = math.ceil(len(parts) / columns)
+    heading = Heading.of(parts, "", [UNKNOWN for part in parts if part.hidden is None])
+    numbers = sorted({head for part in parts for head in part.heads})
+    top = heading.height + 0.15
+    figure = sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
+    heading.draw(figure)
+    for n, part in enumerate(parts):
+        row, column = divmod(n, columns)
+        axes = place(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)
+        axes.set_title(part.title, pad=3)
+        at, means = by_distance(part)
+        for i, head in enumerate(part.heads):
+            colour, dashes = head_style(numbers.index(head))
+            style = (0, dashes) if dashes else "solid"
+            line = axes.plot(at, means[i], color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
+            group(line, f"layer-{part.call.site.layer}-head-{head}")
+        axes.set(yscale=scale, ylim=(FLOOR if scale == "log" else -0.02, 1.05), xlim=(at[0] - 0.5, at[-1] + 0.5))
+        axes.grid(True, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if column == 0:
+            axes.set_ylabel("mean weight")
+        if n + columns >= len(parts):
+            axes.set_xlabel("distance back to the key")
+    shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = [shown[f"head {n}"] for n in numbers]
+    x = (0.62 + columns * (_WIDTH + _GAP) - _GAP) / figure.get_figwidth()
+    figure.legend(
+        handles, [f"head {n}" for n in numbers], loc="upper left", bbox_to_anchor=(x, 1 - top / figure.get_figheight()),
+        frameon=False, fontsize=6, handlelength=1.8, borderpad=0, borderaxespad=0, ncols=1 + len(numbers) // 24,
+    )  # fmt: skip
+    return figure
+
+
+def by_distance(part: Part) -> tuple[Array, Array]:
+    """The distances there are, and H × distances: the mean weight at each; NaN where the mask allows none.
+
+    Raises:
+        SelectionError: queries and keys are not places in one sequence.
+    """
+    if part.places is None:
+        raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
+    found = values(part)
+    gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
+    first, last = int(gaps.min()), int(gaps.max())
+    flat = (gaps - first).ravel()
+    size = last - first + 1
+    allowed = ~np.ma.getmaskarray(found.data).reshape(len(part.heads), -1)
+    weights = np.ma.filled(found.data, 0.0).reshape(len(part.heads), -1)
+    total = np.array([np.bincount(flat, w, size) for w in weights])
+    count = np.array([np.bincount(flat, a, size) for a in allowed])
+    with np.errstate(invalid="ignore"):
+        means = np.where(count > 0, total / count, np.nan)
+    there = np.flatnonzero((count > 0).any(0))
+    keep = slice(there[0], there[-1] + 1) if len(there) else slice(0, 1)
+    return np.arange(first, last + 1)[keep].astype(float), means[:, keep]

@@ -1,0 +1,108 @@
+"""Two columns of tokens, joined by lines as strong as the weights."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ...errors import SelectionError
+from ...trace import Trace
+from ..palette import head_style
+from ..part import Part, Where, one
+from ..tokens import shortened
+from .base import Heading, drawn, group, place, plain, sheet, write
+from .ticks import LONGEST, font_size, room, stride
+from .values import Sink, values
+
+_TALLEST = 9.5
+_FAN = 2.2
+_ROW = 0.2
+
+
+@drawn
+def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Unpack[Where]) -> Figure:
+    """Queries on the left, keys on the right, and a line for each weight: as opaque as the weight is large.
+
+    Heads have colours that every kind of colour vision tells apart, and after the eighth dashes as well. In
+    self-attention a query stands level with its own key.
+
+    Args:
+        trace: in memory, loaded, or compact.
+        least: weights below it have no line; larger than 0.
+        sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
+        **where: what is drawn: :class:`hookattn.render.part.Where`; ``queries=[7]`` shows where one token looks.
+
+    Returns:
+        A figure, with one collection of lines for each head.
+
+    Raises:
+        SelectionError: no call fits or several do, or an unknown head or position; ``least`` is not in (0, 1].
+        FieldNotCaptured: the weights are not in the trace; names the ``capture=``.
+        InputError: ``tokens`` of another length.
+    """
+    if not 0 < least <= 1:
+        raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
+    part = one(trace, "heads", **where)
+    found = values(part, "weights", sink)
+    level = _levels(part, found.rows, found.columns)
+    lowest, highest = min(map(min, level)), max(map(max, level))
+    slots = highest - lowest + 1
+    row = min(_ROW, _TALLEST / slots)
+    left, right = (room(names, row) for names in (part.row_labels, [part.keys[j] for j in found.columns]))
+    heading = Heading.of([part], part.title, found.notes)
+    top = heading.height + 0.12
+    legend = -(-len(part.heads) // max(1, int((left + _FAN + right) / 0.62)))
+    figure = sheet(left + _FAN + right + 0.2, top + 0.16 * legend + 0.12 + slots * row + 0.1)
+    heading.draw(figure)
+    _legend(figure, part, 0.05, top - 0.04, left + _FAN + right)
+    top += 0.16 * legend + 0.12
+    axes = place(figure, 0.1 + left, top, _FAN, slots * row)
+    plain(axes)
+    axes.set(xlim=(0, 1), ylim=(highest + 0.5, lowest - 0.5))
+    for name, x, align in (("query", 0.1 + left, "right"), ("key", 0.1 + left + _FAN, "left")):
+        write(figure, x, top - 0.14, name, fontsize=6.5, ha=align, fontstyle="italic")
+    for x, align, at, labels in (
+        (-0.02, "right", level[0], part.row_labels),
+        (1.02, "left", level[1], [part.keys[j] for j in found.columns]),
+    ):
+        for i in range(0, len(labels), stride(row) if len(labels) == slots else 1):
+            label = shortened(labels[i], LONGEST)
+            axes.text(x, at[i], label, ha=align, va="center", fontsize=font_size(row), clip_on=False)
+    for n, head in enumerate(part.heads):
+        weights = np.ma.filled(found.data[n], 0.0)
+        rows, columns = np.nonzero(weights >= least)
+        colour, dashes = head_style(n)
+        lines = [((0, level[0][i]), (1, level[1][j])) for i, j in zip(rows, columns, strict=True)]
+        tones = [to_rgba(colour, min(1.0, float(w))) for w in weights[rows, columns]]
+        style = (0, dashes) if dashes else "solid"
+        drawn_lines = LineCollection(lines, colors=tones, linewidths=1.1, linestyles=[style], capstyle="butt")
+        group(drawn_lines, f"head-{head}")
+        axes.add_collection(drawn_lines)
+    return figure
+
+
+def _levels(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[list[float], list[float]]:
+    """The height of each query and of each key: their places in the sequence, or one column stretched to the other."""
+    if part.places is not None:
+        return [float(part.places[i]) for i in rows], [float(j) for j in columns]
+    most = max(len(rows), len(columns))
+    return tuple([(i + 0.5) * most / n - 0.5 for i in range(n)] for n in (len(rows), len(columns)))  # type: ignore[return-value]
+
+
+def _legend(figure: Figure, part: Part, x: float, y: float, width: float) -> None:
+    """A stroke and a number for each head."""
+    each = max(1, int(width / 0.62))
+    w, h = figure.get_size_inches()
+    for n, head in enumerate(part.heads):
+        colour, dashes = head_style(n)
+        line, column = divmod(n, each)
+        at, level = x + 0.62 * column, y + 0.16 * line
+        stroke = Line2D([at / w, (at + 0.16) / w], [1 - level / h] * 2, color=colour, linewidth=1.6)
+        stroke.set_linestyle((0, dashes) if dashes else "solid")
+        figure.add_artist(stroke)
+        write(figure, at + 0.2, level, f"head {head}", fontsize=6.0, va="center")

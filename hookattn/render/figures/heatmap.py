@@ -1,0 +1,139 @@
+"""Queries by keys, one panel a head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Unpack
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from ...trace import Trace
+from ..palette import FAINT, MASKED
+from ..part import Part, Where, one
+from .base import Heading, drawn, group, place, sheet, write
+from .ticks import SMALLEST, depth, label_axis, room
+from .values import Field, Scale, Sink, Values, check, colours, pooled, show_masked, values
+
+WIDEST = 9.0
+"""Inches. On paper of seven, labels of six points are still legible then."""
+_CELL = 0.27
+_VECTOR = 1 << 14
+_MOST = 1024
+_GAP, _TITLE = 0.16, 0.2
+
+
+@drawn
+def heatmap(
+    trace: Trace,
+    *,
+    field: Field = "weights",
+    scale: Scale = "linear",
+    sink: Sink = "show",
+    columns: int | None = None,
+    **where: Unpack[Where],
+) -> Figure:
+    """One call as heatmaps, queries down and keys across, a panel for each head.
+
+    Masked entries are hatched, and are not 0. Weights are coloured from 0 to 1 in every panel, scores symmetrically
+    about 0. More than 1,024 queries or keys are pooled, each pixel the largest of its block, which the figure says.
+
+    Args:
+        trace: in memory, loaded, or compact.
+        field: ``weights``, ``scores`` or ``mask``.
+        scale: ``log`` colours weights from 1e-4 to 1.
+        sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
+        columns: panels side by side.
+        **where: what is drawn: :class:`hookattn.render.part.Where`.
+
+    Returns:
+        A figure; ``figure.savefig("x.svg")``, ``.pdf``, ``.png``. Each panel's mesh holds the exact values.
+
+    Raises:
+        SelectionError: no call fits or several do, an unknown head or position, or arguments that don't go together.
+        FieldNotCaptured: the field is not in the trace; names the ``capture=``.
+        InputError: ``tokens`` of another length.
+    """
+    check(field, scale, sink)
+    part = one(trace, "heatmap", **where)
+    found = values(part, field, sink)
+    return _panels(part, found, field, scale, columns)
+
+
+def _panels(part: Part, found: Values, field: str, scale: str, columns: int | None) -> Figure:
+    h, t, s = found.data.shape
+    data, block = pooled(found.data, _MOST)
+    notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
+    down, across = [part.queries[i] for i in found.rows], [part.keys[j] for j in found.columns]
+    columns = min(h, columns or min(4, math.ceil(math.sqrt(h))))
+    lines = math.ceil(h / columns)
+    cell = min(_CELL, (WIDEST - 1.6 - _GAP * (columns - 1)) / (columns * max(s, 1)), 7.4 / max(t, 1))
+    width, height = max(s * cell, 0.5), max(t * cell, 0.12)
+    left, below = room(down, height / t) + 0.2, depth(across, width / s) + 0.2
+    heading = Heading.of([part], part.title if h > 1 else f"{part.title}, head {part.heads[0]}", notes)
+    title = _TITLE * (h > 1)
+    top, step = heading.height, height + title + _GAP
+    figure = sheet(left + columns * (width + _GAP) + 0.9, top + lines * step + below + 0.1)
+    heading.draw(figure)
+    mapped = colours(found.data, field, scale)
+    for n, head in enumerate(part.heads):
+        row, column = divmod(n, columns)
+        axes = place(figure, left + column * (width + _GAP), top + row * step + title, width, height)
+        if h > 1:
+            axes.set_title(f"head {head}", pad=3)
+        mesh = draw_mesh(axes, data[n], block, mapped)
+        group(mesh, f"head-{head}")
+        last = n + columns >= h
+        label_axis(axes, "y", down, height / t, shown=column == 0)
+        label_axis(axes, "x", across, width / s, shown=last)
+        if column == 0:
+            axes.set_ylabel("query", labelpad=3)
+        if last:
+            axes.set_xlabel("key", labelpad=3)
+    draw_legend(
+        figure, left + columns * (width + _GAP), top + title + 0.12, mapped, field, scale, bool(found.data.mask.any())
+    )
+    return figure
+
+
+def draw_mesh(axes: Axes, data: Any, block: int, mapped: tuple[Any, Any]) -> QuadMesh:
+    """A matrix as cells, the first row on top; vectors where they are few, pixels where they are many.
+
+    Args:
+        axes: where.
+        data: rows columns, masked where hidden.
+        block: how many positions each cell takes.
+        mapped: colour map and range.
+    """
+    t, s = data.shape
+    many = data.size > _VECTOR
+    edges = [[i * block - 0.5 for i in range(n + 1)] for n in (s, t)]
+    look = {"linewidth": 0, "rasterized": True} if many else {"edgecolors": "face", "linewidth": 0.15}
+    mesh = axes.pcolormesh(*edges, data, cmap=mapped[0], norm=mapped[1], **look)
+    axes.invert_yaxis()
+    show_masked(axes.patch)
+    return mesh
+
+
+def draw_legend(
+    figure: Figure, x: float, y: float, mapped: tuple[Any, Any], field: str, scale: str, masked: bool
+) -> None:
+    """The colour bar, and what the hatching means."""
+    if field == "mask":
+        for i, (colour, text) in enumerate(((mapped[0](1.0), "may attend"), (MASKED, "masked"))):
+            box = place(figure, x, y + 0.2 * i, 0.11, 0.11)
+            box.set(xticks=[], yticks=[], facecolor=colour)
+            write(figure, x + 0.16, y + 0.2 * i - 0.015, text, fontsize=6.5)
+        return
+    axes = place(figure, x, y, 0.09, 1.0)
+    bar = figure.colorbar(ScalarMappable(mapped[1], mapped[0]), cax=axes, extend="min" if scale == "log" else "neither")
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(labelsize=max(SMALLEST, 6.0), length=2)
+    bar.ax.set_title({"weights": "weight", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5)
+    if masked:
+        box = place(figure, x, y + 1.15, 0.11, 0.11)
+        box.set(xticks=[], yticks=[])
+        show_masked(box.patch)
+        write(figure, x + 0.16, y + 1.135, "masked", fontsize=6.5, color=FAINT)

@@ -1,0 +1,128 @@
+"""Why a weight is what it is: score, mask and weight of one query, key by key, and which of them decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ...trace import Trace
+from ..palette import FAINT, GRID, HATCH, INK, MASKED
+from ..part import Where
+from .base import Heading, drawn, group, sheet, write
+from .row import Row, bars, column, doubts, label_keys, label_room, row
+from .ticks import font_size
+from .values import UNKNOWN
+
+_SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
+ATTENDED, OUTSCORED, DRAINED, HIDDEN = "attended", "outscored", "drained", "masked"
+_TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: "#8e0152", HIDDEN: FAINT}
+
+
+@drawn
+def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
+    """One query of one head: score → mask → weight, and a word for each key.
+
+    - *masked*: the mask hides it;
+    - *attended*: it weighs at least 1/n, n the number of keys that are not masked;
+    - *drained*: it weighs less, but would weigh 1/n without what goes to the first key and to learned sinks;
+    - *outscored*: it would not either.
+
+    The dashed line is the log of the softmax's denominator: a weight is exp(score − line), so each unit to the left of
+    it is a factor of e.
+
+    Args:
+        trace: in memory, loaded, or compact, with scores, mask and weights (or what these are derived from).
+        **where: what is drawn: :class:`hookattn.render.part.Where`; ``heads`` and ``queries`` name one each, and
+            without ``queries`` it is the last one.
+
+    Returns:
+        A figure.
+
+    Raises:
+        SelectionError: no one call, head or query.
+        FieldNotCaptured: a field is not in the trace; names the ``capture=``.
+    """
+    found = row(trace, "lens", **where)
+    part = found.part
+    words, drain = verdicts(found)
+    heading = Heading.of([part], found.title, [*doubts(found, UNKNOWN), *drain])
+    left = 0.1 + label_room(found)
+    top = heading.height + 0.25
+    figure = sheet(left + _SCORE + _MASK + _WEIGHT + _WHY + 4 * _GAP, top + found.height + 0.3)
+    heading.draw(figure)
+    label_keys(figure, left - 0.05, top, found)
+    x = left
+    _scores(figure, x, top, found)
+    x += _SCORE + _GAP
+    _mask(figure, x, top, found)
+    x += _MASK + _GAP
+    bars(column(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", "#2f6db3")
+    x += _WEIGHT + _GAP
+    write(figure, x, top - 0.05, "why", va="bottom", fontsize=6.8)
+    for n, j in enumerate(found.keys):
+        bold = "bold" if words[j] == ATTENDED else "normal"
+        write(
+            figure, x, top + (n + 0.5) * found.spacing, words[j], va="center", color=_TONES[words[j]],
+            fontsize=font_size(found.spacing), fontweight=bold,
+        )  # fmt: skip
+    return figure
+
+
+def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
+    """A word for each of the S keys, as :func:`lens` defines them; and what goes to the sinks, in words."""
+    weights = found.weights
+    allowed = np.ones(len(weights), bool) if found.hidden is None else ~found.hidden
+    if not allowed.any():
+        return [HIDDEN] * len(weights), ["nothing to attend to"]
+    fair = 1 / allowed.sum()
+    learned = max(0.0, 1 - float(weights[allowed].sum())) if found.part.field("sinks") is not None else 0.0
+    first = float(weights[0]) if allowed[0] and weights[0] >= fair and allowed.sum() > 1 else 0.0
+    rest = 1 - learned - first
+    words = []
+    for j, weight in enumerate(weights):
+        if not allowed[j]:
+            words.append(HIDDEN)
+        elif weight >= fair:
+            words.append(ATTENDED)
+        else:
+            words.append(DRAINED if rest > 0 and weight / rest >= fair else OUTSCORED)
+    said = [f"{learned:.0%} goes to the learned sink"] if learned else []
+    return words, said + ([f"{first:.0%} goes to the first key"] if DRAINED in words and first else [])
+
+
+def _scores(figure: Figure, x: float, y: float, found: Row) -> None:
+    """A dot for each score, and the log of the denominator."""
+    axes = column(figure, x, y, _SCORE, found, "score")
+    scores = found.listed(found.scores)
+    hidden = np.zeros(len(scores), bool) if found.hidden is None else found.listed(found.hidden)
+    at = np.arange(len(scores))
+    for open_, colour, name in ((~hidden, INK, "scores"), (hidden, HATCH, "masked scores")):
+        dots = axes.scatter(scores[open_], at[open_], s=9 if open_ is not hidden else 7, color=colour, linewidth=0)
+        group(dots, name)
+    everything = found.scores if found.hidden is None else found.scores[~found.hidden]
+    sinks = found.part.field("sinks")
+    logits = [*everything, *(sinks[0].ravel()[[found.query if sinks[0].size > 1 else 0]] if sinks is not None else [])]
+    if logits:
+        total = float(np.logaddexp.reduce(logits))
+        line = axes.axvline(total, color="#2f6db3", linestyle=(0, (3, 2)), linewidth=0.8)
+        group(line, "log of the denominator")
+        below = y + found.height + 0.04
+        write(figure, x, below, f"dashed: ln of the softmax's denominator, {total:.2f}", fontsize=5.6, color="#2f6db3")
+    for n in range(len(scores)):
+        axes.axhline(n, color=GRID, linewidth=0.3, zorder=0)
+    axes.margins(x=0.06)
+
+
+def _mask(figure: Figure, x: float, y: float, found: Row) -> None:
+    """A square for each key: filled where it may be attended to, hatched where it is masked."""
+    axes = column(figure, x, y, _MASK, found, "mask")
+    axes.set_xlim(0, 1)
+    for n, j in enumerate(found.keys):
+        away = found.hidden is not None and bool(found.hidden[j])
+        look = {"facecolor": MASKED, "hatch": "//////", "edgecolor": HATCH} if away else {"facecolor": "#4a7fb5"}
+        if found.hidden is not None:
+            axes.add_patch(Rectangle((0.05, n - 0.4), 0.6, 0.8, linewidth=0, **look))  # type: ignore[arg-type]

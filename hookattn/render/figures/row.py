@@ -1,0 +1,164 @@
+"""One query of one head, its keys as rows of a table: what the neuron view and the lens share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ...errors import SelectionError
+from ...trace import Trace
+from ..palette import FAINT, HATCH, MASKED
+from ..part import Array, Part, Where, one
+from ..tokens import shortened
+from .base import group, place, plain, write
+from .ticks import LONGEST, font_size, room
+
+_MOST = 100
+_TALLEST, _ROW = 9.0, 0.16
+_NUMBER = 0.105
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One query of one head.
+
+    Attributes:
+        part: where it is; one head, and one query that is drawn.
+        query: which of its T queries it is.
+        keys: the keys that are listed, in their order.
+        hidden: S, True where the mask hides a key; None where the mask was not captured.
+        scores: S.
+        weights: S.
+        notes: what a reader has to know.
+    """
+
+    part: Part
+    query: int
+    keys: tuple[int, ...]
+    hidden: NDArray[np.bool_] | None
+    scores: Array
+    weights: Array
+    notes: tuple[str, ...]
+
+    @property
+    def spacing(self) -> float:
+        """Inches from one key to the next."""
+        return min(_ROW, _TALLEST / len(self.keys))
+
+    @property
+    def height(self) -> float:
+        """Inches that the keys take."""
+        return self.spacing * len(self.keys)
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the keys that are listed."""
+        return [shortened(self.part.keys[j], LONGEST) for j in self.keys]
+
+    @property
+    def title(self) -> str:
+        """Which call, head and query."""
+        label, place = self.part.queries[self.query], (self.part.call.queries or range(self.query + 1))[self.query]
+        named = f"query {place}" + (f": {label}" if label != str(place) else "")
+        return f"{self.part.title}, head {self.part.heads[0]}, {named}"
+
+    def listed(self, x: Any) -> Any:
+        """Of S values those of the keys that are listed."""
+        return x[list(self.keys)]
+
+
+def row(trace: Trace, view: str, **where: Unpack[Where]) -> Row:
+    """One query; of more than 100 keys the 100 that weigh most, unless ``keys`` are given.
+
+    Raises:
+        SelectionError: no one call, head or query.
+        FieldNotCaptured: scores or weights are not in the trace.
+    """
+    if where.get("queries") is None:
+        where["queries"] = -1
+    part = one(trace, view, **where)
+    if len(part.heads) > 1:
+        raise SelectionError(f"{view} draws one head; give heads= of {', '.join(map(str, part.heads))}.")
+    if len(part.rows) > 1:
+        raise SelectionError(f"{view} draws one query, and {len(part.rows)} are selected; give queries= with one.")
+    i = part.rows[0]
+    weights, scores, hidden = part.array("weights")[0, i], part.array("scores")[0, i], part.hidden
+    keys, notes = part.columns, []
+    if len(keys) > _MOST and where.get("keys") is None:
+        heaviest = np.argsort(-weights, kind="stable")[:_MOST]
+        notes = [f"the {_MOST} keys of {len(keys)} that weigh most"]
+        keys = tuple(sorted(int(j) for j in heaviest))
+    return Row(part, i, keys, None if hidden is None else hidden[0, i], scores, weights, tuple(notes))
+
+
+def label_keys(figure: Figure, x: float, y: float, found: Row) -> None:
+    """A label for each key, ending at ``x``; the first key begins at ``y`` (inches)."""
+    for n, (label, j) in enumerate(zip(found.labels, found.keys, strict=True)):
+        away = found.hidden is not None and bool(found.hidden[j])
+        at = y + (n + 0.5) * found.spacing
+        colour = {"color": FAINT} if away else {}
+        write(figure, x, at, label, ha="right", va="center", fontsize=font_size(found.spacing), **colour)
+
+
+def label_room(found: Row) -> float:
+    """Inches that :func:`label_keys` takes."""
+    return room([found.part.keys[j] for j in found.keys], found.spacing)
+
+
+def column(figure: Figure, x: float, y: float, width: float, found: Row, title: str) -> Axes:
+    """Axes with a row for each key, the first on top."""
+    axes = place(figure, x, y, width, found.height)
+    plain(axes)
+    axes.set_ylim(len(found.keys) - 0.5, -0.5)
+    write(figure, x, y - 0.05, title, va="bottom", fontsize=6.8)
+    return axes
+
+
+def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: str = "{:.2f}") -> None:
+    """A bar and a number for each key; a masked one has the hatching in its place.
+
+    Args:
+        axes: of :func:`column`.
+        found: the row.
+        values: S.
+        name: of the bars.
+        colour: of the bars.
+        text: how a number is written.
+    """
+    listed = found.listed(values)
+    seen = np.isfinite(listed) & ~_hidden(found)
+    low, high = min(0.0, *listed[seen], 0.0), max(0.0, *listed[seen], 1e-9)
+    room_for_text = 0.30 / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
+    span = (high - low) / (1 - min(0.6, room_for_text * (2 if low < 0 else 1)))
+    left = low - (span * min(0.3, room_for_text) if low < 0 else 0)
+    axes.set_xlim(left, left + span)
+    made = axes.barh(np.arange(len(listed))[seen], listed[seen], height=0.72, color=colour, linewidth=0)
+    for patch, j in zip(made, np.array(found.keys)[seen], strict=True):
+        group(patch, f"{name}-{j}")
+    size = font_size(found.spacing) * 0.85
+    for n, value in enumerate(listed):
+        if seen[n]:
+            end = value if low < 0 or value >= 0 else 0.0
+            side = "left" if value >= 0 else "right"
+            gap = span * 0.012 * (1 if value >= 0 else -1)
+            axes.text(end + gap, n, text.format(value), ha=side, va="center", fontsize=size)
+        else:
+            axes.barh(n, span, left=left, height=0.9, color=MASKED, hatch="//////", edgecolor=HATCH, linewidth=0)
+    if low < 0:
+        axes.axvline(0, color=FAINT, linewidth=0.4)
+
+
+def _hidden(found: Row) -> NDArray[np.bool_]:
+    size = len(found.keys)
+    return np.zeros(size, bool) if found.hidden is None else np.asarray(found.listed(found.hidden))
+
+
+def doubts(found: Row, unknown: str) -> Sequence[str]:
+    """The notes of a row, with one where masked keys can't be told."""
+    return [*found.notes, *([unknown] if found.hidden is None else [])]

@@ -1,0 +1,67 @@
+"""Token labels along an axis: as large as their spacing allows, and fewer where there is no room for all."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal
+
+from matplotlib.axes import Axes
+
+from ..tokens import shortened
+
+LARGEST, SMALLEST = 7.5, 5.0
+"""Points. What is smaller than the second can't be read on paper."""
+LONGEST = 16
+_LEADING = 1.05
+_POINT = 1 / 72
+
+
+def font_size(spacing: float) -> float:
+    """Points, for labels that are ``spacing`` inches apart."""
+    return min(LARGEST, max(SMALLEST, spacing / _POINT / _LEADING))
+
+
+def stride(spacing: float) -> int:
+    """Every how manieth label fits."""
+    return max(1, math.ceil(SMALLEST * _LEADING * _POINT / spacing - 1e-6))
+
+
+def room(labels: Sequence[str], spacing: float) -> float:
+    """Inches that the longest of the labels takes, at the size that they will have."""
+    if not labels:
+        return 0.0
+    return max(_width(shortened(label, LONGEST)) for label in labels) * font_size(spacing) * _POINT + 0.08
+
+
+def _width(label: str) -> float:
+    return sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.62 for c in label)
+
+
+def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spacing: float, shown: bool = True) -> None:
+    """Ticks at 0, 1, … with a label each, or with every n-th.
+
+    Args:
+        axes: where.
+        which: the axis.
+        labels: one for each position.
+        spacing: inches between two positions.
+        shown: whether there are labels, or only the axis without any.
+    """
+    every = stride(spacing)
+    at = list(range(0, len(labels), every)) if shown else []
+    texts = [shortened(labels[i], LONGEST) for i in at]
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    turned = {"rotation": 90} if which == "x" and _turned(labels, spacing) else {}
+    axis.set_ticks(at, texts, fontsize=font_size(spacing), **turned)  # type: ignore[arg-type,unused-ignore]
+    axis.set_tick_params(length=1.5 if every > 1 and shown else 0, pad=2)
+
+
+def _turned(labels: Sequence[str], spacing: float) -> bool:
+    return room(labels, spacing) > spacing
+
+
+def depth(labels: Sequence[str], spacing: float) -> float:
+    """Inches that the labels below an axis take."""
+    return room(labels, spacing) if _turned(labels, spacing) else font_size(spacing) * _POINT * 1.6

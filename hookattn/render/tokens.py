@@ -1,0 +1,155 @@
+"""How a token is shown to a person: what a tokenizer writes for spaces, bytes and word pieces, as text again.
+
+``Ġcat``, ``▁cat`` and ``cat</w>`` are shown as "cat", ``##ing`` and any other piece that continues a word as "…ing". A
+space is shown as ␣ where it is not the one that every word begins with. A character that a tokenizer took to pieces is
+shown in each of them, as "€ 1/3". What has no shape (controls, marks that reverse the text) has a visible stand-in.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+CONTINUES = "…"
+_SPECIAL = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>).+>|\[[^\[\]]+\]", re.DOTALL)
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_STAND_IN = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level BPE (GPT-2) writes for a byte: printable Latin-1 is itself, the others follow."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def shown(tokens: Sequence[str]) -> list[str]:
+    """Labels of the tokens of one sequence, in its order: how a token is written depends on its neighbours.
+
+    Args:
+        tokens: as the tokenizer's ``convert_ids_to_tokens`` gives them, or plain text.
+
+    Returns:
+        One label a token; never empty, and without anything that breaks a line or changes the direction of the text
+        around it.
+    """
+    pieces, spaced = _pieces(tokens)
+    labels: list[str] = []
+    before = ""
+    for token, piece in zip(tokens, _texts(pieces), strict=True):
+        if piece is None:
+            labels.append(visible(token) or "∅")
+            before = ""
+            continue
+        text, part = piece
+        bare = text[1:] if spaced and text[:1] == " " and text[1:2].isalnum() and not before[-1:].isspace() else text
+        joins = spaced and bare is text and _spells(before[-1:]) and _spells(text[:1]) and not part
+        labels.append((CONTINUES if joins else "") + (visible(bare) or "∅") + part)
+        before = text
+    return labels
+
+
+def visible(text: str, spaces: str = "␣") -> str:
+    """Text with a visible stand-in for every character that has no shape of its own.
+
+    Args:
+        text: any text.
+        spaces: what stands for a space at either end; one between words stays as it is.
+    """
+    first, last = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
+    made = "".join((" " if first <= i < last else spaces) if c == " " else _visible(c) for i, c in enumerate(text))
+    return "◌" + made if made and unicodedata.combining(made[0]) else made
+
+
+def shortened(label: str, length: int) -> str:
+    """A label of at most ``length`` characters (at least 2), its end left out if need be."""
+    if len(label) <= length:
+        return label
+    end = length - 1
+    while end > 1 and unicodedata.combining(label[end]):
+        end -= 1
+    return label[:end] + CONTINUES
+
+
+def _visible(c: str) -> str:
+    if c in _STAND_IN:
+        return _STAND_IN[c]
+    if c < " ":
+        return chr(0x2400 + ord(c))
+    kind = unicodedata.category(c)
+    if kind == "Zs":
+        return "␣"
+    return f"U+{ord(c):04X}" if kind[0] == "C" or kind in ("Zl", "Zp") else c
+
+
+def _spells(c: str) -> bool:
+    """Whether a character is part of a word in a script that sets words apart."""
+    return c.isalnum() and unicodedata.east_asian_width(c) not in "WF"
+
+
+def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
+    """The bytes that each token stands for, None for a special one; and whether a space tells where words begin."""
+    ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
+    if _byte_level(ordinary):
+        return [None if _SPECIAL.fullmatch(t) else bytes(_ALPHABET[c] for c in t) for t in tokens], True
+    ends = any(t.endswith("</w>") for t in ordinary)
+    parts = any(t.startswith("##") and len(t) > 2 for t in ordinary) and not any("▁" in t for t in ordinary)
+    made: list[bytes | None] = []
+    begins = True
+    for token in tokens:
+        byte = _BYTE.fullmatch(token)
+        if _SPECIAL.fullmatch(token):
+            made.append(None)
+            begins = True
+            continue
+        text = token.replace("▁", " ").removesuffix("</w>" if ends else "")
+        if parts:
+            begins, text = not (token.startswith("##") and len(token) > 2), text.removeprefix("##") or text
+        space = " " if (ends or parts) and begins and text[:1].isalnum() else ""
+        made.append(bytes([int(byte[1], 16)]) if byte else (space + text).encode(errors="surrogatepass"))
+        begins = token.endswith("</w>")
+    return made, any(m is not None and m[:1] == b" " and len(m) > 1 for m in made)
+
+
+def _byte_level(tokens: Sequence[str]) -> bool:
+    """Whether all of it is in the alphabet of bytes, and UTF-8 in it (but for a character cut off at either end)."""
+    if not all(c in _ALPHABET for t in tokens for c in t):
+        return False
+    whole = bytes(_ALPHABET[c] for t in tokens for c in t)
+    start = next((i for i, b in enumerate(whole) if b & 0xC0 != 0x80), len(whole))
+    try:
+        text = whole[start:].decode()
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return False
+        text = whole[start:][: error.start].decode()
+    return not text.isascii() or any(c > "\xff" for t in tokens for c in t)
+
+
+def _texts(pieces: Sequence[bytes | None]) -> list[tuple[str, str] | None]:
+    """Each piece's text, with a character that several share in each of them, and which part of it that is."""
+    owners = [i for i, piece in enumerate(pieces) for _ in piece or b""]
+    data = b"".join(piece or b"" for piece in pieces)
+    made = [None if piece is None else ("", "") for piece in pieces]
+    at = 0
+    while at < len(data):
+        text, size = _character(data, at)
+        sharing = list(dict.fromkeys(owners[at : at + size]))
+        for n, i in enumerate(sharing, 1):
+            before = made[i] or ("", "")
+            made[i] = before[0] + text, before[1] if len(sharing) == 1 else f" {n}/{len(sharing)}"
+        at += size
+    return made
+
+
+def _character(data: bytes, at: int) -> tuple[str, int]:
+    """The character at a byte, and how many bytes it takes; one that is no UTF-8 is shown as a number."""
+    size = next((n for n, top in ((1, 0x80), (2, 0xE0), (3, 0xF0), (4, 0xF8)) if data[at] < top), 1)
+    try:
+        return data[at : at + size].decode(errors="surrogatepass"), size
+    except UnicodeDecodeError:
+        return f"<{data[at]:02X}>", 1
