@@ -87,7 +87,8 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
             "trace of fewer heads or queries."
         )
     made = Narrowed(trace)
-    made.left_out = tuple(f for f in there if f not in kept and not _follows(trace, f, kept))
+    lost = [f for f in there if f not in kept and not _follows(trace, f, kept)]
+    made.left_out = tuple(f for f in lost if any(call.fields.get(f, ...) is not None for call in trace))
     made.trace = replace(trace, calls=[_call(call, i, kept, made) for i, call in enumerate(trace)])
     return made
 

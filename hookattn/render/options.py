@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import mimetypes
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 from ..errors import RenderError
@@ -27,7 +31,9 @@ def viewer_options(
         scores: ``{measure: {"unit": str, "description": str, "values": V}}``, where V has for each call of the trace a
             number, None or NaN for each head (lists, arrays or tensors); and, if wanted, ``"roles"``, which has for
             each call and head a list of names.
-        images: what the patches of a vision model were cut of; see docs/viewer.md.
+        images: what the patches of a vision model were cut of: ``{"urls": [...], "grid": (rows, columns),
+            "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, and the number of
+            tokens before the first patch.
         theme: ``"light"``, ``"dark"``, or ``"auto"``: as the reader's system has it.
         calls: how many calls the trace has, where that is known.
 
@@ -37,11 +43,12 @@ def viewer_options(
     if theme not in THEMES:
         raise RenderError(f"theme={theme!r}: expected one of {', '.join(map(repr, THEMES))}.")
     made: dict[str, Any] = {"theme": theme}
-    for name, value in (("state", state), ("images", images)):
-        if value is not None:
-            if not isinstance(value, Mapping):
-                raise RenderError(f"{name}: expected a mapping, and got {type(value).__name__}.")
-            made[name] = plain(value, name)
+    if state is not None:
+        if not isinstance(state, Mapping):
+            raise RenderError(f"state: expected a mapping, and got {type(state).__name__}.")
+        made["state"] = plain(state, "state")
+    if images is not None:
+        made["images"] = _images(images)
     if scores is not None:
         made["scores"] = _scores(scores, calls)
     return made
@@ -70,6 +77,32 @@ def script_json(value: Any) -> str:
     """JSON that can stand in a ``<script>`` of an HTML page, whatever its strings hold."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _images(images: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(images) if isinstance(images, Mapping) else {}
+    urls, grid, prefix = given.get("urls"), given.get("grid"), given.get("prefix", 0)
+    counts = [*grid, prefix] if isinstance(grid, Sequence) else []
+    if not isinstance(urls, (list, tuple)) or len(counts) != 3 or not all(isinstance(n, int) for n in counts):
+        raise RenderError(
+            'images: expected {"urls": [a data: URL or a path for each batch entry], "grid": (rows, columns)} and, if '
+            f'there are tokens before the first patch, "prefix"; and got {str(images)[:80]!r}.'
+        )
+    return {"urls": [_data_url(url) for url in urls], "grid": counts[:2], "prefix": prefix}
+
+
+def _data_url(picture: str | PathLike[str]) -> str:
+    text = fspath(picture)
+    if text.startswith("data:image/"):
+        return text
+    kind = mimetypes.guess_type(text)[0] or ""
+    if not kind.startswith("image/"):
+        raise RenderError(f"images: {text[:80]!r} is neither a data:image/ URL nor the path of a picture.")
+    try:
+        data = Path(text).read_bytes()
+    except OSError as error:
+        raise RenderError(f"images: {text[:80]!r} cannot be read: {error.strerror}.") from error
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _scores(scores: Mapping[str, Any], calls: int | None) -> dict[str, Any]:

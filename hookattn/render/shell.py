@@ -19,25 +19,13 @@ body { font: 15px/1.5 system-ui, sans-serif; color-scheme: light dark; }
 .said { max-width: 44rem; margin: 4rem auto; padding: 0 1.5rem; }
 """
 
-# The selection lives in the address, so that a link restores it. Browsers limit how often it may change, and forbid it
-# in some frames.
 _BOOT = """
 const box = document.getElementById("viewer");
-const linked = () => {
-  try { return JSON.parse(decodeURIComponent(location.hash.slice(1))) ?? {}; } catch { return {}; }
-};
-let later;
-const link = (state) => {
-  clearTimeout(later);
-  later = setTimeout(() => {
-    try { history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(state))); } catch {}
-  }, 200);
-};
 try {
   const { source, compare, options } = await open();
-  const state = { ...options.state, ...linked() };
-  const viewer = mount(box, source, { ...options, state, onState: link, ...(compare && { compare }) });
-  addEventListener("hashchange", () => viewer.set(linked()));
+  // Inside a frame of a notebook there is no address to keep the selection in.
+  const link = location.protocol !== "about:";
+  mount(box, source, { ...options, link, ...(compare && { compare }) });
 } catch (error) {
   const said = document.createElement("p");
   said.className = "said";

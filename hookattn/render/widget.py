@@ -31,7 +31,8 @@ _FALLBACK = """<div id="{id}" hidden>{text}<script type="application/x-hookattn-
   const box = document.getElementById("{id}");
   if (!box) return;
   const data = box.querySelector('script[type="application/x-hookattn-page"]').textContent;
-  const live = () => document.querySelector(".{id} [data-hookattn-live]") !== null;
+  const drawn = (x) => x.shadowRoot && x.shadowRoot.querySelector(".figure");
+  const live = () => [...document.querySelectorAll(".{id}, .{id} *")].some(drawn);
   let waited = 0, frame = null;
   async function show() {{
     box.hidden = false;

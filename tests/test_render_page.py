@@ -1,0 +1,335 @@
+"""The self-contained page: what is in it is read back by other means, and compared with the trace."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import html.parser
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import hookattn
+from hookattn import Trace
+from hookattn.errors import (
+    FieldNotCaptured,
+    ForeignFileError,
+    PageTooLargeError,
+    RenderError,
+    SelectionError,
+    TraceFileError,
+    TraceWriteError,
+)
+from hookattn.render import narrow
+from hookattn.render.narrow import half_floats, narrowed, sqrt8
+from hookattn.render.options import script_json, viewer_options
+from hookattn.render.page import page, save_page
+
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "<script>", "]]>", "&lt;", "\u2028", "é\ud800"]
+
+
+class Net(nn.Module):
+    """Random attention far from uniform: 12 layers of 12 heads by default."""
+
+    def __init__(self, layers: int = 12, heads: int = 12, width: int = 64, causal: bool = True) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.layers = nn.ModuleList(nn.Linear(heads * width, 3 * heads * width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        for layer in self.layers:
+            q, k, v = layer(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(4 * q, k, v, is_causal=self.causal)
+            x = x + y.transpose(1, 2).reshape(b, t, c)
+        return x
+
+
+def made(tokens: Sequence[str] | int = 6, *, model: Net | None = None, **options: Any) -> Trace:
+    words = [f"w{i}" for i in range(tokens)] if isinstance(tokens, int) else list(tokens)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = model or Net(2, 3, 8)
+        x = torch.randn(1, len(words), model.layers[0].in_features)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return hookattn.trace(model, x, tokens=[words], **options)
+
+
+def small(**options: Any) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Net(**options)
+
+
+class Reader(html.parser.HTMLParser):
+    """The scripts of a page, as a browser cuts them, and every address that it names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.title = ""
+        self.inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.inside = tag
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag == "script":
+            self.scripts.append((dict(attributes), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = attributes, text + data
+        elif self.inside == "title":
+            self.title += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+
+def contents(text: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document and the tensors in a page, by what safetensors and gzip make of its blocks."""
+    blocks = [(a, t) for a, t in Reader(text).scripts if a.get("type") == "application/x-hookattn"]
+    raw = b""
+    for attributes, packed in blocks:
+        assert attributes["data-codec"] == "gzip" and attributes["data-start"] == str(len(raw))
+        raw += gzip.decompress(base64.b64decode(packed, validate=True))
+        assert attributes["data-end"] == str(len(raw))
+    length = int.from_bytes(raw[:8], "little")
+    assert blocks[0][0]["data-end"] == str(8 + length), "block 0 is the header"
+    document = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["hookattn"])
+    return document, safetensors.torch.load(raw)
+
+
+def test_a_small_trace_is_in_its_page_bit_for_bit() -> None:
+    trace = made()
+    document, tensors = contents(page(trace))
+    assert "coding" not in document and document["tokens"] == trace.tokens and document["notes"] == trace.notes
+    for call, entry in zip(trace, document["calls"], strict=True):
+        assert entry["fields"].keys() == call.fields.keys()
+        for field, name in entry["fields"].items():
+            value = call.get(field)
+            assert (name is None) == (value is None)
+            if name is not None:
+                assert torch.equal(tensors[name], value), field  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["file", "loaded", "compact", "part"])
+def test_every_form_of_a_trace(tmp_path: Path, form: str) -> None:
+    trace = made()
+    path = trace.save(tmp_path / "run.safetensors", compact=form == "compact")
+    given: Any = path if form == "file" else hookattn.load(path)
+    if form == "part":
+        given = given[1:]
+    document, tensors = contents(page(given))
+    assert len(document["calls"]) == (1 if form == "part" else 2)
+    last = document["calls"][-1]
+    if form == "compact":
+        assert "weights" not in last["fields"] and "weights" in last["derivable"]
+    else:
+        assert torch.equal(tensors[last["fields"]["weights"]], trace[-1].weights)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_12_by_12_heads_of_128_tokens_take_six_megabytes_at_the_most(causal: bool) -> None:
+    trace = made(128, model=small(causal=causal))
+    text = page(trace)
+    assert len(text.encode()) <= 6_000_000
+    document, tensors = contents(text)
+    for call, entry in zip(trace, document["calls"], strict=True):
+        name = entry["fields"]["weights"]
+        coding = document["coding"][name]
+        assert tensors[name].dtype == torch.uint8 and coding["kind"] == "sqrt8"
+        back = (tensors[name].to(torch.float64) / 255) ** 2
+        worst = float((back - call.weights).abs().max())
+        assert coding["error"] == pytest.approx(worst, rel=1e-9) and 0 < worst < 1 / 255
+        assert bool((back[~call.mask.expand(back.shape)] == 0).all())
+        assert torch.equal(tensors[entry["fields"]["mask"]], call.mask)
+    said = " ".join(document["notes"])
+    assert "8-bit" in said and "leaves out q, k, v, scores, output for its size" in said
+
+
+def test_512_tokens_take_80_megabytes_at_the_most(tmp_path: Path) -> None:
+    """One layer of twelve, which is a twelfth of the whole: all have the same kind of numbers."""
+    path = save_page(made(512, model=small(layers=1, causal=False)), tmp_path / "a.html")
+    assert Path(path).stat().st_size <= 80e6 / 12
+
+
+def test_fields_can_be_asked_for() -> None:
+    trace = made(200, model=small(layers=1))
+    document, tensors = contents(page(trace, fields=("q", "k", "v", "mask", "weights")))
+    fields = document["calls"][0]["fields"]
+    assert list(fields) == ["q", "k", "v", "mask", "weights"]
+    for name in ("q", "k", "v"):
+        value, stored = getattr(trace[0], name), tensors[fields[name]]
+        assert stored.dtype == torch.float16 and torch.allclose(stored.float(), value, atol=2**-25, rtol=2**-11)
+    assert any("16-bit" in note for note in document["notes"])
+    assert document["calls"][0]["derivable"] == list(trace[0].derivable)
+
+
+def test_fields_that_are_not_there() -> None:
+    trace = made(capture=("q", "k"))
+    with pytest.raises(FieldNotCaptured, match=r"'v' was captured of no call.*capture="):
+        page(trace, fields=("v",))
+    for wrong in (("colour",), "weights", ()):
+        with pytest.raises(SelectionError, match=r"fields=.*expected a tuple of some of q, k"):
+            page(trace, fields=wrong)
+
+
+def test_what_does_not_fit_8_or_16_bits_stays() -> None:
+    assert sqrt8(torch.tensor([0.5, 1.2])) is None
+    assert sqrt8(torch.tensor([-0.1, 0.5])) is None
+    assert sqrt8(torch.tensor([float("nan"), 0.5])) is None
+    codes = sqrt8(torch.tensor([0.0, 1.0, 1.0 + 1e-6, 0.25], dtype=torch.float64))
+    assert codes is not None and codes.tolist() == [0, 255, 255, 128]
+    large = torch.tensor([1e6, 1.0])
+    assert half_floats(large) == (large, 0.0)
+    half, error = half_floats(torch.tensor([1 / 3, float("inf")]))
+    assert half.dtype == torch.float16 and half[1] == float("inf")
+    assert error == pytest.approx(abs(float(torch.tensor(1 / 3).half()) - 1 / 3), rel=1e-3)
+    whole = torch.arange(4)
+    assert half_floats(whole)[0] is whole
+
+
+def test_statistics_stay_as_they_are() -> None:
+    trace = made(300, model=small(layers=1), capture=("weights", "mask", "entropy"))
+    document, tensors = contents(page(trace))
+    assert torch.equal(tensors[document["calls"][0]["fields"]["entropy"]], trace[0].get("entropy"))  # type: ignore[arg-type]
+
+
+def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = made(40)  # 2 layers, 3 heads, width 8
+    weights, mask, one = 2 * 3 * 40 * 40, 2 * 40 * 40 // 8, 2 * 3 * 40 * 8 * 2
+    for room, kept in (
+        (1, {"weights", "mask", "sinks"}),
+        (weights + mask + 2 * one, {"weights", "mask", "sinks", "q", "k", "bias"}),
+        (weights + mask + 3 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v"}),
+        (weights + mask + 4 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v", "output"}),
+    ):
+        monkeypatch.setattr(narrow, "ROOM", room)
+        made_of = narrowed(trace)
+        assert set(made_of.trace[0].fields) == kept
+        follows = {"scores"} if "q" in kept else set()
+        assert set(made_of.left_out) == {"q", "k", "v", "scores", "output"} - kept - follows
+
+
+def test_a_trace_too_large_says_its_size_before_anything_is_derived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = 20_000
+    trace = made(4, capture=("q", "k", "mask"))
+    call = trace[0]
+    wide = torch.zeros(1, 3, 1, 64).expand(1, 3, t, 64)
+    fields: Any = {"q": wide, "k": wide, "mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    trace = replace(trace, calls=[replace(call, fields=fields, derivable=("scores", "weights"))])
+    monkeypatch.setattr(hookattn.Call, "_derive", lambda self, name: pytest.fail("derived a matrix of 5 GB"))
+    with pytest.raises(PageTooLargeError, match=r"1,600 MB .*hookattn view.*trace\.select"):
+        page(trace)
+    target = tmp_path / "a.html"
+    with pytest.raises(PageTooLargeError):
+        save_page(trace, target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hostile_tokens_are_data() -> None:
+    for title in (None, HOSTILE[0]):
+        text = page(made(HOSTILE), title=title, scores={HOSTILE[0]: {"values": [[1.0] * 3] * 2}})
+        reader = Reader(text)
+        plain = Reader(page(made(len(HOSTILE)), scores={"a": {"values": [[1.0] * 3] * 2}}))
+        assert reader.tags == plain.tags, "a token or a name has become an element"
+        assert contents(text)[0]["tokens"] == [HOSTILE]
+    assert reader.title == HOSTILE[0]
+
+
+def test_the_page_names_no_other_place() -> None:
+    text = page(made())
+    reader = Reader(text)
+    assert reader.addresses == []
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None and "http" not in policy[1]
+    said = html.unescape(policy[1])
+    assert "default-src 'none'" in said and "connect-src 'none'" in said
+
+
+def test_the_same_trace_gives_the_same_page() -> None:
+    trace = made()
+    assert page(trace) == page(trace)
+
+
+def test_two_traces_in_one_page() -> None:
+    first, second = made(5), made(7)
+    text = page(first, compare=second)
+    one, rest = text.split('<div id="compare" hidden>')
+    assert contents(one)[0]["tokens"] == first.tokens and contents(rest)[0]["tokens"] == second.tokens
+
+
+def test_saving(tmp_path: Path) -> None:
+    trace = made()
+    path = save_page(trace, tmp_path / "a.html", theme="dark")
+    assert Path(path).read_text("utf-8") == page(trace, theme="dark")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.html"]
+    with pytest.raises(TraceWriteError, match="could not create the file"):
+        save_page(trace, tmp_path / "none" / "a.html")
+    with pytest.raises(RenderError):
+        save_page(trace, tmp_path / "a.html", theme="pink")
+    assert Path(path).read_text("utf-8") == page(trace, theme="dark"), "the older page is intact"
+
+
+def test_wrong_inputs(tmp_path: Path) -> None:
+    with pytest.raises(RenderError, match="expected a Trace or the path of a trace file, and got int"):
+        page(3)  # type: ignore[arg-type]
+    with pytest.raises(TraceFileError, match="cannot open"):
+        page(tmp_path / "none.safetensors")
+    other = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, other)
+    with pytest.raises(ForeignFileError):
+        page(other)
+
+
+def test_options() -> None:
+    values = torch.tensor([[1.0, float("nan")]])
+    got = viewer_options(scores={"entropy": {"unit": "nats", "values": values}, "roles": [[["sink"], []]]}, calls=1)
+    assert got["scores"]["entropy"] == {"unit": "nats", "description": "", "values": [[1.0, None]]}
+    assert got["theme"] == "auto" and "state" not in got
+    for wrong, said in (
+        ({"theme": "pink"}, "'light', 'dark', 'auto'"),
+        ({"state": 3}, "state: expected a mapping"),
+        ({"state": {"a": object()}}, r"state\['a'\]: JSON has no form for object"),
+        ({"scores": {"a": [1]}}, "values"),
+        ({"scores": {"a": {"values": [[1]]}}, "calls": 2}, "expected 2 rows, one for each call, and got 1"),
+        ({"scores": [1]}, "a mapping of measures"),
+        ({"images": {"urls": ["a.png"]}}, '"grid"'),
+        ({"images": {"urls": ["javascript:1"], "grid": (2, 2)}}, "neither a data:image/ URL nor"),
+        ({"images": {"urls": ["none.png"], "grid": (2, 2)}}, "cannot be read"),
+    ):
+        with pytest.raises(RenderError, match=said):
+            viewer_options(**wrong)  # type: ignore[arg-type]
+
+
+def test_pictures_become_data(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"png")
+    got = viewer_options(images={"urls": [tmp_path / "a.png", "data:image/gif;base64,AA"], "grid": (2, 3), "prefix": 1})
+    assert got["images"] == {
+        "urls": ["data:image/png;base64,cG5n", "data:image/gif;base64,AA"],
+        "grid": [2, 3],
+        "prefix": 1,
+    }
+
+
+def test_json_in_a_script_closes_nothing() -> None:
+    text = script_json({"a": HOSTILE, "b": "</ScRiPt >"})
+    assert not set("<>&\u2028") & set(text) and json.loads(text) == {"a": HOSTILE, "b": "</ScRiPt >"}

@@ -1,0 +1,243 @@
+"""The served page: ranges, changes of the file, and who may ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import hookattn
+from hookattn.demo.induction import example_tokens, load_pretrained
+from hookattn.errors import CorruptFileError, RenderError, TraceFileError
+
+pytest.importorskip("starlette")
+pytest.importorskip("httpx")
+
+from starlette.testclient import TestClient
+
+from hookattn.cli.app import app as command_line
+from hookattn.render.options import viewer_options
+from hookattn.render.server import HOST, application, listen
+from hookattn.render.stored import stored
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    ids = example_tokens(0, length=8)
+    with torch.no_grad():
+        trace = hookattn.trace(load_pretrained(), ids, tokens=[[str(i) for i in ids[0].tolist()]])
+    return Path(trace.save(tmp_path / "Lauf é.safetensors"))
+
+
+def client(path: Path, **options: Any) -> TestClient:
+    return TestClient(application(str(path), **options), base_url=f"http://{HOST}:8765")
+
+
+def ask(asker: TestClient, start: int, end: int, **headers: str) -> Any:
+    """Bytes from ``start`` up to ``end``, the end excluded."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return asker.get("/trace", headers={"range": f"bytes={start}-{end - 1}", **named})
+
+
+def test_parts_of_the_file(path: Path) -> None:
+    asker, data = client(path), path.read_bytes()
+    for start, end in ((0, 8), (8, 1000), (len(data) - 5, len(data)), (0, len(data))):
+        got = ask(asker, start, end)
+        assert got.status_code == 206 and got.content == data[start:end]
+        assert got.headers["content-range"] == f"bytes {start}-{end - 1}/{len(data)}"
+    assert got.headers["cache-control"] == "no-store" and got.headers["x-name"] == "Lauf%20%C3%A9.safetensors"
+    assert ask(asker, len(data), len(data) + 9).status_code == 416
+    whole = asker.get("/trace")
+    assert whole.status_code == 200 and whole.content == data
+    assert asker.head("/trace").headers["content-length"] == str(len(data))
+
+
+@pytest.mark.parametrize("header", ["if_range", "if_match"])
+def test_a_file_that_changes_is_noticed(path: Path, header: str) -> None:
+    asker = client(path)
+    tag = ask(asker, 0, 8).headers["etag"]
+    assert ask(asker, 0, 8, **{header: tag}).status_code == 206
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    answer = ask(asker, 0, 8, **{header: tag})
+    assert answer.status_code == 412 and "has changed" in answer.text and answer.headers["etag"] != tag
+
+
+def test_a_file_that_is_replaced_within_the_same_instant_is_noticed(path: Path) -> None:
+    asker = client(path)
+    tag, before = ask(asker, 0, 8).headers["etag"], path.stat()
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert ask(asker, 0, 8, if_range=tag).status_code == 412
+
+
+def test_a_file_that_vanishes_is_said(path: Path) -> None:
+    asker = client(path)
+    path.rename(path.with_name("elsewhere"))
+    answer = ask(asker, 0, 8)
+    assert answer.status_code == 410 and "cannot be read any more: No such file" in answer.text
+    path.mkdir()
+    assert ask(asker, 0, 8).status_code == 410
+    assert asker.get("/").status_code == 200, "the page itself is there to say it"
+
+
+def test_only_this_machine_by_its_own_name_may_ask(path: Path) -> None:
+    made = application(str(path))
+    for host, status in (
+        ("127.0.0.1", 200),
+        ("localhost", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+    ):
+        for route in ("/", "/trace", "/options", "/hookattn-viewer.js"):
+            answer = TestClient(made, base_url=f"http://{host}:8765").get(route)
+            assert answer.status_code == status, (host, route)
+            assert "access-control-allow-origin" not in answer.headers
+    answer = client(path).get("/trace")
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert client(path).post("/trace").status_code == 405
+    assert client(path).get("/../pyproject.toml").status_code == 404
+    listening = listen(0)
+    assert listening.getsockname()[0] == "127.0.0.1"
+    listening.close()
+
+
+def test_the_page_and_its_parts(path: Path) -> None:
+    asker = client(path, options=viewer_options(state={"layer": 1}, theme="dark"))
+    page = asker.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert re.search(r'from "\./hookattn-viewer\.js"', page.text)
+    assert "<title>InductionTransformer · Lauf é.safetensors</title>" in page.text
+    module = asker.get("/hookattn-viewer.js")
+    assert module.headers["content-type"].startswith("text/javascript")
+    assert module.content == (ROOT / "hookattn/render/viewer/hookattn-viewer.js").read_bytes()
+    assert asker.get("/options").json() == {"theme": "dark", "state": {"layer": 1}, "compare": False}
+    assert asker.get("/compare").status_code == 404
+    two = client(path, compare=str(path))
+    assert two.get("/options").json()["compare"] is True and two.get("/compare").content == path.read_bytes()
+
+
+def test_what_is_no_trace_is_refused_at_once(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(TraceFileError, match="cannot open"):
+        application(str(tmp_path / "none"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptFileError):
+        application(str(path))
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RenderError, match=rf"port {port}: Address already in use\. Choose another"):
+            listen(port)
+    with listen(port) as free:
+        assert free.getsockname()[1] == port
+    with listen() as one, listen() as two:
+        assert two.getsockname()[1] > one.getsockname()[1] >= 8765
+
+
+def test_a_trace_is_served_from_its_own_file_only_while_that_holds_it(path: Path) -> None:
+    loaded = hookattn.load(path)
+    with stored(loaded) as own:
+        assert own == str(path)
+    with stored(path) as own:
+        assert own == str(path)
+    renamed = hookattn.load(path)
+    renamed.tokens = [["other"] * 8]
+    for changed in (loaded[:1], renamed, hookattn.trace(load_pretrained(), example_tokens(0, length=8))):
+        with stored(changed) as other:
+            assert other != str(path) and hookattn.load(other).tokens == changed.tokens
+            assert len(hookattn.load(other)) == len(changed)
+        assert not Path(other).exists()
+
+
+@pytest.fixture
+def ten_gigabytes(path: Path) -> Iterator[Path]:
+    """A trace file with a hole of ten gigabytes, of which the disk holds the header alone."""
+    name = "calls/0000/model/weights"
+    size = 10 << 30
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    document = json.loads(header["__metadata__"]["hookattn"])
+    document["calls"] = [document["calls"][0] | {"fields": {"weights": name}, "derivable": []}]
+    side = 16 << 10
+    shape = [1, size // 4 // side // side, side, side]
+    text = json.dumps(
+        {
+            "__metadata__": {"format": "pt", "hookattn": json.dumps(document)},
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
+        }
+    ).encode()
+    big = path.with_name("big.safetensors")
+    with big.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    assert big.stat().st_blocks * 512 < 1 << 20
+    yield big
+    big.unlink()
+
+
+def test_ten_gigabytes_open_at_once(ten_gigabytes: Path) -> None:
+    """``hookattn view`` as a process of its own, which answers from the end of the file and has read none of it."""
+    code = "from hookattn.cli import main; import sys; main(sys.argv[1:])"
+    options = ["view", str(ten_gigabytes), "--no-open", "--json", "--port", "0"]
+    command = [sys.executable, "-c", code, *options]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = "".join(iter(process.stdout.readline, "}\n")) + "}"
+            url = json.loads(said)["url"]
+            size = ten_gigabytes.stat().st_size
+            request = urllib.request.Request(f"{url}trace", headers={"Range": f"bytes={size - 4}-{size - 1}"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                assert answer.status == 206 and answer.read() == bytes(4)
+            peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            assert peak is not None and int(peak[1]) < 2 << 20, "no ten gigabytes were read"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def test_the_command_writes_a_page(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.html"
+    runner = CliRunner()
+    done = runner.invoke(command_line, ["view", str(path), str(path), "--html", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"html": str(out), "bytes": out.stat().st_size}
+    assert 'id="compare"' in out.read_text("utf-8")
+    done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--port", "1"])
+    assert done.exit_code == 2 and "leave them out with --html" in done.output
+    done = runner.invoke(command_line, ["view", str(tmp_path / "none")])
+    assert done.exit_code == 1 and "error:" in done.output and "cannot open" in done.output
+
+
+def test_the_command_says_which_port_is_taken(path: Path) -> None:
+    with listen(0) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(command_line, ["view", str(path), "--no-open", "--port", str(port)])
+    assert done.exit_code == 1 and f"port {port}: Address already in use" in done.output
