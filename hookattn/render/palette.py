@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 INK, FAINT, GRID, PAPER = "#1f2933", "#52606d", "#cbd2d9", "#ffffff"
-MASKED, HATCH = "#eceff1", "#b0b8c0"
+MASKED, HATCH, MAY = "#eceff1", "#b0b8c0", "#4a7fb5"
+SCORE, WEIGHT, SINK = "#8a94a0", "#2f6db3", "#8e0152"
 ALARM = "#b42318"
 
 # Chosen by search for the largest least distance (CIELAB) between any two, as seen with normal vision and with each of

@@ -60,6 +60,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
             line = axes.plot(at, means[i], color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
             group(line, f"layer-{part.call.site.layer}-head-{head}")
         axes.set(yscale=scale, ylim=(FLOOR if scale == "log" else -0.02, 1.05), xlim=(at[0] - 0.5, at[-1] + 0.5))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(True, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -11,10 +11,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from ...trace import Trace
-from ..palette import FAINT, MASKED
+from ..palette import FAINT, MAY
 from ..part import Part, Where, one
 from .base import Heading, drawn, group, place, sheet, write
-from .ticks import SMALLEST, depth, label_axis, room
+from .ticks import depth, label_axis, room
 from .values import Field, Scale, Sink, Values, check, colours, pooled, show_masked, values
 
 WIDEST = 9.0
@@ -120,20 +120,22 @@ def draw_mesh(axes: Axes, data: Any, block: int, mapped: tuple[Any, Any]) -> Qua
 def draw_legend(
     figure: Figure, x: float, y: float, mapped: tuple[Any, Any], field: str, scale: str, masked: bool
 ) -> None:
-    """The colour bar, and what the hatching means."""
+    """The colour bar, or the colour of what may be attended to; and what the hatching means."""
     if field == "mask":
-        for i, (colour, text) in enumerate(((mapped[0](1.0), "may attend"), (MASKED, "masked"))):
-            box = place(figure, x, y + 0.2 * i, 0.11, 0.11)
-            box.set(xticks=[], yticks=[], facecolor=colour)
-            write(figure, x + 0.16, y + 0.2 * i - 0.015, text, fontsize=6.5)
-        return
-    axes = place(figure, x, y, 0.09, 1.0)
-    bar = figure.colorbar(ScalarMappable(mapped[1], mapped[0]), cax=axes, extend="min" if scale == "log" else "neither")
-    bar.outline.set_linewidth(0.4)
-    bar.ax.tick_params(labelsize=max(SMALLEST, 6.0), length=2)
-    bar.ax.set_title({"weights": "weight", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5)
+        place(figure, x, y, 0.11, 0.11).set(xticks=[], yticks=[], facecolor=MAY)
+        write(figure, x + 0.16, y - 0.015, "may attend", fontsize=6.5, color=FAINT)
+        y += 0.2
+    else:
+        axes = place(figure, x, y, 0.09, 1.0)
+        extend = "min" if scale == "log" else "neither"
+        bar = figure.colorbar(ScalarMappable(mapped[1], mapped[0]), cax=axes, extend=extend, format="{x:g}")
+        bar.outline.set_linewidth(0.4)
+        bar.ax.tick_params(labelsize=6.0, length=2)
+        bar.ax.tick_params(which="minor", length=0)
+        bar.ax.set_title({"weights": "weight", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5)
+        y += 1.15
     if masked:
-        box = place(figure, x, y + 1.15, 0.11, 0.11)
+        box = place(figure, x, y, 0.11, 0.11)
         box.set(xticks=[], yticks=[])
         show_masked(box.patch)
-        write(figure, x + 0.16, y + 1.135, "masked", fontsize=6.5, color=FAINT)
+        write(figure, x + 0.16, y - 0.015, "masked", fontsize=6.5, color=FAINT)

@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ...trace import Trace
-from ..palette import FAINT, GRID, HATCH, INK, MASKED
+from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..part import Where
 from .base import Heading, drawn, group, sheet, write
-from .row import Row, bars, column, doubts, label_keys, label_room, row
+from .row import Row, bars, column, label_keys, label_room, row
 from .ticks import font_size
-from .values import UNKNOWN
+from .values import show_masked
 
 _SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
 ATTENDED, OUTSCORED, DRAINED, HIDDEN = "attended", "outscored", "drained", "masked"
-_TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: "#8e0152", HIDDEN: FAINT}
+_TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT}
 
 
 @drawn
@@ -49,7 +49,7 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
     found = row(trace, "lens", **where)
     part = found.part
     words, drain = verdicts(found)
-    heading = Heading.of([part], found.title, [*doubts(found, UNKNOWN), *drain])
+    heading = Heading.of([part], found.title, [*found.notes, *drain])
     left = 0.1 + label_room(found)
     top = heading.height + 0.25
     figure = sheet(left + _SCORE + _MASK + _WEIGHT + _WHY + 4 * _GAP, top + found.height + 0.3)
@@ -60,7 +60,7 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
     x += _SCORE + _GAP
     _mask(figure, x, top, found)
     x += _MASK + _GAP
-    bars(column(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", "#2f6db3")
+    bars(column(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", WEIGHT)
     x += _WEIGHT + _GAP
     write(figure, x, top - 0.05, "why", va="bottom", fontsize=6.8)
     for n, j in enumerate(found.keys):
@@ -97,21 +97,21 @@ def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
 def _scores(figure: Figure, x: float, y: float, found: Row) -> None:
     """A dot for each score, and the log of the denominator."""
     axes = column(figure, x, y, _SCORE, found, "score")
-    scores = found.listed(found.scores)
-    hidden = np.zeros(len(scores), bool) if found.hidden is None else found.listed(found.hidden)
+    hidden = np.zeros(len(found.scores), bool) if found.hidden is None else found.hidden
+    away, scores = found.listed(hidden), found.listed(found.scores)
     at = np.arange(len(scores))
-    for open_, colour, name in ((~hidden, INK, "scores"), (hidden, HATCH, "masked scores")):
-        dots = axes.scatter(scores[open_], at[open_], s=9 if open_ is not hidden else 7, color=colour, linewidth=0)
-        group(dots, name)
-    everything = found.scores if found.hidden is None else found.scores[~found.hidden]
+    for chosen, colour, name in ((~away, INK, "scores"), (away, HATCH, "masked-scores")):
+        group(axes.scatter(scores[chosen], at[chosen], s=8, color=colour, linewidth=0), name)
+    logits = list(found.scores[~hidden])
     sinks = found.part.field("sinks")
-    logits = [*everything, *(sinks[0].ravel()[[found.query if sinks[0].size > 1 else 0]] if sinks is not None else [])]
+    if sinks is not None:
+        logits.append(sinks[0].ravel()[found.query if sinks[0].size > 1 else 0])
     if logits:
         total = float(np.logaddexp.reduce(logits))
-        line = axes.axvline(total, color="#2f6db3", linestyle=(0, (3, 2)), linewidth=0.8)
-        group(line, "log of the denominator")
-        below = y + found.height + 0.04
-        write(figure, x, below, f"dashed: ln of the softmax's denominator, {total:.2f}", fontsize=5.6, color="#2f6db3")
+        line = axes.axvline(total, color=WEIGHT, linestyle=(0, (3, 2)), linewidth=0.8)
+        group(line, "log-of-the-denominator")
+        said = f"dashed: ln of the softmax's denominator, {total:.2f}"
+        write(figure, x, y + found.height + 0.04, said, fontsize=5.6, color=WEIGHT)
     for n in range(len(scores)):
         axes.axhline(n, color=GRID, linewidth=0.3, zorder=0)
     axes.margins(x=0.06)
@@ -121,8 +121,9 @@ def _mask(figure: Figure, x: float, y: float, found: Row) -> None:
     """A square for each key: filled where it may be attended to, hatched where it is masked."""
     axes = column(figure, x, y, _MASK, found, "mask")
     axes.set_xlim(0, 1)
-    for n, j in enumerate(found.keys):
-        away = found.hidden is not None and bool(found.hidden[j])
-        look = {"facecolor": MASKED, "hatch": "//////", "edgecolor": HATCH} if away else {"facecolor": "#4a7fb5"}
-        if found.hidden is not None:
-            axes.add_patch(Rectangle((0.05, n - 0.4), 0.6, 0.8, linewidth=0, **look))  # type: ignore[arg-type]
+    if found.hidden is None:
+        return
+    for n, away in enumerate(found.listed(found.hidden)):
+        square = axes.add_patch(Rectangle((0.05, n - 0.4), 0.6, 0.8, facecolor=MAY, linewidth=0))
+        if away:
+            show_masked(square)

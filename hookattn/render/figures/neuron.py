@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...trace import Trace
-from ..palette import DIVERGING
+from ..palette import DIVERGING, SCORE, WEIGHT
 from ..part import Array, Where
 from .base import Heading, drawn, group, place, plain, sheet, write
-from .row import bars, column, doubts, label_keys, label_room, row
-from .values import UNKNOWN
+from .row import bars, column, label_keys, label_room, row
 
 _HEAT, _BARS, _GAP = 1.9, 1.05, 0.16
 
@@ -44,7 +43,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
     product = q * k
     dots = _scaled(product, part.call.scale, i)
     finished = part.call.softcap is not None or part.field("bias") is not None or part.call.own_scores
-    heading = Heading.of([part], found.title, doubts(found, UNKNOWN))
+    heading = Heading.of([part], found.title, found.notes)
     left = 0.1 + label_room(found)
     top = heading.height + 0.62
     lasting = ["scaled dot product", *(["score"] if finished else []), "weight (softmax)"]
@@ -61,7 +60,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
     columns = {"scaled dot product": dots, "score": found.scores, "weight (softmax)": found.weights}
     for title in lasting:
         axes = column(figure, x, top, _BARS, found, title)
-        colour = "#2f6db3" if title.startswith("weight") else "#8a94a0"
+        colour = WEIGHT if title.startswith("weight") else SCORE
         bars(axes, found, columns[title], title.partition(" ")[0], colour)
         x += _BARS + _GAP
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from ...errors import SelectionError
 from ...trace import Trace
-from ..palette import FAINT, HATCH, MASKED
+from ..palette import FAINT
 from ..part import Array, Part, Where, one
 from ..tokens import shortened
 from .base import group, place, plain, write
 from .ticks import LONGEST, font_size, room
+from .values import UNKNOWN, show_masked
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16
@@ -89,10 +89,10 @@ def row(trace: Trace, view: str, **where: Unpack[Where]) -> Row:
         raise SelectionError(f"{view} draws one query, and {len(part.rows)} are selected; give queries= with one.")
     i = part.rows[0]
     weights, scores, hidden = part.array("weights")[0, i], part.array("scores")[0, i], part.hidden
-    keys, notes = part.columns, []
+    keys, notes = part.columns, [UNKNOWN] if hidden is None else []
     if len(keys) > _MOST and where.get("keys") is None:
         heaviest = np.argsort(-weights, kind="stable")[:_MOST]
-        notes = [f"the {_MOST} keys of {len(keys)} that weigh most"]
+        notes = [*notes, f"the {_MOST} keys of {len(keys)} that weigh most"]
         keys = tuple(sorted(int(j) for j in heaviest))
     return Row(part, i, keys, None if hidden is None else hidden[0, i], scores, weights, tuple(notes))
 
@@ -149,7 +149,7 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: st
             gap = span * 0.012 * (1 if value >= 0 else -1)
             axes.text(end + gap, n, text.format(value), ha=side, va="center", fontsize=size)
         else:
-            axes.barh(n, span, left=left, height=0.9, color=MASKED, hatch="//////", edgecolor=HATCH, linewidth=0)
+            show_masked(axes.barh(n, span, left=left, height=0.9)[0])
     if low < 0:
         axes.axvline(0, color=FAINT, linewidth=0.4)
 
@@ -157,8 +157,3 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: st
 def _hidden(found: Row) -> NDArray[np.bool_]:
     size = len(found.keys)
     return np.zeros(size, bool) if found.hidden is None else np.asarray(found.listed(found.hidden))
-
-
-def doubts(found: Row, unknown: str) -> Sequence[str]:
-    """The notes of a row, with one where masked keys can't be told."""
-    return [*found.notes, *([unknown] if found.hidden is None else [])]

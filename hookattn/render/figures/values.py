@@ -12,7 +12,7 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.patches import Patch
 
 from ...errors import SelectionError
-from ..palette import DIVERGING, HATCH, MASKED, SEQUENTIAL
+from ..palette import DIVERGING, HATCH, MASKED, MAY, SEQUENTIAL
 from ..part import Part
 
 Field = Literal["weights", "scores", "mask"]
@@ -84,7 +84,7 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
         hidden = hidden | (left <= 0)
         data = np.divide(data, left, out=np.zeros_like(data), where=left > 0)
     cut = np.ix_(range(len(data)), part.rows, columns)
-    made = np.ma.masked_array(data[cut], hidden[cut] if field != "mask" else np.zeros(data[cut].shape, bool))
+    made = np.ma.masked_array(data[cut], hidden[cut])
     return Values(made, part.rows, columns, tuple(notes))
 
 
@@ -107,9 +107,9 @@ def pooled(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedAr
 
 
 def colours(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> tuple[Colormap, Normalize]:
-    """Colour map and range: weights from 0 to 1, scores about 0, the mask in two colours."""
+    """Colour map and range: weights from 0 to 1, scores about 0, what may be attended to in one."""
     if field == "mask":
-        return ListedColormap([MASKED, "#4a7fb5"]), Normalize(0, 1)
+        return ListedColormap([MAY]), Normalize(0, 1)
     if field == "scores":
         finite = np.ma.masked_invalid(data).compressed()
         top = float(np.abs(finite).max()) if finite.size else 1.0
