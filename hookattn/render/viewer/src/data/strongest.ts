@@ -16,7 +16,7 @@ export interface Strongest {
   share: number;
 }
 
-/** At most `limit` entries of at least `floor`, in no order. Entries are counted by the upper half of their float32 bits. */
+/** At most `limit` entries of at least `floor`, the weakest first. Entries are counted by the upper half of their float32 bits. */
 export async function strongest(matrices: readonly Matrix[], limit: number, floor: number, slices: Slices): Promise<Strongest> {
   const counts = new Uint32Array(1 << 16);
   const narrow = matrices.map((m) => (m.data instanceof Float32Array ? m.data : Float32Array.from(m.data)));
@@ -46,5 +46,6 @@ export async function strongest(matrices: readonly Matrix[], limit: number, floo
     }
     await slices.turn();
   }
+  links.sort((a, b) => a.value - b.value);
   return { links, share: total > 0 ? kept / total : 0 };
 }

@@ -5,10 +5,15 @@ import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
 import type { ControlName, View } from "../views/index";
 
-export function Controls({ app, view }: { app: App; view: View }) {
+interface ControlProps {
+  app: App;
+  view: View;
+}
+
+export function Controls({ app, view }: ControlProps) {
   const shown = view.controls.map((name) => {
     const Control = CONTROLS[name];
-    return <Control key={name} app={app} />;
+    return <Control key={name} app={app} view={view} />;
   });
   return (
     <div class="controls" role="group" aria-label="What is shown">
@@ -114,7 +119,7 @@ function Layer({ app }: { app: App }) {
       {same.length > 1 && (
         <Named name="Module">
           <select value={state.nth} onChange={(event) => app.set({ nth: Number(event.currentTarget.value) })}>
-            {same.map((c, i) => <option key={c.index} value={i}>{c.site.path || "the model itself"}{c.heads === null ? "" : ""}</option>)}
+            {same.map((c, i) => <option key={c.index} value={i}>{c.site.path || "the model itself"}</option>)}
           </select>
         </Named>
       )}
@@ -162,12 +167,19 @@ function FieldControl({ app }: { app: App }) {
   return <Segments name="Field" value={app.state.value.field} of={of} pick={(field) => app.set({ field })} />;
 }
 
-function ScaleControl({ app }: { app: App }) {
+/** What has a meaning for weights alone is not there while another field is shown. */
+function ofWeights(app: App, view: View): boolean {
+  return app.state.value.field === "weights" || !view.controls.includes("field");
+}
+
+function ScaleControl({ app, view }: ControlProps) {
+  if (!ofWeights(app, view)) return null;
   const of: [Scale, string][] = [["linear", "linear"], ["log", "log"]];
   return <Segments name="Scale" value={app.state.value.scale} of={of} pick={(scale) => app.set({ scale })} />;
 }
 
-function PoolControl({ app }: { app: App }) {
+function PoolControl({ app, view }: ControlProps) {
+  if (!ofWeights(app, view)) return null;
   const of: [Pool, string, string][] = [
     ["max", "largest", "Where a pixel covers several numbers, it shows the largest"],
     ["sum", "sum", "Where a pixel covers several numbers, it shows their sum"],
@@ -175,7 +187,8 @@ function PoolControl({ app }: { app: App }) {
   return <Segments name="Pooled" value={app.state.value.pool} of={of} pick={(pool) => app.set({ pool })} />;
 }
 
-function SinkControl({ app }: { app: App }) {
+function SinkControl({ app, view }: ControlProps) {
+  if (!ofWeights(app, view)) return null;
   const of: [Sink, string, string][] = [
     ["show", "shown", "All weights as they are"],
     ["drop", "dropped", "Without the first key that is attended to"],
@@ -222,7 +235,7 @@ function SortControl({ app }: { app: App }) {
   );
 }
 
-const CONTROLS: Readonly<Record<ControlName, (props: { app: App }) => ComponentChildren>> = {
+const CONTROLS: Readonly<Record<ControlName, (props: ControlProps) => ComponentChildren>> = {
   layer: Layer,
   heads: Heads,
   field: FieldControl,

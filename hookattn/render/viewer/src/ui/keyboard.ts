@@ -1,5 +1,6 @@
 /** What the keys do, everywhere but in a field that takes text; arrows in a slider stay the slider's. */
 import { type App, current, focus } from "../app";
+import { zoomed } from "../data/frame";
 import type { State } from "../state";
 import { layers, steps } from "./controls";
 
@@ -39,6 +40,14 @@ export const KEYS: readonly Key[] = [
     keys: [",", "."],
     does: "head before or after, alone",
     press: (app, key) => ({ heads: [step(current(app).call.headNumbers, focus(app.state.value), key === "." ? 1 : -1)] }),
+  },
+  {
+    keys: ["+", "-"],
+    does: "closer, further away (matrix)",
+    press: (app, key) => {
+      const { S, T } = current(app).call.extents;
+      return { zoom: zoomed(app.state.value.zoom, S, T, key === "+" ? 2 : 0.5) };
+    },
   },
   { keys: ["a"], does: "all heads", press: (app) => ({ heads: [...current(app).call.headNumbers] }) },
   {

@@ -24,8 +24,8 @@ export function Lines(props: { links: readonly Link[]; heads: readonly number[];
         return (
           <path
             key={`${head} ${query} ${key}`} d={`M${left} ${y1}C${left + bend} ${y1} ${right - bend} ${y2} ${right} ${y2}`}
-            stroke={headColour(head)} stroke-dasharray={headDash(head)} stroke-opacity={Math.max(0.06, s).toFixed(3)}
-            stroke-width={(0.6 + 2.6 * s).toFixed(2)}
+            stroke={headColour(head)} stroke-dasharray={headDash(head)} stroke-opacity={Math.max(0.03, s).toFixed(3)}
+            stroke-width={(0.8 + 2.4 * s).toFixed(2)}
           />
         );
       })}

@@ -22,7 +22,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   const { model } = app.trace.document;
   return (
     <div
-      class="ha" data-theme={app.dark.value ? "dark" : "light"} tabIndex={-1}
+      class="ha" data-theme={app.dark.value ? "dark" : "light"} data-page={app.options.link === true} tabIndex={-1}
       onKeyDown={(event) => {
         if (event.key === "?") help.current?.showModal();
         else if (!press(app, event, ids)) return;

@@ -15,7 +15,7 @@ import type { View } from "./index";
 /** Lines at once, and for one token; more are no longer told apart. */
 const LINES = 2500;
 const OF_ONE = 500;
-const FLOOR = 0.004;
+const FLOOR = 0.01;
 const CELL = 11;
 const CELLS = 16;
 
@@ -28,11 +28,8 @@ function Head({ app }: { app: App }) {
   const { value, error } = useLoaded(
     async (signal) => {
       const heads = numbers.split(",").map(Number);
-      const matrices: Matrix[] = [];
-      for (const head of heads) {
-        matrices.push(presented(await app.trace.head(call, "weights", batch, stored(call, head)), "weights", sink, filter, axes));
-        signal.throwIfAborted();
-      }
+      const read = await Promise.all(heads.map((head) => app.trace.head(call, "weights", batch, stored(call, head))));
+      const matrices = read.map((m) => presented(m, "weights", sink, filter, axes));
       return { call, axes, heads, matrices, ...(await strongest(matrices, LINES, FLOOR, new Slices(10, signal))) };
     },
     [app, call, batch, numbers, sink, filter],
@@ -43,7 +40,7 @@ function Head({ app }: { app: App }) {
   const key = cursor.key ?? (cursor.query === null || locked.query !== null ? locked.key : null);
   const few = useMemo(() => (value === null ? [] : linksOf(value.matrices, query, key)), [value, query, key]);
   if (error !== null) return <Notice error>{error}</Notice>;
-  if (value === null || room === 0) return <div ref={ref} />;
+  if (value === null || room === 0) return <div ref={ref} class="quiet">Reading …</div>;
   const { heads, matrices } = value;
   const { queries, keys } = value.axes;
   const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
@@ -135,7 +132,7 @@ function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: num
           // Rows lower than a line of text: the strongest of those that would overlap.
           if (height < 14 && [slot - 1, slot, slot + 1].some((s) => free.has(s))) return null;
           free.add(slot);
-          return <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">{number(l.value)}</text>;
+          return <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">{l.value.toFixed(4)}</text>;
         })}
       </g>
     );

@@ -1,2 +1,185 @@
+import { useEffect, useRef, useState } from "preact/hooks";
+import { type App, current, focus, stored } from "../app";
+import { domain, ramp } from "../colours";
+import { type Frame, moved, within, zoomed } from "../data/frame";
+import { at, extent } from "../data/matrix";
+import { pyramid } from "../data/pool";
+import { presented } from "../data/presented";
+import { exact, number } from "../format";
+import { Slices } from "../slices";
+import { axisRoom, Columns, named, Rows } from "../ui/axes";
+import { draw, levelFor } from "../ui/heatmap";
+import { useLoaded, useWidth } from "../ui/hooks";
+import { Legend } from "../ui/legend";
+import { Notice } from "../ui/notice";
+import { name } from "../ui/table";
+import { Tip, type TipAt } from "../ui/tip";
 import type { View } from "./index";
-export const matrix: View = { id: "matrix", label: "matrix", help: "", fields: () => ["weights"], controls: [], component: () => null };
+
+const CELL = 28;
+
+/** The longest side: what the window shows at once, beside the controls. */
+function largest(): number {
+  return Math.max(420, Math.min(1800, globalThis.innerHeight - 290));
+}
+
+function Matrix({ app }: { app: App }) {
+  const state = app.state.value;
+  const { batch, field, sink, filter } = state;
+  const pool = field === "weights" ? state.pool : "max";
+  const { call, axes } = current(app);
+  const head = focus(state);
+  const [ref, room] = useWidth();
+  const canvas = useRef<HTMLCanvasElement>(null);
+  const [tip, setTip] = useState<TipAt | null>(null);
+  const [frame, setFrame] = useFrame(app);
+  const drag = useRef<{ x: number; y: number; from: Frame | null; moved: boolean } | null>(null);
+  const { value, error } = useLoaded(
+    async (signal) => {
+      const matrix = presented(await app.trace.head(call, field, batch, stored(call, head)), field, sink, filter, axes);
+      const levels = await pyramid(matrix, pool, new Slices(10, signal));
+      const extents = pool === "sum" ? levels.map(extent) : [extent(matrix)];
+      return { matrix, levels, extents, axes, field, pool, dropped: matrix.data.some(Number.isNaN) };
+    },
+    [app, call, head, batch, field, sink, filter, pool],
+  );
+
+  const layout = value === null ? null : place(value.matrix.rows, value.matrix.cols, value.axes, room, frame);
+  const ratio = globalThis.devicePixelRatio || 1;
+  const colours = ramp(domainOf(0).kind, app.dark.value);
+
+  function domainOf(level: number) {
+    const [low, high] = value?.extents[level] ?? value?.extents[0] ?? [0, 1];
+    return domain(value?.field ?? field, state.scale, low, high);
+  }
+
+  const level = value === null || layout === null ? 0 : levelFor(value.levels, layout.view, layout.width * ratio, layout.height * ratio);
+  useEffect(() => {
+    if (canvas.current === null || value === null || layout === null) return;
+    canvas.current.width = Math.round(layout.width * ratio);
+    canvas.current.height = Math.round(layout.height * ratio);
+    draw(canvas.current, value.levels, layout.view, domainOf(level), colours);
+  });
+
+  if (error !== null) return <Notice error>{error}</Notice>;
+  if (value === null || layout === null || room === 0) return <div ref={ref} class="quiet">Reading head {head} …</div>;
+  const { matrix } = value;
+  const { left, top, width, height, view } = layout;
+  const [k, q, keys, queries] = view;
+
+  const cell = (event: PointerEvent | WheelEvent | MouseEvent) => {
+    const box = canvas.current!.getBoundingClientRect();
+    const [x, y] = [(event.clientX - box.left) / width, (event.clientY - box.top) / height];
+    const inside = x >= 0 && x < 1 && y >= 0 && y < 1;
+    return { x, y, key: inside ? Math.floor(k + x * keys) : null, query: inside ? Math.floor(q + y * queries) : null };
+  };
+  const onMove = (event: PointerEvent) => {
+    const held = drag.current;
+    if (held !== null && (held.moved || Math.hypot(event.clientX - held.x, event.clientY - held.y) > 4)) {
+      held.moved = true;
+      setTip(null);
+      return setFrame(moved(held.from, matrix.cols, matrix.rows, ((held.x - event.clientX) / width) * keys, ((held.y - event.clientY) / height) * queries));
+    }
+    const { query, key, x, y } = cell(event);
+    app.cursor.value = { query, key };
+    if (query === null || key === null) return setTip(null);
+    const size = 2 ** level;
+    const pooled = value.levels[level]!;
+    const there = at(pooled, Math.floor(query / size), Math.floor(key / size));
+    const more = level === 0 ? "" : `\n${value.pool === "sum" ? "sum" : "largest"} of the ${size}×${size} numbers here: ${number(there)}`;
+    const own = at(matrix, query, key);
+    const text = `query ${name(value.axes.queries, query)}\nkey ${name(value.axes.keys, key)}\n${value.field} ${Number.isNaN(own) ? "left out" : value.field === "mask" ? (own ? "may attend" : "masked") : exact(own)}${more}`;
+    setTip({ x: left + x * width, y: top + y * height, text });
+  };
+  const cursor = app.cursor.value;
+  const line = (i: number | null, first: number, count: number) => (i === null || i + 1 <= first || i >= first + count ? null : Math.max(0, i - first) / count);
+  const [row, column] = [line(cursor.query ?? state.query, q, queries), line(cursor.key ?? state.key, k, keys)];
+  const zoom = (factor: number) => setFrame(zoomed(frame, matrix.cols, matrix.rows, factor));
+  return (
+    <div ref={ref}>
+      <div
+        class="plane" style={{ width: `${left + width + layout.spare}px`, height: `${top + height + 2}px`, touchAction: frame === null ? "auto" : "none" }}
+        onPointerMove={onMove}
+        onPointerLeave={() => {
+          setTip(null);
+          app.cursor.value = { query: null, key: null };
+        }}
+        onPointerDown={(event) => {
+          drag.current = { x: event.clientX, y: event.clientY, from: frame, moved: false };
+          if (frame !== null) event.currentTarget.setPointerCapture(event.pointerId);
+        }}
+        onPointerUp={(event) => {
+          const { query, key } = cell(event);
+          if (!drag.current?.moved && query !== null) app.set(query === state.query && key === state.key ? { query: null, key: null } : { query, key });
+          drag.current = null;
+        }}
+        onWheel={(event) => {
+          // A small matrix is all in view: there the wheel scrolls the page.
+          const small = Math.max(matrix.rows, matrix.cols) <= 64 && frame === null;
+          const { x, y, key } = cell(event);
+          if (key === null || (small && !event.ctrlKey) || (frame === null && event.deltaY > 0)) return;
+          event.preventDefault();
+          setFrame(zoomed(frame, matrix.cols, matrix.rows, Math.exp(-Math.max(-100, Math.min(100, event.deltaY)) / 250), x, y));
+        }}
+      >
+        <canvas ref={canvas} style={{ left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` }} role="img" aria-label={`${value.field} of head ${head}, queries down, keys across`} />
+        <svg width={left + width + layout.spare} height={top + height + 2}>
+          <rect x={left - 0.5} y={top - 0.5} width={width + 1} height={height + 1} fill="none" stroke="var(--line)" />
+          {row !== null && <rect x={left} y={top + row * height} width={width} height={height / queries} fill="none" stroke="var(--cursor)" stroke-opacity={0.8} />}
+          {column !== null && <rect x={left + column * width} y={top} width={width / keys} height={height} fill="none" stroke="var(--cursor)" stroke-opacity={0.8} />}
+          <Rows axis={value.axes.queries} first={q} count={queries} length={height} start={top} at={left} room={left} active={cursor.query} locked={state.query} />
+          <Columns axis={value.axes.keys} first={k} count={keys} length={width} start={left} at={top} room={top} active={cursor.key} locked={state.key} />
+          <text class="faint" x={left - 8} y={12} text-anchor="end">{left > 60 ? "queries ↓" : "↓"} keys →</text>
+        </svg>
+        <Tip tip={tip} width={left + width} />
+      </div>
+      <div class="foot">
+        <Legend domain={domainOf(level)} ramp={colours} dropped={value.dropped} title={`${value.field}, head ${head}${level > 0 ? `, ${value.pool === "sum" ? "sum" : "largest"} of ${2 ** level}×${2 ** level}` : ""}`} />
+        <button type="button" aria-label="Closer" onClick={() => zoom(2)}>+</button>
+        <button type="button" aria-label="Further away" onClick={() => zoom(0.5)}>−</button>
+        <button type="button" onClick={() => setFrame(null)} disabled={frame === null}>All</button>
+      </div>
+    </div>
+  );
+}
+
+/** The frame follows the state, and the state the frame: at once while it is dragged, and in the link a little later. */
+function useFrame(app: App): [Frame | null, (frame: Frame | null) => void] {
+  const zoom = app.state.value.zoom;
+  const [frame, setFrame] = useState<Frame | null>(zoom);
+  const late = useRef<ReturnType<typeof setTimeout>>(undefined);
+  useEffect(() => setFrame(zoom), [zoom?.join()]);
+  useEffect(() => () => clearTimeout(late.current), []);
+  return [
+    frame,
+    (next) => {
+      setFrame(next);
+      clearTimeout(late.current);
+      late.current = setTimeout(() => app.set({ zoom: next === null ? null : (next.map((x) => Number(x.toFixed(3))) as Frame) }), 200);
+    },
+  ];
+}
+
+/** Where the matrix stands in the room there is; cells are square unless it is very flat or very tall. */
+function place(rows: number, cols: number, axes: ReturnType<typeof current>["axes"], room: number, frame: Frame | null) {
+  const most = largest();
+  const view = within(frame, cols, rows);
+  const guess = Math.min(CELL, (room - 60) / cols);
+  const left = Math.max(60, axisRoom(axes.queries, Math.min(CELL, most / view[3], (guess * cols) / view[2]), Math.min(150, room * 0.28)));
+  const cell = Math.min(CELL * cols, most, room - left) / view[2];
+  const slanted = axisRoom(axes.keys, cell, 130);
+  const top = named(cell) ? slanted * 0.87 + 22 : 34;
+  const spare = named(cell) ? Math.min(slanted * 0.5, 60) : 14;
+  const width = Math.max(80, Math.min(cols * CELL, most, room - left - spare));
+  const height = Math.max(Math.min(rows * CELL, CELL), Math.min((width / cols) * rows, most, 3 * width));
+  return { left, top, width, height, spare, view };
+}
+
+export const matrix: View = {
+  id: "matrix",
+  label: "Matrix",
+  help: "One head as a heatmap, queries down, keys across. Hover for the exact number, click to lock a cell, wheel or pinch to zoom, drag to pan.",
+  fields: (state) => [state.field],
+  controls: ["layer", "field", "scale", "pool", "sink", "filter", "heads"],
+  component: Matrix,
+};

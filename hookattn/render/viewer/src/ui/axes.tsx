@@ -1,0 +1,82 @@
+/** Names of rows and columns along a matrix: tokens where there is room for each, else positions. */
+import type { Axis } from "../data/labels";
+import { shorten } from "../tokens";
+import { labelWidth } from "./lines";
+
+const LINE = 14;
+
+/** Whether there is room for the name of each cell of this size. */
+export function named(cell: number): boolean {
+  return cell >= LINE;
+}
+
+/** The room that an axis takes beside a matrix whose cells have this size. */
+export function axisRoom(axis: Axis, cell: number, most: number): number {
+  return named(cell) ? labelWidth(axis, most) : 46;
+}
+
+interface Props {
+  axis: Axis;
+  /** First entry in view and how many, fractions allowed; the length they have on the screen, and where it begins. */
+  first: number;
+  count: number;
+  length: number;
+  start: number;
+  /** Where the labels end, across. */
+  at: number;
+  room: number;
+  active: number | null;
+  locked: number | null;
+}
+
+function entries({ axis, first, count, length }: Props): { i: number; text: string }[] {
+  const cell = length / count;
+  const stride = named(cell) ? 1 : nice(44 / cell);
+  const out = [];
+  for (let i = Math.ceil(first / stride) * stride; i < Math.min(axis.labels.length, Math.ceil(first + count)); i += stride) {
+    const middle = i + 0.5 - first;
+    if (middle >= 0 && middle <= count) out.push({ i, text: named(cell) ? axis.labels[i]!.text : String(axis.positions[i]) });
+  }
+  return out;
+}
+
+/** 1, 2 or 5 times a power of ten, at least `x`. */
+function nice(x: number): number {
+  const power = 10 ** Math.floor(Math.log10(Math.max(1, x)));
+  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= x)!;
+}
+
+function weight(i: number, { active, locked }: Props): number {
+  return i === active || i === locked ? 700 : 400;
+}
+
+export function Rows(props: Props) {
+  const { first, count, length, start, at, room } = props;
+  return (
+    <g>
+      {entries(props).map(({ i, text }) => (
+        <text key={i} x={at - 6} y={start + ((i + 0.5 - first) / count) * length} text-anchor="end" dominant-baseline="central" font-weight={weight(i, props)}>
+          {shorten(text, Math.max(2, Math.floor((room - 8) / 7.2)))}
+        </text>
+      ))}
+    </g>
+  );
+}
+
+export function Columns(props: Props) {
+  const { first, count, length, start, at, room } = props;
+  return (
+    <g>
+      {entries(props).map(({ i, text }) => {
+        const x = start + ((i + 0.5 - first) / count) * length;
+        return named(length / count) ? (
+          <text key={i} transform={`translate(${x} ${at - 6}) rotate(-60)`} dominant-baseline="central" font-weight={weight(i, props)}>
+            {shorten(text, Math.max(2, Math.floor((room - 8) / 6.4)))}
+          </text>
+        ) : (
+          <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)}>{text}</text>
+        );
+      })}
+    </g>
+  );
+}
