@@ -6,7 +6,7 @@ from .entropy import Entropy, NormalisedEntropy
 from .local import GlobalSpread, LocalMass
 from .measure import Measure, Reading
 from .offset import AtOffset, NextToken, PreviousToken, SelfToken
-from .registry import MEASURES, statistics
+from .registry import MEASURES, capture
 from .sink import FirstToken, LearnedSink, Sink
 from .table import measure
 from .view import View
@@ -29,6 +29,6 @@ __all__ = [
     "SelfToken",
     "Sink",
     "View",
+    "capture",
     "measure",
-    "statistics",
 ]

@@ -41,6 +41,7 @@ class NormalisedEntropy(Entropy):
 
     name: ClassVar[str] = "normalised_entropy"
     unit: ClassVar[str] = "share"
+    reads: ClassVar[tuple[str, ...]] = ("mask",)
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""

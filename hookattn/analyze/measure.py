@@ -65,6 +65,14 @@ class Measure:
         """The statistics it is computed of: captured beside the kernel, or computed of a call's weights."""
         return ()
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """The fields of a call that it reads beside its statistics; nothing in both: the weights."""
+
+    @property
+    def capture(self) -> tuple[str | Statistic, ...]:
+        """What ``capture=`` has to keep for it."""
+        return (*self.statistics, *self.reads) or ("weights",)
+
     def problem(self, view: View) -> str | None:
         """Why it is not defined for a call; None: it is."""
         if self.positional and view.positions is None:

@@ -53,17 +53,14 @@ def _one(item: str | Measure) -> Measure:
     return MEASURES[item]()
 
 
-def statistics(*measures: str | Measure) -> tuple[Statistic, ...]:
-    """What to give to ``capture=`` so that measures need no weights: the statistics that they are made of.
+def capture(*measures: str | Measure) -> tuple[str | Statistic, ...]:
+    """What to give to ``capture=``: the statistics and fields that measures are made of.
 
     Args:
-        measures: names or objects; none: all that are made of statistics alone.
+        measures: names or objects; none: all that can be computed beside the kernel.
 
     Raises:
-        SelectionError: there is no such measure, or it is made of more than statistics.
+        SelectionError: there is no such measure.
     """
-    chosen = resolve(measures) if measures else [k() for k in MEASURES.values() if k().statistics]
-    bad = [m.key for m in chosen if not m.statistics]
-    if bad:
-        raise SelectionError(f"{', '.join(bad)} cannot be computed beside the kernel; capture weights for it.")
-    return tuple({s.key: s for m in chosen for s in m.statistics}.values())
+    chosen = resolve(measures) if measures else [m for m in map(_one, MEASURES) if m.statistics and not m.reads]
+    return tuple({x if isinstance(x, str) else x.key: x for m in chosen for x in m.capture}.values())

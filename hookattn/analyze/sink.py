@@ -58,6 +58,12 @@ class LearnedSink(Measure):
 
     name: ClassVar[str] = "learned_sink"
     unit: ClassVar[str] = "share"
+    reads: ClassVar[tuple[str, ...]] = ("sinks",)
+
+    @property
+    def statistics(self) -> tuple[st.Statistic, ...]:
+        """See :class:`Measure`."""
+        return (st.LogSumExp(),)
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
@@ -66,6 +72,6 @@ class LearnedSink(Measure):
             sinks = call.get("sinks")
             if sinks is None:
                 return view.mask.new_zeros(view.shape[:3], dtype=torch.float32)
-            if st.LogSumExp().key in call.fields or call.has("scores"):
+            if st.LogSumExp().key in call.fields or call.has("scores"):  # else it is of the logarithms of weights
                 return torch.exp(sink_column(sinks).squeeze(-1) - view.stat(st.LogSumExp()))
         return (1 - view.weights.sum(-1)).clamp_min(0)

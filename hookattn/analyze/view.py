@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
+from ..record import FIELDS
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from ..statistics.problem import four
+from ..statistics.received import Received
 from .positions import query_positions
 from .problem import problem_of
 
@@ -65,10 +67,9 @@ class View:
         if "q" in self.call.fields and ("k" in self.call.fields or self.call.keys is not None):
             b, h, t, _ = self.tensor("q").shape
             return b, h, t, self.call.keys if self.call.keys is not None else self.tensor("k").shape[2]
-        for value in self.call.fields:
-            rows = self.call.keys is not None and self.call.get(value)
-            if isinstance(rows, Tensor) and rows.dim() >= 3 and not value.startswith("received"):
-                assert self.call.keys is not None
+        for name in self.call.fields:
+            rows = None if name in FIELDS or name == Received.name else self.call.get(name)
+            if rows is not None and self.call.keys is not None:
                 return rows.shape[0], rows.shape[1], rows.shape[2], self.call.keys
         raise FieldNotCaptured(
             f"{self.where}: its shape is not known from {', '.join(self.call.fields) or 'nothing'}; "

@@ -9,6 +9,8 @@ from .adapters import adapters
 from .command import Group
 from .demo import demo
 from .info import info
+from .render import render
+from .survey import command as survey
 from .trace import trace
 from .verify import verify
 from .view import view
@@ -26,5 +28,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, view, verify, adapters, demo):
+for command in (trace, info, view, render, survey, verify, adapters, demo):
     app.add_command(command)

@@ -56,32 +56,59 @@ def gather(
 
 
 def _from_text(loaded: Loaded, texts: Sequence[str], pair: tuple[str, str] | None, generate: bool) -> Given:
-    tokenizer = _tokenizer(loaded)
+    tokenizer = tokenizer_of(loaded)
+    config = getattr(loaded.model, "config", None)
+    if generate and not getattr(config, "is_encoder_decoder", False):
+        tokenizer.padding_side = "left"
+    return encode(loaded, tokenizer, texts, pair=pair, decode=not generate)
+
+
+def encode(
+    loaded: Loaded,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    pair: tuple[str, str] | None = None,
+    decode: bool = True,
+    limit: int | None = None,
+) -> Given:
+    """Texts, as one padded batch, or a pair of sentences.
+
+    Args:
+        decode: whether the decoder of an encoder-decoder gets its start token.
+        limit: how many tokens are kept of each text.
+
+    Raises:
+        InputError: a text has no token, or there is no padding token for several.
+    """
     if len(texts) > 1 and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
-            raise InputError(f"{loaded.name}: the tokenizer has no padding token, so several --text are no batch.")
-    config = getattr(loaded.model, "config", None)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    if generate and not encoder_decoder:
-        tokenizer.padding_side = "left"
+            raise InputError(f"{loaded.name}: the tokenizer has no padding token, so several texts are no batch.")
+    cut = {} if limit is None else {"truncation": True, "max_length": limit}
     encoded = (
-        tokenizer(*pair, return_tensors="pt")
+        tokenizer(*pair, return_tensors="pt", **cut)
         if pair
-        else tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)
+        else tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1, **cut)
     )
     ids = encoded["input_ids"]
     if ids.shape[1] == 0:
         raise InputError(f"the tokenizer of {loaded.name} makes no token of {texts[0]!r}.")
     given = Given(dict(encoded), [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()], tokenizer)
+    config = getattr(loaded.model, "config", None)
     start = getattr(config, "decoder_start_token_id", None)
-    if encoder_decoder and not generate and start is not None:
+    if getattr(config, "is_encoder_decoder", False) and decode and start is not None:
         given.args["decoder_input_ids"] = torch.full((ids.shape[0], 1), start)
         given.notes.append("the decoder gets its start token alone; --generate N lets it write")
     return given
 
 
-def _tokenizer(loaded: Loaded) -> Any:
+def tokenizer_of(loaded: Loaded) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        InputError: there is none.
+    """
     if loaded.source is None:
         raise InputError(_MADE.format(name=loaded.name, what="tokenizer"))
     missing = (

@@ -93,7 +93,7 @@ def trace(
     """
     _check_options(model, texts, pair, images, file, out, compact)
     if out is not None:
-        _check_target(out)
+        check_target(out)
     read = None if file is None else Given(read_tensors(file))
     torch.manual_seed(seed)
     loaded = load_model(model, screen, attn=attn, device=device, trust=trust_remote_code)
@@ -186,8 +186,12 @@ def _check_options(
         raise click.UsageError("--compact says how the file is written: it needs -o FILE.")
 
 
-def _check_target(out: str) -> None:
-    """Before the model is loaded, not after."""
+def check_target(out: str) -> None:
+    """Whether a file can be written, before the model is loaded and not after.
+
+    Raises:
+        TraceWriteError: it cannot.
+    """
     folder = os.path.dirname(out) or "."
     if os.path.isdir(out):
         raise TraceWriteError(f"{out}: this is a directory; name a file in it.")

@@ -175,9 +175,9 @@ def test_statistics_beside_the_kernel_give_the_same(padded: bool) -> None:
     real = torch.ones(2, 12, dtype=torch.bool)
     real[1, 8:] = False
     inputs = (x, real) if padded else (x,)
-    names = [n for n in NAMES if analyze.MEASURES[n]().statistics and n != "normalised_entropy"]
+    names = [n for n in NAMES if "mask" not in analyze.capture(n)]
     whole = hookattn.trace(Attention(), inputs)
-    lean = hookattn.trace(Attention(), inputs, capture=analyze.statistics(*names))
+    lean = hookattn.trace(Attention(), inputs, capture=analyze.capture(*names))
     assert not {"weights", "scores", "mask", "q"} & set(lean[0].fields)
     options = {"real": real} if padded else {}
     for by in analyze.table.BY:
@@ -248,8 +248,6 @@ def test_clear_errors() -> None:
         analyze.measure(hookattn.Trace(), "entropy")
     with pytest.raises(MeasureError, match=r"sink of call 0 .* no value by query"):
         analyze.measure(trace, "sink", by="query")
-    with pytest.raises(SelectionError, match="learned_sink cannot be computed beside the kernel"):
-        analyze.statistics("learned_sink")
 
 
 @pytest.mark.parametrize("keep", [("v",), ("q",), ("output", "mask")])

@@ -1,0 +1,134 @@
+"""What of a survey is done: a part on the disk for each batch, put together into one Parquet file at the end.
+
+A part is written under a temporary name and renamed, so that whatever ends a survey, its parts are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import MeasureError, TraceWriteError
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+_KEY = b"hookattn_survey"
+
+
+class Parts:
+    """The parts of one table.
+
+    Args:
+        out: the table's file; its parts are in a directory beside it until it is complete.
+        about: what the survey is of, as plain data; a survey goes on only where this is the same.
+
+    Raises:
+        MeasureError: ``out``, or its parts, are of another survey.
+        TraceWriteError: the directory cannot be made.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        self.folder = self.out.with_name(self.out.name + ".parts")
+        self.about = json.loads(json.dumps(about))
+        self.complete = False
+        if self.out.exists():
+            self._check(_about_of(self.out), self.out)
+            self.complete = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        file = self.folder / "survey.json"
+        if file.exists():
+            self._check(json.loads(file.read_text(encoding="utf-8")), self.folder)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(".partial")
+            new.write_text(json.dumps(self.about), encoding="utf-8")
+            new.replace(file)
+        except OSError as error:
+            raise TraceWriteError(f"{self.folder}: cannot be written: {error.strerror or error}.") from error
+
+    def _check(self, found: Any, where: Path) -> None:
+        if found == self.about:
+            return
+        other = [k for k in self.about if not isinstance(found, dict) or found.get(k) != self.about[k]]
+        raise MeasureError(
+            f"{where} is of another survey (other {', '.join(other) or 'contents'}): remove it, or choose another name."
+        )
+
+    @property
+    def done(self) -> int:
+        """How many parts there are."""
+        return len(self._parts())
+
+    def _parts(self) -> list[Path]:
+        """The parts from the first on, up to the first that is missing."""
+        found: list[Path] = []
+        while (path := self.folder / f"{len(found):08d}.parquet").exists():
+            found.append(path)
+        return found
+
+    def write(self, table: Table) -> None:
+        """The next part.
+
+        Raises:
+            TraceWriteError: it cannot be written.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.folder / f"{self.done:08d}.parquet"
+        try:
+            pq.write_table(table, path.with_suffix(".partial"), compression="zstd")
+            path.with_suffix(".partial").replace(path)
+        except OSError as error:
+            raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+    def finish(self) -> None:
+        """Put the parts together, one at a time, and remove them.
+
+        Raises:
+            TraceWriteError: the table cannot be written; the parts stay.
+            MeasureError: there is no part.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parts = self._parts()
+        if not parts:
+            raise MeasureError("there was nothing to survey: no example was found.")
+        new = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
+        schema = pq.read_schema(parts[0])
+        schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
+        try:
+            with pq.ParquetWriter(new, schema, compression="zstd") as writer:
+                held: list[pa.Table] = []
+                for path in parts:
+                    held.append(pq.read_table(path))
+                    if sum(t.num_rows for t in held) >= 1 << 18:  # few, large row groups, which readers like
+                        writer.write_table(pa.concat_tables(held).cast(schema))
+                        held = []
+                if held:
+                    writer.write_table(pa.concat_tables(held).cast(schema))
+            new.replace(self.out)
+        except OSError as error:
+            raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
+        finally:
+            new.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.complete = True
+
+
+def _about_of(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(_KEY)
+        return None if found is None else json.loads(found)
+    except (OSError, ValueError):
+        return None
