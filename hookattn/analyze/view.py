@@ -145,7 +145,7 @@ class View:
                 )
             self._statistics |= compute(problem, list(missing.values()))
 
-    def stat(self, statistic: Statistic, field: str | None = None) -> Tensor:
+    def stat(self, statistic: Statistic, *, field: str | None = None) -> Tensor:
         """A statistic's field: as it was captured, or computed of what was.
 
         Args:
