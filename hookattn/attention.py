@@ -5,6 +5,8 @@ Letters: B batch, H query heads, G key/value heads (H = G·groups), T queries, S
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,16 +27,36 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+class Diagonal(NamedTuple):
+    """What a causal or windowed kernel hides by itself.
+
+    Attributes:
+        causal, offset, window: see :func:`causal_mask`.
+        rows: T, int64, which queries of the whole call these are; None: all, in their order.
+    """
+
+    causal: bool = False
+    offset: int = 0
+    window: int | None = None
+    rows: Tensor | None = None
+
+
+def on_gpu(q: Tensor) -> bool:
+    """Whether a call is one for the kernels of :mod:`hookattn.kernels`."""
+    return q.is_cuda
+
+
+def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0, out: Tensor | None = None) -> Tensor:
     """``scale·q·kᵀ`` for grouped heads, without repeating ``k``.
 
     Args:
         q: B H T D.
         k: B G S D.
         scale: a float, or a tensor broadcastable to B H T S.
+        out: where it is written, contiguous; None: freshly allocated.
 
     Returns:
-        B H T S in :func:`compute_dtype` of ``q``, freshly allocated.
+        B H T S in :func:`compute_dtype` of ``q``.
     """
     dtype = compute_dtype(q.dtype)
     b, h, t, d = q.shape
@@ -45,7 +67,8 @@ def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     alpha = scale if isinstance(scale, (int, float)) else 1.0
     rows = (h // g) * t
     q3, k3 = q.reshape(b * g, rows, d), k.reshape(b * g, s, d)
-    out = torch.baddbmm(q.new_empty(()), q3, k3.transpose(1, 2), beta=0, alpha=alpha).view(b, h, t, s)
+    flat = None if out is None else out.view(b * g, rows, s)
+    out = torch.baddbmm(q.new_empty(()), q3, k3.transpose(1, 2), beta=0, alpha=alpha, out=flat).view(b, h, t, s)
     if isinstance(scale, Tensor):
         out.mul_(scale.to(dtype))
     return out
@@ -96,13 +119,29 @@ def derive(
     empty: bool = True,
     want_scores: bool = True,
     want_weights: bool = True,
+    diagonal: Diagonal | None = None,
+    notes: list[str] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Scores and weights of one call, only what is wanted; on the CPU block by block, so that a block stays in cache.
+    """Scores and weights of one call, only what is wanted; on the CPU block by block, so that a block stays in cache,
+    and on a GPU by one kernel.
 
-    Shapes and meaning as in :func:`dot_scores`, :func:`finish_scores` and :func:`softmax_weights`.
+    Shapes and meaning as in :func:`dot_scores`, :func:`finish_scores` and :func:`softmax_weights`; the GPU's kernel
+    writes the weights in the dtype of ``q``.
+
+    Args:
+        diagonal: what ``mask`` consists of, if that says all of it: a GPU then need not read it.
+        notes: gets a line where a GPU's kernel does not take the call, and these functions do.
     """
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
+    if on_gpu(q) and b * h * t * s:
+        from .kernels import derive as fused  # what it needs is heavy
+
+        made = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, want_scores, want_weights)
+        if not isinstance(made, str):
+            return made
+        if notes is not None:
+            notes.append(f"scores and weights were derived by torch's own operations: {made}")
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
     simple = simple and b * h * t * s > 2 * _BLOCK
     if not simple or not bool(torch.isfinite(q.sum() + k.sum())):  # −∞ is added below: to +∞ it would give NaN

@@ -39,8 +39,8 @@ class Keeper:
         self.derivable = {"q", "k", "mask", "bias", "sinks"} <= selection.capture
         self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
         self.measured: list[tuple[Call, Pending]] = []
-        self._wait = wait and not (selection.heads or selection.queries or selection.dtype or selection.device)
-        self._wait = self._wait and not selection.statistics
+        chosen = selection.heads or selection.queries or selection.dtype or selection.device or selection.statistics
+        self._wait = wait and not chosen
         # With statistics and nothing of the size T·S, nothing of that size is formed, a mask least of all.
         self._lean = bool(selection.statistics) and not {"scores", "weights", "mask"} & selection.capture
         self._outputs = verify != "off" or "output" in selection.capture
@@ -158,6 +158,10 @@ class Keeper:
             call.notes = [*call.notes, *notes]
         kept = kept_rows(call, queries) if self._lean and self.verify != "off" else None
         masked = None if self._lean else self._masked(call)
+        diagonal = None
+        if math.on_gpu(call.q) and call.mask is None and (call.causal or call.window is not None):
+            at = None if queries is None else kept_rows(call, queries)
+            diagonal = math.Diagonal(call.causal, call.offset, call.window, at)
         if masked is not None:
             call.mask = masked.mask
         keys = call.k.shape[2]
@@ -168,7 +172,7 @@ class Keeper:
             if heads is not None or queries is not None:
                 assert call.mask is not None
                 masked = masked._replace(mask=call.mask, real=None if masked.real is None else call.mask)
-            pending, scores, weights = self._derive(grouped(call, groups), masked)
+            pending, scores, weights = self._derive(grouped(call, groups), masked, diagonal)
         if isinstance(call.scale, Tensor):
             call.scale = call.scale.to(self.selection.device or call.scale.device, copy=True)
         made = self._call(call, site, step, index)
@@ -205,14 +209,16 @@ class Keeper:
         key = t, s, call.offset, call.window, call.causal, call.q.device
         return self._once(key, own, lambda: complete(own, *key))  # type: ignore[no-any-return]
 
-    def _derive(self, call: KernelCall, masked: Masked) -> tuple[Pending | None, Tensor | None, Tensor | None]:
+    def _derive(
+        self, call: KernelCall, masked: Masked, diagonal: math.Diagonal | None = None
+    ) -> tuple[Pending | None, Tensor | None, Tensor | None]:
         """Scores and weights as far as they are wanted, and the certificate's measurements."""
         mask, empty = masked.real, masked.empty
         scores, weights = call.scores, call.weights
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
             if scores is None:
                 missing = weights is None and self.wants("weights")
-                scores, derived = self._blocks(call, mask, empty, missing)
+                scores, derived = self._blocks(call, masked, diagonal, missing)
                 weights = derived if missing else weights
             else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
@@ -220,10 +226,11 @@ class Keeper:
             return None, scores, self._narrow(weights, call)
         b, h, t = call.q.shape[:3]
         rows = rows_to_check(t, self.verify == "full", b * h * t * call.k.shape[2])
-        part = self._scores(call, rows) if scores is None or not call.opaque else scores[:, :, rows]
+        formed = call.scores is not None and not call.opaque  # the model's own: these are compared with q·k
+        part = self._scores(call, rows) if scores is None or formed else scores[:, :, rows]
         row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         if call.weights is None and weights is not None:
-            derived = weights[:, :, rows]
+            derived = weights[:, :, rows].to(math.compute_dtype(weights.dtype))
         else:
             sinks = call.sinks
             if sinks is not None and sinks.dim() == 4 and sinks.shape[2] > 1:
@@ -237,7 +244,7 @@ class Keeper:
         return weights if weights is None or call.weights is not None else weights.to(call.dtype)
 
     def _blocks(
-        self, call: KernelCall, mask: Tensor | None, empty: bool, weights: bool
+        self, call: KernelCall, masked: Masked, diagonal: math.Diagonal | None, weights: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         return math.derive(
             call.q,
@@ -245,11 +252,13 @@ class Keeper:
             call.scale,
             softcap=call.softcap,
             bias=call.bias,
-            mask=mask,
+            mask=masked.real,
             sinks=call.sinks,
-            empty=empty,
+            empty=masked.empty,
             want_scores=self.wants("scores"),
             want_weights=weights,
+            diagonal=diagonal,
+            notes=call.notes,
         )
 
     def _scores(self, call: KernelCall, rows: slice) -> Tensor:
