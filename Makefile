@@ -7,7 +7,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow test-field bench bench-gpu train coverage clean help
+.PHONY: demo test lint test-slow test-browser test-field bench bench-gpu train coverage clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,10 +34,16 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## linter, types and the tests
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not browser"
 
 test-slow: $(VENV)/.dev ## what takes long
 	$(BIN)/python -m pytest -m "slow" -n 1
+
+test-browser: $(VENV)/.dev ## the viewer in Chromium, which is installed if it is missing and can be
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo "chromium is missing and cannot be installed here: what needs it is skipped"
+	$(BIN)/python -m pytest tests/browser -n 1 -rs
 
 $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/field/libraries.txt -r tests/field/needed.txt

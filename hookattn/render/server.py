@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
-import stat
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from io import FileIO
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..errors import RenderError
@@ -30,6 +31,7 @@ PORT = 8765
 """The first port that is tried where none is asked for."""
 _TRIED = 100
 _BIN = "application/octet-stream"
+_CHUNK, _AT_ONCE = 1 << 20, 1 << 26
 
 _OPEN = """
   const got = await fetch("options");
@@ -37,10 +39,6 @@ _OPEN = """
   const { compare, ...options } = await got.json();
   return { source: await served("trace"), compare: compare && await served("compare"), options };
 """
-
-
-class _Part(FileResponse):
-    chunk_size = 1 << 20  # a head of a long context is many megabytes
 
 
 def application(path: str, *, compare: str | None = None, options: Mapping[str, Any] | None = None) -> Starlette:
@@ -93,22 +91,52 @@ def _guarded(response: Response) -> Response:
 
 def _ranges(path: str) -> Callable[[Request], Response]:
     """Parts of a file, as long as it is the one that the reader began with."""
-    name = quote(os.path.basename(path))
 
     def answer(request: Request) -> Response:
         try:
-            found = os.stat(path)
-            if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
-                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            if not os.path.isfile(path):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - the answer closes it
         except OSError as error:
             return _guarded(PlainTextResponse(f"{path} cannot be read any more: {error.strerror}.", 410))
-        tag = f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
-        wanted = request.headers.get("if-range") or request.headers.get("if-match") or tag
-        if wanted not in (tag, "*"):  # the whole of a large file would be the standard's answer to the former
-            return _guarded(PlainTextResponse(f"{path} has changed since it was opened.", 412, {"etag": tag}))
-        return _guarded(_Part(path, headers={"etag": tag, "x-name": name}, media_type=_BIN, stat_result=found))
+        with ExitStack() as stack:
+            stack.enter_context(file)
+            return _guarded(_part(request, file, stack))
 
     return answer
+
+
+def _part(request: Request, file: FileIO, stack: ExitStack) -> Response:
+    """The asked range of an open file, whose owner, ``stack``, passes to the answer where that reads it."""
+    found = os.fstat(file.fileno())
+    size, tag = found.st_size, f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
+    headers = {"etag": tag, "accept-ranges": "bytes", "x-name": quote(os.path.basename(file.name))}
+    wanted = request.headers.get("if-range") or request.headers.get("if-match") or tag
+    changed = PlainTextResponse(f"{file.name} has changed since it was opened.", 412, headers)
+    if wanted not in (tag, "*"):  # to the former the standard would answer with the whole, large as it may be
+        return changed
+    start, end, status = 0, size, 200
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if asked is not None:
+        start, end, status = int(asked[1]), min(size, int(asked[2] or size) + 1), 206
+        if start >= end:
+            return Response(status_code=416, headers={**headers, "content-range": f"bytes */{size}"})
+        headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
+    headers["content-length"] = str(end - start)
+    if request.method == "HEAD":
+        return Response(None, status, headers, media_type=_BIN)
+    if end - start <= _AT_ONCE:  # so that a file that is being cut short is found out before the answer begins
+        data = b"".join(_chunks(file, start, end, stack))
+        return Response(data, status, headers, media_type=_BIN) if len(data) == end - start else changed
+    return StreamingResponse(_chunks(file, start, end, stack.pop_all()), status, headers, media_type=_BIN)
+
+
+def _chunks(file: FileIO, start: int, end: int, owner: ExitStack) -> Iterator[bytes]:
+    with owner:
+        file.seek(start)
+        while start < end and (data := file.read(min(_CHUNK, end - start))):
+            start += len(data)
+            yield data
 
 
 def listen(port: int | None = None) -> socket.socket:
