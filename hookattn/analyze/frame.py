@@ -62,3 +62,11 @@ def long(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Ten
     for name, value in values.items():
         columns[name] = value.detach().flatten().cpu().numpy()
     return pd.DataFrame(columns)
+
+
+def ranked(frames: Sequence[DataFrame], column: str) -> DataFrame:
+    """Tables in one, the largest of a column first; what is equal stays in its order, and NaN is last."""
+    import pandas as pd
+
+    table = pd.concat(list(frames), ignore_index=True)
+    return table.sort_values(column, ascending=False, ignore_index=True, kind="stable")

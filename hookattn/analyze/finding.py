@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..api import _arguments, tracing
 from ..attention import compute_dtype
-from ..errors import MeasureError
 from ..trace import Call
-from .circuit import Circuit, Projection
+from .circuits import Circuit, Projection
 from .matching import LEAST, Match, affine, equal, norms
 from .products import Product, Products
 
@@ -165,18 +164,3 @@ def _narrower(value: Tensor, p: Product) -> torch.dtype:
 def _dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The one with fewer digits."""
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def by_call(circuits: Iterable[Circuit], call: Call) -> Circuit:
-    """The circuit of a call: that of its site.
-
-    Raises:
-        MeasureError: there is none, or it has other heads.
-    """
-    found = [c for c in circuits if (c.site.path, c.site.kind) == (call.site.path, call.site.kind)]
-    if not found:
-        raise MeasureError(
-            f"call {call.index} ({call.site.label}) has no circuit among those given; make them of the same model with "
-            "hookattn.analyze.circuit(model, inputs)."
-        )
-    return found[0]

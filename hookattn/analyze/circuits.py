@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..errors import MeasureError
 from ..site import Site
+from .view import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,39 @@ class Circuit:
             said = "unknown" if p is None else f"{tuple(p.weight.shape)} {p.basis} {p.name}".rstrip()
             parts.append(f"{name} {said}")
         return f"Circuit({self.site.label}, layer {self.site.layer}: {'; '.join(parts)})"
+
+
+def circuit_of(view: View, circuits: Sequence[Circuit]) -> Circuit:
+    """The circuit of a call: that of its site.
+
+    Args:
+        view: the call.
+        circuits: of the same model.
+
+    Raises:
+        MeasureError: there is none, or it has other heads.
+    """
+    site = view.call.site
+    found = next((c for c in circuits if (c.site.path, c.site.kind) == (site.path, site.kind)), None)
+    if found is None:
+        raise MeasureError(
+            f"{view.where} has no circuit among the {len(circuits)} given; they have to be of the same model, as "
+            "hookattn.analyze.circuit(model, inputs) makes them."
+        )
+    if (view.call.heads is None and view.shape[1] != found.heads) or max(view.heads) >= found.heads:
+        raise MeasureError(f"{view.where} has heads {list(view.heads)}, and its circuit has {found.heads}.")
+    return found
+
+
+def triangle(matrices: Tensor) -> Tensor:
+    """R of ``M = Q R``: as small as it gets, and ``‖M x‖ = ‖R x‖`` for every x.
+
+    Args:
+        matrices: … m n.
+
+    Returns:
+        … min(m, n) n, float32 (float64 for matrices in that).
+    """
+    wide = matrices if matrices.dtype == torch.float64 else matrices.float()
+    made: Tensor = torch.linalg.qr(wide, mode="r").R
+    return made
