@@ -55,16 +55,16 @@ def centred_ranks(values: Tensor, inside: Tensor) -> Tensor:
     hidden = ~inside
     values = values if values.is_floating_point() else values.float()
     ordered, order = values.masked_fill(hidden, torch.inf).sort(-1)
-    n = ordered.shape[-1]
-    place = torch.arange(n, device=values.device)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    ranked = place.to(ordered.dtype).expand(ordered.shape)
-    if not bool((new | ordered.isinf()).all()):
-        first = torch.where(new, place, 0).cummax(-1).values
-        last = torch.where(new.roll(-1, -1), place, n - 1).flip(-1).cummin(-1).values.flip(-1)
-        ranked = (first + last).to(ordered.dtype) / 2
-    ranks = torch.empty_like(ordered).scatter_(-1, order, ranked)
+    same = torch.zeros_like(ordered, dtype=torch.bool)
+    same[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & ~ordered[..., 1:].isinf()
+    tied = same.clone()
+    tied[..., :-1] |= same[..., 1:]
+    at = tied.flatten().nonzero().squeeze(-1)
+    place = torch.arange(ordered.shape[-1], dtype=ordered.dtype, device=ordered.device)
+    ranked = place.expand(ordered.shape).flatten()
+    group = (~same.flatten()[at]).cumsum(0) - 1
+    ranked[at] = (torch.bincount(group, ranked[at].double()) / torch.bincount(group))[group].to(ordered.dtype)
+    ranks = torch.empty_like(ordered).scatter_(-1, order, ranked.view(ordered.shape))
     ranks -= (inside.sum(-1, keepdim=True) - 1) / 2
     return ranks.masked_fill_(hidden, 0.0) + torch.where(ordered[..., -1:].isnan(), torch.nan, 0.0)
 
