@@ -25,7 +25,7 @@ class Reading:
     Attributes:
         value: B H, float64; NaN where it is not defined (no row that counts).
         count: B, or B H: how many rows each value is the mean of; batches are averaged by it.
-        rows: B H T, the value of each query row where it is a mean of these; None where it is not.
+        rows: B H T, the value of each query row, NaN for one that does not count; None where it is no mean of these.
     """
 
     value: Tensor
@@ -57,7 +57,7 @@ class Measure:
     @property
     def key(self) -> str:
         """The column's name: the name, and the parameters that are not the defaults, as in ``local_mass(window=8)``."""
-        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        given = [f for f in fields(self) if f.repr and getattr(self, f.name) != f.default]
         return self.name + (f"({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})" if given else "")
 
     @property
@@ -94,7 +94,8 @@ class Measure:
     def read(self, view: View) -> Reading:
         """Its value for each head of a call: the mean of :meth:`rows` over :meth:`counted`."""
         values, counted = self.rows(view), self.counted(view)
-        return Reading(view.mean(values, counted), counted.sum(-1), values)
+        own = (counted if counted.dim() == 3 else counted.unsqueeze(1)).expand(values.shape)
+        return Reading(view.mean(values, own), own.sum(-1), torch.where(own, values, torch.nan))
 
     def of(self, view: View) -> Reading:
         """:meth:`read`, for a call that it is defined for.
