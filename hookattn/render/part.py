@@ -5,11 +5,10 @@ Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/k
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,34 +122,6 @@ class Part:
         return "" if found.faithful else "not verified"
 
 
-def one(trace: Trace, view: str, **where: Unpack[Where]) -> Part:
-    """The part of a view of one call.
-
-    Raises:
-        SelectionError: no call fits, or several; says what there is.
-        FieldNotCaptured: nothing that was captured tells the extents.
-    """
-    found = many(trace, **where)
-    if len(found) > 1:
-        calls = [part.call for part in found]
-        given = {name: list(dict.fromkeys(of(c) for c in calls)) for name, of in _NAMED.items()}
-        choice = ", ".join(f"{name}= of {_listed(values)}" for name, values in given.items() if len(values) > 1)
-        raise SelectionError(
-            f"{view} draws one call, and {len(calls)} fit; give {choice or 'one of them, trace[i : i + 1]'}"
-            + (", or put the steps together with trace.stitch()." if len(given["step"]) > 1 else ".")
-        )
-    return found[0]
-
-
-_NAMED = {
-    "layer": operator.attrgetter("site.layer"),
-    "stack": operator.attrgetter("site.stack"),
-    "kind": operator.attrgetter("site.kind"),
-    "step": operator.attrgetter("step"),
-    "path": operator.attrgetter("site.path"),
-}
-
-
 def many(
     trace: Trace,
     *,
@@ -169,7 +140,9 @@ def many(
     """A part of each call that fits; see :class:`Where`.
 
     Raises:
-        SelectionError, InputError, FieldNotCaptured: see :func:`one`; labels that are not as many as the positions.
+        SelectionError: nothing fits; an unknown batch entry, head or position.
+        InputError: labels that are not as many as the positions.
+        FieldNotCaptured: nothing that was captured tells the extents.
     """
     if not trace.calls:
         raise SelectionError("the trace has no calls to draw.")
@@ -258,7 +231,7 @@ def _numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) 
     missing = [a for a, n in zip(asked, found, strict=True) if n not in numbers]
     if missing or not asked:
         raise SelectionError(
-            f"heads={asked}: {call.site.label} has {'' if whole else 'kept '}heads {_listed(numbers)}"
+            f"heads={asked}: {call.site.label} has {'' if whole else 'kept '}heads {listed(numbers)}"
             + (f", so there is no head {missing[0]}." if missing else ", and none is selected.")
         )
     return found
@@ -280,12 +253,13 @@ def _positions(name: str, wanted: Positions, there: tuple[int, ...], call: Call)
     missing = [a for a, i in zip(asked, found, strict=True) if i not in there]
     if missing or not asked:
         raise SelectionError(
-            f"{name}={wanted}: {call.site.label} has {name} {_listed(there)}"
+            f"{name}={wanted}: {call.site.label} has {name} {listed(there)}"
             + (f", so there is none at {missing[0]}." if missing else ", and none is selected.")
         )
     return found
 
 
-def _listed(values: Sequence[object]) -> str:
+def listed(values: Sequence[object]) -> str:
+    """Values for a message, some left out where they are many."""
     shown = [repr(v) for v in values]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:10], "…", shown[-1]])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...errors import SelectionError
 from ...trace import Trace
+from ..by_distance import by_distance
+from ..choose import one_stack
 from ..palette import head_style
-from ..part import Array, Part, Where
+from ..part import Where
+from ..values import FLOOR, SCALES, UNKNOWN, Scale
 from .base import Heading, drawn, group, place, sheet
-from .layers import one_stack
-from .values import FLOOR, SCALES, UNKNOWN, Scale, values
 
 _WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
 
@@ -76,27 +76,3 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
         frameon=False, fontsize=6, handlelength=1.8, borderpad=0, borderaxespad=0, ncols=1 + len(numbers) // 24,
     )  # fmt: skip
     return figure
-
-
-def by_distance(part: Part) -> tuple[Array, Array]:
-    """The distances there are, and H × distances: the mean weight at each; NaN where the mask allows none.
-
-    Raises:
-        SelectionError: queries and keys are not places in one sequence.
-    """
-    if part.places is None:
-        raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
-    found = values(part)
-    gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
-    first, last = int(gaps.min()), int(gaps.max())
-    flat = (gaps - first).ravel()
-    size = last - first + 1
-    allowed = ~np.ma.getmaskarray(found.data).reshape(len(part.heads), -1)
-    weights = np.ma.filled(found.data, 0.0).reshape(len(part.heads), -1)
-    total = np.array([np.bincount(flat, w, size) for w in weights])
-    count = np.array([np.bincount(flat, a, size) for a in allowed])
-    with np.errstate(invalid="ignore"):
-        means = np.where(count > 0, total / count, np.nan)
-    there = np.flatnonzero((count > 0).any(0))
-    keep = slice(there[0], there[-1] + 1) if len(there) else slice(0, 1)
-    return np.arange(first, last + 1)[keep].astype(float), means[:, keep]

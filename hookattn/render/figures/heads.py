@@ -12,12 +12,13 @@ from matplotlib.lines import Line2D
 
 from ...errors import SelectionError
 from ...trace import Trace
+from ..choose import one
 from ..palette import head_style
-from ..part import Part, Where, one
+from ..part import Part, Where
 from ..tokens import shortened
+from ..values import Sink, values
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .ticks import LONGEST, font_size, room, stride
-from .values import Sink, values
 
 _TALLEST = 9.5
 _FAN = 2.2

@@ -11,11 +11,13 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from ...trace import Trace
+from ..choose import one
 from ..palette import FAINT, MAY
-from ..part import Part, Where, one
+from ..part import Part, Where
+from ..values import Field, Scale, Sink, Values, check, pooled, values
 from .base import Heading, drawn, group, place, sheet, write
+from .colours import colours, show_masked
 from .ticks import depth, label_axis, room
-from .values import Field, Scale, Sink, Values, check, colours, pooled, show_masked, values
 
 WIDEST = 9.0
 """Inches. On paper of seven, labels of six points are still legible then."""

@@ -7,13 +7,14 @@ from typing import Unpack
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...errors import SelectionError
 from ...trace import Trace
+from ..choose import one_stack
 from ..palette import GRID
-from ..part import Part, Where, many
+from ..part import Part, Where
+from ..values import Field, Scale, Sink, check, pooled, values
 from .base import Heading, drawn, group, place, sheet
+from .colours import colours, show_masked
 from .heatmap import draw_legend
-from .values import Field, Scale, Sink, check, colours, pooled, show_masked, values
 
 _PIXELS = 64
 _WIDEST, _LARGEST, _LEAST = 9.0, 0.75, 0.22
@@ -88,25 +89,6 @@ def layers(
     assert mapped is not None
     draw_legend(figure, left + len(numbers) * cell + 0.15, top + 0.12, mapped, field, scale, masked)
     return figure
-
-
-def one_stack(trace: Trace, view: str, **where: Unpack[Where]) -> list[Part]:
-    """The parts of a view of many layers.
-
-    Raises:
-        SelectionError: several stacks, kinds or steps fit; says which.
-    """
-    parts = many(trace, **where)
-    for name, of in (
-        ("stack", [p.call.site.stack for p in parts]),
-        ("kind", [p.call.site.kind for p in parts]),
-        ("step", [p.call.step for p in parts]),
-    ):
-        if len(set(of)) > 1:
-            there = ", ".join(map(repr, dict.fromkeys(of)))
-            more = ", or put the steps together with trace.stitch()" if name == "step" else ""
-            raise SelectionError(f"{view} draws one {name}, and there are {there}; give {name}={more}.")
-    return parts
 
 
 def _row_name(part: Part) -> str:

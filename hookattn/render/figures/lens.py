@@ -13,9 +13,9 @@ from ...trace import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..part import Where
 from .base import Heading, drawn, group, sheet, write
+from .colours import show_masked
 from .row import Row, bars, column, label_keys, label_room, row
 from .ticks import font_size
-from .values import show_masked
 
 _SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
 ATTENDED, OUTSCORED, DRAINED, HIDDEN = "attended", "outscored", "drained", "masked"

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from ...errors import SelectionError
 from ...trace import Trace
+from ..choose import one
 from ..palette import FAINT
-from ..part import Array, Part, Where, one
+from ..part import Array, Part, Where
 from ..tokens import shortened
+from ..values import UNKNOWN
 from .base import group, place, plain, write
+from .colours import show_masked
 from .ticks import LONGEST, font_size, room
-from .values import UNKNOWN, show_masked
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16

@@ -1,0 +1,109 @@
+"""``hookattn render``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import click
+
+from ..errors import HookattnError, SelectionError
+from ..loading import load
+from .command import Command
+from .options import ints, positions
+from .screen import Screen, size_of
+
+_VIEWS = ("matrix", "head", "model", "neuron", "lens", "distance")
+_NOT_IN_PAGES = ("distance",)
+_KINDS = ("svg", "pdf", "png", "html")
+
+
+@click.command(
+    cls=Command,
+    short_help="Draw a trace file: svg, pdf, png, html.",
+    examples=(
+        "hookattn render run.safetensors --layer 3 --heads 1,5 -o heads.svg",
+        "hookattn render run.safetensors --view model --scale log -o layers.pdf",
+        "hookattn render run.safetensors --view lens --layer 3 --heads 5 --queries -1 -o why.png",
+        "hookattn render run.safetensors --view matrix --layer 3 -o run.html",
+    ),
+)
+@click.argument("file", type=click.Path())
+@click.option("--out", "-o", required=True, type=click.Path(), help="What to write: .svg, .pdf, .png, or .html.")
+@click.option("--view", default="head", show_default=True, type=click.Choice(_VIEWS), help="What is drawn.")
+@click.option("--layer", type=int, help="The layer; negative ones count from the last.")
+@click.option("--heads", callback=ints, metavar="LIST", help="Heads, such as 1,5; default: all.")
+@click.option("--queries", callback=positions, metavar="LIST", help="Queries, such as 7, -1 or 0:32; default: all.")
+@click.option("--keys", callback=positions, metavar="LIST", help="Keys, likewise.")
+@click.option("--batch", type=int, help="The batch entry; default: 0.")
+@click.option("--step", type=int, help="The step of a generation; negative ones count from the last.")
+@click.option("--stack", help="encoder, decoder, vision, …")
+@click.option("--kind", help="self or cross.")
+@click.option("--field", type=click.Choice(("weights", "scores", "mask")), help="What is coloured; default: weights.")
+@click.option("--scale", type=click.Choice(("linear", "log")), help="Of weights; default: linear.")
+@click.option(
+    "--sink", type=click.Choice(("show", "drop", "renormalise")), help="What happens to the first key; default: show."
+)
+@click.option("--dpi", type=click.IntRange(20, 2400), help="Pixels an inch of a png; default: 300.")
+@click.pass_obj
+def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, **given: Any) -> None:
+    """Draw the trace in FILE, without a display.
+
+    An svg or pdf keeps its text as text. An html is the viewer with the whole trace in it, in one page that opens
+    anywhere, offline; the options say what it shows first.
+    """
+    kind = os.path.splitext(out)[1].lower().removeprefix(".")
+    if kind not in _KINDS:
+        raise click.BadParameter(f"{out!r}: expected a name that ends in .{', .'.join(_KINDS)}.", param_hint="--out")
+    asked = {name: value for name, value in given.items() if value is not None}
+    if kind == "html":
+        if dpi is not None or view in _NOT_IN_PAGES:
+            what = "--dpi is" if dpi is not None else f"--view {view} is"
+            raise click.UsageError(f"{what} for svg, pdf and png; a page has no such thing.")
+        _page(file, out, view, asked)
+    else:
+        _figure(file, out, kind, view, dpi, asked)
+    data = {"file": out, "bytes": os.path.getsize(out), "view": view}
+    if screen.as_json:
+        screen.json(data)
+    else:
+        screen.out.print(f"wrote {out} ({size_of(os.path.getsize(out))})", markup=False, soft_wrap=True)
+
+
+def _figure(file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
+    try:
+        from ..render.figures import VIEWS
+        from ..render.figures.files import save
+    except ModuleNotFoundError as error:
+        raise HookattnError(f'figures need the package {error.name}: pip install "hookattn[render]".') from error
+    draw: Any = VIEWS[view]
+    for name in ("field", "scale", "sink"):
+        if name in asked and name not in inspect.signature(draw).parameters:
+            raise SelectionError(f"--{name} has no meaning in the {view} view; leave it out.")
+    save(draw(load(file), **asked), out, kind, dpi or 300)
+
+
+def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
+    from ..render.page import save_page
+    from ..render.part import many
+
+    trace = load(file)
+    where = {name: value for name, value in asked.items() if name not in ("field", "scale", "sink")}
+    part = many(trace, **where)[0]
+    site = part.call.site
+    state: dict[str, Any] = {
+        **{name: asked[name] for name in ("field", "scale", "sink") if name in asked},
+        "view": view,
+        "step": part.call.step,
+        "stack": site.stack,
+        "kind": site.kind,
+        "batch": asked.get("batch", 0),
+    }
+    if site.layer is not None:
+        state["layer"] = site.layer
+    if "heads" in asked:
+        state["heads"] = list(part.heads)
+    if "queries" in asked:
+        state["query"] = part.rows[0]
+    save_page(trace, out, state=state)

@@ -1,0 +1,33 @@
+"""Mean weights at each distance from the query."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import SelectionError
+from .part import Array, Part
+from .values import values
+
+
+def by_distance(part: Part) -> tuple[Array, Array]:
+    """The distances there are, and H × distances: the mean weight at each; NaN where the mask allows none.
+
+    Raises:
+        SelectionError: queries and keys are not places in one sequence.
+    """
+    if part.places is None:
+        raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
+    found = values(part)
+    gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
+    first, last = int(gaps.min()), int(gaps.max())
+    flat = (gaps - first).ravel()
+    size = last - first + 1
+    allowed = ~np.ma.getmaskarray(found.data).reshape(len(part.heads), -1)
+    weights = np.ma.filled(found.data, 0.0).reshape(len(part.heads), -1)
+    total = np.array([np.bincount(flat, w, size) for w in weights])
+    count = np.array([np.bincount(flat, a, size) for a in allowed])
+    with np.errstate(invalid="ignore"):
+        means = np.where(count > 0, total / count, np.nan)
+    there = np.flatnonzero((count > 0).any(0))
+    keep = slice(there[0], there[-1] + 1) if len(there) else slice(0, 1)
+    return np.arange(first, last + 1)[keep].astype(float), means[:, keep]

@@ -1,0 +1,202 @@
+"""Interactive figures of plotly: numbers under the pointer, zoom, heads switched on and off."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+import numpy as np
+
+from ..errors import SelectionError
+from ..trace import Trace
+from .by_distance import by_distance
+from .choose import one, one_stack
+from .palette import INK, MASKED, PAPER, head_style
+from .part import Part, Where
+from .values import FLOOR, Field, Scale, Sink, check, pooled, values
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_MOST = 1024
+_PIXELS = 64
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_BLUES, _SCORES = "Blues", "PuOr_r"
+
+
+def plotly(
+    trace: Trace,
+    view: Literal["matrix", "model", "distance"] = "matrix",
+    *,
+    field: Field = "weights",
+    scale: Scale = "linear",
+    sink: Sink = "show",
+    **where: Unpack[Where],
+) -> Figure:
+    """A view as a figure of plotly, for notebooks and pages: ``figure.show()``, ``figure.write_html("x.html")``.
+
+    Args:
+        trace: in memory, loaded, or compact.
+        view: ``matrix``, queries by keys for each head of one call; ``model``, layers by heads, each its largest value
+            in each block of a 64 × 64 thumbnail; ``distance``, mean weight against distance.
+        field: ``weights``, ``scores`` or ``mask``; of the first two views.
+        scale: ``log`` colours, or plots, weights from 1e-4 to 1.
+        sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left; likewise.
+        **where: what is drawn: :class:`hookattn.render.part.Where`.
+
+    Returns:
+        A figure. Masked entries are gaps in its data (None), never 0.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed.
+        SelectionError, FieldNotCaptured, InputError: as the figures of :mod:`hookattn.render` do.
+    """
+    check(field, scale, sink)
+    if view not in _VIEWS:
+        raise SelectionError(f"view={view!r}: expected one of {', '.join(_VIEWS)}.")
+    if view == "distance" and (field != "weights" or sink != "show"):
+        raise SelectionError("field and sink have no meaning in the distance view; leave them out.")
+    figure = _VIEWS[view](trace, field, scale, sink, where)
+    figure.update_layout(
+        template="plotly_white",
+        plot_bgcolor=MASKED if view != "distance" else PAPER,
+        paper_bgcolor=PAPER,
+        font={"color": INK, "size": 11},
+        hovermode="closest",
+    )
+    return figure
+
+
+def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
+    part = one(trace, "matrix", **where)
+    found = values(part, field, sink)
+    data, block = pooled(found.data, _MOST)
+    heads = part.heads
+    columns = min(len(heads), 4, math.ceil(math.sqrt(len(heads))))
+    figure = _grid([f"head {head}" for head in heads], columns)
+    rows, across = ([labels[i] for i in at[::block]] for labels, at in _axes(part, found.rows, found.columns))
+    for n, head in enumerate(heads):
+        place = {"row": n // columns + 1, "col": n % columns + 1}
+        hover = [[f"query {q}<br>key {k}" for k in _escaped(across)] for q in _escaped(rows)]
+        _heat(figure, data[n], hover, f"head {head}", place, scale)
+        size = {"tickfont": {"size": max(7, min(11, 420 // max(len(rows), 1)))}}
+        _ticks(figure, "y", rows, place, {**size, "autorange": "reversed"})
+        _ticks(figure, "x", across, place, size)
+    notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
+    _finish(figure, field, scale, _title(part.title, [part.doubt, *notes]), math.ceil(len(heads) / columns))
+    return figure
+
+
+def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
+    parts = one_stack(trace, "model", **where)
+    numbers = sorted({head for part in parts for head in part.heads})
+    figure = _grid([], len(numbers), len(parts))
+    notes: list[str] = []
+    for row, part in enumerate(parts, 1):
+        found = values(part, field, sink)
+        data, block = pooled(found.data, _PIXELS)
+        notes += [f"{part.title}: {part.doubt}" if part.doubt else "", *found.notes]
+        queries, keys = ([labels[i] for i in at[::block]] for labels, at in _axes(part, found.rows, found.columns))
+        hover = [[f"query {q}<br>key {k}" for k in _escaped(keys)] for q in _escaped(queries)]
+        for n, head in enumerate(part.heads):
+            place = {"row": row, "col": numbers.index(head) + 1}
+            _heat(figure, data[n], hover, f"{part.title}, head {head}", place, scale)
+            figure.update_yaxes(autorange="reversed", showticklabels=False, **place)
+            figure.update_xaxes(showticklabels=False, **place)
+        figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
+    for n, head in enumerate(numbers, 1):
+        figure.update_xaxes(title_text=str(head), row=len(parts), col=n)
+    _finish(figure, field, scale, _title("layers down, heads across", notes), len(parts), 90)
+    figure.update_layout(width=260 + 90 * len(numbers))
+    return figure
+
+
+def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
+    import plotly.graph_objects as go
+
+    parts = one_stack(trace, "distance", **where)
+    columns = min(4, math.ceil(math.sqrt(len(parts))))
+    figure = _grid([part.title for part in parts], columns)
+    numbers = sorted({head for part in parts for head in part.heads})
+    for n, part in enumerate(parts):
+        at, means = by_distance(part)
+        for head, mean in zip(part.heads, means, strict=True):
+            style = numbers.index(head)
+            line = {"color": head_style(style)[0], "dash": _DASHES[style // 8 % len(_DASHES)], "width": 1.4}
+            shown = all(head not in other.heads for other in parts[:n])
+            made = go.Scatter(
+                x=at, y=mean, mode="lines", line=line, name=f"head {head}", legendgroup=str(head), showlegend=shown
+            )
+            figure.add_trace(made, row=n // columns + 1, col=n % columns + 1)
+    floor = [math.log10(FLOOR), 0.03] if scale == "log" else [-0.02, 1.05]
+    figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
+    title = _title("mean weight against distance back to the key", [p.doubt and f"{p.title}: {p.doubt}" for p in parts])
+    figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
+    return figure
+
+
+_VIEWS: dict[str, Callable[[Trace, Field, Scale, Sink, Where], Any]] = {
+    "matrix": _matrix,
+    "model": _model,
+    "distance": _distance,
+}
+
+
+def _grid(titles: list[str], columns: int, rows: int | None = None) -> Figure:
+    from plotly.subplots import make_subplots
+
+    rows = rows or math.ceil(len(titles) / columns)
+    gaps = {"horizontal_spacing": min(0.06, 0.3 / columns), "vertical_spacing": min(0.12, 0.3 / rows)}
+    return make_subplots(rows, columns, subplot_titles=titles or None, **gaps)
+
+
+def _axes(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Any, Any]:
+    return (part.queries, rows), (part.keys, columns)
+
+
+def _heat(figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int], scale: str) -> None:
+    """One matrix; the number under the pointer is the value itself, also where colours are logarithmic."""
+    import plotly.graph_objects as go
+
+    exact = np.ma.filled(data.astype(float), np.nan)
+    drawn = np.log10(np.maximum(exact, FLOOR)) if scale == "log" else exact
+    made = go.Heatmap(
+        z=drawn, customdata=exact, text=hover, name=name, coloraxis="coloraxis", hoverongaps=False,
+        hovertemplate="%{text}<br>%{customdata:.4g}<extra>" + name + "</extra>",
+    )  # fmt: skip
+    figure.add_trace(made, **place)
+
+
+def _ticks(figure: Figure, which: str, labels: list[str], place: dict[str, int], more: dict[str, Any]) -> None:
+    every = max(1, math.ceil(len(labels) / 50))
+    at = list(range(0, len(labels), every))
+    update = figure.update_xaxes if which == "x" else figure.update_yaxes
+    update(tickvals=at, ticktext=_escaped([labels[i] for i in at]), showgrid=False, zeroline=False, **more, **place)
+
+
+def _finish(figure: Figure, field: str, scale: str, title: dict[str, Any], rows: int, each: int = 460) -> None:
+    heats = figure.select_traces(selector={"type": "heatmap"})
+    axis: dict[str, Any] = {"colorscale": _BLUES, "cmin": 0.0, "cmax": 1.0, "colorbar": {"title": {"text": field}}}
+    if field == "scores":
+        tops = [np.nanmax(np.abs(h.z)) for h in heats if np.isfinite(h.z).any()]
+        top = float(max(tops, default=1.0))
+        axis |= {"colorscale": _SCORES, "cmin": -top, "cmax": top}
+    if scale == "log":
+        ticks = list(range(round(math.log10(FLOOR)), 1))
+        axis |= {"cmin": ticks[0], "cmax": 0.0}
+        axis["colorbar"] |= {"tickvals": ticks, "ticktext": [f"{10.0**t:g}" for t in ticks]}
+    figure.update_layout(coloraxis=axis, title=title, height=120 + each * rows)
+    figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))
+    figure.for_each_yaxis(lambda axis: axis.update(showgrid=False))
+
+
+def _title(text: str, notes: list[str]) -> dict[str, Any]:
+    said = " · ".join(dict.fromkeys(note for note in notes if note))
+    return {"text": "<br>".join(_escaped([text, *([said] if said else [])])), "font": {"size": 14}}
+
+
+def _escaped(labels: list[str]) -> list[str]:
+    """Text that plotly, which reads some tags and formulas between dollars, shows as it is."""
+    return [html.escape(label, quote=False).replace("$", "&#36;") for label in labels]

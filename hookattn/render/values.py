@@ -1,0 +1,102 @@
+"""The numbers of a picture: a field with its masked entries apart, without the sink, pooled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import SelectionError
+from .part import Part
+
+Field = Literal["weights", "scores", "mask"]
+Scale = Literal["linear", "log"]
+Sink = Literal["show", "drop", "renormalise"]
+
+FIELDS, SCALES, SINKS = ("weights", "scores", "mask"), ("linear", "log"), ("show", "drop", "renormalise")
+FLOOR = 1e-4
+"""The least weight that a logarithmic scale tells from 0."""
+UNKNOWN = "mask not captured: a 0 may be a masked entry"
+"""What a picture says that can't set masked entries apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What is drawn of a part.
+
+    Attributes:
+        data: H rows columns, float64; masked where the mask hides a key, or where nothing is left to divide by.
+        rows, columns: which queries and keys these are.
+        notes: what a reader has to know.
+    """
+
+    data: np.ma.MaskedArray[Any, Any]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def check(field: str, scale: str, sink: str) -> None:
+    """Whether these go together.
+
+    Raises:
+        SelectionError: an unknown word, a logarithm of scores, or scores made to sum to 1.
+    """
+    for name, value, known in (("field", field, FIELDS), ("scale", scale, SCALES), ("sink", sink, SINKS)):
+        if value not in known:
+            raise SelectionError(f"{name}={value!r}: expected one of {', '.join(known)}.")
+    if scale == "log" and field != "weights":
+        raise SelectionError(f"scale='log' is for weights; field={field!r} has no logarithm.")
+    if sink == "renormalise" and field != "weights":
+        raise SelectionError(f"sink='renormalise' is for weights; drop the first key of {field} with sink='drop'.")
+
+
+def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
+    """A field of the drawn heads, queries and keys.
+
+    Args:
+        part: what is drawn.
+        field: ``weights``, ``scores``, or ``mask`` (1: may attend).
+        sink: ``drop`` leaves out the first key, where models park attention that has nowhere to go; ``renormalise``
+            also divides each row by what is left without it.
+
+    Raises:
+        FieldNotCaptured: the field was not kept.
+        SelectionError: without the first key there is none left.
+    """
+    data = part.array(field)
+    hidden = part.hidden
+    notes = [UNKNOWN] if hidden is None else []
+    hidden = np.zeros(data.shape, bool) if hidden is None else hidden
+    columns = part.columns if sink == "show" else tuple(j for j in part.columns if j)
+    if not columns:
+        raise SelectionError(f"sink={sink!r}: the first key is the only one that is drawn.")
+    if sink != "show":
+        notes.append("first key left out" + (", rows divided by the rest" if sink == "renormalise" else ""))
+    if sink == "renormalise":
+        left = data[:, :, 1:].sum(-1, keepdims=True)
+        hidden = hidden | (left <= 0)
+        data = np.divide(data, left, out=np.zeros_like(data), where=left > 0)
+    cut = np.ix_(range(len(data)), part.rows, columns)
+    made = np.ma.masked_array(data[cut], hidden[cut])
+    return Values(made, part.rows, columns, tuple(notes))
+
+
+def pooled(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:
+    """The largest entry of each n × n block, n the least that leaves at most ``most`` rows and columns; and n.
+
+    A block is masked where all of it is. Never a mean: a single key that takes all attention stays as it is.
+
+    Args:
+        data: … rows columns.
+        most: at least 1.
+    """
+    n = max(1, math.ceil(max(data.shape[-2:]) / most))
+    if n == 1:
+        return data, 1
+    rows, columns = (np.arange(0, size, n) for size in data.shape[-2:])
+    low = np.ma.filled(data.astype(float), -np.inf)
+    made = np.maximum.reduceat(np.maximum.reduceat(low, rows, -2), columns, -1)
+    return np.ma.masked_array(made, np.isneginf(made)), n
