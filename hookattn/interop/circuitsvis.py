@@ -1,0 +1,63 @@
+"""A trace as CircuitsVis takes attention patterns."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import numpy as np
+
+from ..errors import SelectionError
+from ..render.choose import one_stack
+from ..render.part import Where
+from ..trace import Trace
+
+
+def attention_heads(trace: Trace, options: dict[str, Any] | None = None, **where: Unpack[Where]) -> Any:
+    """``circuitsvis.attention.attention_heads`` of a trace.
+
+    Args:
+        trace: as for :func:`to_circuitsvis`.
+        options: of ``attention_heads``: ``max_value``, ``positive_color``, …
+        **where: what is shown: :class:`hookattn.render.part.Where`.
+
+    Raises:
+        ModuleNotFoundError: circuitsvis is not installed.
+        SelectionError, FieldNotCaptured: as :func:`to_circuitsvis`.
+    """
+    from circuitsvis.attention import attention_heads as view
+
+    return view(**{**to_circuitsvis(trace, **where), **(options or {})})
+
+
+def to_circuitsvis(trace: Trace, **where: Unpack[Where]) -> dict[str, Any]:
+    """The arguments of ``circuitsvis.attention.attention_heads``: all heads of all layers that fit.
+
+    Args:
+        trace: self-attention of one stack and step.
+        **where: what is shown: :class:`hookattn.render.part.Where`.
+
+    Returns:
+        ``attention`` (heads T S, float32, numpy), ``tokens`` (T labels), ``attention_head_names`` ("L0H3"), and
+        ``mask_upper_tri``, whether no query may attend to a later key.
+
+    Raises:
+        SelectionError: several stacks, kinds or steps, layers of different lengths, or queries that are not the keys.
+        FieldNotCaptured: the weights were not kept.
+    """
+    parts = one_stack(trace, "CircuitsVis", **where)
+    sizes = {(len(part.rows), len(part.columns)) for part in parts}
+    if len(sizes) > 1 or any(part.places is None or part.rows != part.columns for part in parts):
+        raise SelectionError(
+            f"CircuitsVis has one list of tokens for queries and keys, and queries × keys are {sorted(sizes)}; give "
+            "one layer, no queries or keys, or put the steps of a generation together with trace.stitch()."
+        )
+    shown = [part.array("weights")[np.ix_(range(len(part.heads)), part.rows, part.columns)] for part in parts]
+    hidden = [part.hidden for part in parts]
+    upper = [h is not None and bool(h[np.broadcast_to(np.triu(np.ones(h.shape[1:], bool), 1), h.shape)].all())
+             for h in hidden]  # fmt: skip
+    return {
+        "attention": np.concatenate(shown).astype(np.float32),
+        "tokens": parts[0].column_labels,
+        "attention_head_names": [f"L{part.call.site.layer}H{head}" for part in parts for head in part.heads],
+        "mask_upper_tri": all(upper),
+    }
