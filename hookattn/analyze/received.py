@@ -21,8 +21,9 @@ def received(trace: Trace, *, real: Any = None) -> DataFrame:
     """The attention that each key gets from the queries that count (heavy hitters: Zhang et al. 2023, H2O).
 
     Args:
-        trace: with weights, with what they follow from, or with the statistic ``received``. A column sum has no rows to
-            leave out: where some queries are padding, the weights are needed.
+        trace: with weights, with what they follow from, or with the statistic ``received`` and one of each query, such
+            as ``lse``, that tells how many there are. A column sum has no rows to leave out: where some queries are
+            padding, the weights are needed.
         real: bool or 0/1, B S: True = a real token, no padding.
 
     Returns:

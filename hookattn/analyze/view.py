@@ -73,7 +73,7 @@ class View:
                 return rows.shape[0], rows.shape[1], rows.shape[2], self.call.keys
         raise FieldNotCaptured(
             f"{self.where}: its shape is not known from {', '.join(self.call.fields) or 'nothing'}; "
-            "trace again with 'weights' in capture=."
+            "trace again with 'weights', or with a statistic of each query such as 'lse', in capture=."
         )
 
     @cached_property
