@@ -76,6 +76,7 @@ class Widget(anywidget.AnyWidget):
     options = traitlets.Dict().tag(sync=True)
     _name = traitlets.Unicode().tag(sync=True)
     _size = traitlets.Int().tag(sync=True)
+    _close: weakref.finalize[..., Widget] | None = None  # a widget is closed, too, that could not be made
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class Widget(anywidget.AnyWidget):
             raise RenderError(f"bytes {start!r} to {end!r} of a trace of {self._size} bytes: there are none such.")
         if end - start > _READ:
             raise RenderError(f"{end - start} bytes at once; at most {_READ} fit in one message.")
-        if not self._close.alive:
+        if self._close is None or not self._close.alive:
             raise RenderError("the widget is closed; show the trace again.")
         made = b""
         while len(made) < end - start:
@@ -149,7 +150,8 @@ class Widget(anywidget.AnyWidget):
     def close(self) -> None:
         """Close the widget and its file."""
         super().close()
-        self._close()
+        if self._close is not None:
+            self._close()
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         from IPython.display import display

@@ -14,7 +14,10 @@ import torch
 import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+import uvicorn
 
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
@@ -63,9 +66,8 @@ def visit(tab: Any, url: str) -> Any:
 def test_it_shows_the_file(open_page: Callable[..., Any], serving: Callable[..., str], path: Path) -> None:
     tab = visit(open_page(), serving(path, options=viewer_options(state={"layer": 1}, theme="dark")))
     assert tab.locator("[role=alert]").count() == 0
-    text = tab.text_content(".ha")
     for token in hookattn.load(path).tokens[0]:
-        assert token in text
+        tab.locator(".ha", has_text=token).wait_for(timeout=10_000)
     assert tab.title() == "InductionTransformer · run.safetensors"
     assert tab.locator("[data-theme=dark]").count() == 1
 
