@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import SelectionError
-from .part import Array, Part
-from .values import values
+from .part import Part
+from .values import Array, values
 
 
 def by_distance(part: Part) -> tuple[Array, Array]:

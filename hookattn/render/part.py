@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..call import Call
@@ -20,7 +18,9 @@ from ..record import FIELDS
 from ..trace import Trace
 from .labels import labels, places
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    from .values import Array, Flags
+
 Positions = slice | Sequence[int] | int | None
 
 
@@ -91,7 +91,7 @@ class Part:
         return found
 
     @property
-    def hidden(self) -> NDArray[np.bool_] | None:
+    def hidden(self) -> Flags | None:
         """H T S, True where the mask hides a key; None where the mask was not captured."""
         return self.array("mask") == 0 if self.call.has("mask") else None
 

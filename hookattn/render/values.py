@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import SelectionError
 from .part import Part
 
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 Field = Literal["weights", "scores", "mask"]
 Scale = Literal["linear", "log"]
 Sink = Literal["show", "drop", "renormalise"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...trace import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
-from ..part import Array, Where
+from ..part import Where
+from ..values import Array
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .row import bars, column, label_keys, label_room, row
 

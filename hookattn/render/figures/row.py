@@ -8,22 +8,20 @@ from typing import Any, Unpack
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ...errors import SelectionError
 from ...trace import Trace
 from ..choose import one
 from ..palette import FAINT
-from ..part import Array, Part, Where
+from ..part import Part, Where
 from ..tokens import shortened
-from ..values import UNKNOWN
+from ..values import UNKNOWN, Array, Flags
 from .base import group, place, plain, write
 from .colours import show_masked
 from .ticks import LONGEST, font_size, room
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16
-_NUMBER = 0.105
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +41,7 @@ class Row:
     part: Part
     query: int
     keys: tuple[int, ...]
-    hidden: NDArray[np.bool_] | None
+    hidden: Flags | None
     scores: Array
     weights: Array
     notes: tuple[str, ...]
@@ -156,6 +154,6 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: st
         axes.axvline(0, color=FAINT, linewidth=0.4)
 
 
-def _hidden(found: Row) -> NDArray[np.bool_]:
+def _hidden(found: Row) -> Flags:
     size = len(found.keys)
     return np.zeros(size, bool) if found.hidden is None else np.asarray(found.listed(found.hidden))
