@@ -16,6 +16,8 @@ from .offset import AtOffset, NextToken, PreviousToken, SelfToken
 from .rank import DistanceCorrelation
 from .received import received
 from .registry import MEASURES, capture
+from .report import report
+from .roles import ROLES, Role
 from .rollout import rollout
 from .sink import FirstToken, LearnedSink, Sink
 from .table import measure
@@ -24,6 +26,7 @@ from .view import View
 
 __all__ = [
     "MEASURES",
+    "ROLES",
     "AtOffset",
     "Confidence",
     "DistanceCorrelation",
@@ -38,6 +41,7 @@ __all__ = [
     "NormalisedEntropy",
     "PreviousToken",
     "Reading",
+    "Role",
     "SelfToken",
     "Sink",
     "View",
@@ -53,6 +57,7 @@ __all__ = [
     "neuron_decay",
     "normalisation",
     "received",
+    "report",
     "rollout",
     "score_rank",
     "singular_values",

@@ -62,53 +62,70 @@ def measure(
     for call in trace.calls:
         view = View(call, trace, real)
         found = readings(view, chosen, missing)
-        frames.append(pd.DataFrame(_columns(view, found, by)))
+        frames.append(pd.DataFrame(columns(view, found, by)))
     table = pd.concat(frames, ignore_index=True)
     table.attrs["units"] = {m.key: m.unit for m in chosen}
     return table
 
 
-def readings(view: View, measures: Sequence[Measure], missing: bool = False) -> dict[str, Reading | None]:
+def readings(
+    view: View, measures: Sequence[Measure], missing: bool = False, why: dict[str, str] | None = None
+) -> dict[str, Reading | None]:
     """Each measure of one call by its key; None where it is not defined and may be missing.
+
+    Args:
+        view: the call.
+        measures: which ones.
+        missing: whether a measure may be missing.
+        why: gets the reason for each that is.
 
     Raises:
         HookattnError: see :func:`measure`.
     """
-    defined = [m for m in measures if not missing or m.problem(view) is None]
+    reasons = {} if why is None else why
+    found: dict[str, Reading | None] = dict.fromkeys(m.key for m in measures)
+    defined = []
+    for m in measures:
+        problem = m.problem(view) if missing else None
+        if problem is None:
+            defined.append(m)
+        else:
+            reasons.setdefault(m.key, problem)
     shared = [s for m in defined for s in m.statistics if view.positions is not None or not s.positional]
     try:
         view.prepare(shared)
     except HookattnError:
         if not missing:
             raise
-    found: dict[str, Reading | None] = dict.fromkeys(m.key for m in measures)
     for m in defined:
         try:
             found[m.key] = m.of(view)
         except HookattnError as error:
             if not missing:
                 raise type(error)(f"{m.key}: {error}") from error
+            reasons.setdefault(m.key, str(error))
     return found
 
 
-def _columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
+def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
+    """The columns of a call's part of a table: where, which head, and each reading; see :func:`measure` for ``by``."""
     b, h, t, _ = view.shape
     sizes = {"head": (h,), "example": (b, h), "query": (b, h, t)}[by]
     n = int(torch.tensor(sizes).prod())
     index = torch.meshgrid(*(torch.arange(x) for x in sizes), indexing="ij")
     head = torch.tensor(list(view.heads))[index[0 if by == "head" else 1]]
-    columns = {**call_columns(view), "head": head.flatten().numpy()}
+    made: dict[str, Any] = {**call_columns(view), "head": head.flatten().numpy()}
     if by != "head":
-        columns["example"] = index[0].flatten().numpy()
+        made["example"] = index[0].flatten().numpy()
     if by == "query":
-        columns["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
+        made["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
         if view.trace.tokens is not None and view.positions is not None:
             tokens = view.tokens("queries")
-            columns["token"] = [tokens[i][j] for i in range(b) for _ in range(h) for j in range(t)]
+            made["token"] = [tokens[i][j] for i in range(b) for _ in range(h) for j in range(t)]
     for key, reading in found.items():
         value = None if reading is None else _values(key, view, reading, by)
-        columns[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
-    return columns
+        made[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
+    return made
 
 
 def _values(key: str, view: View, reading: Reading, by: str) -> Tensor:
@@ -116,4 +133,4 @@ def _values(key: str, view: View, reading: Reading, by: str) -> Tensor:
         return reading.heads if by == "head" else reading.value
     if reading.rows is None:
         raise MeasureError(f"{key} of {view.where}: it is no mean over queries, so there is no value by query.")
-    return torch.where(view.rows.unsqueeze(1), reading.rows, torch.nan)
+    return reading.rows

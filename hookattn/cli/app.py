@@ -8,6 +8,7 @@ from .. import __version__
 from .adapters import adapters
 from .command import Group
 from .demo import demo
+from .heads import command as heads
 from .info import info
 from .render import render
 from .survey import command as survey
@@ -28,5 +29,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, view, render, survey, verify, adapters, demo):
+for command in (trace, info, heads, view, render, survey, verify, adapters, demo):
     app.add_command(command)

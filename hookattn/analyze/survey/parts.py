@@ -27,6 +27,10 @@ class Parts:
         out: the table's file; its parts are in a directory beside it until it is complete.
         about: what the survey is of, as plain data; a survey goes on only where this is the same.
 
+    Attributes:
+        complete: whether the table is there.
+        done: how many parts there are, from the first on up to the first that is missing.
+
     Raises:
         MeasureError: ``out``, or its parts, are of another survey.
         TraceWriteError: the directory cannot be made.
@@ -37,6 +41,7 @@ class Parts:
         self.folder = self.out.with_name(self.out.name + ".parts")
         self.about = json.loads(json.dumps(about))
         self.complete = False
+        self.done = 0
         if self.out.exists():
             self._check(_about_of(self.out), self.out)
             self.complete = True
@@ -45,6 +50,8 @@ class Parts:
         file = self.folder / "survey.json"
         if file.exists():
             self._check(json.loads(file.read_text(encoding="utf-8")), self.folder)
+            while self._part(self.done).exists():
+                self.done += 1
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,17 +69,8 @@ class Parts:
             f"{where} is of another survey (other {', '.join(other) or 'contents'}): remove it, or choose another name."
         )
 
-    @property
-    def done(self) -> int:
-        """How many parts there are."""
-        return len(self._parts())
-
-    def _parts(self) -> list[Path]:
-        """The parts from the first on, up to the first that is missing."""
-        found: list[Path] = []
-        while (path := self.folder / f"{len(found):08d}.parquet").exists():
-            found.append(path)
-        return found
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.parquet"
 
     def write(self, table: Table) -> None:
         """The next part.
@@ -82,10 +80,11 @@ class Parts:
         """
         import pyarrow.parquet as pq
 
-        path = self.folder / f"{self.done:08d}.parquet"
+        path = self._part(self.done)
         try:
             pq.write_table(table, path.with_suffix(".partial"), compression="zstd")
             path.with_suffix(".partial").replace(path)
+            self.done += 1
         except OSError as error:
             raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
@@ -99,17 +98,16 @@ class Parts:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        parts = self._parts()
-        if not parts:
+        if not self.done:
             raise MeasureError("there was nothing to survey: no example was found.")
         new = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
-        schema = pq.read_schema(parts[0])
+        schema = pq.read_schema(self._part(0))
         schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
         try:
             with pq.ParquetWriter(new, schema, compression="zstd") as writer:
                 held: list[pa.Table] = []
-                for path in parts:
-                    held.append(pq.read_table(path))
+                for number in range(self.done):
+                    held.append(pq.read_table(self._part(number)))
                     if sum(t.num_rows for t in held) >= 1 << 18:  # few, large row groups, which readers like
                         writer.write_table(pa.concat_tables(held).cast(schema))
                         held = []

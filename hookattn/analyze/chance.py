@@ -1,0 +1,43 @@
+"""What a measure gives for a head that looks at all keys alike: the level that a score has to be held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .measure import Measure
+from .table import readings
+from .view import View
+
+
+class Chance:
+    """Measures of uniform attention under the mask of each call; computed once for calls that share a mask.
+
+    Args:
+        measures: which ones.
+    """
+
+    def __init__(self, measures: Sequence[Measure]):
+        self.measures = measures
+        self._mask: Tensor | None = None
+        self._found: dict[str, float] = {}
+
+    def of(self, view: View) -> dict[str, float]:
+        """Each measure's chance level by its key; nothing for one that is not defined, or where no mask was kept."""
+        call = view.call
+        if not call.has("mask"):
+            return {}
+        b, _, t, s = view.shape
+        mask = view.mask[:, :1].expand(b, 1, t, s)  # where heads have masks of their own, the first stands for all
+        if self._mask is not None and self._mask.shape == mask.shape and torch.equal(self._mask, mask):
+            return self._found
+        weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+        fields = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
+        even = View(replace(call, fields=fields, heads=None, kv_heads=None, derivable=()), view.trace, view.keys)
+        found = readings(even, self.measures, missing=True)
+        levels = {key: float(reading.heads[0]) for key, reading in found.items() if reading is not None}
+        self._mask, self._found = mask, {key: level for key, level in levels.items() if level == level}
+        return self._found
