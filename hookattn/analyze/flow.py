@@ -39,7 +39,7 @@ def flow(
 
     Returns:
         B Q S, float64: what can flow from each of the Q tokens to each input token; exact to about 1e-9 for each edge
-        that a bottleneck is made of.
+        that a bottleneck is made of. All NaN for an example with weights that are not finite.
 
     Raises:
         SelectionError: a query that there isn't; and see :func:`hookattn.analyze.rollout`.
@@ -52,9 +52,10 @@ def flow(
     bad = [i for i in chosen if not -t <= i < t]
     if bad or not chosen:
         raise SelectionError(f"queries={list(chosen)}: expected tokens from {-t} to {t - 1}.")
-    made = torch.zeros(b, len(chosen), s, dtype=torch.float64)
+    made = torch.full((b, len(chosen), s), torch.nan, dtype=torch.float64)
     for i in range(b):
-        made[i] = _flows(layers[i], [n % t for n in chosen])
+        if bool(layers[i].isfinite().all()):
+            made[i] = _flows(layers[i], [n % t for n in chosen])
     return made
 
 
