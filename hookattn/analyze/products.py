@@ -14,7 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..attention import compute_dtype
 from ..memory import storage_of, version_of
 
-_ADDMM, _MM, _BMM, _LINEAR = "aten::addmm", "aten::mm", "aten::bmm", "aten::linear"
+_ADDMM, _MM, _BMM = "aten::addmm", "aten::mm", "aten::bmm"
+# What inference mode hands over whole, and other modes in its parts.
+_COMPOSED = ("aten::linear", "aten::matmul", "aten::einsum")
 
 
 @dataclass(eq=False)
@@ -65,27 +67,29 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last: tuple[Any, Tensor, Tensor] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if name in _COMPOSED:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        given = [a for a in args if isinstance(a, Tensor)]
-        if isinstance(out, Tensor) and given and all(map(self._fixed, given)):
-            self._derived[out] = True
+        given = _tensors(args)
+        if given and all(map(self._fixed, given)):
+            for x in _tensors([out]):
+                self._derived[x] = True
         if not kwargs:
-            self._note(func, args)
+            self._note(name, func, args)
         return out
 
     def _fixed(self, x: Tensor) -> bool:
         return x in self._derived or storage_of(x) in self._names
 
-    def _note(self, func: Any, args: Any) -> None:
-        name = func.name().partition(".")[0]
+    def _note(self, name: str, func: Any, args: Any) -> None:
         if name == _ADDMM:
             bias, x, weight = args
         elif name in (_MM, _BMM):
             (x, weight), bias = args, None
             if name == _BMM and weight.shape[0] != 1:
                 return
-        elif name == _LINEAR:
-            x, weight, bias = args[0], args[1].t(), args[2] if len(args) > 2 else None
         else:
             return
         if not self._fixed(weight) or (bias is not None and not (self._fixed(bias) and bias.dim() == 1)):
@@ -102,3 +106,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._last is None or self._last[0] != key:
             self._last = key, x, x.detach().clone()  # the tensor itself is held, so that no other gets its memory
         return self._last[2]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those among some values, and in the lists among them."""
+    flat = (x for v in values for x in (v if isinstance(v, (list, tuple)) else (v,)))
+    return [x for x in flat if isinstance(x, Tensor)]
