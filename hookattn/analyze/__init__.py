@@ -1,52 +1,88 @@
 """What the heads of a trace do: measures, one a file, and the tables that are made of them."""
 
+from .acronym import Acronyms
 from .aggregate import aggregate, aggregate_layers
 from .confidence import Confidence
 from .decay import distance_decay
+from .detection import Detection
 from .distance import MeanDistance
 from .divergence import cluster_heads, head_divergence
 from .entropy import Entropy, NormalisedEntropy
 from .flow import flow
+from .label_mass import LabelMass, between_labels
+from .lexical import Brackets, SameWord
+from .list_items import ListItems
 from .local import GlobalSpread, LocalMass
 from .low_rank import score_rank, singular_values
 from .measure import Measure, Reading
 from .neurons import neuron_contributions, neuron_decay
 from .normalisation import normalisation
 from .offset import AtOffset, NextToken, PreviousToken, SelfToken
+from .pairs import KeyMass, PairMass
+from .pool import pool_words
+from .positional import Positional, best_offset
 from .rank import DistanceCorrelation
 from .received import received
 from .registry import MEASURES, capture
+from .repeats import DuplicateToken, Induction
 from .report import report
 from .roles import ROLES, Role
 from .rollout import rollout
+from .segment_repeats import RepeatedSegment, repeated_segment
+from .segments import BetweenSegments, between_segments
+from .separator import SEPARATORS, Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
 from .table import measure
+from .top_targets import top_targets
 from .variability import variability
 from .view import View
+from .word_relation import Coreference, Dependency, WordRelation
 
 __all__ = [
     "MEASURES",
     "ROLES",
+    "SEPARATORS",
+    "Acronyms",
     "AtOffset",
+    "BetweenSegments",
+    "Brackets",
     "Confidence",
+    "Coreference",
+    "Dependency",
+    "Detection",
     "DistanceCorrelation",
+    "DuplicateToken",
     "Entropy",
     "FirstToken",
     "GlobalSpread",
+    "Induction",
+    "KeyMass",
+    "LabelMass",
     "LearnedSink",
+    "ListItems",
     "LocalMass",
     "MeanDistance",
     "Measure",
     "NextToken",
     "NormalisedEntropy",
+    "PairMass",
+    "Positional",
     "PreviousToken",
+    "Punctuation",
     "Reading",
+    "RepeatedSegment",
     "Role",
+    "SameWord",
     "SelfToken",
+    "Separators",
     "Sink",
     "View",
+    "WordRelation",
     "aggregate",
     "aggregate_layers",
+    "best_offset",
+    "between_labels",
+    "between_segments",
     "capture",
     "cluster_heads",
     "distance_decay",
@@ -56,10 +92,13 @@ __all__ = [
     "neuron_contributions",
     "neuron_decay",
     "normalisation",
+    "pool_words",
     "received",
+    "repeated_segment",
     "report",
     "rollout",
     "score_rank",
     "singular_values",
+    "top_targets",
     "variability",
 ]

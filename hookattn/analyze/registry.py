@@ -6,12 +6,18 @@ from collections.abc import Iterable
 
 from ..errors import SelectionError
 from ..statistics.base import Statistic
+from .acronym import Acronyms
 from .confidence import Confidence
 from .distance import MeanDistance
 from .entropy import Entropy, NormalisedEntropy
+from .lexical import Brackets, SameWord
+from .list_items import ListItems
 from .local import GlobalSpread, LocalMass
 from .measure import Measure
 from .offset import NextToken, PreviousToken, SelfToken
+from .positional import Positional
+from .repeats import DuplicateToken, Induction
+from .separator import Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
 
 MEASURES: dict[str, type[Measure]] = {
@@ -29,6 +35,15 @@ MEASURES: dict[str, type[Measure]] = {
         FirstToken,
         Sink,
         LearnedSink,
+        Positional,
+        Induction,
+        DuplicateToken,
+        Separators,
+        Punctuation,
+        SameWord,
+        Brackets,
+        ListItems,
+        Acronyms,
     )
 }
 
@@ -37,12 +52,18 @@ def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
     """Measures by name, or as they are.
 
     Raises:
-        SelectionError: there is no such measure, or nothing was named.
+        SelectionError: there is no such measure, nothing was named, or two measures differ in their labels alone.
     """
     several = [measures] if isinstance(measures, (str, Measure)) else list(measures)
     if not several:
         raise SelectionError(f"no measure was named; there are {', '.join(MEASURES)}.")
-    return list({m.key: m for m in map(_one, several)}.values())
+    made: dict[str, Measure] = {}
+    for one in map(_one, several):
+        if made.setdefault(one.key, one) != one:
+            raise SelectionError(
+                f"two measures {one.key!r} have other labels or tokens; measure them one after the other."
+            )
+    return list(made.values())
 
 
 def _one(item: str | Measure) -> Measure:

@@ -1,0 +1,110 @@
+"""Labels of tokens, which a caller or the trace gives, held against a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import MeasureError
+from .view import View
+from .words import split_words
+
+Rows = tuple[tuple[Any, ...], ...]
+PADDING = "[PAD]"
+
+
+def frozen(labels: Any, what: str) -> Rows:
+    """Labels as tuples: one for each token, or one such list for each batch entry.
+
+    Args:
+        labels: a list, a list of lists, or a tensor S or B S, of text, ints or None.
+        what: what they are called in an error.
+
+    Raises:
+        MeasureError: they are something else.
+    """
+    if isinstance(labels, Tensor):
+        labels = labels.tolist()
+    good = isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) > 0
+    if good:
+        rows = [r.tolist() if isinstance(r, Tensor) else r for r in labels]
+        nested = [isinstance(r, Sequence) and not isinstance(r, str) for r in rows]
+        flat = rows if not any(nested) else [x for r, n in zip(rows, nested, strict=True) if n for x in r]
+        good = all(nested) or not any(nested)
+        if good and all(x is None or isinstance(x, (str, int)) for x in flat):
+            return tuple(map(tuple, rows)) if any(nested) else (tuple(rows),)
+    raise MeasureError(
+        f"{what}: expected one label (text, an int or None) for each token, or one such list for each batch entry; "
+        f"got {str(labels)[:60]!r}."
+    )
+
+
+def grows(view: View) -> bool:
+    """Whether the call's site ran in several steps, so that a call may have fewer keys than there are tokens."""
+    call = view.call
+    return any(c.step != call.step and c.site.path == call.site.path for c in view.trace.calls)
+
+
+def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:
+    """B S: the labels of the keys of each batch entry; text: why there are none.
+
+    Args:
+        view: the call, whose queries and keys are of one sequence.
+        labels: one list for each batch entry, or one for all; None: the tokens of the trace.
+        what: what they are called.
+    """
+    given = view.trace.tokens if labels is None else labels
+    if given is None:
+        return "it needs tokens; trace again with tokens=, or set trace.tokens"
+    if labels is None and view.call.site.axes != "tokens":
+        return f"it needs tokens, and its keys are {view.call.site.axes}"
+    b, _, _, s = view.shape
+    if len(given) not in (1, b):
+        return f"the {what} don't fit: {len(given)} lists for {b} batch entries"
+    longer = grows(view)
+    if any(len(row) != s and not (longer and len(row) > s) for row in given):
+        counts = ", ".join(map(str, sorted({len(row) for row in given})))
+        return f"the {what} don't fit: lists of {counts} for {s} keys"
+    rows = [tuple(row[:s]) for row in given]
+    return rows * b if len(rows) == 1 else rows
+
+
+def padded(view: View, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The same, with :data:`PADDING` in place of every key that is no real token.
+
+    Args:
+        view: the call.
+        rows: B S.
+    """
+    real = view.keys
+    if bool(real.all()):
+        return list(rows)
+    return [
+        tuple(x if own else PADDING for x, own in zip(row, keep, strict=True))
+        for row, keep in zip(rows, real.tolist(), strict=True)
+    ]
+
+
+def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
+    """B S: labels of tokens as they are; labels of words (special tokens are none) given to each of their pieces.
+
+    Args:
+        view: the call.
+        labels: for each batch entry one a token, or one a word.
+        what: what they are called.
+    """
+    direct = sequences(view, labels, what)
+    tokens = view.trace.tokens
+    if not isinstance(direct, str) or tokens is None or len(tokens) not in (1, len(labels)):
+        return direct
+    made: list[tuple[Any, ...]] = []
+    for row, own in zip(labels, list(tokens) * (len(labels) if len(tokens) == 1 else 1), strict=True):
+        words = split_words(tuple(own))
+        ordinary = words.ordinary()
+        if len(row) != len(ordinary):
+            return f"{direct} and {len(ordinary)} words"
+        of = dict(zip(ordinary, row, strict=True))
+        made.append(tuple(of.get(word) for word in words.of))
+    return sequences(view, tuple(made), what)
