@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import hookattn
+from hookattn.analyze import Induction, PreviousToken, SameWord
 from hookattn.demo import encoder, heads
 from hookattn.demo.induction import BOS, example_tokens, load_pretrained
 
@@ -61,9 +62,9 @@ def causal_panels() -> list[Panel]:
     tokens = ["bos" if i == BOS else str(i) for i in ids[0].tolist()]
     trace = hookattn.trace(load_pretrained(), ids, tokens=tokens, capture="weights", verify="full")
     panels = []
-    for title, pattern, offset, begin in (("previous-token head", heads.previous, 1, 2),
-                                          ("induction head", heads.induction, LENGTH - 1, LENGTH + 1)):
-        best = heads.ranked(trace, pattern)[0]
+    for title, measure, offset, begin in (("previous-token head", PreviousToken(), 1, 2),
+                                          ("induction head", Induction(), LENGTH - 1, LENGTH + 1)):
+        best = heads.ranked(trace, measure)[0]
         marks = [(i, i - offset) for i in range(begin, 2 * LENGTH + 1)]
         panels.append(Panel(title, best, trace[best.path].weights[0, best.head], tokens, marks, [1, LENGTH + 1]))
     return panels
@@ -80,7 +81,7 @@ def encoder_panels() -> list[Panel]:
     model, tokenizer = encoder.load(path)
     trace = hookattn.trace(model, tokenizer(*encoder.PAIR, return_tensors="pt"), capture="weights", verify="full")
     tokens = (trace.tokens or [[]])[0]
-    best = heads.ranked(trace, heads.same_word(tokens))[0]
+    best = heads.ranked(trace, SameWord(across=True))[0]
     middle = tokens.index("[SEP]")
     marks = [(i, j) for i, a in enumerate(tokens) for j, b in enumerate(tokens)
              if a == b and a.isalpha() and (i < middle) != (j < middle)]

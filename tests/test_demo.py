@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hookattn
+from hookattn.analyze import PreviousToken
 
 pytest.importorskip("click")
 pytest.importorskip("rich")
@@ -110,27 +111,13 @@ def test_the_encoder_is_found_without_being_imported() -> None:
 
 
 @torch.no_grad()
-def test_patterns_against_plain_loops() -> None:
-    length = 9
-    trace = hookattn.trace(load_pretrained(), example_tokens(2, length=length), capture="weights")
-    for call in trace:
-        weights = call.weights[0]
-        for h in range(4):
-            before = [float(weights[h, i, i - 1]) for i in range(2, 2 * length + 1)]
-            after = [float(weights[h, i, i - length + 1]) for i in range(length + 1, 2 * length + 1)]
-            assert float(heads.previous(call)[h]) == pytest.approx(sum(before) / len(before))
-            assert float(heads.induction(call)[h]) == pytest.approx(sum(after) / len(after))
-    ranking = heads.ranked(trace, heads.previous)
+def test_ranked_by_a_measure() -> None:
+    trace = hookattn.trace(load_pretrained(), example_tokens(2, length=9), capture="weights")
+    ranking = heads.ranked(trace, PreviousToken())
     assert len(ranking) == 8 and ranking == sorted(ranking, key=lambda head: -head.score)
-
-
-def test_same_word_counts_every_copy_in_the_other_sentence() -> None:
-    tokens = ["[CLS]", "a", "b", ".", "[SEP]", "a", "a", ".", "[SEP]"]
-    weights = torch.rand(1, 2, 9, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    call = hookattn.Call(hookattn.Site("x", 0), 0, 0, "test", torch.float32, 1.0, fields={"weights": weights})
-    w = weights[0]
-    expected = (w[:, 1, 5] + w[:, 1, 6] + w[:, 5, 1] + w[:, 6, 1]) / 3
-    torch.testing.assert_close(heads.same_word(tokens)(call), expected)
+    best = ranking[0]
+    weights = trace[best.path].weights[0, best.head]
+    assert best.score == pytest.approx(float(weights.diagonal(-1).sum()) / 19)
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,23 @@
-"""What the demo looks for in a trace: heads that do one recognizable thing, with the evidence.
-
-Letters: H heads, T positions.
-"""
+"""The heads of a trace, ranked by a measure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..trace import Call, Trace
+from ..analyze import Measure
+from ..trace import Trace
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head, and how much of its attention goes where the pattern says.
+    """One head, and how much of its attention goes where the measure looks.
 
     Attributes:
         layer: its layer.
         head: its index in the layer.
         path: the module path of its call.
-        score: mean attention on the pattern's keys, between 0 and 1.
+        score: mean attention on the keys that count, between 0 and 1.
     """
 
     layer: int
@@ -41,53 +35,7 @@ class Head:
         return asdict(self)
 
 
-Pattern = Callable[[Call], Tensor]
-"""From a call to the mean attention of each head (H) on the keys that count."""
-
-
-def ranked(trace: Trace, pattern: Pattern) -> list[Head]:
-    """All heads of a trace, the one that fits the pattern best first."""
-    found = [
-        Head(call.site.layer or 0, i, call.site.path, score)
-        for call in trace
-        for i, score in enumerate(pattern(call).tolist())
-    ]
-    return sorted(found, key=lambda head: -head.score)
-
-
-def previous(call: Call) -> Tensor:
-    """Attention from each position but the first two to the one before it."""
-    weights = call.weights[0]
-    query = torch.arange(2, weights.shape[1])
-    return weights[:, query, query - 1].mean(-1)
-
-
-def induction(call: Call) -> Tensor:
-    """Attention in the second of two copies to the token that followed the current one in the first copy."""
-    weights = call.weights[0]
-    length = (weights.shape[1] - 1) // 2
-    query = torch.arange(length + 1, 2 * length + 1)
-    return weights[:, query, query - length + 1].mean(-1)
-
-
-def same_word(tokens: Sequence[str], end: str = "[SEP]") -> Pattern:
-    """Attention from a word of a sentence pair to its copies in the other sentence, over the words that have any.
-
-    Args:
-        tokens: the tokens of the pair, each sentence closed by ``end``.
-        end: that token.
-    """
-    middle = tokens.index(end)
-    word = [t.isalpha() for t in tokens]
-    copies = torch.tensor(
-        [
-            [word[i] and tokens[i] == tokens[j] and (i < middle) != (j < middle) for j in range(len(tokens))]
-            for i in range(len(tokens))
-        ]
-    )
-
-    def measure(call: Call) -> Tensor:
-        weights = call.weights[0]
-        return (weights * copies).sum(-1)[:, copies.any(-1)].mean(-1)
-
-    return measure
+def ranked(trace: Trace, measure: Measure) -> list[Head]:
+    """All heads of a trace, the one with the highest score first."""
+    table = measure(trace).sort_values(measure.key, ascending=False, kind="stable")
+    return [Head(*row) for row in table[["layer", "head", "path", measure.key]].itertuples(index=False)]

@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .. import api
+from ..analyze import Induction, PreviousToken, SameWord
 from ..cli.screen import size_of
 from ..cli.table import print_calls, print_verdict
 from ..errors import TraceWriteError
@@ -90,7 +91,7 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
     same = _same(console, [before, trace.output, after])
     gap = max(float((a - b).abs().max()) for a, b in zip(trace.attentions, expected, strict=True))
     console.print(f"eager mode's own weights (output_attentions=True) differ by at most {gap:.1e}")
-    found = heads.ranked(trace, heads.same_word(tokens))
+    found = heads.ranked(trace, SameWord(across=True))
     back = _saved(console, trace, file)
     heading(console, f"The head that looks for the same word in the other sentence is {found[0].name}")
     console.print("mean attention on it, and that of the runners-up\n")
@@ -127,7 +128,7 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
     print_calls(console, trace.calls)
     print_verdict(console, trace)
     same = _same(console, [before, trace.output, after])
-    before_it, copying = heads.ranked(trace, heads.previous), heads.ranked(trace, heads.induction)
+    before_it, copying = heads.ranked(trace, PreviousToken()), heads.ranked(trace, Induction())
     back = _saved(console, trace, file)
     heading(console, f"The previous-token head is {before_it[0].name}")
     console.print("mean attention on the token before\n")
@@ -201,6 +202,7 @@ def _end(console: Console, report: dict[str, Any]) -> None:
     heading(console, f"Done in {report['seconds']:.1f} s. What to type next:")
     for file in report["files"]:
         console.print(f"    hookattn info {file}", soft_wrap=True)
+    console.print(f"    hookattn heads {report['files'][-1]}", soft_wrap=True)
     console.print(f"    hookattn verify {report['files'][-1]}", soft_wrap=True)
     console.print('    hookattn trace MODEL --text "your own sentence" -o out/mine.safetensors')
 
