@@ -108,9 +108,8 @@ def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, warps, and stages of the pipeline."""
     if formed:
         return 4, 1024, 8, 2  # nothing but memory to be read and written in its order
-    if t <= 16:
-        return 16, 128, 4, 2
-    return (128, 64, 8, 3) if d <= 128 else (64, 64, 4, 2)
+    # Three of the larger ones fit on a processor: some write while others multiply.
+    return (16, 128, 4, 2) if t <= 16 else (64, 64, 4, 2)
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
