@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from .measure import Reading
-from .pairs import PairMass, Pairs
+from .pairs import PairMass
 from .repeats import earlier
 from .view import View
 
@@ -72,28 +72,20 @@ class Detection(PairMass):
     def read(self, view: View) -> Reading:
         """See :class:`Measure`."""
         b, _, t, s = view.shape
-        weights, pairs = view.weights, self.pairs(view)
-        assert view.positions is not None
-        at = view.positions.expand(b, t)
-        drop = torch.zeros(b, t, s, dtype=torch.bool, device=weights.device)
+        pairs, at = self.pairs(view), view.positions
+        assert at is not None
+        drop = ~view.rows.unsqueeze(-1).expand(b, t, s)
         if self.exclude_bos:
+            drop = drop.clone()
             drop[torch.arange(b), :, view.keys.byte().argmax(-1)] = True
         if self.exclude_current_token:
-            drop |= at.unsqueeze(-1) == torch.arange(s, device=at.device)
-        drop &= view.rows.unsqueeze(-1)
-        keep = ~drop[pairs.example, pairs.row, pairs.key]
-        kept = Pairs(pairs.example[keep], pairs.row[keep], pairs.key[keep])
-        hits = _sum(view, kept)
-        total = torch.where(view.rows.unsqueeze(1), weights.sum(-1), 0.0).sum(-1, dtype=torch.float64)
-        total = total - _sum(view, Pairs(*drop.nonzero(as_tuple=True)))
+            drop = drop | (at.unsqueeze(-1) == torch.arange(s, device=at.device))
+        weights = view.weights.masked_fill(drop.unsqueeze(1), 0.0)
+        total = weights.sum((2, 3), dtype=torch.float64)
+        along = weights[pairs.example, :, pairs.row, pairs.key].double()
+        hits = torch.zeros_like(total).index_add_(0, pairs.example, along)
         if self.error == "mul":
             return Reading(torch.where(total > 0, hits / total, torch.nan), total)
+        wanted = pairs.example[~drop[pairs.example, pairs.row, pairs.key]].bincount(minlength=b).unsqueeze(1)
         queries = view.rows.sum(-1)
-        wanted = kept.example.bincount(minlength=b).unsqueeze(1)
         return Reading(1 - (total + wanted - 2 * hits) / queries.unsqueeze(1), queries)
-
-
-def _sum(view: View, pairs: Pairs) -> Tensor:
-    """B H, float64: the weights of all pairs of an example."""
-    along = view.weights[pairs.example, :, pairs.row, pairs.key].double()
-    return along.new_zeros(view.shape[:2]).index_add_(0, pairs.example, along)
