@@ -37,13 +37,18 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens pages that reach nothing: a request that the test does not answer fails, and so does an error in the page."""
-    contexts, problems = [], []
+    """Opens pages that reach nothing: a request that the test does not answer is a failure, and so is an error."""
+    contexts: list[Any] = []
+    problems: list[str] = []
+
+    def refuse(route: Any) -> None:
+        problems.append(route.request.url)
+        route.abort()
 
     def open_(**options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
-        context.route(re.compile("^(?!data:|blob:|file:)"), lambda route: (problems.append(route.request.url), route.abort()))
+        context.route(re.compile("^(?!data:|blob:|file:)"), refuse)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
@@ -56,15 +61,19 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     assert not problems
 
 
-def serve(page: Any, files: dict[str, Path | bytes | str]) -> None:
+def serve(page: Any, files: dict[str, Path | str]) -> None:
     """Answers ``ORIGIN/name`` for every file, also in ranges."""
 
+    def path(url: str) -> str:
+        return url.split("?")[0].removeprefix(ORIGIN + "/")
+
     def answer(route: Any) -> None:
-        content = files[route.request.url.split("?")[0].removeprefix(ORIGIN + "/")]
-        data = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else content.read_bytes()
-        name = route.request.url
-        kind = "text/javascript" if name.endswith(".js") else "text/html" if name.endswith(".html") else "application/octet-stream"
-        headers = {"Content-Type": kind + "; charset=utf-8" if kind.startswith("text") else kind, "ETag": f'"{hash(data)}"'}
+        name = path(route.request.url)
+        content = files[name]
+        data = content.read_bytes() if isinstance(content, Path) else content.encode()
+        kinds = {".js": "text/javascript", ".html": "text/html; charset=utf-8"}
+        kind = kinds.get(Path(name).suffix, "application/octet-stream")
+        headers = {"Content-Type": kind, "ETag": f'"{hash(data)}"'}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", route.request.headers.get("range", ""))
         if asked:
             start, end = int(asked[1]), int(asked[2]) + 1
@@ -73,7 +82,7 @@ def serve(page: Any, files: dict[str, Path | bytes | str]) -> None:
         else:
             route.fulfill(status=200, headers=headers, body=data)
 
-    page.route(lambda url: url.startswith(ORIGIN + "/") and url.split("?")[0].removeprefix(ORIGIN + "/") in files, answer)
+    page.route(lambda url: url.startswith(ORIGIN) and path(url) in files, answer)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>trace</title>
@@ -84,10 +93,10 @@ await viewer.ready; window.opened = performance.now();
 </script>"""
 
 
-def show(page: Any, trace: Path, options: str = "{link: true}", more: dict[str, Path] | None = None, hash: str = "") -> Any:
+def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = "") -> Any:
     """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open."""
     files = {"index.html": PAGE.format(options=options), "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
-    serve(page, {**files, "trace.safetensors": trace, **(more or {})})
-    page.goto(f"{ORIGIN}/index.html{hash}")
+    serve(page, {**files, "trace.safetensors": trace})
+    page.goto(f"{ORIGIN}/index.html{fragment}")
     page.wait_for_function("window.opened !== undefined")
     return page

@@ -1,9 +1,22 @@
 // Bundles src/ into hookattn-viewer.js, the same bytes for the same sources. `--out FILE` writes elsewhere.
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
 import { build } from "esbuild";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const here = dirname(fileURLToPath(import.meta.url));
+
+/** SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without node. */
+function fingerprint() {
+  const sources = readdirSync(join(here, "src"), { recursive: true }).map((name) => `src/${name.replaceAll("\\", "/")}`);
+  const hash = createHash("sha256");
+  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "build.mjs", "package-lock.json"].sort()) {
+    hash.update(`${name}\n`).update(readFileSync(join(here, name))).update("\n");
+  }
+  return hash.digest("hex");
+}
+
 const at = process.argv.indexOf("--out");
 
 await build({
@@ -19,5 +32,6 @@ await build({
   charset: "utf8",
   legalComments: "inline",
   loader: { ".css": "text" },
+  footer: { js: `// sources: ${fingerprint()}` },
   logLevel: "warning",
 });

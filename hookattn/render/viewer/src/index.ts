@@ -5,6 +5,9 @@
  *     mount(element, embedded(), { link: true });          // a trace inside the page
  *     mount(element, await served("/trace"), { theme: "dark" });
  *
+ *     const trace = await Trace.open(embedded());          // the numbers without the page: one head at a time
+ *     const { rows, cols, data } = await trace.head(trace.calls[0], "weights", 0, 3);
+ *
  * The default export is the front end of a notebook widget, in anywidget's protocol.
  */
 import { h, render } from "preact";
@@ -19,6 +22,7 @@ import { Shell } from "./ui/shell";
 import style from "./ui/style.css";
 import { VIEWS } from "./views/index";
 
+export { Trace } from "./data/trace";
 export { embedded } from "./source/embedded";
 export { served } from "./source/served";
 export type { Source, Options, Scores, State };

@@ -36,10 +36,12 @@ function Matrix({ app }: { app: App }) {
   const drag = useRef<{ x: number; y: number; from: Frame | null; moved: boolean } | null>(null);
   const { value, error } = useLoaded(
     async (signal) => {
-      const matrix = presented(await app.trace.head(call, field, batch, stored(call, head)), field, sink, filter, axes);
+      const whole = await app.trace.head(call, field, batch, stored(call, head));
+      const matrix = presented(whole, field, sink, filter, axes);
       const levels = await pyramid(matrix, pool, new Slices(10, signal));
-      const extents = pool === "sum" ? levels.map(extent) : [extent(matrix)];
-      return { matrix, levels, extents, axes, field, pool, dropped: matrix.data.some(Number.isNaN) };
+      // Nothing but scores is negative, and the largest of all is the largest of the coarsest level.
+      const extents = pool === "sum" ? levels.map(extent) : [extent(field === "scores" ? matrix : levels.at(-1)!)];
+      return { matrix, levels, extents, axes, field, pool, dropped: matrix !== whole };
     },
     [app, call, head, batch, field, sink, filter, pool],
   );

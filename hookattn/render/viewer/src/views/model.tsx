@@ -33,7 +33,8 @@ function Model({ app }: { app: App }) {
   const shown = measure === null ? items : items.filter((i) => i.value !== null && (state.least === null || i.value >= state.least)).sort((a, b) => b.value! - a.value!);
   const columns = Math.max(1, ...calls.map((c) => c.headNumbers.length));
   const side = measure === null ? 76 : 0;
-  const tile = Math.max(44, Math.min(116, Math.floor((room - side - 4) / Math.max(columns, 6)) - GAP));
+  const least = measure === null ? 44 : 84;
+  const tile = Math.max(least, Math.min(116, Math.floor((room - side - 4) / Math.max(columns, 6)) - GAP));
   const many = Math.max(1, Math.floor(room / (tile + GAP)));
   const grid = measure === null ? `${side - GAP}px repeat(${columns}, ${tile}px)` : `repeat(${Math.min(many, Math.max(1, shown.length))}, ${tile}px)`;
   const item = (i: Item) => <Tile key={`${i.call.index} ${i.head}`} app={app} item={i} measure={measure} width={tile} />;
