@@ -2,12 +2,17 @@
 
 from .acronym import Acronyms
 from .aggregate import aggregate, aggregate_layers
+from .circuits import Circuit, Projection
+from .compare import compare
+from .composition import composition
 from .confidence import Confidence
+from .copying import copying, vocabulary
 from .decay import distance_decay
 from .detection import Detection
 from .distance import MeanDistance
 from .divergence import cluster_heads, head_divergence
 from .entropy import Entropy, NormalisedEntropy
+from .finding import circuit
 from .flow import flow
 from .label_mass import LabelMass, between_labels
 from .lexical import Brackets, SameWord
@@ -34,6 +39,7 @@ from .separator import SEPARATORS, Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
 from .table import measure
 from .top_targets import top_targets
+from .values import OutputNorm, ValueNorm, norm_based, value_weighted
 from .variability import variability
 from .view import View
 from .word_relation import Coreference, Dependency, WordRelation
@@ -46,6 +52,7 @@ __all__ = [
     "AtOffset",
     "BetweenSegments",
     "Brackets",
+    "Circuit",
     "Confidence",
     "Coreference",
     "Dependency",
@@ -65,9 +72,11 @@ __all__ = [
     "Measure",
     "NextToken",
     "NormalisedEntropy",
+    "OutputNorm",
     "PairMass",
     "Positional",
     "PreviousToken",
+    "Projection",
     "Punctuation",
     "Reading",
     "RepeatedSegment",
@@ -76,6 +85,7 @@ __all__ = [
     "SelfToken",
     "Separators",
     "Sink",
+    "ValueNorm",
     "View",
     "WordRelation",
     "aggregate",
@@ -84,13 +94,18 @@ __all__ = [
     "between_labels",
     "between_segments",
     "capture",
+    "circuit",
     "cluster_heads",
+    "compare",
+    "composition",
+    "copying",
     "distance_decay",
     "flow",
     "head_divergence",
     "measure",
     "neuron_contributions",
     "neuron_decay",
+    "norm_based",
     "normalisation",
     "pool_words",
     "received",
@@ -100,5 +115,7 @@ __all__ = [
     "score_rank",
     "singular_values",
     "top_targets",
+    "value_weighted",
     "variability",
+    "vocabulary",
 ]

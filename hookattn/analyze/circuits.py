@@ -13,7 +13,7 @@ from ..site import Site
 from .view import View
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Projection:
     """One projection of a site, a matrix for each head.
 
@@ -33,7 +33,7 @@ class Projection:
     name: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circuit:
     """The weights of one attention call, as far as they are proven; C is what a projection reads, or o writes.
 

@@ -19,6 +19,7 @@ from .positional import Positional
 from .repeats import DuplicateToken, Induction
 from .separator import Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
+from .values import ValueNorm
 
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind
@@ -44,6 +45,7 @@ MEASURES: dict[str, type[Measure]] = {
         Brackets,
         ListItems,
         Acronyms,
+        ValueNorm,
     )
 }
 

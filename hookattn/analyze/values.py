@@ -29,6 +29,7 @@ class ValueNorm(Measure):
 
     name: ClassVar[str] = "value_norm"
     unit: ClassVar[str] = "norm of v"
+    reads: ClassVar[tuple[str, ...]] = ("weights", "mask", "v")
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
@@ -47,12 +48,8 @@ class OutputNorm(Measure):
 
     name: ClassVar[str] = "output_norm"
     unit: ClassVar[str] = "norm of the residual stream"
-    circuits: Sequence[Circuit] = field(repr=False, compare=False)
-
-    @property
-    def key(self) -> str:
-        """The name alone."""
-        return self.name
+    reads: ClassVar[tuple[str, ...]] = ("weights", "mask", "v")
+    circuits: Sequence[Circuit] = field(repr=False, hash=False)
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
