@@ -31,12 +31,12 @@ def opened(trace: TraceLike) -> Trace:
 
 def name_of(trace: Trace) -> str:
     """What a trace is called where there is room for one line."""
-    return os.path.basename(trace.path) if trace.path else str(trace.model.get("class") or "trace")
+    return os.path.basename(trace.path) if trace.path else "trace"
 
 
 def title_of(trace: Trace) -> str:
-    """The model's class and the file."""
-    return " · ".join(dict.fromkeys(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x))
+    """The model's class, and the file."""
+    return " · ".join(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x)
 
 
 @contextmanager

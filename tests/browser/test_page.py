@@ -38,7 +38,7 @@ def test_it_opens_from_disk_and_fetches_nothing(open_page: Callable[..., Any], t
     opened(tab, Path(save_page(trace, tmp_path / "a.html")))
     assert {"file"} <= set(requests) <= {"file", "data", "blob"}
     assert requests.count("file") == 1
-    assert tab.title() == "InductionTransformer"
+    assert tab.title() == "InductionTransformer · trace"
     for token in trace.tokens[0]:
         tab.locator(".ha", has_text=token).wait_for(timeout=10_000)
 
