@@ -32,7 +32,8 @@ def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real:
 
         - ``effective_rank`` = ``exp(−Σ p ln p)``, ``p = σ / Σ σ`` (Roy & Vetterli 2007);
         - ``energy_rank``, how many σ have ``energy`` of ``Σ σ²`` (0.9: the rank for 90 % of the energy);
-        - ``rank``, how many σ are above the largest times max(T, S) times the dtype's epsilon;
+        - ``rank``, how many σ are above the largest times max(T, S) times the epsilon of float32 (of float64 for a
+          model in that); scores that were rounded to less have the rank of their rounding;
         - ``bound``, D, which no rank is above where scores are nothing but a multiple of q·k; NaN where they are more
           (a bias, a soft-cap, a mask), or q was not kept;
         - ``largest``, the largest σ.
