@@ -11,17 +11,37 @@ if TYPE_CHECKING:
     from .figures import distance, heads, heatmap, layers, lens, neuron
     from .page import page, save_page
     from .plotly import plotly
+    from .server import serve
     from .show import show
+    from .widget import Widget
 
 _WHERE = {
     **dict.fromkeys(("distance", "heads", "heatmap", "layers", "lens", "neuron"), ".figures"),
     **dict.fromkeys(("page", "save_page"), ".page"),
     "plotly": ".plotly",
+    "serve": ".server",
     "show": ".show",
+    "Widget": ".widget",
 }
-_EXTRAS = {"matplotlib": "render", "plotly": "render"}
+_EXTRAS = {
+    **dict.fromkeys(("matplotlib", "plotly"), "render"),
+    **dict.fromkeys(("anywidget", "starlette", "traitlets", "uvicorn"), "view"),
+}
 
-__all__ = ["distance", "heads", "heatmap", "layers", "lens", "neuron", "page", "plotly", "save_page", "show"]
+__all__ = [
+    "Widget",
+    "distance",
+    "heads",
+    "heatmap",
+    "layers",
+    "lens",
+    "neuron",
+    "page",
+    "plotly",
+    "save_page",
+    "serve",
+    "show",
+]
 
 
 def __getattr__(name: str) -> Any:

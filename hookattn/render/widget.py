@@ -22,7 +22,7 @@ from .page import parts, save_page
 from .shell import module
 from .stored import TraceLike, name_of, opened, stored
 
-_READ = 1 << 26
+_READ = 1 << 28
 """The most bytes of one message."""
 
 # A notebook is read in many places. Where the widget does not come to life (no kernel, or an export), the page does.
