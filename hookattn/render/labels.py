@@ -46,6 +46,7 @@ def labels(
     """
     own = call.queries or range(t)
     cross = call.site.kind.startswith("cross")
+    own_labels = tokens is not None and (cross or key_tokens is not None or len(tokens) != s)
     if key_tokens is None and tokens is not None and not cross:
         key_tokens = tokens if len(tokens) >= s else None
     if key_tokens is None and _are_ours(trace, call, s):
@@ -56,7 +57,7 @@ def labels(
         if len(key_tokens) < s:
             raise InputError(f"key_tokens has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
         numbers = shown(key_tokens)[:s]
-    if tokens is not None and (cross or len(tokens) != s):
+    if tokens is not None and own_labels:
         if len(tokens) not in (t, max(own) + 1):
             raise InputError(f"tokens has {len(tokens)} labels, and {call.site.label} has {t} queries and {s} keys.")
         given = shown(tokens)
