@@ -3,6 +3,7 @@
 from .acronym import Acronyms
 from .aggregate import aggregate, aggregate_layers
 from .circuits import Circuit, Projection
+from .cluster import cluster_heads
 from .compare import compare
 from .composition import composition
 from .confidence import Confidence
@@ -10,7 +11,7 @@ from .copying import copying, vocabulary
 from .decay import distance_decay
 from .detection import Detection
 from .distance import MeanDistance
-from .divergence import cluster_heads, head_divergence
+from .divergence import head_divergence
 from .entropy import Entropy, NormalisedEntropy
 from .finding import circuit
 from .flow import flow

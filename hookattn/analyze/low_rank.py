@@ -65,7 +65,7 @@ def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> 
 
 
 def _table(view: View, masked: bool, energy: float) -> DataFrame:
-    b, h, t, s = view.shape
+    b, _, t, s = view.shape
     sigma = _values(view, masked)
     largest = sigma[..., 0].masked_fill(sigma[..., 0] == 0, torch.nan)
     share = sigma / sigma.sum(-1, keepdim=True)
@@ -78,7 +78,7 @@ def _table(view: View, masked: bool, energy: float) -> DataFrame:
         "effective_rank": torch.special.entr(share).sum(-1).exp(),
         "energy_rank": (~enough).sum(-1) + 1.0,
         "rank": (sigma > noise * sigma[..., :1]).sum(-1).double(),
-        "bound": torch.full((b, h), bound, dtype=torch.float64),
+        "bound": torch.full_like(largest, bound),
     }
     made = {name: torch.where(largest.isnan(), torch.nan, value) for name, value in made.items()}
     values = {name: value.t() for name, value in (made | {"largest": largest}).items()}

@@ -43,7 +43,7 @@ def received(trace: Trace, *, real: Any = None) -> DataFrame:
 def _table(view: View) -> DataFrame:
     b, h, _, s = view.shape
     total = _total(view).double()
-    queries = torch.full((b, h, s), torch.nan, dtype=torch.float64)
+    queries = torch.full_like(total, torch.nan)
     if view.call.has("mask"):
         queries = view.pairs.sum(-2).double().expand(b, h, s)
     axes = {"head": view.heads, "example": range(b), "key": range(s)}

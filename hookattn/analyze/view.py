@@ -232,7 +232,8 @@ class View:
     @cached_property
     def positions(self) -> Tensor | None:
         """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
-        return query_positions(self.call, self.shape)
+        positions = query_positions(self.call, self.shape)
+        return None if positions is None else positions.to(self.mask.device)
 
     @cached_property
     def distance(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from hookattn.errors import FieldNotCaptured, MeasureError
 from tests.analyze.build import CASES, Case, case, given, previous, uniform
 
 
-def pairs(made: Case, head_rows: bool = True) -> list[tuple[int, int, int]]:
+def pairs(made: Case) -> list[tuple[int, int, int]]:
     """Each example, query and key that count together."""
     b, _, t, s = made.mask.shape
     return [
@@ -117,8 +118,6 @@ def test_rank_correlation_with_ties(causal: bool) -> None:
 def test_rank_correlation_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     made = case(t=30, pad=(3, 0))
     whole = analyze.DistanceCorrelation()(made.trace).distance_correlation
-    import sys
-
     monkeypatch.setattr(sys.modules[analyze.DistanceCorrelation.__module__], "_PART", 1000)
     parts = analyze.DistanceCorrelation()(made.trace).distance_correlation
     assert parts.tolist() == pytest.approx(whole.tolist(), rel=1e-6)

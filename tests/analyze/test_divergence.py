@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon, pdist, squareform
@@ -47,8 +49,6 @@ def test_divergence_within_a_layer_is_a_part_of_that_over_all() -> None:
 
 
 def test_divergence_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     trace = case(pad=(0, 3), sinks=True).trace
     whole = analyze.head_divergence(trace)
     monkeypatch.setattr(sys.modules[analyze.head_divergence.__module__], "_PART", 100)
@@ -108,8 +108,6 @@ def test_clusters() -> None:
 
 def test_coordinates_are_those_of_points_in_the_plane() -> None:
     """Distances between points in a plane come back, whatever was turned or shifted."""
-    import pandas as pd
-
     points = np.random.default_rng(0).normal(size=(7, 2))
     index = pd.MultiIndex.from_tuples([(0, 0, h) for h in range(7)], names=["call", "layer", "head"])
     table = analyze.cluster_heads(pd.DataFrame(squareform(pdist(points)) ** 2, index, index), 2)
