@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .pairs import KeyMass
-from .words import is_punctuation, is_special, split_words
+from .words import is_punctuation, split_words
 
 SEPARATORS = (
     "[SEP]", "</s>", "<sep>", "<|sep|>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>",
@@ -50,6 +50,6 @@ class Punctuation(KeyMass):
 
 
 def _marks(tokens: tuple[str, ...]) -> list[int]:
-    pieces = split_words(tokens).pieces
-    return [i for i, (token, piece) in enumerate(zip(tokens, pieces, strict=True))
-            if is_punctuation(piece) and not is_special(token)]  # fmt: skip
+    words = split_words(tokens)
+    marks = [not own and is_punctuation(text) for text, own in zip(words.texts, words.special, strict=True)]
+    return [i for i, word in enumerate(words.of) if marks[word]]

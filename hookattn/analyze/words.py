@@ -27,7 +27,7 @@ class Words:
         of: S, for each token the number of its word, which go up from 0.
         texts: of each word, without the tokenizer's marks and the space in front; a special token is as it was.
         special: of each word, whether it is a special token such as ``[SEP]`` or ``<s>``.
-        pieces: S, the text of each token, a space in front included.
+        pieces: S, the text of each token, a space in front included; a character that several share is in the first.
     """
 
     of: tuple[int, ...]
@@ -55,14 +55,16 @@ def split_words(tokens: tuple[str, ...]) -> Words:
         tokens: S.
     """
     pieces, joined = _pieces(tokens)
+    pieces = _healed(pieces)
     ids: list[Hashable] = []
     before: str | None = None
     word = -1
     for token, piece, joins in zip(tokens, pieces, joined, strict=True):
-        special = _SPECIAL.fullmatch(token) is not None
-        word += not joins or special or before is None or _apart(before, piece)
+        special = is_special(token)
+        if piece:
+            word += not joins or special or before is None or _apart(before, piece)
+            before = None if special else piece
         ids.append(None if special else word)
-        before = None if special else piece
     return _words(tokens, pieces, ids)
 
 
@@ -81,7 +83,7 @@ def given_words(tokens: Sequence[str] | None, ids: Sequence[Hashable]) -> Words:
         return _words(tokens, tokens, ids)
     if len(ids) != len(tokens):
         raise MeasureError(f"words: expected an id for each of the {len(tokens)} tokens, got {len(ids)}.")
-    return _words(tokens, _pieces(tokens)[0], ids)
+    return _words(tokens, _healed(_pieces(tokens)[0]), ids)
 
 
 def _words(tokens: Sequence[str], pieces: Sequence[str], ids: Sequence[Hashable]) -> Words:
@@ -94,7 +96,7 @@ def _words(tokens: Sequence[str], pieces: Sequence[str], ids: Sequence[Hashable]
             special.append(name is None)
         of.append(len(texts) - 1)
         texts[-1] += tokens[i] if name is None else pieces[i]
-    clean = [text if own else _whole(text).strip(" ") for text, own in zip(texts, special, strict=True)]
+    clean = [text if own else text.strip(" ") for text, own in zip(texts, special, strict=True)]
     return Words(tuple(of), tuple(clean), tuple(special), tuple(pieces))
 
 
@@ -107,6 +109,25 @@ def is_punctuation(text: str) -> bool:
 def is_special(token: str) -> bool:
     """Whether a token is written as special ones are: ``[SEP]``, ``</s>``, ``<|endoftext|>``."""
     return _SPECIAL.fullmatch(token) is not None
+
+
+def _healed(pieces: Sequence[str]) -> list[str]:
+    """With the characters put together that a tokenizer took to pieces."""
+    made: list[str] = []
+    first = 0
+    for i, piece in enumerate(pieces):
+        if i and _cut(made[first][-1:]) and _cut(piece[:1]):
+            made[first] = _text((made[first] + piece).encode(errors="surrogateescape"))
+            made.append("")
+        else:
+            first = i
+            made.append(piece)
+    return [piece.encode(errors="replace").decode() for piece in made]
+
+
+def _cut(c: str) -> bool:
+    """Whether it is a byte of a character that is not whole."""
+    return "\udc80" <= c <= "\udcff"
 
 
 def _apart(before: str, piece: str) -> bool:
@@ -139,11 +160,6 @@ def _pieces(tokens: Sequence[str]) -> tuple[list[str], list[bool]]:
 
 def _text(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
-
-
-def _whole(text: str) -> str:
-    """With the characters put together that a tokenizer took to pieces."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _byte_alphabet() -> dict[str, int]:
