@@ -302,7 +302,9 @@ def test_wrong_inputs(tmp_path: Path) -> None:
 
 def test_options() -> None:
     values = torch.tensor([[1.0, float("nan")]])
-    got = viewer_options(scores={"entropy": {"unit": "nats", "values": values}, "roles": [[["sink"], []]]}, calls=1)
+    got = viewer_options(
+        scores={"entropy": {"unit": "nats", "values": values}, "roles": [[["sink"], []]]}, trace=made()[:1]
+    )
     assert got["scores"]["entropy"] == {"unit": "nats", "description": "", "values": [[1.0, None]]}
     assert got["theme"] == "auto" and "state" not in got
     for wrong, said in (
@@ -310,14 +312,55 @@ def test_options() -> None:
         ({"state": 3}, "state: expected a mapping"),
         ({"state": {"a": object()}}, r"state\['a'\]: JSON has no form for object"),
         ({"scores": {"a": [1]}}, "values"),
-        ({"scores": {"a": {"values": [[1]]}}, "calls": 2}, "expected 2 rows, one for each call, and got 1"),
-        ({"scores": [1]}, "a mapping of measures"),
+        ({"scores": {"a": {"values": [[1]]}}, "trace": made()}, "expected 2 rows, one for each call, and got 1"),
+        ({"scores": [1]}, "a table of heads or a mapping of measures"),
         ({"images": {"urls": ["a.png"]}}, '"grid"'),
         ({"images": {"urls": ["javascript:1"], "grid": (2, 2)}}, "neither a data:image/ URL nor"),
         ({"images": {"urls": ["none.png"], "grid": (2, 2)}}, "cannot be read"),
     ):
         with pytest.raises(RenderError, match=said):
             viewer_options(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_table_of_heads_becomes_scores() -> None:
+    """By hand: two calls, of which one kept the heads 2 and 0, in this order; rows in any order, one missing."""
+    pandas = pytest.importorskip("pandas")
+    trace = made(6)[:2]
+    trace = replace(trace, calls=[replace(trace[0], index=4), replace(trace[1], index=9, heads=(2, 0))])
+    table = pandas.DataFrame(
+        {
+            "call": [9, 4, 4, 9, 4],
+            "head": [0, 1, 0, 2, 2],
+            "layer": 0,
+            "role": ["", "sink; local", "", "previous token", ""],
+            "entropy": [0.5, 1.5, float("nan"), 2.5, 3.5],
+            "evidence": "",
+        }
+    )
+    table.attrs["units"] = {"entropy": "nats"}
+    got = viewer_options(scores=table, trace=trace)["scores"]
+    assert got["entropy"]["values"] == [[None, 1.5, 3.5], [2.5, 0.5]]
+    assert got["entropy"]["unit"] == "nats" and "in nats" in got["entropy"]["description"]
+    assert got["roles"] == [[[], ["sink", "local"], []], [["previous token"], []]]
+    table.attrs.clear()
+    assert set(viewer_options(scores=table, trace=trace)["scores"]) == {"entropy", "roles"}
+    for wrong in (table.drop(columns="head"), pandas.concat([table, table])):
+        with pytest.raises(RenderError, match="a row for each call and head"):
+            viewer_options(scores=wrong, trace=trace)
+
+
+def test_the_report_of_a_trace_is_taken_as_it_is() -> None:
+    pytest.importorskip("pandas")
+    from hookattn.analyze import report
+
+    trace = made(8)
+    table = report(trace)
+    options = json.loads(Reader(page(trace, scores=table)).scripts[0][1])
+    for name, entry in options["scores"].items():
+        if name != "roles":
+            assert len(entry["values"]) == 2 and entry["description"] and entry["unit"]
+            flat = [x for row in entry["values"] for x in row]
+            assert flat == [None if x != x else x for x in table[name].tolist()]
 
 
 def test_pictures_become_data(tmp_path: Path) -> None:

@@ -238,6 +238,9 @@ def test_the_command_writes_a_page(path: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"html": str(out), "bytes": out.stat().st_size}
     assert 'id="compare"' in out.read_text("utf-8")
+    pytest.importorskip("pandas")
+    done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--scores"])
+    assert done.exit_code == 0 and '"induction":{"unit"' in out.read_text("utf-8")
     done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--port", "1"])
     assert done.exit_code == 2 and "leave them out with --html" in done.output
     done = runner.invoke(command_line, ["view", str(tmp_path / "none")])

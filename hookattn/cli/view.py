@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import RenderError
+from ..loading import load
 from .command import Command
 from .screen import Screen, size_of
 
@@ -17,6 +18,7 @@ from .screen import Screen, size_of
     short_help="Look at a trace file in the browser.",
     examples=(
         "hookattn view run.safetensors",
+        "hookattn view run.safetensors --scores",
         "hookattn view before.safetensors after.safetensors",
         "hookattn view run.safetensors --html run.html",
     ),
@@ -25,9 +27,18 @@ from .screen import Screen, size_of
 @click.argument("compare", type=click.Path(), required=False, metavar="[FILE2]")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; by default the first free one from 8765 on.")
 @click.option("--no-open", is_flag=True, help="Print the address, and open no browser.")
+@click.option("--scores", is_flag=True, help="Score all heads first, as `hookattn heads` does, to sort them by it.")
 @click.option("--html", type=click.Path(), metavar="OUT", help="Write one self-contained page instead, for anyone.")
 @click.pass_obj
-def view(screen: Screen, file: str, compare: str | None, port: int | None, no_open: bool, html: str | None) -> None:
+def view(
+    screen: Screen,
+    file: str,
+    compare: str | None,
+    port: int | None,
+    no_open: bool,
+    scores: bool,
+    html: str | None,
+) -> None:
     """Look at a trace FILE, or at two side by side, in the browser.
 
     A local page reads what it shows from the file, which can be of any size; it is served to this machine alone, until
@@ -36,7 +47,7 @@ def view(screen: Screen, file: str, compare: str | None, port: int | None, no_op
     if html is not None:
         if port is not None or no_open:
             raise click.UsageError("--port and --no-open are for the served page: leave them out with --html.")
-        _write(screen, file, compare, html)
+        _write(screen, file, compare, html, _scores(screen, file) if scores else None)
         return
     try:
         from ..render.server import serve
@@ -52,14 +63,25 @@ def view(screen: Screen, file: str, compare: str | None, port: int | None, no_op
             click.echo(url)
             screen.say("Ctrl-C ends it", "dim")
 
-    serve(file, compare=compare, port=port, open_browser=not no_open, ready=ready)
+    found = _scores(screen, file) if scores else None
+    serve(file, compare=compare, port=port, open_browser=not no_open, ready=ready, scores=found)
 
 
-def _write(screen: Screen, file: str, compare: str | None, html: str) -> None:
+def _scores(screen: Screen, file: str) -> Any:
+    try:
+        from ..analyze import report
+
+        with screen.working("scoring the heads"):
+            return report(load(file))
+    except ModuleNotFoundError as error:
+        raise RenderError(f'--scores needs the package {error.name}: pip install "hookattn[analyze]".') from error
+
+
+def _write(screen: Screen, file: str, compare: str | None, html: str, scores: Any) -> None:
     from ..render.page import save_page
 
     with screen.working(f"writing {html}"):
-        save_page(file, html, compare=compare)
+        save_page(file, html, compare=compare, scores=scores)
     data: dict[str, Any] = {"html": html, "bytes": os.path.getsize(html)}
     if screen.as_json:
         screen.json(data)

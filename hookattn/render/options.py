@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import mimetypes
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RenderError
+from ..trace import Trace
+from .plain import plain
+from .scores import scores_of
 
 THEMES = ("light", "dark", "auto")
 
@@ -19,23 +21,21 @@ THEMES = ("light", "dark", "auto")
 def viewer_options(
     *,
     state: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
+    scores: Any = None,
     images: Mapping[str, Any] | None = None,
     theme: str = "auto",
-    calls: int | None = None,
+    trace: Trace | None = None,
 ) -> dict[str, Any]:
     """The options as plain data, checked.
 
     Args:
         state: the selection that is shown first, as ``viewer.state`` has it: ``{"view": "matrix", "layer": 3}``.
-        scores: ``{measure: {"unit": str, "description": str, "values": V}}``, where V has for each call of the trace a
-            number, None or NaN for each head (lists, arrays or tensors); and, if wanted, ``"roles"``, which has for
-            each call and head a list of names.
+        scores: a table of :func:`hookattn.analyze.report`, or what :func:`hookattn.render.scores.scores_of` takes.
         images: what the patches of a vision model were cut of: ``{"urls": [...], "grid": (rows, columns),
             "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, and the number of
             tokens before the first patch.
         theme: ``"light"``, ``"dark"``, or ``"auto"``: as the reader's system has it.
-        calls: how many calls the trace has, where that is known.
+        trace: the trace that the scores are of.
 
     Raises:
         RenderError: one of them is of another form; says which, and what was expected.
@@ -50,27 +50,8 @@ def viewer_options(
     if images is not None:
         made["images"] = _images(images)
     if scores is not None:
-        made["scores"] = _scores(scores, calls)
+        made["scores"] = scores_of(scores, trace)
     return made
-
-
-def plain(value: Any, where: str) -> Any:
-    """Strict JSON of mappings, sequences, arrays, tensors and scalars; a number that is not finite becomes None.
-
-    Raises:
-        RenderError: something JSON has no form for.
-    """
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): plain(v, f"{where}[{k!r}]") for k, v in value.items()}
-    if callable(getattr(value, "tolist", None)):  # numpy, torch, pandas
-        return plain(value.tolist(), where)
-    if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (bytes, bytearray)):
-        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    raise RenderError(f"{where}: JSON has no form for {type(value).__name__}; convert it to lists, numbers or text.")
 
 
 def script_json(value: Any) -> str:
@@ -103,20 +84,3 @@ def _data_url(picture: str | PathLike[str]) -> str:
     except OSError as error:
         raise RenderError(f"images: {text[:80]!r} cannot be read: {error.strerror}.") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _scores(scores: Mapping[str, Any], calls: int | None) -> dict[str, Any]:
-    made = plain(scores, "scores")
-    if not isinstance(made, dict):
-        raise RenderError(f"scores: expected a mapping of measures, and got {type(scores).__name__}.")
-    for name, entry in made.items():
-        table = entry if name == "roles" else entry.get("values") if isinstance(entry, dict) else None
-        if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
-            rows = "a list for each call"
-            expected = rows if name == "roles" else f'{{"unit", "description", "values": [{rows}]}}'
-            raise RenderError(f"scores[{name!r}]: expected {expected}, and got {str(scores[name])[:80]!r}.")
-        if calls is not None and len(table) != calls:
-            raise RenderError(f"scores[{name!r}]: expected {calls} rows, one for each call, and got {len(table)}.")
-        if name != "roles":
-            made[name] = {"unit": "", "description": "", **entry}
-    return made

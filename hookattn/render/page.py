@@ -38,7 +38,7 @@ def page(
     *,
     compare: TraceLike | None = None,
     state: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
+    scores: Any = None,
     images: Mapping[str, Any] | None = None,
     theme: str = "auto",
     title: str | None = None,
@@ -53,7 +53,7 @@ def page(
         trace: a trace (in memory, loaded, compact, or a part of one), or the path of a trace file.
         compare: a second one, for the compare view.
         state: the selection shown first, such as ``{"view": "matrix", "layer": 3, "heads": [5]}``.
-        scores: analyzer scores by which heads are sorted; see :func:`hookattn.render.options.viewer_options`.
+        scores: by which heads are sorted: the table of :func:`hookattn.analyze.report`, or plain data.
         images: what the patches of a vision model were cut of; see docs/viewer.md.
         theme: ``"light"``, ``"dark"`` or ``"auto"``.
         title: of the page; by default the model and the file.
@@ -102,7 +102,7 @@ def parts(
     *,
     compare: TraceLike | None = None,
     state: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
+    scores: Any = None,
     images: Mapping[str, Any] | None = None,
     theme: str = "auto",
     title: str | None = None,
@@ -112,7 +112,7 @@ def parts(
     """The text of :func:`page`, piece by piece."""
     first = opened(trace)
     second = None if compare is None else opened(compare)
-    options = viewer_options(state=state, scores=scores, images=images, theme=theme, calls=len(first))
+    options = viewer_options(state=state, scores=scores, images=images, theme=theme, trace=first)
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:
         made["compare"] = narrowed(second, fields, limit)

@@ -172,7 +172,7 @@ def serve(
     open_browser: bool = True,
     ready: Callable[[str], object] = print,
     state: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
+    scores: Any = None,
     images: Mapping[str, Any] | None = None,
     theme: str = "auto",
 ) -> None:
@@ -185,7 +185,7 @@ def serve(
         open_browser: whether the page opens in the browser.
         ready: is called with the page's address once it answers.
         state: the selection shown first.
-        scores: analyzer scores by which heads are sorted.
+        scores: by which heads are sorted: the table of :func:`hookattn.analyze.report`, or plain data.
         images: what the patches of a vision model were cut of.
         theme: ``"light"``, ``"dark"`` or ``"auto"``.
 
@@ -196,9 +196,10 @@ def serve(
     import uvicorn
 
     with ExitStack() as stack:
-        path = stack.enter_context(stored(trace))
+        first = opened(trace)
+        path = stack.enter_context(stored(first))
         second = None if compare is None else stack.enter_context(stored(compare))
-        options = viewer_options(state=state, scores=scores, images=images, theme=theme)
+        options = viewer_options(state=state, scores=scores, images=images, theme=theme, trace=first)
         app = application(path, compare=second, options=options)
         listening = stack.enter_context(listen(port))
         url = f"http://{HOST}:{listening.getsockname()[1]}/"

@@ -83,7 +83,7 @@ class Widget(anywidget.AnyWidget):
         trace: TraceLike,
         *,
         state: Mapping[str, Any] | None = None,
-        scores: Mapping[str, Any] | None = None,
+        scores: Any = None,
         images: Mapping[str, Any] | None = None,
         theme: str = "auto",
         page: bool = True,
@@ -93,14 +93,14 @@ class Widget(anywidget.AnyWidget):
         Args:
             trace: a trace, or the path of a trace file; one that is not in a file is written to a temporary one.
             state: the selection shown first.
-            scores: analyzer scores by which heads are sorted; see :func:`hookattn.render.options.viewer_options`.
+            scores: by which heads are sorted: the table of :func:`hookattn.analyze.report`, or plain data.
             images: what the patches of a vision model were cut of.
             theme: ``"light"``, ``"dark"`` or ``"auto"``.
             page: whether the output carries the self-contained page too, up to some megabytes of the notebook.
         """
         self._trace, self._page = opened(trace), page
         given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
-        options = viewer_options(state=state, calls=len(self._trace), **given)
+        options = viewer_options(state=state, trace=self._trace, **given)
         with ExitStack() as stack:
             path = stack.enter_context(stored(self._trace))
             # A descriptor: a file that is replaced under its name is read as it was.
