@@ -1,0 +1,74 @@
+"""Figures of plotly: their data against the call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("plotly")
+pytest.importorskip("transformers")
+
+import numpy as np
+
+import hookattn
+from hookattn import render
+from hookattn.errors import FieldNotCaptured, SelectionError
+from tests import tiny_models as tiny
+
+TOKENS = ["</script><img>", "$x$", "&amp;", "Ġcat", "ĠÃ©", "s"]
+LABELS = ["&lt;/script&gt;&lt;img&gt;", "&#36;x&#36;", "&amp;amp;", "cat", "é", "…s"]
+
+
+def traced(**options: Any) -> hookattn.Trace:
+    return hookattn.trace(tiny.gpt2(), tiny.ids(6), tokens=[TOKENS] * 2, **options)
+
+
+def test_matrix_has_the_weights() -> None:
+    trace = traced()
+    call = trace[1]
+    figure = render.plotly(trace, layer=1, heads=[3, 1], batch=1)
+    assert [t.name for t in figure.data] == ["head 3", "head 1"]
+    for heat, head in zip(figure.data, (3, 1), strict=True):
+        expected = call.weights[1, head].double().masked_fill(~call.mask.expand_as(call.weights)[1, head], torch.nan)
+        assert np.array_equal(heat.z, expected.numpy(), equal_nan=True)
+        assert heat.text[3][0] == f"query {LABELS[3]}<br>key {LABELS[0]}"
+    assert list(figure.layout.xaxis.ticktext) == list(figure.layout.yaxis.ticktext) == LABELS
+    assert figure.layout.yaxis.autorange == "reversed" and figure.layout.title.text == "decoder layer 1"
+    json.loads(figure.to_json())
+
+
+def test_logarithmic_colours_and_exact_numbers() -> None:
+    trace = traced()
+    heat = render.plotly(trace, layer=0, heads=0, scale="log").data[0]
+    weights = trace[0].weights[0, 0].double().numpy()
+    lower = np.tril(np.ones((6, 6), bool))
+    assert np.array_equal(np.array(heat.customdata)[lower], weights[lower])
+    assert np.allclose(np.array(heat.z)[lower], np.log10(np.maximum(weights, 1e-4))[lower])
+
+
+def test_model_has_every_head() -> None:
+    figure = render.plotly(traced(), "model", field="scores")
+    assert [t.name for t in figure.data][:2] == ["decoder layer 0, head 0", "decoder layer 0, head 1"]
+    assert len(figure.data) == 8
+    top = max(np.nanmax(np.abs(t.z)) for t in figure.data)
+    assert figure.layout.coloraxis.cmax == top == -figure.layout.coloraxis.cmin
+
+
+def test_distance_has_every_head() -> None:
+    trace = traced()
+    figure = render.plotly(trace, "distance")
+    line = next(t for t in figure.data if t.name == "head 2" and t.xaxis == "x2")
+    assert np.allclose(line.y, [trace[1].weights[0, 2].diagonal(-d).mean().item() for d in range(6)])
+    assert sum(t.showlegend for t in figure.data) == 4
+
+
+def test_errors() -> None:
+    with pytest.raises(SelectionError, match="view='pie': expected one of matrix, model, distance"):
+        render.plotly(traced(), "pie")  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="have no meaning in the distance view"):
+        render.plotly(traced(), "distance", field="scores")
+    with pytest.raises(FieldNotCaptured, match="trace again with capture="):
+        render.plotly(traced(capture="mask"), layer=0)
