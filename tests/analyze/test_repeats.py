@@ -46,6 +46,22 @@ def test_token_ids_instead_of_tokens() -> None:
     explicit.holds(Induction(ids.tolist()), made, induction(ids.tolist(), made.real))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_of_weights_alone_in_every_dtype(dtype: torch.dtype) -> None:
+    tokens = explicit.words(2, 9, SMALL, 3)
+    made = case(dtype=dtype, keep=("weights",), tokens=tokens, pad=(2, 0))
+    for weights, call in zip(made.weights, made.trace, strict=True):
+        weights.copy_(call.weights)
+    explicit.holds(Induction(), made, induction(tokens, made.real))
+    explicit.holds(DuplicateToken(), made, duplicate(tokens, made.real))
+
+
+def test_a_weight_that_is_no_number_shows() -> None:
+    trace = given(uniform(4, 2), tokens=[list("abab")])
+    trace[0].weights[0, 1, 3, 1] = torch.nan
+    assert DuplicateToken()(trace)["duplicate_token"].isna().tolist() == [False, True]
+
+
 def test_padding_that_is_written_as_a_real_token_is_no_earlier_occurrence() -> None:
     tokens = [["x", "x", "x", "a", "b", "x", "a", "x", "b"]] * 2
     made = case(pad=(3, 2), side="left", tokens=tokens)
