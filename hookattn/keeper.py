@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from . import attention as math
 from .beside import beside, kept_rows, sample
-from .call import Call
+from .call import Call, Load
 from .certificate import Pending, measure, read, rows_to_check, unit_of
 from .later import SMALL, Small, Waiting
 from .masks import Masked, complete
+from .once import Once
 from .quiet import Quiet
 from .record import FIELDS, KernelCall
 from .selection import Selection, grouped, restrict
 from .site import Site
+from .transfer import Transfer
 
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
 _CONTIGUOUS = torch.contiguous_format
@@ -30,7 +32,8 @@ class Keeper:
     Args:
         selection: what is kept of each.
         verify: ``"sample"``, ``"full"`` or ``"off"``.
-        wait: whether small calls may be derived and measured together, after the kernel ran.
+        wait: whether small calls may be derived and measured together, after the kernel ran; else every call is
+            delivered as soon as it is kept.
     """
 
     def __init__(self, selection: Selection, verify: str, wait: bool):
@@ -43,13 +46,12 @@ class Keeper:
         self._wait = wait and not chosen
         # With statistics and nothing of the size T·S, nothing of that size is formed, a mask least of all.
         self._lean = bool(selection.statistics) and not {"scores", "weights", "mask"} & selection.capture
+        home = not wait or (selection.device is not None and selection.device.type == "cpu")
+        self._transfer = Transfer() if home else None
         self._outputs = verify != "off" or "output" in selection.capture
         self._waits = verify != "off" or self.waiting.scores or self.waiting.weights
-        self._shared: dict[Any, tuple[Tensor | None, Any, Tensor | None]] = {}
-
-    def forget(self) -> None:
-        """A new forward: nothing is shared with the one before."""
-        self._shared.clear()
+        self._once = Once()
+        self.forget = self._once.forget  # a new forward: nothing is shared with the one before
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
@@ -76,9 +78,24 @@ class Keeper:
         with Quiet(call.q):
             return self._keep_now(call, site, step, index)
 
-    def settle(self) -> None:
-        """Derive what waits, and read what was measured into the calls' certificates."""
+    def deliver(self, call: Call, sink: Callable[[Call], None]) -> None:
+        """Hand a kept call over to where it is stored: now, or when it has come from a GPU."""
+        if self._transfer is not None and self._transfer.used:
+            self._transfer.deliver(call, sink)
+        else:
+            sink(call)
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self.waiting.drop()
+        if self._transfer is not None:
+            self._transfer.close()
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Derive what waits, read what was measured into the calls' certificates, wait for what comes from a GPU."""
         self.waiting.settle()
+        if self._transfer is not None and self._transfer.used:
+            self._transfer.settle(calls)
         pairs, self.measured = self.measured, []
         for (call, _), certificates in zip(pairs, read([(1, p) for _, p in pairs]), strict=True):
             call.certificate = certificates[0]
@@ -218,7 +235,20 @@ class Keeper:
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
             if scores is None:
                 missing = weights is None and self.wants("weights")
-                scores, derived = self._blocks(call, masked, diagonal, missing)
+                scores, derived = math.derive(
+                    call.q,
+                    call.k,
+                    call.scale,
+                    softcap=call.softcap,
+                    bias=call.bias,
+                    mask=mask,
+                    sinks=call.sinks,
+                    empty=empty,
+                    want_scores=self.wants("scores"),
+                    want_weights=missing,
+                    diagonal=diagonal,
+                    notes=call.notes,
+                )
                 weights = derived if missing else weights
             else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
@@ -243,24 +273,6 @@ class Keeper:
         """Derived weights in the kernel's dtype, as the kernel would have formed them."""
         return weights if weights is None or call.weights is not None else weights.to(call.dtype)
 
-    def _blocks(
-        self, call: KernelCall, masked: Masked, diagonal: math.Diagonal | None, weights: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return math.derive(
-            call.q,
-            call.k,
-            call.scale,
-            softcap=call.softcap,
-            bias=call.bias,
-            mask=masked.real,
-            sinks=call.sinks,
-            empty=masked.empty,
-            want_scores=self.wants("scores"),
-            want_weights=weights,
-            diagonal=diagonal,
-            notes=call.notes,
-        )
-
     def _scores(self, call: KernelCall, rows: slice) -> Tensor:
         def cut(x: Any) -> Any:
             return x[:, :, rows] if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] > 1 else x
@@ -269,28 +281,17 @@ class Keeper:
             math.dot_scores(call.q[:, :, rows], call.k, cut(call.scale)), call.softcap, cut(call.bias)
         )
 
-    def _once(self, key: Any, tensor: Tensor | None, make: Callable[[], Any]) -> Any:
-        """Computed once for a tensor that many layers share; forgotten with the step."""
-        if tensor is not None:
-            version = -1 if tensor.is_inference() else tensor._version
-            key = (key, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
-        known = self._shared.get(key)
-        if known is not None and tensor is not None and known[2] is not None and not torch.equal(known[2], tensor):
-            known = None  # written to since
-        if known is None:
-            before = tensor.clone() if tensor is not None and tensor.is_inference() else None  # it counts no writes
-            known = self._shared[key] = (tensor, make(), before)
-        return known[1]
-
-    def _keep(self, name: str, x: Tensor | None, fresh: bool) -> Tensor | None:
+    def _keep(self, name: str, x: Tensor | None, fresh: bool) -> Tensor | Load | None:
         if x is None:
             return None
         if name in ("mask", "bias", "sinks"):
             return self._once(("kept", name), x, lambda: self._store(x, fresh))  # type: ignore[no-any-return]
         return self._store(x, fresh)
 
-    def _store(self, x: Tensor, fresh: bool) -> Tensor:
+    def _store(self, x: Tensor, fresh: bool) -> Tensor | Load:
         dtype = self.selection.dtype if x.is_floating_point() and self.selection.dtype is not None else x.dtype
+        if self._transfer is not None and math.on_gpu(x):
+            return self._transfer.send(x, dtype, fresh)
         device = self.selection.device or x.device
         if dtype != x.dtype or device != x.device:
             return x.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)

@@ -99,7 +99,7 @@ class Session:
     def close(self) -> None:
         """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
         self.stop()
-        self.keeper.waiting.drop()
+        self.keeper.drop()
         vars(self).clear()
 
     @property
@@ -216,7 +216,7 @@ class Session:
         made = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls))
         self.trace.calls.append(made)
         if self.sink is not None and takes:
-            self.sink(made)
+            self.keeper.deliver(made, self.sink)
 
     def _ordered(self, site: Site) -> Site:
         """A site without a number gets its place among those of its stack and kind."""
@@ -250,7 +250,7 @@ class Session:
                 self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
 
     def _settle(self) -> None:
-        self.keeper.settle()
+        self.keeper.settle(self.trace.calls)
         bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]
         if bad and self.strict:
             raise UnfaithfulError(
