@@ -57,6 +57,9 @@ const FIRST: State = {
   zoom: null,
 };
 
+/** Numbers up to which all heads are shown at first; a matrix of a quarter of it is shown as one, not as lines. */
+const AT_ONCE = 2 ** 22;
+
 const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   field: ["weights", "scores", "mask"],
   scale: ["linear", "log"],
@@ -99,7 +102,9 @@ export function normalise(wanted: Partial<State>, before: State | null, trace: T
   const { B, T, S } = shown.extents;
   state.batch = clamp(state.batch, B);
   state.heads = [...new Set(state.heads)].filter((h) => shown.headNumbers.includes(h));
-  if (state.heads.length === 0) state.heads = before === null ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
+  const many = T * S * shown.headNumbers.length > AT_ONCE;
+  if (state.heads.length === 0) state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
+  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix")) state.view = "matrix";
   if (state.query !== null) state.query = clamp(state.query, T);
   if (state.key !== null) state.key = clamp(state.key, S);
   return state;

@@ -15,6 +15,8 @@ const BYTES: ReadonlyMap<string, number> = (() => {
 const HEX = /^<0x([0-9A-Fa-f]{2})>$/;
 /** Marks a piece that continues the word before it: an undertie. */
 const JOIN = "‿";
+/** Scripts that are written without spaces between words: there a piece without one is nothing to be marked. */
+const UNSPACED = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
 const SPECIAL = /^(?:<[|a-z/].*>|\[[A-Z0-9_]+\])$/i;
 
 export function readable(tokens: readonly string[]): Label[] {
@@ -34,23 +36,27 @@ export function readable(tokens: readonly string[]): Label[] {
 /** In a scheme that marks word starts with a space: the space goes, and a word's continuation is marked instead. */
 function joined(text: string, raw: string, before: string | undefined): string {
   if (/^ \S/u.test(text)) return text.slice(1);
-  const continues = before !== undefined && /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}]/u.test(text);
+  const continues = before !== undefined && /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
   return continues && !SPECIAL.test(raw) ? JOIN + text : text;
 }
 
-/** Whether the tokens are written in the byte alphabet: some sign of it is there, and as bytes they are sound UTF-8. */
+/** Whether a token is written in the byte alphabet, or may be. */
+function inBytes(token: string): boolean {
+  return token !== "" && [...token].every((c) => BYTES.has(c));
+}
+
+/** Whether the tokens are bytes: some sign of it is there, and as bytes they are sound UTF-8. Added tokens may be anything. */
 function byteLevel(tokens: readonly string[]): boolean {
-  const marked = tokens.some((t) => /[\u0100-\u0143]/.test(t));
-  if (!marked || !tokens.every((t) => [...t].every((c) => BYTES.has(c)))) return false;
-  const all = Uint8Array.from(tokens.flatMap((t) => [...t].map((c) => BYTES.get(c)!)));
+  const bytes = tokens.filter(inBytes);
+  if (bytes.length < tokens.length / 2 || !bytes.some((t) => /[\u0100-\u0143]/.test(t))) return false;
+  const text = new TextDecoder().decode(Uint8Array.from(bytes.flatMap((t) => [...t].map((c) => BYTES.get(c)!))));
   // A window of tokens may begin or end inside a character.
-  const text = new TextDecoder().decode(all);
   return (text.match(/\ufffd/g)?.length ?? 0) <= 2;
 }
 
 /** A token's bytes, where it is written as bytes. */
 function bytesOf(token: string, level: boolean): number[] | null {
-  if (level) return [...token].map((c) => BYTES.get(c)!);
+  if (level && inBytes(token)) return [...token].map((c) => BYTES.get(c)!);
   const hex = HEX.exec(token);
   return hex === null ? null : [parseInt(hex[1]!, 16)];
 }

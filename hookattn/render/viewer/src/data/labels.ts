@@ -47,15 +47,14 @@ function make(trace: Trace, call: Call, batch: number): Axes {
   const fits = tokens !== null && call.site.axes === "tokens";
   const forSelf = fits && own && !encoded && tokens.length > Math.max(-1, ...queries.slice(-1));
   const forKeys = forSelf || (fits && !own && tokens.length === S);
-  const noun = call.site.axes === "tokens" ? "" : `${call.site.axes.replace(/(ch)es$|s$/, "$1")} `;
-  return { queries: axis(queries, forSelf ? tokens : null, noun), keys: axis(keys, forKeys ? tokens : null, noun) };
+  return { queries: axis(queries, forSelf ? tokens : null), keys: axis(keys, forKeys ? tokens : null) };
 }
 
-function axis(positions: number[], tokens: string[] | null, noun: string): Axis {
+function axis(positions: number[], tokens: string[] | null): Axis {
   const read = tokens === null ? null : readable(tokens);
   const pair = tokens === null ? null : segments(tokens);
   return {
-    labels: positions.map((p) => read?.[p] ?? { text: `${noun}${p}`, raw: `${noun}${p}` }),
+    labels: positions.map((p) => read?.[p] ?? { text: String(p), raw: String(p) }),
     positions,
     segments: pair === null || positions.some((p) => p >= pair.length) ? null : Uint8Array.from(positions, (p) => pair[p]!),
     named: read !== null,

@@ -131,7 +131,7 @@ function Matrix({ app }: { app: App }) {
           {column !== null && <rect x={left + column * width} y={top} width={width / keys} height={height} fill="none" stroke="var(--cursor)" stroke-opacity={0.8} />}
           <Rows axis={value.axes.queries} first={q} count={queries} length={height} start={top} at={left} room={left} active={cursor.query} locked={state.query} />
           <Columns axis={value.axes.keys} first={k} count={keys} length={width} start={left} at={top} room={top} active={cursor.key} locked={state.key} />
-          <text class="faint" x={left - 8} y={12} text-anchor="end">{left > 60 ? "queries ↓" : "↓"} keys →</text>
+          <text class="faint" x={0} y={12}>queries ↓ keys →</text>
         </svg>
         <Tip tip={tip} width={left + width} />
       </div>
