@@ -39,7 +39,7 @@ class Circuit:
 
     What q, k and v read is often the residual stream after a norm: the norm's gain is in none of these. Where ``basis``
     is ``norms``, ``W_Q W_Kᵀ`` is that of two tokens in one place: rotary positions, which turn queries and keys apart,
-    are not in it, and one fixed rotation of both cancels out.
+    are not in it. (That the kernel's own q and k have this product in one place is checked.)
 
     Attributes:
         site: where it is.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..api import _arguments, tracing
 from ..attention import compute_dtype
+from ..certificate import TOLERANCE
 from ..trace import Call
 from .circuits import Circuit, Projection
 from .matching import LEAST, Match, affine, equal, norms
@@ -17,6 +18,9 @@ from .products import Product, Products
 
 _LINEAR = "no product with fixed weights has it as its result"
 _TURNED = "no product with fixed weights has it as its result, nor the norms of its heads (a norm of q or k, say)"
+_APART = (
+    "the norms of its heads are there, but queries and keys at one place do not have the product of the projections'"
+)
 _READ = "no product with fixed weights reads the merged heads (a gate, a norm, or something else between)"
 
 
@@ -59,15 +63,24 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
     before, after = [p for p in reversed(products) if p.seen <= i], [p for p in products if p.seen > i]
     found: dict[str, Projection] = {}
     missing: dict[str, str] = {}
+    turned: dict[str, tuple[Tensor, Tensor]] = {}
     for name in "qkv":
         value = getattr(call, name)
-        projection = _into(value, before, i, turns=name != "v")
-        if projection is None:
+        source = _into(value, before, i, turns=name != "v")
+        if source is None:
             n = value.shape[0] * value.shape[2]
             short = f"; {n} tokens are fewer than the {LEAST} that more than equality takes" if n < LEAST else ""
             missing[name] = (_LINEAR if name == "v" else _TURNED) + short
-        else:
-            found[name] = projection
+            continue
+        product, match, target = source
+        found[name] = _projection(product, match, *value.shape[1::2])
+        if match.basis == "norms":
+            y = product.y[:, match.columns].to(target)
+            turned[name] = target, y if match.factor is None else y * match.factor.to(target)
+    if len(turned) == 2 and not _as_one(*turned["q"], *turned["k"], call.q.shape[3], _dtype(call.q.dtype, call.dtype)):
+        for name in turned:
+            del found[name]
+            missing[name] = _APART
     output = call.get("output")
     projection = None if output is None else _out_of(output, after, i + 1)
     if projection is None:
@@ -86,9 +99,9 @@ def _merged(x: Tensor) -> Iterator[Tensor]:
         yield wide.permute(2, 0, 1, 3).reshape(b * t, h * d)
 
 
-def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> Projection | None:
-    """The projection whose result is a kernel's argument, B H T D."""
-    _, heads, _, d = value.shape
+def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> tuple[Product, Match, Tensor] | None:
+    """The product whose result is a kernel's argument, B H T D; which columns of it; and the argument, n H·D."""
+    heads = value.shape[1]
     targets = list(_merged(value))
     n, m = targets[0].shape
     fitting = [p for p in products if p.x.shape[0] == n and p.weight.shape[1] >= m]
@@ -97,18 +110,38 @@ def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> Pr
         for target in targets:
             match = equal(target, p.y, p.weight)
             if match is not None:
-                return _projection(p, match, heads, d)
+                return p, match, target
     for p in near:
         for target in targets:
             match = affine(target, p.y, p.weight, _narrower(value, p))
             if match is not None:
-                return _projection(p, match, heads, d)
+                return p, match, target
     for p in near if turns else ():
         for target in targets:
             match = norms(target, p.y, heads, _narrower(value, p))
             if match is not None:
-                return _projection(p, match, heads, d)
+                return p, match, target
     return None
+
+
+def _as_one(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dtype: torch.dtype) -> bool:
+    """Whether query and key of each token have the product that they have before they are turned.
+
+    Two rotary positions that are the same cancel out of it; two orders of the columns, say, do not.
+
+    Args:
+        q, q_before: n H·D.
+        k, k_before: n G·D.
+        d: D.
+        dtype: that they were computed in.
+    """
+    if len(q) != len(k):  # of two sequences: nobody is in one place with anybody
+        return True
+    parts = [x.reshape(len(q), -1, d).double() for x in (q, q_before, k, k_before)]
+    groups = parts[0].shape[1] // parts[2].shape[1]
+    q, q_before, k, k_before = *parts[:2], *(x.repeat_interleave(groups, 1) for x in parts[2:])
+    apart = ((q * k).sum(-1) - (q_before * k_before).sum(-1)).abs()
+    return bool((apart <= TOLERANCE[dtype] * q.norm(dim=-1) * k.norm(dim=-1)).all())
 
 
 def _projection(p: Product, match: Match, heads: int, d: int) -> Projection:

@@ -93,6 +93,24 @@ def test_an_output_that_is_only_a_part_of_what_the_projection_reads() -> None:
     assert found.o is not None and torch.equal(found.W_O, model.out.detach().view(3, 6, 24))
 
 
+def test_rotations_that_do_not_cancel_are_not_taken_for_positions() -> None:
+    turn, _ = torch.linalg.qr(draw(6, 6, seed=4))
+    other, _ = torch.linalg.qr(draw(6, 6, seed=5))
+
+    def turned(by_q: Tensor, by_k: Tensor) -> Any:
+        return circuit(
+            Written(lambda m, x: [y @ r for y, r in zip(fused(m, x), (by_q, by_k, torch.eye(6)), strict=True)]), X
+        )[0]
+
+    q, k = (heads(w, 3) for w in Written(fused).fused.t().split(18)[:2])
+    same = turned(turn, turn)
+    assert (same.q.basis, same.k.basis) == ("norms", "norms")
+    assert torch.equal(same.W_Q, q) and torch.equal(same.W_K, k)
+    apart = turned(turn, other)
+    assert list(apart.missing) == ["q", "k"]
+    assert "do not have the product of the projections" in apart.missing["k"]
+
+
 def test_an_input_that_is_written_over_afterwards() -> None:
     def project(m: Written, x: Tensor) -> Any:
         x = x.clone()
