@@ -32,7 +32,7 @@ _FALLBACK = """<div id="{id}" hidden>{text}<script type="application/x-hookattn-
   if (!box) return;
   const data = box.querySelector('script[type="application/x-hookattn-page"]').textContent;
   const drawn = (x) => x.shadowRoot && x.shadowRoot.querySelector(".figure");
-  const live = () => [...document.querySelectorAll(".{id}, .{id} *")].some(drawn);
+  const live = () => [...document.querySelectorAll(".{live}, .{live} *")].some(drawn);
   let waited = 0, frame = null;
   async function show() {{
     box.hidden = false;
@@ -109,7 +109,7 @@ class Widget(anywidget.AnyWidget):
         self._descriptor = descriptor
         self._close = weakref.finalize(self, _release, descriptor, kept)
         self._given = {**given, "state": state}
-        self._class = f"hookattn-{uuid.uuid4().hex[:12]}"
+        self._class = _unique()
         self._esm = module()
         super().__init__(
             state=options.pop("state", {}),
@@ -169,7 +169,7 @@ class Widget(anywidget.AnyWidget):
             packed, said = base64.b64encode(gzip.compress(text.encode("utf-8"), 6, mtime=0)).decode(), ""
         except PageTooLargeError as error:
             packed, said = "", f"<p>hookattn: {html.escape(str(error))}</p>"
-        return _FALLBACK.format(id=self._class, text=said, page=packed)
+        return _FALLBACK.format(id=_unique(), live=self._class, text=said, page=packed)
 
 
 def _hear(widget: Widget, content: Any, buffers: Any) -> None:
@@ -182,6 +182,10 @@ def _hear(widget: Widget, content: Any, buffers: Any) -> None:
         widget.send({**answer, "kind": "error", "message": str(error)})
     else:
         widget.send({**answer, "kind": "bytes"}, buffers=[data])
+
+
+def _unique() -> str:
+    return f"hookattn-{uuid.uuid4().hex[:12]}"
 
 
 def _release(descriptor: int, kept: ExitStack) -> None:

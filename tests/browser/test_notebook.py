@@ -54,8 +54,8 @@ def test_a_live_widget_is_not_doubled(open_page: Callable[..., Any], tmp_path: P
     const shadow = document.getElementById("el").attachShadow({ mode: "open" });
     shadow.innerHTML = '<div class="figure">live</div>';</script>"""
     path = tmp_path / "a.html"
-    path.write_text(live + _FALLBACK.format(id="x1", text="", page="AAAA"), "utf-8")
+    path.write_text(live + _FALLBACK.format(id="x2", live="x1", text="", page="AAAA"), "utf-8")
     tab = open_page()
     tab.goto(path.as_uri())
     tab.wait_for_timeout(4_000)
-    assert tab.locator("iframe").count() == 0 and not tab.locator("#x1").is_visible()
+    assert tab.locator("iframe").count() == 0 and not tab.locator("#x2").is_visible()
