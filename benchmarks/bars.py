@@ -63,6 +63,7 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
             Verdict("the same: time added by everything ÷ by output_attentions", 0.5, compared),
             Verdict("the same: peak memory of everything ÷ bytes kept", 1.1, peak),
             Verdict("scores and weights written ÷ bandwidth of a copy", 0.8, extra.get("derive ÷ copy"), "≥"),
+            Verdict("statistics at 131k tokens: time added ÷ flash forward", 3, extra.get("statistics ÷ forward")),
             *both,
         ]
     return [

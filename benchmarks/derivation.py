@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from hookattn.attention import causal_mask, derive
+from hookattn.attention import Diagonal, causal_mask, derive
 
 from .clock import Clock, clock_of
 
@@ -28,7 +28,7 @@ def derivation(
     mask = causal_mask(tokens, tokens, device=device).contiguous()
 
     def derived() -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return derive(q, k, width**-0.5, mask=mask, empty=False)
+        return derive(q, k, width**-0.5, mask=mask, empty=False, diagonal=Diagonal(True))
 
     written = sum(x.nbytes for x in derived() if x is not None)
     source = torch.empty(written // 2, dtype=torch.uint8, device=device)

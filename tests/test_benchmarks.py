@@ -19,6 +19,7 @@ from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
 from benchmarks.disk import streaming
 from benchmarks.models import gpt2, plain, sibling
+from benchmarks.statistics_cost import statistics_cost
 from hookattn.testing import check_clean
 
 pytest.importorskip("transformers")
@@ -149,6 +150,8 @@ def test_streaming_and_derivation() -> None:
     assert found["stream ÷ trace then write"] > 0 and 0.05 < found["stream ÷ plain write"] < 50
     speed = derivation(CPU, heads=2, tokens=64, width=16, dtype=torch.float32, rounds=2)
     assert 0 < speed["derive ÷ copy"] < 10
+    cost = statistics_cost(CPU, tokens=256, heads=2, width=16, dtype=torch.float32, seconds=0)
+    assert cost["statistics ÷ forward"] > 0
 
 
 def test_the_bars() -> None:
@@ -166,8 +169,8 @@ def test_the_bars() -> None:
     assert told["untraced after tracing: furthest median ratio from 1"].reached
     text = table.bar_table(list(told.values()))
     assert "not run" in text and "missed" in text
-    gpu = bars.verdicts({}, {"derive ÷ copy": 0.9}, "cuda")
-    assert [v.reached for v in gpu if v.sign == "≥"] == [True]
+    gpu = bars.verdicts({}, {"derive ÷ copy": 0.9, "statistics ÷ forward": 3.5}, "cuda")
+    assert [v.reached for v in gpu if v.measured is not None] == [True, False]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
