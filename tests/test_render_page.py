@@ -173,12 +173,16 @@ def test_fields_can_be_asked_for() -> None:
     trace = made(200, model=small(layers=1))
     document, tensors = contents(page(trace, fields=("q", "k", "v", "mask", "weights")))
     fields = document["calls"][0]["fields"]
-    assert list(fields) == ["q", "k", "v", "mask", "weights"]
+    assert list(fields) == ["q", "k", "v", "bias", "mask", "sinks", "weights"]
+    assert fields["bias"] is fields["sinks"] is None
     for name in ("q", "k", "v"):
         value, stored = getattr(trace[0], name), tensors[fields[name]]
         assert stored.dtype == torch.float16 and torch.allclose(stored.float(), value, atol=2**-25, rtol=2**-11)
     assert any("16-bit" in note for note in document["notes"])
-    assert document["calls"][0]["derivable"] == list(trace[0].derivable)
+    assert document["calls"][0]["derivable"] == ["scores", "weights"]
+    document, _ = contents(page(trace, fields=("q", "k")))
+    assert document["calls"][0]["derivable"] == ["scores"], "weights do not follow without the mask"
+    assert "This page leaves out v, mask, weights, output for its size" in " ".join(document["notes"])
 
 
 def test_fields_that_are_not_there() -> None:
@@ -222,7 +226,11 @@ def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.setattr(narrow, "ROOM", room)
         made_of = narrowed(trace)
-        assert set(made_of.trace[0].fields) == kept
+        call = made_of.trace[0]
+        assert set(call.fields) == kept
+        assert call.derivable == (("scores", "weights") if "q" in kept else ()), "what follows, follows from the page"
+        if "q" in kept:
+            assert torch.allclose(call.scores, trace[0].scores, atol=0.02)
         follows = {"scores"} if "q" in kept else set()
         assert set(made_of.left_out) == {"q", "k", "v", "scores", "output"} - kept - follows
 
@@ -265,9 +273,19 @@ def test_the_page_names_no_other_place() -> None:
     assert "default-src 'none'" in said and "connect-src 'none'" in said
 
 
-def test_the_same_trace_gives_the_same_page() -> None:
+def test_a_hostile_file_name_is_data(tmp_path: Path) -> None:
+    path = made().save(tmp_path / '"><img src=x onerror=alert(1)>.safetensors')
+    reader = Reader(page(path))
+    assert reader.tags == Reader(page(made())).tags
+    names = [a["data-name"] for a, _ in reader.scripts if "data-name" in a]
+    assert names == ['"><img src=x onerror=alert(1)>.safetensors']
+
+
+def test_the_same_trace_gives_the_same_page(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = made()
-    assert page(trace) == page(trace)
+    first = page(trace)
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    assert page(trace) == first
 
 
 def test_two_traces_in_one_page() -> None:

@@ -102,7 +102,8 @@ def _asked(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[st
                 f"{f!r} was captured of no call of this trace, which has {', '.join(there) or 'no fields'}; trace "
                 f"again with {f!r} in capture=, or leave it out of fields=."
             )
-    return [f for f in FIELDS if f in fields]
+    # What no call has any of (bias, sinks) costs nothing, and scores and weights follow only if that is known.
+    return [f for f in there if f in fields or not any(_bytes(call, f) for call in trace if call.has(f))]
 
 
 def _fitting(trace: Trace, there: Sequence[str]) -> list[str]:
@@ -118,8 +119,18 @@ def _fitting(trace: Trace, there: Sequence[str]) -> list[str]:
 
 
 def _follows(trace: Trace, name: str, kept: Iterable[str]) -> bool:
-    """Whether the viewer derives the scores of all calls from what is kept."""
-    return name == "scores" and {"q", "k"} <= {*kept} and all("scores" in call.derivable for call in trace)
+    """Whether the viewer derives a field of all calls from what is kept."""
+    return all(name in _derivable(call, kept) for call in trace)
+
+
+def _derivable(call: Call, kept: Iterable[str]) -> tuple[str, ...]:
+    """The fields that follow from what is kept of a call."""
+    there, found = {*kept}, []
+    for name, needed in (("scores", ("q", "k", "bias")), ("weights", ("scores", "mask", "sinks"))):
+        if name in call.derivable and there.issuperset(f for f in needed if call.has(f)):
+            found.append(name)
+            there.add(name)
+    return tuple(found)
 
 
 def _bytes(call: Call, name: str, narrow: bool = False) -> int:
@@ -155,7 +166,7 @@ def _call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:
             fields[name] = None if absent else partial(_encoded, call, place, name, made)
     # Statistics are small, and are what is left of an attention too large to keep.
     fields |= {name: value for name, value in call.fields.items() if name not in FIELDS}
-    return replace(call, fields=fields)
+    return replace(call, fields=fields, derivable=_derivable(call, kept))
 
 
 def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
