@@ -70,7 +70,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.name().partition(".")[0]
         if name in _COMPOSED:
             with self:
-                return func.decompose(*args, **(kwargs or {}))
+                made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         out = func(*args, **(kwargs or {}))
         given = _tensors(args)
         if given and all(map(self._fixed, given)):

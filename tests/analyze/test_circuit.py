@@ -163,6 +163,15 @@ def test_few_tokens_prove_equality_alone() -> None:
     assert not circuit(model, X[:1, :8])[0].missing
 
 
+def test_weights_that_are_cast_for_the_product() -> None:
+    model = Written(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = circuit(model, X)[0]
+    assert not found.missing and found.v is not None
+    assert (found.v.basis, found.v.name, found.W_V.dtype) == ("equal", "", torch.bfloat16)
+    assert torch.equal(found.W_V, heads(model.fused.t().split(18)[2], 3).bfloat16())
+
+
 def test_inference_mode_and_a_repr_that_tells() -> None:
     model = Written(fused)
     with torch.inference_mode():
