@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,36 +179,36 @@ def test_a_trace_is_served_from_its_own_file_only_while_that_holds_it(path: Path
         assert not Path(other).exists()
 
 
-@pytest.fixture
-def ten_gigabytes(path: Path) -> Iterator[Path]:
-    """A trace file with a hole of ten gigabytes, of which the disk holds the header alone."""
-    name = "calls/0000/model/weights"
-    size = 10 << 30
-    raw = path.read_bytes()
+def ten_gigabytes(like: Path) -> Path:
+    """12 layers of 12 heads at 4,096 tokens, all of it a hole: the disk holds the header alone."""
+    raw = like.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     document = json.loads(header["__metadata__"]["hookattn"])
-    document["calls"] = [document["calls"][0] | {"fields": {"weights": name}, "derivable": []}]
-    side = 16 << 10
-    shape = [1, size // 4 // side // side, side, side]
-    text = json.dumps(
-        {
-            "__metadata__": {"format": "pt", "hookattn": json.dumps(document)},
-            name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
-        }
-    ).encode()
-    big = path.with_name("big.safetensors")
+    call, shape = document["calls"][0] | {"derivable": []}, [1, 12, 4096, 4096]
+    size, names = 4 * 12 * 4096**2, [f"calls/{i:04d}/blocks.{i}/weights" for i in range(12)]
+    document["tokens"] = None
+    document["calls"] = [
+        call | {"fields": {"weights": name}, "site": call["site"] | {"layer": i, "path": f"blocks.{i}"}}
+        for i, name in enumerate(names)
+    ]
+    entries = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
+    text = json.dumps({"__metadata__": {"format": "pt", "hookattn": json.dumps(document)}, **entries}).encode()
+    big = like.with_name("big.safetensors")
     with big.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
-    assert big.stat().st_blocks * 512 < 1 << 20
-    yield big
-    big.unlink()
+        file.truncate(8 + len(text) + 12 * size)
+    assert big.stat().st_size > 9.6e9 and big.stat().st_blocks * 512 < 1 << 20
+    return big
 
 
-def test_ten_gigabytes_open_at_once(ten_gigabytes: Path) -> None:
+def test_ten_gigabytes_open_at_once(path: Path) -> None:
     """``hookattn view`` as a process of its own, which answers from the end of the file and has read none of it."""
     code = "from hookattn.cli import main; import sys; main(sys.argv[1:])"
-    options = ["view", str(ten_gigabytes), "--no-open", "--json", "--port", "0"]
+    big = ten_gigabytes(path)
+    options = ["view", str(big), "--no-open", "--json", "--port", "0"]
     command = [sys.executable, "-c", code, *options]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"}
     with subprocess.Popen(
@@ -219,7 +218,7 @@ def test_ten_gigabytes_open_at_once(ten_gigabytes: Path) -> None:
             assert process.stdout is not None
             said = "".join(iter(process.stdout.readline, "}\n")) + "}"
             url = json.loads(said)["url"]
-            size = ten_gigabytes.stat().st_size
+            size = big.stat().st_size
             request = urllib.request.Request(f"{url}trace", headers={"Range": f"bytes={size - 4}-{size - 1}"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 assert answer.status == 206 and answer.read() == bytes(4)

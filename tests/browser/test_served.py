@@ -21,6 +21,7 @@ import uvicorn
 
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
+from tests.test_render_server import ten_gigabytes
 
 pytestmark = pytest.mark.browser
 
@@ -70,6 +71,16 @@ def test_it_shows_the_file(open_page: Callable[..., Any], serving: Callable[...,
         tab.locator(".ha", has_text=token).wait_for(timeout=10_000)
     assert tab.title() == "InductionTransformer · run.safetensors"
     assert tab.locator("[data-theme=dark]").count() == 1
+
+
+def test_ten_gigabytes_show_a_head(open_page: Callable[..., Any], serving: Callable[..., str], path: Path) -> None:
+    tab, taken = open_page(), []
+    tab.on("response", lambda response: taken.append(int(response.headers.get("content-length", 0))))
+    visit(tab, serving(ten_gigabytes(path), options=viewer_options(state={"view": "matrix", "layer": 7, "heads": [3]})))
+    tab.wait_for_selector(".figure canvas")
+    tab.wait_for_timeout(1_000)
+    assert tab.locator("[role=alert]").count() == 0
+    assert sum(taken) < 3 * 4 * 4096**2, "more was read than a head or two"
 
 
 @pytest.mark.parametrize("what", ["changes", "vanishes"])
