@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+import hookattn
 
 VIEWER = Path(__file__).parents[2] / "hookattn" / "render" / "viewer"
 ORIGIN = "http://viewer.test"
@@ -100,3 +104,58 @@ def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = 
     page.goto(f"{ORIGIN}/index.html{fragment}")
     page.wait_for_function("window.opened !== undefined")
     return page
+
+
+# ------------------------------------------------------------------------------------------- what is looked at
+
+TOKENS = ["<s>", "Ġthe", "Ġcat", "ing", "çĮ", "«", "Ċ", "Ġ×©×ľ×ķ×Ŀ", "</script><img src=x onerror=alert(1)>"]
+READ = ["<s>", "the", "cat", "‿ing", "猫 1/2", "猫 2/2", "↵", "שלום", "</script><img src=x onerr…"]
+
+
+class Layers(torch.nn.Module):
+    """Layers of attention of the given numbers of heads, over one sequence, or from the first to the second."""
+
+    def __init__(self, *heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = torch.nn.ModuleList(torch.nn.MultiheadAttention(24, h, batch_first=True) for h in heads)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            other = x if y is None else y
+            x = x + layer(3 * x, 3 * other, other, attn_mask=mask, need_weights=False)[0]
+        return x
+
+
+def causal(n: int) -> Tensor:
+    """The mask of ``MultiheadAttention`` that hides later keys."""
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+@pytest.fixture(scope="session")
+def trace() -> hookattn.Trace:
+    """Two layers of four causal heads, two sequences of nine tokens of a byte-level vocabulary."""
+    model, x = Layers(4, 4).eval(), torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1))
+    return hookattn.trace(model, (x, None, causal(9)), tokens=TOKENS)
+
+
+@pytest.fixture
+def file(trace: hookattn.Trace, tmp_path: Path) -> Path:
+    """It, in a file."""
+    return Path(trace.save(tmp_path / "t.safetensors"))
+
+
+def state(page: Any) -> dict[str, Any]:
+    """The selection."""
+    return dict(page.evaluate("viewer.state"))
+
+
+def rows_of_table(page: Any) -> list[tuple[str, str, float]]:
+    """Query, key and number of each row of the table of the selection."""
+    page.locator(".as-table").wait_for()
+    if page.locator(".as-table").get_attribute("open") is None:
+        page.locator(".as-table summary").click()
+    cells = page.locator(".as-table tbody tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
+    return [(q, k, float(w.replace("−", "-"))) for q, k, w in cells]

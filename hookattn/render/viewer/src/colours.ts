@@ -1,6 +1,6 @@
 /** Colours of numbers and of heads, legible in both themes and to people who confuse red and green. */
 
-/** One colour and one dash for each head: eight colours that stay apart, then the same ones dashed. */
+/** One colour and one dash for each head: eight colours (in style.css) that stay apart in every kind of vision, then dashed. */
 const HUES = 8;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 

@@ -82,7 +82,7 @@ export function matches(trace: Trace, { stack, kind, layer, step }: State): Call
 
 /** `wanted` over `before`, each part moved to the nearest that the trace has; `views` are the ids of the views. */
 export function normalise(wanted: Partial<State>, before: State | null, trace: Trace, views: readonly string[]): State {
-  const clean = Object.entries(wanted).filter(([key, value]) => key in FIRST && value !== undefined && sound(key as keyof State, value));
+  const clean = Object.entries(wanted).filter(([key, value]) => Object.hasOwn(FIRST, key) && value !== undefined && sound(key as keyof State, value));
   const state: State = { ...(before ?? { ...FIRST, view: views[0] ?? "" }), ...Object.fromEntries(clean) };
   if (!views.includes(state.view)) state.view = views[0] ?? "";
   const calls = narrow(trace.calls, [

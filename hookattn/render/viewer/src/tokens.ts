@@ -36,7 +36,8 @@ export function readable(tokens: readonly string[]): Label[] {
 /** In a scheme that marks word starts with a space: the space goes, and a word's continuation is marked instead. */
 function joined(text: string, raw: string, before: string | undefined): string {
   if (/^ \S/u.test(text)) return text.slice(1);
-  const continues = before !== undefined && /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
+  const last = before?.replace(/ \d\/\d$/, "");
+  const continues = last !== undefined && /[\p{L}\p{N}]$/u.test(last) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
   return continues && !SPECIAL.test(raw) ? JOIN + text : text;
 }
 

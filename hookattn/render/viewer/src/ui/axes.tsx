@@ -5,14 +5,9 @@ import { labelWidth } from "./lines";
 
 const LINE = 14;
 
-/** Whether there is room for the name of each cell of this size. */
-export function named(cell: number): boolean {
-  return cell >= LINE;
-}
-
-/** The room that an axis takes beside a matrix whose cells have this size. */
-export function axisRoom(axis: Axis, cell: number, most: number): number {
-  return named(cell) ? labelWidth(axis, most) : 46;
+/** The room that an axis takes beside a matrix, whatever part of it is in view. Numbers need little. */
+export function axisRoom(axis: Axis, most: number): number {
+  return axis.named ? labelWidth(axis, most) : 46;
 }
 
 interface Props {
@@ -29,13 +24,15 @@ interface Props {
   locked: number | null;
 }
 
-function entries({ axis, first, count, length }: Props): { i: number; text: string }[] {
+/** `apart`: how far numbers stand apart at the least. */
+function entries({ axis, first, count, length }: Props, apart: number): { i: number; text: string; name: boolean }[] {
   const cell = length / count;
-  const stride = named(cell) ? 1 : nice(44 / cell);
+  const name = axis.named && cell >= LINE;
+  const stride = name ? 1 : nice(apart / cell);
   const out = [];
   for (let i = Math.ceil(first / stride) * stride; i < Math.min(axis.labels.length, Math.ceil(first + count)); i += stride) {
     const middle = i + 0.5 - first;
-    if (middle >= 0 && middle <= count) out.push({ i, text: named(cell) ? axis.labels[i]!.text : String(axis.positions[i]) });
+    if (middle >= 0 && middle <= count) out.push({ i, text: name ? axis.labels[i]!.text : String(axis.positions[i]), name });
   }
   return out;
 }
@@ -54,7 +51,7 @@ export function Rows(props: Props) {
   const { first, count, length, start, at, room } = props;
   return (
     <g>
-      {entries(props).map(({ i, text }) => (
+      {entries(props, 24).map(({ i, text }) => (
         <text key={i} x={at - 6} y={start + ((i + 0.5 - first) / count) * length} text-anchor="end" dominant-baseline="central" font-weight={weight(i, props)}>
           {shorten(text, Math.max(2, Math.floor((room - 8) / 7.2)))}
         </text>
@@ -67,9 +64,9 @@ export function Columns(props: Props) {
   const { first, count, length, start, at, room } = props;
   return (
     <g>
-      {entries(props).map(({ i, text }) => {
+      {entries(props, 40).map(({ i, text, name }) => {
         const x = start + ((i + 0.5 - first) / count) * length;
-        return named(length / count) ? (
+        return name ? (
           <text key={i} transform={`translate(${x} ${at - 6}) rotate(-60)`} dominant-baseline="central" font-weight={weight(i, props)}>
             {shorten(text, Math.max(2, Math.floor((room - 8) / 6.4)))}
           </text>

@@ -7,7 +7,7 @@ import { pyramid } from "../data/pool";
 import { presented } from "../data/presented";
 import { exact, number } from "../format";
 import { Slices } from "../slices";
-import { axisRoom, Columns, named, Rows } from "../ui/axes";
+import { axisRoom, Columns, Rows } from "../ui/axes";
 import { draw, levelFor } from "../ui/heatmap";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Legend } from "../ui/legend";
@@ -166,12 +166,10 @@ function useFrame(app: App): [Frame | null, (frame: Frame | null) => void] {
 function place(rows: number, cols: number, axes: ReturnType<typeof current>["axes"], room: number, frame: Frame | null) {
   const most = largest();
   const view = within(frame, cols, rows);
-  const guess = Math.min(CELL, (room - 60) / cols);
-  const left = Math.max(60, axisRoom(axes.queries, Math.min(CELL, most / view[3], (guess * cols) / view[2]), Math.min(150, room * 0.28)));
-  const cell = Math.min(CELL * cols, most, room - left) / view[2];
-  const slanted = axisRoom(axes.keys, cell, 130);
-  const top = named(cell) ? slanted * 0.87 + 22 : 34;
-  const spare = named(cell) ? Math.min(slanted * 0.5, 60) : 14;
+  const left = Math.max(60, axisRoom(axes.queries, Math.min(150, room * 0.28)));
+  const slanted = axisRoom(axes.keys, 130);
+  const top = axes.keys.named ? slanted * 0.87 + 22 : 34;
+  const spare = axes.keys.named ? Math.min(slanted * 0.5, 60) : 14;
   const width = Math.max(80, Math.min(cols * CELL, most, room - left - spare));
   const height = Math.max(Math.min(rows * CELL, CELL), Math.min((width / cols) * rows, most, 3 * width));
   return { left, top, width, height, spare, view };

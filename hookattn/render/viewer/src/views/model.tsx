@@ -104,7 +104,11 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
     <button
       ref={ref} type="button" class="tile" style={{ width: `${width}px` }} aria-current={here} title={[place + said, ...roles, error ?? ""].filter(Boolean).join("\n")}
       aria-label={[place + said, ...roles].join(", ")}
-      onClick={() => app.set({ layer: call.site.layer, nth: nth(app, call), heads: [head], query: null, key: null, zoom: null, view: "matrix" })}
+      onClick={(event) => {
+        // The tile goes with its view: the keys are to go on working.
+        event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
+        app.set({ layer: call.site.layer, nth: nth(app, call), heads: [head], query: null, key: null, zoom: null, view: "matrix" });
+      }}
     >
       <canvas ref={canvas} width={2 * PIXELS} height={2 * PIXELS} />
       <span class="label">{measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}{value !== null && ` · ${number(value)}`}</span>
