@@ -179,18 +179,27 @@ def test_detection_closed_forms() -> None:
     assert of(given(previous(8)))[of.key].item() == pytest.approx(7 / 8)
 
 
+def test_detection_expects_what_a_mask_forbids() -> None:
+    trace = given(torch.eye(4).view(1, 1, 4, 4), torch.eye(4, dtype=torch.bool))
+    of = Detection(pattern="previous_token_head", error="abs")
+    assert of(trace)[of.key].item() == pytest.approx(1 - (4 + 3) / 4)
+
+
+@pytest.mark.parametrize("pattern", ["induction_head", "previous_token_head"])
 @pytest.mark.parametrize("error", ["mul", "abs"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_detection_with_padding(error: str, side: str) -> None:
+def test_detection_with_padding(error: str, side: str, pattern: str) -> None:
     tokens = explicit.words(2, 9, SMALL, 5)
     made = case(pad=(0, 3), side=side, tokens=tokens, sinks=True)
-    of = Detection(error=error, exclude_bos=True, exclude_current_token=True)
+    of = Detection(pattern=pattern, error=error, exclude_bos=True, exclude_current_token=True)
     table = analyze.measure(made.trace, of, by="example")
     for layer, w in enumerate(made.weights):
         found = torch.tensor(table[table.call == layer][of.key].to_numpy()).view(2, 4)
         for b in range(2):
             real = [i for i in range(9) if made.real[b, i]]
             related = induction(tokens, made.real)
+            if pattern == "previous_token_head":
+                related = lambda b, i, j: j == i - 1  # noqa: E731
             for h in range(4):
                 hit = total = away = 0.0
                 for i in real:
