@@ -213,6 +213,9 @@ def test_statistics_stay_as_they_are() -> None:
     trace = made(300, model=small(layers=1), capture=("weights", "mask", "entropy"))
     document, tensors = contents(page(trace))
     assert torch.equal(tensors[document["calls"][0]["fields"]["entropy"]], trace[0].get("entropy"))  # type: ignore[arg-type]
+    wide: Any = {"entropy": torch.zeros(1).expand(1, 100, 10**6)}
+    with pytest.raises(PageTooLargeError, match="533 MB for entropy, and"):
+        page(replace(trace, calls=[replace(trace[0], fields=wide)]))
 
 
 def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) -> None:

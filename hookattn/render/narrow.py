@@ -78,10 +78,11 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
         return Narrowed(trace)
     there = [f for f in FIELDS if any(call.has(f) for call in trace)]
     kept = _fitting(trace, there) if fields is None else _asked(trace, there, fields)
-    size = sum(_bytes(call, f, narrow=True) for call in trace for f in kept if call.has(f))
+    held = [*kept, *dict.fromkeys(f for call in trace for f in call.fields if f not in FIELDS)]
+    size = sum(_bytes(call, f, narrow=True) for call in trace for f in held if call.has(f))
     if size > limit:
         raise PageTooLargeError(
-            f"a page of this trace would take {size * 4 / 3 / 1e6:,.0f} MB for {', '.join(kept)}, and at most "
+            f"a page of this trace would take {size * 4 / 3 / 1e6:,.0f} MB for {', '.join(held)}, and at most "
             f"{limit * 4 / 3 / 1e6:,.0f} MB fit. `hookattn view FILE` (or hookattn.render.serve) shows a trace of any "
             "size, as it reads only what is looked at; or make a page of a part: trace.select(layer=…, step=…), or a "
             "trace of fewer heads or queries."
