@@ -66,7 +66,7 @@ class SameWord(WordPairs):
         return _same_word(tokens, self.across)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _same_word(tokens: tuple[str, ...], across: bool) -> Tensor:
     words = split_words(tokens)
     numbers: dict[str, int] = {}

@@ -56,8 +56,8 @@ def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
         real: bool or 0/1, B S: True = a real token, no padding.
 
     Returns:
-        A DataFrame: the columns of the call, ``head``, ``offset`` (of several as frequent the least) and ``share``
-        of the queries that have it, as in :class:`Positional`.
+        A DataFrame: the columns of the call, ``head``, ``offset`` (of several as frequent the least;
+        NaN where no query counts) and ``share`` of the queries that have it, as in :class:`Positional`.
 
     Raises:
         MeasureError: the queries and keys of a call are not places in one sequence.
@@ -69,7 +69,8 @@ def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
     for view in views(trace, real):
         reading = Positional().of(view)
         frames.append(long(view, {"head": view.heads}, {"offset": _best(view), "share": reading.heads}))
-    return pd.concat(frames, ignore_index=True)
+    table = pd.concat(frames, ignore_index=True)
+    return table.assign(offset=table["offset"].where(table["share"].notna()))
 
 
 _NONE = torch.iinfo(torch.int64).min

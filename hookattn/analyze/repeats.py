@@ -12,7 +12,7 @@ from torch import Tensor
 from .pairs import PairMass
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a token that is everywhere has S² / 2 pairs
 def earlier(tokens: tuple[Any, ...]) -> Tensor:
     """2 P: each place of a sequence, and each place before it that has the same token.
 

@@ -83,3 +83,5 @@ def test_a_row_with_nothing_to_attend_to_is_left_out() -> None:
     trace = given(w, mask)
     assert Positional(0)(trace)["positional(offset=0)"].item() == 1
     assert best_offset(trace)["share"].item() == 1
+    nothing = best_offset(given(torch.zeros(1, 1, 3, 3), torch.zeros(3, 3, dtype=torch.bool)))
+    assert nothing[["offset", "share"]].isna().to_numpy().all()

@@ -260,3 +260,19 @@ def test_repeated_segment_that_is_none() -> None:
         RepeatedSegment("copying")
     with pytest.raises(MeasureError, match="needs tokens"):
         analyze.repeated_segment(given(uniform(5)))
+
+
+def test_a_model_that_has_learned_to_copy() -> None:
+    from hookattn.demo.induction import example_tokens, load_pretrained
+
+    tokens = example_tokens(length=24)
+    trace = hookattn.trace(load_pretrained(), tokens, tokens=[[str(int(x)) for x in tokens[0]]])
+    found = analyze.measure(trace, ["induction", "duplicate_token", "positional"])
+    runs = analyze.repeated_segment(trace)
+    assert (found[found.layer == 1]["induction"] > 0.5).any() and (found[found.layer == 0]["induction"] < 0.3).all()
+    assert found["duplicate_token"].max() < 0.3
+    assert found["induction"].to_numpy() == pytest.approx(
+        runs["induction"].to_numpy(), abs=1e-6
+    )  # nothing else repeats
+    offsets = analyze.best_offset(trace)
+    assert set(offsets[(offsets.layer == 0) & (offsets.share > 0.9)]["offset"]) == {-1}
