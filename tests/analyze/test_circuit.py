@@ -87,6 +87,18 @@ def test_a_factor_for_each_head_is_folded_in() -> None:
     check(circuit(model, X)[0], ("affine", "equal", "affine", "affine"), q / 7, k, v * gain.view(3, 1, 1), out)
 
 
+def test_a_factor_is_of_the_bias_too() -> None:
+    def project(m: Written, x: Tensor) -> Any:
+        q, k, v = chunks(F.linear(x, m.fused.t(), m.bias), m.heads)
+        return q / 7, k, v
+
+    model = Written(project)
+    q, k, v = (heads(w, 3) for w in model.fused.t().split(18))
+    bq, bk, bv = model.bias.split(18)
+    out = model.out.detach().view(3, 6, 24)
+    check(circuit(model, X)[0], ("affine", "equal", "equal", "equal"), q / 7, k, v, out, bias=(bq / 7, bk, bv))
+
+
 def test_an_output_that_is_only_a_part_of_what_the_projection_reads() -> None:
     model = Written(fused, lambda m, o: torch.cat([X, merge(o)], -1) @ torch.cat([m.fused[:, :24], m.out]))
     found = circuit(model, X)[0]
