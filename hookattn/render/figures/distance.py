@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -44,22 +45,27 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     parts = one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     rows = math.ceil(len(parts) / columns)
-    heading = Heading.of(parts, "", [UNKNOWN for part in parts if part.hidden is None])
+    heading = Heading.of(parts, parts[0].stack, [UNKNOWN for part in parts if part.hidden is None])
     numbers = sorted({head for part in parts for head in part.heads})
     top = heading.height + 0.15
     figure = sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
     heading.draw(figure)
-    for n, part in enumerate(parts):
+    curves = [by_distance(part) for part in parts]
+    top_value = 1.05 * max(float(np.nanmax(means, initial=0.01)) for _, means in curves)
+    for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         row, column = divmod(n, columns)
         axes = place(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)
-        axes.set_title(part.title, pad=3)
-        at, means = by_distance(part)
+        axes.set_title(part.title.removeprefix(part.stack).strip(), pad=3)
         for i, head in enumerate(part.heads):
             colour, dashes = head_style(numbers.index(head))
             style = (0, dashes) if dashes else "solid"
             line = axes.plot(at, means[i], color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
             group(line, f"layer-{part.call.site.layer}-head-{head}")
-        axes.set(yscale=scale, ylim=(FLOOR if scale == "log" else -0.02, 1.05), xlim=(at[0] - 0.5, at[-1] + 0.5))
+        axes.set(
+            yscale=scale,
+            ylim=(FLOOR if scale == "log" else -0.02 * top_value, top_value),
+            xlim=(at[0] - 0.5, at[-1] + 0.5),
+        )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(True, axis="y")
         axes.spines[["top", "right"]].set_visible(False)

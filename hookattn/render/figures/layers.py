@@ -59,7 +59,7 @@ def layers(
         notes += made.notes
     if block > 1:
         notes.append(f"each pixel is the largest of up to {block} × {block} entries")
-    heading = Heading.of(parts, "", notes)
+    heading = Heading.of(parts, parts[0].stack, notes)
     top = heading.height + 0.3
     figure = sheet(left + len(numbers) * cell + 1.1, top + len(parts) * cell + 0.15)
     heading.draw(figure)

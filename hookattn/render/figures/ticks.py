@@ -50,6 +50,8 @@ def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spac
         shown: whether there are labels, or only the axis without any.
     """
     every = stride(spacing)
+    if labels[0].isdigit():  # positions: round steps
+        every = next(n for k in range(9) for n in (10**k, 2 * 10**k, 5 * 10**k) if n >= every)
     at = list(range(0, len(labels), every)) if shown else []
     texts = [shortened(labels[i], LONGEST) for i in at]
     axis = axes.xaxis if which == "x" else axes.yaxis
