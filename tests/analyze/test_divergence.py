@@ -72,6 +72,14 @@ def test_rows_that_count_in_all_calls() -> None:
         analyze.head_divergence(made.trace, real=real * 0)
 
 
+def test_calls_in_which_other_rows_count() -> None:
+    whole, part = case(layers=1), case(layers=1, pad=(0, 3), seed=5)
+    part.trace[0].index = 1
+    both = hookattn.Trace(whole.trace.calls + part.trace.calls)
+    part.weights = whole.weights + part.weights
+    np.testing.assert_allclose(analyze.head_divergence(both).to_numpy(), explicit(part), atol=3e-6)
+
+
 def test_heads_that_cannot_be_compared() -> None:
     with pytest.raises(MeasureError, match=r"heads can be compared where .* B1 T4 S4, call 1 .* B1 T5 S5"):
         analyze.head_divergence(given([uniform(4), uniform(5)]))
