@@ -194,6 +194,20 @@ def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor,
     return Pending(values, counts, unit_of(call), checked, t, formed, basis, rounding_of(call.dtype, formed))
 
 
+def measured(call: KernelCall, rows: slice, found: Tensor) -> Pending:
+    """What :func:`measure` returns, of a call that forms neither scores nor weights of its own.
+
+    Args:
+        call, rows: as there.
+        found: 4, B·H: excess of row sums, largest score, largest error and largest value of each batch entry and head.
+    """
+    (b, h, t), g = call.q.shape[:3], call.k.shape[1]
+    sizes = found[3] if g == h else found[3].view(b * g, h // g).amax(1)
+    values = torch.cat([found[:2].amax(1), found[2], sizes])
+    counts, checked = (b * h, b * g), len(range(*rows.indices(t)))
+    return Pending(values, counts, unit_of(call), checked, t, rounding=rounding_of(call.dtype, False))
+
+
 def read(pending: Sequence[tuple[int, Pending]]) -> list[list[Certificate]]:
     """The certificates of what was measured, each with the number of its calls; one transfer for each device."""
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}

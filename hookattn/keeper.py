@@ -12,7 +12,7 @@ from torch import Tensor
 from . import attention as math
 from .beside import beside, kept_rows, sample
 from .call import Call, Load
-from .certificate import Pending, measure, read, rows_to_check, unit_of
+from .certificate import Pending, measure, measured, read, rows_to_check, unit_of
 from .later import SMALL, Small, Waiting
 from .masks import Masked, complete
 from .once import Once
@@ -235,20 +235,10 @@ class Keeper:
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
             if scores is None:
                 missing = weights is None and self.wants("weights")
-                scores, derived = math.derive(
-                    call.q,
-                    call.k,
-                    call.scale,
-                    softcap=call.softcap,
-                    bias=call.bias,
-                    mask=mask,
-                    sinks=call.sinks,
-                    empty=empty,
-                    want_scores=self.wants("scores"),
-                    want_weights=missing,
-                    diagonal=diagonal,
-                    notes=call.notes,
-                )
+                given: dict[str, Any] = {"softcap": call.softcap, "bias": call.bias, "mask": mask, "sinks": call.sinks}
+                given |= {"empty": empty, "want_scores": self.wants("scores"), "want_weights": missing}
+                given |= {"diagonal": diagonal, "notes": call.notes}
+                scores, derived = math.derive(call.q, call.k, call.scale, **given)
                 weights = derived if missing else weights
             else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
@@ -256,6 +246,11 @@ class Keeper:
             return None, scores, self._narrow(weights, call)
         b, h, t = call.q.shape[:3]
         rows = rows_to_check(t, self.verify == "full", b * h * t * call.k.shape[2])
+        if scores is weights is None and math.on_gpu(call.q):
+            from .kernels import check
+
+            if (found := check(call, rows, mask, diagonal)) is not None:
+                return measured(call, rows, found), None, None
         formed = call.scores is not None and not call.opaque  # the model's own: these are compared with q·k
         part = self._scores(call, rows) if scores is None or formed else scores[:, :, rows]
         row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]

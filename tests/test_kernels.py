@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hookattn
-from hookattn import attention
+from hookattn import KernelCall, attention
 from hookattn.attention import Diagonal, causal_mask
 from hookattn.kernels import launch
 from tests.reference import draw, masked_softmax, repeat_heads
@@ -222,6 +223,80 @@ def test_far_apart_scores_and_small_ones() -> None:
         torch.testing.assert_close(got.cpu().double(), want, atol=1e-6 * size, rtol=2e-6)
 
 
+# ------------------------------------------------------------------------------------------------ the certificate
+
+
+@given(st.data(), sizes, st.sampled_from([torch.float16, torch.bfloat16]))
+@few
+def test_a_check_finds_what_float64_finds(data: st.DataObject, n: dict[str, int], dtype: torch.dtype) -> None:
+    """Error, largest score and value of each head, of some rows, against an output that is off here and there."""
+    q, k = qk(n, dtype)
+    shape, e = (n["b"], q.shape[1], n["t"], n["s"]), data.draw(st.integers(1, 20))
+    v = draw(*k.shape[:3], e, seed=3, dtype=dtype)
+    causal = data.draw(st.booleans())
+    mask = causal_mask(n["t"], n["s"], offset=-1) if causal else draw(*broadcast(data, shape), seed=7) > -0.5
+    bias = draw(*broadcast(data, shape), seed=8) if data.draw(st.booleans()) else None
+    sinks = draw(shape[1], seed=9) if data.draw(st.booleans()) else None
+    rows = slice(data.draw(st.integers(0, n["t"] - 1)), n["t"], data.draw(st.integers(1, 5)))
+    scores, weights = expected(q, k, 0.3, 5.0, bias, mask, sinks)
+    true = weights @ repeat_heads(v, q.shape[1]).double()
+    off = draw(*true.shape, seed=4) * (draw(*true.shape, seed=5) > 1)
+    output = (true + off).to(dtype)
+    live = (mask.expand(shape).any(-1, keepdim=True))[:, :, rows]
+    error = ((true - output.double())[:, :, rows] * live).abs().flatten(2).amax(2).flatten()
+    seen = (scores * mask.expand(shape))[:, :, rows].abs().flatten(2).amax(2).flatten()
+    diagonal = Diagonal(True, -1) if causal else None
+    bias, mask, sinks = (None if x is None else x.to(DEVICE) for x in (bias, mask, sinks))
+    call = KernelCall(*(x.to(DEVICE) for x in (q, k, v, output)), 0.3, "", bias, softcap=5.0, sinks=sinks)
+    found = launch.check(call, rows, mask, diagonal)
+    assert found is not None
+    excess, reach, gap, size = found.cpu().double()
+    assert excess.abs().max() < 1e-5
+    torch.testing.assert_close(gap, error, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(reach, seen, atol=1e-4, rtol=1e-4)
+    most = repeat_heads(v, q.shape[1]).double().abs().flatten(2).amax(2).flatten()
+    assert (size <= most).all() and (causal or n["s"] > 16 or torch.equal(size, most))
+
+
+@pytest.mark.parametrize("where", ["q", "v", "output"])
+def test_a_check_is_never_content_with_no_number(where: str) -> None:
+    given = {name: draw(1, 2, 20, 8, seed=i, dtype=torch.half) for i, name in enumerate(("q", "k", "v", "output"))}
+    given[where][0, 1, 19 if where != "v" else 3, 2] = math.nan
+    call = KernelCall(*(x.to(DEVICE) for x in given.values()), 0.3, "")
+    found = launch.check(call, slice(3, 20, 4), None, Diagonal(True))
+    assert found is not None and found[2, 1].isinf() and found[2, 0].isfinite()
+
+
+@pytest.mark.parametrize("fault", [None, "scale", "mask", "a value"])
+def test_a_trace_of_nothing_but_arguments(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+    """It is certified by the kernel, and a wrong record is found out."""
+    asked: list[Tensor | None] = []
+    before = launch.check
+
+    def heeded(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal) -> Tensor | None:
+        if fault == "scale":
+            call = replace(call, scale=call.scale * 3)
+        if fault == "mask":
+            diagonal = Diagonal(True, offset=5)
+        if fault == "a value":
+            call = replace(call, v=call.v.clone())
+            call.v[1, 1, 0, 0] += 3
+        asked.append(before(call, rows, mask, diagonal))
+        return asked[-1]
+
+    monkeypatch.setattr("hookattn.kernels.check", heeded)
+    made, heard = traced(monkeypatch, torch.bfloat16, capture=("q", "k", "v"), verify="full")
+    assert not heard.calls and len(asked) == 1 and asked[0] is not None
+    certificate = made[0].certificate
+    assert certificate.faithful == (fault is None) and certificate.rows == 24
+    monkeypatch.setattr("hookattn.kernels.check", lambda *args: None)
+    plain = traced(monkeypatch, torch.bfloat16, capture=("q", "k", "v"), verify="full")[0][0].certificate
+    assert plain.faithful
+    if fault is None:
+        assert certificate.tolerance == pytest.approx(plain.tolerance, rel=1e-6)
+        assert certificate.output_error == pytest.approx(plain.output_error, rel=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------ in a trace
 
 
@@ -288,7 +363,7 @@ def test_a_kernel_that_cannot_start_is_said_once(monkeypatch: pytest.MonkeyPatch
             raise RuntimeError("out of resource: shared memory\nat length")
 
     monkeypatch.setattr(launch, "_refused", {})
-    monkeypatch.setattr(launch, "kernels", lambda: SimpleNamespace(derive_rows=Broken()))
+    monkeypatch.setattr(launch, "kernels", lambda: SimpleNamespace(derive_rows=Broken(), check_rows=Broken()))
     for _ in range(2):
         made, _ = traced(monkeypatch, torch.float16, verify="full", strict=True)
         (note,) = made[0].notes

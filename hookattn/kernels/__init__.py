@@ -1,5 +1,6 @@
-"""Scores and weights on a GPU at the speed of its memory: Triton, beside the plain functions that say what is right."""
+"""Scores, weights and certificates at the speed of a GPU's memory: Triton, beside plain functions that say what is
+right."""
 
-from .launch import derive
+from .launch import check, derive
 
-__all__ = ["derive"]
+__all__ = ["check", "derive"]

@@ -1,15 +1,18 @@
-"""From a call's tensors to the GPU kernel; or to a reason why the plain functions have to do."""
+"""From a call's tensors to the GPU kernels; or to a reason why the plain functions have to do."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention import Diagonal, dot_scores, sink_column
+from ..record import KernelCall
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Wider heads are multiplied by torch: their tiles leave no room in a processor's shared memory.
@@ -42,53 +45,122 @@ def derive(
     Returns:
         B H T S each, or None; or a text: why no kernel takes this call.
     """
-    (b, h, t, d), (g, s) = q.shape, k.shape[1:3]
-    key = q.device, q.dtype, k.dtype, d
+    (b, h, t, d), s = q.shape, k.shape[2]
+    key = "derive", q.device, q.dtype, k.dtype, d
     reason = _refused.get(key) or _problem(q)
     if reason is not None:
         return reason
     scores = q.new_empty(b, h, t, s, dtype=torch.float32) if want_scores else None
     weights = q.new_empty(b, h, t, s) if want_weights else None
     product = None
-    if q.dtype == torch.float32 or k.dtype != q.dtype or d > _WIDEST:
+    if not _multiplies(q, k):
         whole = weights if weights is not None and weights.dtype == torch.float32 else None
         product = dot_scores(q, k, 1.0 if isinstance(scale, Tensor) else scale, scores if scores is not None else whole)
-    column = None if sinks is None else sink_column(sinks).expand(b, h, t, 1)
-    factors, biases, allowed = (
-        None if x is None else x.expand(b, h, t, s)
-        for x in (
-            scale if isinstance(scale, Tensor) else None,
-            bias,
-            None if mask is None or diagonal is not None else mask.view(torch.uint8),
-        )
-    )
-    hides = diagonal or Diagonal()
-    at = None if hides.rows is None else hides.rows.contiguous()
-    try:
-        rows = kernels()
-        with torch.cuda.device(q.get_device()):  # on the CPU there is none to choose
-            bm, bn, warps, stages = _tile(t, d, product is not None)
-            rows.derive_rows[(-(-t // bm) * b * h,)](
-                q, k.expand(b, g, s, d), product, scores, weights, factors, biases, allowed, column, at,
-                1.0 if isinstance(scale, Tensor) else float(scale), softcap, hides.offset, hides.window or 0,
-                h, h // g, t, s, d,
-                *q.stride(), *k.expand(b, g, s, d).stride(), *_strides(factors), *_strides(biases), *_strides(allowed),
-                *_strides(column)[:3],
-                CAUSAL=hides.causal, WINDOWED=hides.window is not None,
-                BM=bm, BN=bn, BD=max(16, 1 << (d - 1).bit_length()), num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - compilers and drivers fail in many ways, and the plain functions do not
-        text = str(error).strip().partition("\n")[0]
-        _refused[key] = reason = f"the kernel could not be built or started here: {type(error).__name__}: {text}"
-        return reason
-    return scores, weights
+    bm, bn, warps, stages = _tile(t, d, product is not None)
+
+    def launch() -> None:
+        kernels().derive_rows[(-(-t // bm) * b * h,)](
+            product=product, scores=scores, weights=weights, T=t, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+            **_operands(q, k, scale, softcap, bias, mask, sinks, diagonal),
+        )  # fmt: skip
+
+    return _try(key, q, launch) or (scores, weights)
+
+
+def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal | None) -> Tensor | None:
+    """What some rows of a call, derived from its arguments, give, against its output: in one sweep, nothing written.
+
+    Args:
+        call: one whose kernel formed neither scores nor weights, in a 16-bit dtype.
+        rows: the query rows that are checked.
+        mask, diagonal: as in :func:`derive`.
+
+    Returns:
+        4, B·H, float32: for each batch entry and head the largest excess of a row sum over 1, the largest score, the
+        largest error of the output and the largest value, of the rows that are checked and the keys that they see; or
+        None: no kernel takes this call.
+    """
+    q, k, v, output = call.q, call.k, call.v, call.output
+    if output is None or not (call.weights is call.applied is call.undropped is call.outer_error is None):
+        return None
+    (b, h, t, d), (s, e) = q.shape, v.shape[2:]
+    key = "check", q.device, q.dtype, d, e
+    if key in _refused or _problem(q) or not _multiplies(q, k) or v.dtype != q.dtype or e > _WIDEST:
+        return None
+    n, bm = len(range(*rows.indices(t))), 16
+    blocks = -(-n // bm)
+    found = torch.empty(4, blocks, b * h, dtype=torch.float32, device=q.device)
+    v = v.expand(b, -1, s, e)
+    beside = call.scale, call.softcap, call.bias, mask, call.sinks, diagonal
+
+    def launch() -> None:
+        kernels().check_rows[(blocks * b * h,)](
+            v=v, output=output, found=found, start=rows.indices(t)[0], step=rows.indices(t)[2], N=n, E=e,
+            BM=bm, BN=64, BE=_power(e), num_warps=4, num_stages=2, **_strides("v", v, "bgse"),
+            **_strides("out", output, "bhte"), **_operands(q, k, *beside),
+        )  # fmt: skip
+
+    if _try(key, q, launch) is not None:
+        return None
+    return found[:, 0] if blocks == 1 else found.amax(1)
 
 
 def kernels() -> Any:
-    """The module in Triton's language; imported here, as Triton is heavy and may be missing."""
-    from . import rows
+    """The modules in Triton's language, as one; imported here, as Triton is heavy and may be missing."""
+    from . import checking, rows
 
-    return rows
+    return SimpleNamespace(derive_rows=rows.derive_rows, check_rows=checking.check_rows)
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    diagonal: Diagonal | None,
+) -> dict[str, Any]:
+    """What both kernels are given, by the names of their parameters."""
+    (b, h, t, d), (g, s) = q.shape, k.shape[1:3]
+    k, hides = k.expand(b, g, s, d), diagonal or Diagonal()
+    beside = {
+        "scale": scale if isinstance(scale, Tensor) else None,
+        "bias": bias,
+        "mask": None if mask is None or diagonal is not None else mask.view(torch.uint8),
+    }
+    wide = {name: None if x is None else x.expand(b, h, t, s) for name, x in beside.items()}
+    column = None if sinks is None else sink_column(sinks).expand(b, h, t, 1)
+    return {
+        "q": q,
+        "k": k,
+        **wide,
+        "sinks": column,
+        "rows": None if hides.rows is None else hides.rows.contiguous(),
+        "factor": 1.0 if isinstance(scale, Tensor) else float(scale),
+        "softcap": softcap,
+        "offset": hides.offset,
+        "window": hides.window or 0,
+        "CAUSAL": hides.causal,
+        "WINDOWED": hides.window is not None,
+        **{"H": h, "per": h // g, "S": s, "D": d, "BD": _power(d)},
+        **_strides("q", q, "bhtd"),
+        **_strides("k", k, "bgsd"),
+        **_strides("sinks", column, "bht"),
+        **{key: n for name, x in wide.items() for key, n in _strides(name, x, "bhts").items()},
+    }
+
+
+def _try(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
+    """Start a kernel; or the reason why that can't be, now and from now on."""
+    try:
+        with torch.cuda.device(q.get_device()):  # on the CPU there is none to choose
+            launch()
+    except Exception as error:  # noqa: BLE001 - compilers and drivers fail in many ways, and the plain functions do not
+        text = str(error).strip().partition("\n")[0]
+        _refused[key] = f"the kernel could not be built or started here: {type(error).__name__}: {text}"
+    return _refused.get(key)
 
 
 def _problem(q: Tensor) -> str | None:
@@ -104,6 +176,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _multiplies(q: Tensor, k: Tensor) -> bool:
+    """Whether q·k is left to the kernel."""
+    return q.dtype == k.dtype != torch.float32 and q.shape[3] <= _WIDEST
+
+
 def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, warps, and stages of the pipeline."""
     if formed:
@@ -112,5 +189,11 @@ def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
     return (16, 128, 4, 2) if t <= 16 else (64, 64, 4, 2)
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0,) * 4 if x is None else x.stride()
+def _power(n: int) -> int:
+    """The next power of 2; tensor cores multiply no less than 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
+    """Strides by the names of a kernel's parameters; whatever they are where there is no tensor."""
+    return {f"{name}_{letter}": 0 if x is None else x.stride(i) for i, letter in enumerate(letters)}

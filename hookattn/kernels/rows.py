@@ -19,7 +19,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _finished(
+def finished(
     query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD: tl.constexpr
 ):
     """BM BN: scale·q·kᵀ, soft-capped, plus bias, for some keys; all pointers stand at the rows."""
@@ -41,7 +41,7 @@ def _finished(
 
 
 @triton.jit
-def _seen(mask, at, cols, inside, window, S, mask_s, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+def seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """BM BN: which of some keys each row may attend to."""
     there = (cols < S)[None, :]
     seen = inside[:, None] & there
@@ -56,6 +56,27 @@ def _seen(mask, at, cols, inside, window, S, mask_s, CAUSAL: tl.constexpr, WINDO
             if not CAUSAL:
                 seen &= back > -window
     return seen
+
+
+@triton.jit
+def reach(
+    rows, t, inside, offset, window, S, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Where each row is on the diagonal; the first and the last of the keys that some row sees; which rows see any."""
+    at = t
+    if rows is not None:
+        at = tl.load(rows + t, mask=inside, other=0)
+    at = (at + offset).to(tl.int32)
+    least, most = tl.min(tl.where(inside, at, 2**31 - 1)), tl.max(tl.where(inside, at, -(2**31)))
+    first, last = 0, S
+    low, high = tl.full([BM], 0, tl.int32), tl.full([BM], 0, tl.int32) + (S - 1)
+    if WINDOWED:
+        low, first = tl.maximum(at - window + 1, 0), tl.maximum(least - window + 1, 0) // BN * BN
+        if not CAUSAL:
+            high, last = tl.minimum(at + window - 1, S - 1), tl.maximum(tl.minimum(most + window, S), 0)
+    if CAUSAL:
+        high, last = tl.minimum(at, S - 1), tl.maximum(tl.minimum(most + 1, S), 0)
+    return at, tl.minimum(first, last), last, inside & (low <= high)
 
 
 @triton.jit(do_not_specialize=["offset", "window"])
@@ -139,19 +160,7 @@ def derive_rows(
     # Of the keys from first to last some row sees some; `alive` are the rows that see any.
     first, last, at, alive = 0, S, t, inside
     if CAUSAL or WINDOWED:
-        if rows is not None:
-            at = tl.load(rows + t, mask=inside, other=0)
-        at = (at + offset).to(tl.int32)
-        least, most = tl.min(tl.where(inside, at, 2**31 - 1)), tl.max(tl.where(inside, at, -(2**31)))
-        low, high = tl.full([BM], 0, tl.int32), tl.full([BM], 0, tl.int32) + (S - 1)
-        if WINDOWED:
-            low, first = tl.maximum(at - window + 1, 0), tl.maximum(least - window + 1, 0) // BN * BN
-            if not CAUSAL:
-                high, last = tl.minimum(at + window - 1, S - 1), tl.maximum(tl.minimum(most + window, S), 0)
-        if CAUSAL:
-            high, last = tl.minimum(at, S - 1), tl.maximum(tl.minimum(most + 1, S), 0)
-        alive &= low <= high
-        first = tl.minimum(first, last)
+        at, first, last, alive = reach(rows, t, inside, offset, window, S, CAUSAL, WINDOWED, BM, BN)
     if mask is not None:
         alive = t < 0
 
@@ -162,10 +171,10 @@ def derive_rows(
     if weights is not None:
         for start in range(first, last, BN):
             cols = start + column
-            s = _finished(
+            s = finished(
                 query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD
             )
-            seen = _seen(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
+            seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
             if mask is not None:
                 alive |= tl.max(seen.to(tl.int32), 1) > 0
             s = tl.where(seen, s, -float("inf"))
@@ -186,13 +195,13 @@ def derive_rows(
     for start in range(first, last, BN):
         cols = start + column
         both = inside[:, None] & (cols < S)[None, :]
-        s = _finished(
+        s = finished(
             query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD
         )
         if scores is not None:
             tl.store(scores[:, None] + cols[None, :], s, mask=both)
         if weights is not None:
-            seen = _seen(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED) & alive[:, None]
+            seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED) & alive[:, None]
             # Chosen, not multiplied: what is hidden may be no number.
             w = tl.where(seen, tl.exp(s - shift[:, None]) * part[:, None], 0.0)
             tl.store(weights[:, None] + cols[None, :], w.to(weights.dtype.element_ty), mask=both)
