@@ -40,7 +40,8 @@ def test_norms_needs_every_token() -> None:
     assert match is not None and match.columns.tolist() == [*range(12, 18), *range(6)]
     torch.testing.assert_close(match.factor, torch.full((12,), 0.25, dtype=torch.float64))
     drifting = turned * torch.linspace(1, 1.01, 12).view(12, 1, 1)  # still far nearer to its own columns than to others
-    assert norms(drifting.flatten(1), y, 2, torch.float32) is None
+    assert norms(drifting[:, 0], y, 1, torch.float32) is None
+    assert norms(turned[:, 0], y, 1, torch.float32) is not None
     turned[7, 1] *= 1.01
     assert norms(turned.flatten(1), y, 2, torch.float32) is None
 
