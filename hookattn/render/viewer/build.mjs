@@ -7,12 +7,20 @@ import { fileURLToPath } from "node:url";
 
 const here = dirname(fileURLToPath(import.meta.url));
 
-/** SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without node. */
+/**
+ * SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
+ * node.
+ */
 function fingerprint() {
-  const sources = readdirSync(join(here, "src"), { recursive: true }).map((name) => `src/${name.replaceAll("\\", "/")}`);
+  const sources = readdirSync(join(here, "src"), { recursive: true }).map(
+    (name) => `src/${name.replaceAll("\\", "/")}`,
+  );
   const hash = createHash("sha256");
   for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "build.mjs", "package-lock.json"].sort()) {
-    hash.update(`${name}\n`).update(readFileSync(join(here, name))).update("\n");
+    hash
+      .update(`${name}\n`)
+      .update(readFileSync(join(here, name)))
+      .update("\n");
   }
   return hash.digest("hex");
 }

@@ -24,7 +24,12 @@ export interface App {
   set(patch: Partial<State>): void;
 }
 
-export async function open(source: Source, options: Options, dark: ReadonlySignal<boolean>, views: readonly string[]): Promise<App> {
+export async function open(
+  source: Source,
+  options: Options,
+  dark: ReadonlySignal<boolean>,
+  views: readonly string[],
+): Promise<App> {
   const [trace, other] = await Promise.all([Trace.open(source), options.compare ? Trace.open(options.compare) : null]);
   const state = signal(normalise(options.state ?? {}, null, trace, views));
   return {

@@ -1,6 +1,9 @@
 /** Colours of numbers and of heads, legible in both themes and to people who confuse red and green. */
 
-/** One colour and one dash for each head: eight colours (in style.css) that stay apart in every kind of vision, then dashed. */
+/**
+ * One colour and one dash for each head: eight colours (in style.css) that stay apart in every kind of vision, then
+ * dashed.
+ */
 const HUES = 8;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 
@@ -39,7 +42,11 @@ export function ramp(kind: "sequential" | "diverging", dark: boolean): Ramp {
   let known = made.get(key);
   if (known === undefined) {
     const stops = (kind === "sequential" ? SEQUENTIAL : DIVERGING)[theme];
-    known = { colours: Uint32Array.from({ length: 256 }, (_, i) => between(stops, i / 255)), void: pack(rgb(VOID[theme])), stops };
+    known = {
+      colours: Uint32Array.from({ length: 256 }, (_, i) => between(stops, i / 255)),
+      void: pack(rgb(VOID[theme])),
+      stops,
+    };
     made.set(key, known);
   }
   return known;

@@ -6,7 +6,10 @@ export class ViewerError extends Error {
 /** A field that the trace does not hold; says which `capture=` keeps it. */
 export class NotCaptured extends ViewerError {
   override name = "NotCaptured";
-  constructor(readonly field: string, where: string) {
+  constructor(
+    readonly field: string,
+    where: string,
+  ) {
     super(
       `“${field}” of ${where} is not in this trace, and does not follow from what is. ` +
         `Trace again with capture=("${field}", …), or without capture= to keep everything.`,

@@ -35,7 +35,9 @@ export interface Options {
 }
 
 export function measures(scores: Scores | undefined): [string, Measure][] {
-  return Object.entries(scores ?? {}).filter((entry): entry is [string, Measure] => entry[0] !== "roles" && entry[1] !== undefined);
+  return Object.entries(scores ?? {}).filter(
+    (entry): entry is [string, Measure] => entry[0] !== "roles" && entry[1] !== undefined,
+  );
 }
 
 export function rolesOf(scores: Scores | undefined, call: number, head: number): string[] {

@@ -3,7 +3,10 @@ export class Slices {
   private began = performance.now();
 
   /** `budget`: milliseconds of work between two breaths. */
-  constructor(private readonly budget = 10, private readonly signal?: AbortSignal) {}
+  constructor(
+    private readonly budget = 10,
+    private readonly signal?: AbortSignal,
+  ) {}
 
   async turn(): Promise<void> {
     this.signal?.throwIfAborted();

@@ -26,7 +26,10 @@ export interface State {
   field: Field;
   scale: Scale;
   pool: Pool;
-  /** What becomes of the first key that is attended to: shown, left out, or left out with the rest made to sum to one again. */
+  /**
+   * What becomes of the first key that is attended to: shown, left out, or left out with the rest made to sum to one
+   * again.
+   */
   sink: Sink;
   filter: Filter;
   /** Model view: in the order of the layers, or by an analyzer's measure; and the smallest value shown. */
@@ -82,7 +85,9 @@ export function matches(trace: Trace, { stack, kind, layer, step }: State): Call
 
 /** `wanted` over `before`, each part moved to the nearest that the trace has; `views` are the ids of the views. */
 export function normalise(wanted: Partial<State>, before: State | null, trace: Trace, views: readonly string[]): State {
-  const clean = Object.entries(wanted).filter(([key, value]) => Object.hasOwn(FIRST, key) && value !== undefined && sound(key as keyof State, value));
+  const clean = Object.entries(wanted).filter(
+    ([key, value]) => Object.hasOwn(FIRST, key) && value !== undefined && sound(key as keyof State, value),
+  );
   const state: State = { ...(before ?? { ...FIRST, view: views[0] ?? "" }), ...Object.fromEntries(clean) };
   if (!views.includes(state.view)) state.view = views[0] ?? "";
   const calls = narrow(trace.calls, [
@@ -103,8 +108,10 @@ export function normalise(wanted: Partial<State>, before: State | null, trace: T
   state.batch = clamp(state.batch, B);
   state.heads = [...new Set(state.heads)].filter((h) => shown.headNumbers.includes(h));
   const many = T * S * shown.headNumbers.length > AT_ONCE;
-  if (state.heads.length === 0) state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
-  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix")) state.view = "matrix";
+  if (state.heads.length === 0)
+    state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
+  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix"))
+    state.view = "matrix";
   if (state.query !== null) state.query = clamp(state.query, T);
   if (state.key !== null) state.key = clamp(state.key, S);
   return state;
@@ -144,7 +151,10 @@ function narrow(calls: Call[], conditions: ((call: Call) => boolean)[]): Call[] 
 
 function nearest(calls: Call[], layer: number | null): Call | undefined {
   const distance = (c: Call) => Math.abs((c.site.layer ?? -1) - (layer ?? -1));
-  return calls.reduce<Call | undefined>((best, c) => (best === undefined || distance(c) < distance(best) ? c : best), undefined);
+  return calls.reduce<Call | undefined>(
+    (best, c) => (best === undefined || distance(c) < distance(best) ? c : best),
+    undefined,
+  );
 }
 
 function clamp(x: number, length: number): number {

@@ -1,4 +1,7 @@
-/** Tokens as a person reads them: bytes made text again, the tokenizers' marks of word starts and continuations understood. */
+/**
+ * Tokens as a person reads them: bytes made text again, the tokenizers' marks of word starts and continuations
+ * understood.
+ */
 export interface Label {
   /** What is drawn. */
   text: string;
@@ -6,7 +9,9 @@ export interface Label {
   raw: string;
 }
 
-/** The 256 characters that byte-level tokenizers write bytes as: printable Latin-1 as it is, the rest from U+0100 on. */
+/**
+ * The 256 characters that byte-level tokenizers write bytes as: printable Latin-1 as it is, the rest from U+0100 on.
+ */
 const BYTES: ReadonlyMap<string, number> = (() => {
   const printable = (b: number) => (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
   let next = 256;
@@ -16,12 +21,15 @@ const HEX = /^<0x([0-9A-Fa-f]{2})>$/;
 /** Marks a piece that continues the word before it: an undertie. */
 const JOIN = "‿";
 /** Scripts that are written without spaces between words: there a piece without one is nothing to be marked. */
-const UNSPACED = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
+const UNSPACED = /^[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Thai}\p{sc=Lao}\p{sc=Khmer}\p{sc=Myanmar}]/u;
 const SPECIAL = /^(?:<[|a-z/].*>|\[[A-Z0-9_]+\])$/i;
 
 export function readable(tokens: readonly string[]): Label[] {
   const level = byteLevel(tokens);
-  const texts = merge(tokens.map((token) => bytesOf(token, level)), tokens);
+  const texts = merge(
+    tokens.map((token) => bytesOf(token, level)),
+    tokens,
+  );
   const pieces = tokens.some((t) => t.startsWith("##"));
   const words = level ? texts.some((t) => /^ ./.test(t)) : tokens.some((t) => t.startsWith("▁"));
   return tokens.map((raw, i) => {
@@ -37,7 +45,8 @@ export function readable(tokens: readonly string[]): Label[] {
 function joined(text: string, raw: string, before: string | undefined): string {
   if (/^ \S/u.test(text)) return text.slice(1);
   const last = before?.replace(/ \d\/\d$/, "");
-  const continues = last !== undefined && /[\p{L}\p{N}]$/u.test(last) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
+  const continues =
+    last !== undefined && /[\p{L}\p{N}]$/u.test(last) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
   return continues && !SPECIAL.test(raw) ? JOIN + text : text;
 }
 
@@ -46,7 +55,10 @@ function inBytes(token: string): boolean {
   return token !== "" && [...token].every((c) => BYTES.has(c));
 }
 
-/** Whether the tokens are bytes: some sign of it is there, and as bytes they are sound UTF-8. Added tokens may be anything. */
+/**
+ * Whether the tokens are bytes: some sign of it is there, and as bytes they are sound UTF-8. Added tokens may be
+ * anything.
+ */
 function byteLevel(tokens: readonly string[]): boolean {
   const bytes = tokens.filter(inBytes);
   if (bytes.length < tokens.length / 2 || !bytes.some((t) => /[\u0100-\u0143]/.test(t))) return false;
@@ -65,7 +77,7 @@ function bytesOf(token: string, level: boolean): number[] | null {
 /** Text of each token; one character spread over several tokens is shown in each, with its part: “猫 1/3”. */
 function merge(bytes: (number[] | null)[], tokens: readonly string[]): string[] {
   const out: string[] = [];
-  for (let i = 0; i < tokens.length; ) {
+  for (let i = 0; i < tokens.length;) {
     const found = run(bytes, i);
     if (found === null) out.push(bytes[i] === null ? tokens[i]! : bytes[i]!.map((b) => `<${hex(b)}>`).join(""));
     else if (found.length === 1) out.push(found.text);
@@ -97,7 +109,9 @@ function hex(byte: number): string {
 
 const NAMED: Readonly<Record<string, string>> = { "\n": "↵", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "⍽" };
 
-/** Whitespace and what has no shape of its own, made visible. Joiners inside a word stay: scripts and emoji need them. */
+/**
+ * Whitespace and what has no shape of its own, made visible. Joiners inside a word stay: scripts and emoji need them.
+ */
 function visible(text: string): string {
   if (text === "") return "∅";
   if (/^[\s\u00a0]+$/u.test(text)) return [...text].map((c) => NAMED[c] ?? code(c)).join("");
@@ -112,7 +126,9 @@ function code(c: string): string {
 /** At most `length` characters; what is cut off is an ellipsis. Characters are whole, also with marks and joiners. */
 export function shorten(text: string, length: number): string {
   if (text.length <= length) return text;
-  const characters = [...new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text)].map((s) => s.segment);
+  const characters = [...new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text)].map(
+    (s) => s.segment,
+  );
   return characters.length <= length ? text : `${characters.slice(0, length - 1).join("")}…`;
 }
 

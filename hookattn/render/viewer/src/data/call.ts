@@ -34,9 +34,11 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     for (const field of ["mask", "bias"]) {
       // Broadcastable: its extents are those of the call where they are larger than one.
       const shape = entries.get(document.fields[field] ?? "")?.shape;
-      if (shape?.length === 4) "BHTS".split("").forEach((axis, i) => (extents[axis as "B"] ||= shape[i]! > 1 ? shape[i]! : 0));
+      if (shape?.length === 4)
+        "BHTS".split("").forEach((axis, i) => (extents[axis as "B"] ||= shape[i]! > 1 ? shape[i]! : 0));
     }
-    for (const axis of ["B", "H", "T", "S"] as const) extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
+    for (const axis of ["B", "H", "T", "S"] as const)
+      extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
     const key = `${document.site.path}\n${document.site.kind}`;
     const last = fed.get(key);
     const start = last === undefined ? 0 : last.step === document.step ? last.start : last.start + last.length;

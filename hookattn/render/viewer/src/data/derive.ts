@@ -1,6 +1,8 @@
 /**
- * Scores and weights of one head from a kernel's arguments: scores = softcap(scale·q·kᵀ) + bias; weights = softmax over S of
- * scores where mask, else −∞, with the sink in the denominator; a row with nothing to attend to is 0. As in docs/trace-format.md.
+ * Scores and weights of one head from a kernel's arguments: scores = softcap(scale·q·kᵀ) + bias; weights = softmax
+ * over S of
+ * scores where mask, else −∞, with the sink in the denominator; a row with nothing to attend to is 0. As in
+ * docs/trace-format.md.
  */
 import type { Slices } from "../slices";
 import { at, type Matrix } from "./matrix";
@@ -33,7 +35,12 @@ export async function scores({ q, k, scale, softcap, bias }: Parts, slices: Slic
 }
 
 /** Softmax of `scores` where `mask` is not 0. `sinks`: one learned logit a row, or one for all rows, or none. */
-export async function weights(scores: Matrix, mask: Matrix | null, sinks: ArrayLike<number> | null, slices: Slices): Promise<Matrix> {
+export async function weights(
+  scores: Matrix,
+  mask: Matrix | null,
+  sinks: ArrayLike<number> | null,
+  slices: Slices,
+): Promise<Matrix> {
   const { rows, cols } = scores;
   const data = like(scores, rows * cols);
   for (let t = 0, row = 0; t < rows; t++, row += cols) {
@@ -45,7 +52,8 @@ export async function weights(scores: Matrix, mask: Matrix | null, sinks: ArrayL
       const sink = sinks === null ? -Infinity : sinks[sinks.length === 1 ? 0 : t]!;
       const base = Math.max(top, sink);
       let total = Math.exp(sink - base);
-      for (let i = row; i < row + cols; i++) if (mask === null || mask.data[i]) total += Math.exp(scores.data[i]! - base);
+      for (let i = row; i < row + cols; i++)
+        if (mask === null || mask.data[i]) total += Math.exp(scores.data[i]! - base);
       for (let i = row; i < row + cols; i++) {
         data[i] = mask === null || mask.data[i] ? Math.exp(scores.data[i]! - base) / total : 0;
       }

@@ -84,7 +84,9 @@ export async function readHeader(source: Source): Promise<Header> {
   if (source.size < 8) throw new ViewerError(`${source.name}: ${source.size} bytes are too few for a trace.`);
   const length = Number(new DataView(await source.read(0, 8)).getBigUint64(0, true));
   if (length > HEADER_LIMIT || length + 8 > source.size) {
-    throw new ViewerError(`${source.name}: not a whole safetensors file: its header has ${length} bytes, the file ${source.size}.`);
+    throw new ViewerError(
+      `${source.name}: not a whole safetensors file: its header has ${length} bytes, the file ${source.size}.`,
+    );
   }
   const text = new TextDecoder().decode(await source.read(8, 8 + length));
   let header: Record<string, { dtype: string; shape: number[]; data_offsets: [number, number] }>;
@@ -95,17 +97,28 @@ export async function readHeader(source: Source): Promise<Header> {
   }
   const metadata = header["__metadata__"] as unknown as Record<string, string> | undefined;
   const json = metadata?.["hookattn"];
-  if (json === undefined) throw new ViewerError(`${source.name}: a safetensors file, but not a trace: it has no document.`);
+  if (json === undefined)
+    throw new ViewerError(`${source.name}: a safetensors file, but not a trace: it has no document.`);
   const document = parse(json) as TraceDocument;
-  if (document.format !== "hookattn-trace") throw new ViewerError(`${source.name}: the format is “${document.format}”, not a trace.`);
+  if (document.format !== "hookattn-trace")
+    throw new ViewerError(`${source.name}: the format is “${document.format}”, not a trace.`);
   if (document.format_version[0] > MAJOR) {
     const version = document.format_version.join(".");
-    throw new ViewerError(`${source.name}: written in format ${version}, and this viewer reads ${MAJOR}.x. Get a newer hookattn.`);
+    throw new ViewerError(
+      `${source.name}: written in format ${version}, and this viewer reads ${MAJOR}.x. Get a newer hookattn.`,
+    );
   }
   const entries = new Map<string, Entry>();
-  for (const [name, { dtype, shape, data_offsets: [begin, end] }] of Object.entries(header).filter(([k]) => k !== "__metadata__")) {
+  for (const [
+    name,
+    {
+      dtype,
+      shape,
+      data_offsets: [begin, end],
+    },
+  ] of Object.entries(header).filter(([k]) => k !== "__metadata__")) {
     if (8 + length + end > source.size) {
-      throw new ViewerError(`${source.name}: cut short: “${name}” ends at byte ${8 + length + end} of ${source.size}.`);
+      throw new ViewerError(`${source.name}: cut short: “${name}” needs ${8 + length + end} bytes of ${source.size}.`);
     }
     entries.set(name, { dtype, shape, begin: 8 + length + begin, end: 8 + length + end });
   }
@@ -117,6 +130,8 @@ function parse(text: string): unknown {
   try {
     return JSON.parse(text);
   } catch {
-    return JSON.parse(text.replace(/"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b/g, (found) => (found[0] === '"' ? found : `"${found}"`)));
+    return JSON.parse(
+      text.replace(/"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b/g, (found) => (found[0] === '"' ? found : `"${found}"`)),
+    );
   }
 }

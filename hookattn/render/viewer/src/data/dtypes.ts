@@ -21,8 +21,16 @@ function table(bits: 8 | 16, value: (code: number) => number): Dtype {
   };
 }
 
-/** A floating type of a sign bit, `exponent` bits and `mantissa` bits; `special`: whether the top exponent is inf and nan. */
-function floating(exponent: number, mantissa: number, bias: number, special: "ieee" | "fn" | "fnuz"): (code: number) => number {
+/**
+ * A floating type of a sign bit, `exponent` bits and `mantissa` bits; `special`: whether the top exponent is inf and
+ * nan.
+ */
+function floating(
+  exponent: number,
+  mantissa: number,
+  bias: number,
+  special: "ieee" | "fn" | "fnuz",
+): (code: number) => number {
   const top = 2 ** exponent - 1;
   const full = 2 ** mantissa - 1;
   return (code) => {

@@ -18,7 +18,14 @@ export function within(frame: Frame | null, keys: number, queries: number): Fram
 }
 
 /** Closer by `factor`, where the point at the parts `x`, `y` of the frame stays where it is. Null: all is in view. */
-export function zoomed(frame: Frame | null, keys: number, queries: number, factor: number, x = 0.5, y = 0.5): Frame | null {
+export function zoomed(
+  frame: Frame | null,
+  keys: number,
+  queries: number,
+  factor: number,
+  x = 0.5,
+  y = 0.5,
+): Frame | null {
   const [k, q, w, h] = within(frame, keys, queries);
   const least = Math.max(Math.min(LEAST, keys) / w, Math.min(LEAST, queries) / h);
   const by = Math.max(1 / factor, Math.min(1, least));
@@ -26,7 +33,13 @@ export function zoomed(frame: Frame | null, keys: number, queries: number, facto
   return next[2] >= keys && next[3] >= queries ? null : next;
 }
 
-export function moved(frame: Frame | null, keys: number, queries: number, byKeys: number, byQueries: number): Frame | null {
+export function moved(
+  frame: Frame | null,
+  keys: number,
+  queries: number,
+  byKeys: number,
+  byQueries: number,
+): Frame | null {
   if (frame === null) return null;
   const [k, q, w, h] = within(frame, keys, queries);
   return within([k + byKeys, q + byQueries, w, h], keys, queries);

@@ -56,7 +56,8 @@ function axis(positions: number[], tokens: string[] | null): Axis {
   return {
     labels: positions.map((p) => read?.[p] ?? { text: String(p), raw: String(p) }),
     positions,
-    segments: pair === null || positions.some((p) => p >= pair.length) ? null : Uint8Array.from(positions, (p) => pair[p]!),
+    segments:
+      pair === null || positions.some((p) => p >= pair.length) ? null : Uint8Array.from(positions, (p) => pair[p]!),
     named: read !== null,
   };
 }

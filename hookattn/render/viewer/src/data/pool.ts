@@ -1,4 +1,7 @@
-/** Matrices made smaller for the screen: the largest or the sum of what falls together, never the mean. NaN is left out. */
+/**
+ * Matrices made smaller for the screen: the largest or the sum of what falls together, never the mean. NaN is left
+ * out.
+ */
 import type { Slices } from "../slices";
 import type { Pool } from "../state";
 import type { Matrix } from "./matrix";
@@ -10,7 +13,8 @@ const SMALLEST = 128;
 
 export async function pyramid(matrix: Matrix, pool: Pool, slices: Slices): Promise<Pyramid> {
   const levels = [matrix];
-  for (let last = matrix; Math.max(last.rows, last.cols) > SMALLEST; ) levels.push((last = await half(last, pool, slices)));
+  for (let last = matrix; Math.max(last.rows, last.cols) > SMALLEST;)
+    levels.push((last = await half(last, pool, slices)));
   return levels;
 }
 

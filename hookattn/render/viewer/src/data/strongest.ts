@@ -16,8 +16,16 @@ export interface Strongest {
   share: number;
 }
 
-/** At most `limit` entries of at least `floor`, the weakest first. Entries are counted by the upper half of their float32 bits. */
-export async function strongest(matrices: readonly Matrix[], limit: number, floor: number, slices: Slices): Promise<Strongest> {
+/**
+ * At most `limit` entries of at least `floor`, the weakest first. Entries are counted by the upper half of their
+ * float32 bits.
+ */
+export async function strongest(
+  matrices: readonly Matrix[],
+  limit: number,
+  floor: number,
+  slices: Slices,
+): Promise<Strongest> {
   const counts = new Uint32Array(1 << 16);
   const narrow = matrices.map((m) => (m.data instanceof Float32Array ? m.data : Float32Array.from(m.data)));
   let total = 0;

@@ -23,7 +23,16 @@ let running = 0;
 const waiting: (() => void)[] = [];
 
 /** `head` counted among those stored; at most `size` rows and columns. */
-export async function thumbnail(trace: Trace, call: Call, field: string, batch: number, head: number, sink: Sink, size: number, signal: AbortSignal): Promise<Thumbnail> {
+export async function thumbnail(
+  trace: Trace,
+  call: Call,
+  field: string,
+  batch: number,
+  head: number,
+  sink: Sink,
+  size: number,
+  signal: AbortSignal,
+): Promise<Thumbnail> {
   const key = [call.index, field, batch, head, sink, size].join(" ");
   let cache = kept.get(trace);
   if (cache === undefined) kept.set(trace, (cache = new Lru(CACHE)));
@@ -35,7 +44,10 @@ export async function thumbnail(trace: Trace, call: Call, field: string, batch: 
     const whole = presented(await trace.head(call, field, batch, head), field, sink, "all", axesOf(trace, call, batch));
     const matrix = await poolTo(whole, size, size, new Slices(8, signal));
     // A small head is its own thumbnail, and not to be kept a second time.
-    const made = { matrix: matrix === whole ? { ...matrix, data: matrix.data.slice() } : matrix, extent: extent(matrix) };
+    const made = {
+      matrix: matrix === whole ? { ...matrix, data: matrix.data.slice() } : matrix,
+      extent: extent(matrix),
+    };
     cache.set(key, made, made.matrix.data.byteLength);
     return made;
   } finally {

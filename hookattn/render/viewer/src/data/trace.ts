@@ -45,13 +45,17 @@ export class Trace {
   }
 
   /**
-   * One head of a field, `head` counted among those stored: q T×D, k S×D, v S×E, output T×E, scores, weights, mask and bias T×S.
+   * One head of a field, `head` counted among those stored: q T×D, k S×D, v S×E, output T×E, scores, weights, mask
+   * and bias T×S.
    * Throws NotCaptured; for a field that the call has none of (bias null), use `optional`.
    */
   head(call: Call, field: string, batch: number, head: number): Promise<Matrix> {
     const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
     const name = call.fields[field];
-    const key = name == null ? `${call.index} ${field} ${batch} ${kv}` : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
+    const key =
+      name == null
+        ? `${call.index} ${field} ${batch} ${kv}`
+        : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
     let known = this.cache.get(key);
     if (known === undefined) {
       known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv);
@@ -90,19 +94,21 @@ export class Trace {
 
   private entry(name: string): Entry {
     const entry = this.entries.get(name);
-    if (entry === undefined) throw new ViewerError(`${this.source.name}: the document names a tensor “${name}” that is not in the file.`);
+    if (entry === undefined)
+      throw new ViewerError(`${this.source.name}: the document names a tensor “${name}” that is not in the file.`);
     return entry;
   }
 
   /** Elements `first` to `end` of a tensor, as numbers. */
   private async numbers(name: string, { dtype, begin }: Entry, first: number, end: number): Promise<Numbers> {
     const type = DTYPES[dtype];
-    if (type === undefined) throw new ViewerError(`“${name}” has the dtype ${dtype}, which this viewer does not know.`);
+    if (type === undefined) throw new ViewerError(`“${name}” has the dtype ${dtype}, unknown to this viewer.`);
     const bytes = await this.source.read(begin + first * type.size, begin + end * type.size);
     const coding = this.document.coding?.[name];
     if (coding === undefined) return type.decode(bytes);
     const decode = CODINGS[coding.kind];
-    if (decode === undefined) throw new ViewerError(`“${name}” is coded as “${coding.kind}”, which this viewer does not know.`);
+    if (decode === undefined)
+      throw new ViewerError(`“${name}” is coded as “${coding.kind}”, which this viewer does not know.`);
     return decode(new Uint8Array(bytes));
   }
 

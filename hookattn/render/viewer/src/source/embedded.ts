@@ -11,13 +11,17 @@ interface Block {
   element: Element;
 }
 
-/** The trace inside the page itself, in `<script type="application/x-hookattn">` blocks; decoded when they are touched. */
+/**
+ * The trace inside the page itself, in `<script type="application/x-hookattn">` blocks; decoded when they are touched.
+ */
 export function embedded(root: ParentNode = document): Source {
   const blocks = [...root.querySelectorAll(`script[type="${TYPE}"]`)].map(block).sort((a, b) => a.start - b.start);
   let size = 0;
   for (const { start, end } of blocks) {
     if (start !== size || end < start) {
-      throw new ViewerError(`The page is damaged: a block of the trace starts at byte ${start}, and ${size} was expected.`);
+      throw new ViewerError(
+        `The page is damaged: a block of the trace starts at byte ${start}, and ${size} was expected.`,
+      );
     }
     size = end;
   }
@@ -65,7 +69,9 @@ async function decode({ start, end, element }: Block): Promise<Uint8Array> {
     throw new ViewerError(`The page holds a block in the coding “${codec}”, and this viewer knows “gzip”.`);
   }
   if (bytes.length !== end - start) {
-    throw new ViewerError(`The page is damaged: the block at byte ${start} has ${bytes.length} of ${end - start} bytes.`);
+    throw new ViewerError(
+      `The page is damaged: the block at byte ${start} has ${bytes.length} of ${end - start} bytes.`,
+    );
   }
   return bytes;
 }

@@ -1,7 +1,9 @@
 import { ViewerError, message } from "../errors";
 import type { Source } from "./source";
 
-/** A trace behind a URL that answers Range requests. A file that changes while it is viewed is an error, not a mixture. */
+/**
+ * A trace behind a URL that answers Range requests. A file that changes while it is viewed is an error, not a mixture.
+ */
 export async function served(url: string): Promise<Source> {
   const first = await request(url, 0, 8, null);
   const total = /\/(\d+)$/.exec(first.headers.get("Content-Range") ?? "")?.[1];

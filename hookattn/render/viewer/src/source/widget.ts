@@ -52,7 +52,9 @@ export function asked(model: WidgetModel): Source & { close(): void } {
           waiting.delete(id);
           reject(new ViewerError("The kernel does not answer. Is it busy, or was it stopped?"));
         }, TIMEOUT);
-        const done = <T>(pass: (value: T) => void) => (value: T) => (clearTimeout(late), pass(value));
+        const done =
+          <T>(pass: (value: T) => void) =>
+          (value: T) => (clearTimeout(late), pass(value));
         waiting.set(id, { resolve: done(resolve), reject: done(reject) });
         model.send({ kind: "read", id, start, end });
       });

@@ -30,9 +30,14 @@ function entries({ axis, first, count, length }: Props, apart: number): { i: num
   const name = axis.named && cell >= LINE;
   const stride = name ? 1 : nice(apart / cell);
   const out = [];
-  for (let i = Math.ceil(first / stride) * stride; i < Math.min(axis.labels.length, Math.ceil(first + count)); i += stride) {
+  for (
+    let i = Math.ceil(first / stride) * stride;
+    i < Math.min(axis.labels.length, Math.ceil(first + count));
+    i += stride
+  ) {
     const middle = i + 0.5 - first;
-    if (middle >= 0 && middle <= count) out.push({ i, text: name ? axis.labels[i]!.text : String(axis.positions[i]), name });
+    if (middle >= 0 && middle <= count)
+      out.push({ i, text: name ? axis.labels[i]!.text : String(axis.positions[i]), name });
   }
   return out;
 }
@@ -52,7 +57,14 @@ export function Rows(props: Props) {
   return (
     <g>
       {entries(props, 24).map(({ i, text }) => (
-        <text key={i} x={at - 6} y={start + ((i + 0.5 - first) / count) * length} text-anchor="end" dominant-baseline="central" font-weight={weight(i, props)}>
+        <text
+          key={i}
+          x={at - 6}
+          y={start + ((i + 0.5 - first) / count) * length}
+          text-anchor="end"
+          dominant-baseline="central"
+          font-weight={weight(i, props)}
+        >
           {shorten(text, Math.max(2, Math.floor((room - 8) / 7.2)))}
         </text>
       ))}
@@ -67,11 +79,18 @@ export function Columns(props: Props) {
       {entries(props, 40).map(({ i, text, name }) => {
         const x = start + ((i + 0.5 - first) / count) * length;
         return name ? (
-          <text key={i} transform={`translate(${x} ${at - 6}) rotate(-60)`} dominant-baseline="central" font-weight={weight(i, props)}>
+          <text
+            key={i}
+            transform={`translate(${x} ${at - 6}) rotate(-60)`}
+            dominant-baseline="central"
+            font-weight={weight(i, props)}
+          >
             {shorten(text, Math.max(2, Math.floor((room - 8) / 6.4)))}
           </text>
         ) : (
-          <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)}>{text}</text>
+          <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)}>
+            {text}
+          </text>
         );
       })}
     </g>

@@ -3,6 +3,7 @@ import { type App, current, focus } from "../app";
 import { headColour } from "../colours";
 import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
+import { Named, Segments, Slider } from "./inputs";
 import type { ControlName, View } from "../views/index";
 
 interface ControlProps {
@@ -25,54 +26,15 @@ export function Controls({ app, view }: ControlProps) {
   );
 }
 
-function Named({ name, children }: { name: string; children: ComponentChildren }) {
-  return (
-    <label class="control">
-      <span class="name">{name}</span>
-      {children}
-    </label>
-  );
-}
-
-/** A few choices, side by side. */
-function Segments<T extends string>(props: { name: string; value: T; of: [T, string, string?][]; pick(value: T): void }) {
-  return (
-    <div class="control" role="group" aria-label={props.name}>
-      <span class="name">{props.name}</span>
-      <div class="segments">
-        {props.of.map(([value, text, title]) => (
-          <button key={value} type="button" title={title} aria-pressed={value === props.value} onClick={() => props.pick(value)}>
-            {text}
-          </button>
-        ))}
-      </div>
-    </div>
-  );
-}
-
-/** A slider over the values that there are; nothing where there is only one. */
-function Slider<T>(props: { name: string; values: readonly T[]; value: T; text(value: T): string; pick(value: T): void }) {
-  const at = Math.max(0, props.values.indexOf(props.value));
-  if (props.values.length < 2) return null;
-  return (
-    <Named name={props.name}>
-      <input
-        type="range" min={0} max={props.values.length - 1} step={1} value={at} aria-label={props.name}
-        aria-valuetext={props.text(props.value)}
-        onInput={(event) => props.pick(props.values[Number(event.currentTarget.value)]!)}
-      />
-      <output>{props.text(props.value)}</output>
-    </Named>
-  );
-}
-
 export function steps(app: App): number[] {
   return distinct(app.trace.calls.map((c) => c.step)).sort((a, b) => a - b);
 }
 
 /** The layers of the stack and kind in view. */
 export function layers(app: App, state: State): (number | null)[] {
-  const calls = app.trace.calls.filter((c) => c.step === state.step && c.site.stack === state.stack && c.site.kind === state.kind);
+  const calls = app.trace.calls.filter(
+    (c) => c.step === state.step && c.site.stack === state.stack && c.site.kind === state.kind,
+  );
   return distinct(calls.map((c) => c.site.layer)).sort((a, b) => (a ?? -1) - (b ?? -1));
 }
 
@@ -93,7 +55,11 @@ function Stack({ app }: { app: App }) {
           app.set({ stack, kind, nth: 0, query: null, key: null, zoom: null });
         }}
       >
-        {names.map((name) => <option key={name} value={name}>{(JSON.parse(name) as string[]).join(" · ")}</option>)}
+        {names.map((name) => (
+          <option key={name} value={name}>
+            {(JSON.parse(name) as string[]).join(" · ")}
+          </option>
+        ))}
       </select>
     </Named>
   );
@@ -101,13 +67,29 @@ function Stack({ app }: { app: App }) {
 
 function Step({ app }: { app: App }) {
   const state = app.state.value;
-  return <Slider name="Step" values={steps(app)} value={state.step} text={String} pick={(step) => app.set({ step, query: null, key: null, zoom: null })} />;
+  return (
+    <Slider
+      name="Step"
+      values={steps(app)}
+      value={state.step}
+      text={String}
+      pick={(step) => app.set({ step, query: null, key: null, zoom: null })}
+    />
+  );
 }
 
 function Batch({ app }: { app: App }) {
   const { call } = current(app);
   const entries = Array.from({ length: call.extents.B }, (_, b) => b);
-  return <Slider name="Batch" values={entries} value={app.state.value.batch} text={String} pick={(batch) => app.set({ batch })} />;
+  return (
+    <Slider
+      name="Batch"
+      values={entries}
+      value={app.state.value.batch}
+      text={String}
+      pick={(batch) => app.set({ batch })}
+    />
+  );
 }
 
 function Layer({ app }: { app: App }) {
@@ -115,11 +97,21 @@ function Layer({ app }: { app: App }) {
   const same = matches(app.trace, state);
   return (
     <>
-      <Slider name="Layer" values={layers(app, state)} value={state.layer} text={(l) => (l === null ? "–" : String(l))} pick={(layer) => app.set({ layer, nth: 0 })} />
+      <Slider
+        name="Layer"
+        values={layers(app, state)}
+        value={state.layer}
+        text={(l) => (l === null ? "–" : String(l))}
+        pick={(layer) => app.set({ layer, nth: 0 })}
+      />
       {same.length > 1 && (
         <Named name="Module">
           <select value={state.nth} onChange={(event) => app.set({ nth: Number(event.currentTarget.value) })}>
-            {same.map((c, i) => <option key={c.index} value={i}>{c.site.path || "the model itself"}</option>)}
+            {same.map((c, i) => (
+              <option key={c.index} value={i}>
+                {c.site.path || "the model itself"}
+              </option>
+            ))}
           </select>
         </Named>
       )}
@@ -144,8 +136,12 @@ function Heads({ app }: { app: App }) {
       <div class="chips">
         {call.headNumbers.map((head) => (
           <button
-            key={head} type="button" class={head === one && state.heads.length > 1 ? "chip focus" : "chip"} aria-pressed={state.heads.includes(head)}
-            aria-label={`Head ${head}`} title={`Head ${head}: click to see it alone, ctrl-click to add or remove it`}
+            key={head}
+            type="button"
+            class={head === one && state.heads.length > 1 ? "chip focus" : "chip"}
+            aria-pressed={state.heads.includes(head)}
+            aria-label={`Head ${head}`}
+            title={`Head ${head}: click to see it alone, ctrl-click to add or remove it`}
             style={{ borderBottomColor: state.heads.includes(head) ? headColour(head) : "var(--line)" }}
             onClick={(event) => pick(head, event.ctrlKey || event.metaKey || event.shiftKey)}
           >
@@ -153,7 +149,11 @@ function Heads({ app }: { app: App }) {
           </button>
         ))}
         {call.headNumbers.length > 1 && (
-          <button type="button" class="all" onClick={() => app.set({ heads: all ? [one] : [...call.headNumbers.filter((h) => h !== one), one] })}>
+          <button
+            type="button"
+            class="all"
+            onClick={() => app.set({ heads: all ? [one] : [...call.headNumbers.filter((h) => h !== one), one] })}
+          >
             &nbsp;{all ? "one" : "all"}&nbsp;
           </button>
         )}
@@ -163,7 +163,11 @@ function Heads({ app }: { app: App }) {
 }
 
 function FieldControl({ app }: { app: App }) {
-  const of: [Field, string][] = [["weights", "weights"], ["scores", "scores"], ["mask", "mask"]];
+  const of: [Field, string][] = [
+    ["weights", "weights"],
+    ["scores", "scores"],
+    ["mask", "mask"],
+  ];
   return <Segments name="Field" value={app.state.value.field} of={of} pick={(field) => app.set({ field })} />;
 }
 
@@ -174,7 +178,10 @@ function ofWeights(app: App, view: View): boolean {
 
 function ScaleControl({ app, view }: ControlProps) {
   if (!ofWeights(app, view)) return null;
-  const of: [Scale, string][] = [["linear", "linear"], ["log", "log"]];
+  const of: [Scale, string][] = [
+    ["linear", "linear"],
+    ["log", "log"],
+  ];
   return <Segments name="Scale" value={app.state.value.scale} of={of} pick={(scale) => app.set({ scale })} />;
 }
 
@@ -218,16 +225,29 @@ function SortControl({ app }: { app: App }) {
   return (
     <>
       <Named name="Order">
-        <select value={state.sort} title={chosen?.description} onChange={(event) => app.set({ sort: event.currentTarget.value, least: null })}>
+        <select
+          value={state.sort}
+          title={chosen?.description}
+          onChange={(event) => app.set({ sort: event.currentTarget.value, least: null })}
+        >
           <option value="layer">by layer</option>
-          {known.map(([name]) => <option key={name} value={name}>by {name}</option>)}
+          {known.map(([name]) => (
+            <option key={name} value={name}>
+              by {name}
+            </option>
+          ))}
         </select>
       </Named>
       {chosen !== undefined && (
         <Named name={`at least${chosen.unit ? ` (${chosen.unit})` : ""}`}>
           <input
-            type="number" step="any" style={{ width: "90px" }} value={state.least ?? ""}
-            onInput={(event) => app.set({ least: event.currentTarget.value === "" ? null : Number(event.currentTarget.value) })}
+            type="number"
+            step="any"
+            style={{ width: "90px" }}
+            value={state.least ?? ""}
+            onInput={(event) =>
+              app.set({ least: event.currentTarget.value === "" ? null : Number(event.currentTarget.value) })
+            }
           />
         </Named>
       )}

@@ -1,7 +1,19 @@
 /** What a view has drawn, as one SVG or PNG: its <svg>s, its <canvas>es and its labels, where they are. */
 const INHERITED = [
-  "fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "opacity", "font-family", "font-size",
-  "font-weight", "text-anchor", "dominant-baseline", "visibility", "display",
+  "fill",
+  "fill-opacity",
+  "stroke",
+  "stroke-width",
+  "stroke-opacity",
+  "stroke-dasharray",
+  "opacity",
+  "font-family",
+  "font-size",
+  "font-weight",
+  "text-anchor",
+  "dominant-baseline",
+  "visibility",
+  "display",
 ] as const;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -14,7 +26,13 @@ export function toSvg(figure: HTMLElement): string {
     const box = element.getBoundingClientRect();
     if (box.width === 0 || box.height === 0 || element.closest(".notice, .tip")) continue;
     const [x, y] = [box.left - left, box.top - top];
-    parts.push(element instanceof HTMLCanvasElement ? picture(element, x, y, box) : element instanceof SVGSVGElement ? drawing(element, x, y, box) : words(element, x, y, box));
+    parts.push(
+      element instanceof HTMLCanvasElement
+        ? picture(element, x, y, box)
+        : element instanceof SVGSVGElement
+          ? drawing(element, x, y, box)
+          : words(element, x, y, box),
+    );
     width = Math.max(width, x + box.width);
     height = Math.max(height, y + box.height);
   }
@@ -35,7 +53,9 @@ export async function toPng(figure: HTMLElement): Promise<Blob> {
   canvas.height = Math.max(1, Math.round(image.height * scale));
   canvas.getContext("2d")!.drawImage(image, 0, 0, canvas.width, canvas.height);
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob === null ? reject(new Error("The browser could not make a PNG of this size.")) : resolve(blob)));
+    canvas.toBlob((blob) =>
+      blob === null ? reject(new Error("The browser could not make a PNG of this size.")) : resolve(blob),
+    );
   });
 }
 
@@ -50,7 +70,8 @@ export function download(blob: Blob, name: string): string {
 
 function make(tag: string, attributes: Record<string, string | number>): SVGElement {
   const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) if (name !== "xmlns") element.setAttribute(name, String(value));
+  for (const [name, value] of Object.entries(attributes))
+    if (name !== "xmlns") element.setAttribute(name, String(value));
   return element;
 }
 
@@ -63,7 +84,10 @@ function picture(canvas: HTMLCanvasElement, x: number, y: number, { width, heigh
 /** A copy whose styles are its own: the style sheet does not travel with it. */
 function drawing(svg: SVGSVGElement, x: number, y: number, { width, height }: DOMRect): Element {
   const copy = svg.cloneNode(true) as SVGSVGElement;
-  const [from, to] = [[svg, ...svg.querySelectorAll("*")], [copy, ...copy.querySelectorAll("*")]];
+  const [from, to] = [
+    [svg, ...svg.querySelectorAll("*")],
+    [copy, ...copy.querySelectorAll("*")],
+  ];
   from.forEach((element, i) => {
     const style = getComputedStyle(element);
     const own = to[i]!;
@@ -78,7 +102,12 @@ function drawing(svg: SVGSVGElement, x: number, y: number, { width, height }: DO
 function words(element: HTMLElement, x: number, y: number, { height }: DOMRect): Element {
   const style = getComputedStyle(element);
   const text = make("text", {
-    x, y: y + height / 2, "dominant-baseline": "central", fill: style.color, "font-family": style.fontFamily, "font-size": style.fontSize,
+    x,
+    y: y + height / 2,
+    "dominant-baseline": "central",
+    fill: style.color,
+    "font-family": style.fontFamily,
+    "font-size": style.fontSize,
   });
   text.textContent = element.textContent;
   return text;

@@ -23,23 +23,36 @@ export const KEYS: readonly Key[] = [
   {
     keys: ["ArrowUp", "ArrowDown"],
     does: "lock the query before or after",
-    press: (app, key) => ({ query: move(app.state.value.query, key === "ArrowDown" ? 1 : -1, current(app).call.extents.T) }),
+    press: (app, key) => ({
+      query: move(app.state.value.query, key === "ArrowDown" ? 1 : -1, current(app).call.extents.T),
+    }),
   },
   {
     keys: ["ArrowLeft", "ArrowRight"],
     does: "lock the key before or after",
-    press: (app, key) => ({ key: move(app.state.value.key, key === "ArrowRight" ? 1 : -1, current(app).call.extents.S) }),
+    press: (app, key) => ({
+      key: move(app.state.value.key, key === "ArrowRight" ? 1 : -1, current(app).call.extents.S),
+    }),
   },
-  { keys: ["Escape"], does: "unlock, and show the whole matrix", press: () => ({ query: null, key: null, zoom: null }) },
+  {
+    keys: ["Escape"],
+    does: "unlock, and show the whole matrix",
+    press: () => ({ query: null, key: null, zoom: null }),
+  },
   {
     keys: ["[", "]"],
     does: "layer before or after",
-    press: (app, key) => ({ layer: step(layers(app, app.state.value), app.state.value.layer, key === "]" ? 1 : -1), nth: 0 }),
+    press: (app, key) => ({
+      layer: step(layers(app, app.state.value), app.state.value.layer, key === "]" ? 1 : -1),
+      nth: 0,
+    }),
   },
   {
     keys: [",", "."],
     does: "head before or after, alone",
-    press: (app, key) => ({ heads: [step(current(app).call.headNumbers, focus(app.state.value), key === "." ? 1 : -1)] }),
+    press: (app, key) => ({
+      heads: [step(current(app).call.headNumbers, focus(app.state.value), key === "." ? 1 : -1)],
+    }),
   },
   {
     keys: ["+", "-"],
@@ -53,14 +66,23 @@ export const KEYS: readonly Key[] = [
   {
     keys: [";", "'"],
     does: "step before or after",
-    press: (app, key) => ({ step: step(steps(app), app.state.value.step, key === "'" ? 1 : -1), query: null, key: null, zoom: null }),
+    press: (app, key) => ({
+      step: step(steps(app), app.state.value.step, key === "'" ? 1 : -1),
+      query: null,
+      key: null,
+      zoom: null,
+    }),
   },
   {
     keys: ["f"],
     does: "field: weights, scores, mask",
     press: (app) => ({ field: cycle(["weights", "scores", "mask"], app.state.value.field) }),
   },
-  { keys: ["l"], does: "scale: linear, log", press: (app) => ({ scale: cycle(["linear", "log"], app.state.value.scale) }) },
+  {
+    keys: ["l"],
+    does: "scale: linear, log",
+    press: (app) => ({ scale: cycle(["linear", "log"], app.state.value.scale) }),
+  },
   {
     keys: ["s"],
     does: "first key: shown, dropped, renormalised",
@@ -93,7 +115,13 @@ export function press(app: App, event: KeyboardEvent, views: readonly string[]):
   return true;
 }
 
-const NAMES: Readonly<Record<string, string>> = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→", Escape: "Esc" };
+const NAMES: Readonly<Record<string, string>> = {
+  ArrowUp: "↑",
+  ArrowDown: "↓",
+  ArrowLeft: "←",
+  ArrowRight: "→",
+  Escape: "Esc",
+};
 
 export function keyName(key: string): string {
   return NAMES[key] ?? key;

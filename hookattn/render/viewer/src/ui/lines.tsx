@@ -12,7 +12,15 @@ export function strength(weight: number, scale: Scale): number {
 }
 
 /** One line a link, as strong as its weight; `heads` are the numbers of the matrices that links count. */
-export function Lines(props: { links: readonly Link[]; heads: readonly number[]; scale: Scale; left: number; right: number; from(query: number): number; to(key: number): number }) {
+export function Lines(props: {
+  links: readonly Link[];
+  heads: readonly number[];
+  scale: Scale;
+  left: number;
+  right: number;
+  from(query: number): number;
+  to(key: number): number;
+}) {
   const { heads, left, right, scale } = props;
   const bend = (right - left) / 2.5;
   return (
@@ -23,8 +31,11 @@ export function Lines(props: { links: readonly Link[]; heads: readonly number[];
         const [y1, y2] = [props.from(query), props.to(key)];
         return (
           <path
-            key={`${head} ${query} ${key}`} d={`M${left} ${y1}C${left + bend} ${y1} ${right - bend} ${y2} ${right} ${y2}`}
-            stroke={headColour(head)} stroke-dasharray={headDash(head)} stroke-opacity={Math.max(0.03, s).toFixed(3)}
+            key={`${head} ${query} ${key}`}
+            d={`M${left} ${y1}C${left + bend} ${y1} ${right - bend} ${y2} ${right} ${y2}`}
+            stroke={headColour(head)}
+            stroke-dasharray={headDash(head)}
+            stroke-opacity={Math.max(0.03, s).toFixed(3)}
             stroke-width={(0.8 + 2.4 * s).toFixed(2)}
           />
         );
@@ -47,7 +58,13 @@ export function labelWidth(axis: Axis, most: number): number {
 /** A text's width in Latin letters: ideographs, Hangul and emoji take two. */
 function wide(text: string): number {
   let n = 0;
-  for (const c of text) n += /[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\u{1f300}-\u{1faff}\u{20000}-\u{3fffd}]/u.test(c) ? 2 : 1;
+  for (const c of text)
+    n +=
+      /[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\u{1f300}-\u{1faff}\u{20000}-\u{3fffd}]/u.test(
+        c,
+      )
+        ? 2
+        : 1;
   return n;
 }
 
@@ -66,17 +83,42 @@ interface ColumnProps {
 export function Column({ axis, x, side, width, height, y, active, locked }: ColumnProps) {
   const stride = Math.max(1, Math.ceil(15 / height));
   const fit = Math.max(2, Math.floor(width / 7.2));
-  const shown = axis.labels.map((label, i) => ({ label, i })).filter(({ i }) => i % stride === 0 || i === active || i === locked);
+  const shown = axis.labels
+    .map((label, i) => ({ label, i }))
+    .filter(({ i }) => i % stride === 0 || i === active || i === locked);
   const left = side === "end" ? x - width : x;
   const band = Math.max(height, 16);
   return (
     <g>
-      {[...new Set([active, locked])].map((i) => i !== null && <rect key={i} x={left} y={y(i) - band / 2} width={width} height={band} rx={3} fill="var(--hover)" stroke={i === locked ? "var(--accent)" : "none"} />)}
+      {[...new Set([active, locked])].map(
+        (i) =>
+          i !== null && (
+            <rect
+              key={i}
+              x={left}
+              y={y(i) - band / 2}
+              width={width}
+              height={band}
+              rx={3}
+              fill="var(--hover)"
+              stroke={i === locked ? "var(--accent)" : "none"}
+            />
+          ),
+      )}
       {shown.map(({ label, i }) => {
-        const near = stride > 1 && i !== active && i !== locked && [active, locked].some((a) => a !== null && Math.abs(a - i) * height < 15);
+        const near =
+          stride > 1 &&
+          i !== active &&
+          i !== locked &&
+          [active, locked].some((a) => a !== null && Math.abs(a - i) * height < 15);
         return near ? null : (
           <text
-            key={i} x={side === "end" ? x - 5 : x + 5} y={y(i)} text-anchor={side} dominant-baseline="central" direction="ltr"
+            key={i}
+            x={side === "end" ? x - 5 : x + 5}
+            y={y(i)}
+            text-anchor={side}
+            dominant-baseline="central"
+            direction="ltr"
             font-weight={i === active || i === locked ? 600 : 400}
           >
             {shorten(label.text, fit)}

@@ -25,7 +25,8 @@ export function Badge({ certificate, short }: { certificate: Certificate | null;
       {!short && <span>{status}</span>}
       {!short && certificate !== null && status !== "unverified" && (
         <span>
-          {measured(certificate.output_error)} {status === "faithful" ? "≤" : "against"} {measured(certificate.tolerance)}
+          {measured(certificate.output_error)} {status === "faithful" ? "≤" : "against"}{" "}
+          {measured(certificate.tolerance)}
         </span>
       )}
     </span>
@@ -35,7 +36,8 @@ export function Badge({ certificate, short }: { certificate: Certificate | null;
 function describe(c: Certificate): string {
   const weights = c.weights_error == null ? "" : `, weights off by ${measured(c.weights_error)}`;
   return (
-    `weights·v differ from the kernel's output by ${measured(c.output_error)} (tolerance ${measured(c.tolerance)})${weights}, ` +
+    `weights·v differ from the kernel's output by ${measured(c.output_error)} ` +
+    `(tolerance ${measured(c.tolerance)})${weights}, ` +
     `row sums by ${measured(c.row_sum_error)}; ${c.rows} of ${c.of_rows} rows checked. ${c.basis}`
   );
 }
@@ -50,27 +52,36 @@ export function Notices({ app, call }: { app: App; call: Call }) {
   return (
     <>
       {call.certificate?.status === "unfaithful" && (
-        <Notice error>
-          What was rebuilt of this call is not what the model did: {describe(call.certificate)}
-        </Notice>
+        <Notice error>What was rebuilt of this call is not what the model did: {describe(call.certificate)}</Notice>
       )}
       {unfaithful > 0 && call.certificate?.status !== "unfaithful" && (
-        <Notice>{unfaithful} of the {calls.length} calls in this trace are unfaithful; this one is not among them.</Notice>
+        <Notice>
+          {unfaithful} of the {calls.length} calls in this trace are unfaithful; this one is not among them.
+        </Notice>
       )}
       {coding !== null && (
         <Notice>
-          The numbers are rounded to 8 bits to keep the page small{coding.error !== undefined && `: they are off by at most ${measured(coding.error)}`}.
+          The numbers are rounded to 8 bits to keep the page small
+          {coding.error !== undefined && `: they are off by at most ${measured(coding.error)}`}.
         </Notice>
       )}
-      {coding === null && narrow === "F16" && call.dtype !== "float16" && <Notice>The weights are rounded to 16 bits (float16).</Notice>}
+      {coding === null && narrow === "F16" && call.dtype !== "float16" && (
+        <Notice>The weights are rounded to 16 bits (float16).</Notice>
+      )}
       {skipped.length > 0 && (
         <Notice>
           <details>
             <summary>
-              {skipped.length === 1 ? "One module" : `${skipped.length} modules`} with attention could not be read, and{" "}
-              {skipped.length === 1 ? "is" : "are"} not shown
+              {skipped.length === 1 ? "One module" : `${skipped.length} modules`} with attention could not be read:
+              nothing of {skipped.length === 1 ? "it" : "them"} is shown
             </summary>
-            <ul>{skipped.map((s) => <li key={s.path}>{s.path || "the model itself"}: {s.reason}</li>)}</ul>
+            <ul>
+              {skipped.map((s) => (
+                <li key={s.path}>
+                  {s.path || "the model itself"}: {s.reason}
+                </li>
+              ))}
+            </ul>
           </details>
         </Notice>
       )}
@@ -78,7 +89,11 @@ export function Notices({ app, call }: { app: App; call: Call }) {
         <Notice>
           <details>
             <summary>Notes</summary>
-            <ul>{[...notes, ...call.notes].map((note) => <li key={note}>{note}</li>)}</ul>
+            <ul>
+              {[...notes, ...call.notes].map((note) => (
+                <li key={note}>{note}</li>
+              ))}
+            </ul>
           </details>
         </Notice>
       )}

@@ -22,7 +22,10 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   const { model } = app.trace.document;
   return (
     <div
-      class="ha" data-theme={app.dark.value ? "dark" : "light"} data-page={app.options.link === true} tabIndex={-1}
+      class="ha"
+      data-theme={app.dark.value ? "dark" : "light"}
+      data-page={app.options.link === true}
+      tabIndex={-1}
       onKeyDown={(event) => {
         if (event.key === "?") help.current?.showModal();
         else if (!press(app, event, ids)) return;
@@ -37,7 +40,14 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
       </header>
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
-          <button key={v.id} type="button" role="tab" aria-selected={v.id === view.id} title={v.help} onClick={() => app.set({ view: v.id })}>
+          <button
+            key={v.id}
+            type="button"
+            role="tab"
+            aria-selected={v.id === view.id}
+            title={v.help}
+            onClick={() => app.set({ view: v.id })}
+          >
             {v.label}
           </button>
         ))}
@@ -45,7 +55,11 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
       <Controls app={app} view={view} />
       <Notices app={app} call={call} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
-        {missing !== undefined ? <Notice error>{new NotCaptured(missing, where(call)).message}</Notice> : <view.component app={app} />}
+        {missing !== undefined ? (
+          <Notice error>{new NotCaptured(missing, where(call)).message}</Notice>
+        ) : (
+          <view.component app={app} />
+        )}
       </div>
       <div aria-live="polite">{app.trace.has(call, state.field) && <Table app={app} />}</div>
       <Foot app={app} figure={() => figure.current!} help={() => help.current?.showModal()} />
@@ -54,12 +68,18 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         <table>
           {KEYS.map((k) => (
             <tr key={k.does}>
-              <td>{(k.keys.length > 4 ? [k.keys[0]!, "…", k.keys.at(-1)!] : k.keys).map((key) => <kbd key={key}>{keyName(key)}</kbd>)}</td>
+              <td>
+                {(k.keys.length > 4 ? [k.keys[0]!, "…", k.keys.at(-1)!] : k.keys).map((key) => (
+                  <kbd key={key}>{keyName(key)}</kbd>
+                ))}
+              </td>
               <td>{k.does}</td>
             </tr>
           ))}
         </table>
-        <form method="dialog"><button>Close</button></form>
+        <form method="dialog">
+          <button>Close</button>
+        </form>
       </dialog>
     </div>
   );
@@ -73,13 +93,29 @@ function Foot({ app, figure, help }: { app: App; figure(): HTMLElement; help(): 
   const name = app.trace.source.name.replace(/\.safetensors$/, "").replace(/[^\p{L}\p{N}._-]+/gu, "-") || "attention";
   return (
     <div class="foot">
-      <button type="button" onClick={act(async () => download(new Blob([toSvg(figure())], { type: "image/svg+xml" }), `${name}.svg`))}>SVG</button>
-      <button type="button" onClick={act(async () => download(await toPng(figure()), `${name}.png`))}>PNG</button>
+      <button
+        type="button"
+        onClick={act(async () => download(new Blob([toSvg(figure())], { type: "image/svg+xml" }), `${name}.svg`))}
+      >
+        SVG
+      </button>
+      <button type="button" onClick={act(async () => download(await toPng(figure()), `${name}.png`))}>
+        PNG
+      </button>
       {app.options.link && (
-        <button type="button" onClick={act(async () => copy(`${location.href.replace(/#.*$/, "")}#${encode(app.state.value)}`))}>Copy link</button>
+        <button
+          type="button"
+          onClick={act(async () => copy(`${location.href.replace(/#.*$/, "")}#${encode(app.state.value)}`))}
+        >
+          Copy link
+        </button>
       )}
-      <button type="button" onClick={help}>Keys <kbd>?</kbd></button>
-      <span class="quiet" role="status">{told}</span>
+      <button type="button" onClick={help}>
+        Keys <kbd>?</kbd>
+      </button>
+      <span class="quiet" role="status">
+        {told}
+      </span>
     </div>
   );
 }

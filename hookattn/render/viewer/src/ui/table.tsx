@@ -38,7 +38,11 @@ export function Table({ app }: { app: App }) {
       <summary>{told(value, query, key)}</summary>
       <table>
         <thead>
-          <tr><th scope="col">query</th><th scope="col">key</th><th scope="col">{value.field}</th></tr>
+          <tr>
+            <th scope="col">query</th>
+            <th scope="col">key</th>
+            <th scope="col">{value.field}</th>
+          </tr>
         </thead>
         <tbody>
           {value.pairs.map((p) => (
@@ -54,12 +58,21 @@ export function Table({ app }: { app: App }) {
   );
 }
 
-function told({ pairs, axes, field, head }: { pairs: Pair[]; axes: Axes; field: string; head: number }, query: number | null, key: number | null): string {
+function told(
+  { pairs, axes, field, head }: { pairs: Pair[]; axes: Axes; field: string; head: number },
+  query: number | null,
+  key: number | null,
+): string {
   const first = pairs[0];
   if (first === undefined) return `Head ${head}: nothing is attended to here`;
   const cell = `${name(axes.queries, first.query)} → ${name(axes.keys, first.key)}: ${field} ${exact(first.value)}`;
   if (query !== null && key !== null) return `Head ${head}, ${cell}`;
-  const of = query !== null ? `the keys of ${name(axes.queries, query)}` : key !== null ? `the queries of ${name(axes.keys, key)}` : "all pairs";
+  const of =
+    query !== null
+      ? `the keys of ${name(axes.queries, query)}`
+      : key !== null
+        ? `the queries of ${name(axes.keys, key)}`
+        : "all pairs";
   return `Head ${head}, strongest of ${of}: ${cell}`;
 }
 

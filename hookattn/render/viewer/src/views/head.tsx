@@ -40,7 +40,12 @@ function Head({ app }: { app: App }) {
   const key = cursor.key ?? (cursor.query === null || locked.query !== null ? locked.key : null);
   const few = useMemo(() => (value === null ? [] : linksOf(value.matrices, query, key)), [value, query, key]);
   if (error !== null) return <Notice error>{error}</Notice>;
-  if (value === null || room === 0) return <div ref={ref} class="quiet">Reading …</div>;
+  if (value === null || room === 0)
+    return (
+      <div ref={ref} class="quiet">
+        Reading …
+      </div>
+    );
   const { heads, matrices } = value;
   const { queries, keys } = value.axes;
   const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
@@ -51,7 +56,10 @@ function Head({ app }: { app: App }) {
   const left = cells + wide1;
   const right = left + gap;
   // A query stands beside its own key where both count the same positions.
-  const shift = value.call.site.kind === "self" && queries.labels.length < keys.labels.length ? queries.positions.map((p) => p - keys.positions[0]!) : null;
+  const shift =
+    value.call.site.kind === "self" && queries.labels.length < keys.labels.length
+      ? queries.positions.map((p) => p - keys.positions[0]!)
+      : null;
   const aligned = shift !== null && shift.every((p) => p >= 0 && p < keys.labels.length);
   const count = Math.max(queries.labels.length, keys.labels.length);
   const height = rowHeight(count);
@@ -71,7 +79,10 @@ function Head({ app }: { app: App }) {
   return (
     <div ref={ref}>
       <svg
-        width={right + wide2 + cells} height={top + count * height + 6} role="img" aria-label={`Lines from queries to keys, weighted by attention, heads ${heads.join(", ")}`}
+        width={right + wide2 + cells}
+        height={top + count * height + 6}
+        role="img"
+        aria-label={`Lines from queries to keys, weighted by attention, heads ${heads.join(", ")}`}
         onPointerMove={(event) => {
           const { side, index } = find(event);
           app.cursor.value = { query: side === "query" ? index : null, key: side === "key" ? index : null };
@@ -82,25 +93,57 @@ function Head({ app }: { app: App }) {
           app.set({ [side]: index === locked[side] ? null : index });
         }}
       >
-        <text class="faint" x={left - 5} y={12} text-anchor="end">queries</text>
-        <text class="faint" x={right + 5} y={12}>keys</text>
-        <Column axis={queries} x={left} side="end" width={wide1} height={height} y={from} active={query} locked={locked.query} />
-        <Column axis={keys} x={right} side="start" width={wide2} height={height} y={to} active={key} locked={locked.key} />
+        <text class="faint" x={left - 5} y={12} text-anchor="end">
+          queries
+        </text>
+        <text class="faint" x={right + 5} y={12}>
+          keys
+        </text>
+        <Column
+          axis={queries}
+          x={left}
+          side="end"
+          width={wide1}
+          height={height}
+          y={from}
+          active={query}
+          locked={locked.query}
+        />
+        <Column
+          axis={keys}
+          x={right}
+          side="start"
+          width={wide2}
+          height={height}
+          y={to}
+          active={key}
+          locked={locked.key}
+        />
         <Lines links={shown} heads={heads} scale={scale} left={left + 3} right={right - 3} from={from} to={to} />
-        {query !== null && key === null && <Cells links={few} heads={heads} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />}
-        {key !== null && query === null && <Cells links={few} heads={heads} x={cells - 4} end at={(l) => from(l.query)} height={height} />}
+        {query !== null && key === null && (
+          <Cells links={few} heads={heads} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
+        )}
+        {key !== null && query === null && (
+          <Cells links={few} heads={heads} x={cells - 4} end at={(l) => from(l.query)} height={height} />
+        )}
       </svg>
       <div class="readout quiet">
         {query !== null && key !== null
-          ? `${name(queries, query)} → ${name(keys, key)}: ${heads.map((h, i) => `head ${h} ${number(at(matrices[i]!, query, key))}`).join(" · ")}`
+          ? `${name(queries, query)} → ${name(keys, key)}: ${pair(heads, matrices, query, key)}`
           : query !== null
             ? `from query ${name(queries, query)}`
             : key !== null
               ? `to key ${name(keys, key)}`
-              : `${value.links.length} lines, which carry ${percent(value.share)} of the attention of ${heads.length === 1 ? "this head" : "these heads"}; hover over a token for all of its own, click to lock it`}
+              : `${value.links.length} lines, which carry ${percent(value.share)} of the attention of ` +
+                `${heads.length === 1 ? "this head" : "these heads"}; ` +
+                "hover over a token for all of its own, click to lock it"}
       </div>
     </div>
   );
+}
+
+function pair(heads: readonly number[], matrices: readonly Matrix[], query: number, key: number): string {
+  return heads.map((h, i) => `head ${h} ${number(at(matrices[i]!, query, key))}`).join(" · ");
 }
 
 /** The links of one query, of one key, or of the pair; the strongest, should there be very many. */
@@ -120,7 +163,14 @@ function linksOf(matrices: readonly Matrix[], query: number | null, key: number 
 }
 
 /** The weight of each head beside a token: a number for one head, cells as strong as the weight for several. */
-function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: number; end?: boolean; at(link: Link): number; height: number }) {
+function Cells(props: {
+  links: readonly Link[];
+  heads: readonly number[];
+  x: number;
+  end?: boolean;
+  at(link: Link): number;
+  height: number;
+}) {
   const { links, heads, x, end, height } = props;
   if (heads.length === 1) {
     const free = new Set<number>();
@@ -132,7 +182,11 @@ function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: num
           // Rows lower than a line of text: the strongest of those that would overlap.
           if (height < 14 && [slot - 1, slot, slot + 1].some((s) => free.has(s))) return null;
           free.add(slot);
-          return <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">{l.value.toFixed(4)}</text>;
+          return (
+            <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">
+              {l.value.toFixed(4)}
+            </text>
+          );
         })}
       </g>
     );
@@ -140,12 +194,19 @@ function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: num
   const size = Math.min(CELL - 1, Math.max(2, height - 2));
   return (
     <g>
-      {links.filter((l) => l.of < CELLS).map((l) => (
-        <rect
-          key={`${l.of} ${l.query} ${l.key}`} x={end ? x - (heads.slice(0, CELLS).length - l.of) * CELL : x + l.of * CELL} y={props.at(l) - size / 2} width={CELL - 1} height={size}
-          fill={headColour(heads[l.of]!)} fill-opacity={Math.max(0.05, l.value).toFixed(3)}
-        />
-      ))}
+      {links
+        .filter((l) => l.of < CELLS)
+        .map((l) => (
+          <rect
+            key={`${l.of} ${l.query} ${l.key}`}
+            x={end ? x - (heads.slice(0, CELLS).length - l.of) * CELL : x + l.of * CELL}
+            y={props.at(l) - size / 2}
+            width={CELL - 1}
+            height={size}
+            fill={headColour(heads[l.of]!)}
+            fill-opacity={Math.max(0.05, l.value).toFixed(3)}
+          />
+        ))}
     </g>
   );
 }
@@ -153,7 +214,9 @@ function Cells(props: { links: readonly Link[]; heads: readonly number[]; x: num
 export const head: View = {
   id: "head",
   label: "Heads",
-  help: "Lines from each query (left) to the keys it attends to (right), as strong as the weight, a colour a head. Hover over a token for its own lines, click to lock it.",
+  help:
+    "Lines from each query (left) to the keys it attends to (right), as strong as the weight, a colour a head. " +
+    "Hover over a token for its own lines, click to lock it.",
   fields: () => ["weights"],
   controls: ["layer", "scale", "sink", "filter", "heads"],
   component: Head,

@@ -1,13 +1,18 @@
 /**
  * The views. A view is one file that exports a `View`; it is registered by a line in `VIEWS` below, and nowhere else.
  *
- * Its component gets the `App` and reads what it shows from `app.state.value` (a signal: reading it subscribes), the call and
- * the names of its rows and columns from `current(app)`, and numbers by `useLoaded`, from `app.trace.head(…)`: one head at a
- * time. It changes the selection by `app.set({…})` and the cursor that views share by `app.cursor.value = {…}`. The shell around
- * it does the rest: controls, certificate, notices, missing fields, keys, the table, links and export. Export takes every <svg>,
+ * Its component gets the `App` and reads what it shows from `app.state.value` (a signal: reading it subscribes), the
+ * call and
+ * the names of its rows and columns from `current(app)`, and numbers by `useLoaded`, from `app.trace.head(…)`: one
+ * head at a
+ * time. It changes the selection by `app.set({…})` and the cursor that views share by `app.cursor.value = {…}`. The
+ * shell around
+ * it does the rest: controls, certificate, notices, missing fields, keys, the table, links and export. Export takes
+ * every <svg>,
  * every <canvas> and every element of class `label` inside the view as it is drawn, so a view has nothing to do for it.
  *
- * What to draw with: `ui/lines.tsx` (token columns, lines), `ui/axes.tsx` (token axes), `ui/legend.tsx`, `ui/tip.tsx`, `colours.ts`.
+ * What to draw with: `ui/lines.tsx` (token columns, lines), `ui/axes.tsx` (token axes), `ui/legend.tsx`, `ui/tip.tsx`,
+ * `colours.ts`.
  */
 import type { ComponentType } from "preact";
 import type { App } from "../app";

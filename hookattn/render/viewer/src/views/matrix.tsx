@@ -16,6 +16,7 @@ import { name } from "../ui/table";
 import { Tip, type TipAt } from "../ui/tip";
 import type { View } from "./index";
 
+const POOLED = { max: "largest", sum: "sum" };
 const CELL = 28;
 
 /** The longest side: what the window shows at once, beside the controls. */
@@ -55,7 +56,10 @@ function Matrix({ app }: { app: App }) {
     return domain(value?.field ?? field, state.scale, low, high);
   }
 
-  const level = value === null || layout === null ? 0 : levelFor(value.levels, layout.view, layout.width * ratio, layout.height * ratio);
+  const level =
+    value === null || layout === null
+      ? 0
+      : levelFor(value.levels, layout.view, layout.width * ratio, layout.height * ratio);
   useEffect(() => {
     if (canvas.current === null || value === null || layout === null) return;
     canvas.current.width = Math.round(layout.width * ratio);
@@ -64,7 +68,12 @@ function Matrix({ app }: { app: App }) {
   });
 
   if (error !== null) return <Notice error>{error}</Notice>;
-  if (value === null || layout === null || room === 0) return <div ref={ref} class="quiet">Reading head {head} …</div>;
+  if (value === null || layout === null || room === 0)
+    return (
+      <div ref={ref} class="quiet">
+        Reading head {head} …
+      </div>
+    );
   const { matrix } = value;
   const { left, top, width, height, view } = layout;
   const [k, q, keys, queries] = view;
@@ -80,7 +89,15 @@ function Matrix({ app }: { app: App }) {
     if (held !== null && (held.moved || Math.hypot(event.clientX - held.x, event.clientY - held.y) > 4)) {
       held.moved = true;
       setTip(null);
-      return setFrame(moved(held.from, matrix.cols, matrix.rows, ((held.x - event.clientX) / width) * keys, ((held.y - event.clientY) / height) * queries));
+      return setFrame(
+        moved(
+          held.from,
+          matrix.cols,
+          matrix.rows,
+          ((held.x - event.clientX) / width) * keys,
+          ((held.y - event.clientY) / height) * queries,
+        ),
+      );
     }
     const { query, key, x, y } = cell(event);
     app.cursor.value = { query, key };
@@ -88,19 +105,29 @@ function Matrix({ app }: { app: App }) {
     const size = 2 ** level;
     const pooled = value.levels[level]!;
     const there = at(pooled, Math.floor(query / size), Math.floor(key / size));
-    const more = level === 0 ? "" : `\n${value.pool === "sum" ? "sum" : "largest"} of the ${size}×${size} numbers here: ${number(there)}`;
+    const more = level === 0 ? "" : `\n${POOLED[value.pool]} of the ${size}×${size} numbers here: ${number(there)}`;
     const own = at(matrix, query, key);
-    const text = `query ${name(value.axes.queries, query)}\nkey ${name(value.axes.keys, key)}\n${value.field} ${Number.isNaN(own) ? "left out" : value.field === "mask" ? (own ? "may attend" : "masked") : exact(own)}${more}`;
-    setTip({ x: left + x * width, y: top + y * height, text });
+    const lines = [
+      `query ${name(value.axes.queries, query)}`,
+      `key ${name(value.axes.keys, key)}`,
+      `${value.field} ${told(value.field, own)}${more}`,
+    ];
+    setTip({ x: left + x * width, y: top + y * height, text: lines.join("\n") });
   };
   const cursor = app.cursor.value;
-  const line = (i: number | null, first: number, count: number) => (i === null || i + 1 <= first || i >= first + count ? null : Math.max(0, i - first) / count);
+  const line = (i: number | null, first: number, count: number) =>
+    i === null || i + 1 <= first || i >= first + count ? null : Math.max(0, i - first) / count;
   const [row, column] = [line(cursor.query ?? state.query, q, queries), line(cursor.key ?? state.key, k, keys)];
   const zoom = (factor: number) => setFrame(zoomed(frame, matrix.cols, matrix.rows, factor));
   return (
     <div ref={ref}>
       <div
-        class="plane" style={{ width: `${left + width + layout.spare}px`, height: `${top + height + 2}px`, touchAction: frame === null ? "auto" : "none" }}
+        class="plane"
+        style={{
+          width: `${left + width + layout.spare}px`,
+          height: `${top + height + 2}px`,
+          touchAction: frame === null ? "auto" : "none",
+        }}
         onPointerMove={onMove}
         onPointerLeave={() => {
           setTip(null);
@@ -112,7 +139,8 @@ function Matrix({ app }: { app: App }) {
         }}
         onPointerUp={(event) => {
           const { query, key } = cell(event);
-          if (!drag.current?.moved && query !== null) app.set(query === state.query && key === state.key ? { query: null, key: null } : { query, key });
+          if (!drag.current?.moved && query !== null)
+            app.set(query === state.query && key === state.key ? { query: null, key: null } : { query, key });
           drag.current = null;
         }}
         onWheel={(event) => {
@@ -121,31 +149,98 @@ function Matrix({ app }: { app: App }) {
           const { x, y, key } = cell(event);
           if (key === null || (small && !event.ctrlKey) || (frame === null && event.deltaY > 0)) return;
           event.preventDefault();
-          setFrame(zoomed(frame, matrix.cols, matrix.rows, Math.exp(-Math.max(-100, Math.min(100, event.deltaY)) / 250), x, y));
+          setFrame(
+            zoomed(frame, matrix.cols, matrix.rows, Math.exp(-Math.max(-100, Math.min(100, event.deltaY)) / 250), x, y),
+          );
         }}
       >
-        <canvas ref={canvas} style={{ left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` }} role="img" aria-label={`${value.field} of head ${head}, queries down, keys across`} />
+        <canvas
+          ref={canvas}
+          style={{ left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` }}
+          role="img"
+          aria-label={`${value.field} of head ${head}, queries down, keys across`}
+        />
         <svg width={left + width + layout.spare} height={top + height + 2}>
           <rect x={left - 0.5} y={top - 0.5} width={width + 1} height={height + 1} fill="none" stroke="var(--line)" />
-          {row !== null && <rect x={left} y={top + row * height} width={width} height={height / queries} fill="none" stroke="var(--cursor)" stroke-opacity={0.8} />}
-          {column !== null && <rect x={left + column * width} y={top} width={width / keys} height={height} fill="none" stroke="var(--cursor)" stroke-opacity={0.8} />}
-          <Rows axis={value.axes.queries} first={q} count={queries} length={height} start={top} at={left} room={left} active={cursor.query} locked={state.query} />
-          <Columns axis={value.axes.keys} first={k} count={keys} length={width} start={left} at={top} room={top} active={cursor.key} locked={state.key} />
-          <text class="faint" x={0} y={12}>queries ↓ keys →</text>
+          {row !== null && (
+            <rect
+              x={left}
+              y={top + row * height}
+              width={width}
+              height={height / queries}
+              fill="none"
+              stroke="var(--cursor)"
+              stroke-opacity={0.8}
+            />
+          )}
+          {column !== null && (
+            <rect
+              x={left + column * width}
+              y={top}
+              width={width / keys}
+              height={height}
+              fill="none"
+              stroke="var(--cursor)"
+              stroke-opacity={0.8}
+            />
+          )}
+          <Rows
+            axis={value.axes.queries}
+            first={q}
+            count={queries}
+            length={height}
+            start={top}
+            at={left}
+            room={left}
+            active={cursor.query}
+            locked={state.query}
+          />
+          <Columns
+            axis={value.axes.keys}
+            first={k}
+            count={keys}
+            length={width}
+            start={left}
+            at={top}
+            room={top}
+            active={cursor.key}
+            locked={state.key}
+          />
+          <text class="faint" x={0} y={12}>
+            queries ↓ keys →
+          </text>
         </svg>
         <Tip tip={tip} width={left + width} />
       </div>
       <div class="foot">
-        <Legend domain={domainOf(level)} ramp={colours} dropped={value.dropped} title={`${value.field}, head ${head}${level > 0 ? `, ${value.pool === "sum" ? "sum" : "largest"} of ${2 ** level}×${2 ** level}` : ""}`} />
-        <button type="button" aria-label="Closer" onClick={() => zoom(2)}>+</button>
-        <button type="button" aria-label="Further away" onClick={() => zoom(0.5)}>−</button>
-        <button type="button" onClick={() => setFrame(null)} disabled={frame === null}>All</button>
+        <Legend
+          domain={domainOf(level)}
+          ramp={colours}
+          dropped={value.dropped}
+          title={`${value.field}, head ${head}${level > 0 ? `, ${POOLED[value.pool]} of ${2 ** level}×${2 ** level}` : ""}`}
+        />
+        <button type="button" aria-label="Closer" onClick={() => zoom(2)}>
+          +
+        </button>
+        <button type="button" aria-label="Further away" onClick={() => zoom(0.5)}>
+          −
+        </button>
+        <button type="button" onClick={() => setFrame(null)} disabled={frame === null}>
+          All
+        </button>
       </div>
     </div>
   );
 }
 
-/** The frame follows the state, and the state the frame: at once while it is dragged, and in the link a little later. */
+function told(field: string, value: number): string {
+  if (Number.isNaN(value)) return "left out";
+  return field === "mask" ? (value ? "may attend" : "masked") : exact(value);
+}
+
+/**
+ * The frame follows the state, and the state the frame: at once while it is dragged, and in the link a little later.
+ */
 function useFrame(app: App): [Frame | null, (frame: Frame | null) => void] {
   const zoom = app.state.value.zoom;
   const [frame, setFrame] = useState<Frame | null>(zoom);
@@ -157,13 +252,22 @@ function useFrame(app: App): [Frame | null, (frame: Frame | null) => void] {
     (next) => {
       setFrame(next);
       clearTimeout(late.current);
-      late.current = setTimeout(() => app.set({ zoom: next === null ? null : (next.map((x) => Number(x.toFixed(3))) as Frame) }), 200);
+      late.current = setTimeout(
+        () => app.set({ zoom: next === null ? null : (next.map((x) => Number(x.toFixed(3))) as Frame) }),
+        200,
+      );
     },
   ];
 }
 
 /** Where the matrix stands in the room there is; cells are square unless it is very flat or very tall. */
-function place(rows: number, cols: number, axes: ReturnType<typeof current>["axes"], room: number, frame: Frame | null) {
+function place(
+  rows: number,
+  cols: number,
+  axes: ReturnType<typeof current>["axes"],
+  room: number,
+  frame: Frame | null,
+) {
   const most = largest();
   const view = within(frame, cols, rows);
   const left = Math.max(60, axisRoom(axes.queries, Math.min(150, room * 0.28)));
@@ -178,7 +282,9 @@ function place(rows: number, cols: number, axes: ReturnType<typeof current>["axe
 export const matrix: View = {
   id: "matrix",
   label: "Matrix",
-  help: "One head as a heatmap, queries down, keys across. Hover for the exact number, click to lock a cell, wheel or pinch to zoom, drag to pan.",
+  help:
+    "One head as a heatmap, queries down, keys across. Hover for the exact number, click to lock a cell, " +
+    "wheel or pinch to zoom, drag to pan.",
   fields: (state) => [state.field],
   controls: ["layer", "field", "scale", "pool", "sink", "filter", "heads"],
   component: Matrix,

@@ -29,15 +29,27 @@ function Model({ app }: { app: App }) {
     .filter((c) => c.step === state.step && c.site.stack === state.stack && c.site.kind === state.kind)
     .sort((a, b) => (a.site.layer ?? -1) - (b.site.layer ?? -1) || a.index - b.index);
   const measure = measures(app.options.scores).find(([name]) => name === state.sort)?.[1] ?? null;
-  const items = calls.flatMap((call) => call.headNumbers.map((head): Item => ({ call, head, value: valueOf(measure, call, head) })));
-  const shown = measure === null ? items : items.filter((i) => i.value !== null && (state.least === null || i.value >= state.least)).sort((a, b) => b.value! - a.value!);
+  const items = calls.flatMap((call) =>
+    call.headNumbers.map((head): Item => ({ call, head, value: valueOf(measure, call, head) })),
+  );
+  const shown =
+    measure === null
+      ? items
+      : items
+          .filter((i) => i.value !== null && (state.least === null || i.value >= state.least))
+          .sort((a, b) => b.value! - a.value!);
   const columns = Math.max(1, ...calls.map((c) => c.headNumbers.length));
   const side = measure === null ? 76 : 0;
   const least = measure === null ? 44 : 84;
   const tile = Math.max(least, Math.min(116, Math.floor((room - side - 4) / Math.max(columns, 6)) - GAP));
   const many = Math.max(1, Math.floor(room / (tile + GAP)));
-  const grid = measure === null ? `${side - GAP}px repeat(${columns}, ${tile}px)` : `repeat(${Math.min(many, Math.max(1, shown.length))}, ${tile}px)`;
-  const item = (i: Item) => <Tile key={`${i.call.index} ${i.head}`} app={app} item={i} measure={measure} width={tile} />;
+  const grid =
+    measure === null
+      ? `${side - GAP}px repeat(${columns}, ${tile}px)`
+      : `repeat(${Math.min(many, Math.max(1, shown.length))}, ${tile}px)`;
+  const item = (i: Item) => (
+    <Tile key={`${i.call.index} ${i.head}`} app={app} item={i} measure={measure} width={tile} />
+  );
   return (
     <div ref={ref}>
       {room > 0 && (
@@ -45,12 +57,18 @@ function Model({ app }: { app: App }) {
           {measure === null
             ? calls.map((call) => [
                 <div key={call.index} class="row-name">
-                  <div class="label" title={call.site.path}>{rowName(call, calls)}</div>
+                  <div class="label" title={call.site.path}>
+                    {rowName(call, calls)}
+                  </div>
                   <Badge certificate={call.certificate} short />
                 </div>,
                 ...Array.from({ length: columns }, (_, i) => {
                   const found = call.headNumbers[i];
-                  return found === undefined ? <span key={`none ${call.index} ${i}`} /> : item({ call, head: found, value: null });
+                  return found === undefined ? (
+                    <span key={`none ${call.index} ${i}`} />
+                  ) : (
+                    item({ call, head: found, value: null })
+                  );
                 }),
               ])
             : shown.map(item)}
@@ -68,7 +86,7 @@ function Model({ app }: { app: App }) {
 function rowName(call: Call, calls: readonly Call[]): string {
   const { layer, path } = call.site;
   const alone = layer !== null && calls.filter((c) => c.site.layer === layer).length === 1;
-  return alone ? `Layer ${layer}` : (path.split(".").slice(-2).join(".") || "model");
+  return alone ? `Layer ${layer}` : path.split(".").slice(-2).join(".") || "model";
 }
 
 function valueOf(measure: Measure | null, call: Call, head: number): number | null {
@@ -86,7 +104,16 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
     async (signal) => {
       if (!seen) return null;
       if (!app.trace.has(call, field)) throw new NotCaptured(field, `head ${head}`);
-      return thumbnail(app.trace, call, field, Math.min(batch, call.extents.B - 1), stored(call, head), sink, PIXELS, signal);
+      return thumbnail(
+        app.trace,
+        call,
+        field,
+        Math.min(batch, call.extents.B - 1),
+        stored(call, head),
+        sink,
+        PIXELS,
+        signal,
+      );
     },
     [app, call, head, batch, field, sink, seen],
   );
@@ -102,17 +129,37 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const said = value === null ? "" : `, ${number(value)}${measure?.unit ? ` ${measure.unit}` : ""}`;
   return (
     <button
-      ref={ref} type="button" class="tile" style={{ width: `${width}px` }} aria-current={here} title={[place + said, ...roles, error ?? ""].filter(Boolean).join("\n")}
+      ref={ref}
+      type="button"
+      class="tile"
+      style={{ width: `${width}px` }}
+      aria-current={here}
+      title={[place + said, ...roles, error ?? ""].filter(Boolean).join("\n")}
       aria-label={[place + said, ...roles].join(", ")}
       onClick={(event) => {
         // The tile goes with its view: the keys are to go on working.
         event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
-        app.set({ layer: call.site.layer, nth: nth(app, call), heads: [head], query: null, key: null, zoom: null, view: "matrix" });
+        app.set({
+          layer: call.site.layer,
+          nth: nth(app, call),
+          heads: [head],
+          query: null,
+          key: null,
+          zoom: null,
+          view: "matrix",
+        });
       }}
     >
       <canvas ref={canvas} width={2 * PIXELS} height={2 * PIXELS} />
-      <span class="label">{measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}{value !== null && ` · ${number(value)}`}</span>
-      {roles.map((role) => <span key={role} class="value label"><span class="role">{role}</span></span>)}
+      <span class="label">
+        {measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}
+        {value !== null && ` · ${number(value)}`}
+      </span>
+      {roles.map((role) => (
+        <span key={role} class="value label">
+          <span class="role">{role}</span>
+        </span>
+      ))}
     </button>
   );
 }
@@ -120,7 +167,11 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
 /** Its place among the calls of the same layer. */
 function nth(app: App, call: Call): number {
   const { step, site } = call;
-  return app.trace.calls.filter((c) => c.step === step && c.site.stack === site.stack && c.site.kind === site.kind && c.site.layer === site.layer).indexOf(call);
+  return app.trace.calls
+    .filter(
+      (c) => c.step === step && c.site.stack === site.stack && c.site.kind === site.kind && c.site.layer === site.layer,
+    )
+    .indexOf(call);
 }
 
 /** Whether an element has been in view, or nearly. */
@@ -128,7 +179,9 @@ function useSeen(ref: { current: Element | null }): boolean {
   const [seen, setSeen] = useState(false);
   useEffect(() => {
     if (seen) return;
-    const observer = new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && setSeen(true), { rootMargin: "200px" });
+    const observer = new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && setSeen(true), {
+      rootMargin: "200px",
+    });
     observer.observe(ref.current!);
     return () => observer.disconnect();
   }, [seen]);
@@ -138,7 +191,9 @@ function useSeen(ref: { current: Element | null }): boolean {
 export const model: View = {
   id: "model",
   label: "Model",
-  help: "Every head of the model as a thumbnail, layers down, heads across. Order and filter them by what an analyzer measured; click one to see its matrix.",
+  help:
+    "Every head of the model as a thumbnail, layers down, heads across. Order and filter them by what an analyzer " +
+    "measured; click one to see its matrix.",
   fields: (state) => [state.field],
   controls: ["field", "scale", "sink", "sort"],
   component: Model,
