@@ -515,6 +515,19 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engine does not look whether a block has rows with nothing to attend to, the values are the same."""
+    q, k, mask = draw(1, 4, 30, 8, seed=1), draw(1, 2, 33, 8, seed=2), draw(1, 1, 30, 33, seed=3) > 0
+    mask[:, :, 7:9] = False
+    problem = st.Problem(q, k, mask=mask, positions=torch.arange(30).unsqueeze(0))
+    want = st.compute(problem, asked())
+    monkeypatch.setattr(engine, "on_gpu", lambda x: True)
+    monkeypatch.setattr(engine, "_BLOCK_ON_GPU", 300)
+    found = st.compute(problem, asked())
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, equal_nan=False)
+
+
 @pytest.mark.parametrize("queries", [None, slice(-700, None)])
 def test_nothing_of_the_size_of_the_matrix_is_formed(monkeypatch: pytest.MonkeyPatch, queries: Any) -> None:
     monkeypatch.setattr(engine, "_BLOCK", 1 << 14)

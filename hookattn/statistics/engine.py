@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import compute_dtype, finish_scores
+from ..attention import compute_dtype, finish_scores, on_gpu
 from .base import Out, Statistic
 from .block import HIDDEN, Block
 from .problem import Problem, hidden
 
-# How many scores make a block.
+# How many scores make a block; on a GPU, where nothing stays in a cache for so long, so many that starting an operation
+# costs little beside it.
 _BLOCK = 1 << 20
+_BLOCK_ON_GPU = 1 << 26
 _LEAST = 16
 
 
@@ -117,6 +119,7 @@ class _Pass:
         places = problem.positions
         self.reach = [] if places is None else torch.stack([places.amin(0), places.amax(0)], 1).tolist()
         self.mask = None if problem.mask is None else ~problem.mask.bool() if problem.mask.shape[2] == 1 else None
+        self.on_gpu = on_gpu(q)
         self.scratch: dict[int, Tensor] = {}
 
     def blocks(self) -> Iterator[Block]:
@@ -125,9 +128,10 @@ class _Pass:
             yield self._block(tile)
 
     def _tiles(self) -> Iterator[_Tile]:
-        rows = min(self.t, max(_LEAST, _BLOCK // (self.per * self.s)))
-        groups = min(self.g, max(1, _BLOCK // (rows * self.per * self.s)))
-        batch = min(self.b, max(1, _BLOCK // (rows * self.h * self.s))) if groups == self.g else 1
+        size = _BLOCK_ON_GPU if self.on_gpu else _BLOCK
+        rows = min(self.t, max(_LEAST, size // (self.per * self.s)))
+        groups = min(self.g, max(1, size // (rows * self.per * self.s)))
+        batch = min(self.b, max(1, size // (rows * self.h * self.s))) if groups == self.g else 1
         for b in range(0, self.b, batch):
             for g in range(0, self.g, groups):
                 for t in range(0, self.t, rows):
@@ -171,7 +175,7 @@ class _Pass:
         self._hide(scores, tile, place)
         top = scores.amax(-1, keepdim=True)
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
-        full = not bool(dead.any())
+        full = not self.on_gpu and not bool(dead.any())  # a GPU would have to be waited for
         shift = top if full else torch.where(dead, 0.0, top)
         shifted = scores.sub_(shift)
         mass = torch.exp(shifted, out=self._empty(1, tuple(scores.shape)))
