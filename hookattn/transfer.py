@@ -135,10 +135,10 @@ class CudaLane:
 
     def fetch(self, x: Tensor, mark: Any) -> Tensor:
         """See :class:`Lane`."""
-        if not self.buffers:
-            self.buffers = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
         out = torch.empty(x.shape, dtype=x.dtype)
         with self.cuda.device(self.device), self.cuda.stream(self.stream):
+            if not self.buffers:
+                self.buffers = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
             self.stream.wait_event(mark)
             pump(x, out, self.buffers, self._copy)
         return out
