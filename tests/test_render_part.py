@@ -182,6 +182,15 @@ def test_without_the_sink() -> None:
         values(one(traced("gpt2"), "x", layer=1, keys=0), sink="drop")
 
 
+def test_the_sink_stands_behind_the_padding() -> None:
+    call = traced("gpt2")[1]
+    found = values(one(traced("gpt2"), "x", layer=1, batch=1), sink="renormalise")
+    assert found.columns == (0, 1, 2, 4, 5, 6)
+    weights = call.weights[1].double()
+    expected = weights[:, 4:, 4:] / weights[:, 4:, 4:].sum(-1, keepdim=True)
+    torch.testing.assert_close(torch.from_numpy(found.data.data)[:, 4:, 3:], expected)
+
+
 def test_pooling_keeps_the_largest() -> None:
     np = pytest.importorskip("numpy")
     data = np.ma.masked_array(np.random.default_rng(0).random((2, 70, 50)), np.tri(70, 50, 3) == 0 * np.ones((2, 1, 1)))

@@ -62,7 +62,7 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
     Args:
         part: what is drawn.
         field: ``weights``, ``scores``, or ``mask`` (1: may attend).
-        sink: ``drop`` leaves out the first key, where models park attention that has nowhere to go; ``renormalise``
+        sink: ``drop`` leaves out :func:`first_key`, where models park attention that has nowhere to go; ``renormalise``
             also divides each row by what is left without it.
 
     Raises:
@@ -73,18 +73,26 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
     hidden = part.hidden
     notes = [UNKNOWN] if hidden is None else []
     hidden = np.zeros(data.shape, bool) if hidden is None else hidden
-    columns = part.columns if sink == "show" else tuple(j for j in part.columns if j)
+    first = first_key(part)
+    columns = part.columns if sink == "show" else tuple(j for j in part.columns if j != first)
     if not columns:
         raise SelectionError(f"sink={sink!r}: the first key is the only one that is drawn.")
     if sink != "show":
         notes.append("first key left out" + (", rows divided by the rest" if sink == "renormalise" else ""))
     if sink == "renormalise":
-        left = data[:, :, 1:].sum(-1, keepdims=True)
+        left = np.delete(data, first, -1).sum(-1, keepdims=True)
         hidden = hidden | (left <= 0)
         data = np.divide(data, left, out=np.zeros_like(data), where=left > 0)
     cut = np.ix_(range(len(data)), part.rows, columns)
     made = np.ma.masked_array(data[cut], hidden[cut])
     return Values(made, part.rows, columns, tuple(notes))
+
+
+def first_key(part: Part) -> int:
+    """The first key that any query may attend to: what padding stands before it is no sink."""
+    hidden = part.hidden
+    seen = None if hidden is None else ~hidden.all((0, 1))
+    return 0 if seen is None else int(seen.argmax())
 
 
 def pooled(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from ...trace import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..part import Where
+from ..values import first_key
 from .base import Heading, drawn, group, sheet, write
 from .colours import show_masked
 from .row import Row, bars, column, label_keys, label_room, row
@@ -80,7 +81,8 @@ def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
         return [HIDDEN] * len(weights), ["nothing to attend to"]
     fair = 1 / allowed.sum()
     learned = max(0.0, 1 - float(weights[allowed].sum())) if found.part.field("sinks") is not None else 0.0
-    first = float(weights[0]) if allowed[0] and weights[0] >= fair and allowed.sum() > 1 else 0.0
+    sink = first_key(found.part)
+    first = float(weights[sink]) if weights[sink] >= fair and allowed.sum() > 1 else 0.0
     rest = 1 - learned - first
     words = []
     for j, weight in enumerate(weights):
