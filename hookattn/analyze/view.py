@@ -181,7 +181,8 @@ class View:
             return four(self.tensor("mask"))
         if self.call.has("weights"):
             return self.weights != 0  # a NaN is to be seen
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        held = next((x for x in map(self.call.get, self.call.fields) if x is not None), None)
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=None if held is None else held.device)
 
     @cached_property
     def allowed(self) -> Tensor:
