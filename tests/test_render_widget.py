@@ -122,7 +122,7 @@ def test_the_output_carries_the_page(trace: hookattn.Trace, monkeypatch: pytest.
     widget = Widget(trace)
     first, second = displayed(widget, monkeypatch)
     assert first["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
-    assert "text/html" not in first
+    assert "text/html" not in first and first["text/plain"] == "Widget(Trace(2 calls of InductionTransformer))"
     packed = re.search(r'<script type="application/x-hookattn-page">([^<]*)</script>', second["text/html"])
     assert packed is not None
     text = gzip.decompress(base64.b64decode(packed[1])).decode("utf-8")

@@ -120,6 +120,9 @@ class Widget(anywidget.AnyWidget):
         )
         self.on_msg(_hear)
 
+    def __repr__(self) -> str:
+        return f"Widget({self._trace!r})"
+
     def read(self, start: int, end: int) -> bytes:
         """The bytes of the trace file from ``start`` up to ``end``.
 
