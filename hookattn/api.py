@@ -22,6 +22,7 @@ from .errors import (
     SkippedWarning,
     UnfaithfulWarning,
 )
+from .guard import Guard
 from .inspection import check_meta, make_plan
 from .selection import Selection
 from .session import Session
@@ -76,6 +77,7 @@ def trace(
         InputError: the inputs do not fit the forward's signature.
         SelectionError: an unknown field, layer or head, or an empty selection.
         UnfaithfulError: with ``strict``.
+        TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
         TraceWriteError: the file of ``to`` could not be written.
     """
     args, kwargs = _arguments(inputs)
@@ -136,7 +138,8 @@ def tracing(
         from .store.stream import Stream
 
         stream = Stream(to, made)
-    session = Session(plan, made, selection, verify, strict, None if stream is None else stream.add)
+    sink = None if stream is None else stream.add
+    session = Session(plan, made, selection, verify, strict, sink, Guard(selection, to))
     try:
         session.start()
         try:

@@ -17,6 +17,7 @@
     ├── MeasureError           a measure is not defined for a call, or the labels given to it do not fit
     ├── RenderError            a picture or a page cannot be made of this trace, or not shown
     │   └── PageTooLargeError  it has no room in one page; says its size
+    ├── TraceTooLargeError     a trace has no room in memory, or on the disk of ``to=``; says what would fit
     ├── UnfaithfulError        a call is over its tolerance, and ``strict=True``
     └── TraceFileError         a trace file cannot be read or written
         ├── CorruptFileError
@@ -24,7 +25,8 @@
         ├── NewerFormatError
         └── TraceWriteError
 
-Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read).
+Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
+:class:`TraceTooLargeWarning` (a trace that may have no room).
 """
 
 from __future__ import annotations
@@ -96,6 +98,10 @@ class PageTooLargeError(RenderError):
     """A trace has no room in one self-contained page; the message says its size, and what shows it all the same."""
 
 
+class TraceTooLargeError(HookattnError):
+    """A trace has no room in memory, or on the disk of ``to=``; the message says what would fit."""
+
+
 class UnfaithfulError(HookattnError):
     """What was rebuilt is not what the model's kernel returned, and ``strict=True`` was asked for."""
 
@@ -126,3 +132,7 @@ class UnfaithfulWarning(UserWarning):
 
 class SkippedWarning(UserWarning):
     """Attention ran that could not be read; ``trace.skipped`` has the path and the reason."""
+
+
+class TraceTooLargeWarning(UserWarning):
+    """A trace may have no room in memory, or on the disk of ``to=``, and its exact size cannot be told."""

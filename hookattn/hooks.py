@@ -104,6 +104,15 @@ class Brackets:
             frame = frame.f_back
         return found
 
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments of the forward of the model that is on this thread's stack; None: nobody called it."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _CALL_CODE and frame.f_locals.get("self") is self.plan.model:
+                return frame.f_locals["args"], frame.f_locals["kwargs"]
+            frame = frame.f_back
+        return None
+
     def site(self, path: str) -> Site:
         """The site that a module belongs to, by the word of an adapter or else of its path."""
         parts = path.split(".")

@@ -47,6 +47,7 @@ class Plan:
         modules: module identity -> module, of the sites.
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
+        classes: those of all modules; one that has several places in the model comes several times.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Plan:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     named: dict[int, Adapter] = field(default_factory=dict)
+    classes: list[type] = field(default_factory=list)
 
     @property
     def adapters(self) -> set[str]:
@@ -110,7 +112,7 @@ def make_plan(model: nn.Module) -> Plan:
     else:
         modules, shape = _walk(model, _UNKNOWN)
         found = _known[model] = _look(model, modules, shape)
-    plan = Plan(model, watch_all=found.watch_all)
+    plan = Plan(model, watch_all=found.watch_all, classes=shape.classes)
     for place, site, adapter in found.sites:
         module = modules[place]
         plan.sites[id(module)], plan.modules[id(module)] = site, module

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, UnfaithfulError
+from .guard import LARGE, Guard
 from .hooks import Brackets
 from .inspection import Plan, check_meta, within
 from .keeper import Keeper
@@ -37,13 +38,21 @@ class Session:
         verify: ``"sample"``, ``"full"`` or ``"off"``.
         strict: raise at the first unfaithful call that is read back, rather than warn.
         sink: takes each finished call (a file); None: they stay in memory.
+        guard: looks whether there is room for large calls; None: nobody does.
     """
 
     def __init__(
-        self, plan: Plan, trace: Trace, selection: Selection, verify: str, strict: bool, sink: Sink | None = None
+        self,
+        plan: Plan,
+        trace: Trace,
+        selection: Selection,
+        verify: str,
+        strict: bool,
+        sink: Sink | None = None,
+        guard: Guard | None = None,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
-        self.strict, self.sink = strict, sink
+        self.strict, self.sink, self.guard = strict, sink, guard
         self.keeper = Keeper(selection, verify, wait=sink is None)
         self.modes = Modes(lambda: Watch(self, kernels()))
         self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.forward)
@@ -213,6 +222,8 @@ class Session:
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
+        if self.guard is not None and call.q.numel() * call.k.shape[2] > LARGE:
+            self.guard.check(self, call, site)
         made = self.keeper.keep(call, site, max(self.step, 0), len(self.trace.calls))
         self.trace.calls.append(made)
         if self.sink is not None and takes:

@@ -50,7 +50,9 @@ class Screen:
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
-        from ..errors import SkippedWarning, UnfaithfulWarning
+        from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+
+        ours = (UnfaithfulWarning, SkippedWarning, TraceTooLargeWarning)
 
         def show(
             message: Warning | str,
@@ -60,12 +62,12 @@ class Screen:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if self.debug or issubclass(category, (UnfaithfulWarning, SkippedWarning)):
+            if self.debug or issubclass(category, ours):
                 self.warn(str(message))
 
         with warnings.catch_warnings():
             warnings.showwarning = show
-            for category in (UnfaithfulWarning, SkippedWarning):
+            for category in ours:
                 warnings.simplefilter("always", category)
             yield
 
