@@ -51,5 +51,5 @@ class Punctuation(KeyMass):
 
 def _marks(tokens: tuple[str, ...]) -> list[int]:
     words = split_words(tokens)
-    marks = [not own and is_punctuation(text) for text, own in zip(words.texts, words.special, strict=True)]
+    marks = [is_punctuation(text) for text in words.texts]
     return [i for i, word in enumerate(words.of) if marks[word]]

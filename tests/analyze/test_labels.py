@@ -209,6 +209,16 @@ def test_a_head_that_looks_at_the_head() -> None:
     assert Dependency(heads=[[1, -1]], words=ids)(trace)["dependency"].item() == 1
 
 
+def test_a_head_that_looks_at_itself_alone_hits_nothing() -> None:
+    trace = given(torch.eye(3).view(1, 1, 3, 3), torch.ones(3, 3, dtype=torch.bool), tokens=[["a", "cat", "ran"]])
+    assert Dependency(heads=[[1, 0, 0]])(trace)["dependency"].item() == 0
+
+
+def test_the_words_of_a_mention_are_not_its_antecedents() -> None:
+    trace = given(uniform(3), tokens=[["my", "old", "house"]])
+    assert Coreference(clusters=[[[(0, 2), (0, 3)]]], how="mass")(trace).isna()["coreference(how='mass')"].all()  # type: ignore[arg-type]
+
+
 def test_labels_that_do_not_fit() -> None:
     trace = given(uniform(4), tokens=[["a", "cat", "ran", "off"]])
     for wrong, message in (

@@ -26,7 +26,11 @@ def test_by_text_in_every_layer_and_head() -> None:
         assert row["key"] == order[row["rank"] - 1]
         assert row["target"] == TOKENS[row["key"]]
         assert row["weight"] == pytest.approx(own[row["key"]], abs=1e-6)
-    assert set(analyze.top_targets(made.trace, "it", 3, example=1)["query"]) == {0, 5}
+    other = analyze.top_targets(made.trace, "it", 3, example=1)
+    assert set(other["query"]) == {0, 5}
+    for row in other.to_dict("records"):
+        own = made.weights[row["call"]][1, (3, 1).index(row["head"]), row["query"], row["key"]]
+        assert row["weight"] == pytest.approx(float(own), abs=1e-6)
 
 
 def test_by_word_and_by_position() -> None:
