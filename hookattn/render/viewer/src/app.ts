@@ -21,6 +21,8 @@ export interface App {
   readonly state: ReadonlySignal<State>;
   readonly dark: ReadonlySignal<boolean>;
   readonly cursor: Signal<Cursor>;
+  /** Whether the steps are being played, one after the other. */
+  readonly playing: Signal<boolean>;
   set(patch: Partial<State>): void;
 }
 
@@ -39,6 +41,7 @@ export async function open(
     state,
     dark,
     cursor: signal({ query: null, key: null }),
+    playing: signal(false),
     set(patch) {
       const next = normalise(patch, state.peek(), trace, views);
       if (JSON.stringify(next) === JSON.stringify(state.peek())) return;

@@ -23,8 +23,8 @@ const AXES: Record<string, string> = {
 };
 
 export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<string, Entry>): Call[] {
-  // By site: where the step began, and how many positions it fed. A module may run several times in one step.
-  const fed = new Map<string, { step: number; start: number; length: number }>();
+  // By site: the last of its calls. A module may run several times in one step.
+  const fed = new Map<string, Fed>();
   return documents.map((document, index) => {
     const extents = { B: 0, H: 0, G: 0, T: 0, S: document.keys ?? 0 };
     for (const [field, axes] of Object.entries(AXES)) {
@@ -40,9 +40,8 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     for (const axis of ["B", "H", "T", "S"] as const)
       extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
     const key = `${document.site.path}\n${document.site.kind}`;
-    const last = fed.get(key);
-    const start = last === undefined ? 0 : last.step === document.step ? last.start : last.start + last.length;
-    fed.set(key, { step: document.step, start, length: extents.T });
+    const start = startOf(fed.get(key), document, extents);
+    fed.set(key, { step: document.step, start, T: extents.T, S: extents.S });
     return {
       ...document,
       index,
@@ -51,6 +50,27 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
       headNumbers: document.heads ?? Array.from({ length: extents.H }, (_, i) => i),
     };
   });
+}
+
+/** A call of a site, and the position of its first query. */
+interface Fed {
+  step: number;
+  start: number;
+  T: number;
+  S: number;
+}
+
+/** The position of a call's first query, which a generation counts on from step to step. */
+function startOf(last: Fed | undefined, { step, queries }: CallDocument, { T, S }: { T: number; S: number }): number {
+  if (last === undefined) return 0;
+  if (last.step === step) return last.start;
+  // No cache: each step is fed everything from its beginning.
+  if (queries === null && T === S) return 0;
+  const next = last.start + last.T;
+  // A cache of fewer positions than were fed has dropped the oldest (a window, which then has a length that stays),
+  // or the last step's rejected candidates.
+  const rejected = next + T > S && last.start > 0 && S - T > last.start && S !== last.S;
+  return rejected ? S - T : next;
 }
 
 export function where(call: Call): string {

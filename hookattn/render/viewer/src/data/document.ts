@@ -117,8 +117,9 @@ export async function readHeader(source: Source): Promise<Header> {
       data_offsets: [begin, end],
     },
   ] of Object.entries(header).filter(([k]) => k !== "__metadata__")) {
-    if (8 + length + end > source.size) {
-      throw new ViewerError(`${source.name}: cut short: “${name}” needs ${8 + length + end} bytes of ${source.size}.`);
+    const needed = 8 + length + end;
+    if (needed > source.size) {
+      throw new ViewerError(`${source.name}: cut short: “${name}” ends at byte ${needed} of ${source.size}.`);
     }
     entries.set(name, { dtype, shape, begin: 8 + length + begin, end: 8 + length + end });
   }

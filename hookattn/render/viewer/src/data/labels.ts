@@ -45,7 +45,10 @@ function make(trace: Trace, call: Call, batch: number): Axes {
   // The tokens are those of the model's input: of the encoder, where there is one beside the decoder.
   const encoded = call.site.stack === "decoder" && trace.calls.some((c) => c.site.stack === "encoder");
   const fits = tokens !== null && call.site.axes === "tokens";
-  const forSelf = fits && own && !encoded && tokens.length > Math.max(-1, ...queries.slice(-1));
+  // Of a generation, the tokens may be the prompt's alone: those after it are numbers.
+  const prompt = trace.calls.find((c) => c.site.path === call.site.path && c.site.kind === "self");
+  const enough = call.past > 0 && prompt !== undefined ? prompt.extents.T : (queries.at(-1) ?? -1) + 1;
+  const forSelf = fits && own && !encoded && tokens.length >= enough;
   const forKeys = forSelf || (fits && !own && tokens.length === S);
   return { queries: axis(queries, forSelf ? tokens : null), keys: axis(keys, forKeys ? tokens : null) };
 }

@@ -12,6 +12,9 @@ import type { Matrix } from "./matrix";
 /** Bytes of decoded heads that are kept: a few of 4096 × 4096 float32. */
 const CACHE = 256 * 2 ** 20;
 
+/** Numbers in the first part of a large head: enough for the eye, and soon there. */
+const PART = 2 ** 20;
+
 export interface Tensor {
   shape: number[];
   data: Numbers;
@@ -47,9 +50,10 @@ export class Trace {
   /**
    * One head of a field, `head` counted among those stored: q T×D, k S×D, v S×E, output T×E, scores, weights, mask
    * and bias T×S.
+   * A large one that is stored calls `show` once with its first rows, the others NaN, while the rest is read.
    * Throws NotCaptured; for a field that the call has none of (bias null), use `optional`.
    */
-  head(call: Call, field: string, batch: number, head: number): Promise<Matrix> {
+  head(call: Call, field: string, batch: number, head: number, show?: (part: Matrix) => void): Promise<Matrix> {
     const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
     const name = call.fields[field];
     const key =
@@ -58,7 +62,7 @@ export class Trace {
         : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
     let known = this.cache.get(key);
     if (known === undefined) {
-      known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv);
+      known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv, show);
       this.cache.set(key, known, 0);
       known.then(
         (matrix) => this.cache.set(key, known!, matrix.data.byteLength),
@@ -112,12 +116,21 @@ export class Trace {
     return decode(new Uint8Array(bytes));
   }
 
-  private async stored(call: Call, field: string, name: string, batch: number, head: number): Promise<Matrix> {
+  private async stored(
+    call: Call,
+    field: string,
+    name: string,
+    batch: number,
+    head: number,
+    show?: (part: Matrix) => void,
+  ): Promise<Matrix> {
     const entry = this.entry(name);
     const [b, h, rows, cols] = [4, 3, 2, 1].map((i) => entry.shape.at(-i) ?? 1) as [number, number, number, number];
     const start = ((b > 1 ? batch : 0) * h + (h > 1 ? head : 0)) * rows * cols;
-    const data = await this.numbers(name, entry, start, start + rows * cols);
-    const stored = { rows, cols, data };
+    const read = (from: number, to: number) => this.numbers(name, entry, start + from * cols, start + to * cols);
+    const first = Math.ceil(PART / cols);
+    const whole = show === undefined || rows < 2 * first ? read(0, rows) : inParts(read, first, rows, cols, show);
+    const stored = { rows, cols, data: await whole };
     const { T, S } = call.extents;
     return field === "mask" || field === "bias" ? expand(stored, T, S) : stored;
   }
@@ -148,6 +161,29 @@ export class Trace {
     const stored = await this.stored(call, "scale", call.scale.tensor, batch, head);
     return expand(stored, call.extents.T, call.extents.S);
   }
+}
+
+/** Rows 0 to `rows`: the first ones are shown before the others are there. */
+async function inParts(
+  read: (from: number, to: number) => Promise<Numbers>,
+  first: number,
+  rows: number,
+  cols: number,
+  show: (part: Matrix) => void,
+): Promise<Numbers> {
+  const [top, rest] = [read(0, first), read(first, rows)];
+  // Should the first part fail, its error is the one that is told.
+  rest.catch(() => undefined);
+  const head = await top;
+  const data = new (head.constructor as Float64ArrayConstructor)(rows * cols);
+  if (!(data instanceof Uint8Array)) data.fill(NaN);
+  data.set(head);
+  show({ rows, cols, data });
+  const tail = await rest;
+  // The first part may still be being pooled for the screen: what it reads is not to change meanwhile.
+  const whole = data.slice();
+  whole.set(tail, first * cols);
+  return whole;
 }
 
 function count(shape: number[]): number {

@@ -4,6 +4,7 @@ import { headColour } from "../colours";
 import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
 import { Named, Segments, Slider } from "./inputs";
+import { Player } from "./player";
 import type { ControlName, View } from "../views/index";
 
 interface ControlProps {
@@ -19,15 +20,11 @@ export function Controls({ app, view }: ControlProps) {
   return (
     <div class="controls" role="group" aria-label="What is shown">
       <Stack app={app} />
-      <Step app={app} />
+      <Player app={app} />
       <Batch app={app} />
       {shown}
     </div>
   );
-}
-
-export function steps(app: App): number[] {
-  return distinct(app.trace.calls.map((c) => c.step)).sort((a, b) => a - b);
 }
 
 /** The layers of the stack and kind in view. */
@@ -62,19 +59,6 @@ function Stack({ app }: { app: App }) {
         ))}
       </select>
     </Named>
-  );
-}
-
-function Step({ app }: { app: App }) {
-  const state = app.state.value;
-  return (
-    <Slider
-      name="Step"
-      values={steps(app)}
-      value={state.step}
-      text={String}
-      pick={(step) => app.set({ step, query: null, key: null, zoom: null })}
-    />
   );
 }
 

@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { message } from "../errors";
 
 export interface Loaded<T> {
@@ -9,13 +9,21 @@ export interface Loaded<T> {
   stale: boolean;
 }
 
-/** The result of `load`, which runs anew when `deps` change; what it began before is aborted. */
-export function useLoaded<T>(load: (signal: AbortSignal) => Promise<T>, deps: readonly unknown[]): Loaded<T> {
+/**
+ * The result of `load`, which runs anew when `deps` change; what it began before is aborted. Long work can show what it
+ * has so far by `show`.
+ */
+export function useLoaded<T>(
+  load: (signal: AbortSignal, show: (value: T) => void) => Promise<T>,
+  deps: readonly unknown[],
+): Loaded<T> {
   const [state, setState] = useState<Loaded<T>>({ value: null, error: null, stale: true });
   useEffect(() => {
     const stop = new AbortController();
     setState((s) => (s.stale ? s : { ...s, stale: true }));
-    load(stop.signal).then(
+    const show = (value: T) =>
+      stop.signal.aborted || setState((s) => (s.stale ? { value, error: null, stale: true } : s));
+    load(stop.signal, show).then(
       (value) => stop.signal.aborted || setState({ value, error: null, stale: false }),
       (error: unknown) => stop.signal.aborted || setState({ value: null, error: message(error), stale: false }),
     );
@@ -24,15 +32,15 @@ export function useLoaded<T>(load: (signal: AbortSignal) => Promise<T>, deps: re
   return state;
 }
 
-/** The width of an element in CSS pixels, as it changes. */
-export function useWidth(): [{ current: HTMLDivElement | null }, number] {
-  const ref = useRef<HTMLDivElement>(null);
+/** The width of an element in CSS pixels, as it changes; the first of the two is its `ref`. */
+export function useWidth(): [(element: Element | null) => void, number] {
+  const [element, setElement] = useState<Element | null>(null);
   const [width, setWidth] = useState(0);
   useEffect(() => {
-    const element = ref.current!;
+    if (element === null) return;
     const observer = new ResizeObserver(([entry]) => setWidth(Math.floor(entry!.contentRect.width)));
     observer.observe(element);
     return () => observer.disconnect();
-  }, []);
-  return [ref, width];
+  }, [element]);
+  return [setElement, width];
 }

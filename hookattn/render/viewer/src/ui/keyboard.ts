@@ -2,7 +2,9 @@
 import { type App, current, focus } from "../app";
 import { zoomed } from "../data/frame";
 import type { State } from "../state";
-import { layers, steps } from "./controls";
+import { steps, toStep } from "../steps";
+import { layers } from "./controls";
+import { play } from "./player";
 
 interface Key {
   keys: readonly string[];
@@ -66,13 +68,9 @@ export const KEYS: readonly Key[] = [
   {
     keys: [";", "'"],
     does: "step before or after",
-    press: (app, key) => ({
-      step: step(steps(app), app.state.value.step, key === "'" ? 1 : -1),
-      query: null,
-      key: null,
-      zoom: null,
-    }),
+    press: (app, key) => toStep(app, step(steps(app), app.state.value.step, key === "'" ? 1 : -1)),
   },
+  { keys: ["p"], does: "play the steps, stop", press: (app) => (play(app), {}) },
   {
     keys: ["f"],
     does: "field: weights, scores, mask",

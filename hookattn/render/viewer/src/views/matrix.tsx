@@ -2,12 +2,15 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
 import { type Frame, moved, within, zoomed } from "../data/frame";
-import { at, extent } from "../data/matrix";
-import { pyramid } from "../data/pool";
+import type { Axes } from "../data/labels";
+import { at, extent, type Matrix as Numbers } from "../data/matrix";
+import { type Pyramid, pyramid } from "../data/pool";
 import { presented } from "../data/presented";
 import { exact, number } from "../format";
 import { Slices } from "../slices";
+import type { Pool } from "../state";
 import { axisRoom, Columns, Rows } from "../ui/axes";
+import { useFrame } from "../ui/frame";
 import { draw, levelFor } from "../ui/heatmap";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Legend } from "../ui/legend";
@@ -15,6 +18,17 @@ import { Notice } from "../ui/notice";
 import { name } from "../ui/table";
 import { Tip, type TipAt } from "../ui/tip";
 import type { View } from "./index";
+
+interface Made {
+  matrix: Numbers;
+  levels: Pyramid;
+  /** Smallest and largest: of each level, where they differ, or of all. */
+  extents: [number, number][];
+  axes: Axes;
+  field: string;
+  pool: Pool;
+  dropped: boolean;
+}
 
 const POOLED = { max: "largest", sum: "sum" };
 const CELL = 28;
@@ -36,13 +50,16 @@ function Matrix({ app }: { app: App }) {
   const [frame, setFrame] = useFrame(app);
   const drag = useRef<{ x: number; y: number; from: Frame | null; moved: boolean } | null>(null);
   const { value, error } = useLoaded(
-    async (signal) => {
-      const whole = await app.trace.head(call, field, batch, stored(call, head));
-      const matrix = presented(whole, field, sink, filter, axes);
-      const levels = await pyramid(matrix, pool, new Slices(10, signal));
-      // Nothing but scores is negative, and the largest of all is the largest of the coarsest level.
-      const extents = pool === "sum" ? levels.map(extent) : [extent(field === "scores" ? matrix : levels.at(-1)!)];
-      return { matrix, levels, extents, axes, field, pool, dropped: matrix !== whole };
+    async (signal, show: (made: Made) => void) => {
+      const make = async (whole: Numbers): Promise<Made> => {
+        const matrix = presented(whole, field, sink, filter, axes);
+        const levels = await pyramid(matrix, pool, new Slices(10, signal));
+        // Nothing but scores is negative, and the largest of all is the largest of the coarsest level.
+        const extents = pool === "sum" ? levels.map(extent) : [extent(field === "scores" ? matrix : levels.at(-1)!)];
+        return { matrix, levels, extents, axes, field, pool, dropped: matrix !== whole };
+      };
+      const early = (part: Numbers) => void make(part).then(show, () => undefined);
+      return make(await app.trace.head(call, field, batch, stored(call, head), early));
     },
     [app, call, head, batch, field, sink, filter, pool],
   );
@@ -118,6 +135,7 @@ function Matrix({ app }: { app: App }) {
   const line = (i: number | null, first: number, count: number) =>
     i === null || i + 1 <= first || i >= first + count ? null : Math.max(0, i - first) / count;
   const [row, column] = [line(cursor.query ?? state.query, q, queries), line(cursor.key ?? state.key, k, keys)];
+  const pooled = level > 0 ? `, ${POOLED[value.pool]} of ${2 ** level}×${2 ** level}` : "";
   const zoom = (factor: number) => setFrame(zoomed(frame, matrix.cols, matrix.rows, factor));
   return (
     <div ref={ref}>
@@ -217,7 +235,7 @@ function Matrix({ app }: { app: App }) {
           domain={domainOf(level)}
           ramp={colours}
           dropped={value.dropped}
-          title={`${value.field}, head ${head}${level > 0 ? `, ${POOLED[value.pool]} of ${2 ** level}×${2 ** level}` : ""}`}
+          title={`${value.field}, head ${head}${pooled}`}
         />
         <button type="button" aria-label="Closer" onClick={() => zoom(2)}>
           +
@@ -238,36 +256,8 @@ function told(field: string, value: number): string {
   return field === "mask" ? (value ? "may attend" : "masked") : exact(value);
 }
 
-/**
- * The frame follows the state, and the state the frame: at once while it is dragged, and in the link a little later.
- */
-function useFrame(app: App): [Frame | null, (frame: Frame | null) => void] {
-  const zoom = app.state.value.zoom;
-  const [frame, setFrame] = useState<Frame | null>(zoom);
-  const late = useRef<ReturnType<typeof setTimeout>>(undefined);
-  useEffect(() => setFrame(zoom), [zoom?.join()]);
-  useEffect(() => () => clearTimeout(late.current), []);
-  return [
-    frame,
-    (next) => {
-      setFrame(next);
-      clearTimeout(late.current);
-      late.current = setTimeout(
-        () => app.set({ zoom: next === null ? null : (next.map((x) => Number(x.toFixed(3))) as Frame) }),
-        200,
-      );
-    },
-  ];
-}
-
 /** Where the matrix stands in the room there is; cells are square unless it is very flat or very tall. */
-function place(
-  rows: number,
-  cols: number,
-  axes: ReturnType<typeof current>["axes"],
-  room: number,
-  frame: Frame | null,
-) {
+function place(rows: number, cols: number, axes: Axes, room: number, frame: Frame | null) {
   const most = largest();
   const view = within(frame, cols, rows);
   const left = Math.max(60, axisRoom(axes.queries, Math.min(150, room * 0.28)));
