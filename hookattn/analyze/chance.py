@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..call import Load
 from .measure import Measure
 from .table import readings
 from .view import View
@@ -35,7 +36,7 @@ class Chance:
         if self._mask is not None and self._mask.shape == mask.shape and torch.equal(self._mask, mask):
             return self._found
         weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
-        fields = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
+        fields: dict[str, Tensor | Load | None] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
         even = View(replace(call, fields=fields, heads=None, kv_heads=None, derivable=()), view.trace, view.keys)
         found = readings(even, self.measures, missing=True)
         levels = {key: float(reading.heads[0]) for key, reading in found.items() if reading is not None}

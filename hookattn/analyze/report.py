@@ -45,14 +45,17 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     chosen = resolve([*(MEASURES if measures is None else measures), *evidence()])
     if not trace.calls:
         raise MeasureError("the trace has no calls to report on.")
-    chance, frames, left_out = Chance(list(evidence())), [], {}
+    chance = Chance(list(evidence()))
+    frames: list[DataFrame] = []
+    left_out: dict[str, str] = {}
     for call in trace.calls:
         view = View(call, trace, real)
         found = readings(view, chosen, missing=True, why=left_out)
         frame = pd.DataFrame(columns(view, found, "head"))
         levels = chance.of(view)
-        roles = [named(scores, levels) for scores in frame[list(found)].to_dict("records")]
-        place = frame.columns.get_loc(chosen[0].key)
+        lines = zip(*(frame[key].tolist() for key in found), strict=True)
+        roles = [named(dict(zip(found, line, strict=True)), levels) for line in lines]
+        place = list(frame.columns).index(chosen[0].key)
         frame.insert(place, "role", ["; ".join(role.name for role, _ in several) for several in roles])
         frame.insert(place + 1, "evidence", ["; ".join(why for _, why in several) for several in roles])
         frames.append(frame)

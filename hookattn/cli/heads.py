@@ -83,7 +83,8 @@ def command(
 
 def _plain(table: DataFrame) -> list[dict[str, Any]]:
     """Rows as plain data; NaN as null."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[no-any-return]
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in rows]
 
 
 def _print(screen: Screen, table: DataFrame, measures: list[str]) -> None:

@@ -88,7 +88,7 @@ def command(
         except KeyboardInterrupt:
             screen.say(f"stopped after {done} of {counted(total, 'example')}; the same command goes on from there.")
             raise
-    data = {"file": out, "examples": total, "measures": [m.key for m in chosen], "bytes": os.path.getsize(out)}
+    data: dict[str, Any] = {"file": out, "examples": total, "measures": [m.key for m in chosen], "bytes": os.path.getsize(out)}
     if screen.as_json:
         screen.json(data)
         return
