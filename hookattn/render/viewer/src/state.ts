@@ -6,6 +6,7 @@ export type Field = "weights" | "scores" | "mask";
 export type Scale = "linear" | "log";
 export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
+export type Through = "rollout" | "flow";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
 
 export interface State {
@@ -35,6 +36,8 @@ export interface State {
   /** Model view: in the order of the layers, or by an analyzer's measure; and the smallest value shown. */
   sort: string;
   least: number | null;
+  /** Flow view: attention rollout, or the maximum flow. */
+  through: Through;
   /** Matrix view: first key, first query, keys, queries. */
   zoom: [number, number, number, number] | null;
 }
@@ -57,6 +60,7 @@ const FIRST: State = {
   filter: "all",
   sort: "layer",
   least: null,
+  through: "rollout",
   zoom: null,
 };
 
@@ -69,6 +73,7 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   pool: ["max", "sum"],
   sink: ["show", "drop", "renormalise"],
   filter: ["all", "AA", "AB", "BA", "BB"],
+  through: ["rollout", "flow"],
 };
 
 /** The call that a state shows. The trace must have calls. */
@@ -77,10 +82,18 @@ export function callOf(trace: Trace, state: State): Call {
 }
 
 /** The calls of one stack, kind, layer and step: one, but where a layer runs several attentions. */
-export function matches(trace: Trace, { stack, kind, layer, step }: State): Call[] {
+export function matches(trace: Trace, place: Pick<State, "step" | "stack" | "kind" | "layer">): Call[] {
+  const { stack, kind, layer, step } = place;
   return trace.calls.filter(
     (c) => c.step === step && c.site.stack === stack && c.site.kind === kind && c.site.layer === layer,
   );
+}
+
+/** The part of a state that brings a call into view. */
+export function placeOf(trace: Trace, call: Call): Pick<State, "step" | "stack" | "kind" | "layer" | "nth"> {
+  const { stack, kind, layer } = call.site;
+  const place = { step: call.step, stack, kind, layer };
+  return { ...place, nth: matches(trace, place).indexOf(call) };
 }
 
 /** `wanted` over `before`, each part moved to the nearest that the trace has; `views` are the ids of the views. */

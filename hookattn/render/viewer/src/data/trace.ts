@@ -9,6 +9,8 @@ import { type Coding, type Entry, readHeader, type TraceDocument } from "./docum
 import { CODINGS, DTYPES, type Numbers } from "./dtypes";
 import type { Matrix } from "./matrix";
 
+/** Terms that are stored as small as they are, and read at the extents of the call. */
+const BROADCAST: ReadonlySet<string> = new Set(["mask", "bias", "scale"]);
 /** Bytes of decoded heads that are kept: a few of 4096 × 4096 float32. */
 const CACHE = 256 * 2 ** 20;
 
@@ -78,6 +80,18 @@ export class Trace {
     return this.head(call, field, batch, head);
   }
 
+  /**
+   * One query of q, output, scores, weights, mask or bias, 1 × its columns, or null where the call has no such term.
+   * Nothing else is read.
+   */
+  async row(call: Call, field: string, batch: number, head: number, query: number): Promise<Matrix | null> {
+    const name = call.fields[field];
+    if (name === null) return null;
+    return name === undefined
+      ? this.derive(call, field, batch, head, query)
+      : this.storedRow(call, field, name, batch, head, query);
+  }
+
   /** The learned logits that join the softmax of a head: one, or one a row; null if there are none. */
   async sinks(call: Call, batch: number, head: number): Promise<Numbers | null> {
     const name = call.fields["sinks"];
@@ -125,41 +139,59 @@ export class Trace {
     show?: (part: Matrix) => void,
   ): Promise<Matrix> {
     const entry = this.entry(name);
-    const [b, h, rows, cols] = [4, 3, 2, 1].map((i) => entry.shape.at(-i) ?? 1) as [number, number, number, number];
-    const start = ((b > 1 ? batch : 0) * h + (h > 1 ? head : 0)) * rows * cols;
+    const { start, rows, cols } = place(entry, batch, head);
     const read = (from: number, to: number) => this.numbers(name, entry, start + from * cols, start + to * cols);
     const first = Math.ceil(PART / cols);
     const whole = show === undefined || rows < 2 * first ? read(0, rows) : inParts(read, first, rows, cols, show);
     const stored = { rows, cols, data: await whole };
-    const { T, S } = call.extents;
-    return field === "mask" || field === "bias" ? expand(stored, T, S) : stored;
+    return BROADCAST.has(field) ? expand(stored, call.extents.T, call.extents.S) : stored;
   }
 
-  private async derive(call: Call, field: string, batch: number, head: number): Promise<Matrix> {
+  private async storedRow(
+    call: Call,
+    field: string,
+    name: string,
+    batch: number,
+    head: number,
+    query: number,
+  ): Promise<Matrix> {
+    const entry = this.entry(name);
+    const { start, rows, cols } = place(entry, batch, head);
+    const from = start + (rows > 1 ? query * cols : 0);
+    const stored = { rows: 1, cols, data: await this.numbers(name, entry, from, from + cols) };
+    return BROADCAST.has(field) ? expand(stored, 1, call.extents.S) : stored;
+  }
+
+  /** All rows, or those of one query. */
+  private async derive(call: Call, field: string, batch: number, head: number, query?: number): Promise<Matrix> {
+    const part = (of: string) =>
+      query === undefined ? this.optional(call, of, batch, head) : this.row(call, of, batch, head, query);
     if (!this.has(call, field) || call.fields[field] === null) throw new NotCaptured(field, where(call));
     const slices = new Slices();
     if (field === "weights") {
       const [scores, mask, sinks] = await Promise.all([
-        this.head(call, "scores", batch, head),
-        this.optional(call, "mask", batch, head),
+        part("scores"),
+        part("mask"),
         this.sinks(call, batch, head),
       ]);
-      return derive.weights(scores, mask, sinks, slices);
+      const own = query !== undefined && sinks !== null && sinks.length > 1 ? sinks.subarray(query) : sinks;
+      return derive.weights(scores!, mask, own, slices);
     }
     const [q, k, bias, scale] = await Promise.all([
-      this.head(call, "q", batch, head),
+      part("q"),
       this.head(call, "k", batch, head),
-      this.optional(call, "bias", batch, head),
-      this.scale(call, batch, head),
+      part("bias"),
+      this.scale(call, batch, head, query),
     ]);
-    return derive.scores({ q, k, scale, softcap: call.softcap, bias }, slices);
+    return derive.scores({ q: q!, k, scale, softcap: call.softcap, bias }, slices);
   }
 
-  /** The kernel's factor on q·kᵀ, for one head. */
-  async scale(call: Call, batch: number, head: number): Promise<number | Matrix> {
+  /** The kernel's factor on q·kᵀ, for one head: a number, or T×S; 1×S for one query. */
+  async scale(call: Call, batch: number, head: number, query?: number): Promise<number | Matrix> {
     if (typeof call.scale === "number") return call.scale;
-    const stored = await this.stored(call, "scale", call.scale.tensor, batch, head);
-    return expand(stored, call.extents.T, call.extents.S);
+    return query === undefined
+      ? this.stored(call, "scale", call.scale.tensor, batch, head)
+      : this.storedRow(call, "scale", call.scale.tensor, batch, head, query);
   }
 }
 
@@ -184,6 +216,12 @@ async function inParts(
   const whole = data.slice();
   whole.set(tail, first * cols);
   return whole;
+}
+
+/** Where a head begins among the elements of a tensor, and its rows and columns. */
+function place({ shape }: Entry, batch: number, head: number): { start: number; rows: number; cols: number } {
+  const [b, h, rows, cols] = [4, 3, 2, 1].map((i) => shape.at(-i) ?? 1) as [number, number, number, number];
+  return { start: ((b > 1 ? batch : 0) * h + (h > 1 ? head : 0)) * rows * cols, rows, cols };
 }
 
 function count(shape: number[]): number {

@@ -42,12 +42,11 @@ function describe(c: Certificate): string {
   );
 }
 
-/** What a reader has to know before trusting what is drawn. */
-export function Notices({ app, call }: { app: App; call: Call }) {
+/** What a reader has to know before trusting what is drawn of `fields`. */
+export function Notices({ app, call, fields }: { app: App; call: Call; fields: readonly string[] }) {
   const { skipped, notes, calls } = app.trace.document;
   const unfaithful = calls.filter((c) => c.certificate?.status === "unfaithful").length;
-  const field = app.state.value.field;
-  const coding = app.trace.coding(call, field);
+  const coding = fields.map((field) => app.trace.coding(call, field)).find((found) => found !== null) ?? null;
   const narrow = app.trace.entries.get(call.fields["weights"] ?? "")?.dtype;
   return (
     <>

@@ -36,7 +36,14 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         <h1 dir="auto">{app.trace.source.name}</h1>
         {model.class && <span class="quiet">{model.class}</span>}
         <span class="quiet">{where(call)}</span>
-        <Badge certificate={call.certificate} />
+        <button
+          type="button"
+          class="plain"
+          aria-label="The certificates of all calls"
+          onClick={() => app.set({ view: "certificates" })}
+        >
+          <Badge certificate={call.certificate} />
+        </button>
       </header>
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
@@ -53,7 +60,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         ))}
       </div>
       <Controls app={app} view={view} />
-      <Notices app={app} call={call} />
+      <Notices app={app} call={call} fields={view.fields(state)} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
         {missing !== undefined ? (
           <Notice error>{new NotCaptured(missing, where(call)).message}</Notice>
@@ -61,7 +68,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
           <view.component app={app} />
         )}
       </div>
-      <div aria-live="polite">{app.trace.has(call, state.field) && <Table app={app} />}</div>
+      <div aria-live="polite">{!view.ownTable && app.trace.has(call, state.field) && <Table app={app} />}</div>
       <Foot app={app} figure={() => figure.current!} help={() => help.current?.showModal()} />
       <dialog class="help" ref={help}>
         <p>{view.help}</p>
@@ -121,6 +128,8 @@ function Foot({ app, figure, help }: { app: App; figure(): HTMLElement; help(): 
 }
 
 async function copy(text: string): Promise<string> {
+  // Not there in a page that is not secure, or in a frame without the permission.
+  if (!("clipboard" in navigator)) return "The address of the page is the link to this selection.";
   await navigator.clipboard.writeText(text);
   return "The link to this selection is in the clipboard.";
 }

@@ -17,6 +17,7 @@
 import type { ComponentType } from "preact";
 import type { App } from "../app";
 import type { State } from "../state";
+import { certificates } from "./certificates";
 import { head } from "./head";
 import { matrix } from "./matrix";
 import { model } from "./model";
@@ -34,9 +35,11 @@ export interface View {
   fields(state: State): readonly string[];
   /** Which controls, beside those for stack, step and batch, have a meaning here. */
   controls: readonly ControlName[];
+  /** Whether it has a table of its own, in place of that of the head in focus. */
+  ownTable?: boolean;
   /** Why it has nothing to show for this trace at all (no images, no second trace), or null. It then has no tab. */
   absent?(app: App): string | null;
   component: ComponentType<{ app: App }>;
 }
 
-export const VIEWS: readonly View[] = [head, matrix, model];
+export const VIEWS: readonly View[] = [head, matrix, model, certificates];

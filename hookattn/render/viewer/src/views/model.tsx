@@ -7,6 +7,7 @@ import { thumbnail } from "../data/thumbnail";
 import { NotCaptured } from "../errors";
 import { number } from "../format";
 import { type Measure, measures, rolesOf } from "../options";
+import { placeOf } from "../state";
 import { draw } from "../ui/heatmap";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Badge } from "../ui/notice";
@@ -140,8 +141,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
         // The tile goes with its view: the keys are to go on working.
         event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
         app.set({
-          layer: call.site.layer,
-          nth: nth(app, call),
+          ...placeOf(app.trace, call),
           heads: [head],
           query: null,
           key: null,
@@ -162,16 +162,6 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       ))}
     </button>
   );
-}
-
-/** Its place among the calls of the same layer. */
-function nth(app: App, call: Call): number {
-  const { step, site } = call;
-  return app.trace.calls
-    .filter(
-      (c) => c.step === step && c.site.stack === site.stack && c.site.kind === site.kind && c.site.layer === site.layer,
-    )
-    .indexOf(call);
 }
 
 /** Whether an element has been in view, or nearly. */
