@@ -50,7 +50,7 @@ $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt
 	@touch $@
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
-	$(BIN)/python -m pytest tests/field -n $(JOBS)
+	$(BIN)/python -m pytest tests/field tests/test_render_interop.py -n $(JOBS)
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python -m benchmarks --json out/bench.json

@@ -88,11 +88,11 @@ def command(
         except KeyboardInterrupt:
             screen.say(f"stopped after {done} of {counted(total, 'example')}; the same command goes on from there.")
             raise
-    data: dict[str, Any] = {"file": out, "examples": total, "measures": [m.key for m in chosen], "bytes": os.path.getsize(out)}
+    measured, size = [m.key for m in chosen], os.path.getsize(out)
     if screen.as_json:
-        screen.json(data)
+        screen.json({"file": out, "examples": total, "measures": measured, "bytes": size})
         return
-    screen.out.print(f"wrote {out} ({size_of(data['bytes'])}): {counted(total, 'example')}", markup=False)
+    screen.out.print(f"wrote {out} ({size_of(size)}): {counted(total, 'example')}", markup=False)
 
 
 def _encoder(loaded: Loaded, device: str, limit: int | None) -> Encode:
