@@ -16,6 +16,8 @@ import type { View } from "./index";
 const LINES = 2500;
 const OF_ONE = 500;
 const FLOOR = 0.01;
+/** Numbers that are held at the same time: four heads of 4096 × 4096. */
+const ROOM = 2 ** 26;
 const CELL = 11;
 const CELLS = 16;
 
@@ -24,7 +26,9 @@ function Head({ app }: { app: App }) {
   const { batch, sink, filter, scale } = state;
   const [ref, room] = useWidth();
   const { call, axes } = current(app);
-  const numbers = state.heads.toSorted((a, b) => a - b).join();
+  const most = Math.max(1, Math.floor(ROOM / (call.extents.T * call.extents.S)));
+  const chosen = state.heads.slice(-most);
+  const numbers = chosen.toSorted((a, b) => a - b).join();
   const { value, error } = useLoaded(
     async (signal) => {
       const heads = numbers.split(",").map(Number);
@@ -127,6 +131,12 @@ function Head({ app }: { app: App }) {
           <Cells links={few} heads={heads} x={cells - 4} end at={(l) => from(l.query)} height={height} />
         )}
       </svg>
+      {chosen.length < state.heads.length && (
+        <Notice>
+          Of the {state.heads.length} heads chosen, the last {chosen.length} are drawn: more of this length do not fit
+          into memory.
+        </Notice>
+      )}
       <div class="readout quiet">
         {query !== null && key !== null
           ? `${name(queries, query)} → ${name(keys, key)}: ${pair(heads, matrices, query, key)}`
@@ -143,7 +153,8 @@ function Head({ app }: { app: App }) {
 }
 
 function pair(heads: readonly number[], matrices: readonly Matrix[], query: number, key: number): string {
-  return heads.map((h, i) => `head ${h} ${number(at(matrices[i]!, query, key))}`).join(" · ");
+  const told = (value: number) => (Number.isNaN(value) ? "left out" : number(value));
+  return heads.map((h, i) => `head ${h} ${told(at(matrices[i]!, query, key))}`).join(" · ");
 }
 
 /** The links of one query, of one key, or of the pair; the strongest, should there be very many. */
