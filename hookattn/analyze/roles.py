@@ -58,7 +58,7 @@ ROLES: tuple[Role, ...] = (
     Role("next token", NextToken(), 0.5),
     Role("itself", SelfToken(), 0.5),
     Role("neighbours", LocalMass(2), 0.6, unless=("previous token", "next token", "itself")),
-    Role("separators", Separators(), 0.35, lift=2.5),
+    Role("separators", Separators(), 0.2, lift=2.5),
     Role("first token", FirstToken(), 0.5),
     Role("learned sink", LearnedSink(), 0.5, lift=None),
     Role("uniform", NormalisedEntropy(), 0.9, lift=None),
