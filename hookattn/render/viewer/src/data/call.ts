@@ -23,9 +23,7 @@ const AXES: Record<string, string> = {
 };
 
 export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<string, Entry>): Call[] {
-  // By site: the last of its calls. A module may run several times in one step.
-  const fed = new Map<string, Fed>();
-  return documents.map((document, index) => {
+  const calls = documents.map((document, index) => {
     const extents = { B: 0, H: 0, G: 0, T: 0, S: document.keys ?? 0 };
     for (const [field, axes] of Object.entries(AXES)) {
       const shape = entries.get(document.fields[field] ?? "")?.shape;
@@ -39,38 +37,36 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     }
     for (const axis of ["B", "H", "T", "S"] as const)
       extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
-    const key = `${document.site.path}\n${document.site.kind}`;
-    const start = startOf(fed.get(key), document, extents);
-    fed.set(key, { step: document.step, start, T: extents.T, S: extents.S });
-    return {
-      ...document,
-      index,
-      extents,
-      past: document.site.kind === "self" ? start : 0,
-      headNumbers: document.heads ?? Array.from({ length: extents.H }, (_, i) => i),
-    };
+    const headNumbers = document.heads ?? Array.from({ length: extents.H }, (_, i) => i);
+    return { ...document, index, extents, past: 0, headNumbers };
   });
+  // A module may run several times in one step; each such run is a sequence of its own.
+  const sites = new Map<string, (typeof calls)[number][]>();
+  const runs = new Map<string, number>();
+  for (const call of calls.filter((c) => c.site.kind === "self")) {
+    const run = `${call.step} ${call.site.path}`;
+    const nth = runs.get(run) ?? 0;
+    runs.set(run, nth + 1);
+    const key = `${nth} ${call.site.path}`;
+    const others = sites.get(key);
+    if (others === undefined) sites.set(key, [call]);
+    else others.push(call);
+  }
+  for (const of of sites.values()) count(of);
+  return calls;
 }
 
-/** A call of a site, and the position of its first query. */
-interface Fed {
-  step: number;
-  start: number;
-  T: number;
-  S: number;
-}
-
-/** The position of a call's first query, which a generation counts on from step to step. */
-function startOf(last: Fed | undefined, { step, queries }: CallDocument, { T, S }: { T: number; S: number }): number {
-  if (last === undefined) return 0;
-  if (last.step === step) return last.start;
-  // No cache: each step is fed everything from its beginning.
-  if (queries === null && T === S) return 0;
-  const next = last.start + last.T;
-  // A cache of fewer positions than were fed has dropped the oldest (a window, which then has a length that stays),
-  // or the last step's rejected candidates.
-  const rejected = next + T > S && last.start > 0 && S - T > last.start && S !== last.S;
-  return rejected ? S - T : next;
+/** Sets `past` of the calls of one site, which a generation counts on from step to step. */
+function count(calls: { past: number; readonly queries: number[] | null; readonly extents: Call["extents"] }[]): void {
+  const fed = calls.map(({ queries, extents }) => (queries?.at(-1) ?? extents.T - 1) + 1);
+  const before = calls.map((call, i) => call.extents.S - fed[i]!);
+  // A cache that only ever grows tells it, also where rejected candidates are taken back. One of fixed size, or that
+  // drops what is old, does not: there it is what was fed. Without a cache each step is fed all from its beginning.
+  const grows = before.length > 2 && before[0] === 0 && before.every((n, i) => i === 0 || n > before[i - 1]!);
+  for (const [i, call] of calls.entries()) {
+    const last = calls[i - 1];
+    call.past = last === undefined || before[i] === 0 ? 0 : grows ? before[i]! : last.past + fed[i - 1]!;
+  }
 }
 
 export function where(call: Call): string {
