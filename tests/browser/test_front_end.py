@@ -1,0 +1,82 @@
+"""The module's default export: the front end of a notebook widget, with a kernel that the test plays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import ORIGIN, VIEWER, serve
+
+pytestmark = pytest.mark.browser
+
+PAGE = """<!doctype html><div id="viewer"></div><script type="module">
+import widget from "/hookattn-viewer.js";
+const bytes = await (await fetch("/trace.safetensors")).arrayBuffer();
+const listeners = {};
+window.traits = { _size: bytes.byteLength, _name: "run.safetensors", options: { theme: "dark" }, state: { layer: 1 } };
+window.reads = []; window.broken = false; window.saved = 0; window.listeners = listeners;
+window.tell = (event, ...args) => [...(listeners[event] ?? [])].forEach((listen) => listen(...args));
+const model = {
+  get: (name) => traits[name],
+  set: (name, value) => (traits[name] = value),
+  save_changes: () => saved++,
+  on: (event, listener) => (listeners[event] ??= []).push(listener),
+  off: (event, listener) => (listeners[event] = listeners[event].filter((x) => x !== listener)),
+  send({ kind, id, start, end }) {
+    reads.push([kind, start, end]);
+    // As a part of a larger buffer, and beside an answer that another view of the same model asked for.
+    const buffer = new Uint8Array(end - start + 16);
+    buffer.set(new Uint8Array(bytes, start, end - start), 8);
+    setTimeout(() => tell("msg:custom", { kind: "bytes", id: "another-0" }, [new DataView(new ArrayBuffer(4))]));
+    setTimeout(() => broken ? tell("msg:custom", { kind: "error", id, message: "the file is gone" }, [])
+      : tell("msg:custom", { kind: "bytes", id }, [new DataView(buffer.buffer, 8, end - start)]));
+  },
+};
+window.close_ = widget.render({ model, el: document.getElementById("viewer") });
+</script>"""
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any], file: Path) -> Any:
+    made = open_page()
+    files = {"index.html": PAGE, "hookattn-viewer.js": VIEWER / "hookattn-viewer.js", "trace.safetensors": file}
+    serve(made, files)
+    made.goto(f"{ORIGIN}/index.html")
+    made.locator("[data-view=head] path").first.wait_for(state="attached")
+    return made
+
+
+def test_it_reads_from_the_kernel_only_what_it_shows(page: Any, file: Path) -> None:
+    assert page.locator("h1").inner_text() == "run.safetensors"
+    assert page.locator(".ha").get_attribute("data-theme") == "dark"
+    reads = page.evaluate("reads")
+    assert {kind for kind, _, _ in reads} == {"read"} and reads[0][1:] == [0, 8]
+    header = reads[1][2]
+    assert sum(end - start for _, start, end in reads[2:]) < (file.stat().st_size - header) / 4
+
+
+def test_the_selection_goes_both_ways(page: Any) -> None:
+    assert "layer 1" in page.locator("header").inner_text()
+    page.get_by_role("button", name="Head 2", exact=True).click()
+    assert page.evaluate("[traits.state.layer, traits.state.heads]") == [1, [2]]
+    saved = page.evaluate("saved")
+    page.evaluate("() => { traits.state = { ...traits.state, layer: 0, view: 'matrix' }; tell('change:state'); }")
+    page.locator(".plane canvas").wait_for()
+    assert "layer 0" in page.locator("header").inner_text()
+    assert page.evaluate("saved") - saved <= 1, "an echo"
+
+
+def test_an_error_of_the_kernel_is_shown(page: Any) -> None:
+    page.evaluate("broken = true")
+    page.evaluate("() => { traits.state = { ...traits.state, layer: 0 }; tell('change:state'); }")
+    page.get_by_role("alert").wait_for()
+    assert page.get_by_role("alert").inner_text() == "the file is gone"
+
+
+def test_a_view_that_is_closed_leaves_no_listener(page: Any) -> None:
+    page.evaluate("close_()")
+    assert page.evaluate("Object.values(listeners).flat().length") == 0
+    assert page.locator(".ha").count() == 0
