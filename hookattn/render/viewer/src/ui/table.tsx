@@ -34,26 +34,47 @@ export function Table({ app }: { app: App }) {
   );
   if (value === null) return null;
   return (
+    <Tabular
+      summary={told(value, query, key)}
+      columns={["query", "key", value.field]}
+      rows={value.pairs.map((p) => [name(value.axes.queries, p.query), name(value.axes.keys, p.key), p.value])}
+    />
+  );
+}
+
+/** A sentence, and the table that it is of when it is opened; null is a number that there is none of. */
+export function Tabular(props: {
+  summary: string;
+  columns: readonly string[];
+  rows: readonly (readonly (string | number | null)[])[];
+}) {
+  return (
     <details class="as-table">
-      <summary>{told(value, query, key)}</summary>
-      <table>
-        <thead>
-          <tr>
-            <th scope="col">query</th>
-            <th scope="col">key</th>
-            <th scope="col">{value.field}</th>
-          </tr>
-        </thead>
-        <tbody>
-          {value.pairs.map((p) => (
-            <tr key={`${p.query} ${p.key}`}>
-              <td>{name(value.axes.queries, p.query)}</td>
-              <td>{name(value.axes.keys, p.key)}</td>
-              <td class="number">{exact(p.value)}</td>
+      <summary>{props.summary}</summary>
+      <div class="wide">
+        <table>
+          <thead>
+            <tr>
+              {props.columns.map((column) => (
+                <th key={column} scope="col">
+                  {column}
+                </th>
+              ))}
             </tr>
-          ))}
-        </tbody>
-      </table>
+          </thead>
+          <tbody>
+            {props.rows.map((cells, i) => (
+              <tr key={i}>
+                {cells.map((cell, c) => (
+                  <td key={c} class={typeof cell === "string" ? "" : "number"}>
+                    {typeof cell === "number" ? exact(cell) : (cell ?? "–")}
+                  </td>
+                ))}
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
     </details>
   );
 }

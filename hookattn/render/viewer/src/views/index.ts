@@ -19,8 +19,10 @@ import type { App } from "../app";
 import type { State } from "../state";
 import { certificates } from "./certificates";
 import { head } from "./head";
+import { lens } from "./lens";
 import { matrix } from "./matrix";
 import { model } from "./model";
+import { neuron } from "./neuron";
 
 export type ControlName = "layer" | "heads" | "field" | "scale" | "pool" | "sink" | "filter" | "sort";
 
@@ -42,4 +44,4 @@ export interface View {
   component: ComponentType<{ app: App }>;
 }
 
-export const VIEWS: readonly View[] = [head, matrix, model, certificates];
+export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, certificates];

@@ -1,0 +1,26 @@
+/** Which query a view of one query shows, and the control that chooses it. */
+import { type App, current } from "../app";
+import { Slider } from "./inputs";
+import { name } from "./table";
+
+/** The query at the pointer, else the locked one, else the last. */
+export function queryOf(app: App): number {
+  return app.cursor.value.query ?? lockedQuery(app);
+}
+
+function lockedQuery(app: App): number {
+  return app.state.value.query ?? current(app).call.extents.T - 1;
+}
+
+export function QueryControl({ app }: { app: App }) {
+  const { call, axes } = current(app);
+  return (
+    <Slider
+      name="Query"
+      values={Array.from({ length: call.extents.T }, (_, t) => t)}
+      value={lockedQuery(app)}
+      text={(t) => name(axes.queries, t)}
+      pick={(query) => app.set({ query })}
+    />
+  );
+}
