@@ -31,6 +31,18 @@ def test_lines_are_the_weights(open_page: Open, file: Path, trace: hookattn.Trac
     assert torch.allclose(torch.tensor(opacity), weights[weights >= 0.01].sort().values.clamp(min=0.03), atol=6e-4)
 
 
+def test_heads_shown_together_look_apart(open_page: Open, tmp_path: Path) -> None:
+    made = hookattn.trace(Layers(1, heads=12).eval(), (torch.randn(1, 5, 24),), tokens=list("abcde"))
+    path = Path(made.save(tmp_path / "t.safetensors"))
+    looks = "all => all.map(p => p.getAttribute('stroke') + ' ' + p.getAttribute('stroke-dasharray'))"
+    for heads, dashed in (([9], False), ([1, 9], False), ([0, 1, 2, 3, 8, 9, 10, 11], False), (list(range(12)), True)):
+        page = show(open_page(), path, f"{{state: {{heads: {heads}}}}}")
+        page.locator("[data-view=head] path").first.wait_for(state="attached")
+        found = set(page.locator("[data-view=head] path").evaluate_all(looks))
+        assert len(found) == len(heads)
+        assert any(look.split(" ", 1)[1] for look in found) == dashed
+
+
 def test_a_locked_query_shows_its_own_weights(open_page: Open, file: Path, trace: hookattn.Trace) -> None:
     page = show(open_page(), file, "{state: {heads: [3]}}")
     page.locator("[data-view=head] text", has_text="↵").first.click()

@@ -1,18 +1,33 @@
 /** Colours of numbers and of heads, legible in both themes and to people who confuse red and green. */
 
-/**
- * One colour and one dash for each head: eight colours (in style.css) that stay apart in every kind of vision, then
- * dashed.
- */
+/** How many colours stay apart in every kind of vision (in style.css). */
 const HUES = 8;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 
-export function headColour(head: number): string {
-  return `var(--h${head % HUES})`;
+/** A head's colour and dash. */
+export interface Look {
+  colour: string;
+  dash: string;
 }
 
-export function headDash(head: number): string {
-  return DASHES[Math.floor(head / HUES) % DASHES.length]!;
+/**
+ * The looks of heads that are shown together, no two alike: each has its own colour of eight, or the next that is free;
+ * only where there are more than eight are some dashed.
+ */
+export function looks(heads: readonly number[]): (head: number) => Look {
+  const taken = new Map<number, number>();
+  const used = new Set<number>();
+  for (const head of [...heads].sort((a, b) => a - b)) {
+    const round = Math.floor(taken.size / HUES) * HUES;
+    let place = head % HUES;
+    while (used.has(round + place)) place = (place + 1) % HUES;
+    used.add(round + place);
+    taken.set(head, round + place);
+  }
+  return (head) => {
+    const place = taken.get(head) ?? head % HUES;
+    return { colour: `var(--h${place % HUES})`, dash: DASHES[Math.floor(place / HUES) % DASHES.length]! };
+  };
 }
 
 /** From nothing to much; lightness runs one way only. */

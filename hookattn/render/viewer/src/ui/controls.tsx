@@ -1,6 +1,6 @@
 import type { ComponentChildren } from "preact";
 import { type App, current, focus } from "../app";
-import { headColour } from "../colours";
+import { looks } from "../colours";
 import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
 import { Named, Segments, Slider } from "./inputs";
@@ -114,6 +114,7 @@ function Heads({ app }: { app: App }) {
     const rest = state.heads.filter((h) => h !== head);
     app.set({ heads: rest.length === state.heads.length ? [...rest, head] : rest.length > 0 ? rest : [head] });
   };
+  const look = looks(state.heads);
   return (
     <div class="control" role="group" aria-label="Heads">
       <span class="name">Heads</span>
@@ -126,7 +127,7 @@ function Heads({ app }: { app: App }) {
             aria-pressed={state.heads.includes(head)}
             aria-label={`Head ${head}`}
             title={`Head ${head}: click to see it alone, ctrl-click to add or remove it`}
-            style={{ borderBottomColor: state.heads.includes(head) ? headColour(head) : "var(--line)" }}
+            style={{ borderBottomColor: state.heads.includes(head) ? look(head).colour : "var(--line)" }}
             onClick={(event) => pick(head, event.ctrlKey || event.metaKey || event.shiftKey)}
           >
             {head}

@@ -1,5 +1,5 @@
 /** Lines between two columns of tokens, and the columns themselves. */
-import { headColour, headDash } from "../colours";
+import type { Look } from "../colours";
 import type { Axis } from "../data/labels";
 import type { Link } from "../data/strongest";
 import type { Scale } from "../state";
@@ -15,6 +15,7 @@ export function strength(weight: number, scale: Scale): number {
 export function Lines(props: {
   links: readonly Link[];
   heads: readonly number[];
+  look(head: number): Look;
   scale: Scale;
   left: number;
   right: number;
@@ -27,14 +28,15 @@ export function Lines(props: {
     <g fill="none" stroke-linecap="round">
       {props.links.map(({ of, query, key, value }) => {
         const head = heads[of]!;
+        const { colour, dash } = props.look(head);
         const s = strength(value, scale);
         const [y1, y2] = [props.from(query), props.to(key)];
         return (
           <path
             key={`${head} ${query} ${key}`}
             d={`M${left} ${y1}C${left + bend} ${y1} ${right - bend} ${y2} ${right} ${y2}`}
-            stroke={headColour(head)}
-            stroke-dasharray={headDash(head)}
+            stroke={colour}
+            stroke-dasharray={dash}
             stroke-opacity={Math.max(0.03, s).toFixed(3)}
             stroke-width={(0.8 + 2.4 * s).toFixed(2)}
           />

@@ -1,6 +1,6 @@
 import { useMemo } from "preact/hooks";
 import { type App, current, stored } from "../app";
-import { headColour } from "../colours";
+import { type Look, looks } from "../colours";
 import { at, type Matrix } from "../data/matrix";
 import { presented } from "../data/presented";
 import { type Link, strongest } from "../data/strongest";
@@ -51,6 +51,7 @@ function Head({ app }: { app: App }) {
       </div>
     );
   const { heads, matrices } = value;
+  const look = looks(state.heads);
   const { queries, keys } = value.axes;
   const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
   const width = Math.min(room, 1100);
@@ -123,12 +124,12 @@ function Head({ app }: { app: App }) {
           active={key}
           locked={locked.key}
         />
-        <Lines links={shown} heads={heads} scale={scale} left={left + 3} right={right - 3} from={from} to={to} />
+        <Lines {...{ links: shown, heads, look, scale, from, to }} left={left + 3} right={right - 3} />
         {query !== null && key === null && (
-          <Cells links={few} heads={heads} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
+          <Cells links={few} heads={heads} look={look} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
         )}
         {key !== null && query === null && (
-          <Cells links={few} heads={heads} x={cells - 4} end at={(l) => from(l.query)} height={height} />
+          <Cells links={few} heads={heads} look={look} x={cells - 4} end at={(l) => from(l.query)} height={height} />
         )}
       </svg>
       {chosen.length < state.heads.length && (
@@ -177,6 +178,7 @@ function linksOf(matrices: readonly Matrix[], query: number | null, key: number 
 function Cells(props: {
   links: readonly Link[];
   heads: readonly number[];
+  look(head: number): Look;
   x: number;
   end?: boolean;
   at(link: Link): number;
@@ -214,7 +216,7 @@ function Cells(props: {
             y={props.at(l) - size / 2}
             width={CELL - 1}
             height={size}
-            fill={headColour(heads[l.of]!)}
+            fill={props.look(heads[l.of]!).colour}
             fill-opacity={Math.max(0.05, l.value).toFixed(3)}
           />
         ))}
