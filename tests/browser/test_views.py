@@ -32,7 +32,7 @@ def test_lines_are_the_weights(open_page: Open, file: Path, trace: hookattn.Trac
 
 
 def test_heads_shown_together_look_apart(open_page: Open, tmp_path: Path) -> None:
-    made = hookattn.trace(Layers(1, heads=12).eval(), (torch.randn(1, 5, 24),), tokens=list("abcde"))
+    made = hookattn.trace(Layers(12).eval(), (torch.randn(1, 5, 24),), tokens=list("abcde"))
     path = Path(made.save(tmp_path / "t.safetensors"))
     looks = "all => all.map(p => p.getAttribute('stroke') + ' ' + p.getAttribute('stroke-dasharray'))"
     for heads, dashed in (([9], False), ([1, 9], False), ([0, 1, 2, 3, 8, 9, 10, 11], False), (list(range(12)), True)):
