@@ -335,7 +335,10 @@ def test_options() -> None:
         ({"scores": {"a": [1]}}, "values"),
         ({"scores": {"a": {"values": [[1]]}}, "trace": made()}, "expected 2 rows, one for each call, and got 1"),
         ({"scores": [1]}, "a table of heads or a mapping of measures"),
-        ({"images": {"urls": ["a.png"]}}, '"grid"'),
+        ({"images": {"grid": (2, 2)}}, '"urls"'),
+        ({"images": {"urls": ["a.png"], "grid": (2, 0)}}, '"grid"'),
+        ({"images": {"urls": ["a.png"], "prefix": -1}}, '"prefix"'),
+        ({"images": {"urls": ["a.png"], "grids": (2, 2)}}, '"grid"'),
         ({"images": {"urls": ["javascript:1"], "grid": (2, 2)}}, "neither a data:image/ URL nor"),
         ({"images": {"urls": ["none.png"], "grid": (2, 2)}}, "cannot be read"),
     ):

@@ -20,6 +20,7 @@ from .screen import Screen, size_of
         "hookattn view run.safetensors",
         "hookattn view run.safetensors --scores",
         "hookattn view before.safetensors after.safetensors",
+        "hookattn view vit.safetensors --image cat.png",
         "hookattn view run.safetensors --html run.html",
     ),
 )
@@ -28,6 +29,16 @@ from .screen import Screen, size_of
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; by default the first free one from 8765 on.")
 @click.option("--no-open", is_flag=True, help="Print the address, and open no browser.")
 @click.option("--scores", is_flag=True, help="Score all heads first, as `hookattn heads` does, to sort them by it.")
+@click.option(
+    "--image",
+    "pictures",
+    type=click.Path(),
+    multiple=True,
+    help="The picture that a vision model saw; again for each batch entry.",
+)
+@click.option(
+    "--grid", type=click.IntRange(1), nargs=2, metavar="ROWS COLUMNS", help="Of its patches; by default a square."
+)
 @click.option("--html", type=click.Path(), metavar="OUT", help="Write one self-contained page instead, for anyone.")
 @click.pass_obj
 def view(
@@ -37,6 +48,8 @@ def view(
     port: int | None,
     no_open: bool,
     scores: bool,
+    pictures: tuple[str, ...],
+    grid: tuple[int, int] | None,
     html: str | None,
 ) -> None:
     """Look at a trace FILE, or at two side by side, in the browser.
@@ -44,10 +57,13 @@ def view(
     A local page reads what it shows from the file, which can be of any size; it is served to this machine alone, until
     Ctrl-C. With --html, viewer and data become one file that opens anywhere, offline.
     """
+    if grid is not None and not pictures:
+        raise click.UsageError("--grid is of the patches of a picture: give that with --image.")
+    images = {"urls": list(pictures), **({} if grid is None else {"grid": grid})} if pictures else None
     if html is not None:
         if port is not None or no_open:
             raise click.UsageError("--port and --no-open are for the served page: leave them out with --html.")
-        _write(screen, file, compare, html, _scores(screen, file) if scores else None)
+        _write(screen, file, html, compare=compare, scores=_scores(screen, file) if scores else None, images=images)
         return
     try:
         from ..render.server import serve
@@ -64,7 +80,8 @@ def view(
             screen.say("Ctrl-C ends it", "dim")
 
     found = _scores(screen, file) if scores else None
-    serve(file, compare=compare, port=port, open_browser=not no_open, ready=ready, scores=found)
+    shown: dict[str, Any] = {"compare": compare, "scores": found, "images": images}
+    serve(file, port=port, open_browser=not no_open, ready=ready, **shown)
 
 
 def _scores(screen: Screen, file: str) -> Any:
@@ -77,11 +94,11 @@ def _scores(screen: Screen, file: str) -> Any:
         raise RenderError(f'--scores needs the package {error.name}: pip install "hookattn[analyze]".') from error
 
 
-def _write(screen: Screen, file: str, compare: str | None, html: str, scores: Any) -> None:
+def _write(screen: Screen, file: str, html: str, **shown: Any) -> None:
     from ..render.page import save_page
 
     with screen.working(f"writing {html}"):
-        save_page(file, html, compare=compare, scores=scores)
+        save_page(file, html, **shown)
     data: dict[str, Any] = {"html": html, "bytes": os.path.getsize(html)}
     if screen.as_json:
         screen.json(data)

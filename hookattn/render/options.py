@@ -32,8 +32,9 @@ def viewer_options(
         state: the selection that is shown first, as ``viewer.state`` has it: ``{"view": "matrix", "layer": 3}``.
         scores: a table of :func:`hookattn.analyze.report`, or what :func:`hookattn.render.scores.scores_of` takes.
         images: what the patches of a vision model were cut of: ``{"urls": [...], "grid": (rows, columns),
-            "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, and the number of
-            tokens before the first patch.
+            "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, as the model saw
+            it (cropped, if its processor crops); the patches, by default a square; and the number of tokens before the
+            first patch, by default what the grid leaves.
         theme: ``"light"``, ``"dark"``, or ``"auto"``: as the reader's system has it.
         trace: the trace that the scores are of.
 
@@ -62,14 +63,20 @@ def script_json(value: Any) -> str:
 
 def _images(images: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(images) if isinstance(images, Mapping) else {}
-    urls, grid, prefix = given.get("urls"), given.get("grid"), given.get("prefix", 0)
-    counts = [*grid, prefix] if isinstance(grid, Sequence) else []
-    if not isinstance(urls, (list, tuple)) or len(counts) != 3 or not all(isinstance(n, int) for n in counts):
+    urls, grid, prefix = given.pop("urls", None), given.pop("grid", None), given.pop("prefix", None)
+    pair = grid is None or (isinstance(grid, Sequence) and len(grid) == 2 and all(map(_counts, grid)) and min(grid) > 0)
+    if not isinstance(urls, (list, tuple)) or not pair or not (prefix is None or _counts(prefix)) or given:
         raise RenderError(
-            'images: expected {"urls": [a data: URL or a path for each batch entry], "grid": (rows, columns)} and, if '
-            f'there are tokens before the first patch, "prefix"; and got {str(images)[:80]!r}.'
+            'images: expected {"urls": [a data: URL or a path for each batch entry]} and, unless the patches are a '
+            'square, "grid": (rows, columns), and, unless they are the last of the tokens, "prefix": the number of '
+            f"tokens before the first patch; and got {str(images)[:80]!r}."
         )
-    return {"urls": [_data_url(url) for url in urls], "grid": counts[:2], "prefix": prefix}
+    made: dict[str, Any] = {"urls": [_data_url(url) for url in urls]}
+    return made | ({} if grid is None else {"grid": list(grid)}) | ({} if prefix is None else {"prefix": prefix})
+
+
+def _counts(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def _data_url(picture: str | PathLike[str]) -> str:

@@ -35,6 +35,8 @@ const SEQUENTIAL = {
   light: ["#ffffff", "#dbe8f5", "#a6cae6", "#5a9fd0", "#2068ab", "#0a3a73", "#051f42"],
   dark: ["#12161c", "#19324f", "#1b5570", "#2b8185", "#67b184", "#c3d97c", "#fff6b8"],
 };
+/** The same over a grey picture: from dark to bright, in colours that it does not have. */
+const HEAT = ["#1a0b2e", "#5b1a6e", "#b93556", "#f2843a", "#fde74c"];
 /** From negative through zero to positive. */
 const DIVERGING = {
   light: ["#7a3300", "#c96a1b", "#f2bd85", "#fbfbfa", "#9fc6e4", "#2f79b9", "#083b70"],
@@ -51,12 +53,14 @@ export interface Ramp {
 
 const made = new Map<string, Ramp>();
 
-export function ramp(kind: "sequential" | "diverging", dark: boolean): Ramp {
+const RAMPS = { sequential: SEQUENTIAL, heat: { light: HEAT, dark: HEAT }, diverging: DIVERGING };
+
+export function ramp(kind: keyof typeof RAMPS, dark: boolean): Ramp {
   const theme = dark ? "dark" : "light";
   const key = `${kind} ${theme}`;
   let known = made.get(key);
   if (known === undefined) {
-    const stops = (kind === "sequential" ? SEQUENTIAL : DIVERGING)[theme];
+    const stops = RAMPS[kind][theme];
     known = {
       colours: Uint32Array.from({ length: 256 }, (_, i) => between(stops, i / 255)),
       void: pack(rgb(VOID[theme])),

@@ -13,11 +13,12 @@ export interface Scores {
   readonly [measure: string]: Measure | string[][][] | undefined;
 }
 
-/** For patches: a picture for each batch entry, as a data URL, and rows and columns of its patches. */
+/** For patches: a picture for each batch entry, as a data URL. */
 export interface Images {
   urls: string[];
-  grid: [number, number];
-  /** Tokens before the first patch, such as a class token. */
+  /** Rows and columns of the patches; by default a square. */
+  grid?: [number, number];
+  /** Tokens before the first patch, such as a class token; by default what the grid leaves. */
   prefix?: number;
 }
 

@@ -18,7 +18,9 @@ import type { ComponentType } from "preact";
 import type { App } from "../app";
 import type { State } from "../state";
 import { certificates } from "./certificates";
+import { flow } from "./flow";
 import { head } from "./head";
+import { image } from "./image";
 import { lens } from "./lens";
 import { matrix } from "./matrix";
 import { model } from "./model";
@@ -44,4 +46,4 @@ export interface View {
   component: ComponentType<{ app: App }>;
 }
 
-export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, certificates];
+export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, flow, image, certificates];

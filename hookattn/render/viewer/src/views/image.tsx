@@ -1,0 +1,171 @@
+import { useState } from "preact/hooks";
+import { type App, current, stored } from "../app";
+import { domain, looks, ramp } from "../colours";
+import { where } from "../data/call";
+import { ofPatches, patches, place } from "../data/patches";
+import { presented } from "../data/presented";
+import { exact } from "../format";
+import { useLoaded, useWidth } from "../ui/hooks";
+import { Legend } from "../ui/legend";
+import { Notice } from "../ui/notice";
+import { Panel, Picker, type Place } from "../ui/patches";
+import { usePicture } from "../ui/picture";
+import { QueryControl, queryOf } from "../ui/query";
+import { name, Tabular } from "../ui/table";
+import type { View } from "./index";
+
+const GAP = 14;
+const LISTED = 24;
+
+function Image({ app }: { app: App }) {
+  const state = app.state.value;
+  const { batch, sink, scale } = state;
+  const { images } = app.options;
+  const { call, axes } = current(app);
+  const [ref, room] = useWidth();
+  const [at, setAt] = useState<Place | null>(null);
+  const { T, S, B } = call.extents;
+  const keys = ofPatches(call, app.options) ? patches(S, images) : null;
+  // Queries that stand in the same sequence as the keys lie where these do, all of them or a part.
+  const self = call.site.kind === "self";
+  const queries = !self ? null : call.queries !== null ? keys : patches(T, images);
+  const center = queries === null ? 0 : Math.floor(queries.rows / 2) * queries.cols + Math.floor(queries.cols / 2);
+  const first = queries === null ? 0 : queries.prefix > 0 ? 0 : center;
+  const query = queries === null ? queryOf(app) : (state.query ?? Math.min(first, T - 1));
+  const numbers = state.heads.toSorted((a, b) => a - b).join();
+  const { picture, failed } = usePicture(images !== undefined && images.urls.length === B ? images.urls[batch] : undefined);
+  const { value, error } = useLoaded(
+    async () => {
+      const heads = numbers.split(",").map(Number);
+      const rows = await Promise.all(
+        heads.map(async (head): Promise<ArrayLike<number>> => {
+          const i = stored(call, head);
+          if (sink === "show") return (await app.trace.row(call, "weights", batch, i, query))!.data;
+          const whole = presented(await app.trace.head(call, "weights", batch, i), "weights", sink, "all", axes);
+          return whole.data.slice(query * S, (query + 1) * S);
+        }),
+      );
+      return { call, heads, rows };
+    },
+    [app, call, batch, numbers, query, sink],
+  );
+  if (keys === null) return <Notice>{why(app)}</Notice>;
+  if (error !== null) return <Notice error>{error}</Notice>;
+  if (value === null || value.call !== call || room === 0)
+    return (
+      <div ref={ref} class="quiet">
+        Reading …
+      </div>
+    );
+  const { heads, rows } = value;
+  const dark = app.dark.value;
+  const colours = ramp(picture === null ? "sequential" : "heat", dark);
+  const strongest = Math.max(...rows.map((row) => most(row, keys.prefix)));
+  const scaling = domain("weights", scale, 0, strongest);
+  const large = room > 2400 ? 1.6 : 1;
+  const wanted = large * (heads.length === 1 ? 400 : heads.length <= 4 ? 280 : 200);
+  const panels = heads.length + (queries === null ? 0 : 1);
+  const fit = Math.max(2, Math.floor((room + GAP) / (0.8 * wanted + GAP)));
+  const columns = Math.ceil(panels / Math.ceil(panels / fit));
+  const width = Math.min(wanted, Math.floor((room - (columns - 1) * GAP) / columns));
+  const asked = queries === null ? name(axes.queries, query) : place(axes.queries.positions[query]!, queries);
+  const { positions } = axes.queries;
+  const pick = (position: number) => {
+    const found = queries === null ? -1 : positions.indexOf(position);
+    if (found >= 0) app.set({ query: found });
+    return found >= 0;
+  };
+  const shared = { width, keys, picture, dark, at, setAt, pick };
+  const look = looks(heads);
+  return (
+    <div ref={ref}>
+      {queries === null && <QueryControl app={app} />}
+      {failed && <Notice>The picture cannot be read: what is drawn is the grid of its patches.</Notice>}
+      <div class="panels" style={{ gap: `${GAP}px` }}>
+        {queries !== null && (
+          <Picker
+            {...shared}
+            patches={queries}
+            here={positions[query]!}
+            has={(position) => positions.includes(position)}
+            told={asked}
+          />
+        )}
+        {heads.map((head, i) => (
+          <Panel
+            key={head}
+            {...shared}
+            head={head}
+            weights={rows[i]!}
+            domain={scaling}
+            ramp={colours}
+            query={self ? positions[query]! : null}
+            colour={look(head).colour}
+          />
+        ))}
+      </div>
+      <div class="foot">
+        <Legend domain={scaling} ramp={colours} dropped={sink !== "show"} title="weights of the patches, all heads" />
+      </div>
+      <div class="readout quiet">
+        {at === null
+          ? `${keys.rows} × ${keys.cols} patches${keys.prefix > 0 ? ` after ${keys.prefix === 1 ? "a class token" : `${keys.prefix} tokens`}` : ""}` +
+            `${keys.guessed ? `, taken from the number of keys, ${S}` : ""}; hover over a patch for its weights`
+          : `${asked} → ${place(at.key, keys)}: ` +
+            heads.map((head, i) => `head ${head} ${told(rows[i]![at.key]!)}`).join(" · ")}
+      </div>
+      <div aria-live="polite">
+        <Tabular
+          summary={`The strongest keys of ${asked}, in ${heads.length === 1 ? `head ${heads[0]}` : "each head"}`}
+          columns={["head", "key", "weights"]}
+          rows={listed(rows).map(({ of, key, value: x }) => [String(heads[of]), place(key, keys), x])}
+        />
+      </div>
+    </div>
+  );
+}
+
+function told(weight: number): string {
+  return Number.isNaN(weight) ? "left out" : exact(weight);
+}
+
+function most(row: ArrayLike<number>, from: number): number {
+  let most = 0;
+  for (let s = from; s < row.length; s++) if (row[s]! > most) most = row[s]!;
+  return most;
+}
+
+/** The strongest keys of each head, head by head. */
+function listed(rows: readonly ArrayLike<number>[]): { of: number; key: number; value: number }[] {
+  const each = Math.max(3, Math.floor(LISTED / rows.length));
+  return rows.flatMap((row, of) =>
+    Array.from(row, (value, key) => ({ of, key, value }))
+      .filter(({ value }) => !Number.isNaN(value))
+      .sort((a, b) => b.value - a.value)
+      .slice(0, each),
+  );
+}
+
+function why(app: App): string {
+  const { call } = current(app);
+  if (!ofPatches(call, app.options))
+    return `The keys of ${where(call)} are no patches of a picture. Choose the attention of a vision stack above.`;
+  return (
+    `The ${call.extents.S} keys of ${where(call)} are not a square of patches with a few tokens before it. ` +
+    'Say how they lie: images={"urls": […], "grid": (rows, columns), "prefix": tokens before the first patch}.'
+  );
+}
+
+export const image: View = {
+  id: "image",
+  label: "Image",
+  help:
+    "What one query attends to, drawn over the patches of the picture, a panel for each head. Click a patch, or a " +
+    "token beside the picture, to make it the query; arrow keys move it while the picture has the focus.",
+  fields: () => ["weights"],
+  controls: ["layer", "scale", "sink", "heads"],
+  ownTable: true,
+  absent: (app) =>
+    app.trace.calls.some((call) => ofPatches(call, app.options)) ? null : "No call attends to patches of a picture.",
+  component: Image,
+};
