@@ -64,6 +64,7 @@ def small_tiles(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_tile", small_tiles)
+    monkeypatch.setattr(launch, "_CHECK", (16, 16, 4, 2))
 
 
 def expected(
@@ -233,8 +234,8 @@ def test_a_check_finds_what_float64_finds(data: st.DataObject, n: dict[str, int]
     q, k = qk(n, dtype)
     shape, e = (n["b"], q.shape[1], n["t"], n["s"]), data.draw(st.integers(1, 20))
     v = draw(*k.shape[:3], e, seed=3, dtype=dtype)
-    causal = data.draw(st.booleans())
-    mask = causal_mask(n["t"], n["s"], offset=-1) if causal else draw(*broadcast(data, shape), seed=7) > -0.5
+    causal, lowest = data.draw(st.booleans()), data.draw(st.sampled_from([-0.5, 1.0, 9.0]))
+    mask = causal_mask(n["t"], n["s"], offset=-1) if causal else draw(*broadcast(data, shape), seed=7) > lowest
     bias = draw(*broadcast(data, shape), seed=8) if data.draw(st.booleans()) else None
     sinks = draw(shape[1], seed=9) if data.draw(st.booleans()) else None
     rows = slice(data.draw(st.integers(0, n["t"] - 1)), n["t"], data.draw(st.integers(1, 5)))

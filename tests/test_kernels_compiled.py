@@ -34,7 +34,7 @@ def compiled(capability: int, dtype: str, width: int, given: str, causal: bool, 
 
     named = given.split()
     kernel = launch.kernels().check_rows if "v" in named else launch.kernels().derive_rows
-    bm, bn, warps, stages = (16, 64, 4, 2) if "v" in named else launch._tile(4096, width, "product" in named)
+    bm, bn, warps, stages = launch._CHECK if "v" in named else launch._tile(4096, width, "product" in named)
     power = launch._power(width)
     constants: dict[str, Any] = {"CAUSAL": causal, "WINDOWED": window, "BM": bm, "BN": bn, "BD": power, "BE": power}
     optional = ("product", "scores", "weights", "scale", "bias", "mask", "sinks", "rows")

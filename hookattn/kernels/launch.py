@@ -17,6 +17,8 @@ from ..record import KernelCall
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Wider heads are multiplied by torch: their tiles leave no room in a processor's shared memory.
 _WIDEST = 256
+# Rows and keys of a tile, warps, and stages of the pipeline, for a check: few rows, of which no more are wanted.
+_CHECK = 16, 64, 4, 2
 _refused: dict[tuple[Any, ...], str] = {}
 
 
@@ -87,7 +89,7 @@ def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal
     key = "check", q.device, q.dtype, d, e
     if key in _refused or _problem(q) or not _multiplies(q, k) or v.dtype != q.dtype or e > _WIDEST:
         return None
-    n, bm = len(range(*rows.indices(t))), 16
+    n, (bm, bn, warps, stages) = len(range(*rows.indices(t))), _CHECK
     blocks = -(-n // bm)
     found = torch.empty(4, blocks, b * h, dtype=torch.float32, device=q.device)
     v = v.expand(b, -1, s, e)
@@ -96,7 +98,7 @@ def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal
     def launch() -> None:
         kernels().check_rows[(blocks * b * h,)](
             v=v, output=output, found=found, start=rows.indices(t)[0], step=rows.indices(t)[2], N=n, E=e,
-            BM=bm, BN=64, BE=_power(e), num_warps=4, num_stages=2, **_strides("v", v, "bgse"),
+            BM=bm, BN=bn, BE=_power(e), num_warps=warps, num_stages=stages, **_strides("v", v, "bgse"),
             **_strides("out", output, "bhte"), **_operands(q, k, *beside),
         )  # fmt: skip
 
