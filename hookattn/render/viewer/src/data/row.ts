@@ -72,8 +72,16 @@ export interface Steps {
   readonly bias: Float64Array | null;
   /** What these give, less the score that is in the trace: the largest difference over the listed keys. */
   readonly apart: number;
-  /** weight·v, keys × E; its sum over all keys, 1 × E; null where v is not in the trace. */
-  readonly values: { readonly weighted: Matrix; readonly output: Matrix } | null;
+  /** null where v is not in the trace. */
+  readonly values: Values | null;
+}
+
+export interface Values {
+  /** weight·v, keys × E; its sum over all keys, 1 × E. */
+  readonly weighted: Matrix;
+  readonly output: Matrix;
+  /** The largest difference of that sum from what the kernel returned; null where that is not in the trace. */
+  readonly apart: number | null;
 }
 
 /** Needs q, k, scores and weights. */
@@ -86,11 +94,12 @@ export async function readSteps(
   row: Row,
   keys: readonly number[],
 ): Promise<Steps> {
-  const [q, k, v, bias, scale] = await Promise.all([
+  const [q, k, v, bias, returned, scale] = await Promise.all([
     trace.row(call, "q", batch, head, query),
     trace.head(call, "k", batch, head),
     trace.has(call, "v") ? trace.optional(call, "v", batch, head) : null,
     "bias" in call.fields ? trace.row(call, "bias", batch, head, query) : null,
+    "output" in call.fields ? trace.row(call, "output", batch, head, query) : null,
     trace.scale(call, batch, head, query),
   ]);
   const chosen = rowsOf(k, keys);
@@ -108,8 +117,19 @@ export async function readSteps(
     const made = (capped ?? scaled)[n]! + (added?.[n] ?? 0);
     apart = Math.max(apart, Math.abs(made - row.scores[s]!));
   });
-  const values = v === null ? null : { weighted: weighted(rowsOf(v, keys), keys, row), output: output(v, row) };
+  const values = v === null ? null : valuesOf(v, keys, row, returned);
   return { q: q!, k: chosen, product, scaled, capped, bias: added, apart, values };
+}
+
+function valuesOf(v: Matrix, keys: readonly number[], row: Row, returned: Matrix | null): Values {
+  const listed = rowsOf(v, keys);
+  const sum = output(v, row);
+  const apart = returned === null ? null : sum.data.map((x, e) => Math.abs(x - returned.data[e]!));
+  return {
+    weighted: { ...listed, data: listed.data.map((x, i) => x * row.weights[keys[Math.floor(i / v.cols)]!]!) },
+    output: sum,
+    apart: apart === null ? null : Math.max(...apart),
+  };
 }
 
 function rowsOf({ cols, data }: Matrix, keys: readonly number[]): { rows: number; cols: number; data: Float64Array } {
@@ -118,11 +138,7 @@ function rowsOf({ cols, data }: Matrix, keys: readonly number[]): { rows: number
   return { rows: keys.length, cols, data: out };
 }
 
-function weighted(v: { rows: number; cols: number; data: Float64Array }, keys: readonly number[], row: Row): Matrix {
-  return { ...v, data: v.data.map((x, i) => x * row.weights[keys[Math.floor(i / v.cols)]!]!) };
-}
-
-function output(v: Matrix, { weights }: Row): Matrix {
+function output(v: Matrix, { weights }: Row): { rows: number; cols: number; data: Float64Array } {
   const sum = new Float64Array(v.cols);
   for (let s = 0; s < v.rows; s++) for (let e = 0; e < v.cols; e++) sum[e]! += weights[s]! * v.data[s * v.cols + e]!;
   return { rows: 1, cols: v.cols, data: sum };

@@ -1,9 +1,8 @@
 import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
-import type { Call } from "../data/call";
+import { type Call, where } from "../data/call";
 import { extent, type Matrix } from "../data/matrix";
 import { groupOf, listed, readRow, readSteps, type Row, type Steps } from "../data/row";
-import { where } from "../data/call";
 import { NotCaptured } from "../errors";
 import { exact, measured, number } from "../format";
 import { useLoaded, useWidth } from "../ui/hooks";
@@ -167,6 +166,8 @@ function Remarks({ call, steps, group }: { call: Call; steps: Steps; group: stri
           ? "The scores are the model's own and are more than what is made of q·k here: "
           : "What is made of q and k here is the score in the trace, "}
         {call.own_scores ? `they differ by up to ${measured(steps.apart)}.` : `to within ${measured(steps.apart)}.`}
+        {steps.values?.apart != null &&
+          ` Σ weight·v is what the kernel returned, to within ${measured(steps.values.apart)}.`}
         {call.mixed && " The model changed the weights after the softmax, before they met v."}
       </p>
       {missing.map((field) => (

@@ -1,0 +1,93 @@
+/** The paths between one token of the last layer and the input tokens, or one of them: by rollout, or as a maximum flow. */
+import { Slices } from "../slices";
+import type { Through } from "../state";
+import type { Matrix } from "./matrix";
+import { capacities, maximumFlow } from "./maxflow";
+import { reachOf, sharesOf } from "./rollout";
+import { strongest, type Strongest } from "./strongest";
+
+/** Edges times input tokens: up to this many, all of them get their maximum flow, in a few seconds. */
+const WORK = 2 ** 26;
+const LINES = 1500;
+/** The least that a line carries, of what goes through a layer. */
+const FLOOR = 2e-3;
+
+export interface Paths {
+  /** The token of the last layer, and the input token that the lines lead to; null: to all. */
+  query: number;
+  key: number | null;
+  /** What comes of each input token; null where it was not computed. */
+  values: (number | null)[];
+  /** What the lines carry in all. */
+  total: number;
+  /** What passes through each token of each level, the input first. */
+  nodes: Float64Array[];
+  lines: Strongest;
+}
+
+export async function pathsOf(
+  layers: readonly Matrix[],
+  through: Through,
+  query: number,
+  key: number | null,
+  signal: AbortSignal,
+): Promise<Paths> {
+  const slices = new Slices(10, signal);
+  const found = through === "rollout" ? rolled(layers, query, key) : await flowing(layers, query, key, slices);
+  const { edges, ...rest } = found;
+  return { query, ...rest, lines: await strongest(edges, LINES, FLOOR * found.total, slices) };
+}
+
+type Found = Omit<Paths, "query" | "lines"> & { edges: Matrix[] };
+
+function rolled(layers: readonly Matrix[], query: number, key: number | null): Found {
+  const shares = sharesOf(layers, query);
+  const reach = key === null ? null : reachOf(layers, key);
+  const T = layers[0]!.rows;
+  const edges = layers.map(({ data }, l) => {
+    const [above, below] = [shares[l + 1]!, reach?.[l]];
+    const carried = data.map((x, e) => above[Math.floor(e / T)]! * x * (below === undefined ? 1 : below[e % T]!));
+    return { rows: T, cols: T, data: carried as Float32Array };
+  });
+  return {
+    key,
+    values: [...shares[0]!],
+    total: key === null ? 1 : shares[0]![key]!,
+    nodes: reach === null ? shares : shares.map((level, l) => level.map((x, i) => x * reach[l]![i]!)),
+    edges,
+  };
+}
+
+async function flowing(layers: readonly Matrix[], query: number, asked: number | null, slices: Slices): Promise<Found> {
+  const T = layers[0]!.rows;
+  const known = await toAll(layers, query, slices);
+  const key = asked ?? (known === null ? query : known.indexOf(Math.max(...known)));
+  const { value, edges } = maximumFlow(capacities(layers), T, query, key);
+  const values = known ?? Array.from({ length: T }, (_, j) => (j === key ? value : null));
+  // What reaches a token of a level comes from the level above; the last level has the token alone.
+  const nodes = edges.map(({ data }) => {
+    const into = new Float64Array(T);
+    data.forEach((x, e) => (into[e % T]! += x));
+    return into;
+  });
+  nodes.push(Float64Array.from({ length: T }, (_, i) => (i === query ? value : 0)));
+  return { key, values, total: value, nodes, edges };
+}
+
+const kept = new WeakMap<readonly Matrix[], { query: number; values: number[] }>();
+
+/** The maximum flow to each input token, or null where that would take too long; that of the last query is kept. */
+async function toAll(layers: readonly Matrix[], query: number, slices: Slices): Promise<number[] | null> {
+  const T = layers[0]!.rows;
+  if (layers.length * T ** 3 > WORK) return null;
+  const before = kept.get(layers);
+  if (before?.query === query) return before.values;
+  const capacity = capacities(layers);
+  const values: number[] = [];
+  for (let key = 0; key < T; key++) {
+    values.push(maximumFlow(capacity, T, query, key).value);
+    await slices.turn();
+  }
+  kept.set(layers, { query, values });
+  return values;
+}
