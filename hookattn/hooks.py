@@ -66,8 +66,8 @@ class Brackets:
             self._handles.append(plan.model.register_forward_pre_hook(begins, prepend=True))
         for _, module in plan.suspects:
             self._before(module, runs)
-        for key, module in plan.modules.items():
-            if key in plan.sealed:
+        for module in (*plan.modules.values(), *plan.torch_modules):
+            if id(module) in plan.sealed:
                 self._before(module, runs)
             else:
                 self._before(module, enters)

@@ -24,10 +24,9 @@ from .registry import adapter_for, generation
 from .site import Site
 from .taps import covered
 
-# Modules that leave their fused eval path as soon as a hook is attached anywhere in them.
-NO_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-# What of torch.nn itself attends; its other modules never do, and are not worth asking about.
-_TORCH_ATTENDS = (*NO_HOOKS, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
+# What of torch.nn attends. Its encoder layers, and other people's after their example, leave their fused eval path as
+# soon as a hook is attached anywhere in them; its decoder layers attend in their nn.MultiheadAttention alone.
+_TORCH_ATTENDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 _SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
 # What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
@@ -45,6 +44,7 @@ class Plan:
         sealed: of those, the ones whose kernels are seen without the function mode.
         watch_all: whether some part of the model is covered by no adapter, so that the mode stays open throughout.
         modules: module identity -> module, of the sites.
+        torch_modules: torch's own attention modules, where the mode is open in each of them rather than throughout.
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
         classes: those of all modules; one that has several places in the model comes several times.
@@ -55,6 +55,7 @@ class Plan:
     sealed: set[int] = field(default_factory=set)
     watch_all: bool = False
     modules: dict[int, nn.Module] = field(default_factory=dict)
+    torch_modules: list[nn.Module] = field(default_factory=list)
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     named: dict[int, Adapter] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
@@ -85,6 +86,7 @@ class _Found(NamedTuple):
     shape: _Shape
     sites: list[tuple[int, Site, Adapter]]
     suspects: list[tuple[int, str]]
+    torch_modules: list[int]
     watch_all: bool
     leaves: list[bool]
 
@@ -118,6 +120,7 @@ def make_plan(model: nn.Module) -> Plan:
         plan.sites[id(module)], plan.modules[id(module)] = site, module
         plan.named[id(module)] = adapter
     plan.sealed = covered(plan.modules.values())
+    plan.torch_modules = [modules[place] for place in found.torch_modules]
     plan.suspects = [(path, modules[place]) for place, path in found.suspects]
     return plan
 
@@ -145,6 +148,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     suspects: list[tuple[str, nn.Module]] = []
     fixed: list[nn.Module] = []
     unnamed: list[tuple[str, nn.Module]] = []
+    torch_modules: list[int] = []
     watch_all = False
     for path, module in model.named_modules():
         cls = type(module)
@@ -159,9 +163,12 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             elif _sounds_like_attention(cls.__name__):
                 unnamed.append((path, module))
             continue
-        if isinstance(module, NO_HOOKS):
+        if isinstance(module, _TORCH_ATTENDS):
             fixed.append(module)
-        watch_all = True
+        if cls is nn.MultiheadAttention:
+            torch_modules.append(places[id(module)])
+        else:
+            watch_all = True
         if _sounds_like_attention(cls.__name__):
             suspects.append((path, module))
     for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
@@ -171,7 +178,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     locked = {id(m) for top in fixed for m in top.modules()}
     hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
     leaves = [not m._modules and _never_attends(type(m)) for m in modules]
-    return _Found(shape, sites, hookable, watch_all, leaves)
+    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, leaves)
 
 
 def check_meta(model: nn.Module) -> None:

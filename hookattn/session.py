@@ -148,7 +148,8 @@ class Session:
         opened = not self.modes.open()
         if opened:
             self.modes.push()
-        self._sites.append((self.plan.sites[id(module)], opened))
+        site = self.plan.sites.get(id(module)) or self._describe(self.plan.paths[id(module)])
+        self._sites.append((site, opened))
 
     def _leave_site(self) -> None:
         if self._sites:
@@ -172,7 +173,9 @@ class Session:
         running = self.brackets.running() if call.path is None else call.path
         if running is None:
             return None
-        path = ".".join(x for x in (running, call.within) if x)
+        return self._describe(".".join(x for x in (running, call.within) if x))
+
+    def _describe(self, path: str) -> Site:
         if path not in self._described:
             self._described[path] = self.brackets.site(path)
         return self._described[path]

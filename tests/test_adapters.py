@@ -131,7 +131,7 @@ def test_swin_is_numbered_through_its_stages(implementation: str) -> None:
 def test_siglip_pools_with_a_query_of_its_own(implementation: str) -> None:
     towers = Family("siglip", "siglip", {}, lambda: {"input_ids": ids(), "pixel_values": seeded(2, 3, 32, 32)}, ())
     make = copies(towers, implementation)
-    check_adapter(BY_NAME["siglip"], make, towers.inputs, beside=[SHARED], complete=False)
+    check_adapter(BY_NAME["siglip"], make, towers.inputs, beside=[SHARED])
     told = [(s.stack, s.kind, s.layer, s.layers, s.axes) for s in towers.plan(implementation).sites.values()]
     assert told == [
         *(("text", "self", i, 2, "tokens") for i in range(2)),

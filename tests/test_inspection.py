@@ -17,6 +17,8 @@ from hookattn import Adapter, inspection
 from hookattn.errors import ModelError, UnsupportedConfigError
 from hookattn.inspection import make_plan
 from hookattn.registry import using
+from hookattn.taps.operations import name_of
+from hookattn.taps.watch import Watch
 
 
 class Attention(nn.Module):
@@ -191,6 +193,72 @@ def test_other_adapters_are_asked_anew() -> None:
         assert not make_plan(model).watch_all and len(make_plan(model).sites) == 2
     with using():
         assert make_plan(model).watch_all
+
+
+class Pooled(nn.Module):
+    """A covered class with attention of torch's own beside the sites, in one, and in a decoder layer of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = Model(), Other()
+        self.last.pool = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.beside = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.body(x))[0]
+        y = self.beside(y, y, y)[0].exp().log()
+        return self.decoder(y, y + 1)
+
+
+def pool_before(self: Any, x: Tensor) -> Tensor:
+    y = x[0] if "pool" not in self._modules else self.pool(x[0], x[0].flip(1), x[0])[0]
+    return self.out(F.scaled_dot_product_attention(y, y, y))[None]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_of_torch_in_covered_classes_is_watched_by_itself(
+    monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    monkeypatch.setattr(Other, "forward", pool_before)
+    model = Pooled().train(training)
+    with using():
+        torch.manual_seed(0)
+        watched = hookattn.trace(model, X, verify="full", strict=True)
+    torch.manual_seed(0)
+    plain = model(X)
+    names: list[str] = []
+    follow = Watch._operation
+    monkeypatch.setattr(Watch, "_operation", lambda self, func: names.append(name_of(func)) or follow(self, func))
+    with using(Mine()):
+        plan = make_plan(model)
+        assert not plan.watch_all and len(plan.torch_modules) == 6
+        torch.manual_seed(0)
+        found = hookattn.trace(model, X, verify="full", strict=True)
+    assert torch.equal(found.output, plain) and not found.skipped
+    assert "exp" not in names and "softmax" in names
+    assert [c.site.path for c in found] == [
+        "body.layers.0.attn",
+        "body.layers.1.attn",
+        "last",
+        "last",
+        "beside",
+        *(f"decoder.layers.{i}.{name}" for i in range(2) for name in ("self_attn", "multihead_attn")),
+    ]
+    assert [c.site for c in watched][5:] == [c.site for c in found][5:]
+    for mine, other in zip(found, watched, strict=True):
+        assert mine.tap == other.tap and torch.equal(mine.weights, other.weights) and torch.equal(mine.q, other.q)
+
+
+def test_an_encoder_layer_of_torch_keeps_its_fused_path() -> None:
+    model = Pooled()
+    model.decoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    model.decoder.forward = lambda x, _: model.decoder.layers[0](x)
+    model.eval()
+    with using(Mine()), torch.no_grad():
+        plan = make_plan(model)
+        assert plan.watch_all and not plan.torch_modules
+        assert hookattn.trace(model, X)[-1].tap == "mha_fast_path"
 
 
 def test_weights_that_lost_their_values_since(adapters: bool) -> None:

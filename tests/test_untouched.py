@@ -244,14 +244,29 @@ def test_a_function_mode_and_hooks_of_the_users_own(way: str, kind: str) -> None
     assert seen == hooked * 3 and same_bits([outer.output, inner.output], [expected] * 2)
     assert len(outer) == len(inner) == 2 and outer.faithful and inner.faithful
     assert "baddbmm" not in around.names + inside.names  # with which scores are derived
-    for count in (around, inside) if kind != "mha" else (inside,):  # what it sees without a trace, in that order
+    for count in (around, inside):  # what it sees without a trace, in that order
         rest = iter(count.names)
         assert all(name in rest for name in plain.names)
+        for name in ("linear", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"):
+            assert count.names.count(name) == plain.names.count(name)
     with hookattn.tracing(model):
         around.__enter__()
         model(X)
     around.__exit__(None, None, None)  # only after the trace
     assert_untouched(model, before)
+
+
+def test_a_function_mode_of_the_users_own_stays_where_it_is_when_an_attention_raises(way: str) -> None:
+    model = net("mha")
+    model.layers[1].inner.bias_k = nn.Parameter(torch.zeros(1, 1, E))
+    model.layers[1].inner.bias_v = nn.Parameter(torch.zeros(1, 1, E + 1))  # raises in the body
+    with Count() as first, Count() as second:
+        with pytest.raises(RuntimeError):
+            hookattn.trace(model, X)
+        open_now = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+        assert open_now == [first, second]
+    for count in (first, second):
+        assert count.names.count("multi_head_attention_forward") == 2 and "softmax" not in count.names
 
 
 class Cached(Attn):

@@ -13,7 +13,7 @@ from hookattn import Adapter, Site
 class Siglip(Adapter):
     """SigLIP and SigLIP 2.
 
-    The pooling is an ``nn.MultiheadAttention``, which belongs to torch: a vision tower with it is watched as a whole.
+    The pooling is an ``nn.MultiheadAttention``, which belongs to torch; its site is the head around it.
 
     There is no option to refuse: the text tower is not causal, and the patches that pad an image in SigLIP 2 are in
     the mask.

@@ -9,7 +9,8 @@ then compares the rebuilt result of the whole native call with the real one.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +43,30 @@ def _undispatched(function: Any) -> Any:
 
 
 def handle_python(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run the body of ``multi_head_attention_forward`` with the mode on."""
+    """Run the body of ``multi_head_attention_forward`` with our mode on; every other sees the one call it would see."""
+    if torch._C._len_torch_function_stack():
+        with _beneath(watch):
+            return func(*args, **kwargs)
     with watch:
         return _undispatched(func)(*args, **kwargs)
+
+
+@contextmanager
+def _beneath(watch: Watch) -> Iterator[None]:
+    """Our mode, which is not open, below all that are: it gets what they hand on, and they get nothing of its own."""
+    others = _popped()
+    for mode in (watch, *reversed(others)):
+        torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        _popped()
+        for mode in reversed(others):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _popped() -> list[Any]:
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
 
 
 def handle_native(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
