@@ -50,6 +50,9 @@ def trace_failures(trace: Trace) -> Iterator[Failure]:
 
 
 def _dtype_failures(call: Call, values: Mapping[str, Tensor | None], trace: Trace, where: str) -> Iterator[Failure]:
+    """Each product has one dtype: q·k that of the kernel, weights·v that of its output."""
+    output = values["output"]
+    product = {"q": call.dtype, "k": call.dtype} | ({} if output is None else {"v": output.dtype})
     for name, x in values.items():
         if x is None:
             continue
@@ -57,8 +60,8 @@ def _dtype_failures(call: Call, values: Mapping[str, Tensor | None], trace: Trac
             yield Failure(where, f"{name} is not detached")
         if (x.dtype == torch.bool) is not (name == "mask"):
             yield Failure(where, f"{name} is {x.dtype}", "torch.bool" if name == "mask" else "a floating dtype")
-        elif name in ("q", "k", "v", "output") and not trace.selection.get("dtype") and x.dtype != call.dtype:
-            yield Failure(where, f"{name} is {x.dtype}, the kernel {call.dtype}")
+        elif not trace.selection.get("dtype") and x.dtype != product.get(name, x.dtype):
+            yield Failure(where, f"{name} is {x.dtype}, its product {product[name]}")
 
 
 def _shape_failures(
