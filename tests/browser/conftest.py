@@ -150,12 +150,17 @@ def state(page: Any) -> dict[str, Any]:
     return dict(page.evaluate("viewer.state"))
 
 
-def rows_of_table(page: Any) -> list[tuple[str, str, float]]:
-    """Query, key and number of each row of the table of the selection."""
+def cells(page: Any) -> list[list[str]]:
+    """The rows of the table of the selection."""
     page.locator(".as-table").wait_for()
     if page.locator(".as-table").get_attribute("open") is None:
         page.locator(".as-table summary").click()
-    cells = page.locator(".as-table tbody tr").evaluate_all(
+    rows = page.locator(".as-table tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
     )
-    return [(q, k, float(w.replace("−", "-"))) for q, k, w in cells]
+    return [list(row) for row in rows]
+
+
+def rows_of_table(page: Any) -> list[tuple[str, str, float]]:
+    """Query, key and number of each of them."""
+    return [(q, k, float(w.replace("−", "-"))) for q, k, w in cells(page)]

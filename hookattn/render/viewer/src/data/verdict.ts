@@ -1,5 +1,5 @@
 /** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of figures/lens.py. */
-import { exact, number, percent } from "../format";
+import { number, percent } from "../format";
 import type { Row } from "./row";
 
 /**
@@ -68,7 +68,7 @@ export function explain(row: Row, verdict: Verdict, key: number, query: string, 
   const { n, fair, learned, first, words } = verdict;
   const { rank, competitor, softmax } = standing(row, key);
   const own = row.scores[key]!;
-  const weight = exact(row.weights[key]!);
+  const weight = number(row.weights[key]!);
   const share = `an equal share, 1/${n} = ${number(fair)}`;
   const apart = competitor === null ? 0 : Math.abs(own - row.scores[competitor]!);
   const rival = competitor === null ? "" : `${keys(competitor)} (${number(row.scores[competitor]!)})`;
