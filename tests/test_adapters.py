@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hookattn
 from hookattn import Adapter
 from hookattn.inspection import make_plan
 from hookattn.registry import using
 from hookattn.testing import check_adapter
+from hookattn.testing.case import same
 
 transformers = pytest.importorskip("transformers")
 
-from tests.families import ALIKE, BY_NAME, FAMILIES, SHARED, SMALL, Family, ids, seeded  # noqa: E402
+from tests.families import ALIKE, BY_NAME, FAMILIES, SHARED, SMALL, Family, ids, left, seeded  # noqa: E402
 from tests.sweep.weights import draw  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -134,6 +136,26 @@ def test_siglip_pools_with_a_query_of_its_own(implementation: str) -> None:
         *(("vision", "self", i, 2, "patches") for i in range(2)),
         ("vision", "cross", 0, 1, "patches"),
     ]
+
+
+def test_the_nan_that_falcon_makes_of_padding_is_shown_as_it_is() -> None:
+    family = FAMILIES["falcon"]
+    model: Any = family.build("eager").half()
+    with torch.no_grad():
+        own = model(**left(), output_attentions=True)
+        with using(BY_NAME["falcon"], SHARED), pytest.warns(hookattn.UnfaithfulWarning, match=r"h\.1\.self_attention"):
+            trace = hookattn.trace(model, left(), verify="full")
+    assert same(own[0], trace.output[0]) and own[0].isnan()[1].all() and not own[0].isnan()[0].any()
+    first, second = trace
+    for call, weights in zip(trace, own.attentions, strict=True):
+        assert same(call.weights, weights) and not weights[0].isnan().any()
+    lost = first.weights.isnan().any(-1)  # in the first layer rows that have nothing to attend to, and no others
+    assert lost.any() and not (lost & first.mask.any(-1)).any() and (first.empty_rows | ~lost).all()
+    assert first.certificate.faithful
+    assert second.k.isnan()[1].any() and second.weights[1].isnan().all()  # which are keys of the next one
+    assert not second.certificate.faithful and second.certificate.max_error != second.certificate.max_error
+    expected = (second.scores[:1].double() + torch.zeros(6, 6).masked_fill(~second.mask[0, 0], -torch.inf)).softmax(-1)
+    assert (second.weights[:1] - expected).abs().max() < 6e-3
 
 
 def test_clip_has_two_towers() -> None:
