@@ -16,7 +16,7 @@ export interface Paths {
   /** The token of the last layer, and the input token that the lines lead to; null: to all. */
   query: number;
   key: number | null;
-  /** What comes of each input token; null where it was not computed. */
+  /** What comes of each input token; null where it is not known. */
   values: (number | null)[];
   /** What the lines carry in all. */
   total: number;
@@ -32,10 +32,9 @@ export async function pathsOf(
   key: number | null,
   signal: AbortSignal,
 ): Promise<Paths> {
-  const slices = new Slices(10, signal);
-  const found = through === "rollout" ? rolled(layers, query, key) : await flowing(layers, query, key, slices);
+  const found = through === "rollout" ? rolled(layers, query, key) : flowing(layers, query, key);
   const { edges, ...rest } = found;
-  return { query, ...rest, lines: await strongest(edges, LINES, FLOOR * found.total, slices) };
+  return { query, ...rest, lines: await strongest(edges, LINES, FLOOR * found.total, new Slices(10, signal)) };
 }
 
 type Found = Omit<Paths, "query" | "lines"> & { edges: Matrix[] };
@@ -58,12 +57,12 @@ function rolled(layers: readonly Matrix[], query: number, key: number | null): F
   };
 }
 
-async function flowing(layers: readonly Matrix[], query: number, asked: number | null, slices: Slices): Promise<Found> {
+/** Without a key: to the input token that the rollout has most of. */
+function flowing(layers: readonly Matrix[], query: number, asked: number | null): Found {
   const T = layers[0]!.rows;
-  const known = await toAll(layers, query, slices);
-  const key = asked ?? (known === null ? query : known.indexOf(Math.max(...known)));
+  const shares = sharesOf(layers, query)[0]!;
+  const key = asked ?? shares.indexOf(Math.max(...shares));
   const { value, edges } = maximumFlow(capacities(layers), T, query, key);
-  const values = known ?? Array.from({ length: T }, (_, j) => (j === key ? value : null));
   // What reaches a token of a level comes from the level above; the last level has the token alone.
   const nodes = edges.map(({ data }) => {
     const into = new Float64Array(T);
@@ -71,23 +70,22 @@ async function flowing(layers: readonly Matrix[], query: number, asked: number |
     return into;
   });
   nodes.push(Float64Array.from({ length: T }, (_, i) => (i === query ? value : 0)));
-  return { key, values, total: value, nodes, edges };
+  return { key, values: Array.from({ length: T }, (_, j) => (j === key ? value : null)), total: value, nodes, edges };
 }
 
-const kept = new WeakMap<readonly Matrix[], { query: number; values: number[] }>();
+/** Whether the maximum flow to each input token is a matter of seconds. */
+export function flowsToAll(layers: readonly Matrix[]): boolean {
+  return layers.length * layers[0]!.rows ** 3 <= WORK;
+}
 
-/** The maximum flow to each input token, or null where that would take too long; that of the last query is kept. */
-async function toAll(layers: readonly Matrix[], query: number, slices: Slices): Promise<number[] | null> {
-  const T = layers[0]!.rows;
-  if (layers.length * T ** 3 > WORK) return null;
-  const before = kept.get(layers);
-  if (before?.query === query) return before.values;
+/** The maximum flow from one token of the last layer to each input token. */
+export async function toAll(layers: readonly Matrix[], query: number, signal: AbortSignal): Promise<number[]> {
+  const slices = new Slices(10, signal);
   const capacity = capacities(layers);
   const values: number[] = [];
-  for (let key = 0; key < T; key++) {
-    values.push(maximumFlow(capacity, T, query, key).value);
+  for (let key = 0; key < layers[0]!.rows; key++) {
+    values.push(maximumFlow(capacity, layers[0]!.rows, query, key).value);
     await slices.turn();
   }
-  kept.set(layers, { query, values });
   return values;
 }

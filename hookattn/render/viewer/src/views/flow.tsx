@@ -3,7 +3,7 @@ import type { App } from "../app";
 import type { Call } from "../data/call";
 import { type Axes, axesOf } from "../data/labels";
 import { at, type Matrix } from "../data/matrix";
-import { type Paths, pathsOf } from "../data/paths";
+import { flowsToAll, type Paths, pathsOf, toAll } from "../data/paths";
 import { mixing, refusal, RESIDUAL } from "../data/rollout";
 import { type Strongest, strongest } from "../data/strongest";
 import { exact, number, percent } from "../format";
@@ -53,10 +53,20 @@ function Layers({ app, calls }: { app: App; calls: readonly Call[] }) {
   const query = queryOf(app);
   const key = app.cursor.value.key ?? locked;
   const found = useLoaded(
-    async (signal) => (graph === null ? null : { graph, ...(await pathsOf(graph.layers, through, query, key, signal)) }),
+    async (signal) => (graph === null ? null : { graph, through, ...(await pathsOf(graph.layers, through, query, key, signal)) }),
     [graph, through, query, key],
   );
-  const paths = found.value?.graph === graph ? found.value : null;
+  const many = graph !== null && through === "flow" && !flowsToAll(graph.layers);
+  const all = useLoaded(
+    async (signal) =>
+      graph === null || through === "rollout" || many
+        ? null
+        : { graph, query, values: await toAll(graph.layers, query, signal) },
+    [graph, through, query],
+  );
+  const path = found.value?.graph === graph ? found.value : null;
+  const known = path?.through === "flow" && all.value?.graph === graph && all.value.query === path.query;
+  const paths = path !== null && known ? { ...path, values: all.value!.values } : path;
   if (error !== null || found.error !== null) return <Notice error>{error ?? found.error}</Notice>;
   return (
     <div ref={ref}>
@@ -77,11 +87,11 @@ function Layers({ app, calls }: { app: App; calls: readonly Call[] }) {
       ) : (
         <>
           <div class="readout" aria-live="polite">
-            {told(graph, paths, through)}
+            {told(graph, paths, paths.through)}
           </div>
           <Drawing app={app} graph={graph} paths={paths} room={room} />
-          <div class="readout quiet">{remarks(graph, paths)}</div>
-          <Table graph={graph} paths={paths} through={through} />
+          <div class="readout quiet">{remarks(graph, paths, many)}</div>
+          <Table graph={graph} paths={paths} through={paths.through} />
         </>
       )}
     </div>
@@ -97,7 +107,7 @@ function told({ axes }: Graph, { query, key, total }: Paths, through: Through): 
     : `At most ${exact(total)} flows between ${from} after the last layer and input ${to}; one way that it can go.`;
 }
 
-function remarks({ calls }: Graph, { values, lines }: Paths): string {
+function remarks({ calls }: Graph, { values, lines }: Paths, many: boolean): string {
   const layers = new Set(calls.map((c) => c.site.layer));
   const whole = calls[0]!.site.layers;
   const parts = [
@@ -106,7 +116,8 @@ function remarks({ calls }: Graph, { values, lines }: Paths): string {
   ];
   if (whole !== null && layers.size < whole) parts.push(`Only ${layers.size} of ${whole} layers are in this trace.`);
   if (calls.some((c) => c.heads !== null)) parts.push("Not all heads were kept: the mean is over those that were.");
-  if (values.includes(null)) parts.push("The flow is computed for one input token at a time: there are too many.");
+  if (many) parts.push("The flow is computed for one input token at a time: there are too many.");
+  else if (values.includes(null)) parts.push("The flow to the other input tokens is being computed …");
   return parts.join(" ");
 }
 
