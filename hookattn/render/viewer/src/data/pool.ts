@@ -1,27 +1,30 @@
 /**
- * Matrices made smaller for the screen: the largest or the sum of what falls together, never the mean. NaN is left
- * out.
+ * Matrices made smaller for the screen: the largest, the sum, or what is farthest from zero of what falls together,
+ * never the mean. NaN is left out.
  */
 import type { Slices } from "../slices";
 import type { Pool } from "../state";
 import type { Matrix } from "./matrix";
+
+/** `far`: what is farthest from zero, of either sign. */
+export type Pooling = Pool | "far";
 
 /** Level i has cells of 2^i × 2^i entries; level 0 is the matrix itself. */
 export type Pyramid = readonly Matrix[];
 
 const SMALLEST = 128;
 
-export async function pyramid(matrix: Matrix, pool: Pool, slices: Slices): Promise<Pyramid> {
+export async function pyramid(matrix: Matrix, pool: Pooling, slices: Slices): Promise<Pyramid> {
   const levels = [matrix];
   for (let last = matrix; Math.max(last.rows, last.cols) > SMALLEST;)
     levels.push((last = await half(last, pool, slices)));
   return levels;
 }
 
-async function half({ rows, cols, data }: Matrix, pool: Pool, slices: Slices): Promise<Matrix> {
+async function half({ rows, cols, data }: Matrix, pool: Pooling, slices: Slices): Promise<Matrix> {
   const [r, c] = [Math.ceil(rows / 2), Math.ceil(cols / 2)];
   const out = new Float32Array(r * c);
-  const sum = pool === "sum";
+  const how = HOWS.indexOf(pool);
   for (let y = 0; y < r; y++) {
     const top = 2 * y * cols;
     const below = 2 * y + 1 < rows ? top + cols : -1;
@@ -29,10 +32,10 @@ async function half({ rows, cols, data }: Matrix, pool: Pool, slices: Slices): P
       const i = 2 * x;
       const wide = i + 1 < cols;
       let v = data[top + i]!;
-      if (wide) v = join(v, data[top + i + 1]!, sum);
+      if (wide) v = join(v, data[top + i + 1]!, how);
       if (below >= 0) {
-        v = join(v, data[below + i]!, sum);
-        if (wide) v = join(v, data[below + i + 1]!, sum);
+        v = join(v, data[below + i]!, how);
+        if (wide) v = join(v, data[below + i + 1]!, how);
       }
       out[y * c + x] = v;
     }
@@ -41,10 +44,14 @@ async function half({ rows, cols, data }: Matrix, pool: Pool, slices: Slices): P
   return { rows: r, cols: c, data: out };
 }
 
-function join(a: number, b: number, sum: boolean): number {
+/** By their numbers, which cost nothing to tell apart. */
+const HOWS: readonly Pooling[] = ["max", "sum", "far"];
+
+function join(a: number, b: number, how: number): number {
   if (a !== a) return b;
   if (b !== b) return a;
-  return sum ? a + b : a > b ? a : b;
+  if (how === 1) return a + b;
+  return (how === 0 ? a > b : Math.abs(a) > Math.abs(b)) ? a : b;
 }
 
 /** At most `rows` × `cols`, the largest of what falls together. */
@@ -57,7 +64,7 @@ export async function poolTo(matrix: Matrix, rows: number, cols: number, slices:
     const to = Math.floor((t * r) / matrix.rows) * c;
     for (let s = 0, i = t * matrix.cols; s < matrix.cols; s++, i++) {
       const cell = to + column[s]!;
-      data[cell] = join(data[cell]!, matrix.data[i]!, false);
+      data[cell] = join(data[cell]!, matrix.data[i]!, 0);
     }
     await slices.turn();
   }

@@ -98,7 +98,7 @@ function told(
 }
 
 /** The largest values of a row, a column, one cell, or of all, the largest first. */
-async function strongest(matrix: Matrix, query: number | null, key: number | null, slices: Slices): Promise<Pair[]> {
+export async function strongest(matrix: Matrix, query: number | null, key: number | null, slices: Slices): Promise<Pair[]> {
   const found: Pair[] = [];
   const rows = query === null ? [0, matrix.rows] : [query, query + 1];
   const cols = key === null ? [0, matrix.cols] : [key, key + 1];

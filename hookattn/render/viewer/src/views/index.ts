@@ -18,6 +18,7 @@ import type { ComponentType } from "preact";
 import type { App } from "../app";
 import type { State } from "../state";
 import { certificates } from "./certificates";
+import { compare } from "./compare";
 import { flow } from "./flow";
 import { head } from "./head";
 import { image } from "./image";
@@ -46,4 +47,4 @@ export interface View {
   component: ComponentType<{ app: App }>;
 }
 
-export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, flow, image, certificates];
+export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, flow, image, compare, certificates];

@@ -1,0 +1,122 @@
+/** How far each head is from the same head of the second trace: a list that sorts, and chooses the head. */
+import { useState } from "preact/hooks";
+import { type App, current, focus, stored } from "../app";
+import type { Call } from "../data/call";
+import { type Distance, distance, misfit, twinOf } from "../data/pairs";
+import type { Trace } from "../data/trace";
+import { number } from "../format";
+import { Slices } from "../slices";
+import { placeOf } from "../state";
+import { useLoaded } from "./hooks";
+
+/** Numbers of each trace up to which all layers are compared unasked. */
+const AT_ONCE = 2 ** 25;
+
+interface Row extends Distance {
+  call: Call;
+  head: number;
+}
+
+type Order = "place" | "variation" | "largest";
+
+const COLUMNS: readonly [Order, string, string][] = [
+  ["place", "head", "Layer and head"],
+  ["variation", "variation", "Total variation: half the sum of |A − B| over the keys, the mean over the rows; 0 to 1"],
+  ["largest", "largest", "The largest difference of any weight"],
+];
+
+export function Distances({ app, other }: { app: App; other: Trace }) {
+  const { step, batch, stack, kind } = app.state.value;
+  const { call: shown } = current(app);
+  const [order, setOrder] = useState<Order>("variation");
+  const [all, setAll] = useState(false);
+  const calls = app.trace.calls.filter((c) => c.step === step && c.site.stack === stack && c.site.kind === kind);
+  const size = calls.reduce((n, c) => n + c.headNumbers.length * c.extents.T * c.extents.S, 0);
+  const few = size > AT_ONCE && !all;
+  const { value, error, stale } = useLoaded(
+    async (signal, show: (rows: Row[]) => void) => {
+      const rows: Row[] = [];
+      for (const call of few ? [shown] : calls) {
+        rows.push(...(await apart(app.trace, other, call, batch, new Slices(10, signal))));
+        show([...rows]);
+      }
+      return rows;
+    },
+    [app, step, batch, stack, kind, few, few ? shown : null],
+  );
+  const rows = (value ?? []).toSorted((a, b) =>
+    order === "place" ? a.call.index - b.call.index || a.head - b.head : (b[order] || 0) - (a[order] || 0),
+  );
+  const head = focus(app.state.value);
+  return (
+    <div class="distances">
+      <div class="label">
+        {stale ? "Comparing …" : "How far apart the weights are"}
+        {few && (
+          <button type="button" onClick={() => setAll(true)}>
+            all layers
+          </button>
+        )}
+      </div>
+      {error !== null && <p class="quiet">{error}</p>}
+      <div class="rows">
+        <table>
+          <thead>
+            <tr>
+              {COLUMNS.map(([id, text, title]) => (
+                <th key={id} scope="col" aria-sort={order !== id ? "none" : id === "place" ? "ascending" : "descending"}>
+                  <button type="button" class="plain" title={title} onClick={() => setOrder(id)}>
+                    {text} {order === id ? (id === "place" ? "↑" : "↓") : ""}
+                  </button>
+                </th>
+              ))}
+            </tr>
+          </thead>
+          <tbody>
+            {rows.map((row) => {
+              const { call } = row;
+              return (
+                <tr key={`${call.index} ${row.head}`} aria-current={call === shown && row.head === head}>
+                  <td>
+                    <button
+                      type="button"
+                      class="plain"
+                      aria-label={`Layer ${call.site.layer ?? call.site.path}, head ${row.head}`}
+                      onClick={() => app.set({ ...placeOf(app.trace, call), heads: [row.head] })}
+                    >
+                      {call.site.layer ?? call.site.path}.{row.head}
+                    </button>
+                  </td>
+                  <td
+                    class="number"
+                    style={{ background: `linear-gradient(to left, var(--hover) ${100 * row.variation}%, transparent 0)` }}
+                  >
+                    {number(row.variation)}
+                  </td>
+                  <td class="number">{number(row.largest)}</td>
+                </tr>
+              );
+            })}
+          </tbody>
+        </table>
+      </div>
+    </div>
+  );
+}
+
+/** The distances of the heads that a call and its twin have in common; none where there is no twin that fits. */
+async function apart(trace: Trace, other: Trace, call: Call, batch: number, slices: Slices): Promise<Row[]> {
+  const twin = twinOf(trace, other, call);
+  if (twin === null || misfit(call, twin) !== null || !trace.has(call, "weights") || !other.has(twin, "weights")) return [];
+  const rows: Row[] = [];
+  for (const head of call.headNumbers.filter((h) => twin.headNumbers.includes(h))) {
+    const sides = [
+      [trace, call, Math.min(batch, call.extents.B - 1)],
+      [other, twin, Math.min(batch, twin.extents.B - 1)],
+    ] as const;
+    const masks = sides.map(([of, c, b]) => (of.has(c, "mask") ? of.optional(c, "mask", b, stored(c, head)) : null));
+    const [a, b] = await Promise.all(sides.map(([of, c, b]) => of.head(c, "weights", b, stored(c, head))));
+    rows.push({ call, head, ...(await distance(a!, b!, await Promise.all(masks), slices)) });
+  }
+  return rows;
+}

@@ -1,0 +1,248 @@
+import { type App, current, focus, stored } from "../app";
+import { type Domain, domain, ramp } from "../colours";
+import { where } from "../data/call";
+import { axesOf } from "../data/labels";
+import { at, extent, type Matrix } from "../data/matrix";
+import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
+import { type Pyramid, pyramid } from "../data/pool";
+import { presented } from "../data/presented";
+import type { Trace } from "../data/trace";
+import { NotCaptured } from "../errors";
+import { exact } from "../format";
+import { Slices } from "../slices";
+import { Distances } from "../ui/distances";
+import { useFrame } from "../ui/frame";
+import { useLoaded, useWidth } from "../ui/hooks";
+import { Legend } from "../ui/legend";
+import { Badge, Notice } from "../ui/notice";
+import { levelOf, place, Plane, ZoomButtons } from "../ui/plane";
+import { name, strongest, Tabular } from "../ui/table";
+import type { View } from "./index";
+
+const GAP = 18;
+/** Tokens that differ, named one by one; more are counted. */
+const NAMED = 30;
+
+interface Side {
+  matrix: Matrix;
+  levels: Pyramid;
+}
+
+function Compare({ app }: { app: App }) {
+  const other = app.other!;
+  const state = app.state.value;
+  const { batch, field, sink, filter } = state;
+  const { call, axes } = current(app);
+  const head = focus(state);
+  const [ref, room] = useWidth();
+  const [frame, setFrame] = useFrame(app);
+  const twin = twinOf(app.trace, other, call);
+  const missing = twin === null ? null : absent(other, twin, field, head);
+  const { value, error } = useLoaded(async (signal) => {
+    if (twin === null || missing !== null) return null;
+    const last = Math.min(batch, twin.extents.B - 1);
+    const others = axesOf(other, twin, last);
+    const [a, b] = await Promise.all([
+      app.trace.head(call, field, batch, stored(call, head)),
+      other.head(twin, field, last, stored(twin, head)),
+    ]);
+    const slices = new Slices(10, signal);
+    const side = async (matrix: Matrix, pool: "max" | "far" = "max"): Promise<Side> => ({
+      matrix,
+      levels: await pyramid(matrix, pool, slices),
+    });
+    const first = await side(presented(a, field, sink, filter, axes));
+    const second = await side(presented(b, field, sink, filter, others));
+    const reason = misfit(call, twin);
+    const apart = reason === null ? await side(difference(first.matrix, second.matrix), "far") : null;
+    const pairs = apart && (await strongest(sizes(apart.matrix), state.query, state.key, slices));
+    return { axes, others, first, second, apart, pairs, reason, field, left: sink !== "show" || filter !== "all" };
+  }, [app, call, twin, missing, head, batch, field, sink, filter, state.query, state.key]);
+  if (twin === null) return <Notice>{alone(app, other)}</Notice>;
+  if (missing !== null) return <Notice error>{missing}</Notice>;
+  if (error !== null) return <Notice error>{error}</Notice>;
+  if (value === null || room === 0)
+    return (
+      <div ref={ref} class="quiet">
+        Reading head {head} …
+      </div>
+    );
+  const { others, first, second, apart, pairs, reason } = value;
+  const columns = room > 2000 ? 4 : room > 620 ? 2 : 1;
+  const width = Math.floor((room - (columns - 1) * GAP) / columns);
+  const most = Math.max(260, Math.min(900, globalThis.innerHeight * 0.55));
+  const dark = app.dark.value;
+  const both = [extent(first.matrix), extent(second.matrix)];
+  const shared = domain(value.field, state.scale, least(both.map((e) => e[0])), -least(both.map((e) => -e[1])));
+  const told = (query: number, key: number) => {
+    const cell = (side: Side | null) => (side === null ? NaN : (at(side.matrix, query, key) ?? NaN));
+    const there = query < second.matrix.rows && key < second.matrix.cols;
+    const here = query < first.matrix.rows && key < first.matrix.cols;
+    return [
+      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${shown(cell(first))}`,
+      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${shown(cell(second))}`,
+      apart !== null && `B − A: ${shown(cell(apart))}`,
+    ]
+      .filter(Boolean)
+      .join("\n");
+  };
+  const plane = (label: string, side: Side, of: typeof axes, scaling: Domain) => (
+    <Plane
+      app={app}
+      levels={side.levels}
+      axes={of}
+      layout={place(side.matrix.rows, side.matrix.cols, of, width, most, frame)}
+      frame={frame}
+      setFrame={setFrame}
+      domain={scaling}
+      ramp={ramp(scaling.kind, dark)}
+      label={`${value.field} of head ${head}, ${label}, queries down, keys across`}
+      told={told}
+    />
+  );
+  const titled = (label: string, of: Trace, c: typeof call) => (
+    <div class="title">
+      <span class="label">
+        {label}: {of.source.name}
+      </span>{" "}
+      <Badge certificate={c.certificate} short />
+    </div>
+  );
+  const far = apart === null ? 0 : Math.max(...extent(apart.matrix).map((x) => Math.abs(x) || 0));
+  const between: Domain = { kind: "diverging", scale: "linear", low: -(far || 1), high: far || 1 };
+  const level = apart && levelOf(apart.levels, place(apart.matrix.rows, apart.matrix.cols, axes, width, most, frame));
+  return (
+    <div ref={ref}>
+      {uneven(app, other)}
+      {reason !== null && <Notice>There is no difference to draw: {reason}.</Notice>}
+      <Tokens app={app} a={value.axes} b={others} />
+      <div class="panels" style={{ gap: `${GAP}px` }}>
+        <div style={{ width: `${width}px` }}>
+          {titled("A", app.trace, call)}
+          {plane("A", first, value.axes, shared)}
+        </div>
+        <div style={{ width: `${width}px` }}>
+          {titled("B", other, twin)}
+          {plane("B", second, others, shared)}
+        </div>
+        {apart !== null && (
+          <div style={{ width: `${width}px` }} data-side="difference">
+            <div class="title">
+              <span class="label">B − A{far === 0 ? ": no difference" : ""}</span>
+            </div>
+            {plane("B − A", apart, merged(value.axes, others), between)}
+          </div>
+        )}
+        <div style={{ width: `${Math.min(width, 420)}px` }}>
+          <Distances app={app} other={other} />
+        </div>
+      </div>
+      <div class="foot">
+        <Legend
+          domain={shared}
+          ramp={ramp(shared.kind, dark)}
+          dropped={value.left}
+          title={`${value.field}, head ${head}, A and B`}
+        />
+        {apart !== null && (
+          <Legend
+            domain={between}
+            ramp={ramp("diverging", dark)}
+            dropped={false}
+            title={`B − A${level ? `, the largest of ${2 ** level}×${2 ** level}` : ""}`}
+          />
+        )}
+        <ZoomButtons frame={frame} setFrame={setFrame} rows={first.matrix.rows} cols={first.matrix.cols} />
+      </div>
+      {pairs !== null && apart !== null && (
+        <div aria-live="polite">
+          <Tabular
+            summary={`Head ${head}: where A and B differ most`}
+            columns={["query", "key", "A", "B", "B − A"]}
+            rows={pairs
+              .filter((p) => p.value > 0)
+              .map(({ query, key }) => [
+                name(merged(value.axes, others).queries, query),
+                name(merged(value.axes, others).keys, key),
+                ...[first, second, apart].map((side) => at(side.matrix, query, key)),
+              ])}
+          />
+        </div>
+      )}
+    </div>
+  );
+}
+
+function shown(value: number): string {
+  return Number.isNaN(value) ? "left out" : exact(value);
+}
+
+function sizes({ rows, cols, data }: Matrix): Matrix {
+  return { rows, cols, data: Float64Array.from(data, Math.abs) };
+}
+
+function least(values: readonly number[]): number {
+  const found = values.filter((x) => !Number.isNaN(x));
+  return found.length === 0 ? NaN : Math.min(...found);
+}
+
+/** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
+function absent(other: Trace, twin: NonNullable<ReturnType<typeof twinOf>>, field: string, head: number): string | null {
+  if (!other.has(twin, field)) return `B, ${other.source.name}: ${new NotCaptured(field, where(twin)).message}`;
+  if (twin.headNumbers.includes(head)) return null;
+  return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
+}
+
+function alone(app: App, other: Trace): string {
+  const { call } = current(app);
+  const known = [...new Set(other.calls.map(({ site }) => `${site.stack} ${site.kind}`))];
+  const steps = new Set(other.calls.map((c) => c.step)).size;
+  return (
+    `B, ${other.source.name}, has nothing to compare with ${where(call)}. It has ${other.calls.length} calls ` +
+    `in ${steps === 1 ? "one step" : `${steps} steps`}: ${known.join(", ")} attention.`
+  );
+}
+
+/** What is in one trace alone. */
+function uneven(app: App, other: Trace) {
+  const lonely = app.trace.calls.filter((c) => twinOf(app.trace, other, c) === null).length;
+  const more = other.calls.filter((c) => twinOf(other, app.trace, c) === null).length;
+  if (lonely === 0 && more === 0) return null;
+  return (
+    <Notice>
+      {lonely} of the {app.trace.calls.length} calls of A have no counterpart in B, and {more} of the{" "}
+      {other.calls.length} of B none in A.
+    </Notice>
+  );
+}
+
+/** The tokens that are not the same in both. */
+function Tokens({ app, a, b }: { app: App; a: ReturnType<typeof axesOf>; b: ReturnType<typeof axesOf> }) {
+  const own = current(app).call.site.kind === "self";
+  const found = [...differing(a.keys, b.keys), ...(own ? [] : differing(a.queries, b.queries))];
+  if (found.length === 0) return null;
+  return (
+    <div class="readout quiet">
+      {found.length === 1 ? "One token differs" : `${found.length} tokens differ`}:{" "}
+      {found.slice(0, NAMED).map((pair) => (
+        <span key={pair.position} class="token">
+          {pair.position} <b>{pair.a}</b> → <b>{pair.b}</b>
+        </span>
+      ))}
+      {found.length > NAMED && "…"}
+    </div>
+  );
+}
+
+export const compare: View = {
+  id: "compare",
+  label: "Compare",
+  help:
+    "The same head in two traces, and their difference. One cursor for all; the list says which heads are far apart, " +
+    "and chooses one.",
+  fields: (state) => [state.field],
+  controls: ["layer", "field", "scale", "sink", "filter", "heads"],
+  ownTable: true,
+  absent: (app) => (app.other === null ? "There is no second trace." : null),
+  component: Compare,
+};
