@@ -31,6 +31,10 @@ CASES = {
     "a heading is no word piece": (["##", "ĠTitle"], "## Title"),
     "a special token ends a word": (["<s>", "▁a", "<eos>", "b"], "<s> a <eos> b"),
     "Hebrew": (["▁שלום", "ים"], "שלום …ים"),
+    "added tokens among bytes": (["Ġif", "Ġx", ":", "Ċ", "   ", "y"], "if¦x¦:¦↵¦␣␣␣¦y"),
+    "bytes that are no text": (["The", "Ġcat", "ü", "Ġ", "ğ", "ĕ"], "The¦cat¦<FC>¦␣¦␟¦␕"),
+    "an accent beside sentencepiece": (["caf", "é", "▁x"], "caf …é x"),
+    "a Maltese word": (["Ġurnata", "ħobż"], "Ġurnata ħobż"),
     "mojibake is what was meant": (["Ġna", "Ã¯", "ve"], "na …ï …ve"),
 }
 

@@ -95,7 +95,11 @@ def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
     """The bytes that each token stands for, None for a special one; and whether a space tells where words begin."""
     ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
     if _byte_level(ordinary):
-        return [None if _SPECIAL.fullmatch(t) else bytes(_ALPHABET[c] for c in t) for t in tokens], True
+        return [
+            None if _SPECIAL.fullmatch(t)
+            else bytes(_ALPHABET[c] for c in t) if _in_alphabet(t) else t.encode(errors="surrogatepass")
+            for t in tokens
+        ], True  # fmt: skip
     ends = any(t.endswith("</w>") for t in ordinary)
     parts = any(t.startswith("##") and len(t) > 2 for t in ordinary) and not any("▁" in t for t in ordinary)
     made: list[bytes | None] = []
@@ -115,19 +119,25 @@ def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
     return made, any(m is not None and m[:1] == b" " and len(m) > 1 for m in made)
 
 
+def _in_alphabet(token: str) -> bool:
+    return all(c in _ALPHABET for c in token)
+
+
 def _byte_level(tokens: Sequence[str]) -> bool:
-    """Whether all of it is in the alphabet of bytes, and UTF-8 in it (but for a character cut off at either end)."""
-    if not all(c in _ALPHABET for t in tokens for c in t):
-        return False
-    whole = bytes(_ALPHABET[c] for t in tokens for c in t)
+    """Whether they are bytes: in the alphabet of bytes, and UTF-8 in it, but for a character cut off at either end.
+
+    Where words begin with its sign for a space, a few may be something else: what was added to the vocabulary is
+    written as it is (runs of spaces, say), and a model may write bytes that are no text.
+    """
+    written = [t for t in tokens if _in_alphabet(t)]
+    whole = bytes(_ALPHABET[c] for t in written for c in t)
     start = next((i for i, b in enumerate(whole) if b & 0xC0 != 0x80), len(whole))
-    try:
-        text = whole[start:].decode()
-    except UnicodeDecodeError as error:
-        if error.reason != "unexpected end of data":
-            return False
-        text = whole[start:][: error.start].decode()
-    return not text.isascii() or any(c > "\xff" for t in tokens for c in t)
+    text = whole[start:].decode(errors="replace")
+    broken = text.removesuffix("\ufffd").count("\ufffd")
+    others = len(tokens) - len(written)
+    if (broken or others) and (4 * (broken + others) > len(tokens) or not any(t.startswith("Ġ") for t in written)):
+        return False
+    return not text.isascii() or any(c > "\xff" for t in written for c in t)
 
 
 def _texts(pieces: Sequence[bytes | None]) -> list[tuple[str, str] | None]:
