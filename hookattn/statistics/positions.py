@@ -38,7 +38,9 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
 
 
 def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
-    """(B or 1) T: the last key that each query may attend to; None if they don't go up as the queries do.
+    """(B or 1) T: where each query is, by the last key that it may attend to; None if these don't go up as they do.
+
+    Padding may hide all keys of the first queries, and the own keys of the last ones; these are in line with the others.
 
     Args:
         mask: bool, broadcastable to B H T S.
@@ -56,5 +58,15 @@ def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
         found = s - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)  # argmax: the first of the largest
         parts.append(torch.where(seen.any(-1), found, -1))
     last = torch.cat(parts, 1)
-    good = bool((last >= 0).all()) and bool((last.diff(dim=1) == queries.diff()).all())
-    return last if good else None
+    some = last >= 0
+    ahead = torch.where(some, last - queries, -s - int(queries[-1]))
+    offset = ahead.amax(1, keepdim=True)
+    on = some & (ahead == offset)
+    sure = on.sum(1) >= min(t, 2)  # one of several is there in a mask that hides nothing but padding, too
+    if not bool(sure.any()):
+        return None
+    known = offset[sure][0]
+    offset = torch.where(some.any(1, keepdim=True), offset, known)
+    level = torch.where(on, last, -1).cummax(1).values  # what is behind the line stays where the line ended
+    good = (sure.unsqueeze(1) | (offset == known)) & (~some | (last == level)).all(1, keepdim=True)
+    return queries + offset if bool(good.all()) else None
