@@ -55,6 +55,19 @@ def test_the_kernel_answers_with_bytes(trace: hookattn.Trace, tmp_path: Path) ->
     assert widget.read(0, 8) == data[:8]
 
 
+def test_a_second_trace_is_read_beside_the_first(trace: hookattn.Trace, tmp_path: Path) -> None:
+    first, second = (Path(t.save(tmp_path / f"{t.calls[-1].site.layer}.safetensors")) for t in (trace, trace[:1]))
+    widget = Widget(first, compare=second)
+    assert widget.get_state()["_compare"] == {"name": second.name, "size": second.stat().st_size}
+    assert Widget(first).get_state()["_compare"] == {}
+    answer = asked(widget, {"kind": "read", "id": 1, "of": "compare", "start": 3, "end": 900})
+    assert answer == [({"id": 1, "kind": "bytes"}, [second.read_bytes()[3:900]])]
+    ((content, _),) = asked(widget, {"kind": "read", "id": 1, "of": "other", "start": 0, "end": 8})
+    assert content["message"] == "bytes of 'other': there is trace and compare."
+    text = Path(widget.save_page(tmp_path / "a.html")).read_text("utf-8")
+    assert text == page(first, compare=second, state={})
+
+
 def test_what_cannot_be_read_is_said(trace: hookattn.Trace, tmp_path: Path) -> None:
     path = Path(trace.save(tmp_path / "a.safetensors"))
     widget = Widget(path)

@@ -21,7 +21,7 @@ def show(trace: TraceLike, **options: Any) -> Any:
 
     Args:
         trace: a trace, or the path of a trace file.
-        options: ``state``, ``scores``, ``images``, ``theme``; elsewhere than in a notebook also ``compare``.
+        options: ``compare``, ``state``, ``scores``, ``images``, ``theme``.
 
     Returns:
         In a notebook the :class:`~hookattn.render.widget.Widget`, which shows as the last line of a cell. Elsewhere the
@@ -37,13 +37,9 @@ def show(trace: TraceLike, **options: Any) -> Any:
         except ModuleNotFoundError as error:
             raise _missing(error) from error
         return Widget(trace, **options)
-    from .page import save_page
-
-    path = os.path.join(tempfile.mkdtemp(prefix="hookattn-"), "trace.html")
     try:
-        save_page(trace, path, **options)
+        path = _page(trace, options)
     except PageTooLargeError as too_large:
-        os.rmdir(os.path.dirname(path))
         try:
             from .server import serve
         except ModuleNotFoundError as error:
@@ -52,6 +48,18 @@ def show(trace: TraceLike, **options: Any) -> Any:
         return None
     webbrowser.open(Path(path).as_uri())
     return path
+
+
+def _page(trace: TraceLike, options: dict[str, Any]) -> str:
+    """The page in a temporary directory of its own, which is gone again where there is no page."""
+    from .page import save_page
+
+    folder = tempfile.mkdtemp(prefix="hookattn-")
+    try:
+        return save_page(trace, os.path.join(folder, "trace.html"), **options)
+    except BaseException:
+        os.rmdir(folder)
+        raise
 
 
 def in_notebook() -> bool:

@@ -16,6 +16,7 @@ import anywidget
 import traitlets
 
 from ..errors import PageTooLargeError, RenderError
+from ..trace import Trace
 from .narrow import ROOM
 from .options import viewer_options
 from .page import parts, save_page
@@ -76,12 +77,14 @@ class Widget(anywidget.AnyWidget):
     options = traitlets.Dict().tag(sync=True)
     _name = traitlets.Unicode().tag(sync=True)
     _size = traitlets.Int().tag(sync=True)
+    _compare = traitlets.Dict().tag(sync=True)
     _close: weakref.finalize[..., Widget] | None = None  # a widget is closed, too, that could not be made
 
     def __init__(
         self,
         trace: TraceLike,
         *,
+        compare: TraceLike | None = None,
         state: Mapping[str, Any] | None = None,
         scores: Any = None,
         images: Mapping[str, Any] | None = None,
@@ -92,6 +95,7 @@ class Widget(anywidget.AnyWidget):
 
         Args:
             trace: a trace, or the path of a trace file; one that is not in a file is written to a temporary one.
+            compare: a second one, for the compare view.
             state: the selection shown first.
             scores: by which heads are sorted: the table of :func:`hookattn.analyze.report`, or plain data.
             images: what the patches of a vision model were cut of.
@@ -101,21 +105,22 @@ class Widget(anywidget.AnyWidget):
         self._trace, self._page = opened(trace), page
         given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
         options = viewer_options(state=state, trace=self._trace, **given)
+        shown = {"trace": self._trace} | ({} if compare is None else {"compare": opened(compare)})
         with ExitStack() as stack:
-            path = stack.enter_context(stored(self._trace))
-            # A descriptor: a file that is replaced under its name is read as it was.
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._files = {name: _opened(stack, of) for name, of in shown.items()}
             kept = stack.pop_all()
-        self._descriptor = descriptor
-        self._close = weakref.finalize(self, _release, descriptor, kept)
-        self._given = {**given, "state": state}
+        self._close = weakref.finalize(self, kept.close)
+        self._given = {**given, "state": state, "compare": shown.get("compare")}
         self._class = _unique()
         self._esm = module()
         super().__init__(
             state=options.pop("state", {}),
             options=options,
             _name=name_of(self._trace),
-            _size=os.fstat(descriptor).st_size,
+            _size=self._files["trace"][1],
+            _compare={"name": name_of(shown["compare"]), "size": self._files["compare"][1]}
+            if "compare" in shown
+            else {},
             _dom_classes=[self._class],
         )
         self.on_msg(_hear)
@@ -123,26 +128,31 @@ class Widget(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"Widget({self._trace!r})"
 
-    def read(self, start: int, end: int) -> bytes:
+    def read(self, start: int, end: int, of: str = "trace") -> bytes:
         """The bytes of the trace file from ``start`` up to ``end``.
+
+        Args:
+            start, end: in bytes.
+            of: ``"trace"``, or ``"compare"``: the second one.
 
         Raises:
             RenderError: there are no such bytes, or they cannot be read any more.
         """
-        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= self._size):
-            raise RenderError(f"bytes {start!r} to {end!r} of a trace of {self._size} bytes: there are none such.")
+        if of not in self._files:
+            raise RenderError(f"bytes of {of!r}: there is {' and '.join(self._files)}.")
+        descriptor, size = self._files[of]
+        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= size):
+            raise RenderError(f"bytes {start!r} to {end!r} of a trace of {size} bytes: there are none such.")
         if end - start > _READ:
             raise RenderError(f"{end - start} bytes at once; at most {_READ} fit in one message.")
         if self._close is None or not self._close.alive:
             raise RenderError("the widget is closed; show the trace again.")
         made = b""
         while len(made) < end - start:
-            os.lseek(self._descriptor, start + len(made), os.SEEK_SET)
-            more = os.read(self._descriptor, end - start - len(made))
+            os.lseek(descriptor, start + len(made), os.SEEK_SET)
+            more = os.read(descriptor, end - start - len(made))
             if not more:
-                raise RenderError(
-                    f"the trace file was cut to {start + len(made)} of {self._size} bytes; show it again."
-                )
+                raise RenderError(f"the trace file was cut to {start + len(made)} of {size} bytes; show it again.")
             made += more
         return made
 
@@ -180,7 +190,7 @@ def _hear(widget: Widget, content: Any, buffers: Any) -> None:
         return
     answer = {"id": content.get("id")}
     try:
-        data = widget.read(content.get("start"), content.get("end"))  # type: ignore[arg-type]
+        data = widget.read(content.get("start"), content.get("end"), content.get("of", "trace"))  # type: ignore[arg-type]
     except (RenderError, OSError) as error:
         widget.send({**answer, "kind": "error", "message": str(error)})
     else:
@@ -191,6 +201,8 @@ def _unique() -> str:
     return f"hookattn-{uuid.uuid4().hex[:12]}"
 
 
-def _release(descriptor: int, kept: ExitStack) -> None:
-    os.close(descriptor)
-    kept.close()
+def _opened(stack: ExitStack, trace: Trace) -> tuple[int, int]:
+    """A descriptor of a trace's file, and its size: a file that is replaced under its name is read as it was."""
+    descriptor = os.open(stack.enter_context(stored(trace)), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    stack.callback(os.close, descriptor)
+    return descriptor, os.fstat(descriptor).st_size

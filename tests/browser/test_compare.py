@@ -174,3 +174,31 @@ def test_one_page_holds_both(open_page: Open, trace: hookattn.Trace, tmp_path: P
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     fits = "document.querySelector('#viewer').shadowRoot.querySelector('.figure')"
     assert page.evaluate(f"{fits}.scrollWidth <= {fits}.clientWidth")
+
+
+WIDGET = """async () => {
+  const { default: widget } = await import("/hookattn-viewer.js");
+  const files = {};
+  for (const of of ["trace", "other"]) files[of] = await (await fetch(`/${of}.safetensors`)).arrayBuffer();
+  const heard = [];
+  const values = { _name: "a", _size: files.trace.byteLength, state: { view: "compare", layer: 1, heads: [2] },
+    options: {}, _compare: { name: "b", size: files.other.byteLength } };
+  const model = {
+    get: (name) => values[name], set: (name, value) => (values[name] = value), save_changes() {}, off() {},
+    on: (event, f) => event === "msg:custom" && heard.push(f),
+    send({ id, of, start, end }) {
+      const bytes = files[of === "compare" ? "other" : "trace"].slice(start, end);
+      setTimeout(() => heard.forEach((f) => f({ kind: "bytes", id }, [new DataView(bytes)])));
+    } };
+  widget.render({ model, el: document.querySelector("#viewer") });
+}"""
+
+
+def test_a_widget_reads_both(open_page: Open, file: Path, trace: hookattn.Trace) -> None:
+    other = other_trace()
+    page = compared(open_page(), file, other)
+    page.evaluate("viewer.destroy()")
+    page.evaluate(WIDGET)
+    page.locator("[data-side=difference] canvas").wait_for()
+    a, b = (t[1].weights[0, 2, 7, 2].item() for t in (trace, other))
+    assert numbers(hover(page, 1, 7, 2))[:2] == pytest.approx([a, b], rel=1e-6)

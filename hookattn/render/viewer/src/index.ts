@@ -108,10 +108,14 @@ function empty({ trace }: App): string {
 
 export default {
   render({ model, el }: { model: WidgetModel; el: HTMLElement }): () => void {
-    const source = asked(model);
+    const source = asked(model, "trace", { name: String(model.get("_name")), size: Number(model.get("_size")) });
+    const second = (model.get("_compare") ?? {}) as { name?: string; size?: number };
+    const compare =
+      second.size === undefined ? null : asked(model, "compare", { name: second.name ?? "", size: second.size });
     const options = (model.get("options") ?? {}) as Options;
     const viewer = mount(el, source, {
       ...options,
+      ...(compare && { compare }),
       state: (model.get("state") ?? {}) as Partial<State>,
       onState(state) {
         model.set("state", state);
@@ -123,6 +127,7 @@ export default {
     return () => {
       model.off("change:state", follow);
       source.close();
+      compare?.close();
       viewer.destroy();
     };
   },

@@ -19,8 +19,12 @@ interface Answer {
 
 const TIMEOUT = 60_000;
 
-/** The trace that the kernel holds, read by custom messages. `close` stops listening. */
-export function asked(model: WidgetModel): Source & { close(): void } {
+/** A trace that the kernel holds, the first or the second, read by custom messages. `close` stops listening. */
+export function asked(
+  model: WidgetModel,
+  of: "trace" | "compare",
+  { name, size }: Pick<Source, "name" | "size">,
+): Source & { close(): void } {
   const waiting = new Map<string, { resolve(bytes: ArrayBuffer): void; reject(error: unknown): void }>();
   // Several views of one model hear each other's answers: ids must not meet.
   const prefix = Math.random().toString(36).slice(2);
@@ -40,8 +44,8 @@ export function asked(model: WidgetModel): Source & { close(): void } {
 
   model.on("msg:custom", hear);
   return {
-    name: String(model.get("_name") ?? "trace"),
-    size: Number(model.get("_size")),
+    name,
+    size,
     close() {
       model.off("msg:custom", hear);
     },
@@ -56,7 +60,7 @@ export function asked(model: WidgetModel): Source & { close(): void } {
           <T>(pass: (value: T) => void) =>
           (value: T) => (clearTimeout(late), pass(value));
         waiting.set(id, { resolve: done(resolve), reject: done(reject) });
-        model.send({ kind: "read", id, start, end });
+        model.send({ kind: "read", id, of, start, end });
       });
     },
   };
