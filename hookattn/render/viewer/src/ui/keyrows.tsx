@@ -12,6 +12,8 @@ import { Tip, type TipAt } from "./tip";
 
 export const ROW = 19;
 const GAP = 16;
+/** Beside the names, which may be wider than is reckoned. */
+const MARGIN = 10;
 /** Above the rows: a title; with a strip, its title and itself too. */
 const TITLE = 20;
 const STRIP = 34;
@@ -56,7 +58,7 @@ interface Props {
 export function KeyRows(props: Props) {
   const { axis, keys, columns, room } = props;
   const names: Axis = { ...axis, labels: keys.map((s) => axis.labels[s]!), positions: keys.map((s) => axis.positions[s]!) };
-  const side = labelWidth(names, Math.max(56, Math.min(170, room * 0.24)));
+  const side = labelWidth(names, Math.max(56, Math.min(170, room * 0.24))) + MARGIN;
   return (
     <>
       {lines(columns, room - side - 2).map((line) => (
@@ -160,7 +162,7 @@ function Line(props: Props & { names: Axis; side: number; line: readonly KeyColu
             )
           );
         })}
-        <Labels axis={names} x={side} side="end" width={side} height={ROW} y={y} active={null} locked={null} />
+        <Labels axis={names} x={side} side="end" width={side - MARGIN} height={ROW} y={y} active={null} locked={null} />
         {line.map((column, i) => (
           <g key={column.title}>
             <Title x={left[i]!} y={head - 7} heat={column.heat} text={column.title} />

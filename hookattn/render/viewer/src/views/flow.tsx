@@ -20,6 +20,8 @@ import type { View } from "./index";
 
 const NUMBERS = 58;
 const TOP = 38;
+/** Beside the names, which may be wider than is reckoned. */
+const MARGIN = 12;
 /** Lines of all attention, behind the paths. */
 const BEHIND = 1200;
 const LEAST = 0.02;
@@ -130,11 +132,11 @@ function Drawing({ app, graph, paths, room }: { app: App; graph: Graph; paths: P
   const count = keys.labels.length;
   const most = Math.max(44, Math.min(170, room * 0.19));
   const [wide1, wide2] = [labelWidth(keys, most), labelWidth(queries, most)];
-  const left = NUMBERS + wide1 + 6;
-  const span = Math.max(60, Math.min(room - left - wide2 - 14, depth * 190));
+  const left = NUMBERS + MARGIN + wide1 + 6;
+  const span = Math.max(60, Math.min(room - left - wide2 - MARGIN - 14, depth * 190));
   const right = left + span;
   const height = rowHeight(count);
-  const width = right + wide2 + 14;
+  const width = right + wide2 + MARGIN + 14;
   const x = (level: number) => left + (span * level) / depth;
   const y = (i: number) => TOP + (i + 0.5) * height;
   const largest = values.reduce<number>((a, b) => Math.max(a, b ?? 0), 1e-12);

@@ -60,6 +60,7 @@ function Lens({ app }: { app: App }) {
           />
           <div class="readout quiet">
             The dashed line is the logarithm of the softmax's denominator: a weight is exp(score − line).
+            {value.row.sink !== null && " The solid line is the learned sink."}
             {value.keys.length < value.row.weights.length &&
               ` Listed are the ${value.keys.length} keys of ${value.row.weights.length} that weigh most.`}
           </div>

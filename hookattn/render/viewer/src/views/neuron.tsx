@@ -108,7 +108,7 @@ function columnsOf(call: Call, row: Row, keys: readonly number[], steps: Steps):
   const tint = "var(--muted)";
   const components = (title: string, matrix: Matrix, strip?: KeyColumn["strip"]): KeyColumn => ({
     title,
-    ...heatRoom(matrix.cols),
+    ...heatRoom(matrix.cols, title),
     heat: { matrix, most: largest(matrix) },
     ...(strip && { strip }),
     tell: (n, d) => `key ${keys[n]}, component ${d}\n${title} ${exact(matrix.data[n * matrix.cols + d]!)}` +
@@ -126,7 +126,7 @@ function columnsOf(call: Call, row: Row, keys: readonly number[], steps: Steps):
     bars("weight", keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)), "var(--accent)"),
     ...(values === null
       ? []
-      : [components("weight·v", values.weighted, { title: "Σ weight·v", heat: heatOf(values.output) })]),
+      : [components("weight·v", values.weighted, { title: "Σ", heat: heatOf(values.output) })]),
   ];
 }
 
@@ -181,8 +181,9 @@ function heatOf(matrix: Matrix): Heat {
   return { matrix, most: largest(matrix) };
 }
 
-function heatRoom(components: number): { least: number; most: number } {
-  return { least: Math.max(70, Math.min(128, components)), most: Math.max(110, Math.min(420, components * 12)) };
+/** At least what its title takes. */
+function heatRoom(components: number, title: string): { least: number; most: number } {
+  return { least: Math.max(70, Math.min(128, components), 6.4 * (title.length + 9)), most: Math.max(110, Math.min(420, components * 12)) };
 }
 
 function largest(matrix: Matrix): number {
