@@ -271,7 +271,8 @@ def test_a_nan_is_never_faithful(kind: type[nn.Module], value: float, spot: str)
     inputs = dict(zip("qkv", qkv(), strict=True))
     inputs[spot][:, :, 11, 0] = value
     found = trace(kind(), inputs, verify="full")
-    assert not found[0].output.isfinite().all() and found[0].certificate.status == "unfaithful"
+    # What the fused kernel makes of a NaN differs from processor to processor: NaN, or a row of zeros.
+    assert found[0].certificate.status == "unfaithful"
     assert not found[0].certificate.max_error < 1
 
 
