@@ -202,3 +202,41 @@ def test_a_widget_reads_both(open_page: Open, file: Path, trace: hookattn.Trace)
     page.locator("[data-side=difference] canvas").wait_for()
     a, b = (t[1].weights[0, 2, 7, 2].item() for t in (trace, other))
     assert numbers(hover(page, 1, 7, 2))[:2] == pytest.approx([a, b], rel=1e-6)
+
+
+def test_the_selection_is_in_the_link_and_the_drawing_in_the_export(open_page: Open, file: Path) -> None:
+    pages = []
+    for fragment in ["", None]:
+        page = open_page()
+        serve(page, {"other.safetensors": Path(other_trace().save(file.parent / "other.safetensors"))})
+        link = pages[0].evaluate("location.hash") if fragment is None else ""
+        show(page, file, "{compare: await served('/other.safetensors'), link: true}", fragment=link)
+        if fragment is not None:
+            page.evaluate("viewer.set({view: 'compare', layer: 1, heads: [3, 1], query: 4, sink: 'drop', batch: 1})")
+            page.wait_for_timeout(100)
+        pages.append(page)
+    assert state(pages[0]) == state(pages[1]) and state(pages[1])["sink"] == "drop"
+    pages[1].locator("[data-side=difference] canvas").wait_for()
+    svg = pages[1].evaluate("viewer.svg()")
+    assert svg.count("<image") == 3 and "cat → dog" in svg and "B − A" in svg and "var(--" not in svg
+    assert pages[1].evaluate("viewer.png().then(b => b.size)") > 3000
+
+
+def test_pairs_and_first_keys_of_both(open_page: Open, tmp_path: Path) -> None:
+    tokens = ["[CLS]", "a", "b", "[SEP]", "c", "d", "[SEP]"]
+    one, two = (
+        hookattn.trace(
+            Layers(2).eval(), (torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(i)),), tokens=tokens
+        )
+        for i in (1, 2)
+    )
+    path = Path(one.save(tmp_path / "t.safetensors"))
+    page = compared(open_page(), path, two, heads=[1], filter="BA", sink="renormalise")
+    page.locator(".as-table summary").click()
+    cells = page.locator(".as-table tbody tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
+    found = {(int(q[0]), int(k[0])): float(d.replace("−", "-")) for q, k, _, _, d in cells}
+    a, b = (t[0].weights[0, 1].double() for t in (one, two))
+    rest = b / (1 - b[:, :1]) - a / (1 - a[:, :1])
+    assert found == pytest.approx({(t, s): rest[t, s].item() for t in (4, 5, 6) for s in (1, 2, 3)}, rel=1e-4, abs=1e-8)

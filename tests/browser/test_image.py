@@ -171,3 +171,14 @@ def test_what_is_not_there_names_the_capture(open_page: Open, tmp_path: Path) ->
     _, path = seen(tmp_path, capture=("scores",))
     page = show(open_page(), path, "{state: {view: 'image'}}")
     assert 'capture=("weights", …)' in page.get_by_role("alert").inner_text()
+
+
+@pytest.mark.parametrize("sink", ["drop", "renormalise"])
+def test_without_the_first_key(open_page: Open, tmp_path: Path, sink: str) -> None:
+    trace, path = seen(tmp_path)
+    page = show(open_page(), path, f"{{state: {{view: 'image', heads: [2], sink: '{sink}', query: 6}}}}")
+    weights = trace[0].weights[0, 2, 6].double()
+    expected = weights[10] / (1 - weights[0]) if sink == "renormalise" else weights[10]
+    text = hover(page, PANEL.format(2), 2, 1, (4, 4))
+    assert float(text.split()[-1]) == pytest.approx(expected.item(), rel=1e-5)
+    assert "class token left out" in page.locator(f"{PANEL.format(2)} .label").all_text_contents()

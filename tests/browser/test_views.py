@@ -180,6 +180,23 @@ def test_heads_are_sorted_filtered_and_badged_by_scores(open_page: Open, file: P
     assert {k: state(page)[k] for k in ("view", "layer", "heads")} == {"view": "matrix", "layer": 1, "heads": [2]}
 
 
+TILE = """([x, y]) => { const c = document.querySelector('#viewer').shadowRoot.querySelector('.tile canvas');
+  return [...c.getContext('2d').getImageData(Math.floor(x * c.width), Math.floor(y * c.height), 1, 1).data]; }"""
+
+
+def test_thumbnails_are_of_one_direction_of_a_pair(open_page: Open, tmp_path: Path) -> None:
+    tokens = ["[CLS]", "a", "b", "[SEP]", "c", "d", "[SEP]"]
+    made = hookattn.trace(Layers(2).eval(), (torch.randn(1, 7, 24),), tokens=tokens)
+    options = "{state: {view: 'model', heads: [1], filter: 'AB'}, theme: 'light'}"
+    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), options)
+    page.locator(".tile").first.wait_for()
+    page.wait_for_timeout(300)
+    left_out = [0xE9, 0xE6, 0xDF, 255]
+    cells = [(t, s) for t in range(7) for s in range(7)]
+    void = {(t, s) for t, s in cells if page.evaluate(TILE, [(s + 0.5) / 7, (t + 0.5) / 7]) == left_out}
+    assert void == {(t, s) for t, s in cells if not (t < 4 <= s)}
+
+
 def test_ragged_layers_are_all_there(open_page: Open, tmp_path: Path) -> None:
     made = hookattn.trace(Layers(2, 4, 1).eval(), (torch.randn(1, 5, 24),))
     page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {view: 'model'}}")

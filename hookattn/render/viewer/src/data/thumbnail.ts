@@ -1,7 +1,7 @@
 /** Heads made small: the largest of what falls together, a few at a time, and kept. */
 import { Lru } from "../lru";
 import { Slices } from "../slices";
-import type { Sink } from "../state";
+import type { Filter, Sink } from "../state";
 import type { Call } from "./call";
 import { axesOf } from "./labels";
 import { extent, type Matrix } from "./matrix";
@@ -30,10 +30,11 @@ export async function thumbnail(
   batch: number,
   head: number,
   sink: Sink,
+  filter: Filter,
   size: number,
   signal: AbortSignal,
 ): Promise<Thumbnail> {
-  const key = [call.index, field, batch, head, sink, size].join(" ");
+  const key = [call.index, field, batch, head, sink, filter, size].join(" ");
   let cache = kept.get(trace);
   if (cache === undefined) kept.set(trace, (cache = new Lru(CACHE)));
   const known = cache.get(key);
@@ -41,7 +42,8 @@ export async function thumbnail(
   await turn();
   try {
     signal.throwIfAborted();
-    const whole = presented(await trace.head(call, field, batch, head), field, sink, "all", axesOf(trace, call, batch));
+    const read = await trace.head(call, field, batch, head);
+    const whole = presented(read, field, sink, filter, axesOf(trace, call, batch));
     const matrix = await poolTo(whole, size, size, new Slices(8, signal));
     // A small head is its own thumbnail, and not to be kept a second time.
     const made = {

@@ -100,7 +100,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const ref = useRef<HTMLButtonElement>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   const seen = useSeen(ref);
-  const { batch, field, sink, scale } = state;
+  const { batch, field, sink, filter, scale } = state;
   const { value: small, error } = useLoaded(
     async (signal) => {
       if (!seen) return null;
@@ -112,11 +112,12 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
         Math.min(batch, call.extents.B - 1),
         stored(call, head),
         sink,
+        filter,
         PIXELS,
         signal,
       );
     },
-    [app, call, head, batch, field, sink, seen],
+    [app, call, head, batch, field, sink, filter, seen],
   );
   const dark = app.dark.value;
   useEffect(() => {
@@ -185,6 +186,6 @@ export const model: View = {
     "Every head of the model as a thumbnail, layers down, heads across. Order and filter them by what an analyzer " +
     "measured; click one to see its matrix.",
   fields: (state) => [state.field],
-  controls: ["field", "scale", "sink", "sort"],
+  controls: ["field", "scale", "sink", "filter", "sort"],
   component: Model,
 };
