@@ -20,6 +20,7 @@ from torch import nn
 from . import registry
 from .adapter import Adapter
 from .errors import ModelError
+from .layers import sounds_like_attention
 from .registry import adapter_for, generation
 from .site import Site
 from .taps import covered
@@ -28,11 +29,6 @@ from .taps import covered
 # soon as a hook is attached anywhere in them; its decoder layers attend in their nn.MultiheadAttention alone.
 _TORCH_ATTENDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
-_SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
-# What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
-_ONLY_A_PART = re.compile(
-    r"(?:Output|Projection|Bias|Mask|Norm(?:\dd)?|Conv(?:\dd)?|MLP|FeedForward|Dropout|Loss|Adapter(?:Layer)?)$"
-)
 
 
 @dataclass
@@ -160,7 +156,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             if cls.__name__ in adapter.attention:
                 registry.check(adapter, path, module)
                 sites.append((places[id(module)], registry.site_of(adapter, path, module, model), adapter))
-            elif _sounds_like_attention(cls.__name__):
+            elif sounds_like_attention(cls.__name__):
                 unnamed.append((path, module))
             continue
         if isinstance(module, _TORCH_ATTENDS):
@@ -169,7 +165,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             torch_modules.append(places[id(module)])
         else:
             watch_all = True
-        if _sounds_like_attention(cls.__name__):
+        if sounds_like_attention(cls.__name__):
             suspects.append((path, module))
     for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
         if not any(within(path, site.path) or within(site.path, path) for _, site, _ in sites):
@@ -210,11 +206,6 @@ def _check_scripted(path: str, module: nn.Module) -> None:
 
 def _never_attends(cls: type[nn.Module]) -> bool:
     return cls.__module__.startswith("torch.nn.") and not issubclass(cls, _TORCH_ATTENDS)
-
-
-@functools.cache
-def _sounds_like_attention(name: str) -> bool:
-    return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
 
 
 def within(path: str, outer: str) -> bool:

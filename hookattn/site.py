@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .layers import number
+
 _STACKS = (
     ("vision", re.compile(r"vision|visual|image|pixel|vit(?=_|$)")),
     ("audio", re.compile(r"audio|speech|wav")),
@@ -49,23 +51,26 @@ class Site:
 
 
 def layer_of(path: str, root: nn.Module) -> tuple[int | None, int | None]:
-    """The first numbered container on a path: (index, length); (None, None) where there is none.
+    """The first numbered container on a path: the number of the layer in it, and of how many; (None, None): no such.
 
     An ``nn.Sequential`` of different classes is a pipeline, not a stack of layers, if there are layers further in.
     """
     module: Any = root
     parts = path.split(".") if path else []
-    pipeline: tuple[int, int] | None = None
+    found: tuple[nn.Module, str] | None = None
     for part in parts:
         parent, module = module, getattr(module, part, None)
         if part.isdigit() and isinstance(parent, (nn.ModuleList, nn.Sequential)):
-            found = int(part), len(parent)
-            if isinstance(parent, nn.ModuleList) or len({type(m) for m in parent}) == 1:
-                return found
-            pipeline = pipeline or found
+            stack = isinstance(parent, nn.ModuleList) or len({type(m) for m in parent}) == 1
+            if stack or found is None:
+                found = parent, part
+            if stack:
+                break
         if module is None:
             break
-    return pipeline or next(((int(p), None) for p in parts if p.isdigit()), (None, None))
+    if found is not None:
+        return number(*found, root.get_submodule(path), kind_of)
+    return next(((int(p), None) for p in parts if p.isdigit()), (None, None))
 
 
 def stack_of(path: str, default: str = "main") -> str:

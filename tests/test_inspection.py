@@ -16,6 +16,7 @@ import hookattn
 from hookattn import Adapter, inspection
 from hookattn.errors import ModelError, UnsupportedConfigError
 from hookattn.inspection import make_plan
+from hookattn.layers import sounds_like_attention
 from hookattn.registry import using
 from hookattn.taps.operations import name_of
 from hookattn.taps.watch import Watch
@@ -315,4 +316,4 @@ def test_the_description_is_of_the_model_as_it_was() -> None:
     ],
 )
 def test_what_sounds_like_attention(name: str, attends: bool) -> None:
-    assert inspection._sounds_like_attention(name) is attends
+    assert sounds_like_attention(name) is attends

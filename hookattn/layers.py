@@ -1,0 +1,78 @@
+"""Which number the layer has that an entry of a container is, where no adapter says so."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+_SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
+# What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
+_ONLY_A_PART = re.compile(
+    r"(?:Output|Projection|Bias|Mask|Norm(?:\dd)?|Conv(?:\dd)?|MLP|FeedForward|Dropout|Loss|Adapter(?:Layer)?)$"
+)
+_AROUND_IT = ("Block", "Layer")
+
+
+@functools.cache
+def sounds_like_attention(name: str) -> bool:
+    """Whether a class name does."""
+    return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
+
+
+def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str], str]) -> tuple[int, int]:
+    """The number of the layer that an entry of a container is, and how many layers there are.
+
+    That is its name. Only where an attention is an entry of its own, and so is what mixes no tokens (a feed-forward
+    net, a norm), the entries that attend are counted, those of each kind alone.
+
+    Args:
+        container: a ``ModuleList`` or ``Sequential``.
+        name: that of the entry which holds ``site``, a number.
+        site: a module that attends.
+        kind: path -> kind.
+    """
+    entries = list(container._modules.values())
+    held = [_attention(entry, type(site)) for entry in entries]
+    split = None in held and all(
+        _mixes_nothing(entry) if entry is None or path is None else _only_mixes(entry, path)
+        for entry, path in zip(entries, held, strict=True)
+    )
+    if not split:
+        return int(name), len(entries)
+    index = list(container._modules).index(name)
+    mine = kind(held[index] or "")
+    same = [i for i, path in enumerate(held) if path is not None and kind(path) == mine]
+    return same.index(index), len(same)
+
+
+def _attention(entry: nn.Module | None, known: type) -> str | None:
+    """The path of an entry's attention: the outermost module that is no block or layer around it; None: it has none."""
+    if entry is None:
+        return None
+    around: str | None = None
+    path: str
+    for path, module in entry.named_modules():
+        name = type(module).__name__
+        if type(module) is not known and not sounds_like_attention(name):
+            continue
+        if not name.endswith(_AROUND_IT):
+            return path
+        around = path if around is None else around
+    return around
+
+
+def _only_mixes(entry: nn.Module, path: str) -> bool:
+    """Whether there is no feed-forward net around the attention of an entry: then the entry is no whole layer."""
+    inside = set(entry.get_submodule(path).modules())
+    return not any(isinstance(m, nn.Linear) and m not in inside for m in entry.modules())
+
+
+def _mixes_nothing(entry: nn.Module | None) -> bool:
+    """Whether an entry has weights for the features of one token alone."""
+    return entry is None or all(
+        isinstance(module, nn.Linear) or all(x is None or x.dim() < 2 for x in module._parameters.values())
+        for module in entry.modules()
+    )
