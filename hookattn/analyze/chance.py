@@ -15,7 +15,7 @@ from .view import View
 
 
 class Chance:
-    """Measures of uniform attention under the mask of each call; computed once for calls that share a mask.
+    """Measures of uniform attention under the mask of each call; computed once for calls of one kind that share a mask.
 
     Args:
         measures: which ones.
@@ -24,6 +24,7 @@ class Chance:
     def __init__(self, measures: Sequence[Measure]):
         self.measures = measures
         self._mask: Tensor | None = None
+        self._place: object = None
         self._found: dict[str, float] = {}
 
     def of(self, view: View) -> dict[str, float]:
@@ -33,12 +34,15 @@ class Chance:
             return {}
         b, _, t, s = view.shape
         mask = view.mask[:, :1].expand(b, 1, t, s)  # where heads have masks of their own, the first stands for all
-        if self._mask is not None and self._mask.shape == mask.shape and torch.equal(self._mask, mask):
+        place = (call.site.stack, call.site.kind, call.site.axes, call.step, call.queries)
+        same = self._place == place and self._mask is not None and self._mask.shape == mask.shape
+        if same and torch.equal(self._mask, mask):  # type: ignore[arg-type]
             return self._found
         weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
         fields: dict[str, Tensor | Load | None] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
         even = View(replace(call, fields=fields, heads=None, kv_heads=None, derivable=()), view.trace, view.keys)
         found = readings(even, self.measures, missing=True)
         levels = {key: float(reading.heads[0]) for key, reading in found.items() if reading is not None}
-        self._mask, self._found = mask, {key: level for key, level in levels.items() if level == level}
+        self._mask, self._place = mask, place
+        self._found = {key: level for key, level in levels.items() if level == level}
         return self._found

@@ -41,12 +41,6 @@ def frozen(labels: Any, what: str) -> Rows:
     )
 
 
-def grows(view: View) -> bool:
-    """Whether the call's site ran in several steps, so that a call may have fewer keys than there are tokens."""
-    call = view.call
-    return any(c.step != call.step and c.site.path == call.site.path for c in view.trace.calls)
-
-
 def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:
     """B S: the labels of the keys of each batch entry; text: why there are none.
 
@@ -60,11 +54,12 @@ def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> l
         return "it needs tokens; trace again with tokens=, or set trace.tokens"
     if labels is None and view.call.site.axes != "tokens":
         return f"it needs tokens, and its keys are {view.call.site.axes}"
+    if labels is None and not view.of_inputs:
+        return "the tokens are the encoder's; set trace.tokens of trace.select(stack=…, kind=…) to its own"
     b, _, _, s = view.shape
     if len(given) not in (1, b):
         return f"the {what} don't fit: {len(given)} lists for {b} batch entries"
-    longer = grows(view)
-    if any(len(row) != s and not (longer and len(row) > s) for row in given):
+    if any(len(row) != s and not (view.grows and len(row) > s) for row in given):
         counts = ", ".join(map(str, sorted({len(row) for row in given})))
         return f"the {what} don't fit: lists of {counts} for {s} keys"
     rows = [tuple(row[:s]) for row in given]
@@ -97,14 +92,17 @@ def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
     """
     direct = sequences(view, labels, what)
     tokens = view.trace.tokens
-    if not isinstance(direct, str) or tokens is None or len(tokens) not in (1, len(labels)):
+    if tokens is None or not view.of_inputs or len(tokens) not in (1, len(labels)):
+        return direct
+    owned = list(tokens) * (len(labels) if len(tokens) == 1 else 1)
+    if [len(row) for row in labels] == [len(own) for own in owned]:
         return direct
     made: list[tuple[Any, ...]] = []
-    for row, own in zip(labels, list(tokens) * (len(labels) if len(tokens) == 1 else 1), strict=True):
+    for row, own in zip(labels, owned, strict=True):
         words = split_words(tuple(own))
         ordinary = words.ordinary()
         if len(row) != len(ordinary):
-            return f"{direct} and {len(ordinary)} words"
+            return f"{direct} and {len(ordinary)} words" if isinstance(direct, str) else direct
         of = dict(zip(ordinary, row, strict=True))
         made.append(tuple(of.get(word) for word in words.of))
     return sequences(view, tuple(made), what)

@@ -109,7 +109,7 @@ def _decay(view: View, longest: int) -> DataFrame:
     some = view.pairs.any(1)
     allowed = torch.unique(at.expand(some.shape)[some]).tolist()
     distances = [every[i] for i in allowed if abs(every[i]) <= longest]
-    scale = torch.as_tensor(view.call.scale, dtype=torch.float64)
+    scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=view.tensor("q").device)
     if scale.dim() and scale.shape[-1] > 1:
         raise MeasureError(f"neuron_decay of {view.where}: its scale is another for each key, and so for each pair.")
     positions, rows, keys = view.positions, view.rows[:, None, :, None], view.keys[:, None, :, None]

@@ -42,6 +42,10 @@ class Positional(Measure):
         """See :class:`Measure`."""
         return (_TOP,)
 
+    def problem(self, view: View) -> str | None:
+        """See :class:`Measure`."""
+        return super().problem(view) or view.lost
+
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
         offset = _best(view) if self.offset is None else torch.tensor([self.offset])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import statistics as st
 from .frame import long, views
+from .labels import sequences
 from .view import View
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ def received(trace: Trace, *, real: Any = None) -> DataFrame:
 
     Returns:
         A pandas DataFrame with the columns of a call, ``head``, ``example``, ``key`` (and ``token``, where the trace
-        has tokens), ``sum`` = ``Σ_i w_ij``, ``queries`` = how many queries may attend to this key, and ``mean``, the
-        sum over their number; these two are NaN where the mask was not kept. Keys that are padding are left out.
+        has tokens; missing where they are not those of the call), ``sum`` = ``Σ_i w_ij``, ``queries`` = how many
+        queries may attend to this key, and ``mean``, the sum over their number; these two are NaN where the mask was
+        not kept. Keys that are padding are left out.
 
     Raises:
         FieldNotCaptured: neither the statistic nor what it can be computed of was kept.
-        MeasureError: the tokens or ``real`` don't fit.
+        MeasureError: ``real`` doesn't fit.
     """
     import pandas as pd
 
@@ -49,8 +51,10 @@ def _table(view: View) -> DataFrame:
     axes = {"head": view.heads, "example": range(b), "key": range(s)}
     values = {"sum": total, "queries": queries, "mean": total / queries}
     table = long(view, axes, {name: value.transpose(0, 1) for name, value in values.items()})
-    if view.trace.tokens is not None and not view.crosses:
-        table.insert(list(table.columns).index("sum"), "token", [t for row in view.tokens() for t in row] * h)
+    if view.trace.tokens is not None:
+        tokens = sequences(view)
+        found = [[None] * s] * b if isinstance(tokens, str) else tokens
+        table.insert(list(table.columns).index("sum"), "token", [x for row in found for x in row] * h)
     return table.loc[view.keys.flatten().tolist() * h]
 
 

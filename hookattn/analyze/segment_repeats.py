@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import statistics as st
 from ..errors import MeasureError
-from .labels import Rows, frozen, sequences
+from .labels import PADDING, Rows, frozen, padded, sequences
 from .measure import Measure
 from .view import View
 
@@ -66,7 +66,7 @@ class RepeatedSegment(Measure):
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
-        why = super().problem(view)
+        why = super().problem(view) or view.lost
         if why is not None or (self.tokens is None and self.period is not None and view.trace.tokens is None):
             return why
         found = sequences(view, self.tokens)
@@ -81,10 +81,11 @@ class RepeatedSegment(Measure):
 
         def make() -> list[tuple[int, range]]:
             if self.tokens is None and self.period is not None and view.trace.tokens is None:
-                return [(self.period, range(self.period, view.shape[3]))] * view.shape[0]
+                first = view.keys.byte().argmax(-1).tolist()  # of what is padded on the left, the period begins later
+                return [(self.period, range(start + self.period, view.shape[3])) for start in first]
             rows = sequences(view, self.tokens)
             assert not isinstance(rows, str)
-            return [_repeat(row, self.period) for row in rows]
+            return [_repeat(row, self.period) for row in padded(view, rows)]
 
         return view.once((self.name, self.period, self.tokens), make)
 
@@ -129,7 +130,7 @@ def repeated_segment(trace: Trace, period: int | None = None, *, tokens: Any = N
 def _repeat(tokens: tuple[Any, ...], period: int | None) -> tuple[int, range]:
     """The period, and the longest run of places that are as those a period before; period 0 where there is none."""
     numbers: dict[Any, int] = {}
-    ids = np.array([numbers.setdefault(token, len(numbers)) for token in tokens])
+    ids = np.array([-1 - i if x == PADDING else numbers.setdefault(x, len(numbers)) for i, x in enumerate(tokens)])
     best, found = range(0), 0
     for p in range(1, len(ids) // 2 + 1) if period is None else (period,):
         breaks = np.flatnonzero(np.concatenate([[True], ids[p:] != ids[:-p], [True]]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import HookattnError, MeasureError, SelectionError
 from .frame import call_columns
+from .labels import sequences
 from .measure import Measure, Reading
 from .registry import resolve
 from .view import View
@@ -37,7 +38,8 @@ def measure(
             measures are made of (``capture=hookattn.analyze.capture(…)``).
         measures: names or :class:`Measure` objects.
         by: ``"head"``: a row for each call and head, averaged over the batch; ``"example"``: for each batch entry too;
-            ``"query"``: for each query too, which only measures that are means over queries have.
+            ``"query"``: for each query too, which only measures that are means over queries have; its ``token`` is
+            missing where the trace's tokens are not those of the call.
         real: bool or 0/1, B S, an ``attention_mask``: True = a real token, no padding. Without it those keys are real
             that some query may attend to.
         missing: whether a measure that is not defined for a call is NaN there, instead of an error.
@@ -47,7 +49,7 @@ def measure(
         ``query``, ``token``), and one column for each measure. Its ``attrs["units"]`` has their units.
 
     Raises:
-        MeasureError: a measure is not defined for a call, and not ``missing``; or nothing is defined at all.
+        MeasureError: a measure is not defined for a call, and not ``missing``; or the trace has no calls.
         FieldNotCaptured: the trace lacks a field; names the measure, the call and the ``capture=`` that keeps it.
         SelectionError: an unknown measure or ``by``.
     """
@@ -119,13 +121,22 @@ def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, 
         made["example"] = index[0].flatten().numpy()
     if by == "query":
         made["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
-        if view.trace.tokens is not None and view.positions is not None:
-            tokens = view.tokens("queries")
-            made["token"] = [tokens[i][j] for i in range(b) for _ in range(h) for j in range(t)]
+        if view.trace.tokens is not None:
+            made["token"] = [x for row in _tokens(view) for _ in range(h) for x in row]
     for key, reading in found.items():
         value = None if reading is None else _values(key, view, reading, by)
         made[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
     return made
+
+
+def _tokens(view: View) -> list[list[str | None]]:
+    """B T: the token of each query; None where it is not known."""
+    b, _, t, _ = view.shape
+    found = sequences(view)
+    if isinstance(found, str) or view.positions is None or view.lost:
+        return [[None] * t] * b
+    at = view.positions.expand(b, t).tolist()
+    return [[row[i] if i < len(row) else None for i in places] for row, places in zip(found, at, strict=True)]
 
 
 def _values(key: str, view: View, reading: Reading, by: str) -> Tensor:

@@ -54,6 +54,19 @@ class View:
         return self.call.site.kind.startswith("cross")
 
     @cached_property
+    def of_inputs(self) -> bool:
+        """Whether its keys are those that tokens and padding are of: the encoder's, where a decoder reads one."""
+        if self.crosses or self.call.site.stack == "encoder":
+            return True
+        return not any(c.site.kind.startswith("cross") for c in self.trace.calls)
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
+        call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
+        return any(c.step != call.step for c in of_all) or any(n.startswith("put together from ") for n in call.notes)
+
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """B H T S.
 
@@ -205,8 +218,15 @@ class View:
         if self._real is None:
             return self.mask.any(1).any(1).expand(b, s)
         real = torch.as_tensor(self._real).bool().to(self.mask.device)
-        if real.dim() != 2 or real.shape[0] not in (1, b) or real.shape[1] < s:
-            raise MeasureError(f"{self.where}: real= has shape {tuple(real.shape)}; expected B S = {b} {s}.")
+        fits = (
+            real.dim() == 2 and real.shape[0] in (1, b) and (real.shape[1] == s or (self.grows and real.shape[1] > s))
+        )
+        if not fits or not self.of_inputs:
+            of = "" if self.of_inputs else " of the decoder alone (it is taken to be the encoder's)"
+            raise MeasureError(
+                f"{self.where}: real= has shape {tuple(real.shape)}; expected B S = {b} {s}{of}. Measure the "
+                "calls that it is for, with trace.select(…)."
+            )
         return real[:, :s].expand(b, s)
 
     @cached_property
@@ -236,6 +256,17 @@ class View:
         positions = query_positions(self.call, self.shape)
         return None if positions is None else positions.to(self.mask.device)
 
+    @property
+    def lost(self) -> str | None:
+        """Why it is not known at which keys its queries are, where a cache may have an empty end; None: it is."""
+        call, (_, _, t, s) = self.call, self.shape
+        if t >= s or call.has("mask") or call.has("weights"):
+            return None
+        steps = [c for c in self.trace.calls if c.site.path == call.site.path and c.step != call.step]
+        if all(c.keys != call.keys for c in steps):
+            return None
+        return "only the mask tells where its queries are in the cache; trace again with 'mask' in capture= too"
+
     @cached_property
     def distance(self) -> Tensor:
         """(B or 1) T S, int64: query position − key position.
@@ -258,29 +289,3 @@ class View:
         rows = (rows if rows.dim() == 3 else rows.unsqueeze(1)).expand(values.shape)
         total = torch.where(rows, values, 0.0).sum(-1, dtype=torch.float64)
         return total / rows.sum(-1)
-
-    # Tokens
-
-    def tokens(self, of: str = "keys") -> list[list[str]]:
-        """The tokens of each batch entry at the keys, or at the queries.
-
-        Raises:
-            MeasureError: the trace has no tokens, or not as many as there are positions.
-        """
-        b, _, t, s = self.shape
-        given = self.trace.tokens
-        if given is None:
-            raise MeasureError(f"{self.where}: this needs tokens; trace again with tokens=, or set trace.tokens.")
-        rows = list(given) * b if len(given) == 1 else list(given)
-        short = min(map(len, rows), default=0)
-        if len(rows) != b or short < s or (self.crosses and short != s):
-            raise MeasureError(
-                f"{self.where}: the tokens don't fit: {len(given)} lists of "
-                f"{sorted({len(r) for r in given})} tokens for {b} batch entries of {s} keys."
-            )
-        if of == "keys":
-            return [row[:s] for row in rows]
-        if self.positions is None:
-            raise MeasureError(f"{self.where}: queries and keys are not places in one sequence; query tokens unknown.")
-        at = self.positions.expand(b, t).tolist()
-        return [[row[i] for i in places] for row, places in zip(rows, at, strict=True)]

@@ -40,7 +40,7 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
 def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
     """(B or 1) T: where each query is, by the last key that it may attend to; None if these don't go up as they do.
 
-    Padding may hide all keys of the first queries, and the own keys of the last ones; these are in line with the others.
+    Padding may hide all keys of the first queries, and the own keys of the last ones: these are in line with the rest.
 
     Args:
         mask: bool, broadcastable to B H T S.

@@ -259,7 +259,9 @@ def test_a_field_that_is_missing(keep: tuple[str, ...]) -> None:
 def test_tokens_that_do_not_fit() -> None:
     trace = given(uniform(4), tokens=[["a", "b"]])
     with pytest.raises(MeasureError, match=r"tokens don't fit.*4 keys"):
-        analyze.View(trace[0], trace).tokens()
+        analyze.DuplicateToken()(trace)
+    assert analyze.measure(trace, "entropy", by="query")["token"].isna().all()
+    assert analyze.received(trace)["token"].isna().all()
 
 
 def test_what_is_not_finite_is_nan_and_never_a_number() -> None:

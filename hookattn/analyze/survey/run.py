@@ -24,7 +24,7 @@ from .parts import Parts
 if TYPE_CHECKING:
     from pyarrow import Table
 
-    from ...trace import Trace
+    from ...trace import Call, Trace
 
 
 @dataclass
@@ -126,12 +126,19 @@ def _measured(
                 f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             ) from error
         for call in trace.calls:
-            view = View(call, trace, batch.real)
+            view = _view(call, trace, batch.real)
             tables.append(_rows(view, seen, batch.count, readings(view, measures, missing=True)))
         seen += batch.count
     if seen - first != count:
         raise InputError(f"encode gave {seen - first} examples for {count}.")
     return pa.concat_tables(tables)
+
+
+def _view(call: Call, trace: Trace, real: Tensor | None) -> View:
+    """A call with its padding, where that is of its keys; else its mask has to tell."""
+    view = View(call, trace)
+    padding = real is not None and view.of_inputs and real.shape[1] == view.shape[3]
+    return View(call, trace, real) if padding else view
 
 
 class _Wanted:
