@@ -207,6 +207,20 @@ def test_neuron_adds_up(model: str, stack: str | None) -> None:
     assert ("score" in texts(figure)) == (model in ("gemma2", "t5"))
 
 
+def test_small_numbers_are_told_apart() -> None:
+    """Two digits that count for the largest, and no zero with a sign."""
+    trace = traced(length=5)
+    call = trace[0]
+    scores = torch.tensor([-0.004, 0.0, 1.0, 2.0, 3.0]).view(1, 1, 1, 5).expand(1, 4, 5, 5)
+    weights = torch.tensor([0.0193, 0.0187, 0.01, 0.0, 0.0]).view(1, 1, 1, 5).expand(1, 4, 5, 5)
+    call.fields = {**call.fields, "scores": scores, "weights": weights, "mask": torch.ones(1, 1, 1, 1).bool()}
+    written = texts(render.lens(trace, layer=0, heads=0))
+    assert [w for w in written if w.startswith("0.0")] == ["0.019", "0.019", "0.010", "0.000", "0.000"]
+    call.fields |= {"weights": weights * 10, "q": torch.zeros_like(call.q)}
+    written = texts(render.neuron(trace, layer=0, heads=0))
+    assert written.count("0.19") == 2 and not any(w.startswith("-0.0") for w in written)
+
+
 def test_lens_gives_the_reason() -> None:
     """Four keys and a masked one, with weights made for each of the words."""
     trace = traced(length=5)

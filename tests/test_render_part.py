@@ -117,6 +117,9 @@ def test_a_step_with_a_cache() -> None:
     with hookattn.tracing(model, tokens=[list("abcdefghij")]) as trace, torch.no_grad():
         model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=59)
     part = one(trace, "x", layer=0, step=2)
+    assert part.title == "decoder step 2 layer 0"
+    whole = one(trace.stitch(), "x", layer=0)
+    assert whole.row_labels == whole.column_labels == list("abcdefgh"), "the last token was never fed"
     assert part.places == (6,) and part.row_labels == ["g"] and part.column_labels == list("abcdefg")
     with pytest.raises(SelectionError, match=r"step= of 0, 1, 2, 3, or put the steps together with trace.stitch"):
         one(trace, "x", layer=0)

@@ -63,6 +63,8 @@ def test_distance_has_every_head() -> None:
     line = next(t for t in figure.data if t.name == "head 2" and t.xaxis == "x2")
     assert np.allclose(line.y, [trace[1].weights[0, 2].diagonal(-d).mean().item() for d in range(6)])
     assert sum(t.showlegend for t in figure.data) == 4
+    highest = max(t.y.max() for t in figure.data)
+    assert highest < figure.layout.yaxis.range[1] < 1.2 * highest
 
 
 def test_errors() -> None:

@@ -180,3 +180,12 @@ def test_show_serves_what_is_too_large(trace: hookattn.Trace, monkeypatch: pytes
     monkeypatch.setattr("hookattn.render.server.serve", lambda given, **options: served.append((given, options)))
     assert show(trace, theme="dark") is None
     assert served == [(trace, {"theme": "dark"})]
+
+
+def test_show_leaves_nothing_behind_where_there_is_no_page(
+    trace: hookattn.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RenderError, match="theme"):
+        show(trace, theme="pink")
+    assert not list(tmp_path.iterdir())

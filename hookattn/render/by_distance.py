@@ -1,6 +1,8 @@
-"""Mean weights at each distance from the query."""
+"""Mean weights at each distance from the query, and how high an axis they need."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,3 +33,8 @@ def by_distance(part: Part) -> tuple[Array, Array]:
     there = np.flatnonzero((count > 0).any(0))
     keep = slice(there[0], there[-1] + 1) if len(there) else slice(0, 1)
     return np.arange(first, last + 1)[keep].astype(float), means[:, keep]
+
+
+def highest(curves: Sequence[tuple[Array, Array]]) -> float:
+    """Where the axis of the weights ends: a little above the largest mean of all panels."""
+    return 1.05 * max(float(np.nanmax(means, initial=0.01)) for _, means in curves)

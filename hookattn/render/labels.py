@@ -73,5 +73,11 @@ def _are_ours(trace: Trace, call: Call, s: int) -> bool:
     crosses = any(c.site.kind.startswith("cross") for c in trace)
     if crosses and site.stack != "encoder" and not site.kind.startswith("cross"):
         return False
-    grows = any(c.step for c in trace) and not crosses  # of a generation, the tokens may be those of its end
+    # Of a generation, the tokens may be those of its end; its last one never was a key.
+    grows = not crosses and any(c.step or _stitched(c) for c in trace)
     return all(len(row) == s or (grows and len(row) > s) for row in trace.tokens)
+
+
+def _stitched(call: Call) -> bool:
+    """Whether several steps were put together, which a call says in its notes, also in a file."""
+    return any(note.startswith("put together from ") for note in call.notes)

@@ -107,10 +107,11 @@ class Part:
 
     @property
     def stack(self) -> str:
-        """Which stack and kind of attention it is, where the trace names them; else empty."""
-        site = self.call.site
+        """Which stack, kind of attention and later step it is, where the trace names them; else empty."""
+        site, step = self.call.site, self.call.step
         named = [] if site.stack == "main" else [site.stack]
-        return " ".join(named + ([] if site.kind == "self" else [f"{site.kind}-attention"]))
+        named += [] if site.kind == "self" else [f"{site.kind}-attention"]
+        return " ".join(named + ([f"step {step}"] if step else []))
 
     @property
     def title(self) -> str:

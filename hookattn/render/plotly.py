@@ -11,11 +11,11 @@ import numpy as np
 
 from ..errors import SelectionError
 from ..trace import Trace
-from .by_distance import by_distance
+from .by_distance import by_distance, highest
 from .choose import one, one_stack
 from .palette import INK, MASKED, PAPER, head_style
 from .part import Part, Where
-from .values import FLOOR, Field, Scale, Sink, check, pooled, values
+from .values import FLOOR, UNKNOWN, Field, Scale, Sink, check, pooled, values
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -120,8 +120,8 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     figure = _grid([part.title for part in parts], columns)
     numbers = sorted({head for part in parts for head in part.heads})
-    for n, part in enumerate(parts):
-        at, means = by_distance(part)
+    curves = [by_distance(part) for part in parts]
+    for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         for head, mean in zip(part.heads, means, strict=True):
             style = numbers.index(head)
             line = {"color": head_style(style)[0], "dash": _DASHES[style // 8 % len(_DASHES)], "width": 1.4}
@@ -130,9 +130,11 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
                 x=at, y=mean, mode="lines", line=line, name=f"head {head}", legendgroup=str(head), showlegend=shown
             )
             figure.add_trace(made, row=n // columns + 1, col=n % columns + 1)
-    floor = [math.log10(FLOOR), 0.03] if scale == "log" else [-0.02, 1.05]
+    top = highest(curves)
+    floor = [math.log10(FLOOR), math.log10(top)] if scale == "log" else [-0.02 * top, top]
     figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
-    title = _title("mean weight against distance back to the key", [p.doubt and f"{p.title}: {p.doubt}" for p in parts])
+    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + [UNKNOWN for p in parts if p.hidden is None]
+    title = _title("mean weight against distance back to the key", notes)
     figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
     return figure
 

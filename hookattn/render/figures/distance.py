@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...errors import SelectionError
 from ...trace import Trace
-from ..by_distance import by_distance
+from ..by_distance import by_distance, highest
 from ..choose import one_stack
 from ..palette import head_style
 from ..part import Where
@@ -51,7 +50,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     figure = sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
     heading.draw(figure)
     curves = [by_distance(part) for part in parts]
-    top_value = 1.05 * max(float(np.nanmax(means, initial=0.01)) for _, means in curves)
+    top_value = highest(curves)
     for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         row, column = divmod(n, columns)
         axes = place(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)

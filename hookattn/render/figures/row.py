@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -120,8 +121,8 @@ def column(figure: Figure, x: float, y: float, width: float, found: Row, title: 
     return axes
 
 
-def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: str = "{:.2f}") -> None:
-    """A bar and a number for each key; a masked one has the hatching in its place.
+def bars(axes: Axes, found: Row, values: Array, name: str, colour: str) -> None:
+    """A bar and a number for each key, with as many digits as tell them apart; a masked one is hatched instead.
 
     Args:
         axes: of :func:`column`.
@@ -129,12 +130,12 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: st
         values: S.
         name: of the bars.
         colour: of the bars.
-        text: how a number is written.
     """
     listed = found.listed(values)
     seen = np.isfinite(listed) & ~_hidden(found)
     low, high = min(0.0, *listed[seen], 0.0), max(0.0, *listed[seen], 1e-9)
-    room_for_text = 0.30 / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
+    digits = _digits(listed[seen])
+    room_for_text = (0.2 + 0.05 * digits) / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
     span = (high - low) / (1 - min(0.6, room_for_text * (2 if low < 0 else 1)))
     left = low - (span * min(0.3, room_for_text) if low < 0 else 0)
     axes.set_xlim(left, left + span)
@@ -147,11 +148,17 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str, text: st
             end = value if low < 0 or value >= 0 else 0.0
             side = "left" if value >= 0 else "right"
             gap = span * 0.012 * (1 if value >= 0 else -1)
-            axes.text(end + gap, n, text.format(value), ha=side, va="center", fontsize=size)
+            axes.text(end + gap, n, f"{value:z.{digits}f}", ha=side, va="center", fontsize=size)
         else:
             show_masked(axes.barh(n, span, left=left, height=0.9)[0])
     if low < 0:
         axes.axvline(0, color=FAINT, linewidth=0.4)
+
+
+def _digits(values: Array) -> int:
+    """How many digits after the point give the largest number two that count: two at the least, four at the most."""
+    top = float(np.abs(values).max(initial=0.0))
+    return 2 if top == 0 else max(2, min(4, 1 - math.floor(math.log10(top))))
 
 
 def _hidden(found: Row) -> Flags:
