@@ -240,6 +240,15 @@ def test_the_command_writes_a_page(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--scores"])
     assert done.exit_code == 0 and '"induction":{"unit"' in out.read_text("utf-8")
+    (tmp_path / "a.png").write_bytes(b"png")
+    pictures = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "a.png"), "--grid", "2", "3"]
+    done = runner.invoke(command_line, ["view", str(path), "--html", str(out), *pictures])
+    assert done.exit_code == 0, done.output
+    assert (
+        '"images":{"urls":["data:image/png;base64,cG5n","data:image/png;base64,cG5n"],"grid":[2,3]}' in out.read_text()
+    )
+    done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--grid", "2", "3"])
+    assert done.exit_code == 2 and "give that with --image" in done.output
     done = runner.invoke(command_line, ["view", str(path), "--html", str(out), "--port", "1"])
     assert done.exit_code == 2 and "leave them out with --html" in done.output
     done = runner.invoke(command_line, ["view", str(tmp_path / "none")])

@@ -20,9 +20,10 @@ export function misfit(one: Call, other: Call): string | null {
   return null;
 }
 
-/** B − A. */
+/** B − A, as exact as the two are. */
 export function difference(a: Matrix, b: Matrix): Matrix {
-  const data = new Float64Array(a.data.length);
+  const wide = a.data instanceof Float64Array || b.data instanceof Float64Array;
+  const data = new (wide ? Float64Array : Float32Array)(a.data.length);
   for (let i = 0; i < data.length; i++) data[i] = b.data[i]! - a.data[i]!;
   return { rows: a.rows, cols: a.cols, data };
 }

@@ -50,7 +50,7 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
   const head = focus(app.state.value);
   return (
     <div class="distances">
-      <div class="label">
+      <div class="told">
         {stale ? "Comparing …" : "How far apart the weights are"}
         {few && (
           <button type="button" onClick={() => setAll(true)}>

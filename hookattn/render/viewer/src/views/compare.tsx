@@ -1,7 +1,7 @@
 import { type App, current, focus, stored } from "../app";
 import { type Domain, domain, ramp } from "../colours";
-import { where } from "../data/call";
-import { axesOf } from "../data/labels";
+import { type Call, where } from "../data/call";
+import { type Axes, axesOf } from "../data/labels";
 import { at, extent, type Matrix } from "../data/matrix";
 import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
 import { type Pyramid, pyramid } from "../data/pool";
@@ -55,9 +55,8 @@ function Compare({ app }: { app: App }) {
     const second = await side(presented(b, field, sink, filter, others));
     const reason = misfit(call, twin);
     const apart = reason === null ? await side(difference(first.matrix, second.matrix), "far") : null;
-    const pairs = apart && (await strongest(sizes(apart.matrix), state.query, state.key, slices));
-    return { axes, others, first, second, apart, pairs, reason, field, left: sink !== "show" || filter !== "all" };
-  }, [app, call, twin, missing, head, batch, field, sink, filter, state.query, state.key]);
+    return { axes, others, first, second, apart, reason, field, left: sink !== "show" || filter !== "all" };
+  }, [app, call, twin, missing, head, batch, field, sink, filter]);
   if (twin === null) return <Notice>{alone(app, other)}</Notice>;
   if (missing !== null) return <Notice error>{missing}</Notice>;
   if (error !== null) return <Notice error>{error}</Notice>;
@@ -67,7 +66,7 @@ function Compare({ app }: { app: App }) {
         Reading head {head} …
       </div>
     );
-  const { others, first, second, apart, pairs, reason } = value;
+  const { others, first, second, apart, reason } = value;
   const columns = room > 2000 ? 4 : room > 620 ? 2 : 1;
   const width = Math.floor((room - (columns - 1) * GAP) / columns);
   const most = Math.max(260, Math.min(900, globalThis.innerHeight * 0.55));
@@ -86,7 +85,7 @@ function Compare({ app }: { app: App }) {
       .filter(Boolean)
       .join("\n");
   };
-  const plane = (label: string, side: Side, of: typeof axes, scaling: Domain) => (
+  const plane = (label: string, side: Side, of: Axes, scaling: Domain) => (
     <Plane
       app={app}
       levels={side.levels}
@@ -100,7 +99,7 @@ function Compare({ app }: { app: App }) {
       told={told}
     />
   );
-  const titled = (label: string, of: Trace, c: typeof call) => (
+  const titled = (label: string, of: Trace, c: Call) => (
     <div class="title">
       <span class="label">
         {label}: {of.source.name}
@@ -154,21 +153,38 @@ function Compare({ app }: { app: App }) {
         )}
         <ZoomButtons frame={frame} setFrame={setFrame} rows={first.matrix.rows} cols={first.matrix.cols} />
       </div>
-      {pairs !== null && apart !== null && (
-        <div aria-live="polite">
-          <Tabular
-            summary={`Head ${head}: where A and B differ most`}
-            columns={["query", "key", "A", "B", "B − A"]}
-            rows={pairs
-              .filter((p) => p.value > 0)
-              .map(({ query, key }) => [
-                name(merged(value.axes, others).queries, query),
-                name(merged(value.axes, others).keys, key),
-                ...[first, second, apart].map((side) => at(side.matrix, query, key)),
-              ])}
-          />
-        </div>
+      {apart !== null && (
+        <Differences app={app} sides={[first, second, apart]} axes={merged(value.axes, others)} />
       )}
+    </div>
+  );
+}
+
+/** The cells of the selection, or of all, in which the two differ most. */
+function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Side, Side]; axes: Axes }) {
+  const state = app.state.value;
+  const { query, key } = state;
+  const apart = sides[2].matrix;
+  const { value: pairs } = useLoaded(
+    async (signal) => {
+      const sizes = { ...apart, data: apart.data.map(Math.abs) };
+      return (await strongest(sizes, query, key, new Slices(10, signal))).filter((pair) => pair.value > 0);
+    },
+    [apart, query, key],
+  );
+  if (pairs === null) return null;
+  const of = query !== null ? `, query ${name(axes.queries, query)}` : "";
+  return (
+    <div aria-live="polite">
+      <Tabular
+        summary={`Head ${focus(state)}${of}: where A and B differ most`}
+        columns={["query", "key", "A", "B", "B − A"]}
+        rows={pairs.map((pair) => [
+          name(axes.queries, pair.query),
+          name(axes.keys, pair.key),
+          ...sides.map(({ matrix }) => at(matrix, pair.query, pair.key)),
+        ])}
+      />
     </div>
   );
 }
@@ -177,17 +193,13 @@ function shown(value: number): string {
   return Number.isNaN(value) ? "left out" : exact(value);
 }
 
-function sizes({ rows, cols, data }: Matrix): Matrix {
-  return { rows, cols, data: Float64Array.from(data, Math.abs) };
-}
-
 function least(values: readonly number[]): number {
   const found = values.filter((x) => !Number.isNaN(x));
   return found.length === 0 ? NaN : Math.min(...found);
 }
 
 /** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
-function absent(other: Trace, twin: NonNullable<ReturnType<typeof twinOf>>, field: string, head: number): string | null {
+function absent(other: Trace, twin: Call, field: string, head: number): string | null {
   if (!other.has(twin, field)) return `B, ${other.source.name}: ${new NotCaptured(field, where(twin)).message}`;
   if (twin.headNumbers.includes(head)) return null;
   return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
@@ -217,7 +229,7 @@ function uneven(app: App, other: Trace) {
 }
 
 /** The tokens that are not the same in both. */
-function Tokens({ app, a, b }: { app: App; a: ReturnType<typeof axesOf>; b: ReturnType<typeof axesOf> }) {
+function Tokens({ app, a, b }: { app: App; a: Axes; b: Axes }) {
   const own = current(app).call.site.kind === "self";
   const found = [...differing(a.keys, b.keys), ...(own ? [] : differing(a.queries, b.queries))];
   if (found.length === 0) return null;
