@@ -20,11 +20,10 @@ export interface Row {
 
 /** `head` counted among those stored. Needs scores, mask and weights. */
 export async function readRow(trace: Trace, call: Call, batch: number, head: number, query: number): Promise<Row> {
-  const [scores, weights, mask, all, sinks] = await Promise.all([
+  const [scores, weights, mask, sinks] = await Promise.all([
     trace.row(call, "scores", batch, head, query),
     trace.row(call, "weights", batch, head, query),
     trace.row(call, "mask", batch, head, query),
-    trace.optional(call, "mask", batch, head),
     // A trace without them may hold weights that say all the same.
     "sinks" in call.fields ? trace.sinks(call, batch, head) : null,
   ]);
@@ -37,7 +36,8 @@ export async function readRow(trace: Trace, call: Call, batch: number, head: num
     allowed,
     sink,
     lse: logSum(scores!.data, allowed, sink),
-    first: all === null ? 0 : firstKey(all),
+    // The mask of all queries is as large as a head: mostly this one's tells.
+    first: allowed[0] ? 0 : firstKey(await trace.head(call, "mask", batch, head)),
   };
 }
 

@@ -1,11 +1,11 @@
-import { useState } from "preact/hooks";
+import { useMemo, useState } from "preact/hooks";
 import type { App } from "../app";
 import type { Call } from "../data/call";
 import { type Axes, axesOf } from "../data/labels";
 import { at, type Matrix } from "../data/matrix";
 import { flowsToAll, type Paths, pathsOf, toAll } from "../data/paths";
 import { mixing, refusal, RESIDUAL } from "../data/rollout";
-import { type Strongest, strongest } from "../data/strongest";
+import { type Link, type Strongest, strongest } from "../data/strongest";
 import { exact, number, percent } from "../format";
 import { Slices } from "../slices";
 import type { Through } from "../state";
@@ -25,6 +25,8 @@ const MARGIN = 12;
 /** Lines of all attention, behind the paths. */
 const BEHIND = 1200;
 const LEAST = 0.02;
+/** Input tokens in the table. */
+const ROWS = 100;
 
 interface Graph {
   calls: readonly Call[];
@@ -147,8 +149,31 @@ function Drawing({ app, graph, paths, room }: { app: App; graph: Graph; paths: P
     const i = row >= 0 && row < count ? row : null;
     return { px, py, i, side: px < left - 4 ? "key" : px > right + 4 ? "query" : null } as const;
   };
-  const line = (from: { of: number; query: number; key: number }) =>
-    `M${x(from.of + 1)} ${y(from.query)}L${x(from.of)} ${y(from.key)}`;
+  const line = (from: Link) => `M${x(from.of + 1)} ${y(from.query)}L${x(from.of)} ${y(from.key)}`;
+  const behind = useMemo(
+    () =>
+      graph.behind.links.map((l) => (
+        <path key={`${l.of} ${l.query} ${l.key}`} d={line(l)} stroke-width={(0.4 + 1.2 * l.value).toFixed(2)} />
+      )),
+    [graph, left, span],
+  );
+  const along = useMemo(
+    () =>
+      lines.links.map((l) => {
+        const part = Math.min(1, l.value / (total || 1));
+        return (
+          <path
+            key={`${l.of} ${l.query} ${l.key}`}
+            class="path"
+            data-value={l.value}
+            d={line(l)}
+            stroke-width={(1 + 5 * part).toFixed(2)}
+            stroke-opacity={Math.max(0.2, part ** 0.4).toFixed(3)}
+          />
+        );
+      }),
+    [lines, left, span],
+  );
   return (
     <div class="plane" style={{ width: `${width}px`, height: `${TOP + count * height + 4}px`, touchAction: "auto" }}>
       <svg
@@ -174,24 +199,10 @@ function Drawing({ app, graph, paths, room }: { app: App; graph: Graph; paths: P
       >
         <LevelNames graph={graph} x={x} room={span / depth} />
         <g stroke="var(--muted)" stroke-opacity={0.2}>
-          {graph.behind.links.map((l) => (
-            <path key={`${l.of} ${l.query} ${l.key}`} d={line(l)} stroke-width={(0.4 + 1.2 * l.value).toFixed(2)} />
-          ))}
+          {behind}
         </g>
         <g stroke="var(--accent)" stroke-linecap="round">
-          {lines.links.map((l) => {
-            const part = Math.min(1, l.value / (total || 1));
-            return (
-              <path
-                key={`${l.of} ${l.query} ${l.key}`}
-                class="path"
-                data-value={l.value}
-                d={line(l)}
-                stroke-width={(1 + 5 * part).toFixed(2)}
-                stroke-opacity={Math.max(0.2, part ** 0.4).toFixed(3)}
-              />
-            );
-          })}
+          {along}
         </g>
         <g fill="var(--accent)">
           {nodes.map((level, l) =>
@@ -298,7 +309,7 @@ function Table({ graph, paths, through }: { graph: Graph; paths: Paths; through:
     <Tabular
       summary={`${name(axes.queries, paths.query)} after the last layer, ${what}${first}`}
       columns={["input", what]}
-      rows={rows.map(({ value, j }) => [name(axes.keys, j), value])}
+      rows={rows.slice(0, ROWS).map(({ value, j }) => [name(axes.keys, j), value])}
     />
   );
 }
