@@ -154,7 +154,7 @@ def test_the_closer_role_stands_for_the_wider() -> None:
 
 
 def run(*args: Any) -> Any:
-    return CliRunner().invoke(app, ["heads", *map(str, args)])
+    return CliRunner().invoke(app, ["heads", *map(str, args)], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
