@@ -130,6 +130,8 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
         except ModuleNotFoundError as error:
             raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
         quiet_transformers()
+        if not os.path.isdir(source) and not _hub_answers():
+            source = _cached(name)
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
             made, report = _class_for(transformers, config, trust).from_pretrained(
@@ -147,6 +149,32 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
             f"{random[0]} for example."
         )
     return Loaded(made, name, source, trust=trust)
+
+
+def _hub_answers() -> bool:
+    """One look whether the hub can be reached: transformers tries for half a minute, for each file anew."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:  # nobody will ask it
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # noqa: BLE001 - each version of the hub's library has another client, with errors of its own
+        return False
+    return True
+
+
+def _cached(name: str) -> str:
+    """The directory of a model that was loaded from the hub before."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: it is no directory here, the hub ({constants.ENDPOINT}) does not answer, and no earlier copy "
+            "from there is in the cache. Offline, give the directory of a model that is already here."
+        ) from error
 
 
 def _check_directory(name: str, path: Path) -> None:
