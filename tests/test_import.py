@@ -21,13 +21,24 @@ import hookattn
 ROOT = Path(hookattn.__file__).parent
 CORE = sorted([*ROOT.glob("*.py"), *ROOT.glob("taps/*.py"), *ROOT.glob("store/*.py")])
 OUTER = ("cli", "demo", "analyze", "render", "testing")
-NOT_AT_IMPORT = (
+OPTIONAL = (
+    "anywidget",
+    "IPython",
+    "matplotlib",
+    "pandas",
+    "PIL",
+    "plotly",
+    "pyarrow",
+    "scipy",
+    "starlette",
+    "traitlets",
     "transformers",
+    "uvicorn",
+)
+NOT_AT_IMPORT = (
     "click",
     "rich",
-    "matplotlib",
-    "PIL",
-    "scipy",
+    *OPTIONAL,
     "hookattn_adapters",
     "hookattn.store",
     "hookattn.cli",
@@ -98,6 +109,14 @@ def test_nothing_heavy_is_imported(imports: list[dict[str, object]]) -> None:
     new = {str(name).partition(".")[0] for name in imports[0]["new"]}  # type: ignore[attr-defined]
     foreign = new - set(sys.stdlib_module_names) - {"hookattn", "torch", "safetensors", "einops"}
     assert not foreign, f"neither the standard library's nor declared: {foreign}"
+
+
+@pytest.mark.parametrize("module", ["hookattn.cli.app", "hookattn.analyze", "hookattn.render", "hookattn.testing"])
+def test_what_is_around_the_core_imports_nothing_optional(module: str) -> None:
+    if module == "hookattn.cli.app":
+        pytest.importorskip("click")
+    found = run(f"import sys, {module}; print(*sorted(sys.modules))").split()
+    assert module in found and not {name.partition(".")[0] for name in found} & {*OPTIONAL}
 
 
 def test_all_names_are_there() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import HookattnError
+from ..extras import install
 from .screen import Screen
 
 
@@ -72,6 +73,8 @@ class Group(click.Group):
 
 def explain(error: BaseException) -> str:
     """What went wrong, as one line."""
+    if isinstance(error, ModuleNotFoundError) and (how := install(error)) is not None:
+        return f"this needs the package {error.name}, which is not installed: {how}"
     message = first_line(error) if not isinstance(error, HookattnError) else " ".join(str(error).split())
     if isinstance(error, HookattnError):
         return message

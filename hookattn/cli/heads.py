@@ -53,6 +53,8 @@ def command(
     parquet: str | None,
 ) -> None:
     """Show all heads of a trace FILE with their scores, and what a head is called where the evidence is clear."""
+    if parquet is not None:
+        import pyarrow  # noqa: F401 - before the work, as pandas asks for it after it
     trace = load(file)
     table = report(trace, measures)
     units = table.attrs["units"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import HookattnError, SelectionError
+from ..errors import SelectionError
 from ..loading import load
 from .command import Command
 from .options import ints, positions
@@ -72,11 +72,9 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
 
 
 def _figure(file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
-    try:
-        from ..render.figures import VIEWS
-        from ..render.figures.files import save
-    except ModuleNotFoundError as error:
-        raise HookattnError(f'figures need the package {error.name}: pip install "hookattn[render]".') from error
+    from ..render.figures import VIEWS
+    from ..render.figures.files import save
+
     draw: Any = VIEWS[view]
     for name in ("field", "scale", "sink"):
         if name in asked and name not in inspect.signature(draw).parameters:

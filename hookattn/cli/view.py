@@ -9,7 +9,7 @@ import click
 
 from ..errors import RenderError
 from ..loading import load
-from .command import Command
+from .command import Command, explain
 from .screen import Screen, size_of
 
 
@@ -66,11 +66,11 @@ def view(
         _write(screen, file, html, compare=compare, scores=_scores(screen, file) if scores else None, images=images)
         return
     try:
+        import uvicorn  # noqa: F401
+
         from ..render.server import serve
     except ModuleNotFoundError as error:
-        raise RenderError(
-            f'this needs the package {error.name}: pip install "hookattn[view]"; or write a page with --html.'
-        ) from error
+        raise RenderError(f"{explain(error)}; or write a page with --html.") from error
 
     def ready(url: str) -> None:
         if screen.as_json:
@@ -85,13 +85,10 @@ def view(
 
 
 def _scores(screen: Screen, file: str) -> Any:
-    try:
-        from ..analyze import report
+    from ..analyze import report
 
-        with screen.working("scoring the heads"):
-            return report(load(file))
-    except ModuleNotFoundError as error:
-        raise RenderError(f'--scores needs the package {error.name}: pip install "hookattn[analyze]".') from error
+    with screen.working("scoring the heads"):
+        return report(load(file))
 
 
 def _write(screen: Screen, file: str, html: str, **shown: Any) -> None:

@@ -7,6 +7,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..extras import told
+
 if TYPE_CHECKING:
     from .figures import distance, heads, heatmap, layers, lens, neuron
     from .page import page, save_page
@@ -22,10 +24,6 @@ _WHERE = {
     "serve": ".server",
     "show": ".show",
     "Widget": ".widget",
-}
-_EXTRAS = {
-    **dict.fromkeys(("matplotlib", "plotly"), "render"),
-    **dict.fromkeys(("anywidget", "starlette", "traitlets", "uvicorn"), "view"),
 }
 
 __all__ = [
@@ -47,13 +45,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
-    try:
+    with told():
         return getattr(import_module(_WHERE[name], __name__), name)
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra:
-            error.add_note(f'hookattn: pip install "hookattn[{extra}]"')
-        raise
 
 
 def __dir__() -> list[str]:

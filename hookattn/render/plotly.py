@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 
 from ..errors import SelectionError
+from ..extras import told
 from ..trace import Trace
 from .by_distance import by_distance, highest
 from .choose import one, one_stack
@@ -58,7 +59,8 @@ def plotly(
         raise SelectionError(f"view={view!r}: expected one of {', '.join(_VIEWS)}.")
     if view == "distance" and (field != "weights" or sink != "show"):
         raise SelectionError("field and sink have no meaning in the distance view; leave them out.")
-    figure = _VIEWS[view](trace, field, scale, sink, where)
+    with told():
+        figure = _VIEWS[view](trace, field, scale, sink, where)
     figure.update_layout(
         template="plotly_white",
         plot_bgcolor=MASKED if view != "distance" else PAPER,

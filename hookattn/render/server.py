@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..errors import RenderError
+from ..extras import told
 from ..store import LazyFile
 from . import shell
 from .options import viewer_options
@@ -192,8 +193,10 @@ def serve(
     Raises:
         RenderError: the port is taken, or options of another form.
         TraceFileError: no trace file.
+        ModuleNotFoundError: uvicorn is not installed.
     """
-    import uvicorn
+    with told():
+        import uvicorn
 
     with ExitStack() as stack:
         first = opened(trace)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PageTooLargeError, RenderError
+from ..extras import install
 from .stored import TraceLike
 
 
@@ -73,4 +74,4 @@ def in_notebook() -> bool:
 
 
 def _missing(error: ModuleNotFoundError) -> RenderError:
-    return RenderError(f'this needs the package {error.name}, which is not installed: pip install "hookattn[view]".')
+    return RenderError(f"this needs the package {error.name}, which is not installed: {install(error)}.")
