@@ -84,6 +84,13 @@ def test_a_row_brings_its_call_into_view(open_page: Open, doubtful: tuple[hookat
     page.wait_for_function("viewer.state.view === 'head'")
 
 
+def test_the_table_is_exported(open_page: Open, doubtful: tuple[hookattn.Trace, Path]) -> None:
+    page = show(open_page(), doubtful[1], "{state: {view: 'certificates'}}")
+    page.locator("table.certificates").wait_for()
+    svg = page.evaluate("viewer.svg()")
+    assert "5.0e−1, allowed" in svg and "✗ unfaithful" in svg and "(layers.3)" in svg
+
+
 @pytest.mark.parametrize("width", [400, 3840])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits(open_page: Open, doubtful: tuple[hookattn.Trace, Path], width: int, theme: str) -> None:

@@ -178,6 +178,18 @@ def test_hover_and_keys_choose(open_page: Open, file: Path, trace: hookattn.Trac
     assert weight(page) == pytest.approx(trace[1].weights[0, 2, 7, 2].item())
 
 
+def test_a_step_of_a_generation(open_page: Open, tmp_path: Path) -> None:
+    model, x, y = Layers(2).eval(), torch.randn(1, 3, 24), torch.randn(1, 6, 24)
+    with hookattn.tracing(model) as made:
+        model(y, y)
+        model(x, torch.cat([y, x], 1))
+    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {view: 'lens', heads: [1]}}")
+    page.locator(".facts").wait_for()
+    page.evaluate("viewer.set({step: 1, key: 8})")
+    page.wait_for_timeout(300)
+    assert weight(page) == pytest.approx(made[1].weights[0, 1, 2, 8].item(), rel=1e-5)
+
+
 def test_a_compact_trace_says_the_same(open_page: Open, trace: hookattn.Trace, tmp_path: Path) -> None:
     options = "{state: {view: 'lens', layer: 1, heads: [2], query: 6}}"
     tables = []

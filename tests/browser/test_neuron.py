@@ -167,6 +167,16 @@ def test_keys_change_the_query_and_lock_a_key(open_page: Open, file: Path, trace
     page.wait_for_function("viewer.state.key === 4")
 
 
+def test_the_pointer_of_another_view_is_forgotten(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file, "{state: {view: 'matrix', heads: [1]}}")
+    box = page.locator(".plane canvas").bounding_box()
+    page.mouse.move(box["x"] + 30, box["y"] + box["height"] - 5)  # below the rows of the other view
+    page.locator(".tip").wait_for()
+    page.evaluate("viewer.set({view: 'neuron'})")
+    page.get_by_text("Head 1, query 8").wait_for()
+    assert page.locator("[data-view=neuron] .plane svg > rect").count() == 0
+
+
 def test_a_row_of_a_long_trace_is_read_alone(open_page: Open, tmp_path: Path) -> None:
     made = hookattn.trace(Layers(2, 2).eval(), (torch.randn(1, 700, 24), None, causal(700)))
     path = Path(made.save(tmp_path / "t.safetensors"))

@@ -33,6 +33,7 @@ export async function open(
   views: readonly string[],
 ): Promise<App> {
   const [trace, other] = await Promise.all([Trace.open(source), options.compare ? Trace.open(options.compare) : null]);
+  const cursor = signal<Cursor>({ query: null, key: null });
   const state = signal(normalise(options.state ?? {}, null, trace, views));
   return {
     trace,
@@ -40,11 +41,15 @@ export async function open(
     options,
     state,
     dark,
-    cursor: signal({ query: null, key: null }),
+    cursor,
     playing: signal(false),
     set(patch) {
       const next = normalise(patch, state.peek(), trace, views);
       if (JSON.stringify(next) === JSON.stringify(state.peek())) return;
+      // What the pointer was at may not be there in another view or another call.
+      const before = state.peek();
+      if ((["view", "step", "stack", "kind", "nth"] as const).some((part) => next[part] !== before[part]))
+        cursor.value = { query: null, key: null };
       state.value = next;
       options.onState?.(next);
     },

@@ -3,12 +3,8 @@ import { type App, current } from "../app";
 import { Slider } from "./inputs";
 import { name } from "./table";
 
-/** The query at the pointer, else the locked one, else the last. */
+/** The locked query, else the last. */
 export function queryOf(app: App): number {
-  return app.cursor.value.query ?? lockedQuery(app);
-}
-
-function lockedQuery(app: App): number {
   return app.state.value.query ?? current(app).call.extents.T - 1;
 }
 
@@ -18,7 +14,7 @@ export function QueryControl({ app }: { app: App }) {
     <Slider
       name="Query"
       values={Array.from({ length: call.extents.T }, (_, t) => t)}
-      value={lockedQuery(app)}
+      value={queryOf(app)}
       text={(t) => name(axes.queries, t)}
       pick={(query) => app.set({ query })}
     />

@@ -88,25 +88,27 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
       <th scope="row">
         <button
           type="button"
+          class="label"
           title="Show this call"
           onClick={() => app.set({ ...placeOf(app.trace, call), query: null, key: null, zoom: null })}
         >
           {where(call)}
         </button>
       </th>
-      <td>
+      <td class="label">
         <Badge certificate={c} short />
         <span class="quiet"> {statusOf(call)}</span>
       </td>
-      <td data-name="weights·v off by">{c === null ? "–" : against(c.output_error, c.tolerance)}</td>
-      <td data-name="weights off by">{c === null ? "–" : against(c.weights_error, c.weights_tolerance)}</td>
-      <td data-name="row sums off by">{measured(c?.row_sum_error)}</td>
-      <td data-name="rows checked">{c === null ? "–" : `${c.rows} of ${c.of_rows}`}</td>
+      <td class="label" data-name="weights·v off by">{c === null ? "–" : against(c.output_error, c.tolerance)}</td>
+      <td class="label" data-name="weights off by">{c === null ? "–" : against(c.weights_error, c.weights_tolerance)}</td>
+      <td class="label" data-name="row sums off by">{measured(c?.row_sum_error)}</td>
+      <td class="label" data-name="rows checked">{c === null ? "–" : `${c.rows} of ${c.of_rows}`}</td>
       <td class="said">
-        {c?.basis ?? "no certificate"}
-        <span class="quiet">
-          {" "}
-          ({call.tap}, {call.dtype})
+        <span class="label">
+          {c?.basis ?? "no certificate"}{" "}
+          <span class="quiet">
+            ({call.tap}, {call.dtype})
+          </span>
         </span>
         {call.notes.map((note) => (
           <p key={note}>{note}</p>

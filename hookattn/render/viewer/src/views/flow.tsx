@@ -54,7 +54,7 @@ function Layers({ app, calls }: { app: App; calls: readonly Call[] }) {
     },
     [app, calls[0], calls.length, batch],
   );
-  const query = queryOf(app);
+  const query = app.cursor.value.query ?? queryOf(app);
   const key = app.cursor.value.key ?? locked;
   const found = useLoaded(
     async (signal) => (graph === null ? null : { graph, through, ...(await pathsOf(graph.layers, through, query, key, signal)) }),

@@ -29,7 +29,9 @@ function Lens({ app }: { app: App }) {
   }, [app, call, batch, head, query, locked]);
   if (error !== null) return <Notice error>{error}</Notice>;
   const active = app.cursor.value.key;
-  const shown = value === null ? null : (active ?? locked ?? heaviest(value.row));
+  // While another call is read, the one before is shown, which may not have the key.
+  const there = (key: number | null): key is number => key !== null && key < value!.row.weights.length;
+  const shown = value === null ? null : ([active, locked].find(there) ?? heaviest(value.row));
   return (
     <div ref={ref}>
       <div class="controls">
