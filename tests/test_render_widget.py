@@ -163,8 +163,9 @@ def test_show_makes_a_widget_in_a_notebook(trace: hookattn.Trace, monkeypatch: p
         show(trace)
 
 
-def test_show_opens_a_page_elsewhere(trace: hookattn.Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_opens_a_page_elsewhere(trace: hookattn.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened: list[str] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(webbrowser, "open", opened.append)
     path = Path(show(trace, theme="dark"))
     assert opened == [path.as_uri()] and path.read_text("utf-8") == page(trace, theme="dark")
