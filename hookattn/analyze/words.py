@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..byte_level import in_bytes, is_byte_level
 from ..errors import MeasureError
 
 _SPECIAL = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>)[^\s<>]+>|\[[^\[\]\s]+\]")
@@ -140,8 +141,8 @@ def _apart(before: str, piece: str) -> bool:
 def _pieces(tokens: Sequence[str]) -> tuple[list[str], list[bool]]:
     """The text of each token, and whether it goes on with the word of the one before."""
     ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
-    if any("Ġ" in t or "Ċ" in t for t in ordinary) and all(c in _ALPHABET for t in ordinary for c in t):
-        made = [t if _SPECIAL.fullmatch(t) else _text(bytes(_ALPHABET[c] for c in t)) for t in tokens]
+    if is_byte_level(ordinary):
+        made = [t if _SPECIAL.fullmatch(t) else _text(in_bytes(t)) for t in tokens]
         return made, [not t.startswith((" ", "\n")) for t in made]
     if any("▁" in t for t in ordinary):
         made = [_text(bytes([int(b[1], 16)])) if (b := _BYTE.fullmatch(t)) else t for t in tokens]
@@ -160,13 +161,3 @@ def _pieces(tokens: Sequence[str]) -> tuple[list[str], list[bool]]:
 
 def _text(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: printable Latin-1 is itself, the others follow 255."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in plain]
-    return {**{chr(b): b for b in plain}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
-
-
-_ALPHABET = _byte_alphabet()

@@ -11,20 +11,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from ..byte_level import in_bytes, is_byte_level
+
 CONTINUES = "…"
 _SPECIAL = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>).+>|\[[^\[\]]+\]", re.DOTALL)
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _STAND_IN = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE (GPT-2) writes for a byte: printable Latin-1 is itself, the others follow."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in plain]
-    return {**{chr(b): b for b in plain}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
-
-
-_ALPHABET = _byte_alphabet()
 
 
 def shown(tokens: Sequence[str]) -> list[str]:
@@ -94,12 +86,8 @@ def _spells(c: str) -> bool:
 def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
     """The bytes that each token stands for, None for a special one; and whether a space tells where words begin."""
     ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
-    if _byte_level(ordinary):
-        return [
-            None if _SPECIAL.fullmatch(t)
-            else bytes(_ALPHABET[c] for c in t) if _in_alphabet(t) else t.encode(errors="surrogatepass")
-            for t in tokens
-        ], True  # fmt: skip
+    if is_byte_level(ordinary):
+        return [None if _SPECIAL.fullmatch(t) else in_bytes(t) for t in tokens], True
     ends = any(t.endswith("</w>") for t in ordinary)
     parts = any(t.startswith("##") and len(t) > 2 for t in ordinary) and not any("▁" in t for t in ordinary)
     made: list[bytes | None] = []
@@ -117,27 +105,6 @@ def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
         made.append(bytes([int(byte[1], 16)]) if byte else (space + text).encode(errors="surrogatepass"))
         begins = token.endswith("</w>")
     return made, any(m is not None and m[:1] == b" " and len(m) > 1 for m in made)
-
-
-def _in_alphabet(token: str) -> bool:
-    return all(c in _ALPHABET for c in token)
-
-
-def _byte_level(tokens: Sequence[str]) -> bool:
-    """Whether they are bytes: in the alphabet of bytes, and UTF-8 in it, but for a character cut off at either end.
-
-    Where words begin with its sign for a space, a few may be something else: what was added to the vocabulary is
-    written as it is (runs of spaces, say), and a model may write bytes that are no text.
-    """
-    written = [t for t in tokens if _in_alphabet(t)]
-    whole = bytes(_ALPHABET[c] for t in written for c in t)
-    start = next((i for i, b in enumerate(whole) if b & 0xC0 != 0x80), len(whole))
-    text = whole[start:].decode(errors="replace")
-    broken = text.removesuffix("\ufffd").count("\ufffd")
-    others = len(tokens) - len(written)
-    if (broken or others) and (4 * (broken + others) > len(tokens) or not any(t.startswith("Ġ") for t in written)):
-        return False
-    return not text.isascii() or any(c > "\xff" for t in written for c in t)
 
 
 def _texts(pieces: Sequence[bytes | None]) -> list[tuple[str, str] | None]:

@@ -183,3 +183,14 @@ def test_calls_that_have_no_words() -> None:
         pool_words(case(queries=(1, 2)).trace, [1] * 9)
     with pytest.raises(MeasureError, match="self-attention"):
         pool_words(case(cross=True).trace, [1] * 9)
+
+
+def test_bytes_are_told_without_any_space() -> None:
+    """A single word, or a script that has none; Latin-1 that is no UTF-8 stays as it is."""
+    assert split_words(("M", "Ã¼", "ller")).texts == ("Müller",)
+    assert split_words(("ä½ł", "å¥½")).texts == ("你", "好")
+    assert split_words(("M", "ü", "ller")).texts == ("M", "ü", "ller")
+
+
+def test_what_was_added_to_a_vocabulary_of_bytes_is_as_it_is() -> None:
+    assert split_words(("Ġthe", "Ġcat", "日本", "Ġsat", "Ġon")).texts == ("the", "cat", "日本", "sat", "on")
