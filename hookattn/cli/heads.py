@@ -18,8 +18,10 @@ from .screen import Screen, counted
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SHOWN = ("entropy", "mean_distance", "previous_token", "first_token", "induction")
-"""The measures that are shown where none is asked for; the files have all."""
+SHOWN = ("entropy", "mean_distance", "first_token", "previous_token", "induction")
+"""The measures that are shown where none is asked for and there is room; the files have all."""
+_ROLES = 52
+"""Columns of the terminal that roles get at least."""
 
 
 @click.command(
@@ -79,8 +81,8 @@ def command(
                 raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
             screen.say(f"wrote {path}: {counted(len(table), 'head')}")
     if not screen.as_json and csv is None and parquet is None:
-        shown = [*(measures or SHOWN), *([sort.removeprefix("-")] if sort is not None else [])]
-        _print(screen, table, [m for m in dict.fromkeys(shown) if m in units])
+        asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
+        _print(screen, table, asked or list(SHOWN), keep=len(asked))
 
 
 def _plain(table: DataFrame) -> list[dict[str, Any]]:
@@ -89,22 +91,43 @@ def _plain(table: DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in rows]
 
 
-def _print(screen: Screen, table: DataFrame, measures: list[str]) -> None:
-    """Where, the measures asked for, and the roles; what all rows have in common stands above."""
+def _print(screen: Screen, table: DataFrame, measures: list[str], keep: int) -> None:
+    """Where, some measures, and the roles with their evidence.
+
+    Args:
+        measures: as many of these as leave room for the roles,
+        keep: and the first so many in any case.
+    """
     units = table.attrs["units"]
-    where = [c for c in ("step", "stack", "kind") if table[c].nunique() > 1]
+    measures = [m for m in dict.fromkeys(measures) if m in units]
+    where = [c for c in ("step", "stack", "kind") if table[c].nunique() > 1] + ["layer", "head"]
+    heads = {m: [*m.replace("_", " ").split(), units[m]] for m in measures}
+    room = screen.out.width - _ROLES - sum(2 + max(map(len, [c, *map(str, table[c])])) for c in where)
+    while len(measures) > keep and sum(2 + max(map(len, heads[m])) for m in measures) > room:
+        measures.pop()
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in (*where, "layer", "head"):
-        shown.add_column(name, justify="left" if name in ("stack", "kind") else "right")
-    for name in measures:
-        shown.add_column(f"{name}\n[dim]{units[name]}[/dim]", justify="right")
-    shown.add_column("role", overflow="fold")
-    shown.add_column("evidence", style="dim", overflow="fold")
+    for name in where:
+        shown.add_column(name, justify="left" if name in ("stack", "kind") else "right", vertical="top")
+    for m in measures:
+        *words, unit = heads[m]
+        shown.add_column(Text("\n".join(words)).append(f"\n{unit}", "dim not bold"), justify="right", no_wrap=True)
+    shown.add_column(Text("role").append("  and its evidence", "dim not bold"))
     for row in table.to_dict("records"):
         numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in measures]
         place = ["?" if row[c] is None or row[c] != row[c] else f"{row[c]:.0f}" if c == "layer" else str(row[c])
-                 for c in (*where, "layer", "head")]  # fmt: skip
-        shown.add_row(*place, *numbers, Text(str(row["role"]), "green"), Text(str(row["evidence"])))
+                 for c in where]  # fmt: skip
+        shown.add_row(*place, *numbers, _roles(str(row["role"]), str(row["evidence"])))
     screen.out.print(shown)
+    reasons: dict[str, list[str]] = {}
     for key, why in table.attrs["left_out"].items():
-        screen.say(f"left out {key}: {why}", "dim")
+        reasons.setdefault(why, []).append(key)
+    for why, keys in reasons.items():
+        screen.say(f"left out {', '.join(keys)}: {why}", "dim")
+
+
+def _roles(roles: str, evidence: str) -> Text:
+    """A line for each role."""
+    made = Text()
+    for role, why in zip(roles.split("; "), evidence.split("; "), strict=True):
+        made.append("\n" if made else "").append(role, "green").append(f"  {why}", "dim")
+    return made

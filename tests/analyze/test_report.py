@@ -168,8 +168,17 @@ def test_the_command(file: Path) -> None:
     made = run(file)
     assert made.exit_code == 0, made.output
     lines = made.stdout.splitlines()
-    assert len(lines) == 2 + 8 and "previous token" in lines[2] and "induction 0.95 (uniform 0.03)" in lines[6]
-    assert "left out separators" in made.stderr
+    assert len(lines) == 3 + 8 + 4 and "previous_token 0.96 (uniform 0.07)" in lines[3]
+    assert "induction 0.95 (uniform 0.03)" in lines[7] and "first_token 0.52 (uniform 0.09)" in lines[8]
+    assert "left out separators, " in made.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_in_a_narrow_terminal(file: Path, columns: int) -> None:
+    made = CliRunner().invoke(app, ["heads", str(file), "--sort", "induction"], env={"COLUMNS": str(columns)})
+    lines = [line.rstrip() for line in made.stdout.splitlines()]
+    assert max(map(len, lines)) <= columns and "…" not in made.stdout and len(lines) <= 25
+    assert lines[2].split()[:3] == ["1", "2", "1.00"] and any("previous token  previous_token" in x for x in lines)
 
 
 def test_sorted_and_cut(file: Path) -> None:
