@@ -19,7 +19,8 @@ class FirstToken(Measure):
     """Null attention: the weight on the first token, the mean over the queries (Vig & Belinkov 2019).
 
     It is α of Gu et al. 2024 for the first key, ``α_k = Σ_{i ≥ k} w_ik / (T − k + 1)``. With padding on the left it is
-    the first token that is none, for which the weights are needed.
+    the first token that is none, for which the weights are needed; in a step of a generation whose window has left the
+    first token behind, the first key that is left.
     """
 
     name: ClassVar[str] = "first_token"
