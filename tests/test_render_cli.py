@@ -61,6 +61,15 @@ def test_a_png_has_the_pixels_asked_for(trace: Path, tmp_path: Path) -> None:
     assert sizes[1] == pytest.approx(2 * sizes[0], abs=2)
 
 
+def test_a_character_that_no_font_has_is_told(trace: Path, tmp_path: Path) -> None:
+    other = hookattn.load(trace)
+    other.tokens = [["\U00012000", *(other.tokens or [[]])[0][1:]]]
+    other.save(tmp_path / "other.safetensors")
+    said = run(tmp_path / "other.safetensors", "--layer", 0, "-o", tmp_path / "x.png").stderr
+    assert said.count("\n") == 1 and "no installed font has \U00012000" in said
+    assert not run(tmp_path / "other.safetensors", "--layer", 0, "-o", tmp_path / "x.svg").stderr
+
+
 def test_without_a_display(trace: Path, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
     code = "import sys; from hookattn.cli import main; main(sys.argv[1:])"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import warnings
 from typing import Any
 
 import click
@@ -63,7 +65,7 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
             raise click.UsageError(f"{what} for svg, pdf and png; a page has no such thing.")
         _page(file, out, view, asked)
     else:
-        _figure(file, out, kind, view, dpi, asked)
+        _figure(screen, file, out, kind, view, dpi, asked)
     data = {"file": out, "bytes": os.path.getsize(out), "view": view}
     if screen.as_json:
         screen.json(data)
@@ -71,7 +73,7 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
         screen.out.print(f"wrote {out} ({size_of(os.path.getsize(out))})", markup=False, soft_wrap=True)
 
 
-def _figure(file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
+def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
     from ..render.figures import VIEWS
     from ..render.figures.files import save
 
@@ -79,7 +81,18 @@ def _figure(file: str, out: str, kind: str, view: str, dpi: int | None, asked: d
     for name in ("field", "scale", "sink"):
         if name in asked and name not in inspect.signature(draw).parameters:
             raise SelectionError(f"--{name} has no meaning in the {view} view; leave it out.")
-    save(draw(load(file), **asked), out, kind, dpi or 300)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save(draw(load(file), **asked), out, kind, dpi or 300)
+    lacking: dict[str, None] = {}
+    for warning in caught:
+        glyph = re.match(r"Glyph (\d+) .*missing from", str(warning.message))
+        if glyph is not None:
+            lacking[chr(int(glyph[1]))] = None
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if lacking and kind != "svg":  # in which the reader's fonts are used
+        screen.warn(f"no installed font has {' '.join(lacking)}; install one that does, or write an .svg.")
 
 
 def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
