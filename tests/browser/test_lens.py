@@ -72,6 +72,18 @@ def test_the_words_of_every_row(open_page: Open, tmp_path: Path, sink: bool) -> 
     assert seen == {"attended", "drained", "masked", "outscored"}
 
 
+def test_equal_weights_are_all_attended_to(open_page: Open, tmp_path: Path) -> None:
+    """Among 1 to 40 keys some 1/n are rounded down, which makes none of them less than an equal share."""
+    model = Layers(1).eval()
+    made = hookattn.trace(model, (torch.zeros(1, 40, 24), None, causal(40)))
+    assert any(made[0].weights[0, 0, n - 1, 0].double() < 1 / n for n in range(1, 41))
+    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {view: 'lens'}}")
+    for query in range(40):
+        page.evaluate(f"viewer.set({{query: {query}}})")
+        page.get_by_text(f"Head 0, query {query}:").wait_for()
+        assert [row[5] for row in cells(page)] == ["attended"] * (query + 1) + ["masked"] * (39 - query)
+
+
 def verdict(page: Any, query: int, key: int) -> str:
     page.evaluate(f"viewer.set({{query: {query}, key: {key}}})")
     page.wait_for_timeout(150)

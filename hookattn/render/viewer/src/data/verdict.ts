@@ -9,6 +9,9 @@ import type { Row } from "./row";
  */
 export type Word = "attended" | "outscored" | "drained" | "masked";
 
+/** A float32 of 1/n may be less than 1/n. */
+const ROUNDING = 1e-6;
+
 export interface Verdict {
   /** One for each of the S keys. */
   words: Word[];
@@ -30,13 +33,14 @@ export function judge(row: Row): Verdict {
     sum += weights[s]!;
   }
   const fair = 1 / n;
+  const least = fair * (1 - ROUNDING);
   const learned = row.sink === null || n === 0 ? 0 : Math.max(0, 1 - sum);
-  const first = n > 1 && weights[row.first]! >= fair ? weights[row.first]! : 0;
+  const first = n > 1 && weights[row.first]! >= least ? weights[row.first]! : 0;
   const rest = 1 - learned - first;
   const words = Array.from(allowed, (may, s): Word => {
     if (!may) return "masked";
-    if (weights[s]! >= fair) return "attended";
-    return rest > 0 && weights[s]! / rest >= fair ? "drained" : "outscored";
+    if (weights[s]! >= least) return "attended";
+    return rest > 0 && weights[s]! / rest >= least ? "drained" : "outscored";
   });
   return { words, n, fair, learned, first };
 }
@@ -90,7 +94,7 @@ export function explain(row: Row, verdict: Verdict, key: number, query: string, 
       if (rank === 1)
         return (
           `It weighs ${weight}, less than ${share}, although its score of ${number(own)} is the largest of ${n}: ` +
-          "the weights are not the softmax of the scores."
+          "the weight is rounded, or not the softmax of the scores alone."
         );
       return (
         `Outscored by ${rival}: its score of ${number(own)}, rank ${rank} of ${n}, is ${number(apart)} below that, ` +
