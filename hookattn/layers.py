@@ -14,6 +14,7 @@ _ONLY_A_PART = re.compile(
     r"(?:Output|Projection|Bias|Mask|Norm(?:\dd)?|Conv(?:\dd)?|MLP|FeedForward|Dropout|Loss|Adapter(?:Layer)?)$"
 )
 _AROUND_IT = ("Block", "Layer")
+_FEEDS = re.compile(r"(?i:mlp|feed_?forward)|FFN?|Ffn?|GLU|Glu")
 
 
 @functools.cache
@@ -71,8 +72,23 @@ def _only_mixes(entry: nn.Module, path: str) -> bool:
 
 
 def _mixes_nothing(entry: nn.Module | None) -> bool:
-    """Whether an entry has weights for the features of one token alone."""
-    return entry is None or all(
-        isinstance(module, nn.Linear) or all(x is None or x.dim() < 2 for x in module._parameters.values())
-        for module in entry.modules()
+    """Whether an entry has weights for the features of one token alone, and says by its classes what it does."""
+    return entry is None or (
+        _feeds(entry)
+        and all(
+            isinstance(m, nn.Linear) or all(x is None or x.dim() < 2 for x in m._parameters.values())
+            for m in entry.modules()
+        )
     )
+
+
+def _feeds(module: nn.Module) -> bool:
+    """Whether a module is a feed-forward net by its name, is around one and holds nothing unknown, or is a norm."""
+    name, children = type(module).__name__, list(module.children())
+    if _FEEDS.search(name):
+        return True
+    if type(module).__module__.startswith("torch.nn."):
+        return all(map(_feeds, children))
+    if not children:
+        return "norm" in name.lower()
+    return all(map(_feeds, children)) and any(_FEEDS.search(type(m).__name__) for m in module.modules())

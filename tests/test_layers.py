@@ -113,6 +113,7 @@ THREE = [("self", i, 3) for i in range(3)]
         (lambda: nn.LayerNorm(D), Attention, lambda: nn.LayerNorm(D), Mlp),
         (lambda: PreNorm(fn=Attention()), lambda: PreNorm(fn=Mlp())),
         (lambda: Block(attn=Msa()), lambda: Block(net=Mlp())),
+        (Attention, lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU())),
         (lambda: AttentionBlock(attn=Attention()), Mlp),
         (lambda: nn.Sequential(nn.LayerNorm(D), Attention()), Mlp),
     ],
@@ -148,9 +149,22 @@ def whole() -> nn.Module:
         ([nn.Linear(D, D), whole(), whole(), nn.LayerNorm(D)], [1, 2]),
         ([Recurrent(), Recurrent(), Attention(), Recurrent(), Recurrent(), Attention()], [2, 5]),
         ([nn.Embedding(4, D).requires_grad_(False), Attention(), Mlp(), Attention()], [1, 3]),
+        ([Attention(), Msa(), Attention()], [0, 1, 2]),
+        ([PreNorm(fn=Attention()), PreNorm(fn=Msa()), PreNorm(fn=Attention())], [0, 1, 2]),
+        ([Attention(), Block(Msa(), Mlp()), Attention()], [0, 1, 2]),
         ([Block(Msa(), Mlp()), *(Block(Msa(), nn.Linear(D, D)) for _ in range(2))], [0, 1, 2]),
     ],
-    ids=["blocks", "pruned", "pipeline", "hybrid", "embedding", "two kinds of net"],
+    ids=[
+        "blocks",
+        "pruned",
+        "pipeline",
+        "hybrid",
+        "embedding",
+        "two classes",
+        "two classes and norms",
+        "two classes and a net",
+        "two kinds of net",
+    ],
 )
 def test_where_every_entry_is_a_layer_the_index_is_its_number(entries: list[nn.Module], found: list[int]) -> None:
     model = Model(*entries)
