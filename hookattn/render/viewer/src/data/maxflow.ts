@@ -1,7 +1,7 @@
 /**
  * Attention flow (Abnar & Zuidema 2020): the maximum flow from a token of the last layer to an input token, where an
- * edge from token i of one layer to token j of the one before has the capacity A_ij. By Dinic's algorithm (1970): shortest
- * paths that can take more, all of one length at a time. As hookattn/analyze/flow.py, capacities are integers of 2^−30.
+ * edge from token i of one layer to token j of the one before has the capacity A_ij. By Dinic's algorithm (1970): the
+ * shortest paths that can take more, all of one length at a time. As hookattn/analyze/flow.py, capacities are integers of 2^−30.
  */
 import type { Matrix } from "./matrix";
 

@@ -1,4 +1,4 @@
-/** The paths between one token of the last layer and the input tokens, or one of them: by rollout, or as a maximum flow. */
+/** The paths from one token of the last layer to the input tokens, or one of them: by rollout, or a maximum flow. */
 import { Slices } from "../slices";
 import type { Through } from "../state";
 import type { Matrix } from "./matrix";

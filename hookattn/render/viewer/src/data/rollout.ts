@@ -38,12 +38,7 @@ function unfit(call: Call, first: Call): string | null {
 }
 
 /** A of each call, T × T: row i is what token i is made of. */
-export async function mixing(
-  trace: Trace,
-  calls: readonly Call[],
-  batch: number,
-  slices: Slices,
-): Promise<Matrix[]> {
+export async function mixing(trace: Trace, calls: readonly Call[], batch: number, slices: Slices): Promise<Matrix[]> {
   const layers: Matrix[] = [];
   for (const call of calls) layers.push(await mix(trace, call, batch, slices));
   return layers;
@@ -68,9 +63,10 @@ async function mix(trace: Trace, call: Call, batch: number, slices: Slices): Pro
   for (let i = 0; i < T; i++) {
     const row = sum.subarray(i * T, (i + 1) * T);
     const total = row.reduce((a, b) => a + b, 0);
-    if (!Number.isFinite(total)) throw new ViewerError(`${where(call)} has weights that are not finite: nothing flows.`);
+    if (!Number.isFinite(total))
+      throw new ViewerError(`${where(call)} has weights that are not finite: nothing flows.`);
     const still = total === 0 || !queries[i] || !keys[i];
-    for (let j = 0; j < T; j++) data[i * T + j] = (still ? 0 : ((1 - RESIDUAL) * row[j]!) / total);
+    for (let j = 0; j < T; j++) data[i * T + j] = still ? 0 : ((1 - RESIDUAL) * row[j]!) / total;
     data[i * T + i]! += still ? 1 : RESIDUAL;
   }
   return { rows: T, cols: T, data };
@@ -95,7 +91,7 @@ export function sharesOf(layers: readonly Matrix[], query: number): Float64Array
   return levels;
 }
 
-/** What each token of each level has of input token `key`: levels 0 to L, T each; level L is a column of the rollout. */
+/** What each token of each level has of input token `key`: levels 0 to L, T each; level L: a column of the rollout. */
 export function reachOf(layers: readonly Matrix[], key: number): Float64Array[] {
   const T = layers[0]!.rows;
   const levels = [Float64Array.from({ length: T }, (_, j) => (j === key ? 1 : 0))];

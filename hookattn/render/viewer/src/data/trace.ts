@@ -169,11 +169,7 @@ export class Trace {
     if (!this.has(call, field) || call.fields[field] === null) throw new NotCaptured(field, where(call));
     const slices = new Slices();
     if (field === "weights") {
-      const [scores, mask, sinks] = await Promise.all([
-        part("scores"),
-        part("mask"),
-        this.sinks(call, batch, head),
-      ]);
+      const [scores, mask, sinks] = await Promise.all([part("scores"), part("mask"), this.sinks(call, batch, head)]);
       const own = query !== undefined && sinks !== null && sinks.length > 1 ? sinks.subarray(query) : sinks;
       return derive.weights(scores!, mask, own, slices);
     }

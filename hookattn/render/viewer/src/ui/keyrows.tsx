@@ -57,7 +57,11 @@ interface Props {
 /** As many columns beside each other as there is room for; the others go below, with the names again. */
 export function KeyRows(props: Props) {
   const { axis, keys, columns, room } = props;
-  const names: Axis = { ...axis, labels: keys.map((s) => axis.labels[s]!), positions: keys.map((s) => axis.positions[s]!) };
+  const names: Axis = {
+    ...axis,
+    labels: keys.map((s) => axis.labels[s]!),
+    positions: keys.map((s) => axis.positions[s]!),
+  };
   const side = labelWidth(names, Math.max(56, Math.min(170, room * 0.24))) + MARGIN;
   return (
     <>
@@ -144,7 +148,12 @@ function Line(props: Props & { names: Axis; side: number; line: readonly KeyColu
           />
         ),
       ])}
-      <svg width={width} height={height} role="img" aria-label={`${props.label}: ${line.map((c) => c.title).join(", ")}`}>
+      <svg
+        width={width}
+        height={height}
+        role="img"
+        aria-label={`${props.label}: ${line.map((c) => c.title).join(", ")}`}
+      >
         {[props.active, props.locked].map((key, i) => {
           const n = placeOf(key);
           return (
@@ -196,7 +205,13 @@ function HeatMap(props: { heat: Heat; dark: boolean; x: number; y: number; width
     element.width = Math.round(width * ratio);
     element.height = Math.round(matrix.rows * row * ratio);
     const shown = narrowed(matrix, element.width);
-    draw(element, [shown], whole(shown.cols, shown.rows), domain("", "linear", -most || -1, most), ramp("diverging", dark));
+    draw(
+      element,
+      [shown],
+      whole(shown.cols, shown.rows),
+      domain("", "linear", -most || -1, most),
+      ramp("diverging", dark),
+    );
   }, [matrix, most, dark, width, row]);
   const style = { left: `${x}px`, top: `${y}px`, width: `${width}px`, height: `${matrix.rows * row}px` };
   return <canvas ref={canvas} style={style} aria-hidden="true" />;

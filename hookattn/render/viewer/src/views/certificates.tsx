@@ -99,10 +99,18 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
         <Badge certificate={c} short />
         <span class="quiet"> {statusOf(call)}</span>
       </td>
-      <td class="label" data-name="weights·v off by">{c === null ? "–" : against(c.output_error, c.tolerance)}</td>
-      <td class="label" data-name="weights off by">{c === null ? "–" : against(c.weights_error, c.weights_tolerance)}</td>
-      <td class="label" data-name="row sums off by">{measured(c?.row_sum_error)}</td>
-      <td class="label" data-name="rows checked">{c === null ? "–" : `${c.rows} of ${c.of_rows}`}</td>
+      <td class="label" data-name="weights·v off by">
+        {c === null ? "–" : against(c.output_error, c.tolerance)}
+      </td>
+      <td class="label" data-name="weights off by">
+        {c === null ? "–" : against(c.weights_error, c.weights_tolerance)}
+      </td>
+      <td class="label" data-name="row sums off by">
+        {measured(c?.row_sum_error)}
+      </td>
+      <td class="label" data-name="rows checked">
+        {c === null ? "–" : `${c.rows} of ${c.of_rows}`}
+      </td>
       <td class="said">
         <span class="label">
           {c?.basis ?? "no certificate"}{" "}

@@ -25,7 +25,8 @@ function Lens({ app }: { app: App }) {
     const row = await readRow(app.trace, call, batch, stored(call, head), query);
     const verdict = judge(row);
     const keys = listed(row, MOST, locked);
-    return { axes, head, query, row, verdict, keys, columns: columnsOf(row, verdict, keys) };
+    const place = `Head ${head}, query ${name(axes.queries, query)}`;
+    return { place, axes, query, row, verdict, keys, columns: columnsOf(row, verdict, keys) };
   }, [app, call, batch, head, query, locked]);
   if (error !== null) return <Notice error>{error}</Notice>;
   const active = app.cursor.value.key;
@@ -42,8 +43,12 @@ function Lens({ app }: { app: App }) {
       ) : (
         <>
           <div class="verdict" aria-live="polite" style={{ minHeight: room < 600 ? "9em" : "4.4em" }}>
-            {explain(value.row, value.verdict, shown, name(value.axes.queries, value.query), (s) =>
-              `key ${name(value.axes.keys, s)}`,
+            {explain(
+              value.row,
+              value.verdict,
+              shown,
+              name(value.axes.queries, value.query),
+              (s) => `key ${name(value.axes.keys, s)}`,
             )}
           </div>
           <Facts {...value} shown={shown} />
@@ -55,7 +60,7 @@ function Lens({ app }: { app: App }) {
             dark={app.dark.value}
             active={active}
             locked={locked}
-            label={`Query ${name(value.axes.queries, value.query)}, head ${value.head}, a row for each key`}
+            label={`${value.place}, a row for each key`}
             tell={() => null}
             onHover={(key) => (app.cursor.value = { query: null, key })}
             onPick={(key) => app.set({ query: value.query, key: key === locked ? null : key })}
@@ -67,7 +72,7 @@ function Lens({ app }: { app: App }) {
               ` Listed are the ${value.keys.length} keys of ${value.row.weights.length} that weigh most.`}
           </div>
           <Tabular
-            summary={`Head ${value.head}, query ${name(value.axes.queries, value.query)}: why, key by key`}
+            summary={`${value.place}: why, key by key`}
             columns={["key", "score", "rank", "mask", "weight", "why"]}
             rows={value.keys.map((s) => [
               name(value.axes.keys, s),
@@ -140,7 +145,11 @@ function columnsOf(row: Row, { words }: Verdict, keys: readonly number[]): KeyCo
   return [
     dots(row, keys),
     maskColumn(allowed),
-    bars("weight", keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)), "var(--accent)"),
+    bars(
+      "weight",
+      keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)),
+      "var(--accent)",
+    ),
     why(keys.map((s) => words[s]!)),
   ];
 }

@@ -30,7 +30,8 @@ function Neuron({ app }: { app: App }) {
     const row = await readRow(app.trace, call, batch, at, query);
     const keys = listed(row, MOST, locked);
     const steps = await readSteps(app.trace, call, batch, at, query, row, keys);
-    return { call, axes, head, query, row, keys, steps, columns: columnsOf(call, row, keys, steps) };
+    const place = `Head ${head}, query ${name(axes.queries, query)}`;
+    return { place, call, axes, head, query, row, keys, steps, columns: columnsOf(call, row, keys, steps) };
   }, [app, call, batch, head, query, locked]);
   if (error !== null) return <Notice error>{error}</Notice>;
   const active = app.cursor.value.key;
@@ -55,8 +56,12 @@ function Neuron({ app }: { app: App }) {
             dark={dark}
             active={active}
             locked={locked}
-            label={`Query ${name(value.axes.queries, value.query)}, head ${value.head}, a row for each key`}
-            tell={(i) => numbers(value, i).map(([title, x]) => `${title} ${typeof x === "number" ? exact(x) : x}`).join("\n")}
+            label={`${value.place}, a row for each key`}
+            tell={(i) =>
+              numbers(value, i)
+                .map(([title, x]) => `${title} ${typeof x === "number" ? exact(x) : x}`)
+                .join("\n")
+            }
             onHover={(key) => (app.cursor.value = { query: null, key })}
             onPick={(key) => app.set({ query: value.query, key: key === locked ? null : key })}
           />
@@ -70,8 +75,13 @@ function Neuron({ app }: { app: App }) {
           <Remarks call={value.call} steps={value.steps} group={group} />
           <div aria-live="polite">
             <Tabular
-              summary={`Head ${value.head}, query ${name(value.axes.queries, value.query)}: ${value.keys.length} keys, step by step`}
-              columns={["key", ...numbers(value, 0).slice(1).map(([title]) => title)]}
+              summary={`${value.place}: ${value.keys.length} keys, step by step`}
+              columns={[
+                "key",
+                ...numbers(value, 0)
+                  .slice(1)
+                  .map(([title]) => title),
+              ]}
               rows={value.keys.map((_, i) => numbers(value, i).map(([, x]) => x))}
             />
           </div>
@@ -111,7 +121,8 @@ function columnsOf(call: Call, row: Row, keys: readonly number[], steps: Steps):
     ...heatRoom(matrix.cols, title),
     heat: { matrix, most: largest(matrix) },
     ...(strip && { strip }),
-    tell: (n, d) => `key ${keys[n]}, component ${d}\n${title} ${exact(matrix.data[n * matrix.cols + d]!)}` +
+    tell: (n, d) =>
+      `key ${keys[n]}, component ${d}\n${title} ${exact(matrix.data[n * matrix.cols + d]!)}` +
       (strip ? `\n${strip.title} ${exact(strip.heat.matrix.data[d]!)}` : ""),
   });
   const finished = capped !== null || bias !== null || call.own_scores;
@@ -123,10 +134,12 @@ function columnsOf(call: Call, row: Row, keys: readonly number[], steps: Steps):
     ...(bias === null ? [] : [bars("bias", [...bias], tint)]),
     ...(finished ? [bars("score", score, tint)] : []),
     maskColumn(allowed),
-    bars("weight", keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)), "var(--accent)"),
-    ...(values === null
-      ? []
-      : [components("weight·v", values.weighted, { title: "Σ", heat: heatOf(values.output) })]),
+    bars(
+      "weight",
+      keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)),
+      "var(--accent)",
+    ),
+    ...(values === null ? [] : [components("weight·v", values.weighted, { title: "Σ", heat: heatOf(values.output) })]),
   ];
 }
 
@@ -183,7 +196,10 @@ function heatOf(matrix: Matrix): Heat {
 
 /** At least what its title takes. */
 function heatRoom(components: number, title: string): { least: number; most: number } {
-  return { least: Math.max(70, Math.min(128, components), 6.4 * (title.length + 9)), most: Math.max(110, Math.min(420, components * 12)) };
+  return {
+    least: Math.max(70, Math.min(128, components), 6.4 * (title.length + 9)),
+    most: Math.max(110, Math.min(420, components * 12)),
+  };
 }
 
 function largest(matrix: Matrix): number {
