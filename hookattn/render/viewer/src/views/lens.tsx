@@ -160,14 +160,27 @@ function dots(row: Row, keys: readonly number[]): KeyColumn {
   const values = [...keys.map((s) => row.scores[s]!), ...marks];
   const [low, high] = [Math.min(...values), Math.max(...values)];
   return {
-    title: `score, ${number(low)} to ${number(high)}`,
+    title: "score",
     least: 76,
     most: 420,
     draw: (x, width, y) => {
+      // The numbers of the axis, where the title leaves room for them.
+      const ends = width < 230 ? [] : [low, high];
       const at = (value: number) => x + 6 + ((value - low) / (high - low || 1)) * (width - 12);
       const [top, bottom] = [y(0) - ROW / 2, y(keys.length - 1) + ROW / 2];
       return (
         <g>
+          {ends.map((end, i) => (
+            <text
+              key={i}
+              class="faint"
+              x={i === 0 ? x + 60 : x + width}
+              y={top - 7}
+              text-anchor={i === 0 ? "start" : "end"}
+            >
+              {i === 0 ? `${number(end)} ←` : `→ ${number(end)}`}
+            </text>
+          ))}
           {keys.map((s, n) => (
             <g key={s}>
               <line x1={x} x2={x + width} y1={y(n)} y2={y(n)} stroke="var(--line)" stroke-opacity={0.5} />
