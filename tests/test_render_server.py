@@ -52,6 +52,36 @@ def ask(asker: TestClient, start: int, end: int, **headers: str) -> Any:
     return asker.get("/trace", headers={"range": f"bytes={start}-{end - 1}", **named})
 
 
+def test_a_range_of_very_many_digits_is_no_range(path: Path) -> None:
+    got = client(path).get("/trace", headers={"range": f"bytes=0-{'9' * 5000}"})
+    assert got.status_code == 200 and len(got.content) == path.stat().st_size
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_server_leaves_no_file(tmp_path: Path, how: signal.Signals) -> None:
+    pytest.importorskip("uvicorn")
+    code = (
+        "import hookattn, torch\n"
+        "from hookattn.demo.induction import example_tokens, load_pretrained\n"
+        "from hookattn import render\n"
+        "trace = hookattn.trace(load_pretrained(), example_tokens(0, length=8))\n"
+        "render.serve(trace, port=0, open_browser=False, ready=lambda url: print(url, flush=True))\n"
+    )
+    environment = os.environ | {
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "adapters"))),
+    }
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    with urllib.request.urlopen(url) as page:  # it answers, so that it runs
+        assert page.status == 200
+    assert list(tmp_path.rglob("*.safetensors"))
+    process.send_signal(how)
+    process.wait(20)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_parts_of_the_file(path: Path) -> None:
     asker, data = client(path), path.read_bytes()
     for start, end in ((0, 8), (8, 1000), (len(data) - 5, len(data)), (0, len(data))):

@@ -203,6 +203,7 @@ def _end(console: Console, report: dict[str, Any]) -> None:
     for file in report["files"]:
         console.print(f"    hookattn info {file}", soft_wrap=True)
     console.print(f"    hookattn heads {report['files'][-1]}", soft_wrap=True)
+    console.print(f"    hookattn view {report['files'][-1]} --html heads.html", soft_wrap=True)
     console.print(f"    hookattn verify {report['files'][-1]}", soft_wrap=True)
     console.print('    hookattn trace MODEL --text "your own sentence" -o out/mine.safetensors')
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import socket
+import sys
+import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -117,7 +120,7 @@ def _part(request: Request, file: FileIO, stack: ExitStack) -> Response:
     if wanted not in (tag, "*"):  # to the former the standard would answer with the whole, large as it may be
         return changed
     start, end, status = 0, size, 200
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    asked = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", request.headers.get("range", ""))
     if asked is not None:
         start, end, status = int(asked[1]), min(size, int(asked[2] or size) + 1), 206
         if start >= end:
@@ -165,6 +168,10 @@ def listen(port: int | None = None) -> socket.socket:
     raise RenderError(f"no port from {PORT} to {PORT + _TRIED - 1} is free; ask for another one.")
 
 
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def serve(
     trace: TraceLike,
     *,
@@ -209,6 +216,9 @@ def serve(
         ready(url)
         if open_browser:
             webbrowser.open(url)  # it waits in the socket's queue until the server runs
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn stops on SIGTERM and then raises it again, which by default ends the process before the cleanup.
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
         with suppress(KeyboardInterrupt):  # uvicorn passes it on once it has stopped
             server.run(sockets=[listening])
