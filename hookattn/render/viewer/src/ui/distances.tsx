@@ -9,8 +9,8 @@ import { Slices } from "../slices";
 import { placeOf } from "../state";
 import { useLoaded } from "./hooks";
 
-/** Numbers of each trace up to which all layers are compared unasked. */
-const AT_ONCE = 2 ** 25;
+/** Numbers of each trace up to which all layers, or all heads of one, are compared unasked. */
+const AT_ONCE = 2 ** 23;
 
 interface Row extends Distance {
   call: Call;
@@ -33,28 +33,30 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
   const calls = app.trace.calls.filter((c) => c.step === step && c.site.stack === stack && c.site.kind === kind);
   const size = calls.reduce((n, c) => n + c.headNumbers.length * c.extents.T * c.extents.S, 0);
   const few = size > AT_ONCE && !all;
+  const { T, S } = shown.extents;
+  const head = focus(app.state.value);
+  const alone = few && shown.headNumbers.length * T * S > AT_ONCE ? head : null;
   const { value, error, stale } = useLoaded(
     async (signal, show: (rows: Row[]) => void) => {
       const rows: Row[] = [];
       for (const call of few ? [shown] : calls) {
-        rows.push(...(await apart(app.trace, other, call, batch, new Slices(10, signal))));
+        rows.push(...(await apart(app.trace, other, call, batch, alone, new Slices(10, signal))));
         show([...rows]);
       }
       return rows;
     },
-    [app, step, batch, stack, kind, few, few ? shown : null],
+    [app, step, batch, stack, kind, few, few ? shown : null, alone],
   );
   const rows = (value ?? []).toSorted((a, b) =>
     order === "place" ? a.call.index - b.call.index || a.head - b.head : (b[order] || 0) - (a[order] || 0),
   );
-  const head = focus(app.state.value);
   return (
     <div class="distances">
       <div class="told">
         {stale ? "Comparing …" : "How far apart the weights are"}
         {few && (
           <button type="button" onClick={() => setAll(true)}>
-            all layers
+            all heads
           </button>
         )}
       </div>
@@ -104,12 +106,22 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
   );
 }
 
-/** The distances of the heads that a call and its twin have in common; none where there is no twin that fits. */
-async function apart(trace: Trace, other: Trace, call: Call, batch: number, slices: Slices): Promise<Row[]> {
+/**
+ * The distances of the heads that a call and its twin have in common, or of one; none where there is no twin that fits.
+ */
+async function apart(
+  trace: Trace,
+  other: Trace,
+  call: Call,
+  batch: number,
+  alone: number | null,
+  slices: Slices,
+): Promise<Row[]> {
   const twin = twinOf(trace, other, call);
-  if (twin === null || misfit(call, twin) !== null || !trace.has(call, "weights") || !other.has(twin, "weights")) return [];
+  if (twin === null || misfit(call, twin) !== null) return [];
+  if (!trace.has(call, "weights") || !other.has(twin, "weights")) return [];
   const rows: Row[] = [];
-  for (const head of call.headNumbers.filter((h) => twin.headNumbers.includes(h))) {
+  for (const head of (alone === null ? call.headNumbers : [alone]).filter((h) => twin.headNumbers.includes(h))) {
     const sides = [
       [trace, call, Math.min(batch, call.extents.B - 1)],
       [other, twin, Math.min(batch, twin.extents.B - 1)],
