@@ -241,6 +241,15 @@ def test_lens_gives_the_reason() -> None:
     assert named(figure, "log-of-the-denominator").get_xdata()[0] == pytest.approx(math.log(10.0), abs=1e-6)
 
 
+@pytest.mark.parametrize("n", [3, 7, 11, 41, 49])
+def test_equal_weights_are_attended_to(n: int) -> None:
+    """1/n in float32 may be less than 1/n."""
+    trace = traced(length=5)
+    scores, weights = torch.zeros(1, 4, 5, n), torch.full((1, 4, 5, n), 1 / n)
+    trace[0].fields = {"scores": scores, "mask": torch.ones(1, 1, 1, 1).bool(), "weights": weights, "sinks": None}
+    assert texts(render.lens(trace, layer=0, heads=0)).count("attended") == n
+
+
 def test_lens_of_a_row_with_nothing_to_attend_to() -> None:
     trace = traced(length=5)
     trace[0].fields["mask"] = torch.zeros(1, 1, 1, 5, dtype=torch.bool)

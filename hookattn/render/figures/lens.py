@@ -79,7 +79,7 @@ def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
     allowed = np.ones(len(weights), bool) if found.hidden is None else ~found.hidden
     if not allowed.any():
         return [HIDDEN] * len(weights), ["nothing to attend to"]
-    fair = 1 / allowed.sum()
+    fair = (1 - 1e-6) / allowed.sum()  # equal weights are rounded, and each is its share
     learned = max(0.0, 1 - float(weights[allowed].sum())) if found.part.field("sinks") is not None else 0.0
     sink = first_key(found.part)
     first = float(weights[sink]) if weights[sink] >= fair and allowed.sum() > 1 else 0.0
