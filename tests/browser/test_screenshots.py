@@ -1,8 +1,8 @@
 """Each view looks as it did when somebody looked at it last, in both themes.
 
 The pictures in ``screenshots/`` are a quarter of the size, in grey. Fonts differ from machine to machine by a little;
-what has moved, is gone or came to be differs by much. With ``HOOKATTN_SCREENSHOTS=write`` in the environment these tests
-write them anew, to be looked at.
+what has moved, is gone or came to be differs by much. With ``HOOKATTN_SCREENSHOTS=write`` set, these tests write them
+anew, to be looked at.
 """
 
 from __future__ import annotations
