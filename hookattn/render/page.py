@@ -149,7 +149,8 @@ def _header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
     document = json.loads(header["__metadata__"][METADATA_KEY])
     coding = {document["calls"][i]["fields"][field]: entry for (i, field), entry in made.coding.items()}
     document["notes"] += made.notes
-    header["__metadata__"][METADATA_KEY] = encode_document(document | ({"coding": coding} if coding else {}))
+    more = {"coding": coding, "left_out": list(made.left_out)}
+    header["__metadata__"][METADATA_KEY] = encode_document(document | {k: v for k, v in more.items() if v})
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return frame_header(raw, data_start(raw)), LENGTH_BYTES + length
 

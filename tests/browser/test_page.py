@@ -12,6 +12,7 @@ import torch
 
 import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
+from hookattn.render import narrow
 from hookattn.render.page import page, save_page
 from tests.test_render_page import HOSTILE, made, small
 
@@ -50,6 +51,18 @@ def test_tokens_are_text(open_page: Callable[..., Any], tmp_path: Path) -> None:
     assert tab.title() == HOSTILE[0]
     tab.locator(".ha", has_text="onerror=alert(1)").wait_for(timeout=10_000)
     assert tab.locator("img").count() == 0
+
+
+def test_a_field_without_room_says_so(
+    open_page: Callable[..., Any], trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "ROOM", 1)
+    tab = opened(open_page(), Path(save_page(trace, tmp_path / "a.html", state={"view": "neuron"})), "")
+    tab.locator(".ha", has_text="had no room in this page").first.wait_for(timeout=10_000)
+    monkeypatch.undo()
+    lean = hookattn.trace(load_pretrained(), example_tokens(0, length=8), capture=("weights", "mask"))
+    tab = opened(open_page(), Path(save_page(lean, tmp_path / "b.html", state={"view": "neuron"})), "")
+    tab.locator(".ha", has_text='Trace again with capture=("q", …)').first.wait_for(timeout=10_000)
 
 
 def test_a_link_restores_the_selection(open_page: Callable[..., Any], trace: Any, tmp_path: Path) -> None:

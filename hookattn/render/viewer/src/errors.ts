@@ -3,16 +3,20 @@ export class ViewerError extends Error {
   override name = "ViewerError";
 }
 
-/** A field that the trace does not hold; says which `capture=` keeps it. */
+/** A field that is not here; says how to have it: by which `capture=`, or in a page that had no room for it. */
 export class NotCaptured extends ViewerError {
   override name = "NotCaptured";
   constructor(
     readonly field: string,
     where: string,
+    leftOut: boolean,
   ) {
     super(
-      `“${field}” of ${where} is not in this trace, and does not follow from what is. ` +
-        `Trace again with capture=("${field}", …), or without capture= to keep everything.`,
+      leftOut
+        ? `“${field}” of ${where} had no room in this page. Make the page with fields=("${field}", …), or open the ` +
+            "trace itself with “hookattn view”."
+        : `“${field}” of ${where} is not in this trace, and does not follow from what is. ` +
+            `Trace again with capture=("${field}", …), or without capture= to keep everything.`,
     );
   }
 }

@@ -61,6 +61,8 @@ export interface TraceDocument {
   skipped: { path: string; reason: string; steps?: number[] }[];
   calls: CallDocument[];
   coding?: Record<string, Coding>;
+  /** Fields of the trace that a page had no room for. */
+  left_out?: string[];
 }
 
 export interface Entry {

@@ -3,7 +3,7 @@
  * hookattn/analyze/rollout.py computes it: A = (1 − residual)·W + residual·I for each layer, W its weights over all
  * heads, each row over its sum; a row that is padding, or attends to nothing, stays itself.
  */
-import { NotCaptured, ViewerError } from "../errors";
+import { ViewerError } from "../errors";
 import type { Slices } from "../slices";
 import { type Call, where } from "./call";
 import type { Matrix } from "./matrix";
@@ -19,7 +19,7 @@ export function refusal(trace: Trace, calls: readonly Call[]): string | null {
   for (const call of calls) {
     const why = unfit(call, first);
     if (why !== null) return `Rollout and flow go through layers of self-attention; ${where(call)} is none: ${why}.`;
-    if (!trace.has(call, "weights")) return new NotCaptured("weights", where(call)).message;
+    if (!trace.has(call, "weights")) return trace.lacks("weights", where(call)).message;
   }
   const numbers = calls.length * first.extents.T ** 2;
   return numbers > MOST

@@ -92,11 +92,16 @@ export class Trace {
       : this.storedRow(call, field, name, batch, head, query);
   }
 
+  /** The error for a field that is not here. */
+  lacks(field: string, where: string): NotCaptured {
+    return new NotCaptured(field, where, this.document.left_out?.includes(field) ?? false);
+  }
+
   /** The learned logits that join the softmax of a head: one, or one a row; null if there are none. */
   async sinks(call: Call, batch: number, head: number): Promise<Numbers | null> {
     const name = call.fields["sinks"];
     if (name === null) return null;
-    if (name === undefined) throw new NotCaptured("sinks", where(call));
+    if (name === undefined) throw this.lacks("sinks", where(call));
     const { shape, data } = await this.tensor(name);
     if (shape.length === 1) return data.slice(head, head + 1);
     const [b, h, t] = [shape.at(-4) ?? 1, shape.at(-3) ?? 1, shape.at(-2) ?? 1];
@@ -166,7 +171,7 @@ export class Trace {
   private async derive(call: Call, field: string, batch: number, head: number, query?: number): Promise<Matrix> {
     const part = (of: string) =>
       query === undefined ? this.optional(call, of, batch, head) : this.row(call, of, batch, head, query);
-    if (!this.has(call, field) || call.fields[field] === null) throw new NotCaptured(field, where(call));
+    if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, where(call));
     const slices = new Slices();
     if (field === "weights") {
       const [scores, mask, sinks] = await Promise.all([part("scores"), part("mask"), this.sinks(call, batch, head)]);

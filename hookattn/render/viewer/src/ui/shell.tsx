@@ -1,6 +1,6 @@
 import { useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
-import { NotCaptured, message } from "../errors";
+import { message } from "../errors";
 import { where } from "../data/call";
 import { encode } from "../state";
 import type { View } from "../views/index";
@@ -63,7 +63,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
       <Notices app={app} call={call} fields={view.fields(state)} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
         {missing !== undefined ? (
-          <Notice error>{new NotCaptured(missing, where(call)).message}</Notice>
+          <Notice error>{app.trace.lacks(missing, where(call)).message}</Notice>
         ) : (
           <view.component app={app} />
         )}

@@ -7,7 +7,6 @@ import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
 import { type Pyramid, pyramid } from "../data/pool";
 import { presented } from "../data/presented";
 import type { Trace } from "../data/trace";
-import { NotCaptured } from "../errors";
 import { exact } from "../format";
 import { Slices } from "../slices";
 import { Distances } from "../ui/distances";
@@ -200,7 +199,7 @@ function least(values: readonly number[]): number {
 
 /** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
 function absent(other: Trace, twin: Call, field: string, head: number): string | null {
-  if (!other.has(twin, field)) return `B, ${other.source.name}: ${new NotCaptured(field, where(twin)).message}`;
+  if (!other.has(twin, field)) return `B, ${other.source.name}: ${other.lacks(field, where(twin)).message}`;
   if (twin.headNumbers.includes(head)) return null;
   return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
 }

@@ -4,7 +4,6 @@ import { domain, ramp } from "../colours";
 import type { Call } from "../data/call";
 import { whole } from "../data/frame";
 import { thumbnail } from "../data/thumbnail";
-import { NotCaptured } from "../errors";
 import { number } from "../format";
 import { type Measure, measures, rolesOf } from "../options";
 import { placeOf } from "../state";
@@ -104,7 +103,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const { value: small, error } = useLoaded(
     async (signal) => {
       if (!seen) return null;
-      if (!app.trace.has(call, field)) throw new NotCaptured(field, `head ${head}`);
+      if (!app.trace.has(call, field)) throw app.trace.lacks(field, `head ${head}`);
       return thumbnail(
         app.trace,
         call,

@@ -3,7 +3,6 @@ import { domain, ramp } from "../colours";
 import { type Call, where } from "../data/call";
 import { extent, type Matrix } from "../data/matrix";
 import { groupOf, listed, readRow, readSteps, type Row, type Steps } from "../data/row";
-import { NotCaptured } from "../errors";
 import { exact, measured, number } from "../format";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { bars, type Heat, type KeyColumn, KeyRows, maskColumn } from "../ui/keyrows";
@@ -72,7 +71,7 @@ function Neuron({ app }: { app: App }) {
             dropped={false}
             title="component, part of the largest (±)"
           />
-          <Remarks call={value.call} steps={value.steps} group={group} />
+          <Remarks app={app} call={value.call} steps={value.steps} group={group} />
           <div aria-live="polite">
             <Tabular
               summary={`${value.place}: ${value.keys.length} keys, step by step`}
@@ -169,7 +168,7 @@ function strongest({ axes, call, keys, steps }: Shown, n: number): string {
 }
 
 /** What does not add up, and what is missing. */
-function Remarks({ call, steps, group }: { call: Call; steps: Steps; group: string | null }) {
+function Remarks({ app, call, steps, group }: { app: App; call: Call; steps: Steps; group: string | null }) {
   const missing = ["v", "bias"].filter((field) => !(field in call.fields) && !(field === "v" && steps.values));
   return (
     <>
@@ -184,7 +183,7 @@ function Remarks({ call, steps, group }: { call: Call; steps: Steps; group: stri
         {call.mixed && " The model changed the weights after the softmax, before they met v."}
       </p>
       {missing.map((field) => (
-        <Notice key={field}>{new NotCaptured(field, where(call)).message}</Notice>
+        <Notice key={field}>{app.trace.lacks(field, where(call)).message}</Notice>
       ))}
     </>
   );
