@@ -93,7 +93,7 @@ class Lineage:
                 f"{odd.site.label} has {extents(odd)[0]} queries in step {step}, and {calls[0].site.label} has {t}; "
                 "what runs at different lengths can't be stitched together. Select one stack first."
             )
-        own = [i for i, c in enumerate(calls) if not crosses(c)]
+        own = [i for i, c in enumerate(calls) if not c.site.crosses]
         filled = {i: self._filled(calls[i], *sizes[i]) for i in own}
         first = self._first(step, t, {i: (filled[i], sizes[i][1]) for i in own}, calls)
         if t < self.length and first == 0:
@@ -230,11 +230,6 @@ class Lineage:
                 "that changes its keys; stitch(beams=False) takes them as they come."
             )
         return best.indices
-
-
-def crosses(call: Call) -> bool:
-    """Whether the keys are another sequence's, the same in every step."""
-    return call.site.kind.startswith("cross")
 
 
 def _rows(call: Call) -> int:

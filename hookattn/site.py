@@ -45,6 +45,11 @@ class Site:
     layers: int | None = None
 
     @property
+    def crosses(self) -> bool:
+        """Whether the keys are another sequence's than the queries."""
+        return self.kind.startswith("cross")
+
+    @property
     def label(self) -> str:
         """The path as it is printed."""
         return self.path or "<model>"

@@ -15,8 +15,9 @@ from .attention import dot_scores, finish_scores
 from .call import Call
 from .certificate import Certificate
 from .errors import StitchError
-from .lineage import Lineage, Place, crosses, extents
+from .lineage import Lineage, Place, extents
 from .record import FIELDS
+from .sequences import together
 
 if TYPE_CHECKING:
     from .trace import Trace
@@ -113,7 +114,7 @@ def _stack(stack: str, sites: list[list[Call]], beams: Any, length: int | None) 
 
 def _cached(call: Call) -> bool:
     """Whether a call of a trace of one step has keys beside those of its own tokens (a static cache)."""
-    if crosses(call) or call.queries is not None:
+    if call.site.crosses or call.queries is not None:
         return False
     t, s = extents(call)
     return s > t
@@ -171,7 +172,7 @@ class _Site:
             dropout=max(c.dropout for c in self.calls),
             notes=(
                 *dict.fromkeys(n for c in self.calls for n in c.notes),
-                f"put together from {len(self.calls)} steps",
+                together(len(self.calls)),
             ),
             certificate=_worst([c.certificate for c in self.calls]),
             derivable=first.derivable if self.exact else (),
@@ -260,7 +261,7 @@ class _Site:
 
     @property
     def _crosses(self) -> bool:
-        return crosses(self.calls[0])
+        return self.calls[0].site.crosses
 
 
 def _take(x: Tensor | None, rows: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
     if bad or not kinds:
         raise SelectionError(f"kinds={tuple(kinds)}: expected some of {', '.join(KINDS)}.")
     written = {id(c): _written(c) for c in circuits}
-    read = {(id(c), kind): _read(c, kind) for c in circuits for kind in kinds if kind == "q" or not _crosses(c)}
+    read = {(id(c), kind): _read(c, kind) for c in circuits for kind in kinds if kind == "q" or not c.site.crosses}
     frames = []
     for a, b in combinations(circuits, 2):
         for kind in kinds:
@@ -57,10 +57,6 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
     if not frames:
         raise MeasureError(f"composition needs two calls of one stack that can be compared by {', '.join(kinds)}.")
     return ranked(frames, "value")
-
-
-def _crosses(c: Circuit) -> bool:
-    return c.site.kind.startswith("cross")
 
 
 def _written(c: Circuit) -> Tensor:

@@ -29,7 +29,7 @@ def query_positions(call: Call, shape: tuple[int, int, int, int]) -> Tensor | No
         shape: B H T S of what was kept.
     """
     _, _, t, s = shape
-    if call.site.kind.startswith("cross"):
+    if call.site.crosses:
         return None
     rows = torch.arange(t) if call.queries is None else torch.tensor(call.queries)
     mask = call.get("mask") if call.has("mask") else None

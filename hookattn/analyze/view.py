@@ -12,6 +12,7 @@ from torch import Tensor
 from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
 from ..record import FIELDS
+from ..sequences import of_inputs, stitched
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from ..statistics.problem import four
@@ -51,20 +52,18 @@ class View:
     @property
     def crosses(self) -> bool:
         """Whether queries and keys are of different sequences."""
-        return self.call.site.kind.startswith("cross")
+        return self.call.site.crosses
 
     @cached_property
     def of_inputs(self) -> bool:
         """Whether its keys are those that tokens and padding are of: the encoder's, where a decoder reads one."""
-        if self.crosses or self.call.site.stack == "encoder":
-            return True
-        return not any(c.site.kind.startswith("cross") for c in self.trace.calls)
+        return of_inputs(self.call, self.trace)
 
     @cached_property
     def grows(self) -> bool:
         """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
         call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
-        return any(c.step != call.step for c in of_all) or any(n.startswith("put together from ") for n in call.notes)
+        return any(c.step != call.step for c in of_all) or stitched(call)
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:

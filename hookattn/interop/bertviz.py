@@ -62,7 +62,7 @@ def to_bertviz(trace: Trace, *, batch: int = 0) -> dict[str, Any]:
     steps = sorted({part.call.step for part in parts})
     if len(steps) > 1:
         raise SelectionError(f"BertViz shows one step, and there are {steps}; select(step=…) or stitch() first.")
-    crosses = [part for part in parts if part.call.site.kind.startswith("cross")]
+    crosses = [part for part in parts if part.call.site.crosses]
     others = [part for part in parts if part not in crosses]
     if not crosses:
         stacks = {(part.call.site.stack, part.call.site.kind) for part in others}

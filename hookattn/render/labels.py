@@ -8,6 +8,7 @@ import torch
 
 from ..call import Call
 from ..errors import InputError
+from ..sequences import of_inputs, stitched
 from ..statistics.positions import last_allowed
 from ..trace import Trace
 from .tokens import shown
@@ -15,7 +16,7 @@ from .tokens import shown
 
 def places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
     """T, the key position of each query; None where queries and keys are not places in one sequence."""
-    if call.site.kind.startswith("cross"):
+    if call.site.crosses:
         return None
     own = call.queries or tuple(range(t))
     if call.queries is None and t == s:
@@ -45,7 +46,7 @@ def labels(
         InputError: the given ones are not as many as the positions.
     """
     own = call.queries or range(t)
-    cross = call.site.kind.startswith("cross")
+    cross = call.site.crosses
     own_labels = tokens is not None and (cross or key_tokens is not None or len(tokens) != s)
     if key_tokens is None and tokens is not None and not cross:
         key_tokens = tokens if len(tokens) >= s else None
@@ -70,14 +71,9 @@ def _are_ours(trace: Trace, call: Call, s: int) -> bool:
     site = call.site
     if not trace.tokens or site.axes != "tokens" or site.stack in ("vision", "audio"):
         return False
-    crosses = any(c.site.kind.startswith("cross") for c in trace)
-    if crosses and site.stack != "encoder" and not site.kind.startswith("cross"):
+    if not of_inputs(call, trace):
         return False
+    crosses = any(c.site.crosses for c in trace)
     # Of a generation, the tokens may be those of its end; its last one never was a key.
-    grows = not crosses and any(c.step or _stitched(c) for c in trace)
+    grows = not crosses and any(c.step or stitched(c) for c in trace)
     return all(len(row) == s or (grows and len(row) > s) for row in trace.tokens)
-
-
-def _stitched(call: Call) -> bool:
-    """Whether several steps were put together, which a call says in its notes, also in a file."""
-    return any(note.startswith("put together from ") for note in call.notes)

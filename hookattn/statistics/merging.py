@@ -113,7 +113,7 @@ def _check_keys(name: str, calls: Sequence[Call]) -> None:
     known = [n for n in keys if n is not None]
     if len(known) < len(keys):
         raise StitchError(f"{site.label}: {name} was merged before; merge the traces of all steps at once.")
-    if site.kind.startswith("cross"):
+    if site.crosses:
         if len(set(known)) > 1:
             raise StitchError(f"{site.label}: {name} is of {known[:4]}… keys, which are not the same sequence.")
         return
