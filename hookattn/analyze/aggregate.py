@@ -57,7 +57,7 @@ def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
         MeasureError: no calls, or calls that differ in shape or in the heads that were kept.
         SelectionError, FieldNotCaptured: see :func:`aggregate`.
     """
-    over, several = _how(how), views(trace)
+    over, several = _how(how), list(views(trace))
     check_alike(several, "layers can be aggregated")
     first = several[0]
     for view in several:

@@ -40,14 +40,13 @@ def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
         MeasureError: the traces do not fit each other; says where and in what.
         FieldNotCaptured: a trace has no weights.
     """
-    ours, theirs = views(a, real), views(b, real)
-    if len(ours) != len(theirs):
+    if a.calls and b.calls and len(a.calls) != len(b.calls):
         raise MeasureError(
-            f"the traces do not fit: one has {len(ours)} calls and the other {len(theirs)}; take the calls that both "
-            "have with trace.select(…)."
+            f"the traces do not fit: one has {len(a.calls)} calls and the other {len(b.calls)}; take the calls that "
+            "both have with trace.select(…)."
         )
     frames = []
-    for one, other in zip(ours, theirs, strict=True):
+    for one, other in zip(views(a, real), views(b, real), strict=True):
         _check(one, other)
         frames.append(long(one, {"head": one.heads}, _distances(one, other)))
     return ranked(frames, "total_variation")

@@ -42,7 +42,7 @@ def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
     """
     import pandas as pd
 
-    several = views(trace, real)
+    several = list(views(trace, real))
     check_alike(several, "heads can be compared", "BTS")
     rows = torch.stack([view.rows for view in several]).all(0)
     if not bool(rows.any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..trace import Trace
 
 
-def views(trace: Trace, real: Any = None) -> list[View]:
-    """Each call of a trace.
+def views(trace: Trace, real: Any = None) -> Iterator[View]:
+    """Each call of a trace, one at a time: a view holds what was read and derived, and goes when the next one comes.
 
     Args:
         trace: the trace.
@@ -28,7 +28,8 @@ def views(trace: Trace, real: Any = None) -> list[View]:
     """
     if not trace.calls:
         raise MeasureError("the trace has no calls to measure.")
-    return [View(call, trace, real) for call in trace.calls]
+    for call in trace.calls:
+        yield View(call, trace, real)
 
 
 def call_columns(view: View) -> dict[str, Any]:

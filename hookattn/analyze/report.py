@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasureError
 from .chance import Chance
+from .frame import views
 from .measure import Measure
 from .registry import MEASURES, resolve
 from .roles import evidence, named
 from .table import columns, readings
-from .view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,13 +43,10 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     import pandas as pd
 
     chosen = resolve([*(MEASURES if measures is None else measures), *evidence()])
-    if not trace.calls:
-        raise MeasureError("the trace has no calls to report on.")
     chance = Chance(list(evidence()))
     frames: list[DataFrame] = []
     left_out: dict[str, str] = {}
-    for call in trace.calls:
-        view = View(call, trace, real)
+    for view in views(trace, real):
         found = readings(view, chosen, missing=True, why=left_out)
         frame = pd.DataFrame(columns(view, found, "head"))
         levels = chance.of(view)

@@ -58,7 +58,7 @@ def mixing(trace: Trace, heads: str, residual: float, start_layer: int, real: An
     """
     if not 0 <= residual < 1:
         raise SelectionError(f"residual={residual!r}: expected a share from 0, below 1.")
-    several = views(trace, real)
+    several = list(views(trace, real))
     if not -len(several) <= start_layer < len(several):
         raise SelectionError(f"start_layer={start_layer}: the trace has {len(several)} calls.")
     several = several[start_layer:]

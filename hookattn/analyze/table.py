@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookattnError, MeasureError, SelectionError
-from .frame import call_columns
+from .frame import call_columns, views
 from .labels import sequences
 from .measure import Measure, Reading
 from .registry import resolve
@@ -58,13 +58,7 @@ def measure(
     chosen = resolve(measures)
     if by not in BY:
         raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
-    if not trace.calls:
-        raise MeasureError("the trace has no calls to measure.")
-    frames = []
-    for call in trace.calls:
-        view = View(call, trace, real)
-        found = readings(view, chosen, missing)
-        frames.append(pd.DataFrame(columns(view, found, by)))
+    frames = [pd.DataFrame(columns(view, readings(view, chosen, missing), by)) for view in views(trace, real)]
     table = pd.concat(frames, ignore_index=True)
     table.attrs["units"] = {m.key: m.unit for m in chosen}
     return table

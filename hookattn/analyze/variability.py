@@ -47,7 +47,7 @@ def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, r
     reals = list(real) if isinstance(traces, Sequence) and real is not None else [real] * len(several)
     if len(reals) != len(several):
         raise MeasureError(f"real= has {len(reals)} entries for {len(several)} traces; expected one for each, or None.")
-    seen = [views(trace, own) for trace, own in zip(several, reals, strict=True)]
+    seen = [list(views(trace, own)) for trace, own in zip(several, reals, strict=True)]
     if not seen or len({len(own) for own in seen}) > 1:
         raise MeasureError(
             f"variability is over traces of the same calls; these have {[len(own) for own in seen]} calls."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -199,6 +200,26 @@ def test_a_file_gives_the_same(tmp_path: Any) -> None:
         table = analyze.measure(hookattn.load(tmp_path / "t.safetensors"), NAMES)
         for name in NAMES:
             assert table[name].to_numpy() == pytest.approx(expected[name].to_numpy(), abs=2e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "measured", [lambda t: analyze.measure(t, "entropy"), analyze.report, lambda t: analyze.compare(t, t)]
+)
+def test_calls_are_held_one_at_a_time(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is derived of a call goes before much more is: a trace may be larger than the memory."""
+    held: list[Any] = []
+    most = 0
+    init = analyze.View.__init__
+
+    def watched(self: analyze.View, *given: Any) -> None:
+        nonlocal most
+        init(self, *given)
+        held.append(weakref.ref(self))
+        most = max(most, sum(one() is not None for one in held))
+
+    monkeypatch.setattr(analyze.View, "__init__", watched)
+    measured(case(layers=9).trace)
+    assert len(held) >= 9 and most <= 4
 
 
 # --------------------------------------------------------------------------------------------------------- tables
