@@ -1,24 +1,22 @@
 """What the analyzers cost: the report on every head, flow, and a survey, beside one softmax of the same scores.
 
-    python benchmarks/analysis.py                                       # 12 layers of 12 heads, 512 tokens
-    python benchmarks/analysis.py --layers 4 --tokens 1024 --json out.json
+    python -m benchmarks.analysis                                       # 12 layers of 12 heads, 512 tokens
+    python -m benchmarks.analysis --layers 4 --tokens 1024 --json out.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import hookattn
 from hookattn import analyze
+
+from .clock import cpu_clock, median_of
 
 WORDS = "the cat sat on a mat , and the dog ran to it . [SEP]".split()
 
@@ -40,17 +38,6 @@ class Layers(nn.Module):
         return x
 
 
-def seconds(run: Callable[[], Any], rounds: int) -> float:
-    """The median of some rounds, after one that does not count."""
-    run()
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -67,12 +54,12 @@ def main() -> None:
         trace = hookattn.trace(model, x, tokens=tokens)
         short = hookattn.trace(model, x[:, :64], tokens=[tokens[0][:64]])
     scores = [call.scores for call in trace]
-    base = seconds(lambda: [torch.softmax(s, -1) for s in scores], options.rounds)
+    base = median_of(lambda: [torch.softmax(s, -1) for s in scores], cpu_clock, options.rounds)
     found = {"softmax of all scores": base}
-    found["report, all measures"] = seconds(lambda: analyze.report(trace), options.rounds)
-    found["rollout"] = seconds(lambda: analyze.rollout(trace), options.rounds)
-    found["flow of 64 tokens to one token"] = seconds(lambda: analyze.flow(short, [-1]), options.rounds)
-    found["flow of 64 tokens, all pairs"] = seconds(lambda: analyze.flow(short), 1)
+    found["report, all measures"] = median_of(lambda: analyze.report(trace), cpu_clock, options.rounds)
+    found["rollout"] = median_of(lambda: analyze.rollout(trace), cpu_clock, options.rounds)
+    found["flow of 64 tokens to one token"] = median_of(lambda: analyze.flow(short, [-1]), cpu_clock, options.rounds)
+    found["flow of 64 tokens, all pairs"] = median_of(lambda: analyze.flow(short), cpu_clock, 1)
     sizes = f"{options.layers} layers, {options.heads} heads, {options.tokens} tokens"
     print(f"{sizes}, {torch.get_num_threads()} threads\n")
     for name, took in found.items():

@@ -147,6 +147,12 @@ def _warm(timed: Timed, clock: Clock, long: float) -> float:
         return 0.0
 
 
+def median_of(run: Callable[[], Any], clock: Clock, rounds: int) -> float:
+    """Seconds of one thing alone: the median of some rounds, after one that does not count."""
+    run()
+    return statistics.median(clock(run) for _ in range(rounds))
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
     ordered = sorted(values)

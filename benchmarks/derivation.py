@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-
 import torch
 
 from hookattn.attention import Diagonal, causal_mask, derive
 
-from .clock import Clock, clock_of
+from .clock import Clock, clock_of, median_of
 
 
 def derivation(
@@ -33,16 +30,11 @@ def derivation(
     written = sum(x.nbytes for x in derived() if x is not None)
     source = torch.empty(written // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    spent = _median(derived, clock, rounds)
-    copied = _median(lambda: target.copy_(source), clock, rounds)
+    spent = median_of(derived, clock, rounds)
+    copied = median_of(lambda: target.copy_(source), clock, rounds)
     bandwidth = 2 * source.nbytes / copied
     return {
         "derive, bytes per second": written / spent,
         "copy, bytes read and written per second": bandwidth,
         "derive ÷ copy": written / spent / bandwidth,
     }
-
-
-def _median(run: Callable[[], object], clock: Clock, rounds: int) -> float:
-    run()
-    return statistics.median(clock(run) for _ in range(rounds))

@@ -19,6 +19,7 @@ from hookattn.testing import check_clean
 from hookattn.testing.case import same, tensors
 from hookattn.testing.clean import state_of
 from tests import tiny_models as tiny
+from tests.routed import Routed
 from tests.zoo import CASES
 
 pytest.importorskip("transformers")
@@ -146,19 +147,6 @@ def test_a_plan_in_the_middle_of_a_forward_changes_nothing(room: Any, planned: l
     assert planned and all(same(a, b) for a, b in zip(plain, tensors(trace.output), strict=True))
     assert torch.equal(after, torch.get_rng_state())
     check_clean(model)
-
-
-class Routed(nn.Module):
-    """Decides by values where to go, so that nobody can plan it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """B T C -> B T C."""
-        y: Tensor = self.mha(x, x, x)[0]
-        return y if bool(y.sum() > 0) else -y
 
 
 def test_what_cannot_be_planned_is_warned_of(room: Any) -> None:

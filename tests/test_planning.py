@@ -18,6 +18,7 @@ from hookattn import planned, planning
 from hookattn.testing import check_clean
 from hookattn.testing.clean import state_of
 from tests import tiny_models as tiny
+from tests.routed import Routed
 from tests.zoo import CASES
 
 transformers = pytest.importorskip("transformers")
@@ -215,19 +216,6 @@ def test_the_table() -> None:
     text = repr(hookattn.plan(tiny.t5(), {"input_ids": tiny.ids(), "decoder_input_ids": tiny.ids(5)}))
     assert "encoder.block.0.layer.0.SelfAttention … encoder.block.1" in text
     assert "decoder cross" in text and "2×4×5×7" in text and text.splitlines()[-1].startswith("fits")
-
-
-class Routed(nn.Module):
-    """Decides by values where to go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """B T C -> B T C."""
-        y: Tensor = self.mha(x, x, x)[0]
-        return y if bool(y.sum() > 0) else -y
 
 
 def test_bad_input() -> None:

@@ -66,8 +66,8 @@ def page(
         FieldNotCaptured, SelectionError: ``fields`` names what is not there.
         TraceFileError: the path is not that of a trace file.
     """
-    options: dict[str, Any] = {"state": state, "scores": scores, "images": images, "theme": theme, "fields": fields}
-    return "".join(parts(trace, compare=compare, title=title, **options))
+    given: dict[str, Any] = {"state": state, "scores": scores, "images": images, "theme": theme}
+    return "".join(parts(trace, compare=compare, title=title, fields=fields, **given))
 
 
 def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> str:
@@ -101,18 +101,15 @@ def parts(
     trace: TraceLike,
     *,
     compare: TraceLike | None = None,
-    state: Mapping[str, Any] | None = None,
-    scores: Any = None,
-    images: Mapping[str, Any] | None = None,
-    theme: str = "auto",
     title: str | None = None,
     fields: Sequence[str] | None = None,
     limit: int = LIMIT,
+    **given: Any,
 ) -> Iterator[str]:
-    """The text of :func:`page`, piece by piece."""
+    """The text of :func:`page`, piece by piece; ``given`` is for the viewer."""
     first = opened(trace)
     second = None if compare is None else opened(compare)
-    options = viewer_options(state=state, scores=scores, images=images, theme=theme, trace=first)
+    options = viewer_options(trace=first, **given)
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:
         made["compare"] = narrowed(second, fields, limit)

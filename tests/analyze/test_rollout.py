@@ -13,16 +13,10 @@ from torch import Tensor
 import hookattn
 from hookattn import analyze
 from hookattn.errors import FieldNotCaptured, MeasureError, SelectionError
-from tests.analyze.build import case, given, previous, uniform
+from tests.analyze.build import CASES, case, given, previous, uniform
 
 SQUARE: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "both ways": {"causal": False},
-    "padded right": {"pad": (0, 3)},
-    "padded left": {"pad": (2, 4), "side": "left"},
-    "encoder, padded": {"causal": False, "pad": (4, 0)},
-    "sinks": {"sinks": True},
-    "some heads": {"heads": (3, 0)},
+    name: options for name, options in CASES.items() if not {"t", "queries", "g"} & set(options)
 }
 
 

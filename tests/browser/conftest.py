@@ -106,6 +106,13 @@ def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = 
     return page
 
 
+def assert_fits(page: Any) -> None:
+    """Neither the page nor its figure is wider than the window."""
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    figure = page.locator(".figure").evaluate("f => [f.scrollWidth, f.clientWidth]")
+    assert figure[0] <= figure[1]
+
+
 # ------------------------------------------------------------------------------------------- what is looked at
 
 TOKENS = ["<s>", "Ġthe", "Ġcat", "ing", "çĮ", "«", "Ċ", "Ġ×©×ľ×ķ×Ŀ", "</script><img src=x onerror=alert(1)>"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hookattn
-from tests.browser.conftest import Layers, show, state
+from tests.browser.conftest import Layers, assert_fits, show, state
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Any]
@@ -97,6 +97,4 @@ def test_it_fits(open_page: Open, doubtful: tuple[hookattn.Trace, Path], width: 
     options = f"{{theme: '{theme}', state: {{view: 'certificates'}}}}"
     page = show(open_page(viewport={"width": width, "height": 900}), doubtful[1], options)
     page.locator("table.certificates").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    figure = page.locator(".figure").evaluate("f => [f.scrollWidth, f.clientWidth]")
-    assert figure[0] <= figure[1]
+    assert_fits(page)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hookattn
 from hookattn.analyze import flow, rollout
-from tests.browser.conftest import READ, TOKENS, Layers, causal, cells, show, state
+from tests.browser.conftest import READ, TOKENS, Layers, assert_fits, causal, cells, show, state
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Any]
@@ -231,8 +231,6 @@ def test_it_fits_and_is_exported(open_page: Open, deep_file: Path, width: int, t
     options = f"{{theme: '{theme}', state: {{view: 'flow', key: 2}}}}"
     page = show(open_page(viewport={"width": width, "height": 900}), deep_file, options)
     page.locator("path.path").first.wait_for(state="attached")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    figure = page.locator(".figure").evaluate("f => [f.scrollWidth, f.clientWidth]")
-    assert figure[0] <= figure[1]
+    assert_fits(page)
     svg = page.evaluate("viewer.svg()")
     assert "<path" in svg and "שלום" in svg and "var(--" not in svg

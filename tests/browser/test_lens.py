@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hookattn
-from tests.browser.conftest import Layers, causal, cells, show, state
+from tests.browser.conftest import Layers, assert_fits, causal, cells, show, state
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Any]
@@ -229,8 +229,6 @@ def test_it_fits_and_is_exported(open_page: Open, file: Path, width: int, theme:
     options = f"{{theme: '{theme}', state: {{view: 'lens', key: 2}}}}"
     page = show(open_page(viewport={"width": width, "height": 900}), file, options)
     page.locator(".plane").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    figure = page.locator(".figure").evaluate("f => [f.scrollWidth, f.clientWidth]")
-    assert figure[0] <= figure[1]
+    assert_fits(page)
     svg = page.evaluate("viewer.svg()")
     assert "<circle" in svg and "outscored" in svg and "שלום" in svg and "var(--" not in svg

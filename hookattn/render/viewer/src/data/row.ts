@@ -50,11 +50,14 @@ function logSum(scores: ArrayLike<number>, allowed: Uint8Array, sink: number | n
   return top + Math.log(total);
 }
 
-/** The keys that are listed: all, or the `most` that weigh most and the one that was asked for, in their order. */
-export function listed({ weights }: Row, most: number, asked: number | null): number[] {
+/** Keys listed at once: those that weigh most. */
+const MOST = 100;
+
+/** The keys that are listed: all, or those that weigh most and the one that was asked for, in their order. */
+export function listed({ weights }: Row, asked: number | null): number[] {
   const all = Array.from({ length: weights.length }, (_, s) => s);
-  if (all.length <= most) return all;
-  const kept = new Set(all.toSorted((a, b) => weights[b]! - weights[a]! || a - b).slice(0, most));
+  if (all.length <= MOST) return all;
+  const kept = new Set(all.toSorted((a, b) => weights[b]! - weights[a]! || a - b).slice(0, MOST));
   if (asked !== null) kept.add(asked);
   return [...kept].sort((a, b) => a - b);
 }

@@ -9,8 +9,6 @@ import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
 import type { View } from "./index";
 
-/** Keys listed at once: those that weigh most. */
-const MOST = 100;
 /** How far a weight may be from the softmax of its score before it is told: what rounding to 8 bits does. */
 const APART = 5e-3;
 
@@ -24,7 +22,7 @@ function Lens({ app }: { app: App }) {
   const { value, error } = useLoaded(async () => {
     const row = await readRow(app.trace, call, batch, stored(call, head), query);
     const verdict = judge(row);
-    const keys = listed(row, MOST, locked);
+    const keys = listed(row, locked);
     const place = `Head ${head}, query ${name(axes.queries, query)}`;
     return { place, axes, query, row, verdict, keys, columns: columnsOf(row, verdict, keys) };
   }, [app, call, batch, head, query, locked]);

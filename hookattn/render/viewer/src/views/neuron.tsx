@@ -12,8 +12,6 @@ import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
 import type { View } from "./index";
 
-/** Keys listed at once: those that weigh most. */
-const MOST = 100;
 /** Components named in the readout. */
 const STRONGEST = 3;
 
@@ -27,7 +25,7 @@ function Neuron({ app }: { app: App }) {
   const { value, error } = useLoaded(async () => {
     const at = stored(call, head);
     const row = await readRow(app.trace, call, batch, at, query);
-    const keys = listed(row, MOST, locked);
+    const keys = listed(row, locked);
     const steps = await readSteps(app.trace, call, batch, at, query, row, keys);
     const place = `Head ${head}, query ${name(axes.queries, query)}`;
     return { place, call, axes, head, query, row, keys, steps, columns: columnsOf(call, row, keys, steps) };
