@@ -5,10 +5,13 @@ Letters: B batch, H query heads, G key/value heads (H = G·groups), T queries, S
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import fresh
 
 # An additive entry at or below this is a mask, unless the tensor slopes down to it gradually (a long ALiBi bias).
 MASKED = -9_000.0
@@ -18,8 +21,8 @@ FILL = -99.0
 # bias by at least a third of its size.
 _BOUNDS = (MASKED, -60_000.0, -5e8, -1e30)
 _APART = 1.5
-# How many scores make a block on the CPU: 1 MiB of float32, which stays in a core's cache from product to softmax.
-_BLOCK = 1 << 18
+# How many scores make a block on the CPU: 4 MiB of float32, which stays in the cache from product to softmax.
+_BLOCK = 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -143,38 +146,48 @@ def derive(
         if notes is not None:
             notes.append(f"scores and weights were derived by torch's own operations: {made}")
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
-    simple = simple and b * h * t * s > 2 * _BLOCK
+    simple = simple and b * h * t * s > _BLOCK // 2
     if not simple or not bool(torch.isfinite(q.sum() + k.sum())):  # −∞ is added below: to +∞ it would give NaN
         whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
         return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
     dtype = compute_dtype(q.dtype)
-    scores = torch.empty(b, h, t, s, dtype=dtype) if want_scores else None
-    weights = torch.empty(b, h, t, s, dtype=dtype) if want_weights else None
-    rows = max(16, _BLOCK // s)
+    scores = fresh.empty((b, h, t, s), dtype, q.device) if want_scores else None
+    weights = fresh.empty((b, h, t, s), dtype, q.device) if want_weights else None
+    first = scores if scores is not None else weights
+    if first is None:
+        return None, None
     hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    for i, heads, at in _blocks(b, h, t, s, h // g):
 
-    def cut(x: Tensor, i: int, j: int, at: slice) -> Tensor:
-        return x[i if x.shape[0] > 1 else 0, j if x.shape[1] > 1 else 0, at if x.shape[2] > 1 else slice(None)]
+        def cut(x: Tensor, i: int = i, heads: slice = heads, at: slice = at) -> Tensor:
+            every = slice(None)
+            return x[i if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else every, at if x.shape[2] > 1 else every]
 
-    scratch = torch.empty(min(rows, t), s, dtype=dtype)
-    for i in range(b):
-        for j in range(h):
-            query, key = q[i, j].to(dtype), k[i, j // (h // g)].to(dtype).t()
-            for start in range(0, t, rows):
-                at = slice(start, min(start + rows, t))
-                block = scores[i, j, at] if scores is not None else scratch[: at.stop - start]
-                torch.addmm(block, query[at], key, beta=0, alpha=float(scale), out=block)
-                finish_scores(block, softcap, None if bias is None else cut(bias, i, j, at))
-                if weights is not None:
-                    out = weights[i, j, at]
-                    if hidden is not None:
-                        torch.add(block, cut(hidden, i, j, at), out=out)
-                        torch.softmax(out, -1, out=out)
-                    else:
-                        torch.softmax(block, -1, out=out)
+        block = first[i, heads, at]
+        keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
+        query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
+        flat = block.view(keys.shape[0], -1, s)
+        torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
+        finish_scores(block, softcap, None if bias is None else cut(bias))
+        if weights is not None:
+            out = weights[i, heads, at]
+            if hidden is not None:
+                block = torch.add(block, cut(hidden), out=out)
+            torch.softmax(block, -1, out=out)
     if weights is not None and empty and mask is not None:
         weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
     return scores, weights
+
+
+def _blocks(b: int, h: int, t: int, s: int, groups: int) -> Iterator[tuple[int, slice, slice]]:
+    """A batch entry, heads and rows of B H T S, of at most a block of scores where a row is not more: as many whole
+    groups of heads as go together, or else one head by rows."""
+    heads = _BLOCK // max(1, groups * t * s) * groups
+    rows = t if heads else max(16, _BLOCK // s)
+    for i in range(b):
+        for j in range(0, h, heads or 1):
+            for start in range(0, t, rows):
+                yield i, slice(j, min(j + (heads or 1), h)), slice(start, min(start + rows, t))
 
 
 def sink_column(sinks: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class Call:
         heads: the query heads kept; None: all.
         kv_heads: for each kept head its index in ``k`` and ``v``; None: head ``h`` has ``h // (H / G)``.
         queries: the query rows kept; None: all.
+        of_queries: how many query rows the kernel had, where ``queries`` says which were kept.
         keys: S, where statistics were captured.
         own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
@@ -75,6 +76,7 @@ class Call:
     derivable: tuple[str, ...] = ()
     fields: dict[str, Tensor | Load | None] = field(default_factory=dict, repr=False)
     keys: int | None = None
+    of_queries: int | None = None
 
     def get(self, name: str | Statistic) -> Tensor | None:
         """A field by name; None where the call has none (``bias``, ``sinks``, a statistic that isn't defined for it).

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import attention as math
+from . import fresh
 from .beside import beside, kept_rows, sample
 from .call import Call, Load
 from .certificate import Pending, measure, measured, read, rows_to_check, unit_of
@@ -23,6 +24,7 @@ from .site import Site
 from .transfer import Transfer
 
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
+_VECTORS = ("q", "k", "v", "output")
 _CONTIGUOUS = torch.contiguous_format
 
 
@@ -196,11 +198,12 @@ class Keeper:
         made.heads = None if heads is None else tuple(heads)
         made.kv_heads = None if groups is None else tuple(groups)
         if queries is not None:
-            made.queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries)
-        fresh = {"scores": scores is not call.scores, "weights": weights is not call.weights, "mask": True}
+            made.queries, made.of_queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries), t
+        ours = {"scores": scores is not call.scores, "weights": weights is not call.weights, "mask": True}
+        vectors = self._vectors(call)
         for name in self.fields:
             value = scores if name == "scores" else weights if name == "weights" else getattr(call, name)
-            made.fields[name] = self._keep(name, value, fresh.get(name, False))
+            made.fields[name] = vectors[name] if name in vectors else self._keep(name, value, ours.get(name, False))
         if found:
             made.keys = keys
             made.fields.update((name, None if x is None else self._store(x, True)) for name, x in found.items())
@@ -276,18 +279,26 @@ class Keeper:
             math.dot_scores(call.q[:, :, rows], call.k, cut(call.scale)), call.softcap, cut(call.bias)
         )
 
-    def _keep(self, name: str, x: Tensor | None, fresh: bool) -> Tensor | Load | None:
+    def _vectors(self, call: KernelCall) -> dict[str, Tensor]:
+        """Copies of q, k, v and output where they stay what they are."""
+        names = [name for name in _VECTORS if name in self.fields and getattr(call, name) is not None]
+        several: list[Tensor] = [getattr(call, name) for name in names]
+        if self.selection.dtype or self.selection.device or any(math.on_gpu(x) for x in several):
+            return {}
+        return dict(zip(names, fresh.copies(several), strict=True))
+
+    def _keep(self, name: str, x: Tensor | None, ours: bool) -> Tensor | Load | None:
         if x is None:
             return None
         if name in ("mask", "bias", "sinks"):
-            return self._once(("kept", name), x, lambda: self._store(x, fresh))  # type: ignore[no-any-return]
-        return self._store(x, fresh)
+            return self._once(("kept", name), x, lambda: self._store(x, ours))  # type: ignore[no-any-return]
+        return self._store(x, ours)
 
-    def _store(self, x: Tensor, fresh: bool) -> Tensor | Load:
+    def _store(self, x: Tensor, ours: bool) -> Tensor | Load:
         dtype = self.selection.dtype if x.is_floating_point() and self.selection.dtype is not None else x.dtype
         if self._transfer is not None and math.on_gpu(x):
-            return self._transfer.send(x, dtype, fresh)
+            return self._transfer.send(x, dtype, ours)
         device = self.selection.device or x.device
         if dtype != x.dtype or device != x.device:
             return x.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
-        return x if fresh and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        return x if ours and x.is_contiguous() else fresh.copies([x])[0]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import fresh
 from .call import Call
 
 # So many bytes may wait on the GPU; then the model waits for the oldest of them.
@@ -47,13 +48,13 @@ class Transfer:
         self._size = 0
         self._delivered: Future[None] | None = None
 
-    def send(self, x: Tensor, dtype: torch.dtype, fresh: bool) -> Callable[[], Tensor]:
+    def send(self, x: Tensor, dtype: torch.dtype, ours: bool) -> Callable[[], Tensor]:
         """Begin to copy a tensor.
 
         Args:
             x: on a device.
             dtype: of the copy.
-            fresh: whether ``x`` is ours, and nobody will write to it.
+            ours: whether nobody will write to it.
 
         Returns:
             A function that waits for the copy, contiguous and on the host, and returns it.
@@ -61,7 +62,7 @@ class Transfer:
         if x.device not in self._lanes:
             self._lanes[x.device] = self._make(x.device)
         lane = self._lanes[x.device]
-        own = x.to(dtype, memory_format=torch.contiguous_format, copy=not (fresh and x.is_contiguous()))
+        own = x.to(dtype, memory_format=torch.contiguous_format, copy=not (ours and x.is_contiguous()))
         while self._flying and (self._flying[0][0].done() or self._size + own.nbytes > self._limit):
             future, size = self._flying.popleft()
             future.result()
@@ -135,7 +136,7 @@ class CudaLane:
 
     def fetch(self, x: Tensor, mark: Any) -> Tensor:
         """See :class:`Lane`."""
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = fresh.empty(x.shape, x.dtype, torch.device("cpu"))
         with self.cuda.device(self.device), self.cuda.stream(self.stream):
             if not self.buffers:
                 self.buffers = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]

@@ -169,7 +169,7 @@ def test_what_waits_is_bounded() -> None:
 
     def send() -> None:
         for i in range(8):
-            sent.send(torch.full((100,), float(i)), torch.float32, fresh=False)
+            sent.send(torch.full((100,), float(i)), torch.float32, ours=False)
             done.append(i)
 
     thread = threading.Thread(target=send)
@@ -179,7 +179,7 @@ def test_what_waits_is_bounded() -> None:
     lane.gate.set()
     thread.join(20)
     assert len(done) == lane.fetched + len(sent._flying) - sum(f.done() for f, _ in sent._flying) == 8
-    large = sent.send(torch.ones(5000), torch.float64, fresh=True)  # larger than the limit: alone
+    large = sent.send(torch.ones(5000), torch.float64, ours=True)  # larger than the limit: alone
     assert torch.equal(large(), torch.ones(5000, dtype=torch.float64))
     sent.close()
 
