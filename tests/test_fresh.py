@@ -63,7 +63,7 @@ def _huge(x: torch.Tensor) -> int:
 
 
 def test_without_huge_pages_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> None:
+    def none(*_: object, **__: object) -> None:
         raise OSError("no memory")
 
     monkeypatch.setattr(mmap, "mmap", none)
