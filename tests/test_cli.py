@@ -461,7 +461,7 @@ def test_info(traced: Path) -> None:
 
 def test_info_json(traced: Path) -> None:
     made = json.loads(run("info", traced, "--json").stdout)
-    assert made["format_version"] == [1, 1] and made["versions"]["torch"] == torch.__version__
+    assert made["format_version"] == [1, 2] and made["versions"]["torch"] == torch.__version__
     assert made["tokens"][0][0] == "0" and made["bytes_of_fields"]["weights"] == 2 * 4 * 17 * 17 * 4
     assert [c["path"] for c in made["calls"]] == ["blocks.0.attn", "blocks.1.attn"]
 

@@ -18,7 +18,7 @@ import hookattn
 from hookattn import statistics as st
 from hookattn.errors import FieldNotCaptured, SelectionError, StitchError
 from hookattn.statistics import engine
-from tests.reference import as_sinks, draw, masked_softmax, reference_attention
+from tests.reference import as_sinks, draw, masked_softmax, reference_attention, same_bits
 
 SETS = {"a": (0, 2, 3), "b": (1,), "none": ()}
 ALL: tuple[Any, ...] = (
@@ -371,11 +371,46 @@ def test_keys_that_fell_out_of_a_cache_are_not_summed(capture: tuple[str, ...]) 
                 layer(x[:, :, :1], x, x)
         with pytest.raises(StitchError, match="fell out of the cache"):
             st.merge(found)
-    with hookattn.tracing(layer, capture=capture, queries=-1) as found:
-        layer(x, x, x)
-        layer(x[:, :, :1], torch.cat([x, x[:, :, :1]], 2), torch.cat([x, x[:, :, :1]], 2))
+
+
+@pytest.mark.parametrize("queries", [-1, [2, -1]])
+def test_merge_of_selected_rows(tmp_path: Path, queries: Any) -> None:
+    """How many tokens each step brought is known, whatever rows of it were kept."""
+    x, layer = draw(1, 2, 8, 4, seed=7), Layer()
+    with hookattn.tracing(layer, capture=("received", "entropy"), queries=queries) as found:
+        layer(x[:, :, :5], x[:, :, :5], x[:, :, :5])
+        layer(x[:, :, 5:], x, x)
+    merged = st.merge(found)
+    assert merged[0].queries is merged[0].of_queries is None
+    entropy = merged[0].get("entropy")
+    assert entropy is not None and entropy.shape[2] == sum(len(call.queries or ()) for call in found)
+    assert same_bits(hookattn.load(merged.save(tmp_path / "f"))[0].get("entropy"), entropy)
+    expected = torch.zeros(1, 2, 8, dtype=torch.float64)
+    for call, s in zip(found, (5, 8), strict=True):
+        q = x[:, :, s - (call.of_queries or 0) : s][:, :, list(call.queries or ())].double()
+        expected[..., :s] += (q @ x[:, :, :s].double().mT / 2).softmax(-1).sum(2)
+    close(merged[0].get("received"), expected, "received", 1e-6)
+    with hookattn.tracing(layer, capture=("received", "entropy"), queries=queries) as found:
+        for first in (0, 3):  # the oldest keys fall out
+            layer(x[:, :, :5], x[:, :, first : first + 5], x[:, :, first : first + 5])
+    with pytest.raises(StitchError, match="fell out of the cache"):
+        st.merge(found)
+    found[1].of_queries = None
     with pytest.raises(StitchError, match="queries were left out"):
         st.merge(found)
+
+
+def test_the_empty_end_of_a_cache_is_not_seen_by_some_rows() -> None:
+    x, layer = draw(1, 2, 8, 4, seed=7), Layer()
+    for queries in (0, -1):
+        with hookattn.tracing(layer, capture=("received", "entropy"), queries=queries) as found:
+            layer(x[:, :, :5], x, x, causal(8, 8)[:5])
+            layer(x[:, :, 5:], x, x, causal(8, 8)[5:])
+        if queries == -1:
+            assert st.merge(found)[0].get("entropy").shape[2] == 2  # type: ignore[union-attr]
+            continue
+        with pytest.raises(StitchError, match="queries were left out"):
+            st.merge(found)
 
 
 def test_a_cache_that_becomes_static_after_the_first_step() -> None:

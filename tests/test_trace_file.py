@@ -132,7 +132,7 @@ def test_saved_and_streamed_are_the_same(tmp_path: Path, options: dict[str, Any]
 
 def test_every_field_and_attribute_of_a_call_occurs_in_these() -> None:
     calls = [*run(heads=[1, 2], queries=[0]), *hookattn.trace(Model(), X)]
-    for name in ("softcap", "causal", "dropout", "heads", "kv_heads", "queries", "derivable"):
+    for name in ("softcap", "causal", "dropout", "heads", "kv_heads", "queries", "of_queries", "derivable"):
         assert any(getattr(c, name) not in (None, False, 0.0, ()) for c in calls), name
     assert all(any(c.get(name) is not None for c in calls) for name in hookattn.FIELDS)
     assert any(isinstance(c.scale, Tensor) for c in calls) and any(not c.mask.all() for c in calls)
@@ -285,6 +285,50 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 def test_other_damage(tmp_path: Path, good: bytes, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     with pytest.raises(CorruptFileError, match=message):
         hookattn.load(changed(good, tmp_path / "f", change))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_how_many_queries_a_call_had(tmp_path: Path, streamed: bool) -> None:
+    """Written beside the rows that were kept; a file of format 1.1 did not say."""
+    trace = run(queries=[-1, 0], to=tmp_path / "f") if streamed else run(queries=[-1, 0])
+    if not streamed:
+        trace.save(tmp_path / "f", compact=True)
+    lengths = [T] * 5 + [4] * 5
+    entries = document(tmp_path / "f")["calls"]
+    assert [(e["queries"], e["of_queries"]) for e in entries] == [([n - 1, 0], n) for n in lengths]
+    assert [c.of_queries for c in hookattn.load(tmp_path / "f")] == lengths
+    assert [c.of_queries for c in hookattn.load(tmp_path / "f").select(step=1)] == [4] * 5
+    raw = (tmp_path / "f").read_bytes()
+
+    def lessen(d: dict[str, Any]) -> None:
+        d["format_version"] = [1, 1]
+        for entry in d["calls"]:
+            del entry["of_queries"]
+
+    older = hookattn.load(changed(raw, tmp_path / "g", lessen))
+    assert [c.of_queries for c in older] == [None] * 10 and [c.queries for c in older] == [c.queries for c in trace]
+    assert not any("of_queries" in entry for entry in document(run().save(tmp_path / "h"))["calls"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("6", "'of_queries' is '6', expected int"),
+        (True, "'of_queries' is True, expected int"),
+        (6.0, "'of_queries' is 6.0, expected int"),
+        (5, "'of_queries' is 5, and query row 5 was kept"),
+        (-1, "'of_queries' is -1, and query row 5 was kept"),
+    ],
+)
+def test_how_many_queries_there_cannot_have_been(tmp_path: Path, value: object, message: str) -> None:
+    raw = Path(run(queries=[-1, 0]).save(tmp_path / "f")).read_bytes()
+    with pytest.raises(CorruptFileError, match=f"call 1: {message}.*save the trace again"):
+        hookattn.load(changed(raw, tmp_path / "g", lambda d: d["calls"][1].update(of_queries=value)))
+
+
+def test_how_many_queries_without_a_selection(tmp_path: Path, good: bytes) -> None:
+    with pytest.raises(CorruptFileError, match="call 1: 'of_queries' is 6, and 'queries' is null: expected both or"):
+        hookattn.load(changed(good, tmp_path / "f", lambda d: d["calls"][1].update(of_queries=6)))
 
 
 def test_newer_documents(tmp_path: Path, good: bytes) -> None:

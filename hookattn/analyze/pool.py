@@ -52,6 +52,7 @@ def pool_words(trace: Trace, words: Any = None) -> Trace:
                 derivable=(),
                 kv_heads=None,
                 queries=None,
+                of_queries=None,
                 keys=None,
                 certificate=UNVERIFIED,
                 notes=(*view.call.notes, "weights of words, pooled from those of their pieces"),

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
+from ..positions import query_positions
 from ..record import FIELDS
 from ..sequences import of_inputs, stitched
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from ..statistics.problem import four
 from ..statistics.received import Received
-from .positions import query_positions
 from .problem import problem_of
 
 if TYPE_CHECKING:
@@ -252,14 +252,14 @@ class View:
     @cached_property
     def positions(self) -> Tensor | None:
         """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
-        positions = query_positions(self.call, self.shape)
+        positions = query_positions(self.call, *self.shape[2:])
         return None if positions is None else positions.to(self.mask.device)
 
     @property
     def lost(self) -> str | None:
         """Why it is not known at which keys its queries are, where a cache may have an empty end; None: it is."""
         call, (_, _, t, s) = self.call, self.shape
-        if t >= s or call.has("mask") or call.has("weights"):
+        if (call.of_queries or t) >= s or call.has("mask") or call.has("weights"):
             return None
         steps = [c for c in self.trace.calls if c.site.path == call.site.path and c.step != call.step]
         if all(c.keys != call.keys for c in steps):

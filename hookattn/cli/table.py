@@ -53,6 +53,7 @@ def describe(call: Call) -> dict[str, Any]:
         "dropout": call.dropout,
         "heads": call.heads,
         "queries": call.queries,
+        "of_queries": call.of_queries,
         "fields": [name for name in call.fields if call.fields[name] is not None],
         "derivable": [name for name in call.derivable if name not in call.fields],
         "notes": list(call.notes),

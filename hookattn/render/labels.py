@@ -1,33 +1,14 @@
-"""Labels of the queries and the keys of a call, and at which key each query is."""
+"""Labels of the queries and the keys of a call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..call import Call
 from ..errors import InputError
 from ..sequences import of_inputs, stitched
-from ..statistics.positions import last_allowed
 from ..trace import Trace
 from .tokens import shown
-
-
-def places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
-    """T, the key position of each query; None where queries and keys are not places in one sequence."""
-    if call.site.crosses:
-        return None
-    own = call.queries or tuple(range(t))
-    if call.queries is None and t == s:
-        return own
-    if call.has("mask") and (t > 1 or call.step):
-        last = last_allowed(call.mask, torch.tensor(own), s)
-        if last is not None:
-            return tuple(last[batch if len(last) > 1 else 0].tolist())
-    if call.queries is None and t > s:
-        return None
-    return own if call.queries is not None else tuple(i + s - t for i in own)
 
 
 def labels(
@@ -59,11 +40,13 @@ def labels(
             raise InputError(f"key_tokens has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
         numbers = shown(key_tokens)[:s]
     if tokens is not None and own_labels:
-        if len(tokens) not in (t, max(own) + 1):
+        if len(tokens) not in (t, call.of_queries or max(own) + 1):
             raise InputError(f"tokens has {len(tokens)} labels, and {call.site.label} has {t} queries and {s} keys.")
         given = shown(tokens)
         return tuple(given if len(given) == t else [given[i] for i in own]), tuple(numbers)
-    return tuple(str(i) for i in own) if at is None else tuple(numbers[i] for i in at), tuple(numbers)
+    # Of more queries than keys, a diagonal goes on where no key is.
+    named = own if at is None else [numbers[i] if 0 <= i < s else i for i in at]
+    return tuple(map(str, named)), tuple(numbers)
 
 
 def _are_ours(trace: Trace, call: Call, s: int) -> bool:

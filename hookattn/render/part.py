@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import FieldNotCaptured, SelectionError
+from ..positions import query_positions
 from ..record import FIELDS
 from ..trace import Trace
-from .labels import labels, places
+from .labels import labels
 
 if TYPE_CHECKING:
     from .values import Array, Flags
@@ -160,7 +161,7 @@ def many(
             raise SelectionError(f"batch={batch}: {call.site.label} has {b} batch entries.")
         numbers = call.heads or tuple(range(h))
         chosen = numbers if heads is None else tuple(_numbers(heads, numbers, call))
-        at = places(call, batch % b, t, s)
+        at = _places(call, batch % b, t, s)
         names = labels(trace, call, batch % b, t, s, at, tokens, key_tokens)
         own = call.queries or tuple(range(t))
         made.append(
@@ -203,6 +204,11 @@ def extents(call: Call) -> tuple[int, int, int, int]:
             f"with capture={(*kept, 'mask', 'weights')!r}."
         )
     return found["B"], found["H"], found["T"], found["S"]
+
+
+def _places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
+    found = query_positions(call, t, s)
+    return None if found is None else tuple(found[batch if len(found) > 1 else 0].tolist())
 
 
 def _cut(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: int) -> Call:

@@ -67,7 +67,8 @@ def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Cal
             raise StitchError(f"{call.site.label}: heads {call.heads} here and {first.heads} there.")
     notes = (*dict.fromkeys(n for c in calls for n in c.notes), f"statistics of {len(calls)} calls put together")
     whole = len({c.keys for c in calls}) == 1
-    made = replace(first, index=index, notes=notes, derivable=(), keys=first.keys if whole else None, queries=None)
+    keys = first.keys if whole else None
+    made = replace(first, index=index, notes=notes, derivable=(), keys=keys, queries=None, of_queries=None)
     made.fields = {name: join(name, calls) for name in names}
     return made
 
@@ -117,10 +118,10 @@ def _check_keys(name: str, calls: Sequence[Call]) -> None:
         if len(set(known)) > 1:
             raise StitchError(f"{site.label}: {name} is of {known[:4]}… keys, which are not the same sequence.")
         return
-    seen = known[0] - _free(calls[0])
+    seen = _seen(calls[0], known[0])
     for call, n in zip(calls[1:], known[1:], strict=True):
         t = _rows(call)
-        if t is None:
+        if seen is None or t is None:
             raise StitchError(f"{site.label}: queries were left out, so which keys {name} counts is not known.")
         seen += t
         if n < seen:
@@ -130,20 +131,26 @@ def _check_keys(name: str, calls: Sequence[Call]) -> None:
             )
 
 
-def _free(call: Call) -> int:
-    """How many slots at the end of a static cache are empty: hidden from all queries, of which there are fewer."""
+def _seen(call: Call, s: int) -> int | None:
+    """How many of its S keys are tokens: not the empty end of a static cache, which is hidden from all queries.
+
+    None where the last query, which sees them all, was left out.
+    """
     names = [n for n in call.fields if _plain(n) == Received.name]
     got = call.get(names[0]) if names else None
-    if got is None or _rows(call) == call.keys:
-        return 0
+    t = _rows(call)
+    if got is None or t == s:
+        return s
+    if call.queries is not None and (t is None or t - 1 not in call.queries):
+        return None
     used = (got != 0).flatten(0, 1).any(0).nonzero()
-    return got.shape[2] - (int(used[-1]) + 1 if len(used) else 0)
+    return int(used[-1]) + 1 if len(used) else 0
 
 
 def _rows(call: Call) -> int | None:
     """T of a call, before any selection."""
     if call.queries is not None:
-        return None
+        return call.of_queries
     for name in call.fields:
         if _plain(name).removesuffix("_keys") in STATISTICS and _plain(name) != Received.name:
             value = call.get(name)

@@ -37,15 +37,17 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
     return steps + (s - t) if last is None else last
 
 
-def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
+def last_allowed(mask: Tensor, queries: Tensor, s: int, room: tuple[int, int] | None = None) -> Tensor | None:
     """(B or 1) T: where each query is, by the last key that it may attend to; None if these don't go up as they do.
 
     Padding may hide all keys of the first queries, and the own keys of the last ones: these are in line with the rest.
 
     Args:
         mask: bool, broadcastable to B H T S.
-        queries: T, int64: which of the kernel's queries these are.
+        queries: T, int64: which of the kernel's queries these are, in their order.
         s: S.
+        room: the least and the largest key position that the first query of the kernel can have; a query whose last key
+            is beyond them tells nothing.
     """
     t = len(queries)
     mask = mask[(None,) * (4 - mask.dim())].bool()
@@ -58,8 +60,10 @@ def last_allowed(mask: Tensor, queries: Tensor, s: int) -> Tensor | None:
         found = s - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)  # argmax: the first of the largest
         parts.append(torch.where(seen.any(-1), found, -1))
     last = torch.cat(parts, 1)
-    some = last >= 0
-    ahead = torch.where(some, last - queries, -s - int(queries[-1]))
+    ahead, some = last - queries, last >= 0
+    if room is not None:
+        some &= (ahead >= room[0]) & (ahead <= room[1])
+    ahead = torch.where(some, ahead, -s - int(queries[-1]))
     offset = ahead.amax(1, keepdim=True)
     on = some & (ahead == offset)
     sure = on.sum(1) >= min(t, 2)  # one of several is there in a mask that hides nothing but padding, too

@@ -45,7 +45,7 @@ def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Te
             name = f"calls/{call.index:04d}/{call.site.path or 'model'}/scale"
             tensors[name] = scale
         scale = {"tensor": name}
-    since_1_1 = {} if call.keys is None else {"keys": call.keys}
+    later = {"keys": call.keys, "of_queries": call.of_queries}  # since 1.1 and 1.2, where there is something to say
     return {
         "site": asdict(call.site),
         "step": call.step,
@@ -65,7 +65,7 @@ def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Te
         "fields": fields,
         "derivable": list(call.derivable),
         "certificate": {k: number(v) for k, v in call.certificate.to_json().items()},
-        **since_1_1,
+        **{k: n for k, n in later.items() if n is not None},
     }
 
 

@@ -99,8 +99,12 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         weights_tolerance="number",
     )
     known = {k: v for k, v in entry["site"].items() if k in Site.__dataclass_fields__}
-    if "keys" in entry:
-        expect(where, entry, keys="int?")
+    expect(where, entry, **{key: "int?" for key in ("keys", "of_queries") if key in entry})
+    queries, of_queries = entry["queries"], entry.get("of_queries")
+    if of_queries is not None and queries is None:
+        raise ValueError(f"{where}: 'of_queries' is {of_queries}, and 'queries' is null: expected both or neither")
+    if of_queries is not None and of_queries <= max(queries, default=-1):
+        raise ValueError(f"{where}: 'of_queries' is {of_queries}, and query row {max(queries)} was kept")
     scale = entry["scale"]
     names: dict[str, str | None] = entry["fields"]
     missing = [n for n in names.values() if n is not None and n not in file]
@@ -129,7 +133,8 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         dropout=entry["dropout"],
         heads=_tuple(entry["heads"]),
         kv_heads=_tuple(entry["kv_heads"]),
-        queries=_tuple(entry["queries"]),
+        queries=_tuple(queries),
+        of_queries=of_queries,  # since 1.2
         keys=entry.get("keys"),  # since 1.1
         own_scores=entry["own_scores"],
         mixed=entry["mixed"],

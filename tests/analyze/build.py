@@ -108,7 +108,7 @@ def case(
         derivable = ("scores", "weights") if {"q", "k", "mask", "bias", "sinks"} <= set(kept) else ()
         calls.append(
             Call(site, 0, layer, "eager", dtype, d**-0.5, causal=causal, heads=heads, kv_heads=kv, queries=queries,
-                 derivable=derivable, fields=kept)
+                 of_queries=None if queries is None else t, derivable=derivable, fields=kept)
         )  # fmt: skip
         exact.append(weights.double())
     index_ = slice(None) if queries is None else list(queries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 
 import hookattn
-from hookattn import analyze
+from hookattn import Call, Site, Trace, analyze
+from hookattn.positions import query_positions
+from hookattn.render.part import many
 from hookattn.statistics.positions import last_allowed
 from tests import tiny_models
 from tests.analyze.build import case
@@ -59,11 +63,16 @@ def test_rows_of_an_encoder_are_at_their_own_keys(build: str, queries: list[int]
                                    atol=1e-6, rtol=0)  # fmt: skip
 
 
-def test_one_row_of_a_first_forward_may_be_anywhere() -> None:
-    """A cache before it and keys behind it look the same: no number is made up."""
+def test_one_row_of_a_first_forward_may_be_anywhere_in_an_older_file() -> None:
+    """A cache before it and keys behind it look the same where T is not known: no number is made up."""
     made = case(causal=False, queries=(3,), pad=(0, 2))
+    assert [c.of_queries for c in made.trace] == [9, 9]
+    known = analyze.View(made.trace[0], made.trace).positions
+    assert known is not None and known.tolist() == [[3]]
+    for call in made.trace:
+        call.of_queries = None
     view = analyze.View(made.trace[0], made.trace)
-    assert view.positions is None
+    assert view.positions is None and many(made.trace)[0].places is None
     with pytest.raises(hookattn.errors.MeasureError, match="previous_token of call 0"):
         analyze.PreviousToken()(made.trace)
 
@@ -99,3 +108,95 @@ def test_padding_is_in_line(real: list[list[int]], t: int, offset: int) -> None:
 )
 def test_what_is_no_diagonal_is_none(mask: Tensor) -> None:
     assert last_allowed(mask, torch.arange(mask.shape[2]), mask.shape[3]) is None
+
+
+LAYOUTS = {"square": (6, 6, 0), "cache": (4, 10, 6), "static": (5, 12, 0), "static, later": (3, 12, 5)}
+"""T, S, and the key position of the first query."""
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pad", ["none", "left", "right"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selected_rows_are_where_they_are_in_the_whole_call(layout: str, pad: str, causal: bool) -> None:
+    """Whatever rows, in whatever order; padding hides the own keys of some."""
+    t, s, first = LAYOUTS[layout]
+    if pad == "right" and first:
+        pytest.skip("what is padded on the right has no queries behind it")
+    real = [[1] * s, [int(not (j < 2 if pad == "left" else t - 2 <= j < t)) for j in range(s)]]
+    mask = _causal(t, s, first, real if pad != "none" else [real[0]] * 2)
+    for rows in (*product(range(t)), *product(range(t), repeat=2)):
+        given = {"queries": rows, "of_queries": t, "causal": causal, "fields": {"mask": mask[:, :, list(rows)]}}
+        found = query_positions(Call(Site("attn"), 0, 0, "test", torch.float32, 1.0, **given), len(rows), s)
+        assert found is not None
+        assert found.expand(2, -1).tolist() == [[first + i for i in rows]] * 2, rows
+
+
+@pytest.mark.parametrize("layout", ["square", "cache"])
+def test_selected_rows_that_look_ahead(layout: str) -> None:
+    """The last key that such a row may attend to is the last of all, which is no diagonal; nor is there one unseen."""
+    t, s, first = LAYOUTS[layout]
+    for i in range(t):
+        for kept in ({"mask": torch.ones(2, 1, 1, s, dtype=torch.bool)}, {}):
+            call = Call(Site("attn"), 1, 0, "test", torch.float32, 1.0, queries=(i,), of_queries=t, fields={**kept})
+            found = query_positions(call, 1, s)
+            assert found is not None
+            assert found.expand(2, -1).tolist() == [[first + i]] * 2
+
+
+def test_more_queries_than_keys() -> None:
+    call = Call(Site("attn"), 0, 0, "test", torch.float32, 1.0, queries=(1,), of_queries=5)
+    assert query_positions(call, 1, 3) is None
+
+
+def forwards(name: str, **options: Any) -> Trace:
+    """A trace of a model whose kernels are given masks, or are causal, or look ahead, with or without a cache."""
+    kind, _, way = name.partition(", ")
+    model, mask = getattr(tiny_models, kind)(), (IDS != 0).long()
+    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": mask.flip(1) if way == "right" else mask}
+    with torch.random.fork_rng(), torch.no_grad(), hookattn.tracing(model, **options) as trace:
+        if kind == "bert" or way == "right":
+            model(**given)
+        elif kind == "t5":
+            model(**given, decoder_input_ids=IDS[:, :3])
+        else:
+            more = {"cache_implementation": "static"} if way == "static" else {}
+            model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False, **more)
+    return trace
+
+
+MODELS = ["llama, left", "llama, static", "gpt2, left", "gpt2, right", "bert, right", "t5, left"]
+
+
+@pytest.mark.parametrize("queries", [-1, 0, [-1, 0]])
+@pytest.mark.parametrize("name", MODELS)
+def test_selected_rows_of_models(name: str, queries: Any, tmp_path: Path) -> None:
+    """Analyzers and pictures have one rule, and a file keeps what it needs."""
+    whole, some = forwards(name), forwards(name, queries=queries)
+    some = hookattn.load(some.save(tmp_path / "f", compact=True))
+    assert len(whole) == len(some) and any(c.of_queries == IDS.shape[1] for c in some)
+    for all_of, call in zip(whole, some, strict=True):
+        rows = list(call.queries or ())
+        assert call.of_queries == all_of.q.shape[2] and len(rows) == call.q.shape[2]
+        expected = analyze.View(all_of, whole).positions
+        found = analyze.View(call, some).positions
+        if call.site.crosses:
+            assert expected is None and found is None
+            continue
+        assert expected is not None and found is not None
+        assert found.expand(2, -1).tolist() == expected.expand(2, -1)[:, rows].tolist(), call
+        for batch in (0, 1):
+            part = many(Trace([call]), batch=batch)[0]
+            assert part.places == tuple(found.expand(2, -1)[batch].tolist())
+
+
+def test_rows_of_forwards_of_one_length_are_not_in_a_cache() -> None:
+    """As many queries as keys: there is no empty end, whatever else ran with as many keys."""
+    model = tiny_models.bert()
+    with hookattn.tracing(model, capture=analyze.capture("previous_token"), queries=[1]) as trace:
+        model(IDS)
+        model(IDS)
+    assert [c.keys for c in trace] == [5] * len(trace) and len(trace) > 2
+    assert [analyze.View(c, trace).lost for c in trace] == [None] * len(trace)
+    for call in trace:
+        call.of_queries = None
+    assert all("only the mask tells" in (analyze.View(c, trace).lost or "") for c in trace)

@@ -22,7 +22,9 @@ WORDS = [f"Ġw{i}" for i in range(30)]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-def generated(model: Any, *, prompt: int = 6, tokens: list[str] | None = None, **options: Any) -> tuple[Any, Any]:
+def generated(
+    model: Any, *, prompt: int = 6, tokens: list[str] | None = None, queries: Any = None, **options: Any
+) -> tuple[Any, Any]:
     """A generation's trace, and the positions that the model itself gave the queries of each step."""
     given: list[list[int]] = []
 
@@ -33,14 +35,14 @@ def generated(model: Any, *, prompt: int = 6, tokens: list[str] | None = None, *
     ids = tiny.ids(prompt, batch=1)
     if "prompt_lookup_num_tokens" in options:
         ids = torch.cat([ids, ids], 1)  # so that there is something to look up
-    with hook, hookattn.tracing(model, tokens=tokens) as trace:
+    with hook, hookattn.tracing(model, tokens=tokens, queries=queries) as trace:
         model.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **options})
     return trace, given
 
 
 POSITIONS = """async () => { const { Trace, served } = await import("/hookattn-viewer.js");
   const trace = await Trace.open(await served("/trace.safetensors"));
-  return trace.calls.map(c => Array.from({length: c.extents.T}, (_, t) => c.past + t)); }"""
+  return trace.calls.map(c => Array.from({length: c.extents.T}, (_, t) => c.past + (c.queries?.[t] ?? t))); }"""
 
 
 @pytest.mark.parametrize(
@@ -54,15 +56,33 @@ POSITIONS = """async () => { const { Trace, served } = await import("/hookattn-v
         (tiny.llama, {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12, "min_new_tokens": 12}),
         (mistral, {}),
         (mistral, {"prompt": 2}),
+        (tiny.llama, {"queries": [0]}),
+        (tiny.llama, {"queries": [-1, 0], "use_cache": False}),
+        (tiny.llama, {"queries": [0], "cache_implementation": "static"}),
+        (mistral, {"queries": [0]}),
     ],
-    ids=["dynamic", "static", "none", "chunks", "one token", "candidates", "window", "window filling"],
+    ids=[
+        "dynamic",
+        "static",
+        "none",
+        "chunks",
+        "one token",
+        "candidates",
+        "window",
+        "window filling",
+        "first row",
+        "first and last, none",
+        "first row, static",
+        "first row, window",
+    ],
 )
 def test_queries_have_the_positions_that_the_model_gave_them(
     open_page: Open, tmp_path: Path, model: Callable[[], Any], options: dict[str, Any]
 ) -> None:
     trace, given = generated(model(), **options)
     page = show(open_page(), Path(trace.save(tmp_path / "t.safetensors")))
-    assert page.evaluate(POSITIONS) == [given[call.step] for call in trace]
+    expected = [[given[c.step][i] for i in c.queries or range(len(given[c.step]))] for c in trace]
+    assert page.evaluate(POSITIONS) == expected
     if "prompt_lookup_num_tokens" in options:
         ends = [positions[-1] for positions in given]
         assert any(after[0] <= end for end, after in zip(ends, given[1:], strict=False)), "nothing was rejected"
@@ -144,3 +164,15 @@ def test_a_stitched_generation_is_one_picture(open_page: Open, tmp_path: Path) -
     found = {k: w for _, k, w in rows_of_table(page)}
     expected = {f"{s} “w{s}”": w for s, w in enumerate(weights.tolist())}
     assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_that_a_window_dropped_are_counted_of_selected_rows(open_page: Open, tmp_path: Path) -> None:
+    trace, given = generated(mistral(), tokens=WORDS[:12], queries=[-1])
+    call = trace.select(step=3, layer=0)[0]
+    last, s = given[3][0], call.k.shape[2]
+    assert s <= last, "nothing was dropped"
+    page = show(open_page(), Path(trace.save(tmp_path / "t.safetensors")), "{state: {step: 3, layer: 0, heads: [0]}}")
+    names = [f"{j} “w{j}”" for j in range(last + 1 - s, last + 1)]
+    table = rows_of_table(page)
+    assert {q for q, _, _ in table} == {names[-1]} and {k for _, k, _ in table} <= set(names)
+    assert names[-1] in {k for _, k, _ in table}

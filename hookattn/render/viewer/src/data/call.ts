@@ -8,6 +8,8 @@ export interface Call extends CallDocument {
   readonly extents: { B: number; H: number; G: number; T: number; S: number };
   /** The number that the model gives each stored head. */
   readonly headNumbers: number[];
+  /** How many queries the kernel had; of selected rows an older file only tells that it had them. */
+  readonly fed: number;
   /** How many positions of the same site were fed in earlier steps: the position of the first query. */
   readonly past: number;
 }
@@ -38,7 +40,8 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     for (const axis of ["B", "H", "T", "S"] as const)
       extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
     const headNumbers = document.heads ?? Array.from({ length: extents.H }, (_, i) => i);
-    return { ...document, index, extents, past: 0, headNumbers };
+    const fed = document.of_queries ?? Math.max(...(document.queries ?? [extents.T - 1])) + 1;
+    return { ...document, index, extents, fed, past: 0, headNumbers };
   });
   // A module may run several times in one step; each such run is a sequence of its own.
   const sites = new Map<string, (typeof calls)[number][]>();
@@ -57,15 +60,14 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
 }
 
 /** Sets `past` of the calls of one site, which a generation counts on from step to step. */
-function count(calls: { past: number; readonly queries: number[] | null; readonly extents: Call["extents"] }[]): void {
-  const fed = calls.map(({ queries, extents }) => (queries?.at(-1) ?? extents.T - 1) + 1);
-  const before = calls.map((call, i) => call.extents.S - fed[i]!);
+function count(calls: { past: number; readonly fed: number; readonly extents: Call["extents"] }[]): void {
+  const before = calls.map((call) => call.extents.S - call.fed);
   // A cache that only ever grows tells it, also where rejected candidates are taken back. One of fixed size, or that
   // drops what is old, does not: there it is what was fed. Without a cache each step is fed all from its beginning.
   const grows = before.length > 2 && before[0] === 0 && before.every((n, i) => i === 0 || n > before[i - 1]!);
   for (const [i, call] of calls.entries()) {
     const last = calls[i - 1];
-    call.past = last === undefined || before[i] === 0 ? 0 : grows ? before[i]! : last.past + fed[i - 1]!;
+    call.past = last === undefined || before[i] === 0 ? 0 : grows ? before[i]! : last.past + last.fed;
   }
 }
 

@@ -36,6 +36,7 @@ export interface CallDocument {
   dropout: number;
   heads: number[] | null;
   queries: number[] | null;
+  of_queries?: number;
   kv_heads: number[] | null;
   own_scores: boolean;
   mixed: boolean;
