@@ -230,7 +230,12 @@ def unit_of(call: KernelCall) -> float:
     dtypes = {call.q.dtype, call.v.dtype, call.softmax_dtype or call.q.dtype}
     if call.weights is not None:
         dtypes.add(call.weights.dtype)
-    return max(TOLERANCE.get(d, TOLERANCE[torch.float16]) for d in dtypes)
+    return max(map(tolerance, dtypes))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The allowed distance per unit of what was computed in a dtype."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float16])
 
 
 def rounding_of(dtype: torch.dtype, formed: bool) -> float:

@@ -13,19 +13,19 @@ from . import attention as math
 from . import fresh
 from .beside import beside, kept_rows, sample
 from .call import Call, Load
-from .certificate import Pending, measure, measured, read, rows_to_check, unit_of
-from .later import SMALL, Small, Waiting
-from .masks import Masked, complete
+from .certificate import Pending, measure, measured, read, rows_to_check
+from .later import Waiting
+from .masks import Masked, Masks
 from .once import Once
 from .quiet import Quiet
 from .record import FIELDS, KernelCall
 from .selection import Selection, grouped, restrict
 from .site import Site
+from .small import SmallCalls
 from .transfer import Transfer
 
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
 _VECTORS = ("q", "k", "v", "output")
-_CONTIGUOUS = torch.contiguous_format
 
 
 class Keeper:
@@ -45,14 +45,14 @@ class Keeper:
         self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
         self.measured: list[tuple[Call, Pending]] = []
         chosen = selection.heads or selection.queries or selection.dtype or selection.device or selection.statistics
-        self._wait = wait and not chosen
         # With statistics and nothing of the size T·S, nothing of that size is formed, a mask least of all.
         self._lean = bool(selection.statistics) and not {"scores", "weights", "mask"} & selection.capture
         home = not wait or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if home else None
-        self._outputs = verify != "off" or "output" in selection.capture
-        self._waits = verify != "off" or self.waiting.scores or self.waiting.weights
         self._once = Once()
+        self._masks = Masks(self._once)
+        outputs = verify != "off" or "output" in selection.capture
+        self.small = SmallCalls(selection, outputs, self.waiting, self._masks) if wait and not chosen else None
         self.forget = self._once.forget  # a new forward: nothing is shared with the one before
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -70,13 +70,8 @@ class Keeper:
         Raises:
             SelectionError: a selected head or query is not there.
         """
-        if self._wait and self._is_small(call):
-            grad = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)
-            try:
-                return self._keep_small(call, site, step, index)
-            finally:
-                torch._C._set_grad_enabled(grad)
+        if self.small is not None and (made := self.small.keep(call, site, step, index)) is not None:
+            return made
         with Quiet(call.q):
             return self._keep_now(call, site, step, index)
 
@@ -101,47 +96,6 @@ class Keeper:
         pairs, self.measured = self.measured, []
         for (call, _), certificates in zip(pairs, read([(1, p) for _, p in pairs]), strict=True):
             call.certificate = certificates[0]
-
-    # Small and plain calls, which wait
-
-    def _is_small(self, call: KernelCall) -> bool:
-        """Whether a call is small and plain enough to wait for others of its shape."""
-        q, k, v = call.q, call.k, call.v
-        if not (
-            type(q) is type(k) is type(v) is type(call.output) is Tensor
-            and call.bias is call.weights is call.scores is call.sinks is None
-            and call.undropped is call.outer_error is None
-            and call.softcap is None
-            and not call.opaque
-            and type(call.scale) is float
-            and call.scale != 0
-            and not torch._C._len_torch_function_stack()
-        ):
-            return False
-        b, h, t, d = q.shape
-        s, keys, values = k.shape[2], k.numel(), v.numel()
-        return (
-            0 < keys <= SMALL
-            and 0 < values <= SMALL
-            and 0 < b * h * t * d <= SMALL
-            and b * h * t * s <= SMALL
-            and k.shape[0] == v.shape[0] == b
-        )
-
-    def _keep_small(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
-        q, k, v, output = call.q, call.k, call.v, call.output
-        assert output is not None and isinstance(call.scale, float)
-        several = [q, k, v, output] if self._outputs else [q, k, v]
-        own = [x.clone(memory_format=_CONTIGUOUS) for x in several]
-        masked = self._masked(call)
-        made = self._call(call, site, step, index)
-        given: dict[str, Tensor | None] = {"q": own[0], "k": own[1], "v": own[2], "mask": masked.mask}
-        if self._outputs:
-            given["output"] = own[3]
-        made.fields = {name: given.get(name) for name in self.fields}
-        if self._waits:
-            self.waiting.add(Small(made, own, masked, call.scale, unit_of(call)))
-        return made
 
     def _call(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
         return Call(
@@ -176,7 +130,10 @@ class Keeper:
             found, notes = beside(call, self.selection.statistics, site, heads, queries)
             call.notes = [*call.notes, *notes]
         kept = kept_rows(call, queries) if self._lean and self.verify != "off" else None
-        masked = None if self._lean else self._masked(call)
+        masked = None
+        if not self._lean:
+            hides = call.offset, call.window, call.causal
+            masked = self._masks(call.mask, t, call.k.shape[2], *hides, call.q.device)
         diagonal = None
         if math.on_gpu(call.q) and call.mask is None and (call.causal or call.window is not None):
             at = None if queries is None else kept_rows(call, queries)
@@ -218,16 +175,6 @@ class Keeper:
         part, masked = sample(call, kept, self.verify == "full")
         pending, _, _ = self._derive(part, masked)
         return None if pending is None else replace(pending, of_rows=len(kept))
-
-    # Masks
-
-    def _masked(self, call: KernelCall) -> Masked:
-        own = call.mask
-        if own is not None and own.dtype != torch.bool:
-            own = own.bool()
-        t, s = call.q.shape[2], call.k.shape[2]
-        key = t, s, call.offset, call.window, call.causal, call.q.device
-        return self._once(key, own, lambda: complete(own, *key))  # type: ignore[no-any-return]
 
     def _derive(
         self, call: KernelCall, masked: Masked, diagonal: math.Diagonal | None = None

@@ -16,8 +16,6 @@ from .certificate import Pending, read, rounding_of, rows_to_check
 from .masks import Masked, additive
 from .quiet import Quiet
 
-# Up to this many scores and keys' elements a call is small.
-SMALL = 1 << 18
 # So many scores may wait; then they are derived whether the forward is over or not.
 _LIMIT = 1 << 23
 
@@ -60,6 +58,11 @@ class Waiting:
         self._measured: list[tuple[Sequence[Small], Pending]] = []
         self._calls: list[Small] = []
         self._size = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to derive or measure."""
+        return self.scores or self.weights or self.verify != "off"
 
     def add(self, small: Small) -> None:
         """One more call."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import causal_mask
+from .once import Once
 
 # Masks of up to this many entries that depend on nothing but a shape are made once for all traces.
 _SMALL = 1 << 16
@@ -28,6 +29,33 @@ class Masked(NamedTuple):
     real: Tensor | None
     empty: bool
     hidden: Tensor | None = None
+
+
+class Masks:
+    """The complete masks of calls: one for all layers that are given the same.
+
+    Args:
+        once: remembers them.
+    """
+
+    def __init__(self, once: Once):
+        self._once = once
+
+    def __call__(
+        self,
+        own: Tensor | None,
+        t: int,
+        s: int,
+        offset: int,
+        window: int | None,
+        causal: bool,
+        device: torch.device,
+    ) -> Masked:
+        """As :func:`complete`, whatever the dtype of ``own``."""
+        if own is not None and own.dtype != torch.bool:
+            own = own.bool()
+        shape = t, s, offset, window, causal, device
+        return self._once(shape, own, lambda: complete(own, *shape))  # type: ignore[no-any-return]
 
 
 def complete(

@@ -54,6 +54,7 @@ class Session:
         self.plan, self.trace, self.selection = plan, trace, selection
         self.strict, self.sink, self.guard = strict, sink, guard
         self.keeper = Keeper(selection, verify, wait=sink is None)
+        self._small = self.keeper.small if selection.layers is None else None
         self.modes = Modes(lambda: Watch(self, kernels()))
         self.brackets = Brackets(self.plan, self._enter_site, self._leave_site, self.next_step, self._ran, self.forward)
         self.step = -1
@@ -231,6 +232,30 @@ class Session:
         self.trace.calls.append(made)
         if self.sink is not None and takes:
             self.keeper.deliver(made, self.sink)
+
+    def plain(
+        self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
+    ) -> bool:
+        """Take one call of a kernel that was given nothing but q, k, v, a scale and ``causal``, if it is small.
+
+        Args:
+            module: the one that the kernel runs in.
+            several: q, k, v and output, B H T D.
+        """
+        site = self.plan.sites.get(id(module))
+        if site is None or site.layer is None or self._small is None or _in_backward():
+            return False
+        if self.guard is not None and several[0].numel() * several[1].shape[2] > LARGE:
+            return False
+        calls = self.trace.calls
+        made = self._small.keep_plain(several, scale, causal, tap, site, max(self.step, 0), len(calls))
+        if made is None:
+            return False
+        self.heard += 1
+        self.recorded += 1
+        self.seen.add(site.path)
+        calls.append(made)
+        return True
 
     def _ordered(self, site: Site) -> Site:
         """A site without a number gets its place among those of its stack and kind."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,39 +19,13 @@ import hookattn
 from hookattn import KernelCall, attention
 from hookattn.attention import Diagonal, causal_mask
 from hookattn.kernels import launch
+from tests.interpreter import DEVICE, interpreted
 from tests.reference import draw, masked_softmax, repeat_heads
 
 pytest.importorskip("triton.language")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+__all__ = ["interpreted"]  # a fixture
 EXACT = 2e-5  # float32 sums, and scores of a few units
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    """Where no GPU is: kernels are decorated for the interpreter, and so is what Triton itself wrote in its language,
-    which something else may have imported long ago."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type == "cpu":
-            import triton.language as tl
-            from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
-            from triton.runtime.jit import JITFunction
-
-            dot = InterpreterBuilder.create_dot
-
-            def dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-                """The interpreter would multiply the bits of bfloat16 as integers."""
-                wide = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-                return dot(self, *wide, *rest)
-
-            patch.setattr(InterpreterBuilder, "create_dot", dot_of_numbers)
-            patch.setenv("TRITON_INTERPRET", "1")
-            for name in [name for name in sys.modules if name.startswith("triton.language")]:
-                for key, value in list(vars(sys.modules[name]).items()):
-                    if isinstance(value, JITFunction):
-                        patch.setattr(sys.modules[name], key, InterpretedFunction(value.fn))
-            launch.kernels()
-        yield
 
 
 def small_tiles(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
@@ -318,7 +290,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **options: Any) 
         return before(*args)
 
     monkeypatch.setattr("hookattn.kernels.derive", heeded)
-    monkeypatch.setattr("hookattn.keeper.SMALL", 0)
+    monkeypatch.setattr("hookattn.small.SMALL", 0)
     monkeypatch.setattr(attention, "on_gpu", lambda x: True)
     q = draw(2, 4, 24, 16, seed=1, dtype=dtype).to(DEVICE)
     k, v = (draw(2, 2, 24, 16, seed=i, dtype=dtype).to(DEVICE) for i in (2, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +297,21 @@ def test_captured_tensors_are_copies(way: str, grad: Any) -> None:
         attn.cache.fill_(7.0), attn.mask.fill_(7.0)
         assert same_bits(mine, kept)
         assert all(x.zero_() is x for x in mine) and same_bits(first.k, one) and bool((attn.cache == 7.0).all())
+
+
+def test_a_trace_leaves_nothing_for_the_garbage_collector(way: str) -> None:
+    model = net()
+    for _ in range(3):
+        hookattn.trace(model, X)
+    for _ in range(5):  # what other tests left may take several
+        gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            hookattn.trace(model, X)
+        assert gc.collect() < 3, "objects that refer to each other, and the tensors they hold, would wait for it"
+    finally:
+        gc.enable()
 
 
 def test_forwards_of_a_part_and_several_forwards(way: str) -> None:

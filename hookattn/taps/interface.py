@@ -9,6 +9,7 @@ tells whether that reading is right.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -61,7 +62,17 @@ def run(
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     if name == "sdpa" and not tracing.modes.open():
-        return _glance(tracing, function, module, query, key, value, attention_mask, args, kwargs)
+        # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
+        before = tracing.heard
+        tracing.glance = module, query, key, value
+        try:
+            out = function(module, query, key, value, attention_mask, *args, **kwargs)
+        finally:
+            tracing.glance = None
+        if tracing.heard == before:
+            with Quiet(query):
+                tracing.record(read("sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
+        return out
     sealed = any(word in name for word in _SEALED)
     with tracing.kernel(sealed) as seen:
         if not sealed:
@@ -77,30 +88,6 @@ def run(
     return out
 
 
-def _glance(
-    tracing: Any,
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here."""
-    before = tracing.heard
-    tracing.glance = module, query, key, value
-    try:
-        out = function(module, query, key, value, mask, *args, **kwargs)
-    finally:
-        tracing.glance = None
-    if tracing.heard == before:
-        with Quiet(query):
-            tracing.record(read("sdpa", module, query, key, value, mask, kwargs, out[0]))
-    return out
-
-
 def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The fused kernel; inside an implementation that is glanced at, its real arguments are reported."""
     tracing = current()
@@ -108,6 +95,16 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if tracing is None or tracing.glance is None:
         return out
     module, query, key, value = tracing.glance
+    scale = kwargs.get("scale")
+    if (
+        type(scale) is float
+        and len(args) == 3
+        and all(map(operator.is_, args, (query, key, value)))
+        and kwargs.get("attn_mask") is None
+        and not kwargs.get("dropout_p")
+        and tracing.plain(module, (query, key, value, out), scale, bool(kwargs.get("is_causal")), "sdpa")
+    ):
+        return out
     given = sdpa.bind(args, kwargs)
     if given["query"] is query:  # else grouped heads were packed into the rows of one query: read from outside
         call = sdpa.plain(tracing, original, given, out, module)

@@ -33,6 +33,9 @@ class Exchange:
         self.by_code = isinstance(original, types.FunctionType) and isinstance(patch.owner, types.ModuleType)
         if not self.by_code:
             body = patch.body
+            if isinstance(patch.owner, types.ModuleType):  # no method: it need not be a Python function
+                self.wrapper = functools.update_wrapper(functools.partial(body, original), original)
+                return
 
             @functools.wraps(original)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
