@@ -135,6 +135,32 @@ def test_rows_that_were_captured_alone() -> None:
         one(trace, "x", layer=1, queries=3)
 
 
+def test_labels_for_all_queries_of_which_some_were_captured() -> None:
+    trace = traced("t5", queries=[3, 1], tokens=[list("ABCDEFG")] * 2)
+    part = one(trace, "x", kind="cross", layer=0, tokens=list("vwxyz"))
+    assert part.row_labels == ["y", "w"] and part.column_labels == list("ABCDEFG")
+    part = one(trace, "x", stack="decoder", kind="self", layer=0, tokens=list("vwxyz"))
+    assert part.row_labels == ["y", "w"] and part.column_labels == list("vwxyz") and part.places == (3, 1)
+    for given in ("vwxy", "vwxyzz"):
+        with pytest.raises(InputError, match=f"tokens has {len(given)} labels"):
+            one(trace, "x", kind="cross", layer=0, tokens=list(given))
+
+
+@pytest.mark.parametrize(("first", "queries"), [(0, None), (-2, None), (0, (2, 1)), (-2, (3, 2))])
+def test_queries_before_and_behind_all_keys(first: int, queries: tuple[int, ...] | None) -> None:
+    """A diagonal of more queries than keys goes on where there is none: no key's label is theirs."""
+    rows = list(queries or range(5))
+    fields: Any = {
+        "mask": torch.ones(1, 1, 5, 3).tril(first).bool()[:, :, rows],
+        "weights": torch.ones(1, 1, len(rows), 3),
+    }
+    given: Any = {"causal": True, "queries": queries, "of_queries": queries and 5, "fields": fields}
+    call = hookattn.Call(hookattn.Site("attn"), 0, 0, "test", torch.float32, 1.0, **given)
+    part = one(hookattn.Trace([call]), "x", key_tokens=list("abc"))
+    assert part.places == tuple(i + first for i in rows)
+    assert part.row_labels == [{0: "a", 1: "b", 2: "c"}.get(i + first, str(i + first)) for i in rows]
+
+
 @pytest.mark.parametrize(("where", "message"), [
     ({"layer": 9}, r"no call fits \{'layer': 9\}"),
     ({}, r"x draws one call, and 2 fit; give layer= of 0, 1\."),

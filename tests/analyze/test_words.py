@@ -172,6 +172,12 @@ def test_one_piece_a_word_changes_nothing() -> None:
     assert torch.equal(pool_words(trace)[0].weights, trace[0].weights)
 
 
+def test_words_of_rows_that_were_selected_and_are_all(tmp_path: Any) -> None:
+    words = pool_words(case(t=9, queries=tuple(range(9))).trace, [0, 0, 1, 2, 2, 2, 3, 4, 4])
+    found = hookattn.load(words.save(tmp_path / "f"))[0]
+    assert found.weights.shape[2:] == (5, 5) and found.queries is found.of_queries is None
+
+
 def test_calls_that_have_no_words() -> None:
     with pytest.raises(MeasureError, match="needs tokens"):
         pool_words(given(uniform(4)))
