@@ -40,7 +40,8 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     for (const axis of ["B", "H", "T", "S"] as const)
       extents[axis] ||= axis === "H" ? (document.heads?.length ?? 1) : 1;
     const headNumbers = document.heads ?? Array.from({ length: extents.H }, (_, i) => i);
-    const fed = document.of_queries ?? Math.max(...(document.queries ?? [extents.T - 1])) + 1;
+    const last = document.queries?.reduce((most, i) => Math.max(most, i), 0) ?? extents.T - 1;
+    const fed = document.of_queries ?? last + 1;
     return { ...document, index, extents, fed, past: 0, headNumbers };
   });
   // A module may run several times in one step; each such run is a sequence of its own.
