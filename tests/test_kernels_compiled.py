@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +17,81 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, by compute capability (CUDA C Programming Guide)
-VARIANTS = [  # capability, dtype, width, tensors that are there, causal, window
-    (90, "bf16", 128, "scores weights", True, False),
-    (80, "fp16", 256, "weights mask scale", False, True),
-    (90, "fp32", 128, "product scores weights bias sinks rows", True, False),
-    (90, "bf16", 128, "v output found mask sinks", True, False),
-    (80, "fp16", 256, "v output found bias rows", True, True),
+SUMS = "lse max_score entropy total distance"
+VARIANTS = [  # kernel, capability, dtype, width, tensors that are there, causal, window
+    ("derive_rows", 90, "bf16", 128, "scores weights", True, False),
+    ("derive_rows", 80, "fp16", 256, "scores weights mask scale", False, True),
+    ("derive_rows", 90, "fp32", 128, "product scores weights bias sinks rows", True, False),
+    ("check_rows", 90, "bf16", 128, "v output found mask sinks", True, False),
+    ("check_rows", 80, "fp16", 256, "v output found bias rows", True, True),
+    ("sum_rows", 90, "bf16", 128, f"level {SUMS} places ranges parts sets masses rows", True, False),
+    ("sum_rows", 80, "bf16", 128, f"level {SUMS} places ranges parts sets masses rows", True, True),
+    ("sum_rows", 80, "fp16", 256, f"level {SUMS} places sets masses mask bias sinks", False, False),
+    ("sum_rows", 90, "fp32", 128, f"level {SUMS} places ranges parts rows", True, False),
+    ("sum_rows", 80, "fp32", 64, f"level {SUMS} places ranges parts sets masses", False, False),
+    ("sum_rows", 90, "bf16", 128, f"product level {SUMS} mask", False, False),
+    ("receive_keys", 90, "bf16", 128, "level received spans rows", True, False),
+    ("receive_keys", 80, "fp16", 256, "level received spans rows", True, True),
+    ("receive_keys", 80, "fp32", 128, "level received mask bias scale", False, False),
+    ("receive_keys", 90, "fp32", 128, "product level received", False, False),
 ]
 
 
-def compiled(capability: int, dtype: str, width: int, given: str, causal: bool, window: bool) -> dict[str, Any]:
-    """What became of one variant: bytes of shared memory, and whether tensor cores multiply."""
+def compiled(
+    name: str, capability: int, dtype: str, width: int, given: str, causal: bool, window: bool
+) -> dict[str, Any]:
+    """What became of one variant: bytes of shared and of local memory, and whether tensor cores multiply q and k."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hookattn.kernels import launch
+    from hookattn.kernels import launch, statistics
 
-    named = given.split()
-    kernel = launch.kernels().check_rows if "v" in named else launch.kernels().derive_rows
-    bm, bn, warps, stages = launch._CHECK if "v" in named else launch._tile(4096, width, "product" in named)
-    power = launch._power(width)
-    constants: dict[str, Any] = {"CAUSAL": causal, "WINDOWED": window, "BM": bm, "BN": bn, "BD": power, "BE": power}
-    optional = ("product", "scores", "weights", "scale", "bias", "mask", "sinks", "rows")
-    constants |= dict.fromkeys((name for name in optional if name not in named), None)
+    named, kernel = given.split(), getattr(launch.kernels(), name)
+    if name in ("derive_rows", "check_rows"):
+        tile = launch._CHECK if name == "check_rows" else launch._tile(4096, width, "product" in named)
+        options = dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
+    else:
+        tiles = statistics._tiles(4096, 0 if "product" in named else width, dtype == "fp32" and "product" not in named)
+        options = tiles[name == "receive_keys"].options()
+    sizes = {x: options.pop(x) for x in ("BM", "BN")}
+    power = launch.power(width)
+    constants: dict[str, Any] = {"CAUSAL": causal, "WINDOWED": window, **sizes, "BD": power, "BE": power, "BC": 16}
+    optional = (*"product scores weights scale bias mask sinks rows sets ranges places masses parts spans".split(),)
+    constants |= dict.fromkeys((x for x in (*optional, *SUMS.split()) if x not in named), None)
     constants |= {} if "bias" in named else {"softcap": None}
-    constants |= dict.fromkeys(("q_d", "k_d", "v_e", "out_e", "mask_s", "bias_s", "scale_s"), 1)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    own = {"scores": "*fp32", "product": "*fp32", "found": "*fp32", "mask": "*u8", "rows": "*i64"}
-    signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
-    signature |= {name: own.get(name, f"*{dtype}") for name in ("q", "k", *named)}
-    signature |= {name: "fp32" for name in ("factor", "softcap") if name not in constants}
-    uneven = {"factor", "softcap", "offset", "window", "start", "step", "N", "per", *constants}
-    even = [i for i, name in enumerate(kernel.arg_names) if name not in uneven]
+    constants |= dict.fromkeys(("q_d", "k_d", "v_e", "out_e", "mask_s", "bias_s", "scale_s", "product_s"), 1)
+    constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
+    own = {"mask": "*u8", "rows": "*i64", "spans": "*i64", "places": "*i64", "ranges": "*i32", "sets": "*bf16"}
+    own |= dict.fromkeys((*SUMS.split(), "scores", "found", "level", "received", "masses", "parts"), "*fp32")
+    own |= {"product": "*fp32"} if name == "derive_rows" else {}
+    signature = {x: "constexpr" if x in constants else "i32" for x in kernel.arg_names}
+    signature |= {x: own.get(x, f"*{dtype}") for x in ("q", "k", *named)}
+    signature |= {x: "fp32" for x in ("factor", "softcap") if x not in constants}
+    uneven = {"factor", "softcap", "offset", "window", "start", "step", "N", "R", "per", *constants}
+    even = [i for i, x in enumerate(kernel.arg_names) if x not in uneven]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}
     made = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={**options, "enable_fp_fusion": True},
     )
     code = made.asm["ptx"]
-    return {"shared": made.metadata.shared, "multiplies": "wgmma.mma" in code or "mma.sync" in code}
+    products = "wgmma.mma" in code or "mma.sync" in code
+    return {"shared": made.metadata.shared, "local": local(made.asm["cubin"]), "multiplies": products}
+
+
+def local(code: bytes) -> int:
+    """Bytes of local memory of a thread: what did not fit into registers. By a program that comes with Triton."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [str(program), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return max(int(x) for x in re.findall(r"STACK:(\d+)", text))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +109,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("index", range(len(VARIANTS)))
 def test_it_compiles(found: list[dict[str, Any]], index: int) -> None:
-    assert found[index]["shared"] <= SHARED[VARIANTS[index][0]]
-    assert found[index]["multiplies"] == ("product" not in VARIANTS[index][3]), "16-bit products: on the tensor cores"
+    name, capability, _, _, given, *_ = VARIANTS[index]
+    made = found[index]
+    assert made["shared"] <= SHARED[capability]
+    if name in ("sum_rows", "receive_keys"):
+        assert made["local"] <= 320, "hardly anything of a long sweep may be left to local memory"
+    formed = "product" in given.split() and "sets" not in given.split()
+    assert made["multiplies"] != formed, "products of q and k, and with sets: on the tensor cores"
 
 
 if __name__ == "__main__":

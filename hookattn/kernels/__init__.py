@@ -1,5 +1,5 @@
-"""Scores, weights and certificates at the speed of a GPU's memory: Triton, beside plain functions that say what is
-right."""
+"""Scores, weights, certificates and sums over weights as fast as a GPU allows: Triton, beside plain functions that say
+what is right."""
 
 from .launch import check, derive
 

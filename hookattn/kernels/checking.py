@@ -113,9 +113,7 @@ def check_rows(
     score, value = 0.0, 0.0
     for begin in range(first, last, BN):
         cols = begin + column
-        s = finished(
-            query, k, None, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD
-        )
+        s = finished(query, k, None, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, 1, scale_s, bias_s, BD)
         seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
         if mask is not None:
             alive |= tl.max(seen.to(tl.int32), 1) > 0

@@ -16,7 +16,7 @@ from ..record import KernelCall
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Wider heads are multiplied by torch: their tiles leave no room in a processor's shared memory.
-_WIDEST = 256
+WIDEST = 256
 # Rows and keys of a tile, warps, and stages of the pipeline, for a check: few rows, of which no more are wanted.
 _CHECK = 16, 64, 4, 2
 _refused: dict[tuple[Any, ...], str] = {}
@@ -49,7 +49,7 @@ def derive(
     """
     (b, h, t, d), s = q.shape, k.shape[2]
     key = "derive", q.device, q.dtype, k.dtype, d
-    reason = _refused.get(key) or _problem(q)
+    reason = unfit(key, q)
     if reason is not None:
         return reason
     scores = q.new_empty(b, h, t, s, dtype=torch.float32) if want_scores else None
@@ -63,10 +63,10 @@ def derive(
     def launch() -> None:
         kernels().derive_rows[(-(-t // bm) * b * h,)](
             product=product, scores=scores, weights=weights, T=t, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
-            **_operands(q, k, scale, softcap, bias, mask, sinks, diagonal),
+            **operands(q, k, scale, softcap, bias, None if diagonal else mask, sinks, diagonal or Diagonal()),
         )  # fmt: skip
 
-    return _try(key, q, launch) or (scores, weights)
+    return attempt(key, q, launch) or (scores, weights)
 
 
 def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal | None) -> Tensor | None:
@@ -87,34 +87,39 @@ def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal
         return None
     (b, h, t, d), (s, e) = q.shape, v.shape[2:]
     key = "check", q.device, q.dtype, d, e
-    if key in _refused or _problem(q) or not _multiplies(q, k) or v.dtype != q.dtype or e > _WIDEST:
+    if unfit(key, q) or not _multiplies(q, k) or v.dtype != q.dtype or e > WIDEST:
         return None
     n, (bm, bn, warps, stages) = len(range(*rows.indices(t))), _CHECK
     blocks = -(-n // bm)
     found = torch.empty(4, blocks, b * h, dtype=torch.float32, device=q.device)
     v = v.expand(b, -1, s, e)
-    beside = call.scale, call.softcap, call.bias, mask, call.sinks, diagonal
+    beside = call.scale, call.softcap, call.bias, None if diagonal else mask, call.sinks, diagonal or Diagonal()
 
     def launch() -> None:
         kernels().check_rows[(blocks * b * h,)](
             v=v, output=output, found=found, start=rows.indices(t)[0], step=rows.indices(t)[2], N=n, E=e,
-            BM=bm, BN=bn, BE=_power(e), num_warps=warps, num_stages=stages, **_strides("v", v, "bgse"),
-            **_strides("out", output, "bhte"), **_operands(q, k, *beside),
+            BM=bm, BN=bn, BE=power(e), num_warps=warps, num_stages=stages, **strides("v", v, "bgse"),
+            **strides("out", output, "bhte"), **operands(q, k, *beside),
         )  # fmt: skip
 
-    if _try(key, q, launch) is not None:
+    if attempt(key, q, launch) is not None:
         return None
     return found[:, 0] if blocks == 1 else found.amax(1)
 
 
 def kernels() -> Any:
     """The modules in Triton's language, as one; imported here, as Triton is heavy and may be missing."""
-    from . import checking, rows
+    from . import checking, receiving, rows, summing
 
-    return SimpleNamespace(derive_rows=rows.derive_rows, check_rows=checking.check_rows)
+    return SimpleNamespace(
+        derive_rows=rows.derive_rows,
+        check_rows=checking.check_rows,
+        sum_rows=summing.sum_rows,
+        receive_keys=receiving.receive_keys,
+    )
 
 
-def _operands(
+def operands(
     q: Tensor,
     k: Tensor,
     scale: float | Tensor,
@@ -122,15 +127,15 @@ def _operands(
     bias: Tensor | None,
     mask: Tensor | None,
     sinks: Tensor | None,
-    diagonal: Diagonal | None,
+    hides: Diagonal,
 ) -> dict[str, Any]:
-    """What both kernels are given, by the names of their parameters."""
+    """What all kernels are given, by the names of their parameters; ``mask``: bool, beside what ``hides`` says."""
     (b, h, t, d), (g, s) = q.shape, k.shape[1:3]
-    k, hides = k.expand(b, g, s, d), diagonal or Diagonal()
+    k = k.expand(b, -1, -1, -1)
     beside = {
         "scale": scale if isinstance(scale, Tensor) else None,
         "bias": bias,
-        "mask": None if mask is None or diagonal is not None else mask.view(torch.uint8),
+        "mask": None if mask is None else mask.view(torch.uint8),
     }
     wide = {name: None if x is None else x.expand(b, h, t, s) for name, x in beside.items()}
     column = None if sinks is None else sink_column(sinks).expand(b, h, t, 1)
@@ -146,16 +151,17 @@ def _operands(
         "window": hides.window or 0,
         "CAUSAL": hides.causal,
         "WINDOWED": hides.window is not None,
-        **{"H": h, "per": h // g, "S": s, "D": d, "BD": _power(d)},
-        **_strides("q", q, "bhtd"),
-        **_strides("k", k, "bgsd"),
-        **_strides("sinks", column, "bht"),
-        **{key: n for name, x in wide.items() for key, n in _strides(name, x, "bhts").items()},
+        "enable_fp_fusion": True,  # a product and a sum in one instruction, also where a release's default is otherwise
+        **{"H": h, "per": h // g, "S": s, "D": d, "BD": power(d)},
+        **strides("q", q, "bhtd"),
+        **strides("k", k, "bgsd"),
+        **strides("sinks", column, "bht"),
+        **{key: n for name, x in wide.items() for key, n in strides(name, x, "bhts").items()},
     }
 
 
-def _try(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
-    """Start a kernel; or the reason why that can't be, now and from now on."""
+def attempt(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
+    """Start a kernel; or the reason why that can't be, now and from now on for this ``key``."""
     try:
         with torch.cuda.device(q.get_device()):  # on the CPU there is none to choose
             launch()
@@ -165,7 +171,10 @@ def _try(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | N
     return _refused.get(key)
 
 
-def _problem(q: Tensor) -> str | None:
+def unfit(key: tuple[Any, ...], q: Tensor) -> str | None:
+    """Why no kernel takes this tensor; ``key``: which kernel of what kind it would be, as in :func:`attempt`."""
+    if key in _refused:
+        return _refused[key]
     if type(q) is not Tensor:
         return f"no kernel takes a {type(q).__name__}"
     if q.dtype not in _DTYPES:
@@ -180,7 +189,7 @@ def _has_triton() -> bool:
 
 def _multiplies(q: Tensor, k: Tensor) -> bool:
     """Whether q·k is left to the kernel."""
-    return q.dtype == k.dtype != torch.float32 and q.shape[3] <= _WIDEST
+    return q.dtype == k.dtype != torch.float32 and q.shape[3] <= WIDEST
 
 
 def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
@@ -191,11 +200,11 @@ def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
     return (16, 128, 4, 2) if t <= 16 else (64, 64, 4, 2)
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     """The next power of 2; tensor cores multiply no less than 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
+def strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
     """Strides by the names of a kernel's parameters; whatever they are where there is no tensor."""
     return {f"{name}_{letter}": 0 if x is None else x.stride(i) for i, letter in enumerate(letters)}

@@ -20,17 +20,37 @@ def _tanh(x):
 
 @triton.jit
 def finished(
-    query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD: tl.constexpr
+    query,
+    k,
+    product,
+    scale,
+    bias,
+    cols,
+    inside,
+    factor,
+    softcap,
+    S,
+    D,
+    k_s,
+    k_d,
+    product_s,
+    scale_s,
+    bias_s,
+    BD: tl.constexpr,
 ):
-    """BM BN: scale·q·kᵀ, soft-capped, plus bias, for some keys; all pointers stand at the rows."""
+    """BM BN: scale·q·kᵀ, soft-capped, plus bias, for some keys; all pointers stand at the rows.
+
+    Nothing in it but the names tells queries from keys: rows may be keys, and columns queries.
+    """
     there, far = cols < S, cols.to(tl.int64)[None, :]
     both = inside[:, None] & there[None, :]
     if product is None:
         d = tl.arange(0, BD)
         keys = k + far * k_s + d[:, None] * k_d
-        s = tl.dot(query, tl.load(keys, mask=there[None, :] & (d < D)[:, None], other=0.0)) * factor
+        keys = tl.load(keys, mask=there[None, :] & (d < D)[:, None], other=0.0)
+        s = tl.dot(query, keys, input_precision="tf32x3") * factor  # float32 as sums of what tensor cores multiply
     else:
-        s = tl.load(product[:, None] + cols[None, :], mask=both, other=0.0)
+        s = tl.load(product[:, None] + far * product_s, mask=both, other=0.0).to(tl.float32)
     if scale is not None:
         s *= tl.load(scale[:, None] + far * scale_s, mask=both, other=0.0).to(tl.float32)
     if softcap is not None:
@@ -41,20 +61,32 @@ def finished(
 
 
 @triton.jit
-def seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """BM BN: which of some keys each row may attend to."""
-    there = (cols < S)[None, :]
-    seen = inside[:, None] & there
+def shown(mask, cols, inside, S, mask_s):
+    """BM BN: what is there, and not hidden by the mask."""
+    seen = inside[:, None] & (cols < S)[None, :]
     if mask is not None:
         seen = tl.load(mask[:, None] + cols.to(tl.int64)[None, :] * mask_s, mask=seen, other=0) != 0
+    return seen
+
+
+@triton.jit
+def near(back, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """What a causal or windowed kernel shows of keys that lie ``back`` before the query's place on the diagonal."""
+    if CAUSAL:
+        seen = back >= 0
+    else:
+        seen = back > -window
+    if WINDOWED:
+        seen &= back < window
+    return seen
+
+
+@triton.jit
+def seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """BM BN: which of some keys each row may attend to."""
+    seen = shown(mask, cols, inside, S, mask_s)
     if CAUSAL or WINDOWED:
-        back = at[:, None] - cols[None, :]
-        if CAUSAL:
-            seen &= back >= 0
-        if WINDOWED:
-            seen &= back < window
-            if not CAUSAL:
-                seen &= back > -window
+        seen &= near(at[:, None] - cols[None, :], window, CAUSAL, WINDOWED)
     return seen
 
 
@@ -172,7 +204,7 @@ def derive_rows(
         for start in range(first, last, BN):
             cols = start + column
             s = finished(
-                query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD
+                query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, 1, scale_s, bias_s, BD
             )
             seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
             if mask is not None:
@@ -196,7 +228,7 @@ def derive_rows(
         cols = start + column
         both = inside[:, None] & (cols < S)[None, :]
         s = finished(
-            query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, scale_s, bias_s, BD
+            query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, 1, scale_s, bias_s, BD
         )
         if scores is not None:
             tl.store(scores[:, None] + cols[None, :], s, mask=both)

@@ -1,4 +1,5 @@
-"""All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys.
+"""All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys. What the kernels
+of a GPU take (:mod:`.fused`) is left to them.
 
 A block of scores stays in the processor's cache from the product to the last sum over it. Beside that one product and
 the exponential, which a fused kernel computes too, there are only sums over it. Reusing a fused kernel, which returns
@@ -41,12 +42,15 @@ def compute(problem: Problem, statistics: Sequence[Statistic]) -> dict[str, Tens
     q, k = problem.q, problem.k
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     dtype = compute_dtype(q.dtype if problem.scores is None else problem.scores.dtype)
-    made: dict[str, Tensor | None] = {}
+    made: dict[str, Tensor | None] = dict.fromkeys(name for statistic in statistics for name in statistic.fields)
+    defined = [x for x in statistics if problem.positions is not None or not x.positional]
+    if on_gpu(q) and 0 not in shape and defined:
+        from .fused import fused  # what it needs is heavy
+
+        found, defined = fused(problem, defined)
+        made.update(found)
     asked: list[tuple[Statistic, Out]] = []
-    for statistic in statistics:
-        if statistic.positional and problem.positions is None:
-            made.update(dict.fromkeys(statistic.fields))
-            continue
+    for statistic in defined:
         out = statistic.allocate(shape, dtype, q.device)
         made.update(out)
         asked.append((statistic, out))

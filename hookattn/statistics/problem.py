@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import torch
@@ -30,6 +30,7 @@ class Problem:
         window: its sliding window.
         rows: T, which queries of the whole call these are.
         positions: (B or 1) T, the key position that each is at; None where there is no such thing.
+        notes: gets a line where a GPU's kernels do not take it.
     """
 
     q: Tensor
@@ -45,6 +46,7 @@ class Problem:
     window: int | None = None
     rows: Tensor | None = None
     positions: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> Problem:
@@ -63,6 +65,7 @@ class Problem:
             call.window,
             rows,
             positions,
+            call.notes,
         )
 
 

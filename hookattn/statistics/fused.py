@@ -1,0 +1,111 @@
+"""The statistics that a GPU's kernels sum up, each in terms of those sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.statistics import MOST_SETS, Range, summed
+from .base import Statistic
+from .entropy import Entropy
+from .far_mass import FarMass
+from .first_mass import FirstMass
+from .local_mass import LocalMass
+from .lse import LogSumExp
+from .max_score import MaxScore
+from .mean_distance import MeanDistance
+from .offset_mass import OffsetMass
+from .previous_mass import PreviousMass
+from .problem import Problem
+from .received import Received
+from .segment_mass import SegmentMass
+
+# Exactly these classes: a subclass may write something else.
+_SUMS: dict[type[Statistic], str] = {
+    Entropy: "entropy",
+    LogSumExp: "lse",
+    MaxScore: "max_score",
+    MeanDistance: "distance",
+    Received: "received",
+    FarMass: "total",
+}
+_FAR = 1 << 30  # more than there are keys
+
+
+def _near(first: int, last: int) -> Range:
+    return Range(max(min(first, _FAR), -_FAR), max(min(last, _FAR), -_FAR), True)
+
+
+_RANGES: dict[type[Statistic], Callable[..., Range]] = {
+    FirstMass: lambda x: Range(0, min(x.n, _FAR) - 1, False),
+    LocalMass: lambda x: _near(1 - x.window, x.window - 1),
+    FarMass: lambda x: _near(1 - x.window, x.window - 1),
+    PreviousMass: lambda x: _near(-1, -1),
+    OffsetMass: lambda x: _near(x.offset, x.offset),
+}
+
+
+def fused(problem: Problem, statistics: Sequence[Statistic]) -> tuple[dict[str, Tensor], list[Statistic]]:
+    """Some statistics of a call by kernels of :mod:`hookattn.kernels`.
+
+    Args:
+        problem: the call; its notes say what the kernels don't take.
+        statistics: those that are defined for it.
+
+    Returns:
+        Field name → tensor; and the statistics that are left.
+    """
+    segments = _those_that_fit([x for x in statistics if type(x) is SegmentMass])
+    taken = [x for x in statistics if type(x) in _SUMS or type(x) in _RANGES or x in segments]
+    left = [x for x in statistics if x not in taken]
+    if left:
+        _note(problem, left, "no kernel takes them")
+    if not taken:
+        return {}, left
+    ranges = list(dict.fromkeys(_RANGES[type(x)](x) for x in taken if type(x) in _RANGES))
+    found = summed(problem, [_SUMS[type(x)] for x in taken if type(x) in _SUMS], ranges, _marks(problem, segments))
+    if isinstance(found, str):
+        _note(problem, taken, found)
+        return {}, list(statistics)
+    fields: dict[str, Tensor] = {}
+    masses = iter(torch.split(found["masses"], [x.columns() for x in segments], -1) if segments else ())
+    for statistic in taken:
+        kind = type(statistic)
+        if kind is SegmentMass:
+            fields[statistic.key] = next(masses).contiguous()
+            continue
+        value = found[_SUMS[kind]] if kind in _SUMS else None
+        if kind in _RANGES:
+            part = found["parts"][ranges.index(_RANGES[kind](statistic))]
+            value = part.clone() if value is None else (value - part).clamp_min_(0)
+        assert value is not None
+        fields[statistic.key] = value
+    return fields, left
+
+
+def _those_that_fit(segments: list[Statistic]) -> list[Statistic]:
+    """As many as have no more sets than a kernel sums up at once."""
+    made, n = [], 0
+    for statistic in segments:
+        if n + statistic.columns() <= MOST_SETS:
+            made.append(statistic)
+            n += statistic.columns()
+    return made
+
+
+def _marks(problem: Problem, segments: list[Statistic]) -> Tensor | None:
+    """N S: which keys are in each of their sets."""
+    if not segments:
+        return None
+    s = problem.k.shape[2]
+    marks = torch.zeros(sum(x.columns() for x in segments), s, dtype=torch.bfloat16, device=problem.q.device)
+    for part, statistic in zip(torch.split(marks, [x.columns() for x in segments]), segments, strict=True):
+        statistic.fill(part, slice(0, s), None)
+    return marks
+
+
+def _note(problem: Problem, statistics: Sequence[Statistic], reason: str) -> None:
+    names = ", ".join(x.key for x in statistics)
+    problem.notes.append(f"computed by torch's own operations: {names}: {reason}")
