@@ -1,60 +1,52 @@
 """Memory for what is kept: on the CPU, large tensors lie in huge pages where the system has them.
 
 The first write to each page of fresh memory interrupts the processor, which for ordinary pages of 4 KiB takes longer
-than the arithmetic that fills them. And what is kept lies apart from what the model allocates and frees.
+than the arithmetic that fills them.
 """
 
 from __future__ import annotations
 
-import math
+import ctypes
+import functools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 LARGE = 2 << 20
 """Bytes of the usual huge page: what is smaller is left to the allocator."""
-_ALIGNED = 64  # as torch's own allocator does
-_HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As ``torch.empty``."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type == "cpu" and (room := _pages(size)) is not None:
-        return torch.frombuffer(room, dtype=torch.uint8, count=size).view(dtype).view(*shape)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def copies(several: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous copies, each with a storage of its own, which lie side by side if they are large together."""
-    if any(x.device.type != "cpu" for x in several):
-        return [x.clone(memory_format=torch.contiguous_format) for x in several]
-    places, size = [], 0
-    for x in several:
-        places.append(size)
-        size += -(-x.nbytes // _ALIGNED) * _ALIGNED
-    room = _pages(size)
-    if room is None:
-        return [x.clone(memory_format=torch.contiguous_format) for x in several]
-    made = []
-    for x, start in zip(several, places, strict=True):
-        if not x.numel():
-            made.append(x.clone(memory_format=torch.contiguous_format))
-            continue
-        flat = torch.frombuffer(room, dtype=torch.uint8, count=x.nbytes, offset=start)
-        made.append(flat.view(x.dtype).view(x.shape).copy_(x))
+    made = torch.empty(shape, dtype=dtype, device=device)
+    _advise([made])
     return made
 
 
-def _pages(size: int) -> mmap.mmap | None:
-    """Fresh memory in huge pages, for as long as somebody holds it; None: it is too little, or there are none."""
-    if size < LARGE or _HUGE is None:
+def copies(several: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous copies, each with a storage of its own; small ones that are large together mostly lie side by side."""
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in several]
+    _advise(made)
+    return [own.copy_(x) for own, x in zip(made, several, strict=True)]
+
+
+def _advise(several: Sequence[Tensor]) -> None:
+    """Ask for huge pages; advice that the system can't follow changes nothing."""
+    if sum(x.nbytes for x in several if x.device.type == "cpu") < LARGE or (madvise := _madvise()) is None:
+        return
+    for x in several:
+        if x.device.type == "cpu" and x.numel():
+            first = x.data_ptr() & -mmap.PAGESIZE
+            madvise(first, x.data_ptr() + x.nbytes - first, mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's call; None where it has none, or no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    try:
-        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        room.madvise(_HUGE)
-    except OSError:  # none to be had: torch's allocator says so
-        return None
-    return room
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,14 +63,23 @@ def _huge(x: torch.Tensor) -> int:
     raise AssertionError("no mapping")
 
 
-def test_without_huge_pages_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object, **__: object) -> None:
-        raise OSError("no memory")
-
-    monkeypatch.setattr(mmap, "mmap", none)
+@pytest.mark.parametrize("call", [None, lambda *_: -1], ids=["none", "refused"])
+def test_without_huge_pages_it_is_the_same(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    monkeypatch.setattr(fresh, "_madvise", lambda: call)
     x = torch.randn(1 << 11, 1 << 11)
     assert torch.equal(fresh.copies([x.t()])[0], x.t())
     assert fresh.empty((1 << 22,), torch.float32, CPU).numel() == 1 << 22
+
+
+def test_small_tensors_cost_no_call_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(fresh, "_madvise", lambda: lambda *given: asked.append(given[1]))
+    fresh.empty((1000,), torch.float32, CPU)
+    fresh.copies([torch.ones(1000), torch.ones(10)])
+    assert not asked
+    several = fresh.copies([torch.ones(1 << 18)] * 3)
+    assert len(asked) == 3
+    assert all(size >= x.nbytes for size, x in zip(asked, several, strict=True))
 
 
 def test_memory_goes_with_its_tensors() -> None:
