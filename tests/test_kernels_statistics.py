@@ -28,7 +28,7 @@ pytest.importorskip("triton.language")
 
 __all__ = ["interpreted"]  # a fixture
 OWN = "top_k(5): no kernel takes them"
-few = settings(max_examples=60, deadline=None, phases=[Phase.generate])  # shrinking takes minutes in the interpreter
+few = settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking takes minutes in the interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -124,21 +124,21 @@ def test_everything_at_once(data: some.DataObject) -> None:
 @pytest.mark.parametrize("rows", [None, "last", "any"])
 def test_tiles_that_all_rows_see_and_edges(causality: str, rows: str | None) -> None:
     """Where queries are on the diagonal as in a real call, so that most tiles are read without a look at any mask."""
-    t = s = 130
-    q, k = draw(1, 4, t, 8, seed=1), draw(1, 2, s, 8, seed=2)
-    at = torch.arange(t) if rows is None else torch.arange(t)[-50:] if rows == "last" else torch.randperm(t)[:70]
+    t = s = 100
+    q, k = draw(1, 2, t, 8, seed=1), draw(1, 1, s, 8, seed=2)
+    at = torch.arange(t) if rows is None else torch.arange(t)[-50:] if rows == "last" else torch.randperm(t)[:60]
     problem = st.Problem(q[:, :, at], k, 0.4, rows=at, positions=at.unsqueeze(0))
     problem.causal = causality in ("causal", "both")
-    problem.window = 55 if causality in ("window", "both") else None
+    problem.window = 45 if causality in ("window", "both") else None
     compare(problem)
 
 
 def test_spans_are_those_of_the_matrix() -> None:
     """Outside of first and last nothing is seen, from left to right everything; and no block more is taken than needed
     where queries are in order."""
-    for seed in range(40):
+    for seed in range(200):
         make = torch.Generator().manual_seed(seed)
-        t, s, bm, bn = (int(torch.randint(1, n, (), generator=make)) for n in (60, 60, 20, 20))
+        t, s, bm, bn = (int(torch.randint(1, n, (), generator=make)) for n in (60, 60, 7, 7))
         rows = torch.randperm(2 * t, generator=make)[:t]
         rows = rows.sort().values if seed % 2 else rows
         problem = st.Problem(torch.zeros(1, 1, t, 1), torch.zeros(1, 1, s, 1), rows=rows)
