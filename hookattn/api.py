@@ -229,7 +229,7 @@ def _check_result(session: Session) -> None:
     if session.recorded and absent:
         raise SelectionError(
             f"layers={list(session.selection.layers or ())}: there is no layer {absent[0]}; of the {session.recorded} "
-            f"attention calls that ran, the last layers are {session.describe_layers()}."
+            f"attention calls that ran, the last layers are {session.numbering}."
         )
     if made.calls:
         return

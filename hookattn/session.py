@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from .errors import ModelError, UnfaithfulError
 from .guard import LARGE, Guard
 from .hooks import Brackets
-from .inspection import Plan, check_meta, within
+from .inspection import Plan, check_meta
 from .keeper import Keeper
 from .modes import Modes
+from .numbering import Numbering
 from .record import KernelCall
-from .registry import owner
 from .selection import Selection
+from .silent import silent
 from .site import Site
 from .taps import kernels, patches
 from .taps.current import current, set_current
@@ -63,10 +63,9 @@ class Session:
         self.heard = self.recorded = 0  # kernels that were seen, and those of them that were the model's
         self.glance: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
         self.matched: set[int] = set()
-        self._last: dict[tuple[str, str], int] = {}
+        self.numbering = Numbering()
         self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
         self._described: dict[str, Site] = {}
-        self._order: dict[tuple[str, str], list[str]] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}
         self._patched: list[Exchange] = []
         self._running = False
@@ -217,12 +216,10 @@ class Session:
         if site is None:  # another model, in the same thread
             return
         self.recorded += 1
-        if site.layer is None:
-            site = self._ordered(site)
+        site = self.numbering.numbered(site)
         self.seen.add(site.path)
         if self.selection.layers is not None:
-            place = (site.stack, site.kind)
-            self._last[place] = max(self._last.get(place, 0), site.layer or 0)
+            self.numbering.ran(site)
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
@@ -257,13 +254,6 @@ class Session:
         calls.append(made)
         return True
 
-    def _ordered(self, site: Site) -> Site:
-        """A site without a number gets its place among those of its stack and kind."""
-        order = self._order.setdefault((site.stack, site.kind), [])
-        if site.path not in order:
-            order.append(site.path)
-        return replace(site, layer=order.index(site.path))
-
     # The end
 
     def finish(self) -> None:
@@ -272,21 +262,11 @@ class Session:
         self._late_layers()
         sites = self.plan.sites
         if not all(key in sites and sites[key].path in self.seen for key in self.ran):
-            self._list_silent()
+            for place in silent(self.plan, self.ran, self.seen):
+                self._skipped.setdefault(place, set()).add(max(self.step, 0))
         self.trace.skipped = [
             Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
         ]
-
-    def _list_silent(self) -> None:
-        """What ran, sounds like attention, and was not seen attending: nor anything around it or in it."""
-        ran = {self.plan.paths[key]: module for key, module in self.ran.items()}
-        silent = {p: m for p, m in ran.items() if not any(within(s, p) or within(p, s) for s in self.seen)}
-        for path, module in silent.items():
-            if not any(other != path and within(other, path) for other in silent):  # the innermost says it best
-                adapter = self.plan.named.get(id(module))
-                named = "" if adapter is None else f" (it is a site by the word of {owner(adapter)})"
-                reason = f"{type(module).__name__} ran, and no softmax over q·k was seen in it{named}"
-                self._skipped.setdefault((path, reason), set()).add(max(self.step, 0))
 
     def _settle(self) -> None:
         self.keeper.settle(self.trace.calls)
@@ -303,7 +283,7 @@ class Session:
             return
 
         def takes(site: Site) -> bool:
-            n = site.layers or self._last[(site.stack, site.kind)] + 1
+            n = self.numbering.count(site)
             fits = {i for i in self.selection.layers or () if site.layer == (i if i >= 0 else n + i)}
             self.matched |= fits
             return bool(fits)
@@ -311,10 +291,6 @@ class Session:
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
             call.index = i
-
-    def describe_layers(self) -> str:
-        """The last layer of every stack that ran, as text."""
-        return ", ".join(f"{n} ({stack} {kind})" for (stack, kind), n in self._last.items())
 
 
 def _in_backward() -> bool:
