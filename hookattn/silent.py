@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from .inspection import Plan, within
 from .registry import owner
 
 
-def silent(plan: Plan, ran: Mapping[int, nn.Module], seen: Iterable[str]) -> Iterator[tuple[str, str]]:
+def silent(plan: Plan, ran: Mapping[int, nn.Module], seen: Collection[str]) -> Iterator[tuple[str, str]]:
     """Path and reason of what was silent, and so was everything around it and in it.
 
     Args:
