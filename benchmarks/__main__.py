@@ -26,6 +26,7 @@ import torch
 
 from .bars import verdicts
 from .cases import LARGE, SMALL, Case, cases
+from .checkout import register_adapters
 from .clock import clock_of
 from .derivation import derivation
 from .disk import streaming
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
     names = [name for name in options.rows.split(",") if name]
     share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
-    about = {**_about(device), "clock": clock.__name__}
+    about = {**_about(device), "adapters": register_adapters(), "clock": clock.__name__}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     start = time.perf_counter()
     rows: dict[str, list[Row]] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 import hookattn
 from benchmarks import __main__ as command
-from benchmarks import bars, clock, measure, memory, table, variants
+from benchmarks import bars, checkout, clock, measure, memory, table, variants
 from benchmarks.cases import LONG, TOY, Case, cases, room
 from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
@@ -201,3 +203,27 @@ def test_the_cases() -> None:
     for case in every:
         assert set(case.places) <= {"cpu", "cuda"} and case.places
     assert max(c.tokens for c in every) == 32768 and {c.batch for c in every} == {1, 16}
+
+
+def test_from_a_checkout_the_adapters_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkout.register_adapters() == "installed"
+    added: list[str] = []
+    monkeypatch.setattr(checkout, "entry_points", lambda group: [])
+    monkeypatch.setattr(hookattn, "register", lambda adapter: added.append(adapter.name))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert checkout.register_adapters() == "of this checkout"
+    assert {"gpt2", "bert", "llama"} <= set(added)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_stays_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: begun.append(environment))
+    for name in command._ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    command._keep_freed_memory()
+    assert len(begun) == 1 and command._ALLOCATOR.items() <= begun[0].items()
+    for name in command._ALLOCATOR:
+        monkeypatch.setenv(name, "1")  # somebody's own choice
+    command._keep_freed_memory()
+    assert len(begun) == 1
