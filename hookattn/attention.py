@@ -158,25 +158,26 @@ def derive(
         return None, None
     hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     for i, heads, at in _blocks(b, h, t, s, h // g):
-
-        def cut(x: Tensor, i: int = i, heads: slice = heads, at: slice = at) -> Tensor:
-            every = slice(None)
-            return x[i if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else every, at if x.shape[2] > 1 else every]
-
         block = first[i, heads, at]
         keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
         query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
         flat = block.view(keys.shape[0], -1, s)
         torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
-        finish_scores(block, softcap, None if bias is None else cut(bias))
+        finish_scores(block, softcap, None if bias is None else _part(bias, i, heads, at))
         if weights is not None:
             out = weights[i, heads, at]
             if hidden is not None:
-                block = torch.add(block, cut(hidden), out=out)
+                block = torch.add(block, _part(hidden, i, heads, at), out=out)
             torch.softmax(block, -1, out=out)
     if weights is not None and empty and mask is not None:
         weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
     return scores, weights
+
+
+def _part(x: Tensor, i: int, heads: slice, at: slice) -> Tensor:
+    """A block of what is broadcastable to B H T S."""
+    every = slice(None)
+    return x[i if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else every, at if x.shape[2] > 1 else every]
 
 
 def _blocks(b: int, h: int, t: int, s: int, groups: int) -> Iterator[tuple[int, slice, slice]]:

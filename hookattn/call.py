@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import dot_scores, finish_scores, softmax_weights
 from .certificate import UNVERIFIED, Certificate
 from .errors import FieldNotCaptured, HookattnError
-from .record import FIELDS
+from .record import FIELDS, KernelCall
 from .site import Site
 
 if TYPE_CHECKING:
@@ -77,6 +77,25 @@ class Call:
     fields: dict[str, Tensor | Load | None] = field(default_factory=dict, repr=False)
     keys: int | None = None
     of_queries: int | None = None
+
+    @classmethod
+    def of(cls, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        """A call of which nothing is kept yet but what is no field."""
+        return cls(
+            site,
+            step,
+            index,
+            call.tap,
+            call.q.dtype,
+            call.scale,
+            call.softcap,
+            call.causal,
+            call.window,
+            call.dropout,
+            own_scores=call.opaque,
+            mixed=call.mixed,
+            notes=tuple(call.notes),
+        )
 
     def get(self, name: str | Statistic) -> Tensor | None:
         """A field by name; None where the call has none (``bias``, ``sinks``, a statistic that isn't defined for it).

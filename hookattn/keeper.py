@@ -41,7 +41,6 @@ class Keeper:
     def __init__(self, selection: Selection, verify: str, wait: bool):
         self.selection, self.verify = selection, verify
         self.fields = tuple(f for f in FIELDS if f in selection.capture)
-        self.derivable = {"q", "k", "mask", "bias", "sinks"} <= selection.capture
         self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
         self.measured: list[tuple[Call, Pending]] = []
         chosen = selection.heads or selection.queries or selection.dtype or selection.device or selection.statistics
@@ -51,8 +50,7 @@ class Keeper:
         self._transfer = Transfer() if home else None
         self._once = Once()
         self._masks = Masks(self._once)
-        outputs = verify != "off" or "output" in selection.capture
-        self.small = SmallCalls(selection, outputs, self.waiting, self._masks) if wait and not chosen else None
+        self.small = SmallCalls(selection, self.waiting, self._masks) if wait and not chosen else None
         self.forget = self._once.forget  # a new forward: nothing is shared with the one before
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -97,26 +95,6 @@ class Keeper:
         for (call, _), certificates in zip(pairs, read([(1, p) for _, p in pairs]), strict=True):
             call.certificate = certificates[0]
 
-    def _call(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
-        return Call(
-            site,
-            step,
-            index,
-            call.tap,
-            call.q.dtype,
-            call.scale,
-            call.softcap,
-            call.causal,
-            call.window,
-            call.dropout,
-            own_scores=call.opaque,
-            mixed=call.mixed,
-            notes=tuple(call.notes),
-            derivable=("scores", "weights") if self.derivable and not call.opaque else (),
-        )
-
-    # All others
-
     def _keep_now(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
         for name in _TENSORS:
             x = getattr(call, name)
@@ -151,7 +129,8 @@ class Keeper:
             pending, scores, weights = self._derive(grouped(call, groups), masked, diagonal)
         if isinstance(call.scale, Tensor):
             call.scale = call.scale.to(self.selection.device or call.scale.device, copy=True)
-        made = self._call(call, site, step, index)
+        made = Call.of(call, site, step, index)
+        made.derivable = () if call.opaque else self.selection.derivable
         made.heads = None if heads is None else tuple(heads)
         made.kv_heads = None if groups is None else tuple(groups)
         if queries is not None:

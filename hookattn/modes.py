@@ -58,7 +58,7 @@ class Modes:
     def open(self) -> bool:
         """Whether our mode is open, innermost or not."""
         n = torch._C._len_torch_function_stack()
-        return bool(n) and any(torch._C._get_function_stack_at(i) is self.watch for i in range(n))
+        return n > 0 and any(torch._C._get_function_stack_at(i) is self.watch for i in range(n))
 
     def _take(self) -> list[TorchFunctionMode]:
         """Pop modes, the topmost first, until ours is not open any more."""

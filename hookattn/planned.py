@@ -145,13 +145,13 @@ def room(plan: MemoryPlan) -> str:
 def smaller(selection: Selection, streamed: bool) -> Iterator[tuple[str, Selection, bool]]:
     """Arguments of traces that take less room, the least loss first: as text, the selection, whether to a file."""
     lean = tuple(f for f in [f for f in FIELDS if f not in ("scores", "weights")] if f in selection.capture)
-    derivable = {"q", "k", "mask", "bias", "sinks"} <= selection.capture
     if not streamed:
         yield 'to="run.safetensors"', selection, True
     if selection.device is None or selection.device.type != "cpu":
         yield 'device="cpu"', replace(selection, device=torch.device("cpu")), streamed
     if lean and len(lean) < len(selection.capture):
-        why = "scores and weights are derived when they are read" if derivable else "without scores and weights"
+        derived = "scores and weights are derived when they are read"
+        why = derived if selection.derivable else "without scores and weights"
         yield f"capture={lean!r} ({why})", replace(selection, capture=frozenset(lean)), streamed
     if selection.dtype is None:
         yield "dtype=torch.float16", replace(selection, dtype=torch.float16), streamed

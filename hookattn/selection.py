@@ -67,6 +67,11 @@ class Selection:
         chosen = _indices("layers", layers), _indices("heads", heads)
         return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
 
+    @property
+    def derivable(self) -> tuple[str, ...]:
+        """The fields that can be derived from those that are kept."""
+        return ("scores", "weights") if {"q", "k", "mask", "bias", "sinks"} <= self.capture else ()
+
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
         if self.layers is None:

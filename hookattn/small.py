@@ -46,22 +46,14 @@ class SmallCalls:
 
     Args:
         selection: what is kept of each: fields alone, whole and as they are.
-        outputs: whether the kernel's output is needed.
         waiting: where they wait.
         masks: makes their masks.
     """
 
-    def __init__(
-        self,
-        selection: Selection,
-        outputs: bool,
-        waiting: Waiting,
-        masks: Masks,
-    ):
+    def __init__(self, selection: Selection, waiting: Waiting, masks: Masks):
         self._fields = [(f, _PLACES.get(f, 5)) for f in FIELDS if f in selection.capture]
-        derivable = {"q", "k", "mask", "bias", "sinks"} <= selection.capture
-        self._derivable = ("scores", "weights") if derivable else ()
-        self._outputs, self._masks = outputs, masks
+        self._outputs = waiting.verify != "off" or "output" in selection.capture
+        self._derivable, self._masks = selection.derivable, masks
         self._waiting = waiting if waiting.wanted else None
 
     def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call | None:
@@ -81,9 +73,7 @@ class SmallCalls:
         if (shape := shape_of(several, scale)) is None:
             return None
         masked = self._masks(call.mask, shape.t, shape.s, call.offset, call.window, call.causal, call.q.device)
-        made = Call(site, step, index, call.tap, shape.dtype, scale, None, call.causal, call.window, call.dropout)
-        made.mixed, made.notes = call.mixed, tuple(call.notes)
-        return self._fill(made, several, shape, masked)
+        return self._fill(Call.of(call, site, step, index), several, scale, masked)
 
     def keep_plain(
         self,
@@ -99,10 +89,10 @@ class SmallCalls:
         if (shape := shape_of(several, scale)) is None:
             return None
         masked = self._masks(None, shape.t, shape.s, 0, None, causal, several[0].device)
-        return self._fill(Call(site, step, index, tap, shape.dtype, scale, None, causal), several, shape, masked)
+        return self._fill(Call(site, step, index, tap, shape.dtype, scale, None, causal), several, scale, masked)
 
     def _fill(
-        self, made: Call, several: tuple[Tensor, Tensor, Tensor, Tensor], shape: Shape, masked: Masked
+        self, made: Call, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, masked: Masked
     ) -> Call:
         q, k, v, output = several
         grad = torch.is_grad_enabled()
@@ -118,7 +108,7 @@ class SmallCalls:
         if self._waiting is not None:
             if kept is not None:
                 own.append(kept)
-            self._waiting.add(Small(made, own, masked, made.scale, tolerance(shape.dtype)))  # type: ignore[arg-type]
+            self._waiting.add(Small(made, own, masked, scale, tolerance(made.dtype)))
         return made
 
 

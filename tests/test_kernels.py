@@ -19,7 +19,7 @@ import hookattn
 from hookattn import KernelCall, attention
 from hookattn.attention import Diagonal, causal_mask
 from hookattn.kernels import launch
-from tests.interpreter import DEVICE, interpreted
+from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, masked_softmax, repeat_heads
 
 pytest.importorskip("triton.language")
@@ -328,20 +328,14 @@ def test_what_no_kernel_takes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_cannot_start_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-
-    class Broken:
-        def __getitem__(self, grid: Any) -> Any:
-            tried.append(grid)
-            raise RuntimeError("out of resource: shared memory\nat length")
-
+    broken = Broken()
     monkeypatch.setattr(launch, "_refused", {})
-    monkeypatch.setattr(launch, "kernels", lambda: SimpleNamespace(derive_rows=Broken(), check_rows=Broken()))
+    monkeypatch.setattr(launch, "kernels", lambda: SimpleNamespace(derive_rows=broken, check_rows=broken))
     for _ in range(2):
         made, _ = traced(monkeypatch, torch.float16, verify="full", strict=True)
         (note,) = made[0].notes
         assert "out of resource: shared memory" in note and "length" not in note
-    assert len(tried) == 1
+    assert broken.tried == 1
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from hookattn import statistics as st
 from hookattn.kernels import launch
 from hookattn.kernels import statistics as kernels
 from hookattn.statistics import engine, fused
-from tests.interpreter import DEVICE, interpreted
+from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, reference_attention
 from tests.test_statistics import ALL, POSITIONAL, Layer, asked, causal, check, close, explicit
 
@@ -308,20 +308,14 @@ def test_wider_heads(dtype: torch.dtype, d: int) -> None:
 
 
 def test_a_kernel_that_cannot_start_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-
-    class Broken:
-        def __getitem__(self, grid: Any) -> Any:
-            tried.append(grid)
-            raise RuntimeError("out of resource: shared memory\nat length")
-
+    broken = Broken()
     monkeypatch.setattr(launch, "_refused", {})
-    monkeypatch.setattr(kernels, "kernels", lambda: SimpleNamespace(sum_rows=Broken()))
+    monkeypatch.setattr(kernels, "kernels", lambda: SimpleNamespace(sum_rows=broken))
     problem = st.Problem(draw(1, 2, 20, 8, seed=1), draw(1, 2, 20, 8, seed=2))
     for _ in range(2):
         found = computed(problem, ("RuntimeError: out of resource: shared memory",), [st.Entropy()])
         close(found["entropy"], matrix(problem)["entropy"], "entropy")
-    assert len(tried) == 1
+    assert broken.tried == 1
 
 
 def test_every_statistic_but_the_top_keys_has_a_kernel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,14 @@ def _near(first: int, last: int) -> Range:
     return Range(max(min(first, _FAR), -_FAR), max(min(last, _FAR), -_FAR), True)
 
 
+def _window(x: Any) -> Range:
+    return _near(1 - x.window, x.window - 1)
+
+
 _RANGES: dict[type[Statistic], Callable[..., Range]] = {
     FirstMass: lambda x: Range(0, min(x.n, _FAR) - 1, False),
-    LocalMass: lambda x: _near(1 - x.window, x.window - 1),
-    FarMass: lambda x: _near(1 - x.window, x.window - 1),
+    LocalMass: _window,
+    FarMass: _window,
     PreviousMass: lambda x: _near(-1, -1),
     OffsetMass: lambda x: _near(x.offset, x.offset),
 }
