@@ -1,7 +1,9 @@
 """Timing: every variant runs once in each round, so that a drift of the machine hits all of them alike.
 
 The order of a round is drawn anew, and before a short run comes an untraced forward that is not timed: what a variant
-leaves behind in the caches (a file that was written, say) is no cost of the next.
+leaves behind in the caches (a file that was written, say) is no cost of the next. What is over in less than a fiftieth
+of a second runs several times in a row and counts as their mean, whoever it is: one run of a millisecond measures
+whatever else the processor did in it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 MOST, LEAST = 100, 3
 _SHORT = 0.1  # seconds of a run before which an untraced forward runs
+_SAMPLE, _OFTEN = 0.02, 20  # seconds that one measurement takes, in so many runs at most
 _SLOW = 8  # a variant that takes so many untraced forwards runs in some rounds alone
 
 
@@ -95,12 +98,23 @@ def clock_of(device: torch.device, busy: bool = False) -> Clock:
     return process_clock if busy else cpu_clock
 
 
-def once(variant: Variant, clock: Clock) -> float:
-    """Seconds of one run."""
+def once(variant: Variant, clock: Clock, times: int = 1) -> float:
+    """Seconds of one run, as the mean of some in a row."""
+
+    def several() -> Any:
+        for _ in range(times - 1):
+            variant.run()
+        return variant.run()
+
     with variant.around():
-        spent = clock(variant.run)
+        spent = clock(several) / times
     variant.after()
     return spent
+
+
+def _times(seconds: float) -> int:
+    """How often in a row something runs that takes so long."""
+    return max(1, min(_OFTEN, int(_SAMPLE / max(seconds, 1e-9))))
 
 
 def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: int = 0) -> list[Timed]:
@@ -119,19 +133,20 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
     if not rounds:
         strides = [MOST if s > seconds / 8 and i else n for i, (s, n) in enumerate(zip(first, strides, strict=True))]
     warming = first[0] if first[0] < _SHORT else 0.0
-    one_round = sum((s + warming) / n for s, n in zip(first, strides, strict=True))
+    times = [_times(s) for s in first]
+    one_round = sum((k * s + warming) / n for s, n, k in zip(first, strides, times, strict=True))
     end = math.inf if rounds else time.perf_counter() + 2 * seconds
     rounds = rounds or max(LEAST, min(MOST, int(seconds / max(one_round, 1e-9))))
-    order, draw = list(zip(found, strides, strict=True)), random.Random(0)
+    order, draw = list(zip(found, strides, times, strict=True)), random.Random(0)
     for i in range(rounds):
         if i and time.perf_counter() > end:
             break
         draw.shuffle(order)
-        for timed, stride in order:
+        for timed, stride, often in order:
             if timed.failed is None and i % stride == 0:
                 if first[0] < _SHORT:
                     variants[0].run()
-                timed.seconds[i] = once(timed.variant, clock)
+                timed.seconds[i] = once(timed.variant, clock, often)
     return found
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,26 @@ def test_around_and_after_are_not_timed_and_slow_rows_run_in_fewer_rounds() -> N
     _, watched, slow = clock.time_all(rows, Hands(), 0.0, rounds=10)
     assert heard == ["in", "run", "out", "after"] * 12
     assert sorted(watched.seconds) == list(range(10)) and sorted(slow.seconds) == [0, 5]
+
+
+def test_what_is_short_runs_several_times_in_a_row_and_counts_as_their_mean() -> None:
+    spent: list[float] = []
+
+    def around(run: Callable[[], Any]) -> float:
+        before = len(spent)
+        run()
+        return sum(spent[before:])
+
+    def takes(*seconds: float) -> Callable[[], None]:
+        of = cycle(seconds)
+        return lambda: spent.append(next(of))
+
+    rows = [Variant("base", takes(0.0099)), Variant("brief", takes(1e-4, 3e-4)), Variant("long", takes(0.021))]
+    found = clock.time_all(rows, around, 0.0, rounds=4)
+    assert [len(timed.seconds) for timed in found] == [4, 4, 4]
+    runs = {s: spent.count(s) for s in spent}
+    assert runs == {0.0099: 2 + 4 * 2 + 4 * 3, 1e-4: 1 + 4 * 10, 3e-4: 1 + 4 * 10, 0.021: 2 + 4}
+    assert found[1].seconds == pytest.approx(dict.fromkeys(range(4), 2e-4))
 
 
 def test_a_peer_that_fails_is_a_row_and_ours_is_an_error() -> None:
