@@ -142,12 +142,12 @@ def test_against_explicit_matrices(data: some.DataObject) -> None:
         mask = mask & (away >= 0)
     if window is not None:
         mask = mask & (away < window) & (away > -window)
-    limit = engine._BLOCK
-    engine._BLOCK = pick(some.sampled_from([limit, 100, 2000]))
+    limits = engine._BLOCK, engine._LEAST
+    engine._BLOCK, engine._LEAST = pick(some.sampled_from([limits[0], 100, 2000])), pick(some.sampled_from([1, 3, 16]))
     try:
         found = st.compute(problem, asked())
     finally:
-        engine._BLOCK = limit
+        engine._BLOCK, engine._LEAST = limits
     check(found.get, explicit(scores, mask, sinks, positions), mask)
 
 
@@ -159,6 +159,20 @@ def test_large_scores_and_float64(block: int) -> None:
     for name, value in expected.items():
         if name != "weights":
             close(found[name], value, name, 1e-11)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e12, 1e25])
+def test_huge_scores_of_float32(size: float) -> None:
+    """Scores that are alike weigh alike, whatever their size; masked ones nothing."""
+    q = torch.tensor([size, -size, size]).view(1, 1, 3, 1)
+    k = torch.tensor([1.0, 1.0, 0.5, 1.0]).view(1, 1, 4, 1)
+    mask = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
+    positions = torch.arange(3).unsqueeze(0)
+    expected = explicit(q.double() * k.view(1, 1, 1, 4), mask, None, positions)
+    found = st.compute(st.Problem(q, k, mask=mask, positions=positions), asked())
+    for own in (st.Problem(q, k, 3.0, mask=mask), st.Problem(q, k, bias=2 * q, mask=mask)):
+        assert st.compute(own, asked())["entropy"].tolist() == found["entropy"].tolist()
+    check(found.get, expected, mask)
 
 
 def test_nan_is_not_hidden() -> None:

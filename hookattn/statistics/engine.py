@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..attention import compute_dtype, finish_scores, on_gpu
 from .base import Out, Statistic
-from .block import HIDDEN, Block
+from .block import HIDDEN, LOG2E, Block
 from .problem import Problem, hidden
 
 # How many scores make a block; on a GPU, where nothing stays in a cache for so long, so many that starting an operation
@@ -95,14 +95,13 @@ class _Columns:
 
 
 @dataclass(slots=True)
-class _Tile:
-    """Where a block is: batch entries, key heads, rows; the keys, and the first and last place on the diagonal."""
+class _Span:
+    """Some rows: the keys that any of them may see, their first and last place on the diagonal, and key position."""
 
-    batch: slice
-    groups: slice
     rows: slice
     keys: slice
     diagonal: tuple[int, int]
+    reach: tuple[int, int]
 
 
 class _Pass:
@@ -121,29 +120,41 @@ class _Pass:
         self.diagonal = rows + problem.offset
         self.places = self.diagonal.tolist()
         places = problem.positions
-        self.reach = [] if places is None else torch.stack([places.amin(0), places.amax(0)], 1).tolist()
+        self.reach = None if places is None else (places.amin(0).tolist(), places.amax(0).tolist())
         self.mask = None if problem.mask is None else ~problem.mask.bool() if problem.mask.shape[2] == 1 else None
         self.on_gpu = on_gpu(q)
         self.scratch: dict[int, Tensor] = {}
 
     def blocks(self) -> Iterator[Block]:
         """Every row of every head once."""
-        for tile in self._tiles():
-            yield self._block(tile)
-
-    def _tiles(self) -> Iterator[_Tile]:
         size = _BLOCK_ON_GPU if self.on_gpu else _BLOCK
-        rows = min(self.t, max(_LEAST, size // (self.per * self.s)))
-        groups = min(self.g, max(1, size // (rows * self.per * self.s)))
-        batch = min(self.b, max(1, size // (rows * self.h * self.s))) if groups == self.g else 1
+        spans = list(self._spans(size))
+        scores = spans[0].rows.stop * self.per * self.s  # of one key head, where that is less than a block
+        groups = min(self.g, max(1, size // scores))
+        batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
         for b in range(0, self.b, batch):
             for g in range(0, self.g, groups):
-                for t in range(0, self.t, rows):
-                    end = min(t + rows, self.t)
-                    at = self.places[t:end]
-                    least, most = min(at), max(at)
-                    place = slice(b, min(b + batch, self.b)), slice(g, min(g + groups, self.g)), slice(t, end)
-                    yield _Tile(*place, self._keys(least, most), (least, most))
+                for span in spans:
+                    yield self._block(slice(b, min(b + batch, self.b)), slice(g, min(g + groups, self.g)), span)
+
+    def _spans(self, size: int) -> Iterator[_Span]:
+        """All rows, in spans whose keys make a block of one key head: many rows where each sees but few keys."""
+        start = 0
+        while start < self.t:
+            span = self._span(start, self.t if self.per * self.t * self.s <= size else start + _LEAST)
+            while span.rows.stop < self.t:
+                wider = self._span(start, span.rows.stop + _LEAST)
+                if self.per * (wider.rows.stop - start) * (wider.keys.stop - wider.keys.start) > size:
+                    break
+                span = wider
+            yield span
+            start = span.rows.stop
+
+    def _span(self, start: int, stop: int) -> _Span:
+        rows = slice(start, min(stop, self.t))
+        diagonal = min(self.places[rows]), max(self.places[rows])
+        reach = (0, 0) if self.reach is None else (min(self.reach[0][rows]), max(self.reach[1][rows]))
+        return _Span(rows, self._keys(*diagonal), diagonal, reach)
 
     def _keys(self, least: int, most: int) -> slice:
         """The keys that a causal or windowed kernel lets some of these rows see; at least one."""
@@ -165,68 +176,65 @@ class _Pass:
             self.scratch[which] = torch.empty(n, dtype=self.dtype, device=self.problem.q.device)
         return self.scratch[which][:n].view(shape)
 
-    def _block(self, tile: _Tile) -> Block:
+    def _block(self, batch: slice, groups: slice, span: _Span) -> Block:
         problem = self.problem
-        heads = slice(tile.groups.start * self.per, tile.groups.stop * self.per)
-        place = (tile.batch, heads, tile.rows)
-        scores = self._scores(tile, place)
+        place = (batch, slice(groups.start * self.per, groups.stop * self.per), span.rows)
+        scores = self._scores(groups, place, span.keys)
         positions = problem.positions
-        reach = (0, 0)
         if positions is not None:
-            positions = (positions if positions.shape[0] == 1 else positions[tile.batch])[:, None, tile.rows, None]
-            ends = self.reach[tile.rows]
-            reach = min(a for a, _ in ends), max(z for _, z in ends)
-        self._hide(scores, tile, place)
+            positions = (positions if positions.shape[0] == 1 else positions[batch])[:, None, span.rows, None]
+        self._hide(scores, span, place)
         top = scores.amax(-1, keepdim=True)
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
         full = not self.on_gpu and not bool(dead.any())  # a GPU would have to be waited for
         shift = top if full else torch.where(dead, 0.0, top)
         shifted = scores.sub_(shift)
-        mass = torch.exp(shifted, out=self._empty(1, tuple(scores.shape)))
-        own = self.columns.take(mass, tile.keys, reach)
-        lse = shift + own.log()
+        mass = torch.exp2(shifted, out=self._empty(1, tuple(scores.shape)))
+        own = self.columns.take(mass, span.keys, span.reach)
+        lse = own.log2().add_(shift)
         if not full:
             top = torch.where(dead, -torch.inf, top)
         if problem.sinks is not None:
-            lse = torch.logaddexp(lse, _cut(problem.sinks, place, None).to(self.dtype))
-            factor = torch.exp(shift - lse)
+            lse = torch.logaddexp2(lse, _cut(problem.sinks, place, None).to(self.dtype) * LOG2E)
+            factor = torch.exp2(shift - lse)
         else:
             factor = own.reciprocal()
         if not full:
             factor = torch.where(dead, 0.0, factor)
-        return Block(place, tile.keys, shifted, mass, factor, top, lse, own * factor, positions, reach)
+        top, lse = top / LOG2E, lse.div_(LOG2E)
+        return Block(place, span.keys, shifted, mass, factor, top, lse, own * factor, positions, span.reach)
 
-    def _scores(self, tile: _Tile, place: tuple[slice, slice, slice]) -> Tensor:
-        """b h R n, before any mask."""
+    def _scores(self, groups: slice, place: tuple[slice, slice, slice], keys: slice) -> Tensor:
+        """b h R n, times log₂e, before any mask."""
         problem, (batch, heads, rows) = self.problem, place
         b, h, r = (x.stop - x.start for x in place)
-        n = tile.keys.stop - tile.keys.start
+        n = keys.stop - keys.start
         out = self._empty(0, (b, h, r, n))
         if problem.scores is not None:
-            return out.copy_(problem.scores[batch, heads, rows, tile.keys])
-        g = tile.groups.stop - tile.groups.start
+            return out.copy_(problem.scores[batch, heads, rows, keys]).mul_(LOG2E)
+        g = groups.stop - groups.start
         q = problem.q[batch, heads, rows].to(self.dtype).reshape(b * g, self.per * r, self.d)
-        k = self.k[batch, tile.groups, tile.keys].reshape(b * g, n, self.d)
-        alpha = problem.scale if isinstance(problem.scale, (int, float)) else 1.0
+        k = self.k[batch, groups, keys].reshape(b * g, n, self.d)
+        alpha = LOG2E * problem.scale if isinstance(problem.scale, (int, float)) else LOG2E
         flat = out.view(b * g, self.per * r, n)
         if len(flat) == 1:
             torch.addmm(flat[0], q[0], k[0].t(), beta=0, alpha=alpha, out=flat[0])
         else:
             torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=alpha, out=flat)
         if isinstance(problem.scale, Tensor):
-            out.mul_(_cut(_four(problem.scale), place, tile.keys).to(self.dtype))
-        bias = None if problem.bias is None else _cut(problem.bias, place, tile.keys)
-        return finish_scores(out, problem.softcap, bias)
+            out.mul_(_cut(_four(problem.scale), place, keys).to(self.dtype))
+        finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
+        return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
 
-    def _hide(self, scores: Tensor, tile: _Tile, place: tuple[slice, slice, slice]) -> None:
-        problem, keys = self.problem, tile.keys
+    def _hide(self, scores: Tensor, span: _Span, place: tuple[slice, slice, slice]) -> None:
+        problem, keys = self.problem, span.keys
         if self.mask is not None:
             scores.masked_fill_(_cut(self.mask, place, keys), HIDDEN)
         elif problem.mask is not None:
             scores.masked_fill_(~_cut(problem.mask, place, keys).bool(), HIDDEN)
         if not problem.causal and problem.window is None:
             return
-        least, most = tile.diagonal
+        least, most = span.diagonal
         lower, upper = keys.start, keys.stop  # keys in between are hidden from no row
         if problem.window is not None:
             lower = min(max(most - problem.window + 1, keys.start), keys.stop)
@@ -235,7 +243,7 @@ class _Pass:
             upper = max(min(least + 1, upper), lower)
         for edge in (slice(keys.start, lower), slice(upper, keys.stop)):
             if edge.stop > edge.start:
-                hide = hidden(self.diagonal[tile.rows], edge, problem.causal, problem.window)
+                hide = hidden(self.diagonal[span.rows], edge, problem.causal, problem.window)
                 scores[..., edge.start - keys.start : edge.stop - keys.start].masked_fill_(hide, HIDDEN)
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .base import Out, Statistic
-from .block import Block
+from .block import LOG2E, Block
 
 
 @dataclass(frozen=True)
 class Entropy(Statistic):
     """``−Σ_j w_j ln w_j`` in nats, B H T; the weight that sinks take has no part in the sum.
 
-    As ``−Σ_j w_j (s_j − lse)``, which needs no logarithm of a weight. 0 for a row with nothing to attend to.
+    With ``w_j = 2^x_j · f``, as ``−ln 2 · Σ_j w_j x_j − ln f · Σ_j w_j``, which needs no logarithm of a weight. 0 for a
+    row with nothing to attend to.
     """
 
     name: ClassVar[str] = "entropy"
@@ -24,6 +25,5 @@ class Entropy(Statistic):
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        product = block.shifted.mul_(block.mass).sum(-1, keepdim=True) * block.factor
-        rest = torch.where(block.total == 0, 0.0, (block.lse - block.top) * block.total)
-        out[self.key][block.place] = (rest - product).clamp_min_(0).squeeze(-1)
+        product = block.shifted.mul_(block.mass).sum(-1, keepdim=True).mul_(block.factor / -LOG2E)
+        out[self.key][block.place] = product.sub_(torch.xlogy(block.total, block.factor)).clamp_min_(0).squeeze(-1)

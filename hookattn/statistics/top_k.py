@@ -54,6 +54,6 @@ class TopK(Statistic):
         n = min(self.k, block.mass.shape[-1])
         values, index = torch.topk(block.shifted, n, -1)
         weights, keys = self.fields
-        out[weights][(*block.place, slice(0, n))] = values.exp() * block.factor
+        out[weights][(*block.place, slice(0, n))] = values.exp2() * block.factor
         index = torch.where(values > HIDDEN / 2, index + block.keys.start, -1)
         out[keys][(*block.place, slice(0, n))] = index
