@@ -25,6 +25,7 @@ from .problem import Problem, hidden
 _BLOCK = 1 << 20
 _BLOCK_ON_GPU = 1 << 26
 _LEAST = 16
+_WIDEST = 256  # rows that are few enough for what is done around the diagonal to stay small
 
 
 @torch.no_grad()
@@ -139,10 +140,10 @@ class _Pass:
 
     def _spans(self, size: int) -> Iterator[_Span]:
         """All rows, in spans whose keys make a block of one key head: many rows where each sees but few keys."""
-        start = 0
+        most, start = max(_WIDEST, size // (self.per * self.s)), 0
         while start < self.t:
             span = self._span(start, self.t if self.per * self.t * self.s <= size else start + _LEAST)
-            while span.rows.stop < self.t:
+            while span.rows.stop < min(self.t, start + most):
                 wider = self._span(start, span.rows.stop + _LEAST)
                 if self.per * (wider.rows.stop - start) * (wider.keys.stop - wider.keys.start) > size:
                     break

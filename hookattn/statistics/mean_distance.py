@@ -35,10 +35,9 @@ class MeanDistance(Statistic):
         first, last = reach
         away, side = columns
         torch.arange(first - keys.start, first - keys.stop, -1, out=away)
-        left, right = (min(max(x - keys.start, 0), len(away)) for x in (first, last + 1))
-        right = max(left, right)
-        away[left:right], away[right:] = 0, away[right:].neg()
-        side[:left], side[left:right], side[right:] = 1, 0, -1
+        torch.sign(away, out=side)
+        away.abs_()
+        columns[:, max(first - keys.start, 0) : max(last + 1 - keys.start, 0)] = 0
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""

@@ -14,9 +14,11 @@ from .block import Block
 
 def diagonal(block: Block, offset: int) -> Tensor:
     """b h R: the weight that each query of a block gives to the key ``offset`` places after it."""
-    near = block.near(-offset, offset)
-    inside = block.distance(near) == -offset
-    return (block.mass[..., near] * inside).sum(-1) * block.factor.squeeze(-1)
+    assert block.positions is not None
+    n = block.mass.shape[-1]
+    at = block.positions + (offset - block.keys.start)
+    found = block.mass.gather(-1, at.clamp(0, n - 1).expand(*block.mass.shape[:3], 1))
+    return (found * block.factor).mul_((at >= 0) & (at < n)).squeeze(-1)
 
 
 @dataclass(frozen=True)
