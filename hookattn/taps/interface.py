@@ -32,18 +32,28 @@ _SEALED = ("flex", "flash", "paged", "kernels")
 
 def patches() -> Iterable[Patch]:
     """The look-up, if transformers is loaded at all, and the fused kernel that its functions call."""
-    module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, "AttentionInterface"):
-        yield Patch(module.AttentionInterface, "get_interface", look_up)
-        yield Patch(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    interface = getattr(sys.modules.get(_MODULE), "AttentionInterface", None)
+    if interface is None:
+        return
+    if "get_interface" in vars(interface):
+        yield Patch(interface, "get_interface", look_up)
+    else:  # before 5.1 a model that is not eager takes an item; other mappings share the method
+        yield Patch(next(kind for kind in interface.__mro__ if "__getitem__" in vars(kind)), "__getitem__", take)
+    yield Patch(torch.nn.functional, "scaled_dot_product_attention", kernel)
 
 
-def look_up(original: Callable[..., Any], interface: Any, attn_implementation: Any, default: Any) -> Any:
+def look_up(original: Callable[..., Any], interface: Any, attn_implementation: Any, *default: Any) -> Any:
     """The implementation the model asked for, wrapped in a traced thread."""
-    found = original(interface, attn_implementation, default)
+    found = original(interface, attn_implementation, *default)
     if current() is None:
         return found
     return functools.partial(run, found, str(attn_implementation))
+
+
+def take(original: Callable[..., Any], mapping: Any, key: Any) -> Any:
+    """The same, if the mapping is one of implementations."""
+    interface = isinstance(mapping, sys.modules[_MODULE].AttentionInterface)
+    return look_up(original, mapping, key) if interface else original(mapping, key)
 
 
 def run(
