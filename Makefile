@@ -7,7 +7,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow test-browser test-field bench bench-gpu train coverage clean help
+.PHONY: demo test lint test-slow test-browser test-field test-gpu bench bench-gpu train coverage clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -53,6 +53,9 @@ $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
 	$(BIN)/python -m pytest tests/field tests/test_render_interop.py -n $(JOBS)
+
+test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
+	$(BIN)/python -m pytest tests/test_kernels*.py tests/test_on_device.py tests/test_transfer.py tests/test_store.py -n 1 -rs
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python -m benchmarks --json out/bench.json
