@@ -18,14 +18,14 @@ from torch import Tensor
 from ..attention import compute_dtype, finish_scores, on_gpu
 from .base import Out, Statistic
 from .block import HIDDEN, LOG2E, Block
-from .problem import Problem, hidden
+from .problem import Problem, four, hidden
 
 # How many scores make a block; on a GPU, where nothing stays in a cache for so long, so many that starting an operation
 # costs little beside it.
 _BLOCK = 1 << 20
 _BLOCK_ON_GPU = 1 << 26
 _LEAST = 16
-_WIDEST = 256  # rows that are few enough for what is done around the diagonal to stay small
+_WIDEST = 128  # rows, of which what is done around the diagonal takes the square
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ class _Pass:
         """Every row of every head once."""
         size = _BLOCK_ON_GPU if self.on_gpu else _BLOCK
         spans = list(self._spans(size))
-        scores = spans[0].rows.stop * self.per * self.s  # of one key head, where that is less than a block
+        scores = max(self._size(span) for span in spans)
         groups = min(self.g, max(1, size // scores))
         batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
         for b in range(0, self.b, batch):
@@ -139,17 +139,23 @@ class _Pass:
                     yield self._block(slice(b, min(b + batch, self.b)), slice(g, min(g + groups, self.g)), span)
 
     def _spans(self, size: int) -> Iterator[_Span]:
-        """All rows, in spans whose keys make a block of one key head: many rows where each sees but few keys."""
-        most, start = max(_WIDEST, size // (self.per * self.s)), 0
+        """All rows, in spans of about as many scores, so that rows that see few keys are many."""
+        least = max(_LEAST, size // (self.per * self.s))
+        most = least if self.on_gpu else _WIDEST
+        start = 0
         while start < self.t:
-            span = self._span(start, self.t if self.per * self.t * self.s <= size else start + _LEAST)
-            while span.rows.stop < min(self.t, start + most):
-                wider = self._span(start, span.rows.stop + _LEAST)
-                if self.per * (wider.rows.stop - start) * (wider.keys.stop - wider.keys.start) > size:
+            span = self._span(start, start + min(least, most))
+            while span.rows.stop < min(start + most, self.t):
+                wider = self._span(start, min(span.rows.stop + _LEAST, start + most))
+                if self._size(wider) > size:
                     break
                 span = wider
             yield span
             start = span.rows.stop
+
+    def _size(self, span: _Span) -> int:
+        """How many scores a span has in one key head."""
+        return self.per * (span.rows.stop - span.rows.start) * (span.keys.stop - span.keys.start)
 
     def _span(self, start: int, stop: int) -> _Span:
         rows = slice(start, min(stop, self.t))
@@ -223,7 +229,7 @@ class _Pass:
         else:
             torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=alpha, out=flat)
         if isinstance(problem.scale, Tensor):
-            out.mul_(_cut(_four(problem.scale), place, keys).to(self.dtype))
+            out.mul_(_cut(four(problem.scale), place, keys).to(self.dtype))
         finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
         return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
 
@@ -254,7 +260,3 @@ def _cut(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Te
         if x.shape[dim] > 1:
             x = x[(slice(None),) * dim + (at,)]
     return x
-
-
-def _four(x: Tensor) -> Tensor:
-    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]

@@ -28,5 +28,5 @@ class Received(Statistic):
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        column = block.factor.transpose(-1, -2) @ block.mass
+        column = block.factor.squeeze(-1).unsqueeze(-2) @ block.mass
         out[self.key][(*block.place[:2], block.keys)] += column.squeeze(-2)
