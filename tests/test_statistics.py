@@ -131,23 +131,24 @@ def test_against_explicit_matrices(data: some.DataObject) -> None:
     scale: Any = pick(some.sampled_from([1.0, 0.3, normal(1, h, 1, 1)]))
     q, k = normal(b, h, t, d), normal(b, g, s, d)
     positions = torch.randint(0, s + 3, (pick(some.sampled_from([1, b])), t), generator=make)
+    rows = torch.randint(0, t + 3, (t,), generator=make) if pick(some.booleans()) else None
     scores, _, _ = reference_attention(q, k, k, scale=scale, bias=bias, softcap=softcap)
     problem = st.Problem(q, k, scale, softcap, bias, own, None if sinks is None else sinks.view(1, -1, 1, 1))
     problem.causal, problem.offset, problem.window, problem.positions = causal, offset, window, positions
+    problem.rows = rows
     if pick(some.booleans()):
         problem.scores = scores.float()
-    away = (torch.arange(t).unsqueeze(1) + offset - torch.arange(s)).expand(b, h, t, s)
+    away = ((torch.arange(t) if rows is None else rows).unsqueeze(1) + offset - torch.arange(s)).expand(b, h, t, s)
     mask = torch.ones(b, h, t, s, dtype=torch.bool) if own is None else own.expand(b, h, t, s)
     if causal:
         mask = mask & (away >= 0)
     if window is not None:
         mask = mask & (away < window) & (away > -window)
-    limits = engine._BLOCK, engine._LEAST
-    engine._BLOCK, engine._LEAST = pick(some.sampled_from([limits[0], 100, 2000])), pick(some.sampled_from([1, 3, 16]))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_BLOCK", pick(some.sampled_from([engine._BLOCK, 100, 2000])))
+        patch.setattr(engine, "_LEAST", pick(some.sampled_from([1, 3, 16])))
+        patch.setattr(engine, "_WIDEST", pick(some.sampled_from([engine._WIDEST, 1, 5])))
         found = st.compute(problem, asked())
-    finally:
-        engine._BLOCK, engine._LEAST = limits
     check(found.get, explicit(scores, mask, sinks, positions), mask)
 
 

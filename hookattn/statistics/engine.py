@@ -78,19 +78,19 @@ class _Columns:
         self.all = torch.zeros(n, s, dtype=dtype, device=device)
         self.all[0] = 1
         self.sums = self.all
-        self._fill(slice(0, s), None)
+        self.fill(slice(0, s), None)
 
-    def _fill(self, keys: slice, reach: tuple[int, int] | None) -> None:
+    def fill(self, keys: slice, reach: tuple[int, int] | None) -> None:
+        """Those that are other for other rows; see :meth:`Statistic.fill`."""
         for statistic, span in zip(self.statistics, self.spans, strict=True):
             if span.stop > span.start:
                 statistic.fill(self.all[span, keys], keys, reach)
 
-    def take(self, mass: Tensor, keys: slice, reach: tuple[int, int]) -> Tensor:
+    def take(self, mass: Tensor, keys: slice) -> Tensor:
         """b h R 1: the sum of a block's rows; keeps the other products."""
         if len(self.all) == 1:
             self.sums = mass.sum(-1, keepdim=True)
         else:
-            self._fill(keys, reach)
             self.sums = mass @ self.all[:, keys].t()
         return self.sums[..., :1]
 
@@ -115,7 +115,7 @@ class _Pass:
         self.s = k.shape[2]
         own = problem.scores is not None
         self.g = self.h if own else k.shape[1]
-        self.per = self.h // self.g
+        self.per: int = self.h // self.g
         self.k = k if own else k.to(dtype).expand(self.b, -1, -1, -1)
         rows = torch.arange(self.t, device=q.device) if problem.rows is None else problem.rows
         self.diagonal = rows + problem.offset
@@ -129,14 +129,16 @@ class _Pass:
     def blocks(self) -> Iterator[Block]:
         """Every row of every head once."""
         size = _BLOCK_ON_GPU if self.on_gpu else _BLOCK
-        spans = list(self._spans(size))
-        scores = max(self._size(span) for span in spans)
-        groups = min(self.g, max(1, size // scores))
-        batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
-        for b in range(0, self.b, batch):
-            for g in range(0, self.g, groups):
-                for span in spans:
-                    yield self._block(slice(b, min(b + batch, self.b)), slice(g, min(g + groups, self.g)), span)
+        for span in self._spans(size):
+            self.columns.fill(span.keys, span.reach)
+            hides = list(self._hides(span))
+            scores = self._size(span)
+            groups = min(self.g, max(1, size // scores))
+            batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
+            for b in range(0, self.b, batch):
+                for g in range(0, self.g, groups):
+                    heads = slice(g, min(g + groups, self.g))
+                    yield self._block(slice(b, min(b + batch, self.b)), heads, span, hides)
 
     def _spans(self, size: int) -> Iterator[_Span]:
         """All rows, in spans of about as many scores, so that rows that see few keys are many."""
@@ -183,21 +185,26 @@ class _Pass:
             self.scratch[which] = torch.empty(n, dtype=self.dtype, device=self.problem.q.device)
         return self.scratch[which][:n].view(shape)
 
-    def _block(self, batch: slice, groups: slice, span: _Span) -> Block:
+    def _block(self, batch: slice, groups: slice, span: _Span, hides: list[tuple[slice, Tensor]]) -> Block:
         problem = self.problem
         place = (batch, slice(groups.start * self.per, groups.stop * self.per), span.rows)
         scores = self._scores(groups, place, span.keys)
         positions = problem.positions
         if positions is not None:
             positions = (positions if positions.shape[0] == 1 else positions[batch])[:, None, span.rows, None]
-        self._hide(scores, span, place)
+        if self.mask is not None:
+            scores.masked_fill_(_cut(self.mask, place, span.keys), HIDDEN)
+        elif problem.mask is not None:
+            scores.masked_fill_(~_cut(problem.mask, place, span.keys).bool(), HIDDEN)
+        for columns, hide in hides:
+            scores[..., columns].masked_fill_(hide, HIDDEN)
         top = scores.amax(-1, keepdim=True)
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
         full = not self.on_gpu and not bool(dead.any())  # a GPU would have to be waited for
         shift = top if full else torch.where(dead, 0.0, top)
         shifted = scores.sub_(shift)
         mass = torch.exp2(shifted, out=self._empty(1, tuple(scores.shape)))
-        own = self.columns.take(mass, span.keys, span.reach)
+        own = self.columns.take(mass, span.keys)
         lse = own.log2().add_(shift)
         if not full:
             top = torch.where(dead, -torch.inf, top)
@@ -233,12 +240,9 @@ class _Pass:
         finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
         return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
 
-    def _hide(self, scores: Tensor, span: _Span, place: tuple[slice, slice, slice]) -> None:
+    def _hides(self, span: _Span) -> Iterator[tuple[slice, Tensor]]:
+        """What a causal or windowed kernel hides of some columns of a block: R n."""
         problem, keys = self.problem, span.keys
-        if self.mask is not None:
-            scores.masked_fill_(_cut(self.mask, place, keys), HIDDEN)
-        elif problem.mask is not None:
-            scores.masked_fill_(~_cut(problem.mask, place, keys).bool(), HIDDEN)
         if not problem.causal and problem.window is None:
             return
         least, most = span.diagonal
@@ -251,7 +255,7 @@ class _Pass:
         for edge in (slice(keys.start, lower), slice(upper, keys.stop)):
             if edge.stop > edge.start:
                 hide = hidden(self.diagonal[span.rows], edge, problem.causal, problem.window)
-                scores[..., edge.start - keys.start : edge.stop - keys.start].masked_fill_(hide, HIDDEN)
+                yield slice(edge.start - keys.start, edge.stop - keys.start), hide
 
 
 def _cut(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Tensor:
