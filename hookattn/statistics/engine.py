@@ -25,7 +25,7 @@ from .problem import Problem, four, hidden
 _BLOCK = 1 << 20
 _BLOCK_ON_GPU = 1 << 26
 _LEAST = 16
-_WIDEST = 128  # rows, of which what is done around the diagonal takes the square
+_WIDEST = 128  # rows; what is done around the diagonal takes their square
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ class _Pass:
         self.s = k.shape[2]
         own = problem.scores is not None
         self.g = self.h if own else k.shape[1]
-        self.per: int = self.h // self.g
+        self.per = self.h // self.g
         self.k = k if own else k.to(dtype).expand(self.b, -1, -1, -1)
         rows = torch.arange(self.t, device=q.device) if problem.rows is None else problem.rows
         self.diagonal = rows + problem.offset
@@ -157,7 +157,8 @@ class _Pass:
 
     def _size(self, span: _Span) -> int:
         """How many scores a span has in one key head."""
-        return self.per * (span.rows.stop - span.rows.start) * (span.keys.stop - span.keys.start)
+        rows, keys = (x.stop - x.start for x in (span.rows, span.keys))
+        return int(self.per * rows * keys)
 
     def _span(self, start: int, stop: int) -> _Span:
         rows = slice(start, min(stop, self.t))
