@@ -156,6 +156,8 @@ def test_what_does_not_fit_is_left_out_with_a_line(monkeypatch: pytest.MonkeyPat
     far = Variant("far", lambda: None, kept=0, host=1 << 20)
     assert (measure.too_large(TINY, far, CPU) or "").endswith("of the host")
     assert "to disk" in (measure.too_large(TINY, Variant("file", lambda: None, kept=0, disk=1 << 40), CPU) or "")
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1 << 50)
+    assert "to the host" in (measure.too_large(TINY, Variant("far", lambda: None, kept=0, host=1 << 40), CPU) or "")
     assert room(TINY, True, 0) == 5 * 2 * 64 * 4
 
 
