@@ -6,7 +6,8 @@ A library that is not installed gives no row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,11 +24,10 @@ def peers(eager: nn.Module, x: Tensor) -> Iterator[Variant]:
     yield Variant("eager, output_attentions=True (weights)", lambda: eager(x, output_attentions=True), peer=True)
     for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight), ("torchlens", _torchlens)):
         if find_spec(library) is not None:
-            name, run = makes(eager, x)
-            yield Variant(name, run, peer=True)
+            yield makes(eager, x)
 
 
-def _bridge(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+def _bridge(eager: nn.Module, x: Tensor) -> Variant:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     model = sibling(eager)
@@ -36,10 +36,11 @@ def _bridge(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
     def wanted(name: str) -> bool:
         return name.endswith(HOOKS)
 
-    return "TransformerBridge.run_with_cache (same fields)", lambda: bridge.run_with_cache(x, names_filter=wanted)
+    name = "TransformerBridge.run_with_cache (same fields)"
+    return Variant(name, lambda: bridge.run_with_cache(x, names_filter=wanted), peer=True)
 
 
-def _nnsight(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+def _nnsight(eager: nn.Module, x: Tensor) -> Variant:
     import nnsight
 
     model = nnsight.NNsight(sibling(eager))
@@ -57,11 +58,25 @@ def _nnsight(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
                 kept.append((given[1], given[2], given[3], scores, call.output[1]))
         return kept
 
-    return "nnsight (q, k, v, masked scores, weights)", run
+    return Variant("nnsight (q, k, v, masked scores, weights)", run, peer=True)
 
 
-def _torchlens(eager: nn.Module, x: Tensor) -> tuple[str, Callable[[], Any]]:
+def _torchlens(eager: nn.Module, x: Tensor) -> Variant:
     import torchlens
 
     model, wanted = sibling(eager), torchlens.func("matmul") | torchlens.func("softmax")
-    return "torchlens (products and softmax)", lambda: torchlens.trace(model, x, save=wanted)
+    return Variant(
+        "torchlens (products and softmax)", lambda: torchlens.trace(model, x, save=wanted), _wrapped, peer=True
+    )
+
+
+@contextmanager
+def _wrapped() -> Iterator[None]:
+    """Every function of torch as torchlens wraps it, and leaves it after its first trace: all that follow would pay."""
+    from torchlens.backends.torch.wrappers import unwrap_torch, wrap_torch
+
+    wrap_torch()
+    try:
+        yield
+    finally:
+        unwrap_torch()
