@@ -110,7 +110,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     seen = Seen()
     copy, args, kwargs = hollow(model, args, kwargs)
     session = Session(make_plan(copy), Trace(), Selection.of(), "off", False)
-    session.keeper = _Shapes(seen)
+    session.keeper, session.hollow = _Shapes(seen), True
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""

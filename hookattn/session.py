@@ -64,6 +64,7 @@ class Session:
         self.glance: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
         self.matched: set[int] = set()
         self.numbering = Numbering()
+        self.hollow = False  # tensors have shapes alone: a plan
         self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
         self._described: dict[str, Site] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}

@@ -22,7 +22,8 @@ def body(original: Callable[..., Any], callback: Any) -> Any:
     """No compiling callback where a trace watches; what torch would do anyway elsewhere."""
     found = original(callback)
     tracing = current()
-    if tracing is None or tracing.modes.compiling or found is None or found is False:
+    compiles = tracing is None or (tracing.modes.compiling and not tracing.hollow)
+    if compiles or found is None or found is False:
         return found
     tracing.note(NOTE)
     return None

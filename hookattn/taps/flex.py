@@ -16,6 +16,7 @@ from .current import current
 
 _MODULE = "torch.nn.attention.flex_attention"
 _FAR = 1e30
+_CORNER = 16  # queries and keys
 
 
 def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -23,17 +24,28 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     tracing = current()
     if tracing is None:
         return original(*args, **kwargs)
+    names = ("query", "key", "value", "score_mod", "block_mask", "scale", "enable_gqa", "return_lse")
+    given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
     with tracing.kernel(True):
-        out = original(*args, **kwargs)
+        out = shaped(given) if tracing.hollow else original(*args, **kwargs)
         with torch.no_grad():
-            names = ("query", "key", "value", "score_mod", "block_mask", "scale", "enable_gqa")
-            given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
-            tracing.record(read(given, out[0] if isinstance(out, tuple) else out))
+            understand = guess_score_mod if tracing.hollow else apply_score_mod
+            tracing.record(read(given, out[0] if isinstance(out, tuple) else out, understand))
     return out
 
 
-def read(given: dict[str, Any], out: Tensor) -> KernelCall:
-    """One call of the kernel in the contract's layout."""
+def shaped(given: dict[str, Any]) -> Any:
+    """What the kernel would return for arguments without values, which it does not take."""
+    q, v, aux = given["query"], given["value"], given.get("return_aux")
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if aux is None:
+        return (out, lse) if given["return_lse"] else out
+    flex = importlib.import_module(_MODULE)
+    return out, flex.AuxOutput(lse if aux.lse else None, lse if aux.max_scores else None)
+
+
+def read(given: dict[str, Any], out: Tensor, understand: Callable[..., None]) -> KernelCall:
+    """One call of the kernel in the contract's layout; ``understand`` says what a score_mod does to it."""
     q, k, v = given["query"], given["key"], given["value"]
     scale = given["scale"]
     call = KernelCall(
@@ -46,7 +58,7 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     )
     call.mask = block_mask_dense(given["block_mask"], q, k)
     if given["score_mod"] is not None:
-        apply_score_mod(call, given["score_mod"])
+        understand(call, given["score_mod"])
     return call
 
 
@@ -106,6 +118,26 @@ def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
     if mask is not None and not bool(mask.all()):
         mask = _narrow(mask)
         call.mask = mask if call.mask is None or mask is None else call.mask & mask
+
+
+def guess_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
+    """The same of a call without values: what the score_mod makes of other ones in a corner, in full extent."""
+    (b, h, t, d), (g, s) = call.q.shape, call.k.shape[1:3]
+    rows, keys = min(t, _CORNER), min(s, _CORNER)
+    q, k = (torch.arange(b * n * x * d, device=call.q.device).view(b, n, x, d).sin() for n, x in ((h, rows), (g, keys)))
+    part = KernelCall(q=q, k=k, v=k, output=None, tap=call.tap, scale=call.scale)
+    apply_score_mod(part, score_mod)
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        extent = [n if small > 1 else small for small, n in zip(x.shape, (b, h, t, s), strict=True)]
+        return call.q.new_empty(extent, dtype=x.dtype)
+
+    call.softcap, call.opaque, call.notes = part.softcap, part.opaque, part.notes
+    call.bias, mask = whole(part.bias), whole(part.mask)
+    if mask is not None:
+        call.mask = mask if call.mask is None else call.mask & mask
 
 
 def _narrow(x: Tensor | None) -> Tensor | None:
