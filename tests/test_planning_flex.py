@@ -23,7 +23,7 @@ def distorted(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
 
 
 def far_apart(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return torch.where(q_idx - kv_idx < 5, score, -float("inf"))
+    return torch.where(q_idx - kv_idx < 30, score, -float("inf"))
 
 
 class Attends(nn.Module):

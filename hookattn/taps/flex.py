@@ -16,7 +16,7 @@ from .current import current
 
 _MODULE = "torch.nn.attention.flex_attention"
 _FAR = 1e30
-_CORNER = 16  # queries and keys
+_ENDS = 8  # queries and keys at either end
 
 
 def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,12 +121,13 @@ def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
 
 
 def guess_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
-    """The same of a call without values: what the score_mod makes of other ones in a corner, in full extent."""
-    (b, h, t, d), (g, s) = call.q.shape, call.k.shape[1:3]
-    rows, keys = min(t, _CORNER), min(s, _CORNER)
-    q, k = (torch.arange(b * n * x * d, device=call.q.device).view(b, n, x, d).sin() for n, x in ((h, rows), (g, keys)))
+    """The same of a call without values: what the score_mod makes of others at either end, in full extent."""
+    (b, h, t, d), (g, s), device = call.q.shape, call.k.shape[1:3], call.q.device
+    rows, keys = (torch.arange(n, device=device) for n in (t, s))
+    rows, keys = (x if len(x) <= 2 * _ENDS else torch.cat([x[:_ENDS], x[-_ENDS:]]) for x in (rows, keys))
+    q, k = (torch.arange(b * n * len(x) * d, device=device).view(b, n, -1, d).sin() for n, x in ((h, rows), (g, keys)))
     part = KernelCall(q=q, k=k, v=k, output=None, tap=call.tap, scale=call.scale)
-    apply_score_mod(part, score_mod)
+    apply_score_mod(part, lambda score, b, h, i, j: score_mod(score, b, h, rows[i], keys[j]))
 
     def whole(x: Tensor | None) -> Tensor | None:
         if x is None:
