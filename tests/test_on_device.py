@@ -15,7 +15,7 @@ import hookattn
 from benchmarks.models import plain
 from hookattn.testing import check_clean
 from tests import tiny_models as tiny
-from tests.reference import run
+from tests.reference import as_sinks, masked_softmax, repeat_heads, run
 
 DEVICES = [
     "cpu",
@@ -75,17 +75,13 @@ def traced(model: nn.Module, x: Any, **options: Any) -> hookattn.Trace:
 def explicit(call: hookattn.Call) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, weights and log-sum-exp of a call without a bias, in float64 on the CPU."""
     q, k, mask = call.q.cpu().double(), call.k.cpu().double(), call.mask.cpu()
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    sinks = None if call.sinks is None else call.sinks.cpu()
     assert isinstance(call.scale, float) and call.softcap is None and call.bias is None
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k) * call.scale
-    masked = scores.masked_fill(~mask, -math.inf)
-    if call.sinks is not None:
-        sinks = call.sinks.cpu().double()
-        column = (sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks).expand(*scores.shape[:3], 1)
-        masked = torch.cat([masked, column], -1)
-    lse = masked.logsumexp(-1)
-    weights = masked.softmax(-1)[..., : scores.shape[-1]]
-    return scores, weights.masked_fill(~mask.any(-1, keepdim=True), 0.0), lse
+    scores = torch.einsum("bhtd,bhsd->bhts", q, repeat_heads(k, q.shape[1])) * call.scale
+    joined = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        joined = torch.cat([joined, as_sinks(sinks, joined)], -1)
+    return scores, masked_softmax(scores, mask, sinks), joined.logsumexp(-1)
 
 
 @pytest.mark.parametrize("device", DEVICES)

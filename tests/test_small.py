@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from hookattn.small import shape_of
 pytest.importorskip("transformers")
 
 from tests import tiny_models as tiny
+from tests.reference import reference_attention
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {
     # model, inputs, whether its calls go the short way
@@ -43,19 +43,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(Session, "plain", counted)
     return went
-
-
-def explicit(call: hookattn.Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, weights and output in float64, from q, k, v and the mask."""
-    assert call.q is not None
-    assert call.k is not None
-    assert call.v is not None
-    groups = torch.arange(call.q.shape[1]) // (call.q.shape[1] // call.k.shape[1])
-    k, v = call.k.double()[:, groups], call.v.double()[:, groups]
-    scores = torch.einsum("bhtd,bhsd->bhts", call.q.double(), k) * float(call.scale)
-    assert call.mask is not None
-    weights = scores.masked_fill(~call.mask, -math.inf).softmax(-1)
-    return scores, weights, weights @ v
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -90,7 +77,7 @@ def test_the_short_way_is_the_long_one(
             assert torch.equal(one, other), field
             assert not one.requires_grad
             assert one.is_contiguous()
-        scores, weights, output = explicit(a)
+        scores, weights, output = reference_attention(a.q, a.k, a.v, scale=a.scale, mask=a.mask)
         torch.testing.assert_close(a.scores.double(), scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(a.weights.double(), weights, rtol=0, atol=1e-5)
         if not a.dropout:

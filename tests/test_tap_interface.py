@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 from transformers import masking_utils, modeling_utils
 
+from tests.reference import reference_attention
+
 KNOWN = modeling_utils.ALL_ATTENTION_FUNCTIONS
 
 
@@ -60,8 +62,7 @@ def test_an_item_that_is_taken(before: None, implementation: str, tap: str) -> N
         plain = model(x)
         (call,) = trace = hookattn.trace(model, x, verify="full")
     assert torch.equal(plain, trace.output) and call.tap == tap and call.certificate.faithful
-    scores = call.q.double() @ call.k.double().mT * 0.4
-    weights = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
+    _, weights, _ = reference_attention(call.q, call.k, call.v, scale=0.4, mask=torch.ones(5, 5).tril().bool())
     torch.testing.assert_close(call.weights.double(), weights, atol=1e-6, rtol=0)
     check_clean(model)
 
