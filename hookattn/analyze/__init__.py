@@ -20,7 +20,7 @@ from .lexical import Brackets, SameWord
 from .list_items import ListItems
 from .local import GlobalSpread, LocalMass
 from .low_rank import score_rank, singular_values
-from .measure import Measure, Reading
+from .measure import Measure
 from .neurons import neuron_contributions, neuron_decay
 from .normalisation import normalisation
 from .offset import AtOffset, NextToken, PreviousToken, SelfToken
@@ -28,8 +28,9 @@ from .pairs import KeyMass, PairMass
 from .pool import pool_words
 from .positional import Positional, best_offset
 from .rank import DistanceCorrelation
+from .reading import Reading
 from .received import received
-from .registry import MEASURES, capture
+from .registry import MEASURES, capture, measure
 from .repeats import DuplicateToken, Induction
 from .report import report
 from .roles import ROLES, Role
@@ -38,7 +39,6 @@ from .segment_repeats import RepeatedSegment, repeated_segment
 from .segments import BetweenSegments, between_segments
 from .separator import SEPARATORS, Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
-from .table import measure
 from .top_targets import top_targets
 from .values import OutputNorm, ValueNorm, norm_based, value_weighted
 from .variability import variability

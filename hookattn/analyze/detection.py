@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MeasureError
-from .measure import Reading
 from .pairs import PairMass
+from .reading import Reading
 from .repeats import earlier
 from .view import View
 

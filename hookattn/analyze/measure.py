@@ -10,34 +10,14 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from ..statistics.base import Statistic
+from .reading import Reading
+from .table import measure_table
 from .view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ..trace import Trace
-
-
-@dataclass(slots=True)
-class Reading:
-    """A measure of one call.
-
-    Attributes:
-        value: B H, float64; NaN where it is not defined (no row that counts).
-        count: B, or B H: how many rows each value is the mean of; batches are averaged by it.
-        rows: B H T, the value of each query row, NaN for one that does not count; None where it is no mean of these.
-    """
-
-    value: Tensor
-    count: Tensor
-    rows: Tensor | None = None
-
-    @property
-    def heads(self) -> Tensor:
-        """H: the mean over the batch, each entry by its count; NaN where no row counts."""
-        count = (self.count if self.count.dim() == 2 else self.count.unsqueeze(1)).expand(self.value.shape)
-        count = torch.where(self.value.isnan() & (count == 0), 0, count)
-        return torch.where(count > 0, self.value * count, 0.0).sum(0) / count.sum(0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +90,4 @@ class Measure:
 
     def __call__(self, trace: Trace, *, by: str = "head", real: Any = None) -> DataFrame:
         """A table of this measure; see :func:`hookattn.analyze.measure`."""
-        from .table import measure
-
-        return measure(trace, self, by=by, real=real)
+        return measure_table(trace, [self], by=by, real=real)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .measure import Measure, Reading
+from .measure import Measure
+from .reading import Reading
 from .view import View
 
 # How many entries are sorted together.

@@ -1,8 +1,9 @@
-"""All measures of a head, in one place, and what a caller may say of them."""
+"""All measures of a head by their names, and the table of those that a caller names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SelectionError
 from ..statistics.base import Statistic
@@ -19,7 +20,13 @@ from .positional import Positional
 from .repeats import DuplicateToken, Induction
 from .separator import Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
+from .table import measure_table
 from .values import ValueNorm
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ..trace import Trace
 
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind
@@ -74,6 +81,39 @@ def _one(item: str | Measure) -> Measure:
     if item not in MEASURES:
         raise SelectionError(f"there is no measure {item!r}; there are {', '.join(MEASURES)}.")
     return MEASURES[item]()
+
+
+def measure(
+    trace: Trace,
+    measures: str | Measure | Iterable[str | Measure],
+    *,
+    by: str = "head",
+    real: Any = None,
+    missing: bool = False,
+) -> DataFrame:
+    """Measures of every head of a trace; what they share is computed once.
+
+    Args:
+        trace: in memory, loaded, or compact; with weights, or what they can be derived of, or the statistics that the
+            measures are made of (``capture=hookattn.analyze.capture(…)``).
+        measures: names or :class:`Measure` objects.
+        by: ``"head"``: a row for each call and head, averaged over the batch; ``"example"``: for each batch entry too;
+            ``"query"``: for each query too, which only measures that are means over queries have; its ``token`` is
+            missing where the trace's tokens are not those of the call.
+        real: bool or 0/1, B S, an ``attention_mask``: True = a real token, no padding. Without it those keys are real
+            that some query may attend to.
+        missing: whether a measure that is not defined for a call is NaN there, instead of an error.
+
+    Returns:
+        A pandas DataFrame with ``call``, ``step``, ``layer``, ``stack``, ``kind``, ``path``, ``head`` (and ``example``,
+        ``query``, ``token``), and one column for each measure. Its ``attrs["units"]`` has their units.
+
+    Raises:
+        MeasureError: a measure is not defined for a call, and not ``missing``; or the trace has no calls.
+        FieldNotCaptured: the trace lacks a field; names the measure, the call and the ``capture=`` that keeps it.
+        SelectionError: an unknown measure or ``by``.
+    """
+    return measure_table(trace, resolve(measures), by=by, real=real, missing=missing)
 
 
 def capture(*measures: str | Measure) -> tuple[str | Statistic, ...]:

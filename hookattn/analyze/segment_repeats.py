@@ -14,6 +14,7 @@ from .. import statistics as st
 from ..errors import MeasureError
 from .labels import PADDING, Rows, frozen, padded, sequences
 from .measure import Measure
+from .table import measure_table
 from .view import View
 
 if TYPE_CHECKING:
@@ -117,10 +118,8 @@ def repeated_segment(trace: Trace, period: int | None = None, *, tokens: Any = N
     Raises:
         MeasureError, FieldNotCaptured: see :func:`hookattn.analyze.measure`.
     """
-    from .table import measure
-
     chosen = {kind: RepeatedSegment(kind, period, tokens) for kind in KINDS}
-    table = measure(trace, chosen.values(), real=real)
+    table = measure_table(trace, list(chosen.values()), real=real)
     table = table.rename(columns={m.key: kind for kind, m in chosen.items()})
     table.attrs["units"] = dict.fromkeys(KINDS, RepeatedSegment.unit)
     return table

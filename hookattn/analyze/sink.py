@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import statistics as st
 from ..attention import sink_column
-from .measure import Measure, Reading
+from .measure import Measure
+from .reading import Reading
 from .view import View
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import HookattnError, MeasureError, SelectionError
+from ..statistics.base import Statistic
 from .frame import call_columns, views
-from .labels import sequences
-from .measure import Measure, Reading
-from .registry import resolve
+from .labels import named_keys
+from .reading import Reading
 from .view import View
 
 if TYPE_CHECKING:
@@ -23,49 +23,48 @@ if TYPE_CHECKING:
 BY = ("head", "example", "query")
 
 
-def measure(
-    trace: Trace,
-    measures: str | Measure | Iterable[str | Measure],
-    *,
-    by: str = "head",
-    real: Any = None,
-    missing: bool = False,
+class TabledMeasure(Protocol):
+    """What a table asks of a measure; :class:`~hookattn.analyze.Measure` is one."""
+
+    @property
+    def key(self) -> str:
+        """The name of its column."""
+
+    @property
+    def unit(self) -> str:
+        """``nats``, ``keys``, ``share``, …"""
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What it is computed of."""
+
+    def problem(self, view: View) -> str | None:
+        """Why it is not defined for a call; None: it is."""
+
+    def of(self, view: View) -> Reading:
+        """Its value for each head of a call; raises MeasureError where it is not defined."""
+
+
+def measure_table(
+    trace: Trace, measures: Sequence[TabledMeasure], *, by: str = "head", real: Any = None, missing: bool = False
 ) -> DataFrame:
-    """Measures of every head of a trace; what they share is computed once.
-
-    Args:
-        trace: in memory, loaded, or compact; with weights, or what they can be derived of, or the statistics that the
-            measures are made of (``capture=hookattn.analyze.capture(…)``).
-        measures: names or :class:`Measure` objects.
-        by: ``"head"``: a row for each call and head, averaged over the batch; ``"example"``: for each batch entry too;
-            ``"query"``: for each query too, which only measures that are means over queries have; its ``token`` is
-            missing where the trace's tokens are not those of the call.
-        real: bool or 0/1, B S, an ``attention_mask``: True = a real token, no padding. Without it those keys are real
-            that some query may attend to.
-        missing: whether a measure that is not defined for a call is NaN there, instead of an error.
-
-    Returns:
-        A pandas DataFrame with ``call``, ``step``, ``layer``, ``stack``, ``kind``, ``path``, ``head`` (and ``example``,
-        ``query``, ``token``), and one column for each measure. Its ``attrs["units"]`` has their units.
+    """The table that :func:`hookattn.analyze.measure` returns, of measures that have different keys.
 
     Raises:
-        MeasureError: a measure is not defined for a call, and not ``missing``; or the trace has no calls.
-        FieldNotCaptured: the trace lacks a field; names the measure, the call and the ``capture=`` that keeps it.
-        SelectionError: an unknown measure or ``by``.
+        MeasureError, FieldNotCaptured, SelectionError: as there.
     """
     import pandas as pd
 
-    chosen = resolve(measures)
     if by not in BY:
         raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
-    frames = [pd.DataFrame(columns(view, readings(view, chosen, missing), by)) for view in views(trace, real)]
+    frames = [pd.DataFrame(columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
     table = pd.concat(frames, ignore_index=True)
-    table.attrs["units"] = {m.key: m.unit for m in chosen}
+    table.attrs["units"] = {m.key: m.unit for m in measures}
     return table
 
 
 def readings(
-    view: View, measures: Sequence[Measure], missing: bool = False, why: dict[str, str] | None = None
+    view: View, measures: Sequence[TabledMeasure], missing: bool = False, why: dict[str, str] | None = None
 ) -> dict[str, Reading | None]:
     """Each measure of one call by its key; None where it is not defined and may be missing.
 
@@ -76,7 +75,7 @@ def readings(
         why: gets the reason for each that is.
 
     Raises:
-        HookattnError: see :func:`measure`.
+        HookattnError: see :func:`measure_table`.
     """
     reasons = {} if why is None else why
     found: dict[str, Reading | None] = dict.fromkeys(m.key for m in measures)
@@ -104,7 +103,7 @@ def readings(
 
 
 def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
-    """The columns of a call's part of a table: where, which head, and each reading; see :func:`measure` for ``by``."""
+    """The columns of a call's part of a table: place, head, and each reading; ``by`` as in :func:`measure_table`."""
     b, h, t, _ = view.shape
     sizes = {"head": (h,), "example": (b, h), "query": (b, h, t)}[by]
     n = int(torch.tensor(sizes).prod())
@@ -126,7 +125,7 @@ def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, 
 def _tokens(view: View) -> list[list[str | None]]:
     """B T: the token of each query; None where it is not known."""
     b, _, t, _ = view.shape
-    found = sequences(view)
+    found = named_keys(view)
     if isinstance(found, str) or view.positions is None or view.lost:
         return [[None] * t] * b
     at = view.positions.expand(b, t).tolist()

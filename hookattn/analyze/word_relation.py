@@ -10,8 +10,9 @@ import torch
 
 from ..errors import MeasureError
 from .labels import Rows, frozen
-from .measure import Measure, Reading
+from .measure import Measure
 from .pool import pooled, words_of
+from .reading import Reading
 from .view import View
 
 HOW = ("argmax", "mass")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ... import api
 from ...errors import HookattnError, InputError
-from ..measure import Measure, Reading
+from ..measure import Measure
+from ..reading import Reading
 from ..registry import capture as capture_of
 from ..registry import resolve
 from ..table import readings

@@ -1,0 +1,30 @@
+"""What a measure gives for one call: a number for each head in every batch entry, and what it is the mean of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Reading:
+    """A measure of one call.
+
+    Attributes:
+        value: B H, float64; NaN where it is not defined (no row that counts).
+        count: B, or B H: how many rows each value is the mean of; batches are averaged by it.
+        rows: B H T, the value of each query row, NaN for one that does not count; None where it is no mean of these.
+    """
+
+    value: Tensor
+    count: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def heads(self) -> Tensor:
+        """H: the mean over the batch, each entry by its count; NaN where no row counts."""
+        count = (self.count if self.count.dim() == 2 else self.count.unsqueeze(1)).expand(self.value.shape)
+        count = torch.where(self.value.isnan() & (count == 0), 0, count)
+        return torch.where(count > 0, self.value * count, 0.0).sum(0) / count.sum(0)
