@@ -1,5 +1,6 @@
 """What the heads of a trace do: measures, one a file, and the tables that are made of them."""
 
+from ..tokens.pieces import SEPARATORS
 from .acronym import Acronyms
 from .aggregate import aggregate, aggregate_layers
 from .circuits import Circuit, Projection
@@ -37,7 +38,7 @@ from .roles import ROLES, Role
 from .rollout import rollout
 from .segment_repeats import RepeatedSegment, repeated_segment
 from .segments import BetweenSegments, between_segments
-from .separator import SEPARATORS, Punctuation, Separators
+from .separator import Punctuation, Separators
 from .sink import FirstToken, LearnedSink, Sink
 from .top_targets import top_targets
 from .values import OutputNorm, ValueNorm, norm_based, value_weighted

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import MeasureError
+from ..tokens.pieces import is_special
 from .pairs import PairMass
 from .segments import segment_of
 from .view import View
-from .words import Words, is_special, split_words
+from .words import Words, split_words
 
 _BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}
 

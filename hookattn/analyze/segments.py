@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..tokens.pieces import SEPARATORS
 from .label_mass import Labelled, LabelMass, table
 from .labels import PADDING, Rows, frozen, padded, sequences
-from .separator import SEPARATORS
 from .view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 @lru_cache(maxsize=256)

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..tokens.pieces import SEPARATORS
 from .pairs import KeyMass
 from .words import is_punctuation, split_words
-
-SEPARATORS = (
-    "[SEP]", "</s>", "<sep>", "<|sep|>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>",
-    "<end_of_turn>", "<|end|>",
-)  # fmt: skip
-"""Tokens that end a text or part two, in the spelling of the common tokenizers."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,19 @@
 """The words that a tokenizer's pieces make up.
 
-A piece begins a word where its tokenizer says so (``Ġcat``, ``▁the``, a space in front, no ``##``, no ``</w>`` before
-it); beside that punctuation, a line break and an ideograph are words of their own, as BERT's tokenizer has it, so that
-``Ġcat`` and ``,`` are two. Where no piece is marked, each is a word.
+A piece begins a word where its tokenizer says so (see :mod:`hookattn.tokens.pieces`); beside that punctuation, a line
+break and an ideograph are words of their own, as BERT's tokenizer has it, so that ``Ġcat`` and ``,`` are two. Where no
+piece is marked, each is a word.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..byte_level import in_bytes, is_byte_level
 from ..errors import MeasureError
-
-_SPECIAL = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>)[^\s<>]+>|\[[^\[\]\s]+\]")
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from ..tokens.pieces import Piece, read_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +51,17 @@ def split_words(tokens: tuple[str, ...]) -> Words:
     Args:
         tokens: S.
     """
-    pieces, joined = _pieces(tokens)
-    pieces = _healed(pieces)
+    pieces = read_pieces(tokens)
+    texts = _healed(pieces)
     ids: list[Hashable] = []
     before: str | None = None
     word = -1
-    for token, piece, joins in zip(tokens, pieces, joined, strict=True):
-        special = is_special(token)
-        if piece:
-            word += not joins or special or before is None or _apart(before, piece)
-            before = None if special else piece
-        ids.append(None if special else word)
-    return _words(tokens, pieces, ids)
+    for piece, text in zip(pieces, texts, strict=True):
+        if text:
+            word += not piece.joins or before is None or _apart(before, text)
+            before = None if piece.special else text
+        ids.append(None if piece.special else word)
+    return _words(tokens, texts, ids)
 
 
 def given_words(tokens: Sequence[str] | None, ids: Sequence[Hashable]) -> Words:
@@ -84,7 +79,7 @@ def given_words(tokens: Sequence[str] | None, ids: Sequence[Hashable]) -> Words:
         return _words(tokens, tokens, ids)
     if len(ids) != len(tokens):
         raise MeasureError(f"words: expected an id for each of the {len(tokens)} tokens, got {len(ids)}.")
-    return _words(tokens, _healed(_pieces(tokens)[0]), ids)
+    return _words(tokens, _healed(read_pieces(tokens)), ids)
 
 
 def _words(tokens: Sequence[str], pieces: Sequence[str], ids: Sequence[Hashable]) -> Words:
@@ -107,23 +102,19 @@ def is_punctuation(text: str) -> bool:
     return bool(bare) and all(unicodedata.category(c)[0] in "PS" for c in bare)
 
 
-def is_special(token: str) -> bool:
-    """Whether a token is written as special ones are: ``[SEP]``, ``</s>``, ``<|endoftext|>``."""
-    return _SPECIAL.fullmatch(token) is not None
-
-
-def _healed(pieces: Sequence[str]) -> list[str]:
-    """With the characters put together that a tokenizer took to pieces."""
+def _healed(pieces: Sequence[Piece]) -> list[str]:
+    """The text of each piece, with the characters put together that a tokenizer took to pieces."""
     made: list[str] = []
     first = 0
     for i, piece in enumerate(pieces):
-        if i and _cut(made[first][-1:]) and _cut(piece[:1]):
-            made[first] = _text((made[first] + piece).encode(errors="surrogateescape"))
+        text = _text(piece.data)
+        if i and _cut(made[first][-1:]) and _cut(text[:1]):
+            made[first] = _text((made[first] + text).encode(errors="surrogateescape"))
             made.append("")
         else:
             first = i
-            made.append(piece)
-    return [piece.encode(errors="replace").decode() for piece in made]
+            made.append(text)
+    return [text.encode(errors="replace").decode() for text in made]
 
 
 def _cut(c: str) -> bool:
@@ -136,27 +127,6 @@ def _apart(before: str, piece: str) -> bool:
     if any(is_punctuation(x) or "\n" in x for x in (before, piece)):
         return True
     return any(unicodedata.east_asian_width(c) == "W" for c in (before[-1:], piece[:1]) if c)
-
-
-def _pieces(tokens: Sequence[str]) -> tuple[list[str], list[bool]]:
-    """The text of each token, and whether it goes on with the word of the one before."""
-    ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
-    if is_byte_level(ordinary):
-        made = [t if _SPECIAL.fullmatch(t) else _text(in_bytes(t)) for t in tokens]
-        return made, [not t.startswith((" ", "\n")) for t in made]
-    if any("▁" in t for t in ordinary):
-        made = [_text(bytes([int(b[1], 16)])) if (b := _BYTE.fullmatch(t)) else t for t in tokens]
-        made = [t.replace("▁", " ") for t in made]
-        return made, [not t.startswith(" ") for t in made]
-    if any(t.startswith("##") and len(t) > 2 for t in ordinary):
-        joins = [t.startswith("##") and len(t) > 2 for t in tokens]
-        return [t[2:] if j else t for t, j in zip(tokens, joins, strict=True)], joins
-    if any(t.endswith("</w>") for t in ordinary):
-        joins = [False, *(not t.endswith("</w>") for t in tokens[:-1])]
-        return [t.removesuffix("</w>") for t in tokens], joins
-    if any(t.startswith(" ") and len(t) > 1 for t in ordinary):
-        return list(tokens), [not t.startswith((" ", "\n")) for t in tokens]
-    return list(tokens), [False] * len(tokens)
 
 
 def _text(data: bytes) -> str:

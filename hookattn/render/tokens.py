@@ -7,15 +7,12 @@ shown in each of them, as "€ 1/3". What has no shape (controls, marks that rev
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 
-from ..byte_level import in_bytes, is_byte_level
+from ..tokens.pieces import Piece, read_pieces
 
 CONTINUES = "…"
-_SPECIAL = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>).+>|\[[^\[\]]+\]", re.DOTALL)
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _STAND_IN = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 
 
@@ -29,17 +26,16 @@ def shown(tokens: Sequence[str]) -> list[str]:
         One label a token; never empty, and without anything that breaks a line or changes the direction of the text
         around it.
     """
-    pieces, spaced = _pieces(tokens)
+    pieces = read_pieces(tokens)
     labels: list[str] = []
     before = ""
-    for token, piece in zip(tokens, _texts(pieces), strict=True):
-        if piece is None:
-            labels.append(visible(token) or "∅")
+    for piece, (text, part) in zip(pieces, _texts(pieces), strict=True):
+        if piece.special:
+            labels.append(visible(text.removeprefix("▁")))
             before = ""
             continue
-        text, part = piece
-        bare = text[1:] if spaced and text[:1] == " " and text[1:2].isalnum() and not before[-1:].isspace() else text
-        joins = spaced and bare is text and _spells(before[-1:]) and _spells(text[:1]) and not part
+        bare = text[1:] if text[:1] == " " and text[1:2].isalnum() and not before[-1:].isspace() else text
+        joins = piece.joins and _spells(before[-1:]) and _spells(text[:1]) and not part
         labels.append((CONTINUES if joins else "") + (visible(bare) or "∅") + part)
         before = text
     return labels
@@ -83,41 +79,17 @@ def _spells(c: str) -> bool:
     return c.isalnum() and unicodedata.east_asian_width(c) not in "WF"
 
 
-def _pieces(tokens: Sequence[str]) -> tuple[list[bytes | None], bool]:
-    """The bytes that each token stands for, None for a special one; and whether a space tells where words begin."""
-    ordinary = [t for t in tokens if not _SPECIAL.fullmatch(t)]
-    if is_byte_level(ordinary):
-        return [None if _SPECIAL.fullmatch(t) else in_bytes(t) for t in tokens], True
-    ends = any(t.endswith("</w>") for t in ordinary)
-    parts = any(t.startswith("##") and len(t) > 2 for t in ordinary) and not any("▁" in t for t in ordinary)
-    made: list[bytes | None] = []
-    begins = True
-    for token in tokens:
-        byte = _BYTE.fullmatch(token)
-        if _SPECIAL.fullmatch(token):
-            made.append(None)
-            begins = True
-            continue
-        text = token.replace("▁", " ").removesuffix("</w>" if ends else "")
-        if parts:
-            begins, text = not (token.startswith("##") and len(token) > 2), text.removeprefix("##") or text
-        space = " " if (ends or parts) and begins and text[:1].isalnum() else ""
-        made.append(bytes([int(byte[1], 16)]) if byte else (space + text).encode(errors="surrogatepass"))
-        begins = token.endswith("</w>")
-    return made, any(m is not None and m[:1] == b" " and len(m) > 1 for m in made)
-
-
-def _texts(pieces: Sequence[bytes | None]) -> list[tuple[str, str] | None]:
+def _texts(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Each piece's text, with a character that several share in each of them, and which part of it that is."""
-    owners = [i for i, piece in enumerate(pieces) for _ in piece or b""]
-    data = b"".join(piece or b"" for piece in pieces)
-    made = [None if piece is None else ("", "") for piece in pieces]
+    owners = [i for i, piece in enumerate(pieces) for _ in piece.data]
+    data = b"".join(piece.data for piece in pieces)
+    made = [("", "")] * len(pieces)
     at = 0
     while at < len(data):
         text, size = _character(data, at)
         sharing = list(dict.fromkeys(owners[at : at + size]))
         for n, i in enumerate(sharing, 1):
-            before = made[i] or ("", "")
+            before = made[i]
             made[i] = before[0] + text, before[1] if len(sharing) == 1 else f" {n}/{len(sharing)}"
         at += size
     return made

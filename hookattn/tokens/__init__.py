@@ -1,0 +1,1 @@
+"""What tokenizers write, read once: pieces of words, words, and tokens as a person reads them."""
