@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..certificate import TOLERANCE
 from ..record import FIELDS
-from ..trace import Call, Trace
+from ..traces import Trace
 from .failure import Failure, require
 
 _LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "scores": "BHTS", "weights": "BHTS", "output": "BHTE"}

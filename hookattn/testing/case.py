@@ -15,7 +15,7 @@ from ..api import tracing
 from ..errors import SkippedWarning, UnfaithfulWarning
 from ..inspection import Plan, make_plan
 from ..registry import using
-from ..trace import Trace
+from ..traces import Trace
 
 
 class NotApplicable(Exception):

@@ -60,7 +60,7 @@ def check_adapter(
         make_model: returns a small model; called often, after seeding, in eval mode unless a check says otherwise. Its
             weights have to be large enough that attention is far from uniform.
         make_inputs: returns what :func:`hookattn.trace` takes as inputs. With ``input_ids`` by name (or one tensor of
-            ids) the model is also run with padding and with a cache, where its forward takes them.
+            ids) the model is also run with padding and with a cache, where it takes them; that is found by trying.
         beside: further adapters that the model needs, for classes that it shares with other families.
         complete: whether these cover every class of the model, so that it is watched at its sites alone.
         every_layer: whether every layer of a stack has a site of each kind.
@@ -73,7 +73,8 @@ def check_adapter(
         only: names of :data:`CHECKS` to run; None: all.
 
     Returns:
-        For each check ``"passed"``, or why it does not apply.
+        For each check ``"passed"``, or why it does not apply: of a cache or a mask that the model does not take, what
+        was tried and what came back.
 
     Raises:
         AdapterCheckError: all that was found, with the path of the call, what was expected, what there is, how to mend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .calls import repeated_heads, trace_failures
-from .case import Case, NotApplicable
+from .case import Case, NotApplicable, tensors
 from .clean import state_of
 from .failure import Failure
+from .taken import CACHE_NAMES, attempt, find_cache, not_taken
 from .untouched import compared, differ, left
 from .witness import formed
 
@@ -39,15 +39,22 @@ def more_inputs(case: Case) -> Iterator[Failure]:
 def padding(case: Case) -> Iterator[Failure]:
     """Padded on the left and on the right, with an ``attention_mask``: no query attends to the padding."""
     ids = _ids(case)
-    if not case.padding or not _takes(case, "attention_mask"):
-        raise NotApplicable("padding=False" if not case.padding else "forward takes no attention_mask")
+    if not case.padding:
+        raise NotApplicable("padding=False")
     n = ids.shape[1]
     if n < 4:
         raise NotApplicable(f"{n} tokens are too few to pad")
-    for side in ("left", "right"):
-        hidden = slice(0, 2) if side == "left" else slice(n - 2, n)
+    masks: dict[str, tuple[Tensor, slice]] = {}
+    for side, hidden in (("left", slice(0, 2)), ("right", slice(n - 2, n))):
         mask = torch.ones(ids.shape, dtype=torch.long)
         mask[-1, hidden] = 0
+        masks[side] = mask, hidden
+    named = _named(case)
+    if "attention_mask" not in named:
+        reason = not_taken(case.model(), named, "attention_mask", [mask for mask, _ in masks.values()])
+        if reason:
+            raise NotApplicable(f"the model takes no attention_mask: {reason}")
+    for side, (mask, hidden) in masks.items():
         inputs = {**_named(case), "attention_mask": mask}
         model = case.model()
         yield from _whole(case, model, inputs, f"padded on the {side}")
@@ -79,29 +86,33 @@ def half(case: Case) -> Iterator[Failure]:
 
 
 def cache(case: Case) -> Iterator[Failure]:
-    """A prompt, then one token at a time with ``past_key_values``: each row as in one forward over everything."""
+    """A prompt, then one token at a time with the model's cache: each row as in one forward over everything."""
     name = "decoder_input_ids" if "decoder_input_ids" in _named(case) else "input_ids"
     ids = _ids(case, name)
-    if not (_takes(case, "past_key_values") and _takes(case, "use_cache")):
-        raise NotApplicable("forward takes no past_key_values")
-    if ids.shape[1] < 4:
-        raise NotApplicable(f"{ids.shape[1]} tokens are too few for a prompt and two steps")
-    model = case.model()
     n = ids.shape[1]
-    rest = {k: v for k, v in _named(case).items() if k not in (name, "use_cache", "past_key_values")}
+    if n < 4:
+        raise NotApplicable(f"{n} tokens are too few for a prompt and two steps")
+    rest = {k: v for k, v in _named(case).items() if k not in (name, "use_cache", *CACHE_NAMES)}
+
+    def between(start: int, stop: int) -> dict[str, Any]:
+        made = {name: ids[:, start:stop]}
+        for key, value in rest.items():
+            encoders = name != "input_ids" and not key.startswith("decoder_")  # whole in every step
+            made[key] = value if encoders else _cut(key, value, n, start, stop)
+        return made
+
+    use = find_cache(case.model(), between(0, n - 2), between(n - 2, n - 1))
+    model = case.model()
 
     def steps() -> list[Any]:
         made: list[Any] = []
-        past = None
+        back: dict[str, Any] = {}
         torch.manual_seed(1)
         for start, stop in ((0, n - 2), (n - 2, n - 1), (n - 1, n)):
-            ours = [k for k in rest if name == "input_ids" or k.startswith("decoder_")]  # the rest is the encoder's
-            cut = {k: _cut(k, v, n, start, stop) if k in ours else v for k, v in rest.items()}
-            made.append(model(**{name: ids[:, start:stop]}, **cut, past_key_values=past, use_cache=True))
-            past = getattr(made[-1], "past_key_values", None)
-            if past is None:
-                raise NotApplicable("the model returns no past_key_values")
-        return [x[0] if isinstance(x, tuple) else x.to_tuple()[0] for x in made]
+            made.append(model(**between(start, stop), **use.asked, **back))
+            again = use.of(made[-1])
+            back = back if again is None else {use.name: again}  # one that is written in place may come back once
+        return [next(tensors(x)) for x in made]
 
     with torch.no_grad():
         plain, before = steps(), state_of(model)
@@ -111,7 +122,7 @@ def cache(case: Case) -> Iterator[Failure]:
         yield from trace_failures(trace)
         yield from repeated_heads(trace)
         together = trace.stitch()
-        once = case.traced(model, lambda: case.run(model, {**rest, name: ids, "use_cache": False}))
+        once = case.traced(model, lambda: case.run(model, {**rest, name: ids, **dict.fromkeys(use.asked, False)}))
     for want in once:
         mine = [c for c in together if (c.site.path, c.site.kind) == (want.site.path, want.site.kind)]
         where = f"{want.site.label}, with a cache"
@@ -148,14 +159,16 @@ def _named(case: Case) -> dict[str, Any]:
 
 def _ids(case: Case, name: str = "input_ids") -> Tensor:
     x = _named(case).get(name)
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.dim() != 2 or not _takes(case, name):
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dim() != 2:
         raise NotApplicable(f"the inputs have no {name}")
+    if not isinstance(case.make_inputs(), Mapping):  # one tensor: whether the model takes it by name is to be found out
+        try:
+            _, refused = attempt(case.model(), {name: x}, name)
+        except TypeError as error:  # another name is missing
+            refused = str(error)
+        if refused:
+            raise NotApplicable(f"the model does not take its inputs by the name {name} ({refused})")
     return x
-
-
-def _takes(case: Case, name: str) -> bool:
-    parameters = inspect.signature(case.model().forward).parameters
-    return name in parameters or name in _named(case)
 
 
 def _cut(name: str, x: Any, n: int, start: int, stop: int) -> Any:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..call import Call
 from ..store.rawbytes import byte_blocks
-from ..trace import Call, Trace
+from ..traces import Trace
 from .case import Case, NotApplicable
 from .failure import Failure
 
