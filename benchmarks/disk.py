@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
+from hookattn import Trace
 from hookattn.store.rawbytes import byte_blocks
 from hookattn.store.stream import Stream
-from hookattn.trace import Trace
 
 from .clock import Clock, Variant, cpu_clock
 from .memory import peak

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .adapter import Adapter
 from .api import trace, tracing
+from .call import Call, Skipped
 from .certificate import Certificate
 from .errors import (
     AdapterCheckError,
@@ -34,15 +35,13 @@ from .errors import (
     UnfaithfulWarning,
     UnsupportedConfigError,
 )
-from .loading import load
 from .planned import MemoryPlan, PlannedCall
 from .planning import plan
 from .record import FIELDS, KernelCall
 from .registry import adapters, register
 from .site import Site
-from .trace import Call, Skipped, Trace
-
-__version__ = "0.1.0"
+from .traces import Trace, load
+from .version import __version__ as __version__
 
 __all__ = [
     "FIELDS",

@@ -27,7 +27,7 @@ from .inspection import check_meta, make_plan
 from .selection import Selection
 from .session import Session
 from .statistics.base import Statistic
-from .trace import Trace
+from .traces import Trace
 
 _VERIFY = ("sample", "full", "off")
 

@@ -32,7 +32,7 @@ from .session import Session
 from .site import Site
 from .sizes import Seen, sizes
 from .taps.watch import Watch
-from .trace import Trace
+from .trace import TraceData
 
 _IMPOSSIBLE = (
     DataDependentOutputException,
@@ -109,7 +109,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The calls of a forward on shapes; raises as :func:`plan` does."""
     seen = Seen()
     copy, args, kwargs = hollow(model, args, kwargs)
-    session = Session(make_plan(copy), Trace(), Selection.of(), "off", False)
+    session = Session(make_plan(copy), TraceData(), Selection.of(), "off", False)
     session.keeper, session.hollow = _Shapes(seen), True
 
     def may_guess() -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .call import Call
 
 if TYPE_CHECKING:
-    from .trace import Trace
+    from .trace import TraceData
 
 _TOGETHER = "put together from "
 
@@ -22,7 +22,7 @@ def stitched(call: Call) -> bool:
     return any(note.startswith(_TOGETHER) for note in call.notes)
 
 
-def of_inputs(call: Call, trace: Trace) -> bool:
+def of_inputs(call: Call, trace: TraceData) -> bool:
     """Whether its keys are those that tokens and padding are of: the encoder's, where a decoder reads one."""
     if call.site.crosses or call.site.stack == "encoder":
         return True

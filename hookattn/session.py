@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from .call import Call, Skipped
 from .errors import ModelError, UnfaithfulError
 from .guard import LARGE, Guard
 from .hooks import Brackets
@@ -23,7 +24,7 @@ from .taps import kernels, patches
 from .taps.current import current, set_current
 from .taps.patch import Exchange, install, remove
 from .taps.watch import Watch
-from .trace import Call, Skipped, Trace
+from .trace import TraceData
 
 Sink = Callable[[Call], None]
 
@@ -44,7 +45,7 @@ class Session:
     def __init__(
         self,
         plan: Plan,
-        trace: Trace,
+        trace: TraceData,
         selection: Selection,
         verify: str,
         strict: bool,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from .errors import StitchError
 from .lineage import Lineage, Place, extents
 from .record import FIELDS
 from .sequences import together
+from .trace import TraceData
 
-if TYPE_CHECKING:
-    from .trace import Trace
+Whole = TypeVar("Whole", bound=TraceData)
 
 _SAME_IN_EVERY_STEP = ("softcap", "heads", "kv_heads", "own_scores", "mixed")
 
 
-def stitch(trace: Trace, *, beams: Any = None, length: int | None = None) -> Trace:
+def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Whole:
     """Put the steps of a generation together: one call for each site, as one forward over the final sequence has it.
 
     T is every token that was fed and kept, S the same (for cross-attention: the keys of the other sequence). Each row
@@ -48,7 +48,7 @@ def stitch(trace: Trace, *, beams: Any = None, length: int | None = None) -> Tra
             were rejected after the last forward are still in the trace, which can't know it.
 
     Returns:
-        A Trace with one call a site, all in step 0.
+        A trace of the same class with one call a site, all in step 0.
 
     Raises:
         StitchError: the steps are no one generation, a step or a layer is missing, or query rows were left out.
@@ -69,7 +69,7 @@ def stitch(trace: Trace, *, beams: Any = None, length: int | None = None) -> Tra
     return replace(trace, calls=made)
 
 
-def _stacks(trace: Trace) -> dict[str, list[list[Call]]]:
+def _stacks(trace: TraceData) -> dict[str, list[list[Call]]]:
     """Stack -> its sites, each the calls of its steps. A module that runs n times in a forward is n sites."""
     runs: dict[tuple[str, str, int], list[Call]] = defaultdict(list)
     seen: dict[tuple[str, str, int], int] = defaultdict(int)

@@ -1,21 +1,18 @@
-"""The Trace: every attention call of one or more forwards, in execution order."""
+"""What a trace holds: every attention call of one or more forwards, in execution order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from os import PathLike
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, overload
 
 from .call import Call, Skipped
 from .errors import SelectionError
 
-__all__ = ["Call", "Skipped", "Trace"]
-
 
 @dataclass(eq=False)
-class Trace:
-    """Calls in execution order, and what is needed to read them.
+class TraceData:
+    """Calls in execution order, and what is needed to read them; a part of it is of the class that it was taken of.
 
     Attributes:
         calls: the calls.
@@ -46,9 +43,9 @@ class Trace:
     @overload
     def __getitem__(self, key: int | str) -> Call: ...
     @overload
-    def __getitem__(self, key: slice) -> Trace: ...
-    def __getitem__(self, key: int | slice | str) -> Call | Trace:
-        """A call by position or by module path, or a Trace of a slice of them.
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key: int | slice | str) -> Call | Self:
+        """A call by position or by module path, or a trace of a slice of them.
 
         Raises:
             SelectionError: no such call, or a path that ran more than once.
@@ -77,7 +74,7 @@ class Trace:
         step: int | Sequence[int] | None = None,
         path: str | None = None,
         tap: str | None = None,
-    ) -> Trace:
+    ) -> Self:
         """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
 
         Raises:
@@ -127,10 +124,8 @@ class Trace:
     def _known(self, of: Callable[[Call], Any]) -> list[Any]:
         return list(dict.fromkeys(of(c) for c in self.calls))
 
-    def _with(self, calls: Iterable[Call]) -> Trace:
-        return Trace(
-            list(calls), self.skipped, self.tokens, self.output, self.model, self.notes, self.selection, self.path
-        )
+    def _with(self, calls: Iterable[Call]) -> Self:
+        return replace(self, calls=list(calls))
 
     @property
     def attentions(self) -> tuple[Any, ...]:
@@ -152,60 +147,14 @@ class Trace:
         made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
         return made[0] if len(made) == 1 else made
 
-    def stitch(self, *, beams: Any = None, length: int | None = None) -> Trace:
-        """One T×S picture of a generation for each site: all its steps put together, as one forward would have them.
-
-        Args:
-            beams: ``beam_indices`` of a beam search; False: rows were never reordered; None: the keys tell.
-            length: how many positions are kept; for assisted decoding one less than the final sequence has.
-
-        Raises:
-            StitchError, FieldNotCaptured: see :func:`hookattn.stitch.stitch`, which has the whole story.
-        """
-        from .stitch import stitch
-
-        return stitch(self, beams=beams, length=length)
-
-    def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
-        """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
-
-        Args:
-            model: the bridge that was traced; it says whether positions are rotary.
-            rotary: the same, in a word.
-
-        Raises:
-            ImportError, SelectionError: see :func:`hookattn.interop.transformer_lens.to_transformer_lens`.
-        """
-        from .interop.transformer_lens import to_transformer_lens
-
-        return to_transformer_lens(self, model, rotary=rotary)
-
     @property
     def faithful(self) -> bool:
         """Whether every call's certificate is within tolerance."""
         return all(c.certificate.faithful for c in self.calls)
-
-    def save(self, path: str | PathLike[str], *, compact: bool = False) -> str:
-        """Write the trace to one safetensors file.
-
-        Args:
-            path: the file; an older one is replaced only when the new one is complete.
-            compact: leave out scores and weights that can be derived from the other fields; they are derived on access
-                (to within rounding, where the model formed them itself).
-
-        Returns:
-            The path.
-
-        Raises:
-            TraceWriteError: the file could not be written; nothing is left under its name.
-        """
-        from .store.document import save
-
-        return save(self, path, compact=compact)
 
     def __repr__(self) -> str:
         where = f" of {self.model['class']}" if self.model.get("class") else ""
         bad = sum(c.certificate.status == "unfaithful" for c in self.calls)
         state = f", {bad} unfaithful" if bad else ""
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        return f"Trace({len(self.calls)} calls{where}{state}{skipped})"
+        return f"{type(self).__name__}({len(self.calls)} calls{where}{state}{skipped})"

@@ -176,7 +176,7 @@ def test_a_tap_knows_nothing_of_the_rest(path: Path) -> None:
         "registry",
         "adapter",
         "hooks",
-        "loading",
+        "traces",
         "keeper",
         "certificate",
         "describe",

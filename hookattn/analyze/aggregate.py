@@ -13,7 +13,7 @@ from .frame import views
 from .view import View
 
 if TYPE_CHECKING:
-    from ..trace import Trace
+    from ..traces import Trace
 
 HOW: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mean": lambda x, dim: x.mean(dim),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MeasureError
-from ..trace import Trace
+from ..traces import Trace
 from .frame import long, ranked, views
 from .view import View
 

@@ -13,7 +13,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def distance_decay(trace: Trace, *, real: Any = None) -> DataFrame:

@@ -15,7 +15,7 @@ from .frame import views
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 # How many entries of pairs are formed together.
 _PART = 1 << 22

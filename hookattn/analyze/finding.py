@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..api import _arguments, tracing
 from ..attention import compute_dtype
 from ..certificate import TOLERANCE
-from ..trace import Call
+from ..call import Call
 from .circuits import Circuit, Projection
 from .matching import LEAST, Match, affine, equal, norms
 from .products import Product, Products

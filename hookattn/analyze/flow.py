@@ -12,7 +12,7 @@ from ..errors import SelectionError
 from .rollout import mixing
 
 if TYPE_CHECKING:
-    from ..trace import Trace
+    from ..traces import Trace
 
 # Capacities are integers of this unit. What leaves a token is 1 in all, so that no flow is beyond 32 bits.
 _UNIT = 1 << 30

@@ -19,7 +19,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 Labelled = list[tuple[Any, ...]] | str
 """B S, the label of each key (None: it has none); or why there is none."""

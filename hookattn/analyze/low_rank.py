@@ -15,7 +15,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real: Any = None) -> DataFrame:

@@ -17,7 +17,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 @dataclass(frozen=True)

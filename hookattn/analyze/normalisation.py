@@ -14,7 +14,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 # A mask of −100, the weakest there is, leaves 4e-44.
 _NOTHING = 1e-30

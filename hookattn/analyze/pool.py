@@ -17,7 +17,7 @@ from .view import View
 from .words import Words, given_words, split_words
 
 if TYPE_CHECKING:
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def pool_words(trace: Trace, words: Any = None) -> Trace:

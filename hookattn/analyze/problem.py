@@ -11,7 +11,7 @@ from ..attention import sink_column
 from ..statistics.problem import Problem, four
 
 if TYPE_CHECKING:
-    from ..trace import Call
+    from ..call import Call
 
 
 def problem_of(call: Call, positions: Tensor | None) -> Problem | None:

@@ -26,7 +26,7 @@ from .values import ValueNorm
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind

@@ -16,7 +16,7 @@ from .table import columns, readings
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, real: Any = None) -> DataFrame:

@@ -13,7 +13,7 @@ from .frame import views
 from .view import View
 
 if TYPE_CHECKING:
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def rollout(

@@ -20,7 +20,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 KINDS = ("induction", "duplicate_token", "previous_token")
 

@@ -17,7 +17,7 @@ from .words import split_words
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) -> DataFrame:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import compute_dtype
 from ..certificate import UNVERIFIED
 from ..errors import MeasureError
-from ..trace import Trace
+from ..traces import Trace
 from .circuits import Circuit, circuit_of, triangle
 from .measure import Measure
 from .view import View

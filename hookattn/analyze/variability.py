@@ -15,7 +15,7 @@ from .view import View
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..trace import Trace
+    from ..traces import Trace
 
 
 def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, real: Any = None) -> DataFrame:

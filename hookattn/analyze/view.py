@@ -21,7 +21,8 @@ from ..statistics.received import Received
 from .problem import problem_of
 
 if TYPE_CHECKING:
-    from ..trace import Call, Trace
+    from ..call import Call
+    from ..traces import Trace
 
 
 Made = TypeVar("Made")

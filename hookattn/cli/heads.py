@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..analyze import MEASURES, report
 from ..errors import SelectionError, TraceWriteError
-from ..loading import load
+from ..traces import load
 from .command import Command
 from .options import names
 from .screen import Screen, counted

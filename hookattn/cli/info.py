@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..loading import load
+from ..traces import load
 from .command import Command
 from .screen import Screen
 from .table import print_calls, print_head, print_verdict, summary

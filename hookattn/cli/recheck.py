@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..certificate import TOLERANCE
-from ..trace import Call
 
 CHECKS = {
     "scores": "softcap(scale·q·kᵀ) + bias = scores, where the mask allows",

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import SelectionError
-from ..loading import load
+from ..traces import load
 from .command import Command
 from .options import ints, positions
 from .screen import Screen, size_of

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..certificate import Certificate
 from ..store import LazyFile
-from ..trace import Call, Trace
+from ..call import Call
+from ..traces import Trace
 from .screen import counted, size_of
 
 _LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "output": "BHTE", "scores": "BHTS", "weights": "BHTS"}

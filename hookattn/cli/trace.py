@@ -10,7 +10,7 @@ import torch
 
 from .. import api
 from ..errors import ModelError, TraceWriteError
-from ..trace import Trace
+from ..traces import Trace
 from .command import Command
 from .inputs import Given, gather, move, read_tensors
 from .models import Loaded, is_factory, load_model

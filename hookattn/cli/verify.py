@@ -8,8 +8,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from ..loading import load
-from ..trace import Call, Trace
+from ..call import Call
+from ..traces import Trace, load
 from .command import Command
 from .recheck import CHECKS, Check, recheck
 from .screen import Screen, counted

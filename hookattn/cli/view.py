@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import RenderError
-from ..loading import load
+from ..traces import load
 from .command import Command, explain
 from .screen import Screen, size_of
 

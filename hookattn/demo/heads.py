@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..analyze import Measure
-from ..trace import Trace
+from ..traces import Trace
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from ..analyze import Induction, PreviousToken, SameWord
 from ..cli.screen import size_of
 from ..cli.table import print_calls, print_verdict
 from ..errors import TraceWriteError
-from ..loading import load
-from ..trace import Trace
+from ..traces import Trace, load
 from . import encoder, heads
 from .induction import BOS, example_tokens, load_pretrained
 from .show import heading, print_grid, print_ranking

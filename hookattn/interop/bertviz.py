@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..errors import SelectionError
 from ..render.part import Part, many
-from ..trace import Trace
+from ..trace import TraceData
 
 
-def head_view(trace: Trace, *, batch: int = 0, **options: Any) -> Any:
+def head_view(trace: TraceData, *, batch: int = 0, **options: Any) -> Any:
     """``bertviz.head_view`` of a trace.
 
     Args:
@@ -29,7 +29,7 @@ def head_view(trace: Trace, *, batch: int = 0, **options: Any) -> Any:
     return view(**{**to_bertviz(trace, batch=batch), **options})
 
 
-def model_view(trace: Trace, *, batch: int = 0, **options: Any) -> Any:
+def model_view(trace: TraceData, *, batch: int = 0, **options: Any) -> Any:
     """``bertviz.model_view`` of a trace; everything else as for :func:`head_view`.
 
     Raises:
@@ -41,7 +41,7 @@ def model_view(trace: Trace, *, batch: int = 0, **options: Any) -> Any:
     return view(**{**to_bertviz(trace, batch=batch), **options})
 
 
-def to_bertviz(trace: Trace, *, batch: int = 0) -> dict[str, Any]:
+def to_bertviz(trace: TraceData, *, batch: int = 0) -> dict[str, Any]:
     """The arguments of ``bertviz.head_view`` and ``bertviz.model_view``.
 
     Args:

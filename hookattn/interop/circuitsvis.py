@@ -9,10 +9,10 @@ import numpy as np
 from ..errors import SelectionError
 from ..render.choose import one_stack
 from ..render.part import Where
-from ..trace import Trace
+from ..trace import TraceData
 
 
-def attention_heads(trace: Trace, options: dict[str, Any] | None = None, **where: Unpack[Where]) -> Any:
+def attention_heads(trace: TraceData, options: dict[str, Any] | None = None, **where: Unpack[Where]) -> Any:
     """``circuitsvis.attention.attention_heads`` of a trace.
 
     Args:
@@ -29,7 +29,7 @@ def attention_heads(trace: Trace, options: dict[str, Any] | None = None, **where
     return view(**{**to_circuitsvis(trace, **where), **(options or {})})
 
 
-def to_circuitsvis(trace: Trace, **where: Unpack[Where]) -> dict[str, Any]:
+def to_circuitsvis(trace: TraceData, **where: Unpack[Where]) -> dict[str, Any]:
     """The arguments of ``circuitsvis.attention.attention_heads``: all heads of all layers that fit.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import SelectionError
-from ..trace import Trace
+from ..trace import TraceData
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache  # type: ignore[import-not-found,unused-ignore]
@@ -75,7 +75,7 @@ class Hook:
         return f"{blocks}.{self.layer}.{attention}.hook_{'rot_' if self.rotated else ''}{_HOOKS[self.field]}"
 
 
-def hooks(trace: Trace, *, model: Any = None, rotary: bool | None = None) -> Iterator[tuple[Hook, Call]]:
+def hooks(trace: TraceData, *, model: Any = None, rotary: bool | None = None) -> Iterator[tuple[Hook, Call]]:
     """Every activation that a trace of one step holds, with the call it is in.
 
     Args:
@@ -133,7 +133,7 @@ def activation(call: Call, field: str) -> Tensor:
     return value if field == "weights" else value.transpose(1, 2)
 
 
-def find(trace: Trace, name: str) -> Tensor:
+def find(trace: TraceData, name: str) -> Tensor:
     """The activation of a hook name in full.
 
     Raises:
@@ -154,7 +154,7 @@ def find(trace: Trace, name: str) -> Tensor:
     return activation(found[0], hook.field)
 
 
-def to_transformer_lens(trace: Trace, model: Any = None, *, rotary: bool | None = None) -> ActivationCache:
+def to_transformer_lens(trace: TraceData, model: Any = None, *, rotary: bool | None = None) -> ActivationCache:
     """The attention of a trace as an ``ActivationCache`` with its hook names.
 
     q and k are what entered the dot product: ``hook_rot_q`` and ``hook_rot_k`` in a model with rotary positions, where
@@ -185,7 +185,7 @@ def _stack(call: Call) -> str:
     return "decoder" if call.site.stack == "main" else call.site.stack
 
 
-def _rotary(trace: Trace, model: Any) -> bool | None:
+def _rotary(trace: TraceData, model: Any) -> bool | None:
     kind = getattr(getattr(model, "cfg", None), "positional_embedding_type", None)
     if kind is not None:
         return bool(kind == "rotary")

@@ -6,11 +6,11 @@ import operator
 from typing import Unpack
 
 from ..errors import SelectionError
-from ..trace import Trace
+from ..trace import TraceData
 from .part import Part, Where, listed, many
 
 
-def one(trace: Trace, view: str, **where: Unpack[Where]) -> Part:
+def one(trace: TraceData, view: str, **where: Unpack[Where]) -> Part:
     """The part of a view of one call.
 
     Raises:
@@ -41,7 +41,7 @@ _NAMED = {
 }
 
 
-def one_stack(trace: Trace, view: str, **where: Unpack[Where]) -> list[Part]:
+def one_stack(trace: TraceData, view: str, **where: Unpack[Where]) -> list[Part]:
     """The parts of a view of many layers.
 
     Raises:

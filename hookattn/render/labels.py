@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from ..call import Call
 from ..errors import InputError
 from ..sequences import of_inputs, stitched
-from ..trace import Trace
+from ..trace import TraceData
 from .tokens import shown
 
 
 def labels(
-    trace: Trace,
+    trace: TraceData,
     call: Call,
     batch: int,
     t: int,
@@ -49,7 +49,7 @@ def labels(
     return tuple(map(str, named)), tuple(numbers)
 
 
-def _are_ours(trace: Trace, call: Call, s: int) -> bool:
+def _are_ours(trace: TraceData, call: Call, s: int) -> bool:
     """Whether the trace's tokens, which are those of the model's input, are the keys of a call."""
     site = call.site
     if not trace.tokens or site.axes != "tokens" or site.stack in ("vision", "audio"):

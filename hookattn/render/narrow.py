@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..record import FIELDS
-from ..trace import Call, Trace
+from ..call import Call
+from ..traces import Trace
 
 ROOM = 4_000_000
 """Bytes of data that a page takes unasked: with base64 and the viewer, six million."""

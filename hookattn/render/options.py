@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RenderError
-from ..trace import Trace
+from ..traces import Trace
 from .plain import plain
 from .scores import scores_of
 

@@ -16,7 +16,7 @@ from ..call import Call
 from ..errors import FieldNotCaptured, SelectionError
 from ..positions import query_positions
 from ..record import FIELDS
-from ..trace import Trace
+from ..trace import TraceData
 from .labels import labels
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Part:
 
 
 def many(
-    trace: Trace,
+    trace: TraceData,
     *,
     layer: int | None = None,
     stack: str | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SelectionError
 from ..extras import told
-from ..trace import Trace
+from ..traces import Trace
 from .by_distance import by_distance, highest
 from .choose import one, one_stack
 from .palette import INK, MASKED, PAPER, head_style

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..call import Call
 from ..errors import RenderError
-from ..trace import Call, Trace
+from ..traces import Trace
 from .plain import plain
 
 _PLACE = ("call", "step", "layer", "stack", "kind", "path", "head", "role", "evidence")

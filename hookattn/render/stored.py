@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from os import PathLike, fspath
 
 from ..errors import RenderError, TraceFileError
-from ..loading import load
-from ..trace import Trace
+from ..traces import load
+from ..traces import Trace
 
 TraceLike = Trace | str | PathLike[str]
 

@@ -16,7 +16,7 @@ import anywidget
 import traitlets
 
 from ..errors import PageTooLargeError, RenderError
-from ..trace import Trace
+from ..traces import Trace
 from .narrow import ROOM
 from .options import viewer_options
 from .page import parts, save_page

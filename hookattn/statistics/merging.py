@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from .registry import STATISTICS
 from .top_k import TopK
 
 if TYPE_CHECKING:
-    from ..trace import Call, Trace
+    from ..call import Call
+    from ..trace import TraceData
+
+Merged = TypeVar("Merged", bound="TraceData")
 
 # Fields whose values or axes count keys, which have to be the same tokens in all steps.
 _OF_KEYS = (Received.name, f"{TopK.name}_keys")
 
 
-def merge(traces: Trace | Sequence[Trace], over: str = "steps") -> Trace:
+def merge(traces: Merged | Sequence[Merged], over: str = "steps") -> Merged:
     """Put statistics together; all other fields are left out.
 
     Args:
@@ -39,7 +42,7 @@ def merge(traces: Trace | Sequence[Trace], over: str = "steps") -> Trace:
     Raises:
         StitchError: the calls do not fit together, or have no statistics.
     """
-    several: list[Trace] = list(traces) if isinstance(traces, (list, tuple)) else [traces]  # type: ignore[list-item]
+    several: list[Merged] = list(traces) if isinstance(traces, (list, tuple)) else [traces]  # type: ignore[list-item]
     if over not in ("steps", "batches") or not several:
         raise StitchError(f"over={over!r}: expected 'steps' or 'batches', and at least one trace.")
     groups: dict[tuple[object, ...], list[Call]] = defaultdict(list)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..call import Call
 from ..record import FIELDS
-from ..trace import Trace
+from ..trace import TraceData
+from ..version import __version__
 from .names import Names
 from .plain import number, plain
 from .writer import write_file
 
 
-def save(trace: Trace, path: str | PathLike[str], *, compact: bool = False) -> str:
+def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False) -> str:
     """See :meth:`hookattn.Trace.save`."""
     names, tensors, calls = Names(), {}, []
     for call in trace.calls:
@@ -69,10 +70,8 @@ def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Te
     }
 
 
-def document_of(trace: Trace, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:
+def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:
     """The document of a trace with these entries of its calls."""
-    from .. import __version__
-
     versions = {**trace.model.get("versions", {}), "hookattn": __version__}
     return {
         "model": plain({**trace.model, "versions": versions}),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..call import Call
+from ..call import Call, Skipped
 from ..certificate import Certificate
 from ..errors import CorruptFileError
 from ..site import Site
-from ..trace import Skipped, Trace
+from ..trace import TraceData
 from .expect import expect
 from .reader import LazyFile
 
+Made = TypeVar("Made", bound=TraceData)
 
-def load(path: str | PathLike[str]) -> Trace:
-    """See :func:`hookattn.load`."""
+
+def load(path: str | PathLike[str], kind: type[Made]) -> Made:
+    """See :func:`hookattn.load`; ``kind`` is the class that is made."""
     file = LazyFile(path)
     document = file.document
     try:
@@ -31,7 +33,7 @@ def load(path: str | PathLike[str]) -> Trace:
             skipped="objects",
             calls="objects",
         )
-        trace = Trace(
+        trace = kind(
             tokens=document["tokens"],
             model=document["model"],
             notes=document["notes"],

@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from torch import Tensor
 
 from ..call import Call
-from ..trace import Trace
+from ..trace import TraceData
 from .document import call_entry, document_of
 from .names import Names
 from .restore import load
@@ -17,7 +17,7 @@ from .writer import StreamWriter
 class Stream:
     """Writes the calls of a running trace as they come; the fields leave memory."""
 
-    def __init__(self, path: str | PathLike[str], trace: Trace):
+    def __init__(self, path: str | PathLike[str], trace: TraceData):
         self.path, self.trace = fspath(path), trace
         self.writer = StreamWriter(path)
         self.names = Names()
@@ -48,7 +48,7 @@ class Stream:
         extra: dict[str, Tensor] = {}
         calls = [call_entry(c, self.written[id(c)], extra, False) for c in self.trace.calls]
         self.writer.finish(document_of(self.trace, calls, False))
-        stored = load(self.path)
+        stored = load(self.path, TraceData)
         for call, on_disk in zip(self.trace.calls, stored.calls, strict=True):
             call.fields = on_disk.fields
         self.trace.path = self.path

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hookattn
+from hookattn import Call
 from hookattn.site import Site
-from hookattn.trace import Call
 from tests.reference import draw, reference_attention
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hookattn
+from hookattn import Skipped
 from hookattn.demo import induction
-from hookattn.trace import Skipped
 from tests.browser.conftest import VIEWER, Layers, rows_of_table, show, state
 
 pytestmark = pytest.mark.browser

@@ -25,7 +25,8 @@ from .parts import Parts
 if TYPE_CHECKING:
     from pyarrow import Table
 
-    from ...trace import Call, Trace
+    from ...call import Call
+    from ...traces import Trace
 
 
 @dataclass

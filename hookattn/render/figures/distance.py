@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...errors import SelectionError
-from ...trace import Trace
+from ...traces import Trace
 from ..by_distance import by_distance, highest
 from ..choose import one_stack
 from ..palette import head_style

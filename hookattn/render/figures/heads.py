@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...errors import SelectionError
-from ...trace import Trace
+from ...traces import Trace
 from ..choose import one
 from ..palette import head_style
 from ..part import Part, Where

@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from ...trace import Trace
+from ...traces import Trace
 from ..choose import one
 from ..palette import FAINT, MAY
 from ..part import Part, Where

@@ -7,7 +7,7 @@ from typing import Unpack
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...trace import Trace
+from ...traces import Trace
 from ..choose import one_stack
 from ..palette import GRID
 from ..part import Part, Where

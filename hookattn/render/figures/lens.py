@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...trace import Trace
+from ...traces import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..part import Where
 from ..values import first_key

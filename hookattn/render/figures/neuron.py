@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ...trace import Trace
+from ...traces import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
 from ..part import Where
 from ..values import Array

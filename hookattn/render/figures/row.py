@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import SelectionError
-from ...trace import Trace
+from ...traces import Trace
 from ..choose import one
 from ..palette import FAINT
 from ..part import Part, Where

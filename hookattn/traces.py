@@ -1,0 +1,82 @@
+"""``Trace`` and ``load``: what a trace holds, with the ways to a file and to other shapes."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Self
+
+from .stitch import stitch as stitched
+from .trace import TraceData
+
+
+class Trace(TraceData):
+    """Calls in execution order, and what is needed to read them.
+
+    Attributes:
+        calls: the calls.
+        skipped: attention that ran and could not be read, with the reason.
+        tokens: one list of token strings per batch entry, or None.
+        output: what the traced forward returned (of the last one; not saved).
+        model: class name of the model, its configuration, and the versions of the libraries that ran it.
+        notes: what holds for the whole trace.
+        selection: what was asked for.
+        path: the file it is in, if it is in one.
+    """
+
+    def stitch(self, *, beams: Any = None, length: int | None = None) -> Self:
+        """One T×S picture of a generation for each site: all its steps put together, as one forward would have them.
+
+        Args:
+            beams: ``beam_indices`` of a beam search; False: rows were never reordered; None: the keys tell.
+            length: how many positions are kept; for assisted decoding one less than the final sequence has.
+
+        Raises:
+            StitchError, FieldNotCaptured: see :func:`hookattn.stitch.stitch`, which has the whole story.
+        """
+        return stitched(self, beams=beams, length=length)
+
+    def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
+        """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
+
+        Args:
+            model: the bridge that was traced; it says whether positions are rotary.
+            rotary: the same, in a word.
+
+        Raises:
+            ImportError, SelectionError: see :func:`hookattn.interop.transformer_lens.to_transformer_lens`.
+        """
+        from .interop.transformer_lens import to_transformer_lens
+
+        return to_transformer_lens(self, model, rotary=rotary)
+
+    def save(self, path: str | PathLike[str], *, compact: bool = False) -> str:
+        """Write the trace to one safetensors file.
+
+        Args:
+            path: the file; an older one is replaced only when the new one is complete.
+            compact: leave out scores and weights that can be derived from the other fields; they are derived on access
+                (to within rounding, where the model formed them itself).
+
+        Returns:
+            The path.
+
+        Raises:
+            TraceWriteError: the file could not be written; nothing is left under its name.
+        """
+        from .store.document import save
+
+        return save(self, path, compact=compact)
+
+
+def load(path: str | PathLike[str]) -> Trace:
+    """Open a trace file. Fields are memory-mapped: reading one head reads the bytes of one head.
+
+    Raises:
+        CorruptFileError: damaged or cut short.
+        ForeignFileError: not a trace.
+        NewerFormatError: written in a newer format than this version reads.
+        TraceFileError: cannot be opened.
+    """
+    from .store.restore import load as restored
+
+    return restored(path, Trace)

@@ -1,0 +1,3 @@
+"""The version of this package, which trace files name too."""
+
+__version__ = "0.1.0"
