@@ -64,14 +64,19 @@ def test_tokens_are_shown_as_they_are_read_and_run_nothing(open_page: Open, file
     assert page.evaluate("document.querySelector('#viewer').shadowRoot.querySelectorAll('img').length") == 0
 
 
-def test_pieces_of_words(open_page: Open, tmp_path: Path) -> None:
-    tokens = ["[CLS]", "un", "##believ", "##able", "▁x", "<0xE2>", "<0x82>", "<0xAC>", "a\tb"]
-    model, x = Layers(2).eval(), torch.randn(1, 9, 24)
+@pytest.mark.parametrize(("tokens", "read"), [
+    (["[CLS]", "un", "##believ", "##able", "[...]"], ["[CLS]", "un", "‿believ", "‿able", "[...]"]),
+    (["▁x", "<0xE2>", "<0x82>", "<0xAC>", "a\tb"], ["x", "€ 1/3", "€ 2/3", "€ 3/3", "a⇥b"]),
+    (["<|startoftext|>", "pho", "to</w>", "of</w>", ".</w>"], ["<|startoftext|>", "pho", "‿to", "of", "."]),
+    (["he@@", "ll@@", "o", "▁<PRE>", "world"], ["he", "‿ll", "‿o", "<PRE>", "world"]),
+])  # fmt: skip
+def test_pieces_of_words(open_page: Open, tmp_path: Path, tokens: list[str], read: list[str]) -> None:
+    model, x = Layers(2).eval(), torch.randn(1, 5, 24)
     path = Path(hookattn.trace(model, (x,), tokens=tokens).save(tmp_path / "t.safetensors"))
     page = show(open_page(), path)
     page.locator("[data-view=head] path").first.wait_for(state="attached")
     texts = page.locator("[data-view=head] svg > g").first.locator("text").all_text_contents()
-    assert texts == ["[CLS]", "un", "‿believ", "‿able", "x", "€ 1/3", "€ 2/3", "€ 3/3", "a⇥b"]
+    assert texts == read
 
 
 def test_pairs_are_filtered_by_direction(open_page: Open, tmp_path: Path) -> None:

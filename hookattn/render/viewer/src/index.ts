@@ -7,6 +7,7 @@
  *
  *     const trace = await Trace.open(embedded());          // the numbers without the page: one head at a time
  *     const { rows, cols, data } = await trace.head(trace.calls[0], "weights", 0, 3);
+ *     const { queries, keys } = axesOf(trace, trace.calls[0], 0);   // what its rows and columns are called
  *
  * The default export is the front end of a notebook widget, in anywidget's protocol.
  */
@@ -23,8 +24,11 @@ import style from "./ui/style.css";
 import { VIEWS } from "./views/index";
 
 export { Trace } from "./data/trace";
+export { axesOf } from "./data/labels";
+export { isSpecial, marksOf, readPieces } from "./pieces";
 export { embedded } from "./source/embedded";
 export { served } from "./source/served";
+export { readable, segments } from "./tokens";
 export type { Source, Options, Scores, State };
 
 export interface Viewer {

@@ -2,6 +2,8 @@
  * Tokens as a person reads them: bytes made text again, the tokenizers' marks of word starts and continuations
  * understood.
  */
+import { isSpecial, marksOf, readPieces, SEPARATORS, type Piece } from "./pieces";
+
 export interface Label {
   /** What is drawn. */
   text: string;
@@ -9,77 +11,37 @@ export interface Label {
   raw: string;
 }
 
-/**
- * The 256 characters that byte-level tokenizers write bytes as: printable Latin-1 as it is, the rest from U+0100 on.
- */
-const BYTES: ReadonlyMap<string, number> = (() => {
-  const printable = (b: number) => (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
-  let next = 256;
-  return new Map(Array.from({ length: 256 }, (_, b) => [String.fromCharCode(printable(b) ? b : next++), b]));
-})();
-const HEX = /^<0x([0-9A-Fa-f]{2})>$/;
 /** Marks a piece that continues the word before it: an undertie. */
 const JOIN = "‿";
 /** Scripts that are written without spaces between words: there a piece without one is nothing to be marked. */
 const UNSPACED = /^[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Thai}\p{sc=Lao}\p{sc=Khmer}\p{sc=Myanmar}]/u;
-const SPECIAL = /^(?:<[|a-z/].*>|\[[A-Z0-9_]+\])$/i;
 
 export function readable(tokens: readonly string[]): Label[] {
-  const level = byteLevel(tokens);
-  const texts = merge(
-    tokens.map((token) => bytesOf(token, level)),
-    tokens,
-  );
-  const pieces = tokens.some((t) => t.startsWith("##"));
-  const words = level ? texts.some((t) => /^ ./.test(t)) : tokens.some((t) => t.startsWith("▁"));
+  const pieces = readPieces(tokens);
+  const texts = merge(pieces);
+  const spaced = ["bytes", "metaspace", "space"].includes(marksOf(tokens));
   return tokens.map((raw, i) => {
-    let text = texts[i]!;
-    if (pieces && raw.length > 2 && raw.startsWith("##")) text = JOIN + raw.slice(2);
-    else if (!level && raw.startsWith("▁")) text = raw.replaceAll("▁", " ");
-    if (words) text = joined(text, raw, texts[i - 1]);
-    return { text: visible(text), raw };
+    const piece = pieces[i]!;
+    if (piece.special) return { text: visible(raw.replace(/^▁/, "")), raw };
+    const joins = spaced ? joined(texts[i]!, piece, texts[i - 1]) : piece.joins;
+    const text = spaced && /^ \S/u.test(texts[i]!) ? texts[i]!.slice(1) : texts[i]!;
+    return { text: visible(joins ? JOIN + text : text), raw };
   });
 }
 
-/** In a scheme that marks word starts with a space: the space goes, and a word's continuation is marked instead. */
-function joined(text: string, raw: string, before: string | undefined): string {
-  if (/^ \S/u.test(text)) return text.slice(1);
+/** In a scheme that marks word starts with a space: whether a piece continues the letters of the one before. */
+function joined(text: string, piece: Piece, before: string | undefined): boolean {
   const last = before?.replace(/ \d\/\d$/, "");
-  const continues =
-    last !== undefined && /[\p{L}\p{N}]$/u.test(last) && /^[\p{L}\p{N}]/u.test(text) && !UNSPACED.test(text);
-  return continues && !SPECIAL.test(raw) ? JOIN + text : text;
-}
-
-/** Whether a token is written in the byte alphabet, or may be. */
-function inBytes(token: string): boolean {
-  return token !== "" && [...token].every((c) => BYTES.has(c));
-}
-
-/**
- * Whether the tokens are bytes: some sign of it is there, and as bytes they are sound UTF-8. Added tokens may be
- * anything.
- */
-function byteLevel(tokens: readonly string[]): boolean {
-  const bytes = tokens.filter(inBytes);
-  if (bytes.length < tokens.length / 2 || !bytes.some((t) => /[\u0100-\u0143]/.test(t))) return false;
-  const text = new TextDecoder().decode(Uint8Array.from(bytes.flatMap((t) => [...t].map((c) => BYTES.get(c)!))));
-  // A window of tokens may begin or end inside a character.
-  return (text.match(/\ufffd/g)?.length ?? 0) <= 2;
-}
-
-/** A token's bytes, where it is written as bytes. */
-function bytesOf(token: string, level: boolean): number[] | null {
-  if (level && inBytes(token)) return [...token].map((c) => BYTES.get(c)!);
-  const hex = HEX.exec(token);
-  return hex === null ? null : [parseInt(hex[1]!, 16)];
+  if (!piece.joins || last === undefined || UNSPACED.test(text)) return false;
+  return /[\p{L}\p{N}]$/u.test(last) && /^[\p{L}\p{N}]/u.test(text);
 }
 
 /** Text of each token; one character spread over several tokens is shown in each, with its part: “猫 1/3”. */
-function merge(bytes: (number[] | null)[], tokens: readonly string[]): string[] {
+function merge(pieces: readonly Piece[]): string[] {
   const out: string[] = [];
-  for (let i = 0; i < tokens.length;) {
-    const found = run(bytes, i);
-    if (found === null) out.push(bytes[i] === null ? tokens[i]! : bytes[i]!.map((b) => `<${hex(b)}>`).join(""));
+  for (let i = 0; i < pieces.length;) {
+    const found = run(pieces, i);
+    if (found === null) out.push([...pieces[i]!.data].map((b) => `<${hex(b)}>`).join(""));
     else if (found.length === 1) out.push(found.text);
     else for (let j = 1; j <= found.length; j++) out.push(`${found.text} ${j}/${found.length}`);
     i += found?.length ?? 1;
@@ -87,13 +49,13 @@ function merge(bytes: (number[] | null)[], tokens: readonly string[]): string[] 
   return out;
 }
 
-/** The shortest run of tokens from `i` whose bytes are whole characters. */
-function run(bytes: (number[] | null)[], i: number): { text: string; length: number } | null {
+/** The shortest run of pieces from `i`, without a special token in it, whose bytes are whole characters. */
+function run(pieces: readonly Piece[], i: number): { text: string; length: number } | null {
   let all: number[] = [];
   for (let length = 1; length <= 8; length++) {
-    const more = bytes[i + length - 1];
-    if (more == null) return null;
-    all = all.concat(more);
+    const more = pieces[i + length - 1];
+    if (more === undefined || (more.special && length > 1)) return null;
+    all = all.concat([...more.data]);
     try {
       return { text: new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(all)), length };
     } catch {
@@ -132,14 +94,26 @@ export function shorten(text: string, length: number): string {
   return characters.length <= length ? text : `${characters.slice(0, length - 1).join("")}…`;
 }
 
-const SEPARATOR = /^(?:\[SEP\]|<\/s>|<sep>|<\|sep\|>|<\|endoftext\|>)$/i;
-
-/** Which tokens belong to the first (0) and the second (1) of a pair; null where the tokens are no pair. */
+/**
+ * Which tokens belong to the first (0) and the second (1) of a pair; null where the tokens are no pair. A separator ends
+ * the part that it follows and belongs to it, and so do more separators right after it.
+ */
 export function segments(tokens: readonly string[]): Uint8Array | null {
-  const end = tokens.findIndex((t) => SEPARATOR.test(t));
-  let second = end + 1;
-  while (second < tokens.length && SEPARATOR.test(tokens[second]!)) second++;
-  const words = tokens.slice(second).some((t) => !SPECIAL.test(t));
-  if (end < 1 || !words) return null;
-  return Uint8Array.from(tokens, (_, i) => (i < second ? 0 : 1));
+  let part = 0;
+  let begun = false;
+  let ended = false;
+  let last = 0;
+  const parts = tokens.map((token) => {
+    const separates = SEPARATORS.has(token);
+    if (ended && !separates) {
+      part++;
+      ended = false;
+    }
+    begun ||= !separates;
+    ended ||= separates && begun;
+    // Special tokens at the end, such as padding, are no part of their own.
+    if (!isSpecial(token)) last = part;
+    return part;
+  });
+  return last === 1 ? Uint8Array.from(parts, (p) => Math.min(p, 1)) : null;
 }
