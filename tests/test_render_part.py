@@ -47,10 +47,10 @@ def test_the_numbers_are_the_calls(name: str, where: str, tmp_path: Path) -> Non
                 if field == "mask":
                     whole = whole.expand(call.weights.shape)
                 expected = whole[batch, chosen].double()
-                torch.testing.assert_close(torch.from_numpy(part.array(field)), expected, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(part.tensor(field), expected, rtol=1e-6, atol=1e-7)
             groups = [h * call.k.shape[1] // 4 for h in chosen]
             for field in ("k", "v"):
-                found = torch.from_numpy(part.array(field))
+                found = part.tensor(field)
                 torch.testing.assert_close(found, getattr(call, field)[batch, groups].double(), rtol=0, atol=0)
 
 
@@ -60,8 +60,8 @@ def test_grouped_heads_that_were_captured_alone() -> None:
     few = traced("llama", heads=[3, 1])
     for part, call in zip(many(few, heads=[1]), whole, strict=True):
         assert part.heads == (1,)
-        torch.testing.assert_close(torch.from_numpy(part.array("k"))[0], call.k[0, 0].double())
-        torch.testing.assert_close(torch.from_numpy(part.array("weights"))[0], call.weights[0, 1].double())
+        torch.testing.assert_close(part.tensor("k")[0], call.k[0, 0].double())
+        torch.testing.assert_close(part.tensor("weights")[0], call.weights[0, 1].double())
     with pytest.raises(SelectionError, match=r"kept heads 3, 1, so there is no head 0"):
         many(few, heads=[0])
 
@@ -69,7 +69,7 @@ def test_grouped_heads_that_were_captured_alone() -> None:
 def test_a_learned_scale_and_sinks_are_cut_too() -> None:
     trace = traced("gpt_oss")
     for part, call in zip(many(trace, heads=[2]), trace, strict=True):
-        assert part.array("sinks").ravel().tolist() == call.sinks.expand(2, 4, -1, 1)[0, 2, :, 0].tolist()
+        assert part.tensor("sinks").ravel().tolist() == call.sinks.expand(2, 4, -1, 1)[0, 2, :, 0].tolist()
     call = trace[0]
     call.scale = torch.arange(1.0, 5.0).view(4, 1, 1)
     assert many(trace[:1], heads=[2])[0].call.scale.flatten().tolist() == [3.0]
@@ -178,7 +178,7 @@ def test_what_is_not_there(where: dict[str, Any], message: str) -> None:
 def test_a_missing_field_names_the_capture() -> None:
     trace = traced("gpt2", capture=("weights", "mask"))
     with pytest.raises(FieldNotCaptured, match=r"capture=\('scores', 'mask', 'weights'\)"):
-        one(trace, "x", layer=0).array("scores")
+        one(trace, "x", layer=0).tensor("scores")
     with pytest.raises(FieldNotCaptured, match=r"trace again with capture=\('v', 'mask', 'weights'\)"):
         many(traced("gpt2", capture="v"))
     with pytest.raises(SelectionError, match="no calls"):
@@ -192,9 +192,7 @@ def test_masked_entries_are_apart() -> None:
     part = one(traced("gpt2"), "x", layer=0, batch=1, queries=[4, 6], keys=[0, 3, 5])
     found = values(part)
     assert found.data.mask.tolist() == [[[True, False, True], [True, False, False]]] * 4
-    torch.testing.assert_close(
-        torch.from_numpy(found.data.data), torch.from_numpy(part.array("weights"))[:, [4, 6]][:, :, [0, 3, 5]]
-    )
+    torch.testing.assert_close(torch.from_numpy(found.data.data), part.tensor("weights")[:, [4, 6]][:, :, [0, 3, 5]])
 
 
 def test_without_the_sink() -> None:

@@ -51,8 +51,8 @@ def to_circuitsvis(trace: TraceData, **where: Unpack[Where]) -> dict[str, Any]:
             f"CircuitsVis has one list of tokens for queries and keys, and queries × keys are {sorted(sizes)}; give "
             "one layer, no queries or keys, or put the steps of a generation together with trace.stitch()."
         )
-    shown = [part.array("weights")[np.ix_(range(len(part.heads)), part.rows, part.columns)] for part in parts]
-    hidden = [part.hidden for part in parts]
+    shown = [part.tensor("weights").numpy()[np.ix_(range(len(part.heads)), part.rows, part.columns)] for part in parts]
+    hidden = [None if part.hidden is None else part.hidden.numpy() for part in parts]
     upper = [h is not None and bool(h[np.broadcast_to(np.triu(np.ones(h.shape[1:], bool), 1), h.shape)].all())
              for h in hidden]  # fmt: skip
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -18,9 +18,6 @@ from ..positions import query_positions
 from ..record import FIELDS
 from ..trace import TraceData
 from .labels import labels
-
-if TYPE_CHECKING:
-    from .values import Array, Flags
 
 Positions = slice | Sequence[int] | int | None
 
@@ -72,8 +69,8 @@ class Part:
     queries: tuple[str, ...]
     keys: tuple[str, ...]
 
-    def field(self, name: str) -> Array | None:
-        """A field of the call without its batch axis: H T S, float64, or H T D and H S D; None where it has none.
+    def field(self, name: str) -> Tensor | None:
+        """A field of the call without its batch axis: on the CPU in float64, H T S, or H T D and H S D; None: none.
 
         Raises:
             FieldNotCaptured: it was not kept; names the ``capture=``.
@@ -83,18 +80,18 @@ class Part:
             return None
         if name in ("scores", "mask", "weights", "bias"):
             value = value.expand(1, len(self.heads), len(self.queries), len(self.keys))
-        return value[0].detach().cpu().double().numpy()
+        return value[0].detach().cpu().double()
 
-    def array(self, name: str) -> Array:
+    def tensor(self, name: str) -> Tensor:
         """As :meth:`field`, of a field that every call has."""
         found = self.field(name)
         assert found is not None
         return found
 
     @property
-    def hidden(self) -> Flags | None:
-        """H T S, True where the mask hides a key; None where the mask was not captured."""
-        return self.array("mask") == 0 if self.call.has("mask") else None
+    def hidden(self) -> Tensor | None:
+        """H T S, bool, True where the mask hides a key; None where the mask was not captured."""
+        return self.tensor("mask") == 0 if self.call.has("mask") else None
 
     @property
     def row_labels(self) -> list[str]:

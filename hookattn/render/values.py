@@ -69,8 +69,7 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
         FieldNotCaptured: the field was not kept.
         SelectionError: without the first key there is none left.
     """
-    data = part.array(field)
-    hidden = part.hidden
+    data, hidden = array(part, field), hidden_keys(part)
     notes = [UNKNOWN] if hidden is None else []
     hidden = np.zeros(data.shape, bool) if hidden is None else hidden
     first = first_key(part)
@@ -88,9 +87,19 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
     return Values(made, part.rows, columns, tuple(notes))
 
 
+def array(part: Part, name: str) -> Array:
+    """:meth:`Part.tensor` as numpy takes it."""
+    return part.tensor(name).numpy()
+
+
+def hidden_keys(part: Part) -> Flags | None:
+    """:attr:`Part.hidden` as numpy takes it."""
+    return None if part.hidden is None else part.hidden.numpy()
+
+
 def first_key(part: Part) -> int:
     """The first key that any query may attend to: what padding stands before it is no sink."""
-    hidden = part.hidden
+    hidden = hidden_keys(part)
     seen = None if hidden is None else ~hidden.all((0, 1))
     return 0 if seen is None else int(seen.argmax())
 

@@ -107,7 +107,7 @@ def _scores(figure: Figure, x: float, y: float, found: Row) -> None:
     logits = list(found.scores[~hidden])
     sinks = found.part.field("sinks")
     if sinks is not None:
-        logits.append(sinks[0].ravel()[found.query if sinks[0].size > 1 else 0])
+        logits.append(float(sinks[0].ravel()[found.query if sinks[0].numel() > 1 else 0]))
     if logits:
         total = float(np.logaddexp.reduce(logits))
         line = axes.axvline(total, color=WEIGHT, linestyle=(0, (3, 2)), linewidth=0.8)

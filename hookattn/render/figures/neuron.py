@@ -11,7 +11,7 @@ from torch import Tensor
 from ...traces import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
 from ..part import Where
-from ..values import Array
+from ..values import Array, array
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .row import bars, column, label_keys, label_room, row
 
@@ -40,7 +40,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
     """
     found = row(trace, "neuron", **where)
     part, i = found.part, found.query
-    q, k = part.array("q")[0, i], part.array("k")[0]
+    q, k = array(part, "q")[0, i], array(part, "k")[0]
     product = q * k
     dots = _scaled(product, part.call.scale, i)
     finished = part.call.softcap is not None or part.field("bias") is not None or part.call.own_scores

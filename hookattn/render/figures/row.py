@@ -16,7 +16,7 @@ from ..choose import one
 from ..palette import FAINT
 from ..part import Part, Where
 from ..tokens import shortened
-from ..values import UNKNOWN, Array, Flags
+from ..values import UNKNOWN, Array, Flags, array, hidden_keys
 from .base import group, place, plain, write
 from .colours import show_masked
 from .ticks import LONGEST, font_size, room
@@ -89,7 +89,7 @@ def row(trace: Trace, view: str, **where: Unpack[Where]) -> Row:
     if len(part.rows) > 1:
         raise SelectionError(f"{view} draws one query, and {len(part.rows)} are selected; give queries= with one.")
     i = part.rows[0]
-    weights, scores, hidden = part.array("weights")[0, i], part.array("scores")[0, i], part.hidden
+    weights, scores, hidden = array(part, "weights")[0, i], array(part, "scores")[0, i], hidden_keys(part)
     keys, notes = part.columns, [UNKNOWN] if hidden is None else []
     if len(keys) > _MOST and where.get("keys") is None:
         heaviest = np.argsort(-weights, kind="stable")[:_MOST]
