@@ -5,7 +5,7 @@ import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
 import { Named, Segments, Slider } from "./inputs";
 import { Player } from "./player";
-import type { ControlName, View } from "../views/index";
+import type { ControlName, View } from "../views/view";
 
 interface ControlProps {
   app: App;

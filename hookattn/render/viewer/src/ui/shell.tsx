@@ -3,7 +3,7 @@ import { type App, current } from "../app";
 import { message } from "../errors";
 import { where } from "../data/call";
 import { encode } from "../state";
-import type { View } from "../views/index";
+import type { View } from "../views/view";
 import { Controls } from "./controls";
 import { download, toPng, toSvg } from "./export";
 import { KEYS, keyName, press } from "./keyboard";

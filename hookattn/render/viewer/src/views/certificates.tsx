@@ -5,7 +5,7 @@ import { measured } from "../format";
 import { placeOf } from "../state";
 import { Segments } from "../ui/inputs";
 import { Badge } from "../ui/notice";
-import type { View } from "./index";
+import type { View } from "./view";
 
 /** Calls listed; a long generation has tens of thousands. */
 const MOST = 300;

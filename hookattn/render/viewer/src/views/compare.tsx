@@ -16,7 +16,7 @@ import { Legend } from "../ui/legend";
 import { Badge, Notice } from "../ui/notice";
 import { levelOf, place, Plane, ZoomButtons } from "../ui/plane";
 import { name, strongest, Tabular } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 const GAP = 18;
 /** Tokens that differ, named one by one; more are counted. */

@@ -13,7 +13,7 @@ import { Drawing, type Graph } from "../ui/layers";
 import { Notice } from "../ui/notice";
 import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 /** Lines of all attention, behind the paths. */
 const BEHIND = 1200;

@@ -10,7 +10,7 @@ import { useLoaded, useWidth } from "../ui/hooks";
 import { Column, labelWidth, Lines, rowHeight } from "../ui/lines";
 import { Notice } from "../ui/notice";
 import { name } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 /** Lines at once, and for one token; more are no longer told apart. */
 const LINES = 2500;

@@ -12,7 +12,7 @@ import { Panel, Picker, type Place } from "../ui/patches";
 import { usePicture } from "../ui/picture";
 import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 const GAP = 14;
 const LISTED = 24;

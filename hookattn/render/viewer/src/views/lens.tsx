@@ -7,7 +7,7 @@ import { bars, type KeyColumn, KeyRows, maskColumn, ROW } from "../ui/keyrows";
 import { Notice } from "../ui/notice";
 import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 /** How far a weight may be from the softmax of its score before it is told: what rounding to 8 bits does. */
 const APART = 5e-3;

@@ -13,7 +13,7 @@ import { Legend } from "../ui/legend";
 import { Notice } from "../ui/notice";
 import { levelOf, place, Plane, ZoomButtons } from "../ui/plane";
 import { name } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 interface Made {
   matrix: Numbers;

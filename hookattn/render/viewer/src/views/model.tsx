@@ -10,7 +10,7 @@ import { placeOf } from "../state";
 import { draw } from "../ui/heatmap";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Badge } from "../ui/notice";
-import type { View } from "./index";
+import type { View } from "./view";
 
 const PIXELS = 96;
 const GAP = 6;

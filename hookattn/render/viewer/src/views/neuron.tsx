@@ -10,7 +10,7 @@ import { Legend } from "../ui/legend";
 import { Notice } from "../ui/notice";
 import { QueryControl, queryOf } from "../ui/query";
 import { name, Tabular } from "../ui/table";
-import type { View } from "./index";
+import type { View } from "./view";
 
 /** Components named in the readout. */
 const STRONGEST = 3;
