@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookattn.render.palette import FAINT, HEADS, INK, MASKED, PAPER, head_style
-from hookattn.render.tokens import shortened, shown, visible
+from hookattn.tokens.display import shortened, shown, visible
 
 CASES = {
     "byte-level": (["Hello", "Ġworld", "ly", ",", "Ġcaf", "Ã©", "Ċ", "Ġ("], "Hello world …ly , caf …é ↵ ␣("),

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..tokens.words import split_words
 from .lexical import WordPairs, piecewise
-from .words import split_words
 
 _ACRONYM = re.compile(r"(?=(?:.*[A-Z]){2})[A-Z][A-Za-z]{0,6}[A-Z]s?|(?:[A-Z]\.){2,}")
 _SMALL = frozenset("a an and at by de for from in la of on or the to und with".split())

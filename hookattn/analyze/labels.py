@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MeasureError
+from ..tokens.words import split_words
 from .view import View
-from .words import split_words
 
 Rows = tuple[tuple[Any, ...], ...]
 PADDING = "[PAD]"

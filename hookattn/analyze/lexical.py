@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from ..tokens.pieces import is_special
+from ..tokens.words import Words, split_words
 from .pairs import PairMass
 from .segments import segment_of
 from .view import View
-from .words import Words, split_words
 
 _BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}
 

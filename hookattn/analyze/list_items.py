@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import MeasureError
+from ..tokens.words import is_punctuation, split_words
 from .lexical import WordPairs, piecewise
-from .words import is_punctuation, split_words
 
 Item = range
 _SEPARATORS = frozenset(",;")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..certificate import UNVERIFIED
 from ..errors import MeasureError
+from ..tokens.words import Words, given_words, split_words
 from .frame import views
 from .labels import PADDING, Rows, frozen, sequences
 from .view import View
-from .words import Words, given_words, split_words
 
 if TYPE_CHECKING:
     from ..traces import Trace
@@ -27,7 +27,7 @@ def pool_words(trace: Trace, words: Any = None) -> Trace:
         trace: with weights, each call with all queries and keys of one sequence (a generation: ``trace.stitch()``).
         words: for each token the id of its word, as ``BatchEncoding.word_ids()`` has it (None: a special token, a word
             of its own); one list, or one for each batch entry; None: found from the trace's tokens, see
-            :mod:`hookattn.analyze.words`.
+            :mod:`hookattn.tokens.words`.
 
     Returns:
         A trace of as many calls, with ``weights`` (B H W W, float32, or float64 for a model in that; rows sum to what

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..tokens.pieces import SEPARATORS
+from ..tokens.words import is_punctuation, split_words
 from .pairs import KeyMass
-from .words import is_punctuation, split_words
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import statistics as st
 from ..errors import MeasureError, SelectionError
+from ..tokens.words import split_words
 from .frame import call_columns, views
 from .labels import sequences
 from .view import View
-from .words import split_words
 
 if TYPE_CHECKING:
     from pandas import DataFrame

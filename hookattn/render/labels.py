@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..call import Call
 from ..errors import InputError
 from ..sequences import of_inputs, stitched
+from ..tokens.display import shown
 from ..trace import TraceData
-from .tokens import shown
 
 
 def labels(

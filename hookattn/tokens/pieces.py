@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..byte_level import in_bytes, is_byte_level
+from .byte_level import in_bytes, is_byte_level
 
 SEPARATORS = (
     "[SEP]", "</s>", "<sep>", "<|sep|>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>",

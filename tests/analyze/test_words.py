@@ -11,8 +11,8 @@ from torch import Tensor
 import hookattn
 from hookattn import analyze
 from hookattn.analyze import pool_words
-from hookattn.analyze.words import given_words, is_punctuation, split_words
 from hookattn.errors import MeasureError
+from hookattn.tokens.words import given_words, is_punctuation, split_words
 from tests.analyze.build import CASES, case, given, uniform
 from tests.analyze.test_repeats import Causal
 

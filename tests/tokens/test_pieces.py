@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookattn.analyze.segments import segment_of
-from hookattn.analyze.words import split_words
-from hookattn.render.tokens import shown
+from hookattn.tokens.display import shown
 from hookattn.tokens.pieces import SEPARATORS, is_special, marks_of, read_pieces
+from hookattn.tokens.words import split_words
 
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "cases.json").read_text("utf-8"))
 ROWS = pytest.mark.parametrize("row", CASES["rows"], ids=lambda row: row["name"])

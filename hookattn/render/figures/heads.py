@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...errors import SelectionError
+from ...tokens.display import shortened
 from ...traces import Trace
 from ..choose import one
 from ..palette import head_style
 from ..part import Part, Where
-from ..tokens import shortened
 from ..values import Sink, values
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .ticks import LONGEST, font_size, room, stride

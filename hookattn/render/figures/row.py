@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import SelectionError
+from ...tokens.display import shortened
 from ...traces import Trace
 from ..choose import one
 from ..palette import FAINT
 from ..part import Part, Where
-from ..tokens import shortened
 from ..values import UNKNOWN, Array, Flags, array, hidden_keys
 from .base import group, place, plain, write
 from .colours import show_masked

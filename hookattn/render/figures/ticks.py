@@ -9,7 +9,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 
-from ..tokens import shortened
+from ...tokens.display import shortened
 
 LARGEST, SMALLEST = 7.5, 5.0
 """Points. What is smaller than the second can't be read on paper."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from ..tokens.pieces import Piece, read_pieces
+from .pieces import Piece, read_pieces
 
 CONTINUES = "…"
 _STAND_IN = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import MeasureError
-from ..tokens.pieces import Piece, read_pieces
+from .pieces import Piece, read_pieces
 
 
 @dataclass(frozen=True, slots=True)
