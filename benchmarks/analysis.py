@@ -1,5 +1,7 @@
 """What the analyzers cost: the report on every head, flow, and a survey, beside one softmax of the same scores.
 
+In a shell:
+
     python -m benchmarks.analysis                                       # 12 layers of 12 heads, 512 tokens
     python -m benchmarks.analysis --layers 4 --tokens 1024 --json out.json
 """

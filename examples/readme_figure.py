@@ -62,8 +62,10 @@ def causal_panels() -> list[Panel]:
     tokens = ["bos" if i == BOS else str(i) for i in ids[0].tolist()]
     trace = hookattn.trace(load_pretrained(), ids, tokens=tokens, capture="weights", verify="full")
     panels = []
-    for title, measure, offset, begin in (("previous-token head", PreviousToken(), 1, 2),
-                                          ("induction head", Induction(), LENGTH - 1, LENGTH + 1)):
+    for title, measure, offset, begin in (
+        ("previous-token head", PreviousToken(), 1, 2),
+        ("induction head", Induction(), LENGTH - 1, LENGTH + 1),
+    ):
         best = heads.ranked(trace, measure)[0]
         marks = [(i, i - offset) for i in range(begin, 2 * LENGTH + 1)]
         panels.append(Panel(title, best, trace[best.path].weights[0, best.head], tokens, marks, [1, LENGTH + 1]))
@@ -77,16 +79,22 @@ def encoder_panels() -> list[Panel]:
         print(f"left out: {encoder.PACKAGE} is not installed; {encoder.INSTALL}")
         return []
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = encoder.load(path)
     trace = hookattn.trace(model, tokenizer(*encoder.PAIR, return_tensors="pt"), capture="weights", verify="full")
     tokens = (trace.tokens or [[]])[0]
     best = heads.ranked(trace, SameWord(across=True))[0]
     middle = tokens.index("[SEP]")
-    marks = [(i, j) for i, a in enumerate(tokens) for j, b in enumerate(tokens)
-             if a == b and a.isalpha() and (i < middle) != (j < middle)]
-    return [Panel("same word, other sentence", best, trace[best.path].weights[0, best.head], tokens,
-                  marks, [1, middle + 1])]
+    marks = [
+        (i, j)
+        for i, a in enumerate(tokens)
+        for j, b in enumerate(tokens)
+        if a == b and a.isalpha() and (i < middle) != (j < middle)
+    ]
+    return [
+        Panel("same word, other sentence", best, trace[best.path].weights[0, best.head], tokens, marks, [1, middle + 1])
+    ]
 
 
 def draw(axes: Axes, panel: Panel) -> None:
@@ -107,8 +115,15 @@ def draw(axes: Axes, panel: Panel) -> None:
         axes.add_patch(Rectangle((key - 0.5, query - 0.5), 1, 1, fill=False, edgecolor=ACCENT, linewidth=0.7))
     where = f"layer {panel.head.layer}, head {panel.head.head}"
     axes.set_title(panel.title, fontsize=9.5, color=INK, fontweight="bold", pad=17)
-    axes.text(0.5, 1.025, f"{where} · {panel.head.score:.2f} within the frames", transform=axes.transAxes,
-              ha="center", fontsize=7.5, color=INK)
+    axes.text(
+        0.5,
+        1.025,
+        f"{where} · {panel.head.score:.2f} within the frames",
+        transform=axes.transAxes,
+        ha="center",
+        fontsize=7.5,
+        color=INK,
+    )
 
 
 def main() -> None:

@@ -91,9 +91,7 @@ class SmallCalls:
         masked = self._masks(None, shape.t, shape.s, 0, None, causal, several[0].device)
         return self._fill(Call(site, step, index, tap, shape.dtype, scale, None, causal), several, scale, masked)
 
-    def _fill(
-        self, made: Call, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, masked: Masked
-    ) -> Call:
+    def _fill(self, made: Call, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, masked: Masked) -> Call:
         q, k, v, output = several
         grad = torch.is_grad_enabled()
         if grad:
