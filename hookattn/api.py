@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .describe import describe_model
-from .errors import (
-    HookattnError,
-    InputError,
-    NoAttentionError,
-    SelectionError,
-    SkippedWarning,
-    UnfaithfulWarning,
-)
+from .errors import HookattnError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .forward_inputs import arguments, check_fit, token_lists, tokens_of
 from .guard import Guard
 from .inspection import check_meta, make_plan
+from .keeper import Keeper
 from .selection import Selection
 from .session import Session
 from .statistics.base import Statistic
@@ -80,9 +74,9 @@ def trace(
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
         TraceWriteError: the file of ``to`` could not be written.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
-        _check_fit(model, args, kwargs)  # text, which a forward may choke on much later
+        check_fit(model, args, kwargs)  # text, which a forward may choke on much later
     with tracing(
         model,
         capture=capture,
@@ -92,14 +86,14 @@ def trace(
         dtype=dtype,
         device=device,
         to=to,
-        tokens=tokens if tokens is not None else _tokens_of(inputs),
+        tokens=tokens if tokens is not None else tokens_of(inputs),
         verify=verify,
         strict=strict,
     ) as made:
         try:
             made.output = model(*args, **kwargs)
         except TypeError:
-            _check_fit(model, args, kwargs)
+            check_fit(model, args, kwargs)
             raise
     return made
 
@@ -132,14 +126,15 @@ def tracing(
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_plan(model)
-    made = Trace(tokens=_token_lists(tokens), model=describe_model(model), selection=selection.to_json())
+    made = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
         from .store.stream import Stream
 
         stream = Stream(to, made)
     sink = None if stream is None else stream.add
-    session = Session(plan, made, selection, verify, strict, sink, Guard(selection, to))
+    recorder = Keeper(selection, verify, wait=sink is None)
+    session = Session(plan, made, selection, recorder, strict, sink, Guard(selection, to))
     try:
         session.start()
         try:
@@ -154,7 +149,7 @@ def tracing(
         finally:
             session.stop()
         session.finish()
-        _check_result(session)
+        session.check_found()
         if stream is not None:
             stream.finish()
     finally:
@@ -167,81 +162,6 @@ def tracing(
 @functools.lru_cache(maxsize=64)
 def _fields_alone(capture: tuple[str, ...] | None) -> Selection:
     return Selection.of(capture)
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    return (inputs,), {}
-
-
-def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args, *kwargs.values()]
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shape_of(args, kwargs)}. "
-            "Pass a tensor, a tuple of arguments, or a dict of keyword arguments."
-        ) from error
-    text = [a for a in given if isinstance(a, str) or (isinstance(a, (list, tuple)) and a and _strings(a))]
-    if text and len(text) == len(given) and not any("str" in str(p.annotation) for p in signature.parameters.values()):
-        raise InputError(f"the inputs hold text ({str(text[0])[:40]!r}); tokenize it first and pass the tensors.")
-
-
-def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    def one(x: Any) -> str:
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-    return ", ".join([one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]) or "nothing"
-
-
-def _tokens_of(inputs: Any) -> list[list[str]] | None:
-    encodings = getattr(inputs, "encodings", None)
-    return [list(e.tokens) for e in encodings] if encodings else None
-
-
-def _token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
-    if tokens is None:
-        return None
-    rows = [tokens] if _strings(tokens) else tokens
-    if isinstance(rows, str) or not isinstance(rows, Iterable) or not all(map(_strings, rows)):
-        raise InputError(
-            "tokens has to be a list of strings, one for each position, or one such list for each batch "
-            f"entry; got {str(tokens)[:60]!r}."
-        )
-    return [list(row) for row in rows]
-
-
-def _strings(x: Any) -> bool:
-    return isinstance(x, Iterable) and not isinstance(x, str) and all(isinstance(t, str) for t in x)
-
-
-def _check_result(session: Session) -> None:
-    made = session.trace
-    absent = [i for i in session.selection.layers or () if i not in session.matched]
-    if session.recorded and absent:
-        raise SelectionError(
-            f"layers={list(session.selection.layers or ())}: there is no layer {absent[0]}; of the {session.recorded} "
-            f"attention calls that ran, the last layers are {session.numbering}."
-        )
-    if made.calls:
-        return
-    if session.recorded == 0 and not made.skipped:
-        check_meta(session.plan.model)
-        if session.step < 0 and not session.ran:
-            raise NoAttentionError("the model was never called while it was traced.")
-        raise NoAttentionError(
-            f"no attention ran in {type(session.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
-            "flex attention, and no softmax over a product. A compiled extension "
-            "that attends can't be seen."
-        )
 
 
 def _warn(made: Trace) -> None:

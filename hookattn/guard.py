@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +18,14 @@ from .errors import TraceTooLargeError, TraceTooLargeWarning
 from .planned import MemoryPlan, free_disk, free_memory, room, size_of
 from .quiet import Quiet
 from .record import KernelCall
+from .room_check import Forward, RoomCheck
 from .selection import Selection
 from .site import Site
 from .sizes import Seen
 from .taps.current import paused
 
-if TYPE_CHECKING:
-    from .session import Session
 
-LARGE = 1 << 24
-"""Elements of q times keys, up to which a call is not looked at."""
-
-
-class Guard:
+class Guard(RoomCheck):
     """Looks after one trace.
 
     Args:
@@ -43,17 +38,17 @@ class Guard:
         self._asked: dict[str, int] = {}  # class of an attention module -> the forward in which it was last asked about
         self._factor = 1.0  # what a plan found, as a part of what was expected
 
-    def check(self, session: Session, call: KernelCall, site: Site) -> None:
+    def check(self, forward: Forward, call: KernelCall, site: Site) -> None:
         """Look at a large call that is about to be kept.
 
         Raises:
             TraceTooLargeError: the forward cannot be kept; says what would fit.
         """
-        if self._asked.get(site.module) == session.step:
+        if self._asked.get(site.module) == forward.step:
             return
-        self._asked[site.module] = session.step
+        self._asked[site.module] = forward.step
         device = call.q.device
-        count = self._count(session.plan.classes, site.module)
+        count = self._count(forward.classes, site.module)
         most = count * self._most(call)
         disk = None if self.to is None else free_disk(self.to)
         if self._has_room(most, most, free_memory(self.selection.device or device), disk):
@@ -64,7 +59,7 @@ class Guard:
         total = int(one.total * count * self._factor)
         if self._has_room(total, one.total, one.free_memory, one.free_disk):
             return
-        found = self._planned(session, device)
+        found = self._planned(forward, device)
         if found is None:
             expected = self._expected(shapes, site, device, count)
             warnings.warn(f"maybe {_say(expected)}", TraceTooLargeWarning, stacklevel=2)
@@ -92,17 +87,17 @@ class Guard:
 
         return told(Seen([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to)
 
-    def _planned(self, session: Session, device: torch.device) -> MemoryPlan | None:
+    def _planned(self, forward: Forward, device: torch.device) -> MemoryPlan | None:
         """The forward that is running; None where it cannot be planned."""
         from .planning import observe, told
 
-        inputs = session.brackets.inputs()
+        inputs = forward.inputs()
         if inputs is None:
             return None
         generators = [device] if device.type == "cuda" else []
         try:
-            with paused(), session.aside(), torch.random.fork_rng(generators):
-                return told(observe(session.plan.model, *inputs), self.selection, self.to)
+            with paused(), forward.aside(), torch.random.fork_rng(generators):
+                return told(observe(forward.model, *inputs), self.selection, self.to)
         except Exception:  # noqa: BLE001 - whatever it is, it is no fault of the trace, which can go on
             return None
 

@@ -9,23 +9,28 @@ from functools import cached_property
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .taps.watch import Watch
-
 
 class Modes:
     """Opens, closes and sets aside our mode.
+
+    ``with mode:`` would not do: torch's own context managers close whatever is innermost, and a model may open a mode
+    of its own inside a module and close it outside, or raise with it open. So the stack itself is read and written,
+    our mode is found on it by identity, and the modes of others keep their order.
+
+    Args:
+        make: makes the mode; not called before it is needed, since many traces never open it.
 
     Attributes:
         compiling: above 0 while compiled code shall run compiled.
     """
 
-    def __init__(self, make: Callable[[], Watch]):
+    def __init__(self, make: Callable[[], TorchFunctionMode]):
         self._make = make
         self.compiling = 0
 
     @cached_property
-    def watch(self) -> Watch:
-        """Our mode, made when it is first needed."""
+    def mode(self) -> TorchFunctionMode:
+        """Our mode."""
         return self._make()
 
     # The function mode
@@ -33,11 +38,11 @@ class Modes:
     def on_top(self) -> bool:
         """Whether our mode is the innermost."""
         n = torch._C._len_torch_function_stack()
-        return n > 0 and torch._C._get_function_stack_at(n - 1) is self.watch
+        return n > 0 and torch._C._get_function_stack_at(n - 1) is self.mode
 
     def push(self) -> None:
         """Open our mode."""
-        torch._C._push_on_torch_function_stack(self.watch)
+        torch._C._push_on_torch_function_stack(self.mode)
 
     def pop(self) -> None:
         """Close the innermost mode."""
@@ -46,19 +51,14 @@ class Modes:
     def close(self) -> None:
         """Take our mode off the stack, however often it is on it, and leave the others."""
         if torch._C._len_torch_function_stack():
-            for mode in reversed([m for m in self._take() if m is not self.watch]):
+            for mode in reversed([m for m in self._take() if m is not self.mode]):
                 torch._C._push_on_torch_function_stack(mode)
         self.compiling = 0
-
-    def flush(self) -> None:
-        """Forget what was followed; report what looked like an attention and was never used as one."""
-        if "watch" in vars(self):
-            self.watch.flush()
 
     def open(self) -> bool:
         """Whether our mode is open, innermost or not."""
         n = torch._C._len_torch_function_stack()
-        return n > 0 and any(torch._C._get_function_stack_at(i) is self.watch for i in range(n))
+        return n > 0 and any(torch._C._get_function_stack_at(i) is self.mode for i in range(n))
 
     def _take(self) -> list[TorchFunctionMode]:
         """Pop modes, the topmost first, until ours is not open any more."""
@@ -71,7 +71,7 @@ class Modes:
     def aside(self) -> Iterator[None]:
         """Without our mode: for kernels that must not see it."""
         taken = self._take()
-        others = [m for m in reversed(taken) if m is not self.watch]
+        others = [m for m in reversed(taken) if m is not self.mode]
         for mode in others:
             torch._C._push_on_torch_function_stack(mode)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import FrameType
 from typing import Any
@@ -19,16 +19,18 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from .api import _arguments, _check_fit
+from .attention import split_additive
 from .call import Call
 from .errors import ModelError, NoAttentionError
+from .forward_inputs import arguments, check_fit
 from .hollow import Rules, hollow
 from .inspection import make_plan
-from .keeper import Keeper
+from .once import Once
 from .planned import MemoryPlan, PlannedCall, free_disk, free_memory, size_of, smaller
+from .quiet import Quiet
 from .record import KernelCall
 from .selection import Selection
-from .session import Session
+from .session import Recorder, Session, Sink
 from .site import Site
 from .sizes import Seen, sizes
 from .taps.watch import Watch
@@ -75,20 +77,35 @@ def plan(
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
     if not isinstance(model, nn.Module):
         make_plan(model)  # says what is wrong with it
-    return told(observe(model, *_arguments(inputs)), selection, to)
+    return told(observe(model, *arguments(inputs)), selection, to)
 
 
-class _Shapes(Keeper):
-    """Takes kernel calls as they come, and keeps nothing of their values."""
+class ShapeRecorder(Recorder):
+    """Takes kernel calls as they come, and keeps nothing of their values.
+
+    Args:
+        seen: gets the calls.
+    """
+
+    small = None
 
     def __init__(self, seen: Seen):
-        super().__init__(Selection.of(), "off", wait=False)
         self.seen = seen
+        self._once = Once()
+
+    def wants(self, field: str) -> bool:
+        """Every field: what a selection leaves out is left out of the sizes later."""
+        return True
+
+    def forget(self) -> None:
+        """A new forward begins."""
+        self._once.forget()
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of a tensor whose values nobody knows: a bias and a mask, at most."""
         if not isinstance(additive, FakeTensor):
-            return super().split(additive)
+            with Quiet(additive):
+                return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
         def guessed() -> tuple[Tensor, Tensor]:
             self.seen.note(
@@ -104,13 +121,22 @@ class _Shapes(Keeper):
         self.seen.device = call.q.device
         return Call(site, step, index, call.tap, call.q.dtype, 1.0)
 
+    def deliver(self, call: Call, sink: Sink) -> None:
+        """Nothing is stored."""
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Nothing waits."""
+
+    def drop(self) -> None:
+        """Let go of what was made of masks."""
+        self._once.forget()
+
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen:
     """The calls of a forward on shapes; raises as :func:`plan` does."""
     seen = Seen()
     copy, args, kwargs = hollow(model, args, kwargs)
-    session = Session(make_plan(copy), TraceData(), Selection.of(), "off", False)
-    session.keeper, session.hollow = _Shapes(seen), True
+    session = Session(make_plan(copy), TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True)
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""
@@ -132,7 +158,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
                 copy(*args, **kwargs)
         except TypeError:
-            _check_fit(copy, args, kwargs)
+            check_fit(copy, args, kwargs)
             raise
         except _IMPOSSIBLE as error:
             raise ModelError(_impossible(model, str(error), session.where())) from error

@@ -164,12 +164,12 @@ def test_a_cache_among_the_inputs_is_not_touched() -> None:
 def test_no_attention_runs_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
 
-    class Spy(planning._Shapes):
+    class Spy(planning.ShapeRecorder):
         def keep(self, call: Any, *rest: Any) -> Any:
             kinds.append(type(call.q).__name__)
             return super().keep(call, *rest)
 
-    monkeypatch.setattr(planning, "_Shapes", Spy)
+    monkeypatch.setattr(planning, "ShapeRecorder", Spy)
     hookattn.plan(tiny.gpt2(), tiny.ids())
     assert kinds == ["FakeTensor"] * 2
 

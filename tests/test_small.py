@@ -35,13 +35,13 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {
 def short(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Gets True for each call that went the short way, False for each that was sent back."""
     went: list[bool] = []
-    plain = Session.plain
+    small = Session.record_small
 
     def counted(self: Session, *args: Any) -> bool:
-        went.append(plain(self, *args))
+        went.append(small(self, *args))
         return went[-1]
 
-    monkeypatch.setattr(Session, "plain", counted)
+    monkeypatch.setattr(Session, "record_small", counted)
     return went
 
 

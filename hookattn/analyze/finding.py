@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import _arguments, tracing
+from ..api import tracing
 from ..attention import compute_dtype
-from ..certificate import TOLERANCE
 from ..call import Call
+from ..certificate import TOLERANCE
+from ..forward_inputs import arguments
 from .circuits import Circuit, Projection
 from .matching import LEAST, Match, affine, equal, norms
 from .products import Product, Products
@@ -44,7 +45,7 @@ def circuit(model: nn.Module, inputs: Any) -> list[Circuit]:
     Raises:
         HookattnError: as :func:`hookattn.trace`.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which no product can be seen
     try:

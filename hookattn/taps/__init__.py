@@ -8,7 +8,8 @@ from collections.abc import Collection
 from typing import Any
 
 from . import compiled, flash, flex, interface, mha, script, sdpa, varlen, xformers
-from .base import Patch, Recorder, Tap
+from .base import ActiveTrace, Change, Tap
+from .patch import Patch
 
 TAPS: tuple[Tap, ...] = (
     compiled.TAP,
@@ -50,4 +51,4 @@ def covered(modules: Collection[Any]) -> set[int]:
     return set().union(*(covers(modules) for covers in _COVERS))
 
 
-__all__ = ["TAPS", "Recorder", "Tap", "covered", "kernels", "patches"]
+__all__ = ["TAPS", "ActiveTrace", "Change", "Tap", "covered", "kernels", "patches"]

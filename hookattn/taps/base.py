@@ -1,45 +1,141 @@
-"""What a tap is, and what it reports to."""
+"""What a tap is, and the running trace as the taps see it: what it can be asked, and what it is told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..record import KernelCall
+from .patch import Patch
 
 
-class Recorder(Protocol):
-    """Gets the attention calls that the taps see (the running trace)."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a kernel shall be given in place of its own arguments; None: as the model gave it.
 
-    def record(self, call: KernelCall) -> None:
-        """Take one call."""
+    Attributes:
+        q: B H T D.
+        k: B G S D.
+        v: B G S E.
+        bias: finite additive terms, broadcastable to B H T S.
+        mask: bool, broadcastable to B H T S, True = may attend. What the kernel hides by itself (``causal``, ``offset``
+            and ``window`` of the call) stays hidden beside it.
+    """
 
-    def skip(self, reason: str, path: str | None = None) -> None:
-        """Attention ran that cannot be read; ``path`` None: the module that is running now."""
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
 
-    def wants(self, field: str) -> bool:
-        """Whether a field was asked for."""
+
+class ActiveTrace(Protocol):
+    """The running trace of a thread, as :func:`~hookattn.taps.current.current` returns it to a tap."""
+
+    @property
+    def heard(self) -> int:
+        """How many kernels have reported themselves so far: unchanged around a kernel, no tap saw that kernel."""
+
+    @property
+    def compiling(self) -> bool:
+        """Whether compiled code shall run compiled: the kernel that runs now is read from outside."""
+
+    @property
+    def shapes_only(self) -> bool:
+        """Whether tensors have shapes and no values: a trace is being planned."""
+
+    @property
+    def listened(self) -> bool:
+        """Whether somebody wants to be asked :meth:`before` a kernel runs and told :meth:`after` it.
+
+        A tap looks at this first, so that a trace nobody listens to pays for one attribute and nothing else.
+        """
+
+    # What is running
 
     def where(self) -> str | None:
         """The path of the module that is running now; None outside the model."""
 
+    def wants(self, field: str) -> bool:
+        """Whether a field was asked for."""
+
+    def watching(self) -> bool:
+        """Whether the function mode is open, so that it sees the operations that run now."""
+
+    # How a kernel is run
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Without the function mode: for kernels that must not see it."""
+
+    def kernel(self, sealed: bool) -> AbstractContextManager[Callable[[], bool]]:
+        """Around one kernel; gives a function that tells whether a tap saw it.
+
+        Args:
+            sealed: without the function mode and with compiled code compiled; else with the mode open.
+        """
+
+    def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one operation that dispatches to no function mode as if it had: its result is followed."""
+
+    def seed(self, x: Tensor, roles: str) -> None:
+        """Say what the axes of a tensor are, one letter of B H T S D each."""
+
+    # What a kernel is given and gives
+
+    def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
+        """Ask whether a kernel that is about to run shall get other arguments; None: those it has.
+
+        To be asked only where :attr:`listened`, once for each kernel, and to be followed by :meth:`after` and then
+        :meth:`record` or :meth:`skip`. A kernel that reports itself without having asked is said to the listener, so
+        that no change is lost in silence. Of the taps, sdpa asks (in MultiheadAttention's Python form, too), the
+        transformers interface where sdpa runs in it, and flex_attention. These do not yet, each for its reason:
+
+        - flash-attn, varlen_attn and xformers take B T H D, packed sequences or pages of a cache. Their readers bring
+          these to B H T D; the way back is not written, and for pages it would write into the model's cache.
+        - MultiheadAttention's fast path is one native call from the layer's input to its output, with no q in it.
+        - Attention written out by hand has no kernel: its softmax's own result has to be exchanged, in its own layout.
+        - An implementation of the interface whose kernel no tap sees may be anything.
+
+        Args:
+            call: the kernel's arguments; its output is None. k and v have the heads that the kernel is given.
+            changeable: the fields of :class:`Change` that the tap can hand to this kernel.
+
+        Raises:
+            ModelError: a field was changed that is not among these.
+        """
+
+    def after(self, call: KernelCall) -> Tensor | None:
+        """Say what a kernel returned; the answer is what the model shall get instead, B H T E, or None.
+
+        A fused kernel forms no weights. Whoever changes weights changes what they make: of the heads in question, by
+        explicit math on this call, whose tensors are in the model's graph still.
+
+        Args:
+            call: what the kernel was really given; ``output`` is its own, which is what will be recorded.
+        """
+
+    # What a tap saw
+
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """:func:`hookattn.attention.split_additive`, once for a tensor that many layers share."""
 
+    def record(self, call: KernelCall) -> None:
+        """Take one call."""
 
-class Patch(NamedTuple):
-    """A Python function whose body is exchanged while a trace runs anywhere in the process.
+    def record_small(
+        self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
+    ) -> bool:
+        """Take one call of nothing but q, k, v and output, a scale and ``causal``; False: it has to be recorded."""
 
-    ``body`` has the original's signature and is given the original as its first argument; it must behave like the
-    original in threads that trace nothing (:func:`current` is None there).
-    """
+    def skip(self, reason: str, path: str | None = None) -> None:
+        """Attention ran that cannot be read; ``path`` None: the module that is running now."""
 
-    owner: Any
-    name: str
-    body: Callable[..., Any]
+    def note(self, text: str) -> None:
+        """What holds for the whole trace; said once."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .base import Patch, Tap
+from .base import Tap
 from .current import current
+from .patch import Patch
 
 _MODULE = "torch._dynamo.eval_frame"
 _ASKED = "_callback_from_stance"
@@ -22,8 +23,9 @@ def body(original: Callable[..., Any], callback: Any) -> Any:
     """No compiling callback where a trace watches; what torch would do anyway elsewhere."""
     found = original(callback)
     tracing = current()
-    compiles = tracing is None or (tracing.modes.compiling and not tracing.hollow)
-    if compiles or found is None or found is False:
+    if tracing is None or found is None or found is False:
+        return found
+    if tracing.compiling and not tracing.shapes_only:
         return found
     tracing.note(NOTE)
     return None

@@ -5,20 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from .base import ActiveTrace
 
 _local = threading.local()
 
 
-def current() -> Any:
+def current() -> ActiveTrace | None:
     """The running trace of this thread, or None; None too inside :func:`paused`."""
-    return getattr(_local, "session", None)
+    trace: ActiveTrace | None = getattr(_local, "trace", None)
+    return trace
 
 
-def set_current(session: Any) -> Any:
+def set_current(trace: ActiveTrace | None) -> ActiveTrace | None:
     """Make a trace the running one of this thread; returns the one before it."""
     before = current()
-    _local.session = session
+    _local.trace = trace
     return before
 
 

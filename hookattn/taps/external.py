@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..record import KernelCall
-from .base import Patch
 from .current import current, paused
+from .patch import Patch
 
 
 class UnreadableError(Exception):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..record import KernelCall
-from .base import Patch, Tap
+from .base import Tap
 from .external import Kernel, Sequences, UnreadableError, find, hide, lay_out, pages, window_of
+from .patch import Patch
 
 _NAME = "flash_attn"
 # The module of the functions of versions 2 and 3, wherever a package keeps it; version 4 has its own.

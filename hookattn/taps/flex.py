@@ -11,12 +11,16 @@ from torch import Tensor
 
 from ..attention import dot_scores, split_additive
 from ..record import KernelCall
-from .base import Patch, Tap
+from .base import Tap
 from .current import current
+from .patch import Patch
 
 _MODULE = "torch.nn.attention.flex_attention"
 _FAR = 1e30
 _ENDS = 8  # queries and keys at either end
+_OPERANDS = ("query", "key", "value")
+# A bias and a mask are a function and a table of blocks to this kernel, which no tensor can be turned into.
+_CHANGEABLE = frozenset({"q", "k", "v"})
 
 
 def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -26,12 +30,27 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     names = ("query", "key", "value", "score_mod", "block_mask", "scale", "enable_gqa", "return_lse")
     given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+    understand = guess_score_mod if tracing.shapes_only else apply_score_mod
+    instead = None
     with tracing.kernel(True):
-        out = shaped(given) if tracing.hollow else original(*args, **kwargs)
+        if tracing.listened:
+            with torch.no_grad():
+                call = read(given, None, understand)
+            change = tracing.before(call, _CHANGEABLE)
+            for name, x in zip(_OPERANDS, (change.q, change.k, change.v) if change else (None,) * 3, strict=True):
+                given[name] = given[name] if x is None else x
+            args = (*(given[name] for name in _OPERANDS), *args[3:])
+            kwargs = {name: x for name, x in kwargs.items() if name not in _OPERANDS}
+        out = shaped(given) if tracing.shapes_only else original(*args, **kwargs)
         with torch.no_grad():
-            understand = guess_score_mod if tracing.hollow else apply_score_mod
-            tracing.record(read(given, out[0] if isinstance(out, tuple) else out, understand))
-    return out
+            call = read(given, out[0] if isinstance(out, tuple) else out, understand)
+        if tracing.listened:
+            instead = tracing.after(call)
+        with torch.no_grad():
+            tracing.record(call)
+    if instead is None:
+        return out
+    return (instead, *out[1:]) if isinstance(out, tuple) else instead
 
 
 def shaped(given: dict[str, Any]) -> Any:
@@ -44,7 +63,7 @@ def shaped(given: dict[str, Any]) -> Any:
     return out, flex.AuxOutput(lse if aux.lse else None, lse if aux.max_scores else None)
 
 
-def read(given: dict[str, Any], out: Tensor, understand: Callable[..., None]) -> KernelCall:
+def read(given: dict[str, Any], out: Tensor | None, understand: Callable[..., None]) -> KernelCall:
     """One call of the kernel in the contract's layout; ``understand`` says what a score_mod does to it."""
     q, k, v = given["query"], given["key"], given["value"]
     scale = given["scale"]

@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,14 +22,44 @@ from torch import Tensor, nn
 from ..quiet import Quiet
 from ..record import KernelCall
 from . import sdpa
-from .axes import seeded
-from .base import Patch, Tap
+from .base import ActiveTrace, Tap
 from .current import current
 from .flex import block_mask_dense
+from .patch import Patch
 
 _MODULE = "transformers.modeling_utils"
 # Implementations that run compiled or foreign code: the mode must not be open inside.
 _SEALED = ("flex", "flash", "paged", "kernels")
+
+
+class _Glances(threading.local):
+    """The implementation that runs in this thread without the function mode: its module, q, k and v; or None."""
+
+    running: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
+
+
+_glances = _Glances()
+
+
+class _Glance:
+    """Context manager around an implementation whose fused kernel is looked at as it is called.
+
+    A class and no generator: it is entered in every layer, and a generator takes three times as long.
+    """
+
+    __slots__ = ("_before", "_given")
+
+    def __init__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor):
+        self._given = module, q, k, v
+
+    def __enter__(self) -> None:
+        self._before = _glances.running  # an implementation may look up another
+        _glances.running = self._given
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _glances.running = self._before
 
 
 def patches() -> Iterable[Patch]:
@@ -71,40 +103,38 @@ def run(
     tracing = current()
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
-    if name == "sdpa" and not tracing.modes.open():
+    if name == "sdpa" and not tracing.watching():
         # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
         before = tracing.heard
-        tracing.glance = module, query, key, value
-        try:
+        with _Glance(module, query, key, value):
             out = function(module, query, key, value, attention_mask, *args, **kwargs)
-        finally:
-            tracing.glance = None
         if tracing.heard == before:
             with Quiet(query):
-                tracing.record(read("sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
+                tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
     sealed = any(word in name for word in _SEALED)
     with tracing.kernel(sealed) as seen:
         if not sealed:
             for x, roles in ((query, "BHTD"), (key, "BHSD"), (value, "BHSD")):
                 if x.dim() == 4:
-                    tracing.watch.set_origin(x, seeded(x.shape, tuple(roles)))
+                    tracing.seed(x, roles)
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
         with torch.no_grad(), tracing.aside():
-            tracing.record(
-                read(name, module, query, key, value, attention_mask, kwargs, out[0] if isinstance(out, tuple) else out)
-            )
+            first = out[0] if isinstance(out, tuple) else out
+            tracing.record(read(tracing, name, module, query, key, value, attention_mask, kwargs, first))
     return out
 
 
 def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The fused kernel; inside an implementation that is glanced at, its real arguments are reported."""
-    tracing = current()
+    tracing, running = current(), _glances.running
+    if tracing is None or running is None:
+        return original(*args, **kwargs)
+    module, query, key, value = running
+    if tracing.listened:
+        return _changeable(tracing, original, sdpa.bind(args, kwargs), running)
     out = original(*args, **kwargs)
-    if tracing is None or tracing.glance is None:
-        return out
-    module, query, key, value = tracing.glance
     scale = kwargs.get("scale")
     if (
         type(scale) is float
@@ -112,22 +142,65 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         and all(map(operator.is_, args, (query, key, value)))
         and kwargs.get("attn_mask") is None
         and not kwargs.get("dropout_p")
-        and tracing.plain(module, (query, key, value, out), scale, bool(kwargs.get("is_causal")), "sdpa")
+        and tracing.record_small(module, (query, key, value, out), scale, bool(kwargs.get("is_causal")), "sdpa")
     ):
         return out
     given = sdpa.bind(args, kwargs)
     if given["query"] is query:  # else grouped heads were packed into the rows of one query: read from outside
-        call = sdpa.plain(tracing, original, given, out, module)
-        if call.k.shape[1] != key.shape[1]:  # repeated for grouped queries
-            keys = call.k.shape[2]
-            key, value = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
-            call.q, call.k, call.v = sdpa.full(call.q, key, value, out)
-        tracing.record(call)
+        tracing.record(_glanced(tracing, original, given, out, module, key, value))
     return out
 
 
+def _glanced(
+    tracing: ActiveTrace,
+    original: Callable[..., Any],
+    given: dict[str, Any],
+    out: Tensor,
+    module: nn.Module,
+    key: Tensor,
+    value: Tensor,
+) -> KernelCall:
+    """The fused kernel's call, with k and v as the implementation was given them: B G S D."""
+    call = sdpa.plain(tracing, original, given, out, module)
+    if call.k.shape[1] != key.shape[1]:  # repeated for grouped queries
+        keys = call.k.shape[2]
+        key, value = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
+        call.q, call.k, call.v = sdpa.full(call.q, key, value, out)
+    return call
+
+
+def _changeable(
+    tracing: ActiveTrace,
+    original: Callable[..., Any],
+    given: dict[str, Any],
+    running: tuple[nn.Module, Tensor, Tensor, Tensor],
+) -> Any:
+    """The fused kernel where somebody listens: run with what it shall be given."""
+    module, query, key, value = running
+    if given["query"] is not query:  # packed: read from outside, which also says that nobody was asked
+        return original(**given)
+    grouped = None
+    if given["key"].shape[1] != key.shape[1]:
+        keys = given["key"].shape[2]
+        grouped = key[:, :, :keys], value[:, :, :keys]
+    changed, key, value = sdpa.ask(tracing, given, module, grouped)
+    out = original(**changed)
+    call = _glanced(tracing, original, changed, out, module, key, value)
+    result = sdpa.answer(tracing, call, out)
+    tracing.record(call)
+    return result
+
+
 def read(
-    name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any], out: Tensor
+    tracing: ActiveTrace,
+    name: str,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    given: dict[str, Any],
+    out: Tensor,
 ) -> KernelCall:
     """One call from the interface's own arguments. ``out``: B T H E, as every implementation returns it."""
     scale = given.get("scaling")
@@ -143,7 +216,6 @@ def read(
         sinks=given.get("s_aux"),
         dropout=float(given.get("dropout") or 0),
     )
-    tracing = current()
     t, s = q.shape[2], k.shape[2]
     causal = given.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and t > 1

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..memory import version_of
 from .axes import Atom, Origin, known, sizes
+from .base import ActiveTrace
 from .dense import dense
 from .eager import Build, contracts_keys
 from .entries import Entries
 from .operations import Parsed
 from .product import Label, LayoutError, Product, mixes_heads
-from .states import Gathered, Met, Scores, Spread, Sum, Term, Use, ValueProduct, Weights
-
-if TYPE_CHECKING:
-    from .watch import Watch
+from .states import Gathered, Met, Scores, Spread, State, Sum, Term, Use, ValueProduct, Weights
 
 _NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
 _NO_PRODUCT = "softmax over something that is not a product of queries and keys"
 
 
-def note_product(watch: Watch, name: str, parsed: Parsed, out: Tensor) -> None:
+class KnownTensors(Protocol):
+    """What is known of the tensors of a running model: the part of the function mode that products need.
+
+    The mode calls the functions below, so this file names what it needs and does not import the mode.
+    """
+
+    @property
+    def recorder(self) -> ActiveTrace:
+        """Gets the attention calls that are seen."""
+
+    @property
+    def live(self) -> Mapping[int, Any]:
+        """The tensors that have a state, by identity; mostly there are none, and then nobody has to be looked up."""
+
+    def state(self, x: Tensor) -> State | None:
+        """The state of a tensor that is part of an attention."""
+
+    def set_state(self, x: Tensor, state: State) -> None:
+        """Say what a tensor is."""
+
+    def origin(self, x: Tensor) -> Origin:
+        """Where the axes of a tensor come from."""
+
+    def set_origin(self, x: Tensor, origin: Origin) -> Origin:
+        """Say where the axes of a tensor come from."""
+
+
+def note_product(watch: KnownTensors, name: str, parsed: Parsed, out: Tensor) -> None:
     """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
     a, b, labels, alpha, beta = parsed
     for i, x in enumerate((a, b)):
@@ -54,7 +80,7 @@ def note_product(watch: Watch, name: str, parsed: Parsed, out: Tensor) -> None:
 
 
 def _weights_product(
-    watch: Watch,
+    watch: KnownTensors,
     name: str,
     state: Weights,
     index: int,
@@ -96,7 +122,7 @@ def _weights_product(
     watch.recorder.record(call)
 
 
-def _begin_sum(watch: Watch, state: Weights, use: ValueProduct) -> None:
+def _begin_sum(watch: KnownTensors, state: Weights, use: ValueProduct) -> None:
     """The values of some of the keys: the output once those of the others are added."""
     dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
     layout = []
@@ -116,7 +142,7 @@ def _begin_sum(watch: Watch, state: Weights, use: ValueProduct) -> None:
 
 
 def _spread_product(
-    watch: Watch,
+    watch: KnownTensors,
     state: Spread,
     index: int,
     operands: tuple[Tensor, Tensor],
@@ -133,7 +159,7 @@ def _spread_product(
         watch.set_state(out, gathered)
 
 
-def finish_gathered(watch: Watch, state: Gathered, out: Tensor) -> bool:
+def finish_gathered(watch: KnownTensors, state: Gathered, out: Tensor) -> bool:
     """Whether all weights have met their values: then the call is reported, or why it can't be read."""
     use = state.root.use
     if use.done:
@@ -152,7 +178,7 @@ def finish_gathered(watch: Watch, state: Gathered, out: Tensor) -> bool:
     return True
 
 
-def finish_sum(watch: Watch, state: Sum, out: Tensor) -> None:
+def finish_sum(watch: KnownTensors, state: Sum, out: Tensor) -> None:
     """The values of all the keys are in: ``out`` is the kernel's output."""
     use = state.parts[0][0].use
     if use is not None:

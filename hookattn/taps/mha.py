@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..attention import dot_scores, softmax_weights, weighted_values
 from ..record import KernelCall
-from .base import Patch, Tap
+from .base import Tap
 from .current import current
+from .patch import Patch
 
 if TYPE_CHECKING:
     from .watch import Watch

@@ -12,16 +12,26 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-
-from .base import Patch
 
 _lock = threading.RLock()
 _made: dict[tuple[int, str], Exchange] = {}  # used again as long as they fit: a trace pays for switching alone
 BODIES: dict[int, Any] = {}
+
+
+class Patch(NamedTuple):
+    """A Python function whose body is exchanged while a trace runs anywhere in the process.
+
+    ``body`` has the original's signature and is given the original as its first argument; it must behave like the
+    original in threads that trace nothing (:func:`~hookattn.taps.current.current` is None there).
+    """
+
+    owner: Any
+    name: str
+    body: Callable[..., Any]
 
 
 class Exchange:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .base import Patch, Tap
+from .base import Tap
 from .current import current
+from .patch import Patch
 
 
 def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -18,7 +19,7 @@ def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any)
     if tracing is None:
         return original(function, *args, **kwargs)
     name = f"the scripted function {function.name}"
-    return tracing.watch.follow(name, functools.partial(original, function), args, kwargs)
+    return tracing.follow(name, functools.partial(original, function), args, kwargs)
 
 
 def patches() -> Iterable[Patch]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..attention import causal_mask
 from ..quiet import Quiet
 from ..record import KernelCall
 from . import axes
 from .axes import Layout, Origin, refine, seeded
-from .base import Recorder, Tap
+from .base import ActiveTrace, Change, Tap
 from .product import Label, LayoutError, Piece, Product, Roles, arrange
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+CHANGEABLE = frozenset({"q", "k", "v", "bias", "mask"})
+"""What of a call can be handed to the kernel changed; an output can be exchanged after it."""
 
 
 def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -29,21 +32,95 @@ def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run the kernel as the model asked for, and report it."""
-    out = func(*args, **kwargs)
     given = bind(args, kwargs)
+    asks = watch.recorder.listened and _named(watch, given)
+    if asks and (changed := ask(watch.recorder, given)[0]) is not given:
+        # A changed tensor has no history, so it is B H T D by the kernel's word. It must not get the old one's: heads
+        # that were copies of one another need not be so any more.
+        args, kwargs, given = (), changed, changed
+    out = func(*args, **kwargs)
     if given["query"].is_nested or given["key"].is_nested or given["value"].is_nested:
         watch.recorder.skip("scaled_dot_product_attention on nested tensors")
         return out
     call = plain(watch.recorder, func, given, out)
+    result = answer(watch.recorder, call, out) if asks else out
     try:
         with Quiet(out):
             watch.recorder.record(read(watch, given, call))
     except LayoutError as error:
         watch.recorder.skip(f"scaled_dot_product_attention: {error}")
-    return out
+    return result
 
 
-def plain(recorder: Recorder, func: Any, given: dict[str, Any], out: Tensor, module: Any = None) -> KernelCall:
+def _named(watch: Watch, given: dict[str, Any]) -> bool:
+    """Whether the kernel is given B H T D, so that a changed q can be handed to it as it stands.
+
+    Heads may be folded into the batch or into the rows of a query instead. Those can be read, by what is known of the
+    tensors' history, but nothing here can fold a changed one in the same way.
+    """
+    q, k, v = given["query"], given["key"], given["value"]
+    if q.is_nested or k.is_nested or v.is_nested or not q.dim() == k.dim() == v.dim() == 4:
+        return False
+    known = watch.origins.knows
+    return not (known(q) or known(k) or known(v)) or _rows_are_queries(watch, q)
+
+
+def ask(
+    recorder: ActiveTrace, given: dict[str, Any], module: Any = None, grouped: tuple[Tensor, Tensor] | None = None
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The arguments that the kernel shall be run with, ``given`` itself where nobody changes any; and its k and v.
+
+    Args:
+        recorder: the running trace.
+        given: B H T D operands, by the kernel's names.
+        module: the one that the kernel runs in.
+        grouped: k and v of B G S D, where the kernel is given them repeated for every query head; those that are
+            returned are not repeated either, unless somebody exchanged them for one of each query head.
+    """
+    q, mask, scale = given["query"], given["attn_mask"], given["scale"]
+    k, v = (given["key"], given["value"]) if grouped is None else grouped
+    call = KernelCall(q, k, v, None, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
+    call.causal, call.module, call.dropout = bool(given["is_causal"]), module, float(given["dropout_p"])
+    if mask is not None:
+        call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else recorder.split(mask)
+        call.bias, call.mask = _four(call.bias), _four(call.mask)
+    change = recorder.before(call, CHANGEABLE)
+    if change is None:
+        return given, k, v
+    changed = dict(given)
+    for name, x in (("query", change.q), ("key", change.k), ("value", change.v)):
+        if x is not None:
+            groups = given[name].shape[1] // x.shape[1]
+            changed[name] = x.repeat_interleave(groups, 1) if groups > 1 else x
+    if change.bias is not None or change.mask is not None:
+        changed["attn_mask"], changed["is_causal"] = _additive(call, change, given), False
+    return changed, k if change.k is None else change.k, v if change.v is None else change.v
+
+
+def _additive(call: KernelCall, change: Change, given: dict[str, Any]) -> Tensor:
+    """``attn_mask`` for a changed bias or mask; the kernel takes no flag beside it, so the diagonal is in it, too."""
+    q, own, bias, mask = given["query"], given["attn_mask"], change.bias, change.mask
+    if mask is None:
+        mask = call.mask
+    if bias is None and call.bias is not None:  # from the tensor itself, not from what was split off: a learned one
+        bias = own if call.mask is None else torch.where(call.mask, own, 0.0)  # keeps its gradient
+    if call.causal:
+        diagonal = causal_mask(q.shape[2], given["key"].shape[2], device=q.device)
+        mask = diagonal if mask is None else mask & diagonal
+    if bias is None:
+        assert mask is not None
+        return mask
+    bias = bias.to(q.dtype)
+    return bias if mask is None else torch.where(mask, bias, float("-inf"))
+
+
+def answer(recorder: ActiveTrace, call: KernelCall, out: Tensor) -> Tensor:
+    """What the model gets: the kernel's output, or what is to take its place."""
+    instead = recorder.after(call)
+    return out if instead is None else instead.to(out.dtype)
+
+
+def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, module: Any = None) -> KernelCall:
     """One call of the kernel with B H T D operands as they stand; ``module``: the one it was told it runs in."""
     q, k, v, scale, mask = given["query"], given["key"], given["value"], given["scale"], given["attn_mask"]
     if not q.dtype == k.dtype == v.dtype == out.dtype:  # under autocast
@@ -98,7 +175,12 @@ def _plain(watch: Watch, given: dict[str, Any]) -> bool:
         layout = watch.origin(given[name]).layout()
         if len(layout) == 4 and any(a.repeated for a in layout[1]):
             return False
-    layout = watch.origin(given["query"]).layout()
+    return _rows_are_queries(watch, given["query"])
+
+
+def _rows_are_queries(watch: Watch, query: Tensor) -> bool:
+    """Whether the rows of a B H T D query are positions alone, with no heads packed into them."""
+    layout = watch.origin(query).layout()
     if len(layout) != 4:
         return False
     widths = {p for a in layout[3] for p in a.lineage()}

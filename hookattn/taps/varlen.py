@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..record import KernelCall
-from .base import Patch, Tap
+from .base import Tap
 from .external import Kernel, Sequences, find, hide, lay_out, pages, window_of
+from .patch import Patch
 
 _MODULE = "torch.nn.attention.varlen"
 _KNOWN = frozenset(

@@ -20,7 +20,7 @@ from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, U
 from .steps import pieces, spread_scores, step
 
 if TYPE_CHECKING:
-    from .base import Recorder
+    from .base import ActiveTrace
 
 Call = Callable[..., Any]
 _LESSER = (RowStat, Lost, Part)
@@ -34,7 +34,7 @@ class Watch(TorchFunctionMode):
         kernels: function name -> handler ``(watch, func, args, kwargs) -> result`` of the fused kernels' taps.
     """
 
-    def __init__(self, recorder: Recorder, kernels: dict[str, Call]):
+    def __init__(self, recorder: ActiveTrace, kernels: dict[str, Call]):
         super().__init__()
         self.recorder = recorder
         self.kernels = kernels

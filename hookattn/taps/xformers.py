@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..attention import split_additive
 from ..record import KernelCall
-from .base import Patch, Tap
+from .base import Tap
 from .current import current
 from .external import Kernel, UnreadableError, find
+from .patch import Patch
 
 _KNOWN = frozenset({"attn_bias", "key", "op", "output_dtype", "p", "query", "scale", "value"})
 
@@ -60,7 +61,8 @@ def _hide(call: KernelCall, bias: Any, q: Tensor) -> None:
     t, s = call.q.shape[2], call.k.shape[2]
     name = type(bias).__name__
     if not hasattr(bias, "materialize"):
-        terms = current().split(bias)
+        tracing = current()
+        terms = split_additive(bias) if tracing is None else tracing.split(bias)
     elif hasattr(bias, "block_tables"):
         raise UnreadableError(f"{name}: the keys are pages of a cache")
     else:
