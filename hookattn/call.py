@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,12 @@ from torch import Tensor
 from .attention import dot_scores, finish_scores, softmax_weights
 from .certificate import UNVERIFIED, Certificate
 from .errors import FieldNotCaptured, HookattnError
+from .fields import Field, shape_of, tensor_of
 from .record import FIELDS, KernelCall
 from .site import Site
 
 if TYPE_CHECKING:
     from .statistics.base import Statistic
-
-Load = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class Call:
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
         notes: what a reader has to know.
         certificate: how faithful it is.
+        fields: the captured fields by name, each as where it is: see :mod:`hookattn.fields`.
     """
 
     site: Site
@@ -74,7 +73,7 @@ class Call:
     notes: tuple[str, ...] = ()
     certificate: Certificate = UNVERIFIED
     derivable: tuple[str, ...] = ()
-    fields: dict[str, Tensor | Load | None] = field(default_factory=dict, repr=False)
+    fields: dict[str, Field] = field(default_factory=dict, repr=False)
     keys: int | None = None
     of_queries: int | None = None
 
@@ -105,12 +104,12 @@ class Call:
 
         Raises:
             FieldNotCaptured: it was not kept, or several statistics have this plain name.
+            TraceFileError: it is in a file that cannot be read, or that was deleted as the traced block raised.
         """
         if not isinstance(name, str):
             name = name.key
         if name in self.fields:
-            value = self.fields[name]
-            return value() if callable(value) else value
+            return tensor_of(self.fields[name])
         if name in self.derivable:
             return self._derive(name)
         if name not in FIELDS:
@@ -225,8 +224,7 @@ class Call:
         ):
             value = self.fields.get(name)
             if value is not None:
-                tensor = value() if callable(value) else value
-                return " ".join(f"{a}{n}" for a, n in zip(letters, tensor.shape, strict=False))
+                return " ".join(f"{a}{n}" for a, n in zip(letters, shape_of(value), strict=False))
         return "?"
 
     def __repr__(self) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import attention as math
 from . import fresh
 from .beside import beside, kept_rows, sample
-from .call import Call, Load
+from .call import Call
 from .certificate import Pending, measure, measured, read, rows_to_check
+from .fields import Field, Later
 from .later import Waiting
 from .masks import Masked, Masks
 from .once import Once
@@ -213,14 +214,14 @@ class Keeper:
             return {}
         return dict(zip(names, fresh.copies(several), strict=True))
 
-    def _keep(self, name: str, x: Tensor | None, ours: bool) -> Tensor | Load | None:
+    def _keep(self, name: str, x: Tensor | None, ours: bool) -> Field:
         if x is None:
             return None
         if name in ("mask", "bias", "sinks"):
             return self._once(("kept", name), x, lambda: self._store(x, ours))  # type: ignore[no-any-return]
         return self._store(x, ours)
 
-    def _store(self, x: Tensor, ours: bool) -> Tensor | Load:
+    def _store(self, x: Tensor, ours: bool) -> Tensor | Later:
         dtype = self.selection.dtype if x.is_floating_point() and self.selection.dtype is not None else x.dtype
         if self._transfer is not None and math.on_gpu(x):
             return self._transfer.send(x, dtype, ours)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from .attention import compute_dtype
 from .call import Call
 from .certificate import Pending, read, rounding_of, rows_to_check
+from .fields import Later
 from .masks import Masked, additive
 from .quiet import Quiet
 
@@ -70,9 +70,9 @@ class Waiting:
         b, h, t, _ = small.own[0].shape
         self._size += b * h * t * small.own[1].shape[2]
         if self.scores:
-            small.call.fields["scores"] = partial(self._field, small.call, "scores")
+            small.call.fields["scores"] = Later(self._field, small.call, "scores")
         if self.weights:
-            small.call.fields["weights"] = partial(self._field, small.call, "weights")
+            small.call.fields["weights"] = Later(self._field, small.call, "weights")
         if self._size > _LIMIT:
             self.flush()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from .attention import dot_scores, finish_scores
 from .call import Call
 from .certificate import Certificate
 from .errors import StitchError
+from .fields import Later
 from .lineage import Lineage, Place, extents
 from .record import FIELDS
 from .sequences import together
@@ -181,7 +181,7 @@ class _Site:
         for name in FIELDS:
             if all(c.has(name) for c in self.calls):
                 none = all(name in c.fields and c.fields[name] is None for c in self.calls)
-                made.fields[name] = None if none else partial(self._field, name)
+                made.fields[name] = None if none else Later(self._field, name)
         return made
 
     def _field(self, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import fresh
 from .call import Call
+from .errors import FieldNotCaptured
+from .fields import Later
 
 # So many bytes may wait on the GPU; then the model waits for the oldest of them.
 _LIMIT = 1 << 30
@@ -48,7 +50,7 @@ class Transfer:
         self._size = 0
         self._delivered: Future[None] | None = None
 
-    def send(self, x: Tensor, dtype: torch.dtype, ours: bool) -> Callable[[], Tensor]:
+    def send(self, x: Tensor, dtype: torch.dtype, ours: bool) -> Later:
         """Begin to copy a tensor.
 
         Args:
@@ -57,7 +59,7 @@ class Transfer:
             ours: whether nobody will write to it.
 
         Returns:
-            A function that waits for the copy, contiguous and on the host, and returns it.
+            The copy, contiguous and on the host, which is waited for when it is read.
         """
         if x.device not in self._lanes:
             self._lanes[x.device] = self._make(x.device)
@@ -70,7 +72,7 @@ class Transfer:
         future = self._submit(lane.fetch, own, lane.mark())
         self._flying.append((future, own.nbytes))
         self._size += own.nbytes
-        return future.result
+        return Later(_arrived, future)
 
     @property
     def used(self) -> bool:
@@ -112,8 +114,18 @@ class Transfer:
 def land(call: Call) -> None:
     """Wait for the copies of a call."""
     for name, value in call.fields.items():
-        if callable(value):
+        if isinstance(value, Later):
             call.fields[name] = value()
+
+
+def _arrived(copy: Future[Tensor]) -> Tensor:
+    try:
+        return copy.result()
+    except CancelledError:
+        raise FieldNotCaptured(
+            "this field was still to be copied from the GPU when the traced block raised, and its copy was given up; "
+            "trace again."
+        ) from None
 
 
 def _deliver(call: Call, sink: Callable[[Call], None]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import attention, transfer
-from hookattn.errors import TraceWriteError
+from hookattn.errors import FieldNotCaptured, TraceWriteError
 from hookattn.store.writer import StreamWriter
 from hookattn.transfer import Transfer, pump
 from tests.reference import draw
@@ -143,6 +143,33 @@ def test_a_file_is_the_same(lane: Slow, tmp_path: Path) -> None:
         one, two = (hookattn.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a.fields.keys() == b.fields.keys()
+
+
+def test_a_field_is_read_while_its_file_is_written(lane: Slow, tmp_path: Path) -> None:
+    """One that has not arrived is waited for, one that was written is read back; both while others are on their way."""
+    model = Overwriting()
+    with hookattn.tracing(model, to=tmp_path / "x.safetensors") as made:
+        threading.Timer(0.2, lane.gate.set).start()
+        model(X)
+        early = [(call.q, call.weights, call.mask, repr(call)) for call in (made[0], made[-1])]
+    for call, (q, weights, mask, said) in zip((made[0], made[-1]), early, strict=True):
+        assert torch.equal(q, call.q) and torch.equal(weights, call.weights) and torch.equal(mask, call.mask)
+        assert not q.isnan().any() and call.shape == "B1 H2 T12 S12" in said
+    same(made)
+
+
+def test_what_was_given_up_says_so(lane: Slow) -> None:
+    """The block raised before the GPU's copies had arrived."""
+    opener = threading.Timer(0.5, lane.gate.set)
+    with pytest.raises(KeyError), hookattn.tracing(model := Overwriting(), device="cpu") as made:
+        model(X)
+        opener.start()
+        raise KeyError
+    opener.join()
+    assert lane.fetched < lane.marks
+    with pytest.raises(FieldNotCaptured, match="still to be copied from the GPU when the traced block raised"):
+        _ = made[2].weights
+    assert made[0].bias is None
 
 
 def test_writing_goes_on_beside_the_model(lane: Slow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..call import Load
+from ..fields import Field
 from .measure import Measure
 from .table import readings
 from .view import View
@@ -39,7 +39,7 @@ class Chance:
         if same and torch.equal(self._mask, mask):  # type: ignore[arg-type]
             return self._found
         weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
-        fields: dict[str, Tensor | Load | None] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
+        fields: dict[str, Field] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
         even = View(replace(call, fields=fields, heads=None, kv_heads=None, derivable=()), view.trace, view.keys)
         found = readings(even, self.measures, missing=True)
         levels = {key: float(reading.heads[0]) for key, reading in found.items() if reading is not None}

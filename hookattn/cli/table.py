@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..certificate import Certificate
-from ..store import LazyFile
 from ..call import Call
+from ..certificate import Certificate
+from ..fields import shape_of
+from ..store import LazyFile
 from ..traces import Trace
 from .screen import counted, size_of
 
@@ -26,9 +27,8 @@ def extents(call: Call) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, letters in _LETTERS.items():
         value = call.fields.get(name)
-        tensor = value() if callable(value) else value
-        if isinstance(tensor, Tensor):
-            found.update(zip(letters, tensor.shape, strict=True))
+        if value is not None:
+            found.update(zip(letters, shape_of(value), strict=True))
     return {letter: found[letter] for letter in "BHGTSDE" if letter in found}
 
 

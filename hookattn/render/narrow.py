@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
-from ..record import FIELDS
 from ..call import Call
+from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
+from ..fields import Field, Later, dtype_of, shape_of
+from ..record import FIELDS
 from ..traces import Trace
 
 ROOM = 4_000_000
@@ -148,9 +148,8 @@ def _bytes(call: Call, name: str, narrow: bool = False) -> int:
 
 def _extents(call: Call, name: str) -> tuple[tuple[int, ...], int]:
     value = call.fields.get(name)
-    tensor = value() if callable(value) else value
-    if tensor is not None:
-        return tuple(tensor.shape), tensor.dtype.itemsize
+    if value is not None:
+        return tuple(shape_of(value)), dtype_of(value).itemsize
     if name in call.fields:
         return (0,), 1
     sizes: dict[str, int] = {}
@@ -161,11 +160,11 @@ def _extents(call: Call, name: str) -> tuple[tuple[int, ...], int]:
 
 
 def _call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:
-    fields: dict[str, Any] = {}
+    fields: dict[str, Field] = {}
     for name in kept:
         if call.has(name):
             absent = name in call.fields and call.fields[name] is None
-            fields[name] = None if absent else partial(_encoded, call, place, name, made)
+            fields[name] = None if absent else Later(_encoded, call, place, name, made)
     # Statistics are small, and are what is left of an attention too large to keep.
     fields |= {name: value for name, value in call.fields.items() if name not in FIELDS}
     return replace(call, fields=fields, derivable=_derivable(call, kept))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypedDict
 
 from torch import Tensor
 
 from ..call import Call
 from ..errors import FieldNotCaptured, SelectionError
+from ..fields import Field, Later
 from ..positions import query_positions
 from ..record import FIELDS
 from ..trace import TraceData
@@ -228,9 +228,11 @@ def _cut(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: in
         x = take(value, groups)
         return x.expand(-1, len(index), -1, -1)
 
-    fields = {n: partial(read, n) if call.fields[n] is not None else None for n in FIELDS if n in call.fields}
+    fields: dict[str, Field] = {
+        n: Later(read, n) if call.fields[n] is not None else None for n in FIELDS if n in call.fields
+    }
     scale = take(call.scale) if isinstance(call.scale, Tensor) else call.scale
-    return replace(call, fields=dict(fields), scale=scale, heads=heads, kv_heads=None)
+    return replace(call, fields=fields, scale=scale, heads=heads, kv_heads=None)
 
 
 def _numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) -> list[int]:

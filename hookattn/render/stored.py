@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from os import PathLike, fspath
 
 from ..errors import RenderError, TraceFileError
-from ..traces import load
-from ..traces import Trace
+from ..fields import InFile
+from ..traces import Trace, load
 
 TraceLike = Trace | str | PathLike[str]
 
@@ -65,7 +65,7 @@ def _as_written(trace: Trace, path: str) -> bool:
         and (there.tokens, there.notes) == (trace.tokens, trace.notes)
         and all(
             (a.site, a.step, a.certificate, list(a.fields)) == (b.site, b.step, b.certificate, list(b.fields))
-            and all(value is None or callable(value) for value in b.fields.values())
+            and all(value is None or isinstance(value, InFile) for value in b.fields.values())
             for a, b in zip(there.calls, trace.calls, strict=True)
         )
     )

@@ -82,14 +82,20 @@ class PartialFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Read exactly ``size`` bytes, at most :data:`CHUNK`, back. Raises OSError."""
-        self._file.seek(offset)
         data = b""
         while len(data) < size:
-            more = self._file.read(size - len(data))
+            more = self._read(offset + len(data), size - len(data))
             if not more:
                 raise OSError(errno.EIO, "the temporary file is shorter than what was written to it")
             data += more
         return data
+
+    def _read(self, offset: int, size: int) -> bytes:
+        # A forked process that reads here must not move the place where its parent writes.
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, offset)
+        self._file.seek(offset)
+        return self._file.read(size)
 
     def move(self, begin: int, size: int, to: int, source: PartialFile | None = None) -> None:
         """Copy a range, of this file or of ``source``, to an offset here; the two may overlap. Raises OSError."""

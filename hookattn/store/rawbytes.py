@@ -50,7 +50,7 @@ def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
         # The copies last as long as the view on them: until the next block.
         plain = part.to("cpu").resolve_conj().resolve_neg().contiguous()
         if plain.nbytes:
-            yield _view(plain)
+            yield memory_of(plain)
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -66,7 +66,12 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
             yield from _parts(tensor[first : first + rows])
 
 
-def _view(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor that is contiguous, on the CPU and not empty; valid as long as it is.
+
+    Raises:
+        TraceWriteError: it has no memory of its own.
+    """
     # Not by way of numpy, which torch can be without, and which has no bfloat16 or float8.
     try:
         address = tensor.data_ptr()

@@ -10,6 +10,7 @@ import torch
 from ..call import Call, Skipped
 from ..certificate import Certificate
 from ..errors import CorruptFileError
+from ..fields import InFile
 from ..site import Site
 from ..trace import TraceData
 from .expect import expect
@@ -20,7 +21,15 @@ Made = TypeVar("Made", bound=TraceData)
 
 def load(path: str | PathLike[str], kind: type[Made]) -> Made:
     """See :func:`hookattn.load`; ``kind`` is the class that is made."""
-    file = LazyFile(path)
+    return trace_of(LazyFile(path), fspath(path), kind)
+
+
+def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
+    """The trace of an open file, which is called ``path``, as an object of the class ``kind``.
+
+    Raises:
+        CorruptFileError: its document is no trace's.
+    """
     document = file.document
     try:
         expect(
@@ -38,7 +47,7 @@ def load(path: str | PathLike[str], kind: type[Made]) -> Made:
             model=document["model"],
             notes=document["notes"],
             selection=document["selection"],
-            path=fspath(path),
+            path=path,
         )
         for entry in document["skipped"]:
             expect("skipped", entry, path="str", reason="str", steps="ints")
@@ -46,7 +55,7 @@ def load(path: str | PathLike[str], kind: type[Made]) -> Made:
         trace.calls = [_read_call(file, i, entry) for i, entry in enumerate(document["calls"])]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptFileError(
-            f"{fspath(path)}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file "
+            f"{path}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file "
             "was damaged or written by something else; save the trace again."
         ) from error
     return trace
@@ -119,9 +128,6 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         if k in Certificate.__dataclass_fields__
     }
 
-    def lazy(name: str) -> Any:
-        return lambda: file.tensor(name)
-
     return Call(
         site=Site(**known),
         step=entry["step"],
@@ -143,7 +149,7 @@ def _read_call(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
         notes=tuple(entry["notes"]),
         certificate=Certificate(**certificate),
         derivable=tuple(entry["derivable"]),
-        fields={f: None if n is None else lazy(n) for f, n in names.items()},
+        fields={f: None if n is None else InFile(file, n) for f, n in names.items()},
     )
 
 

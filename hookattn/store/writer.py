@@ -11,12 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
-from hookattn.errors import TraceWriteError
+from hookattn.errors import TraceFileError, TraceWriteError
 from hookattn.store.format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
-from hookattn.store.partial import PartialFile, explained
-from hookattn.store.rawbytes import byte_blocks, check_storable
+from hookattn.store.partial import CHUNK, PartialFile, explained
+from hookattn.store.rawbytes import byte_blocks, check_storable, memory_of
 
 RESERVE = 1 << 20
 """The room that a stream leaves for its header, which comes first in the file and is known last."""
@@ -51,6 +52,17 @@ class _Lane:
         self.alignment = max(self.alignment, entry.dtype.itemsize)
         # Only now, and in one step: what an interrupt leaves half written is overwritten by the next tensor.
         self.entries[name] = entry._replace(begin=begin, end=begin + entry.end)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a tensor: the bytes of the file are moved at the end, so that it can't be mapped before."""
+        entry = self.entries[name]
+        made = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        if made.nbytes:
+            bytes_of_it = memory_of(made)
+            for first in range(0, made.nbytes, CHUNK):
+                size = min(CHUNK, made.nbytes - first)
+                bytes_of_it[first : first + size] = self.file.read(self.start + entry.begin + first, size)
+        return made
 
 
 class StreamWriter:
@@ -91,6 +103,38 @@ class StreamWriter:
         """
         with self._lock:
             self._append(name, tensor)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one of the tensors that were written back, before the file is finished.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+            TraceFileError: it cannot be read back; or the writer is finished, or aborted and its file deleted.
+        """
+        with self._lock:
+            lane = self._lane_of(name)
+            if self._state == "finished":
+                raise TraceFileError(f"{self.path}: the file is finished. Open it to read {name!r}.")
+            if self._state == "aborted":
+                raise TraceFileError(
+                    f"{self.path}: {name!r} was in this file, which was deleted unfinished, as an error ended its "
+                    "writing. Trace again; in memory (without to=), fields outlive an error."
+                )
+            try:
+                return lane.read(name)
+            except OSError as error:
+                raise TraceFileError(
+                    f"{self.path}: cannot read {name!r} back: {error.strerror or error}. Read it once the file is "
+                    "finished, or trace without to=."
+                ) from error
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor that was written. Raises KeyError."""
+        return torch.Size(self._lane_of(name).entries[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that was written. Raises KeyError."""
+        return self._lane_of(name).entries[name].dtype
 
     def finish(self, document: Mapping[str, Any]) -> Path:
         """Write the header, wait for the disk, and give the file its name.
@@ -152,6 +196,12 @@ class StreamWriter:
         if name in self._main.entries or (self._odd is not None and name in self._odd.entries):
             raise TraceWriteError(f"{self.path}: there is a tensor {name!r} already. Every tensor needs its own name.")
         return Entry(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+
+    def _lane_of(self, name: str) -> _Lane:
+        for lane in (self._main, self._odd):
+            if lane is not None and name in lane.entries:
+                return lane
+        raise KeyError(f"{self.path}: no tensor {name!r} was written")
 
     def _lane_for(self, entry: Entry) -> _Lane:
         # safetensors allows no hole between tensors, so one mask with an odd number of bytes would put all after it off
