@@ -17,7 +17,7 @@ from .errors import StitchError
 from .fields import Later
 from .lineage import Lineage, Place, extents
 from .record import FIELDS
-from .sequences import together
+from .key_tokens import together
 from .trace import TraceData
 
 Whole = TypeVar("Whole", bound=TraceData)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MeasureError
+from ..key_tokens import foreign_keys, key_positions
 from ..tokens.words import split_words
 from .view import View
 
@@ -42,27 +43,38 @@ def frozen(labels: Any, what: str) -> Rows:
 
 
 def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:
-    """B S: the labels of the keys of each batch entry; text: why there are none.
+    """B S: the labels of the keys of each batch entry; text: why there are none, or not of every key.
 
     Args:
         view: the call, whose queries and keys are of one sequence.
         labels: one list for each batch entry, or one for all; None: the tokens of the trace.
         what: what they are called.
     """
+    return _rows(view, labels, what, whole=True)
+
+
+def named_keys(view: View) -> list[tuple[str | None, ...]] | str:
+    """B S: the trace's token of each key of each batch entry, None behind a prompt's; text: why there are none."""
+    return _rows(view, None, "tokens", whole=False)
+
+
+def _rows(view: View, labels: Rows | None, what: str, *, whole: bool) -> list[tuple[Any, ...]] | str:
     given = view.trace.tokens if labels is None else labels
     if given is None:
         return "it needs tokens; trace again with tokens=, or set trace.tokens"
-    if labels is None and view.call.site.axes != "tokens":
-        return f"it needs tokens, and its keys are {view.call.site.axes}"
-    if labels is None and not view.of_inputs:
-        return "the tokens are the encoder's; set trace.tokens of trace.select(stack=…, kind=…) to its own"
+    foreign = foreign_keys(view.call, view.trace) if labels is None else None
+    if foreign is not None:
+        return foreign
     b, _, _, s = view.shape
     if len(given) not in (1, b):
         return f"the {what} don't fit: {len(given)} lists for {b} batch entries"
-    if any(len(row) != s and not (view.grows and len(row) > s) for row in given):
-        counts = ", ".join(map(str, sorted({len(row) for row in given})))
-        return f"the {what} don't fit: lists of {counts} for {s} keys"
-    rows = [tuple(row[:s]) for row in given]
+    lengths = {len(row) for row in given}
+    at = key_positions(view.call, view.trace, s, lengths)
+    if at is None or at.start >= min(lengths) or (whole and at.stop > min(lengths)):
+        counts = ", ".join(map(str, sorted(lengths)))
+        last = f", which end at token {at.stop - 1}" if at is not None and at.start else ""
+        return f"the {what} don't fit: lists of {counts} for {s} keys{last}"
+    rows = [tuple(row[i] if i < len(row) else None for i in at) for row in given]
     return rows * b if len(rows) == 1 else rows
 
 
@@ -92,7 +104,7 @@ def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
     """
     direct = sequences(view, labels, what)
     tokens = view.trace.tokens
-    if tokens is None or not view.of_inputs or len(tokens) not in (1, len(labels)):
+    if tokens is None or foreign_keys(view.call, view.trace) is not None or len(tokens) not in (1, len(labels)):
         return direct
     owned = list(tokens) * (len(labels) if len(tokens) == 1 else 1)
     if [len(row) for row in labels] == [len(own) for own in owned]:

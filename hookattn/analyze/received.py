@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import statistics as st
 from .frame import long, views
-from .labels import sequences
+from .labels import named_keys
 from .view import View
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _table(view: View) -> DataFrame:
     values = {"sum": total, "queries": queries, "mean": total / queries}
     table = long(view, axes, {name: value.transpose(0, 1) for name, value in values.items()})
     if view.trace.tokens is not None:
-        tokens = sequences(view)
+        tokens = named_keys(view)
         found = [[None] * s] * b if isinstance(tokens, str) else tokens
         table.insert(list(table.columns).index("sum"), "token", [x for row in found for x in row] * h)
     return table.loc[view.keys.flatten().tolist() * h]

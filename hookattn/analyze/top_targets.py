@@ -11,7 +11,7 @@ from .. import statistics as st
 from ..errors import MeasureError, SelectionError
 from ..tokens.words import split_words
 from .frame import call_columns, views
-from .labels import sequences
+from .labels import named_keys
 from .view import View
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
     for view in views(trace):
         if not 0 <= example < view.shape[0]:
             raise SelectionError(f"example={example}: {view.where} has {view.shape[0]} batch entries.")
-        found = sequences(view)
+        found = named_keys(view)
         tokens = None if isinstance(found, str) else found[example]
         if isinstance(of, str) and (tokens is None or view.crosses):
             why = why or f"{view.where}: {found if isinstance(found, str) else 'tokens of its queries are not known'}"
@@ -62,20 +62,23 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
     raise SelectionError(f"top_targets({of!r}): no call of the trace has such a query.")
 
 
-def _rows(view: View, example: int, of: str | int, tokens: tuple[str, ...] | None) -> list[tuple[int, int]]:
+def _rows(view: View, example: int, of: str | int, tokens: tuple[str | None, ...] | None) -> list[tuple[int, int]]:
     """The rows that are asked for, and their positions."""
     places = view.positions
     at = list(view.queries) if places is None else places[0 if len(places) == 1 else example].tolist()
     if isinstance(of, int):
         return [(row, place) for row, place in enumerate(at) if place == of]
     assert tokens is not None
+    tokens = tuple(token for token in tokens if token is not None)  # a prompt's tokens name the first keys
     words = split_words(tokens)
     same = [of in (token, piece.strip(" "), words.texts[word]) for token, piece, word in
             zip(tokens, words.pieces, words.of, strict=True)]  # fmt: skip
     return [(row, place) for row, place in enumerate(at) if 0 <= place < len(same) and same[place]]
 
 
-def _columns(view: View, example: int, row: int, place: int, k: int, tokens: tuple[str, ...] | None) -> dict[str, Any]:
+def _columns(
+    view: View, example: int, row: int, place: int, k: int, tokens: tuple[str | None, ...] | None
+) -> dict[str, Any]:
     weights, keys = _largest(view, example, row, k)
     head = torch.tensor(list(view.heads)).unsqueeze(1).expand_as(keys)
     rank = torch.arange(1, keys.shape[1] + 1).expand_as(keys)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
+from ..key_tokens import key_positions, of_inputs
 from ..positions import query_positions
 from ..record import FIELDS
-from ..sequences import of_inputs, stitched
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from ..statistics.problem import four
@@ -57,14 +57,8 @@ class View:
 
     @cached_property
     def of_inputs(self) -> bool:
-        """Whether its keys are those that tokens and padding are of: the encoder's, where a decoder reads one."""
+        """Whether padding of the inputs is of its keys; see :func:`hookattn.key_tokens.of_inputs`."""
         return of_inputs(self.call, self.trace)
-
-    @cached_property
-    def grows(self) -> bool:
-        """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
-        call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
-        return any(c.step != call.step for c in of_all) or stitched(call)
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
@@ -218,16 +212,18 @@ class View:
         if self._real is None:
             return self.mask.any(1).any(1).expand(b, s)
         real = torch.as_tensor(self._real).bool().to(self.mask.device)
-        fits = (
-            real.dim() == 2 and real.shape[0] in (1, b) and (real.shape[1] == s or (self.grows and real.shape[1] > s))
-        )
-        if not fits or not self.of_inputs:
-            of = "" if self.of_inputs else " of the decoder alone (it is taken to be the encoder's)"
+        at = key_positions(self.call, self.trace, s, [real.shape[1]]) if real.dim() == 2 else None
+        if at is None or at.stop > real.shape[1] or real.shape[0] not in (1, b) or not self.of_inputs:
+            stack = self.call.site.stack
+            whose = "decoder alone (it is taken to be the encoder's)"
+            if stack != "decoder":
+                whose = f"{stack} stack alone (it is taken to be of the trace's tokens)"
+            of = "" if self.of_inputs else f" of the {whose}"
             raise MeasureError(
                 f"{self.where}: real= has shape {tuple(real.shape)}; expected B S = {b} {s}{of}. Measure the "
                 "calls that it is for, with trace.select(…)."
             )
-        return real[:, :s].expand(b, s)
+        return real[:, at.start : at.stop].expand(b, s)
 
     @cached_property
     def rows(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..call import Call
 from ..errors import InputError
-from ..sequences import of_inputs, stitched
+from ..key_tokens import foreign_keys, key_positions
 from ..tokens.display import shown
 from ..trace import TraceData
 
@@ -15,6 +15,7 @@ def labels(
     trace: TraceData,
     call: Call,
     batch: int,
+    b: int,
     t: int,
     s: int,
     at: tuple[int, ...] | None,
@@ -29,13 +30,12 @@ def labels(
     own = call.queries or range(t)
     cross = call.site.crosses
     own_labels = tokens is not None and (cross or key_tokens is not None or len(tokens) != s)
-    if key_tokens is None and tokens is not None and not cross:
-        key_tokens = tokens if len(tokens) >= s else None
-    if key_tokens is None and _are_ours(trace, call, s):
-        lists = trace.tokens or []
-        key_tokens = lists[batch if len(lists) > 1 else 0]
     numbers = [str(j) for j in range(s)]
-    if key_tokens is not None:
+    if key_tokens is None and tokens is not None and not cross and len(tokens) >= s:
+        key_tokens = tokens
+    if key_tokens is None:
+        numbers = _own(trace, call, batch, b, s) or numbers
+    else:
         if len(key_tokens) < s:
             raise InputError(f"key_tokens has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
         numbers = shown(key_tokens)[:s]
@@ -49,14 +49,13 @@ def labels(
     return tuple(map(str, named)), tuple(numbers)
 
 
-def _are_ours(trace: TraceData, call: Call, s: int) -> bool:
-    """Whether the trace's tokens, which are those of the model's input, are the keys of a call."""
-    site = call.site
-    if not trace.tokens or site.axes != "tokens" or site.stack in ("vision", "audio"):
-        return False
-    if not of_inputs(call, trace):
-        return False
-    crosses = any(c.site.crosses for c in trace)
-    # Of a generation, the tokens may be those of its end; its last one never was a key.
-    grows = not crosses and any(c.step or stitched(c) for c in trace)
-    return all(len(row) == s or (grows and len(row) > s) for row in trace.tokens)
+def _own(trace: TraceData, call: Call, batch: int, b: int, s: int) -> list[str] | None:
+    """S: the trace's own tokens where they are of the keys, with positions behind their end; None: they are not."""
+    lists = trace.tokens
+    if lists is None or len(lists) not in (1, b) or foreign_keys(call, trace) is not None:
+        return None
+    at = key_positions(call, trace, s, {len(row) for row in lists})
+    if at is None or at.start >= len(lists[0]):
+        return None
+    names = shown(lists[batch if len(lists) > 1 else 0])
+    return [names[i] if i < len(names) else str(i) for i in at]

@@ -159,7 +159,7 @@ def many(
         numbers = call.heads or tuple(range(h))
         chosen = numbers if heads is None else tuple(_numbers(heads, numbers, call))
         at = _places(call, batch % b, t, s)
-        names = labels(trace, call, batch % b, t, s, at, tokens, key_tokens)
+        names = labels(trace, call, batch % b, b, t, s, at, tokens, key_tokens)
         own = call.queries or tuple(range(t))
         made.append(
             Part(

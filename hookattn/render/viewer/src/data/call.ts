@@ -1,5 +1,6 @@
 /** One attention call of a trace: its document, and the extents that follow from the tensors' shapes. */
 import type { CallDocument, Entry } from "./document";
+import { crosses, type Place, places } from "./keytokens";
 
 export interface Call extends CallDocument {
   /** Its place among the calls of the trace. */
@@ -12,6 +13,8 @@ export interface Call extends CallDocument {
   readonly fed: number;
   /** How many positions of the same site were fed in earlier steps: the position of the first query. */
   readonly past: number;
+  /** Where its keys are in its sequence. */
+  readonly place: Place;
 }
 
 /** B H T S, 0 for an axis that the field does not have. */
@@ -42,12 +45,13 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     const headNumbers = document.heads ?? Array.from({ length: extents.H }, (_, i) => i);
     const last = document.queries?.reduce((most, i) => Math.max(most, i), 0) ?? extents.T - 1;
     const fed = document.of_queries ?? last + 1;
-    return { ...document, index, extents, fed, past: 0, headNumbers };
+    const place: Place = { first: 0, past: 0, certain: true, grows: false, least: extents.S };
+    return { ...document, index, extents, fed, past: 0, place, headNumbers };
   });
   // A module may run several times in one step; each such run is a sequence of its own.
   const sites = new Map<string, (typeof calls)[number][]>();
   const runs = new Map<string, number>();
-  for (const call of calls.filter((c) => c.site.kind === "self")) {
+  for (const call of calls.filter((c) => !crosses(c.site))) {
     const run = `${call.step} ${call.site.path}`;
     const nth = runs.get(run) ?? 0;
     runs.set(run, nth + 1);
@@ -56,20 +60,10 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     if (others === undefined) sites.set(key, [call]);
     else others.push(call);
   }
-  for (const of of sites.values()) count(of);
-  return calls;
-}
-
-/** Sets `past` of the calls of one site, which a generation counts on from step to step. */
-function count(calls: { past: number; readonly fed: number; readonly extents: Call["extents"] }[]): void {
-  const before = calls.map((call) => call.extents.S - call.fed);
-  // A cache that only ever grows tells it, also where rejected candidates are taken back. One of fixed size, or that
-  // drops what is old, does not: there it is what was fed. Without a cache each step is fed all from its beginning.
-  const grows = before.length > 2 && before[0] === 0 && before.every((n, i) => i === 0 || n > before[i - 1]!);
-  for (const [i, call] of calls.entries()) {
-    const last = calls[i - 1];
-    call.past = last === undefined || before[i] === 0 ? 0 : grows ? before[i]! : last.past + last.fed;
+  for (const of of sites.values()) {
+    for (const [i, place] of places(of).entries()) Object.assign(of[i]!, { place, past: place.past });
   }
+  return calls;
 }
 
 export function where(call: Call): string {

@@ -1,6 +1,7 @@
 /** What the rows and columns of a call are called. */
 import { readable, segments, type Label } from "../tokens";
 import type { Call } from "./call";
+import { crosses, keyTokens } from "./keytokens";
 import type { Trace } from "./trace";
 
 export interface Axis {
@@ -35,22 +36,11 @@ export function axesOf(trace: Trace, call: Call, batch: number): Axes {
 
 function make(trace: Trace, call: Call, batch: number): Axes {
   const { T, S } = call.extents;
-  const lists = trace.document.tokens;
-  const tokens = lists?.[batch] ?? lists?.[0] ?? null;
-  const own = call.site.kind === "self";
+  const tokens = keyTokens(call, trace.calls, trace.document.tokens, batch);
   const queries = Array.from({ length: T }, (_, t) => call.past + (call.queries?.[t] ?? t));
-  // A sliding window drops the oldest keys of its cache.
-  const dropped = own ? Math.max(0, call.past + call.fed - S) : 0;
-  const keys = Array.from({ length: S }, (_, s) => dropped + s);
-  // The tokens are those of the model's input: of the encoder, where there is one beside the decoder.
-  const encoded = call.site.stack === "decoder" && trace.calls.some((c) => c.site.stack === "encoder");
-  const fits = tokens !== null && call.site.axes === "tokens";
-  // Of a generation, the tokens may be the prompt's alone: those after it are numbers.
-  const prompt = trace.calls.find((c) => c.site.path === call.site.path && c.site.kind === "self");
-  const enough = call.past > 0 && prompt !== undefined ? prompt.fed : (queries.at(-1) ?? -1) + 1;
-  const forSelf = fits && own && !encoded && tokens.length >= enough;
-  const forKeys = forSelf || (fits && !own && tokens.length === S);
-  return { queries: axis(queries, forSelf ? tokens : null), keys: axis(keys, forKeys ? tokens : null) };
+  const keys = Array.from({ length: S }, (_, s) => call.place.first + s);
+  const forQueries = !crosses(call.site) && call.place.certain;
+  return { queries: axis(queries, forQueries ? tokens : null), keys: axis(keys, tokens) };
 }
 
 function axis(positions: number[], tokens: string[] | null): Axis {
