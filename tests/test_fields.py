@@ -20,7 +20,7 @@ import hookattn
 from hookattn import Call, Trace, TraceFileError
 from hookattn.errors import FieldNotCaptured
 from hookattn.fields import InFile, Later, dtype_of, shape_of, tensor_of
-from hookattn.render.stored import stored
+from hookattn.render.trace_files import stored
 from hookattn.statistics.merging import merge
 from hookattn.store import LazyFile, StreamWriter, partial
 from tests.reference import draw, same_bits

@@ -401,7 +401,7 @@ import sys, hookattn.render as render
 assert "matplotlib" not in sys.modules and "plotly" not in sys.modules and "numpy" not in vars(render)
 render.heatmap
 assert "matplotlib.pyplot" not in sys.modules
-import hookattn.render.figures.heads, hookattn.render.page
+import hookattn.render.figures.heads_figure, hookattn.render.html_page
 assert callable(render.heads) and callable(render.page) and callable(render.heatmap)
 try: render.nothing
 except AttributeError as error: print(error)

@@ -29,10 +29,10 @@ from hookattn.errors import (
     TraceFileError,
     TraceWriteError,
 )
-from hookattn.render import narrow
-from hookattn.render.narrow import half_floats, narrowed, sqrt8
+from hookattn.render import page_size
+from hookattn.render.html_page import page, save_page
 from hookattn.render.options import script_json, viewer_options
-from hookattn.render.page import page, save_page
+from hookattn.render.page_size import half_floats, narrowed, sqrt8
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "<script>", "]]>", "&lt;", "\u2028", "é\ud800"]
 
@@ -227,7 +227,7 @@ def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) ->
         (weights + mask + 3 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v"}),
         (weights + mask + 4 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v", "output"}),
     ):
-        monkeypatch.setattr(narrow, "ROOM", room)
+        monkeypatch.setattr(page_size, "ROOM", room)
         made_of = narrowed(trace)
         call = made_of.trace[0]
         assert set(call.fields) == kept

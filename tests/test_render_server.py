@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 from hookattn.cli.app import app as command_line
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
-from hookattn.render.stored import stored
+from hookattn.render.trace_files import stored
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,9 +22,9 @@ from hookattn.errors import RenderError
 
 pytest.importorskip("anywidget")
 
-from hookattn.render import narrow, show
-from hookattn.render.page import page, parts
-from hookattn.render.shell import module
+from hookattn.render import page_size, show
+from hookattn.render.html_page import page, parts
+from hookattn.render.html_shell import module
 from hookattn.render.widget import Widget
 from tests.test_render_page import contents
 
@@ -144,7 +144,7 @@ def test_the_output_carries_the_page(trace: hookattn.Trace, monkeypatch: pytest.
 
 
 def test_a_trace_too_large_for_the_notebook_says_so(trace: hookattn.Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(narrow, "ROOM", 10)
+    monkeypatch.setattr(page_size, "ROOM", 10)
     monkeypatch.setattr("hookattn.render.widget.ROOM", 10)
     _, second = displayed(Widget(trace), monkeypatch)
     assert "a page of this trace would take" in second["text/html"] and "hookattn view FILE" in second["text/html"]
@@ -176,7 +176,7 @@ def test_show_opens_a_page_elsewhere(trace: hookattn.Trace, monkeypatch: pytest.
 def test_show_serves_what_is_too_large(trace: hookattn.Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("uvicorn")
     served: list[Any] = []
-    monkeypatch.setattr(narrow, "ROOM", 10)
+    monkeypatch.setattr(page_size, "ROOM", 10)
     monkeypatch.setitem(parts.__kwdefaults__, "limit", 10)
     monkeypatch.setattr("hookattn.render.server.serve", lambda given, **options: served.append((given, options)))
     assert show(trace, theme="dark") is None

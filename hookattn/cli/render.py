@@ -96,7 +96,7 @@ def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int 
 
 
 def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
-    from ..render.page import save_page
+    from ..render.html_page import save_page
     from ..render.part import many
 
     trace = load(file)

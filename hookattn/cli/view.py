@@ -92,7 +92,7 @@ def _scores(screen: Screen, file: str) -> Any:
 
 
 def _write(screen: Screen, file: str, html: str, **shown: Any) -> None:
-    from ..render.page import save_page
+    from ..render.html_page import save_page
 
     with screen.working(f"writing {html}"):
         save_page(file, html, **shown)

@@ -11,18 +11,18 @@ from ..extras import told
 
 if TYPE_CHECKING:
     from .figures import distance, heads, heatmap, layers, lens, neuron
-    from .page import page, save_page
-    from .plotly import plotly
+    from .html_page import page, save_page
+    from .notebook import show
+    from .plotly_figures import plotly
     from .server import serve
-    from .show import show
     from .widget import Widget
 
 _WHERE = {
     **dict.fromkeys(("distance", "heads", "heatmap", "layers", "lens", "neuron"), ".figures"),
-    **dict.fromkeys(("page", "save_page"), ".page"),
-    "plotly": ".plotly",
+    **dict.fromkeys(("page", "save_page"), ".html_page"),
+    "plotly": ".plotly_figures",
     "serve": ".server",
-    "show": ".show",
+    "show": ".notebook",
     "Widget": ".widget",
 }
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import RenderError
 from ..traces import Trace
-from .plain import plain
-from .scores import scores_of
+from .head_scores import scores_of
+from .json_values import plain
 
 THEMES = ("light", "dark", "auto")
 
@@ -30,7 +30,7 @@ def viewer_options(
 
     Args:
         state: the selection that is shown first, as ``viewer.state`` has it: ``{"view": "matrix", "layer": 3}``.
-        scores: a table of :func:`hookattn.analyze.report`, or what :func:`hookattn.render.scores.scores_of` takes.
+        scores: a table of :func:`hookattn.analyze.report`, or what :func:`hookattn.render.head_scores.scores_of` takes.
         images: what the patches of a vision model were cut of: ``{"urls": [...], "grid": (rows, columns),
             "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, as the model saw
             it (cropped, if its processor crops); the patches, by default a square; and the number of tokens before the

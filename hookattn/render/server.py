@@ -26,9 +26,9 @@ from starlette.routing import Route
 from ..errors import RenderError
 from ..extras import told
 from ..store import LazyFile
-from . import shell
+from . import html_shell
 from .options import viewer_options
-from .stored import TraceLike, opened, stored, title_of
+from .trace_files import TraceLike, opened, stored, title_of
 
 HOST = "127.0.0.1"
 PORT = 8765
@@ -62,12 +62,12 @@ def application(path: str, *, compare: str | None = None, options: Mapping[str, 
     files = {"/trace": path} | ({} if compare is None else {"/compare": compare})
     for name in files.values():
         LazyFile(name).close()
-    text = shell.script(f'import {{ mount, served }} from "./{shell.MODULE}";', _OPEN)
-    page = shell.head(title_of(opened(path))) + shell.tail(text)
-    policy = {"content-security-policy": shell.policy(text, module="'self' blob:", connect="'self'")}
+    text = html_shell.script(f'import {{ mount, served }} from "./{html_shell.MODULE}";', _OPEN)
+    page = html_shell.head(title_of(opened(path))) + html_shell.tail(text)
+    policy = {"content-security-policy": html_shell.policy(text, module="'self' blob:", connect="'self'")}
     routes = [
         Route("/", _fixed(lambda: HTMLResponse(page, headers=policy))),
-        Route(f"/{shell.MODULE}", _fixed(lambda: Response(shell.module(), media_type="text/javascript"))),
+        Route(f"/{html_shell.MODULE}", _fixed(lambda: Response(html_shell.module(), media_type="text/javascript"))),
         Route("/options", _fixed(lambda: JSONResponse({**(options or {}), "compare": compare is not None}))),
         *(Route(route, _ranges(name)) for route, name in files.items()),
     ]

@@ -17,11 +17,11 @@ import traitlets
 
 from ..errors import PageTooLargeError, RenderError
 from ..traces import Trace
-from .narrow import ROOM
+from .html_page import parts, save_page
+from .html_shell import module
 from .options import viewer_options
-from .page import parts, save_page
-from .shell import module
-from .stored import TraceLike, name_of, opened, stored
+from .page_size import ROOM
+from .trace_files import TraceLike, name_of, opened, stored
 
 _READ = 1 << 28
 """The most bytes of one message."""

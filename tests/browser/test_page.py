@@ -12,8 +12,8 @@ import torch
 
 import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
-from hookattn.render import narrow
-from hookattn.render.page import page, save_page
+from hookattn.render import page_size
+from hookattn.render.html_page import page, save_page
 from tests.test_render_page import HOSTILE, made, small
 
 pytestmark = pytest.mark.browser
@@ -56,7 +56,7 @@ def test_tokens_are_text(open_page: Callable[..., Any], tmp_path: Path) -> None:
 def test_a_field_without_room_says_so(
     open_page: Callable[..., Any], trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(narrow, "ROOM", 1)
+    monkeypatch.setattr(page_size, "ROOM", 1)
     tab = opened(open_page(), Path(save_page(trace, tmp_path / "a.html", state={"view": "neuron"})), "")
     tab.locator(".ha", has_text="had no room in this page").first.wait_for(timeout=10_000)
     monkeypatch.undo()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .distance import distance
-from .heads import heads
-from .heatmap import heatmap
-from .layers import layers
-from .lens import lens
-from .neuron import neuron
+from .distance_figure import distance
+from .heads_figure import heads
+from .heatmap_figure import heatmap
+from .layers_figure import layers
+from .lens_figure import lens
+from .neuron_figure import neuron
 
 # By the names that the viewer has for its views.
 VIEWS = {

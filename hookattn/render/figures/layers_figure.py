@@ -14,7 +14,7 @@ from ..part import Part, Where
 from ..values import Field, Scale, Sink, check, pooled, values
 from .base import Heading, drawn, group, place, sheet
 from .colours import colours, show_masked
-from .heatmap import draw_legend
+from .heatmap_figure import draw_legend
 
 _PIXELS = 64
 _WIDEST, _LARGEST, _LEAST = 9.0, 0.75, 0.22

@@ -8,7 +8,7 @@ from typing import Any
 from ..call import Call
 from ..errors import RenderError
 from ..traces import Trace
-from .plain import plain
+from .json_values import plain
 
 _PLACE = ("call", "step", "layer", "stack", "kind", "path", "head", "role", "evidence")
 

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
 from ..store.partial import PartialFile, explained
-from .narrow import LIMIT, Narrowed, narrowed
+from .html_shell import head, module, policy, script, tail
 from .options import script_json, viewer_options
-from .shell import head, module, policy, script, tail
-from .stored import TraceLike, name_of, opened, title_of
+from .page_size import LIMIT, Narrowed, narrowed
+from .trace_files import TraceLike, name_of, opened, title_of
 
 BLOCK = 1 << 18
 """Bytes of one block, which is what is decoded at once: a head of 512 tokens in 8-bit codes."""

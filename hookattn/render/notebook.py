@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PageTooLargeError, RenderError
 from ..extras import install
-from .stored import TraceLike
+from .trace_files import TraceLike
 
 
 def show(trace: TraceLike, **options: Any) -> Any:
@@ -53,7 +53,7 @@ def show(trace: TraceLike, **options: Any) -> Any:
 
 def _page(trace: TraceLike, options: dict[str, Any]) -> str:
     """The page in a temporary directory of its own, which is gone again where there is no page."""
-    from .page import save_page
+    from .html_page import save_page
 
     folder = tempfile.mkdtemp(prefix="hookattn-")
     try:
