@@ -1,12 +1,16 @@
 """A tenth of the sweep over every model type of transformers, and that no type is left without a row.
 
-The whole of it is `make coverage`. Types that are known to be red are in ``KNOWN_RED`` with the reason, and have to
-stay red until the entry goes: a mend shows.
+The whole of it is `make coverage`. Its rows hold for the transformers that docs/coverage.md names. What a later one has
+besides is reported as new; what the named one has and the page lacks is a failure. Types that are known to be red are
+in ``KNOWN_RED`` with the reason, and have to stay red until the entry goes: a mend shows.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,10 +21,13 @@ from tests.sweep import check as checking
 from tests.sweep.check import FLAT, Row, check
 from tests.sweep.classes import model_types
 from tests.sweep.pool import Worker, run_all
+from tests.sweep.report import Coverage, read, write
 from tests.sweep.results import Results
 from tests.sweep.table import RECIPES
+from tests.versions import PAGE, NewInDependencyWarning, newer
 
-PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+COVERAGE = read(PAGE)
+HERE = version("transformers")
 # What issue and experience say is hard: sinks, merged softmaxes, folded heads, baddbmm, buckets, bands, blocks, sums of
 # products, masks of -100, latent attention, soft-caps, hybrids.
 HARD = """gpt_oss t5gemma2 xglm trocr fsmt vits bloom reformer hiera longt5 prophetnet deberta deberta-v2 xlnet
@@ -28,7 +35,9 @@ funnel sew-d swin diffllama nystromformer deepseek_v3 gemma2 mpt t5 beit wav2vec
 clip detr seamless_m4t whisper mixtral mllama longformer led big_bird granite_speech rf_detr""".split()
 # type -> (implementation, what is wrong)
 KNOWN_RED: dict[str, tuple[str, str]] = {}
-TENTH = sorted(set(model_types()[14::18]) | set(HARD) - set(KNOWN_RED))
+# Of the types that have a row, so that a release of transformers leaves the choice as it is.
+TENTH = sorted((set(COVERAGE.types[14::18]) | set(HARD) - set(KNOWN_RED)) & set(model_types()))
+NEW = sorted(set(model_types()) - set(COVERAGE.types)) if newer(HERE, COVERAGE.transformers) else []
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -48,14 +57,87 @@ def test_a_known_red_type_is_still_red(model_type: str) -> None:
     assert row.status == "red", f"{model_type} is {row.status} now: take it out of KNOWN_RED ({why})"
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", NEW)
+def test_a_type_that_is_newer_than_the_page(model_type: str, implementation: str) -> None:
+    """It is run as the others are; what does not hold of it is reported, and no failure before the page names it."""
+    row = check(model_type, implementation)
+    if row.status == "red":
+        pytest.xfail(f"new in transformers {HERE}: {model_type} in {implementation}: {'; '.join(row.problems)}")
+
+
+def of_rows(page: Coverage, types: Iterable[str], here: str) -> tuple[list[str], list[str]]:
+    """What is wrong with the rows of a page, and what is only newer than it.
+
+    Args:
+        page: what the page says.
+        types: the model types that are installed.
+        here: the version of transformers that they are of.
+    """
+    wrong, new, types = [], [], list(types)
+    if len(page.types) != page.count:
+        wrong.append(f"the page says that it has {page.count} types, and has rows of {len(page.types)}")
+    lacking = [t for t in types if t not in set(page.types)]
+    gone = [t for t in page.types if t not in set(types)]
+    if newer(here, page.transformers):
+        new += [f"new in transformers {here}, without a row: {', '.join(lacking)}"] if lacking else []
+        new += [f"gone from transformers {here}: {', '.join(gone)}"] if gone else []
+    elif newer(page.transformers, here):
+        # An older one maps fewer types. What it has, the page has too, unless a later one let it go.
+        new += [f"no row, and in transformers {here}: {', '.join(lacking)}"] if lacking else []
+    else:
+        wrong += [f"no row in docs/coverage.md (run `make coverage`): {', '.join(lacking)}"] if lacking else []
+        wrong += [f"a row of what transformers {here} does not map: {', '.join(gone)}"] if gone else []
+    return wrong, new
+
+
 def test_every_type_has_a_row() -> None:
-    page = PAGE.read_text()
-    missing = [t for t in model_types() if f"`{t}`" not in page]
-    assert not missing, f"no row in docs/coverage.md (run `make coverage`): {', '.join(missing)}"
+    wrong, new = of_rows(COVERAGE, model_types(), HERE)
+    for line in new:
+        warnings.warn(NewInDependencyWarning(f"{line} (`make coverage` makes the page anew)"), stacklevel=1)
+    assert not wrong, "; ".join(wrong)
+
+
+def test_no_row_is_red() -> None:
+    assert not COVERAGE.red, f"red in docs/coverage.md: {', '.join(COVERAGE.red)}"
+
+
+def test_a_release_is_new_and_a_lost_row_is_wrong() -> None:
+    page = Coverage("5.1.0", 3, ("bert", "gpt2", "vit"), ())
+    assert of_rows(page, ["vit", "bert", "gpt2"], "5.1.0") == ([], [])
+    assert of_rows(page, ["vit", "bert", "gpt2", "dory"], "5.2.0") == (
+        [],
+        ["new in transformers 5.2.0, without a row: dory"],
+    )
+    assert of_rows(page, ["vit", "bert"], "5.10.0") == ([], ["gone from transformers 5.10.0: gpt2"])
+    assert of_rows(page, ["bert"], "5.0.9") == ([], []), "an older one maps fewer"
+    lost = Coverage("5.1.0", 3, ("bert", "vit"), ())
+    count = "the page says that it has 3 types, and has rows of 2"
+    assert of_rows(lost, ["vit", "bert", "gpt2"], "5.1.0")[0] == [
+        count,
+        "no row in docs/coverage.md (run `make coverage`): gpt2",
+    ]
+    assert of_rows(lost, ["vit", "bert", "gpt2"], "5.2.0")[0] == [count], "a newer one does not hide it"
+    swapped = Coverage("5.1.0", 3, ("bert", "gpt3", "vit"), ())
+    wrong, new = of_rows(swapped, ["vit", "bert", "gpt2"], "5.1.0")
+    assert wrong[1:] == ["a row of what transformers 5.1.0 does not map: gpt3"] and "gpt2" in wrong[0] and not new
+
+
+def test_a_page_is_read_as_it_is_written(tmp_path: Path) -> None:
+    rows = [
+        Row("bert", "eager").to_json() | {"model": "BertModel", "calls": 1, "flat": 0.5},
+        Row("bert", "sdpa", status="red").to_json() | {"problems": ["unseen: x"]},
+        *(Row("gone-away", i, status="unbuilt").to_json() | {"reason": "no `class`"} for i in ("eager", "sdpa")),
+    ]
+    write(tmp_path / "page.md", rows, 1.0)
+    assert read(tmp_path / "page.md") == Coverage(HERE, 2, ("bert", "gone-away"), ("`bert` in sdpa: unseen: x",))
 
 
 def test_every_recipe_is_of_a_type() -> None:
-    assert not set(RECIPES) - set(model_types())
+    others = set(RECIPES) - set(model_types())
+    if COVERAGE.transformers != HERE:
+        others -= set(COVERAGE.types)  # of the page's transformers and not of this one
+    assert not others
 
 
 def test_attention_is_far_from_uniform() -> None:

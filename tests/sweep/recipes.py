@@ -154,6 +154,17 @@ QWEN4 = {
     "eos_token_id": 1,
 }
 ROPE3 = {**ROPE, "mrope_section": [3, 3, 2]}
+ROPE4 = {**ROPE, "mrope_section": [2, 1, 1]}
+VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "attn_resolutions": [16],
+    "resolution": 32,
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "embed_dim": 32,
+    "codebook_size": 16,
+}
 HIERA = {
     "hidden_size": 8,
     "embed_dim_per_stage": [8, 16, 32, 64],

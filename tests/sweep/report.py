@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,40 @@ sites; and what was skipped is no softmax attention. A row where one of these fa
 
 {summary}
 """
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a page says.
+
+    Attributes:
+        transformers: the version that its rows are of.
+        count: how many types it says to have.
+        types: the types that have a row or a reason why they are not run, sorted.
+        red: its red rows.
+    """
+
+    transformers: str
+    count: int
+    types: tuple[str, ...]
+    red: tuple[str, ...]
+
+
+def read(path: str | Path) -> Coverage:
+    """What a page that :func:`write` wrote says.
+
+    Raises:
+        ValueError: it is no such page.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    named = re.search(r"transformers (\S+) maps \((\d+) of them", text)
+    if named is None:
+        raise ValueError(f"{path} does not say which transformers it is of, and how many types that maps")
+    parts = {title: body for title, _, body in (part.partition("\n") for part in text.split("\n## ")[1:])}
+    types = re.findall(r"^\| `([^`]+)` \|", parts.get("Every type", ""), re.MULTILINE)
+    types += re.findall(r"^- `([^`]+)`", parts.get("Not run, and why", ""), re.MULTILINE)
+    red = re.findall(r"^- (.*)", parts.get("Red rows", ""), re.MULTILINE)
+    return Coverage(named[1], int(named[2]), tuple(sorted(set(types))), tuple(red))
 
 
 def write(path: str | Path, rows: list[Row], seconds: float) -> None:

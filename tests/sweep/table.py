@@ -16,6 +16,7 @@ from .recipes import (
     QWEN4,
     ROPE,
     ROPE3,
+    ROPE4,
     SAM,
     SAM2,
     SAM3,
@@ -23,6 +24,7 @@ from .recipes import (
     SERIES,
     SESSION,
     TIMM,
+    VQ,
     Recipe,
     first_token,
     grid_positions,
@@ -38,7 +40,11 @@ from .recipes import (
 from .table_media import RECIPES as MEDIA
 
 RECIPES: dict[str, Recipe] = {
-    "EvollaModel": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
+    "apertus1p5_vision_tokenizer": Recipe(
+        config=VQ,
+        model="Apertus1p5VisionTokenizerEncoder",  # the model itself only encodes, and has no forward
+        inputs={"pixel_values": randn(3, 3, 8, 8)},
+    ),
     "aria": Recipe(config={"projector_patch_to_query_dict": {16: 8}}),
     "autoformer": Recipe(config=SERIES),
     "bamba": Recipe(config={"num_hidden_layers": 2, "attn_layer_indices": [1]}),
@@ -126,6 +132,16 @@ RECIPES: dict[str, Recipe] = {
     "diffusion_gemma": Recipe(config={f"text_config.{k}": v for k, v in EXPERTS.items()}),
     "diffusion_gemma_text": Recipe(config=EXPERTS),
     "dinat": Recipe(reason=lacks("natten")),
+    "dory": Recipe(
+        config={
+            "num_hidden_layers": 3,
+            "n_input_layers": 1,
+            "n_recurrent_layers": 1,
+            "n_output_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        }
+    ),
+    "EvollaModel": Recipe(inputs={"protein_input_ids": ints(20, 3, 11), "protein_attention_mask": ones(3, 11)}),
     "dots1": Recipe(
         config={"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 2}
     ),
@@ -201,6 +217,7 @@ RECIPES: dict[str, Recipe] = {
     "hunyuan_vl_text": Recipe(
         config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [2, 2, 2, 2]}}
     ),
+    "hy_v4_vl_text": Recipe(config={"rope_parameters": ROPE4}),
     "idefics": Recipe(inputs={"pixel_values": randn(3, 1, 3, 32, 32), "image_attention_mask": ones(3, 9, 1)}),
     "idefics2_perceiver": Recipe(inputs={"context": randn(3, 9, 64), "attention_mask": ones(3, 9)}),
     "idefics_perciever": Recipe(reason=NO_PART),

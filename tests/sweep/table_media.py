@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from .recipes import HIERA, ROPE, Recipe, holders, ints, long_mask, ones, randn, resnet, session
+from .recipes import HIERA, ROPE, ROPE4, VQ, Recipe, holders, ints, long_mask, ones, randn, resnet, session
 
 EIGHT = [2, 2, 2, 2]
 LINE = Recipe(inputs={"pixel_values": randn(3, 3, 96, 160)})
@@ -20,6 +20,7 @@ SPEECH = Recipe(
         "input_features_mask": lambda: torch.ones(3, 15, dtype=torch.bool),
     },
 )
+WAVES = Recipe(inputs={"input_values": randn(3, 1, 4000), "padding_mask": long_mask(4000)})
 
 SAM2_SIZES = {
     **{f"vision_config.backbone_config.{k}": v for k, v in HIERA.items()},
@@ -36,6 +37,21 @@ SAM3_SIZES = {
 
 RECIPES: dict[str, Recipe] = {
     "align": Recipe(config={"vision_config.width_coefficient": 0.2, "vision_config.depth_coefficient": 0.2}),
+    "apertus1p5": Recipe(
+        config={
+            **{f"vision_config.{name}": value for name, value in VQ.items()},
+            "audio_config.codebook_size": 16,
+            "image_token_offset": 40,
+            "audio_token_offset": 56,
+            "image_token_id": 110,
+        },
+        inputs={
+            "pixel_values": randn(3, 3, 8, 8),
+            "image_sizes": lambda: torch.tensor([[8, 8]] * 3),
+            "input_ids": holders(110, 16),
+        },
+        without=("input_values", "padding_mask"),
+    ),
     "csm": Recipe(without=("input_values",)),
     "deepseek_ocr2": Recipe(
         config={
@@ -102,7 +118,9 @@ RECIPES: dict[str, Recipe] = {
     "hunyuan_vl": Recipe(
         config={"text_config.rope_parameters": {**ROPE, "xdrope_section": EIGHT, "mrope_section": EIGHT}}
     ),
+    "hy_v4_vl": Recipe(config={"text_config.rope_parameters": ROPE4}),
     "inkling2": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
+    "inkling2_loop": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
     "inkling2_vision": Recipe(inputs={"pixel_values": randn(96, 16, 16, 3)}),
     "inkling_mm_model": Recipe(
         config={"vision_config.patch_size": 4, "vision_config.num_hidden_layers": 3, "image_token_id": 110},
@@ -195,6 +213,9 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "neucodec": CODEC,
+    "omniasr": WAVES,
+    "omniasr_audio": WAVES,
+    "omniasr_ctc": WAVES,
     "pe_audio": Recipe(inputs={"input_values": randn(3, 1, 5760), "padding_mask": ones(3, 5760)}),
     "pe_audio_encoder": Recipe(inputs={"input_values": randn(3, 1, 5760), "padding_mask": ones(3, 5760)}),
     "pi0": Recipe(
