@@ -401,8 +401,15 @@ import sys, hookattn.render as render
 assert "matplotlib" not in sys.modules and "plotly" not in sys.modules and "numpy" not in vars(render)
 render.heatmap
 assert "matplotlib.pyplot" not in sys.modules
-import hookattn.render.figures.heads_figure, hookattn.render.html_page
-assert callable(render.heads) and callable(render.page) and callable(render.heatmap)
+import contextlib, importlib, pkgutil, types
+for module in pkgutil.walk_packages(render.__path__, "hookattn.render."):
+    with contextlib.suppress(ImportError):  # of an extra that is not installed
+        importlib.import_module(module.name)  # binds its name in its package
+    if module.name.count(".") == 2:
+        assert module.name.split(".")[2] not in render.__all__, f"{module.name} is named as what is public is"
+for name in render.__all__:
+    with contextlib.suppress(ImportError):
+        assert callable(getattr(render, name)) and not isinstance(getattr(render, name), types.ModuleType), name
 try: render.nothing
 except AttributeError as error: print(error)
 """
