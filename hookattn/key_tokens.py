@@ -37,17 +37,6 @@ _AXES: dict[str, tuple[int | None, int | None]] = {
     "mask": (-2, -1),
     "bias": (-2, -1),
 }
-# Field → its axis of queries and of keys, the cheapest to read first; the masks are broadcast, so from the end.
-_AXES: dict[str, tuple[int | None, int | None]] = {
-    "q": (2, None),
-    "output": (2, None),
-    "k": (None, 2),
-    "v": (None, 2),
-    "weights": (2, 3),
-    "scores": (2, 3),
-    "mask": (-2, -1),
-    "bias": (-2, -1),
-}
 
 
 def together(steps: int) -> str:
