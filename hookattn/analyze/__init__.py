@@ -1,50 +1,50 @@
 """What the heads of a trace do: measures, one a file, and the tables that are made of them."""
 
 from ..tokens.pieces import SEPARATORS
-from .acronym import Acronyms
-from .aggregate import aggregate, aggregate_layers
-from .circuits import Circuit, Projection
-from .cluster import cluster_heads
-from .compare import compare
-from .composition import composition
-from .confidence import Confidence
-from .copying import copying, vocabulary
-from .decay import distance_decay
-from .detection import Detection
-from .distance import MeanDistance
-from .divergence import head_divergence
-from .entropy import Entropy, NormalisedEntropy
-from .finding import circuit
-from .flow import flow
-from .label_mass import LabelMass, between_labels
-from .lexical import Brackets, SameWord
-from .list_items import ListItems
-from .local import GlobalSpread, LocalMass
-from .low_rank import score_rank, singular_values
-from .measure import Measure
-from .neurons import neuron_contributions, neuron_decay
-from .normalisation import normalisation
-from .offset import AtOffset, NextToken, PreviousToken, SelfToken
+from .circuits.circuit import Circuit, Projection
+from .circuits.composition import composition
+from .circuits.copying import copying, vocabulary
+from .circuits.find_weights import circuit
+from .circuits.neurons import neuron_contributions, neuron_decay
+from .measures.acronym import Acronyms
+from .measures.base import Measure
+from .measures.confidence import Confidence
+from .measures.detection import Detection
+from .measures.entropy import Entropy, NormalisedEntropy
+from .measures.label_mass import LabelMass, between_labels
+from .measures.lexical import Brackets, SameWord
+from .measures.list_items import ListItems
+from .measures.local import GlobalSpread, LocalMass
+from .measures.mean_distance import MeanDistance
+from .measures.offset import AtOffset, NextToken, PreviousToken, SelfToken
+from .measures.positional import Positional, best_offset
+from .measures.rank import DistanceCorrelation
+from .measures.repeats import DuplicateToken, Induction
+from .measures.segment_repeats import RepeatedSegment, repeated_segment
+from .measures.segments import BetweenSegments, between_segments
+from .measures.separator import Punctuation, Separators
+from .measures.sink import FirstToken, LearnedSink, Sink
+from .measures.values import OutputNorm, ValueNorm, norm_based, value_weighted
+from .measures.word_relation import Coreference, Dependency, WordRelation
 from .pairs import KeyMass, PairMass
-from .pool import pool_words
-from .positional import Positional, best_offset
-from .rank import DistanceCorrelation
 from .reading import Reading
-from .received import received
 from .registry import MEASURES, capture, measure
-from .repeats import DuplicateToken, Induction
-from .report import report
-from .roles import ROLES, Role
-from .rollout import rollout
-from .segment_repeats import RepeatedSegment, repeated_segment
-from .segments import BetweenSegments, between_segments
-from .separator import Punctuation, Separators
-from .sink import FirstToken, LearnedSink, Sink
-from .top_targets import top_targets
-from .values import OutputNorm, ValueNorm, norm_based, value_weighted
-from .variability import variability
+from .tables.aggregate import aggregate, aggregate_layers
+from .tables.cluster import cluster_heads
+from .tables.compare import compare
+from .tables.decay import distance_decay
+from .tables.divergence import head_divergence
+from .tables.flow import flow
+from .tables.low_rank import score_rank, singular_values
+from .tables.normalisation import normalisation
+from .tables.pool import pool_words
+from .tables.received import received
+from .tables.report import report
+from .tables.roles import ROLES, Role
+from .tables.rollout import rollout
+from .tables.top_targets import top_targets
+from .tables.variability import variability
 from .view import View
-from .word_relation import Coreference, Dependency, WordRelation
 
 __all__ = [
     "MEASURES",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Field
-from .measure import Measure
+from .measures.base import Measure
 from .table import readings
 from .view import View
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .labels import Rows, frozen, padded, sequences
-from .measure import Measure
+from .measures.base import Measure
 from .view import View
 
 

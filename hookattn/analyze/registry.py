@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SelectionError
 from ..statistics.base import Statistic
-from .acronym import Acronyms
-from .confidence import Confidence
-from .distance import MeanDistance
-from .entropy import Entropy, NormalisedEntropy
-from .lexical import Brackets, SameWord
-from .list_items import ListItems
-from .local import GlobalSpread, LocalMass
-from .measure import Measure
-from .offset import NextToken, PreviousToken, SelfToken
-from .positional import Positional
-from .repeats import DuplicateToken, Induction
-from .separator import Punctuation, Separators
-from .sink import FirstToken, LearnedSink, Sink
+from .measures.acronym import Acronyms
+from .measures.base import Measure
+from .measures.confidence import Confidence
+from .measures.entropy import Entropy, NormalisedEntropy
+from .measures.lexical import Brackets, SameWord
+from .measures.list_items import ListItems
+from .measures.local import GlobalSpread, LocalMass
+from .measures.mean_distance import MeanDistance
+from .measures.offset import NextToken, PreviousToken, SelfToken
+from .measures.positional import Positional
+from .measures.repeats import DuplicateToken, Induction
+from .measures.separator import Punctuation, Separators
+from .measures.sink import FirstToken, LearnedSink, Sink
+from .measures.values import ValueNorm
 from .table import measure_table
-from .values import ValueNorm
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookattn.analyze.finding import circuit
+from hookattn.analyze.circuits.find_weights import circuit
 from hookattn.errors import MeasureError
 from tests.analyze.test_circuit_models import check, heads
 from tests.reference import draw

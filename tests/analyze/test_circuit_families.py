@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hookattn
-from hookattn.analyze.finding import circuit
+from hookattn.analyze.circuits.find_weights import circuit
 
 families = pytest.importorskip("tests.families")
 

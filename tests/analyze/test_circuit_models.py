@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.analyze.circuits import Circuit
-from hookattn.analyze.finding import circuit
+from hookattn.analyze.circuits.circuit import Circuit
+from hookattn.analyze.circuits.find_weights import circuit
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import MeasureError
 from tests.reference import draw

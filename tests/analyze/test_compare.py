@@ -11,7 +11,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 
 import hookattn
-from hookattn.analyze.compare import compare
+from hookattn.analyze.tables.compare import compare
 from hookattn.errors import FieldNotCaptured, MeasureError
 from tests.analyze.build import CASES, case, given, uniform
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookattn.analyze.circuits import Circuit, Projection
-from hookattn.analyze.composition import composition
-from hookattn.analyze.copying import copying, vocabulary
-from hookattn.analyze.finding import circuit
+from hookattn.analyze.circuits.circuit import Circuit, Projection
+from hookattn.analyze.circuits.composition import composition
+from hookattn.analyze.circuits.copying import copying, vocabulary
+from hookattn.analyze.circuits.find_weights import circuit
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import MeasureError, SelectionError
 from hookattn.site import Site

@@ -11,7 +11,7 @@ import torch
 
 from hookattn import analyze
 from hookattn.analyze import BetweenSegments, Coreference, Dependency, LabelMass
-from hookattn.analyze.segments import segment_of
+from hookattn.analyze.measures.segments import segment_of
 from hookattn.errors import MeasureError
 from tests.analyze import explicit
 from tests.analyze.build import CASES, Case, case, given, uniform

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hookattn.analyze.circuits import triangle
-from hookattn.analyze.matching import affine, equal, norms
+from hookattn.analyze.circuits.circuit import triangle
+from hookattn.analyze.circuits.match_values import affine, equal, norms
 from tests.reference import draw
 
 

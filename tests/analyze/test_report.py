@@ -16,7 +16,7 @@ from torch import Tensor
 import hookattn
 from hookattn import analyze
 from hookattn.analyze.chance import Chance
-from hookattn.analyze.roles import Role, evidence, named
+from hookattn.analyze.tables.roles import Role, evidence, named
 from hookattn.cli.app import app
 from hookattn.demo import encoder
 from hookattn.demo.induction import example_tokens, load_pretrained

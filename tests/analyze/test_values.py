@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import hookattn
-from hookattn.analyze.circuits import Circuit, Projection
-from hookattn.analyze.entropy import Entropy
-from hookattn.analyze.finding import circuit
-from hookattn.analyze.values import OutputNorm, ValueNorm, norm_based, value_weighted
+from hookattn.analyze.circuits.circuit import Circuit, Projection
+from hookattn.analyze.circuits.find_weights import circuit
+from hookattn.analyze.measures.entropy import Entropy
+from hookattn.analyze.measures.values import OutputNorm, ValueNorm, norm_based, value_weighted
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import FieldNotCaptured, MeasureError
 from tests.analyze.build import CASES, Case, case

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookattn.analyze.segments import segment_of
+from hookattn.analyze.measures.segments import segment_of
 from hookattn.tokens.display import shown
 from hookattn.tokens.pieces import SEPARATORS, is_special, marks_of, read_pieces
 from hookattn.tokens.words import split_words

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import api
 from ...errors import HookattnError, InputError
-from ..measure import Measure
+from ..measures.base import Measure
 from ..reading import Reading
 from ..registry import capture as capture_of
 from ..registry import resolve

@@ -1,0 +1,105 @@
+"""Which heads read what an earlier head wrote: composition, from the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...errors import MeasureError, SelectionError
+from ..frame import ranked
+from .circuit import Circuit, triangle
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+KINDS = ("q", "k", "v")
+
+
+def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, baseline: bool = False) -> DataFrame:
+    """How much of what an earlier head writes a later head reads as its query, key or value (Elhage et al. 2021).
+
+    With ``W_OV = W_V W_O`` and ``W_QK = W_Q W_Kᵀ`` (vectors are rows, norms those of Frobenius), for an earlier head a
+    and a later head b: ``q``: ``‖W_OV^a W_QK^b‖ / (‖W_OV^a‖ ‖W_QK^b‖)``; ``k``: the same with ``W_QK^bᵀ``; ``v``: with
+    ``W_OV^b``. 0 to 1, and near ``1/√C`` for matrices that have nothing to do with each other. No matrix is formed that
+    is wider than the heads together. Norms between the heads are not in it; of rotary positions see :class:`Circuit`.
+
+    Args:
+        circuits: of one model, in the order in which they run. Heads of one stack are compared, each with those of
+            every call before; a cross-attention reads its keys and values elsewhere, and composes by ``q`` alone.
+        kinds: which of ``q``, ``k``, ``v``.
+        baseline: subtract ``1/√C``, the root mean square for matrices whose directions are random to each other.
+
+    Returns:
+        A pandas DataFrame, the largest first: ``kind``, the earlier head's ``from_layer``, ``from_head``,
+        ``from_path``, the later one's ``layer``, ``head``, ``path``, and ``value``.
+
+    Raises:
+        MeasureError: there are no two calls to compare, a projection that is needed is not known, or what one writes is
+            of another width than what the other reads.
+        SelectionError: an unknown kind.
+    """
+    import pandas as pd
+
+    bad = [kind for kind in kinds if kind not in KINDS]
+    if bad or not kinds:
+        raise SelectionError(f"kinds={tuple(kinds)}: expected some of {', '.join(KINDS)}.")
+    written = {id(c): _written(c) for c in circuits}
+    read = {(id(c), kind): _read(c, kind) for c in circuits for kind in kinds if kind == "q" or not c.site.crosses}
+    frames = []
+    for a, b in combinations(circuits, 2):
+        for kind in kinds:
+            if a.site.stack == b.site.stack and (id(b), kind) in read:
+                frames.append(pd.DataFrame(_pair(a, b, kind, written[id(a)], read[id(b), kind], baseline)))
+    if not frames:
+        raise MeasureError(f"composition needs two calls of one stack that can be compared by {', '.join(kinds)}.")
+    return ranked(frames, "value")
+
+
+def _written(c: Circuit) -> Tensor:
+    """H E C: what has the products of ``W_V W_O`` with whatever comes after it."""
+    return triangle(c.W_V) @ c.W_O.to(_dtype(c.W_V))
+
+
+def _read(c: Circuit, kind: str) -> Tensor:
+    """H C D: what has the products of ``W_QK``, ``W_QKᵀ`` or ``W_OV`` with whatever comes before it."""
+    first, second = {
+        "q": lambda: (c.W_Q, c.W_K),
+        "k": lambda: (c.W_K, c.W_Q),
+        "v": lambda: (c.W_V, c.W_O.transpose(1, 2)),
+    }[kind]()
+    small = triangle(second)
+    return first.to(small.dtype) @ small.transpose(1, 2)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _pair(a: Circuit, b: Circuit, kind: str, wrote: Tensor, reads: Tensor, baseline: bool) -> dict[str, object]:
+    (h, e, c), (heads, width, d) = wrote.shape, reads.shape
+    if c != width:
+        raise MeasureError(
+            f"{a.site.label} writes {c} wide, and what {b.site.label} makes its {kind} of is {width} wide: there is "
+            "something between them, and these weights alone do not tell whether they compose."
+        )
+    products = wrote.reshape(h * e, c) @ reads.transpose(0, 1).reshape(c, heads * d).to(wrote.dtype)
+    size = products.reshape(h, e, heads, d).double().square().sum((1, 3)).sqrt()
+    norms = [torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64) for x in (wrote, reads)]
+    value = size / (norms[0][:, None] * norms[1]) - (c**-0.5 if baseline else 0.0)
+    source, target = (
+        x.flatten().cpu().numpy() for x in torch.meshgrid(torch.arange(h), torch.arange(heads), indexing="ij")
+    )
+    return {
+        "kind": kind,
+        "from_layer": a.site.layer,
+        "from_head": source,
+        "from_path": a.site.path,
+        "layer": b.site.layer,
+        "head": target,
+        "path": b.site.path,
+        "value": value.flatten().cpu().numpy(),
+    }

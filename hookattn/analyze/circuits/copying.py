@@ -1,0 +1,97 @@
+"""Heads that make the token they look at more likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MeasureError
+from ..frame import ranked
+from .circuit import Circuit
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Tensor | nn.Module) -> DataFrame:
+    """The copying score of each head: ``Σ λ / Σ |λ|``, λ the eigenvalues of ``W_E W_V W_O W_U`` (Elhage et al. 2021).
+
+    The matrix says how much looking at each token (rows) raises the logit of each (columns). 1: all eigenvalues are
+    positive, tokens raise themselves; about 0 for a matrix that has nothing to do with copying; −1: they lower
+    themselves. The eigenvalues that are not 0 are those of the E E matrix ``W_O W_U W_E W_V``, so that none of V V is
+    formed. Norms on the way are left out, as they are there.
+
+    Args:
+        circuits: as :func:`hookattn.analyze.circuit` makes them; only self-attention that reads and writes the width of
+            the embedding.
+        embed: V C, or the module with such a ``weight``; :func:`vocabulary` finds it in many models.
+        unembed: V C, as the ``weight`` of an ``nn.Linear`` from C to V.
+
+    Returns:
+        A pandas DataFrame, the highest first: ``layer``, ``stack``, ``path``, ``head``, ``value`` (NaN for a head whose
+        eigenvalues are all 0).
+
+    Raises:
+        MeasureError: the matrices do not fit each other or a circuit; or W_V or W_O of a circuit is not known.
+    """
+    import pandas as pd
+
+    inner, outer = _matrix("embed", embed), _matrix("unembed", unembed)
+    if inner.shape != outer.shape:
+        raise MeasureError(
+            f"embed has shape {tuple(inner.shape)} and unembed {tuple(outer.shape)}: expected V C for both, with the "
+            "same V; cut padding entries of the vocabulary off."
+        )
+    if not circuits:
+        raise MeasureError("there are no circuits; make them with hookattn.analyze.circuit(model, inputs).")
+    between = outer.t() @ inner.to(outer.dtype)
+    frames = []
+    for c in circuits:
+        w_v, w_o = (x.to(between) for x in (c.W_V, c.W_O))
+        if w_v.shape[1] != between.shape[1] or w_o.shape[2] != between.shape[0]:
+            raise MeasureError(
+                f"{c.site.label} reads {w_v.shape[1]} wide and writes {w_o.shape[2]} wide, and the embedding is "
+                f"{between.shape[0]} wide."
+            )
+        values = torch.linalg.eigvals((w_o @ between @ w_v).double())
+        score = values.real.sum(-1) / values.abs().sum(-1)
+        place = {"layer": c.site.layer, "stack": c.site.stack, "path": c.site.path, "head": range(c.heads)}
+        frames.append(pd.DataFrame({**place, "value": score.cpu().numpy()}))
+    return ranked(frames, "value")
+
+
+def vocabulary(model: Any) -> tuple[Tensor, Tensor]:
+    """The embedding and the unembedding of a model that says which they are, each V C.
+
+    Args:
+        model: with ``get_input_embeddings()`` and ``get_output_embeddings()``, as those of transformers with a head for
+            tokens.
+
+    Raises:
+        MeasureError: it does not say.
+    """
+    found = []
+    for name in ("input", "output"):
+        get = getattr(model, f"get_{name}_embeddings", None)
+        module = get() if callable(get) else None
+        if module is None:
+            raise MeasureError(
+                f"{type(model).__name__} does not say what its {name} embedding is (get_{name}_embeddings); give "
+                "copying(…) the modules, an nn.Embedding and the last nn.Linear."
+            )
+        found.append(_matrix(name, module))
+    return found[0], found[1]
+
+
+def _matrix(name: str, given: Any) -> Tensor:
+    weight = getattr(given, "weight", given)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise MeasureError(
+            f"{name}: expected a tensor V C or a module with such a weight; got {type(given).__name__}"
+            + (f" of shape {tuple(weight.shape)}." if isinstance(weight, Tensor) else ".")
+        )
+    weight = weight.detach()
+    return weight if weight.dtype == torch.float64 else weight.float()

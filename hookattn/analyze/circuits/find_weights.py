@@ -1,0 +1,200 @@
+"""Finds the weights of heads by values, not by names: the products whose results the kernel was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...api import tracing
+from ...attention import compute_dtype
+from ...call import Call
+from ...certificate import TOLERANCE
+from ...forward_inputs import arguments
+from .circuit import Circuit, Projection
+from .match_values import LEAST, Match, affine, equal, norms
+from .record_products import Product, Products
+
+_LINEAR = "no product with fixed weights has it as its result"
+_TURNED = "no product with fixed weights has it as its result, nor the norms of its heads (a norm of q or k, say)"
+_APART = (
+    "the norms of its heads are there, but queries and keys at one place do not have the product of the projections'"
+)
+_READ = "no product with fixed weights reads the merged heads (a gate, a norm, or something else between)"
+
+
+@torch.no_grad()
+def circuit(model: nn.Module, inputs: Any) -> list[Circuit]:
+    """Run a model once, and find the weights of each of its attention calls.
+
+    Every product of activations with fixed weights is watched, however it is written and whichever module it is in: the
+    one whose columns are the kernel's ``v`` is W_V, in any order of q, k, v, heads and groups; the one that reads the
+    kernel's output is W_O; q and k are found likewise, or by the norms of their heads where rotary positions lie
+    between. What no values prove is left out, with the reason: nothing is taken from a module's name.
+
+    Args:
+        model: any module that :func:`hookattn.trace` traces; in eval mode, as dropout before a product hides it.
+        inputs: as for :func:`hookattn.trace`. Some dozen different tokens, without a cache, without padding: what is
+            equal for all of them proves nothing. The inputs of all products are held until it is done.
+
+    Returns:
+        One :class:`Circuit` for each call, in order.
+
+    Raises:
+        HookattnError: as :func:`hookattn.trace`.
+    """
+    args, kwargs = arguments(inputs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which no product can be seen
+    try:
+        with (
+            tracing(model, capture=("q", "k", "v", "output"), verify="off") as trace,
+            Products(model, lambda: len(trace.calls)) as products,
+        ):
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return [_circuit(call, i, products.found) for i, call in enumerate(trace.calls)]
+
+
+def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
+    """What is known of call ``i``: what its arguments come from ran before it (nearest first), what reads it after."""
+    before, after = [p for p in reversed(products) if p.seen <= i], [p for p in products if p.seen > i]
+    found: dict[str, Projection] = {}
+    missing: dict[str, str] = {}
+    turned: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in "qkv":
+        value = getattr(call, name)
+        source = _into(value, before, i, turns=name != "v")
+        if source is None:
+            n = value.shape[0] * value.shape[2]
+            short = f"; {n} tokens are fewer than the {LEAST} that more than equality takes" if n < LEAST else ""
+            missing[name] = (_LINEAR if name == "v" else _TURNED) + short
+            continue
+        product, match, target = source
+        found[name] = _projection(product, match, *value.shape[1::2])
+        if match.basis == "norms":
+            y = product.y[:, match.columns].to(target)
+            turned[name] = target, y if match.factor is None else y * match.factor.to(target)
+    if len(turned) == 2 and not _as_one(*turned["q"], *turned["k"], call.q.shape[3], _dtype(call.q.dtype, call.dtype)):
+        for name in turned:
+            del found[name]
+            missing[name] = _APART
+    output = call.get("output")
+    projection = None if output is None else _out_of(output, after, i + 1)
+    if projection is None:
+        missing["o"] = _READ if output is not None else "the kernel never hands out its output"
+    else:
+        found["o"] = projection
+    return Circuit(call.site, call.index, call.q.shape[1], call.v.shape[1], missing=missing, **found)
+
+
+def _merged(x: Tensor) -> Iterator[Tensor]:
+    """B H T D as n m with n tokens: batch entries outermost, then innermost."""
+    wide = x.detach().to(compute_dtype(x.dtype))
+    b, h, t, d = wide.shape
+    yield wide.permute(0, 2, 1, 3).reshape(b * t, h * d)
+    if b > 1 and t > 1:
+        yield wide.permute(2, 0, 1, 3).reshape(b * t, h * d)
+
+
+def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> tuple[Product, Match, Tensor] | None:
+    """The product whose result is a kernel's argument, B H T D; which columns of it; and the argument, n H·D."""
+    heads = value.shape[1]
+    targets = list(_merged(value))
+    n, m = targets[0].shape
+    fitting = [p for p in products if p.x.shape[0] == n and p.weight.shape[1] >= m]
+    near = [p for p in fitting if p.seen == i]
+    for p in fitting:
+        for target in targets:
+            match = equal(target, p.y, p.weight)
+            if match is not None:
+                return p, match, target
+    for p in near:
+        for target in targets:
+            match = affine(target, p.y, p.weight, _narrower(value, p))
+            if match is not None:
+                return p, match, target
+    for p in near if turns else ():
+        for target in targets:
+            match = norms(target, p.y, heads, _narrower(value, p))
+            if match is not None:
+                return p, match, target
+    return None
+
+
+def _as_one(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dtype: torch.dtype) -> bool:
+    """Whether query and key of each token have the product that they have before they are turned.
+
+    Two rotary positions that are the same cancel out of it; two orders of the columns, say, do not.
+
+    Args:
+        q, q_before: n H·D.
+        k, k_before: n G·D.
+        d: D.
+        dtype: that they were computed in.
+    """
+    if len(q) != len(k):  # of two sequences: nobody is in one place with anybody
+        return True
+    parts = [x.reshape(len(q), -1, d).double() for x in (q, q_before, k, k_before)]
+    groups = parts[0].shape[1] // parts[2].shape[1]
+    q, q_before, k, k_before = *parts[:2], *(x.repeat_interleave(groups, 1) for x in parts[2:])
+    apart = ((q * k).sum(-1) - (q_before * k_before).sum(-1)).abs()
+    return bool((apart <= TOLERANCE[dtype] * q.norm(dim=-1) * k.norm(dim=-1)).all())
+
+
+def _projection(p: Product, match: Match, heads: int, d: int) -> Projection:
+    weight = p.weight.detach()[:, match.columns]
+    bias = None if p.bias is None else p.bias.detach()[match.columns]
+    if match.factor is not None:
+        weight = (weight * match.factor).to(weight.dtype)
+        bias = None if bias is None else (bias * match.factor).to(bias.dtype)
+    if match.offset is not None:
+        bias = (match.offset if bias is None else bias + match.offset).to(weight.dtype)
+    bias = None if bias is None else bias.reshape(heads, d)
+    weight = weight.reshape(-1, heads, d).transpose(0, 1).contiguous()
+    return Projection(weight, bias, match.basis, p.name)
+
+
+def _out_of(output: Tensor, products: Iterable[Product], i: int) -> Projection | None:
+    """The projection that reads a kernel's output, B H T E."""
+    _, heads, _, e = output.shape
+    targets = list(_merged(output))
+    n, m = targets[0].shape
+    near = [p for p in products if p.seen == i and p.x.shape[0] == n and p.x.shape[1] >= m]
+    for fit in (_same, equal, _scaled):
+        for p in near:
+            x = p.x.to(compute_dtype(p.x.dtype))
+            for target in targets:
+                match = fit(target, x, p.weight.t())
+                if match is not None:
+                    weight = p.weight.detach()[match.columns]
+                    if match.factor is not None:
+                        weight = (weight / match.factor.unsqueeze(1)).to(weight.dtype)
+                    bias = None if p.bias is None else p.bias.detach().clone()
+                    return Projection(weight.reshape(heads, e, -1), bias, match.basis, p.name)
+    return None
+
+
+def _same(target: Tensor, source: Tensor, _: Tensor) -> Match | None:
+    """The merged heads as they are: here columns that are the same are told by their order."""
+    if target.shape != source.shape or not torch.equal(target, source.to(target.dtype)):
+        return None
+    return Match("equal", torch.arange(target.shape[1], device=source.device))
+
+
+def _scaled(target: Tensor, source: Tensor, weight: Tensor) -> Match | None:
+    """The merged heads but for constant factors."""
+    match = affine(target, source, weight, _dtype(target.dtype, weight.dtype))
+    return match if match is not None and match.offset is None else None
+
+
+def _narrower(value: Tensor, p: Product) -> torch.dtype:
+    return _dtype(value.dtype, p.x.dtype)
+
+
+def _dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The one with fewer digits."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)

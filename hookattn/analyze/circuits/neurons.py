@@ -1,0 +1,137 @@
+"""Which dimensions of queries and keys a score is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MeasureError, SelectionError
+from ..frame import long, views
+from ..tables.decay import by_distance
+from ..view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+
+def neuron_contributions(
+    trace: Trace, query: int | None = None, key: int | None = None, *, real: Any = None
+) -> DataFrame:
+    """``scale · q_id · k_jd`` of each dimension d (Vig 2019): their sum over d is ``scale · q_i·k_j``.
+
+    That is the score but for soft-cap and bias, and but for what a model adds to scores of its own.
+
+    Args:
+        trace: with q and k; and with weights, unless ``key`` is given.
+        query: i, a query's number; negative: from the last one that was kept. None: the mean over the queries.
+        key: j, negative: from the end. None: where the head looks, ``Σ_j w_ij · scale · q_id · k_jd``.
+        real: bool or 0/1, B S: True = a real token, no padding.
+
+    Returns:
+        A pandas DataFrame with the columns of a call, ``head``, ``example``, ``neuron`` (d), and ``contribution``, in
+        units of the scores.
+
+    Raises:
+        SelectionError: ``key`` without ``query``, or one of them is not in a call.
+        FieldNotCaptured: a field was not kept.
+        MeasureError: the trace has no calls.
+    """
+    import pandas as pd
+
+    if query is None and key is not None:
+        raise SelectionError(f"key={key} without query=: expected a query too, or neither.")
+    frames = []
+    for view in views(trace, real):
+        made = _contributions(view, query, key)
+        axes = {"head": view.heads, "example": range(len(made)), "neuron": range(made.shape[-1])}
+        frames.append(long(view, axes, {"contribution": made.transpose(0, 1)}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
+    """B H D, float64."""
+    b, h, t, s = view.shape
+    q, k = view.tensor("q").double(), view.per_head("k").double()
+    scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=q.device).expand(b, h, t, s)
+    row = None if query is None else _place(view, "query", query, view.queries)
+    if key is not None:
+        at = _place(view, "key", key, range(s))
+        return scale[:, :, row, at, None] * q[:, :, row] * k[:, :, at]
+    if row is not None:
+        looks = (view.weights[:, :, row] * scale[:, :, row]).unsqueeze(2) @ k
+        return q[:, :, row] * looks.squeeze(2)
+    each = q * ((view.weights * scale) @ k)
+    rows = view.rows[:, None, :, None]
+    return torch.where(rows, each, 0.0).sum(2) / rows.sum(2)
+
+
+def _place(view: View, what: str, number: int, kept: Any) -> int:
+    last = len(kept) + number
+    if (number < 0 and last < 0) or (number >= 0 and number not in kept):
+        raise SelectionError(f"{view.where} has no {what} {number}; there are {len(kept)}: {kept}.")
+    return last if number < 0 else int(kept.index(number))
+
+
+def neuron_decay(trace: Trace, *, longest: int = 64, real: Any = None) -> DataFrame:
+    """How the contribution of each dimension falls off with distance: its mean over pairs i, j at i − j (Vig 2019).
+
+    The mean is over all pairs of tokens that count, at the distances that the mask allows to some query. It is a
+    cross-correlation of q and k along the sequence, so that it is computed by a Fourier transform.
+
+    Args:
+        trace: with q, k and mask.
+        longest: distances up to this one, both ways.
+        real: bool or 0/1, B S: True = a real token, no padding.
+
+    Returns:
+        A pandas DataFrame with the columns of a call, ``head``, ``neuron``, ``distance`` (in keys; negative: the key
+        comes later), and ``contribution``, in units of the scores.
+
+    Raises:
+        MeasureError: a call whose queries and keys are not places in one sequence, or whose scale is another for each
+            key.
+        SelectionError: ``longest`` is no int from 0.
+        FieldNotCaptured: a field was not kept.
+    """
+    import pandas as pd
+
+    if type(longest) is not int or longest < 0:
+        raise SelectionError(f"longest={longest!r}: expected an int from 0.")
+    return pd.concat([_decay(view, longest) for view in views(trace, real)], ignore_index=True)
+
+
+def _decay(view: View, longest: int) -> DataFrame:
+    at, every = by_distance(view)
+    some = view.pairs.any(1)
+    allowed = torch.unique(at.expand(some.shape)[some]).tolist()
+    distances = [every[i] for i in allowed if abs(every[i]) <= longest]
+    scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=view.tensor("q").device)
+    if scale.dim() and scale.shape[-1] > 1:
+        raise MeasureError(f"neuron_decay of {view.where}: its scale is another for each key, and so for each pair.")
+    positions, rows, keys = view.positions, view.rows[:, None, :, None], view.keys[:, None, :, None]
+    assert positions is not None
+    q = torch.where(rows, view.tensor("q").double() * scale, 0.0)
+    k = torch.where(keys, view.per_head("k").double(), 0.0)
+    shift = torch.tensor(distances, device=q.device)
+    sums = _correlate(q, k, positions, shift)
+    count = _correlate(rows.double(), keys.double(), positions, shift).round()
+    made = (sums / count).transpose(1, 2)
+    axes = {"head": view.heads, "neuron": range(made.shape[1]), "distance": distances}
+    return long(view, axes, {"contribution": made})
+
+
+def _correlate(q: Tensor, k: Tensor, positions: Tensor, distances: Tensor) -> Tensor:
+    """H N D: ``Σ_b Σ_i q_i ∘ k_{p_i − distance}`` for each of N distances, of B H T D and B H S D."""
+    least, most = (int(x) for x in positions.aminmax())
+    b, h, t, d = q.shape
+    length, n = most - least + 1, most - least + k.shape[2] + 1
+    at = (positions - least).expand(b, t)[:, None, :, None].expand(q.shape)
+    placed = q.new_zeros(b, h, length, d).scatter_(2, at, q)
+    product: Tensor = torch.fft.rfft(placed, n, 2) * torch.fft.rfft(k, n, 2).conj()
+    # The query at `least` is at place 0, so that a pair at a distance is at the distance less `least`.
+    sums: Tensor = torch.fft.irfft(product.sum(0), n, 1)
+    return sums[:, (distances - least) % n]

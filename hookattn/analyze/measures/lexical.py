@@ -1,0 +1,128 @@
+"""Attention between words that are written alike, and between brackets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import MeasureError
+from ...tokens.pieces import is_special
+from ...tokens.words import Words, split_words
+from ..pairs import PairMass
+from ..view import View
+from .segments import segment_of
+
+_BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}
+
+
+def places(pairs: Iterable[tuple[int, int]]) -> Tensor:
+    """2 P, int64, of pairs of places; each once, in order."""
+    return torch.tensor(sorted(set(pairs)), dtype=torch.int64).view(-1, 2).T
+
+
+def piecewise(words: Words, pairs: Iterable[tuple[int, int]]) -> Tensor:
+    """2 P, int64: every piece of a word with every piece of another.
+
+    Args:
+        words: of a sequence.
+        pairs: of words, by number.
+    """
+    of = words.tokens()
+    return places((i, j) for a, b in pairs for i in of[a] for j in of[b])
+
+
+@dataclass(frozen=True)
+class WordPairs(PairMass):
+    """A :class:`PairMass` that is of the text of the tokens."""
+
+    def problem(self, view: View) -> str | None:
+        """See :class:`~hookattn.analyze.Measure`."""
+        why = super().problem(view)
+        if why is None and not all(isinstance(x, str) for row in self.tokens or () for x in row):
+            return "it needs tokens as text, not as ids"
+        return why
+
+
+@dataclass(frozen=True)
+class SameWord(WordPairs):
+    """The weight on other occurrences of the query's own word, in whatever case; see :class:`PairMass`.
+
+    Every piece of a word is related to every piece of the other occurrences. Punctuation and special tokens are no
+    words.
+
+    Args:
+        across: only from one sentence to the other of a pair, which separators set apart.
+    """
+
+    name: ClassVar[str] = "same_word"
+    across: bool = False
+
+    def related(self, tokens: tuple[Any, ...]) -> Tensor:
+        """See :class:`PairMass`."""
+        return _same_word(tokens, self.across)
+
+
+@lru_cache(maxsize=32)
+def _same_word(tokens: tuple[str, ...], across: bool) -> Tensor:
+    words = split_words(tokens)
+    numbers: dict[str, int] = {}
+    text = [
+        numbers.setdefault(text.casefold(), len(numbers)) if any(map(str.isalnum, text)) and not special else -1
+        for text, special in zip(words.texts, words.special, strict=True)
+    ]
+    of = torch.tensor(words.of)
+    ids = torch.tensor(text)[of]
+    same = (ids.unsqueeze(1) == ids) & (ids >= 0) & (of.unsqueeze(1) != of)
+    if across:
+        part = torch.tensor(segment_of(tokens))
+        same &= part.unsqueeze(1) != part
+    return same.nonzero().T
+
+
+@dataclass(frozen=True)
+class Brackets(WordPairs):
+    """The weight of a closing bracket on the one that opens it, and the other way round; see :class:`PairMass`.
+
+    Round, square, curly and angle brackets and directed quotation marks, nested as they have to be; one without its
+    counterpart is related to nothing.
+
+    Args:
+        direction: ``"closing"`` (to opening), ``"opening"`` (to closing), or ``"both"``.
+    """
+
+    name: ClassVar[str] = "brackets"
+    direction: str = "both"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction not in ("closing", "opening", "both"):
+            raise MeasureError(f"Brackets: direction={self.direction!r}: expected 'closing', 'opening' or 'both'.")
+
+    def related(self, tokens: tuple[Any, ...]) -> Tensor:
+        """See :class:`PairMass`."""
+        closing = _brackets(tokens)
+        opening = closing.flip(0)
+        return {"closing": closing, "opening": opening, "both": torch.cat([closing, opening], 1)}[self.direction]
+
+
+@lru_cache(maxsize=256)
+def _brackets(tokens: tuple[str, ...]) -> Tensor:
+    """2 P: the places of closing brackets, and of those that open them."""
+    opened: list[tuple[str, int]] = []
+    found: list[tuple[int, int]] = []
+    for place, (token, piece) in enumerate(zip(tokens, split_words(tokens).pieces, strict=True)):
+        for c in "" if is_special(token) else piece:
+            if c in _BRACKETS.values():
+                opened.append((c, place))
+            elif c in _BRACKETS and any(o == _BRACKETS[c] for o, _ in opened):
+                while opened[-1][0] != _BRACKETS[c]:
+                    opened.pop()
+                start = opened.pop()[1]
+                if start != place:
+                    found.append((place, start))
+    return places(found)

@@ -1,0 +1,97 @@
+"""Heads whose largest weight is a fixed number of tokens away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import statistics as st
+from ..frame import long, views
+from ..view import View
+from .base import Measure
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+_TOP = st.TopK(1)
+
+
+@dataclass(frozen=True)
+class Positional(Measure):
+    """The share of queries i whose largest weight is at key i + offset (Voita et al. 2019, who take −1 and 1).
+
+    A head is positional, they say, from 0.9 on. They leave out the end-of-sentence token as a query; ``real=`` can say
+    that it is none. Which of several equal weights is the largest is not defined.
+
+    Args:
+        offset: None: of each head the one that most of the batch's queries have (:func:`best_offset` says which).
+    """
+
+    name: ClassVar[str] = "positional"
+    unit: ClassVar[str] = "share"
+    positional: ClassVar[bool] = True
+    offset: int | None = None
+
+    @property
+    def statistics(self) -> tuple[st.Statistic, ...]:
+        """See :class:`Measure`."""
+        return (_TOP,)
+
+    def problem(self, view: View) -> str | None:
+        """See :class:`Measure`."""
+        return super().problem(view) or view.lost
+
+    def rows(self, view: View) -> Tensor:
+        """See :class:`Measure`."""
+        offset = _best(view) if self.offset is None else torch.tensor([self.offset])
+        return (_offsets(view) == offset.view(1, -1, 1).to(view.rows.device)).to(torch.float32)
+
+
+def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
+    """Where each head's largest weight is most often.
+
+    Args:
+        trace: with weights, or the statistic ``TopK(1)``.
+        real: bool or 0/1, B S: True = a real token, no padding.
+
+    Returns:
+        A DataFrame: the columns of the call, ``head``, ``offset`` (of several as frequent the least;
+        NaN where no query counts) and ``share`` of the queries that have it, as in :class:`Positional`.
+
+    Raises:
+        MeasureError: the queries and keys of a call are not places in one sequence.
+        FieldNotCaptured: neither weights nor the statistic were kept.
+    """
+    import pandas as pd
+
+    frames = []
+    for view in views(trace, real):
+        reading = Positional().of(view)
+        frames.append(long(view, {"head": view.heads}, {"offset": _best(view), "share": reading.heads}))
+    table = pd.concat(frames, ignore_index=True)
+    return table.assign(offset=table["offset"].where(table["share"].notna()))
+
+
+_NONE = torch.iinfo(torch.int64).min
+
+
+def _offsets(view: View) -> Tensor:
+    """B H T: key − query of each largest weight; a number that is none for a row without any weight."""
+    keys = view.stat(_TOP, field=_TOP.fields[1])[..., 0]
+    assert view.positions is not None
+    return torch.where(keys >= 0, keys - view.positions.unsqueeze(1), _NONE)
+
+
+def _best(view: View) -> Tensor:
+    """H: the offset that most queries of the batch have."""
+    b, h, t, s = view.shape
+    offsets = _offsets(view).clamp_min(-s)
+    counts = torch.zeros(h, 2 * s + 1, dtype=torch.int64, device=offsets.device)
+    counted = (view.rows.unsqueeze(1) & (offsets > -s)).expand(b, h, t).transpose(0, 1).flatten(1).long()
+    counts.scatter_add_(1, (offsets + s).transpose(0, 1).flatten(1), counted)
+    return counts.argmax(1) - s

@@ -1,0 +1,61 @@
+"""Which heads are of a kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import MeasureError, SelectionError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+METHODS = ("average", "complete", "single", "weighted")
+
+
+def cluster_heads(divergence: DataFrame, clusters: int, *, method: str = "average") -> DataFrame:
+    """Groups of heads that look alike, and a place for each in the plane.
+
+    The distance of two heads is the root of their divergence, which is a metric (Endres & Schindelin 2003). Groups are
+    those of a hierarchical clustering; places are those of classical multidimensional scaling (Torgerson 1952), as in
+    the figure of Clark et al. 2019.
+
+    Args:
+        divergence: of :func:`hookattn.analyze.head_divergence`.
+        clusters: how many groups at most.
+        method: of ``scipy.cluster.hierarchy.linkage``: ``average``, ``complete``, ``single``, ``weighted``.
+
+    Returns:
+        A pandas DataFrame with the same labels: ``cluster``, from 1; ``order``, its place among the leaves of the
+        tree; ``x`` and ``y``.
+
+    Raises:
+        MeasureError: fewer than two heads, or a divergence that is NaN.
+        SelectionError: ``clusters`` or ``method`` is none there is.
+        ImportError: scipy is missing.
+    """
+    import numpy as np
+    import pandas as pd
+    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if method not in METHODS:
+        raise SelectionError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
+    if type(clusters) is not int or clusters < 1:
+        raise SelectionError(f"clusters={clusters!r}: expected an int from 1.")
+    values = divergence.to_numpy(float)
+    n = len(values)
+    if n < 2 or not np.isfinite(values).all():
+        raise MeasureError(f"cluster_heads: {n} heads; expected two or more, and no NaN between them.")
+    tree = linkage(squareform(np.sqrt(values), checks=False), method)
+    middle = np.eye(n) - 1 / n
+    size, axes = np.linalg.eigh(-middle @ values @ middle / 2)
+    places = axes[:, :-3:-1] * np.sqrt(size[:-3:-1].clip(0))
+    return pd.DataFrame(
+        {
+            "cluster": fcluster(tree, clusters, "maxclust"),
+            "order": np.argsort(leaves_list(tree)),
+            "x": places[:, 0],
+            "y": places[:, 1],
+        },
+        divergence.index,
+    )

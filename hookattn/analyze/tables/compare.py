@@ -1,0 +1,115 @@
+"""How far two traces are apart, head by head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MeasureError
+from ...traces import Trace
+from ..frame import long, ranked, views
+from ..view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
+    """How far each head of one trace is from the same head of another: two prompts, two checkpoints, two kernels.
+
+    Of the rows that count in both. What goes to sinks is one key more. For the weights p of ``a`` and q of ``b``:
+
+    * ``total_variation``: ``½ Σ_j |p_j − q_j|``, the mean over the rows; 0 to 1.
+    * ``jensen_shannon``: ``½ KL(p ‖ m) + ½ KL(q ‖ m)`` with ``m = ½ (p + q)``, the mean over the rows, in nats; 0 to
+      ln 2 (Lin 1991).
+    * ``max_difference``: the largest ``|p_j − q_j|`` of any row.
+    * ``output_difference``: ``‖o_a − o_b‖ / ‖o_a‖`` over the rows; NaN where either trace has no output.
+
+    Args:
+        a: with weights, or what they can be derived of.
+        b: of the same calls, heads, queries and extents.
+        real: B S, see :func:`hookattn.analyze.measure`; for both.
+
+    Returns:
+        A pandas DataFrame, the largest ``total_variation`` first, with the columns of a call, ``head``, and the above;
+        NaN where no row counts in both.
+
+    Raises:
+        MeasureError: the traces do not fit each other; says where and in what.
+        FieldNotCaptured: a trace has no weights.
+    """
+    if a.calls and b.calls and len(a.calls) != len(b.calls):
+        raise MeasureError(
+            f"the traces do not fit: one has {len(a.calls)} calls and the other {len(b.calls)}; take the calls that "
+            "both have with trace.select(…)."
+        )
+    frames = []
+    for one, other in zip(views(a, real), views(b, real), strict=True):
+        _check(one, other)
+        frames.append(long(one, {"head": one.heads}, _distances(one, other)))
+    return ranked(frames, "total_variation")
+
+
+def _check(one: View, other: View) -> None:
+    pairs: dict[str, tuple[Any, Any]] = {
+        "path": (one.call.site.label, other.call.site.label),
+        "kind": (one.call.site.kind, other.call.site.kind),
+        "step": (one.call.step, other.call.step),
+        "B H T S": (one.shape, other.shape),
+        "heads": (list(one.heads), list(other.heads)),
+        "queries": (list(one.queries), list(other.queries)),
+    }
+    for what, (x, y) in pairs.items():
+        if x != y:
+            raise MeasureError(
+                f"the traces do not fit: {what} of {one.where} is {x}, and of the other's {other.where} {y}."
+            )
+
+
+def _distances(one: View, other: View) -> dict[str, Tensor]:
+    rows = one.rows & other.rows.to(one.rows.device)
+    p, q = _whole(one.weights), _whole(other.weights.to(one.weights.device))
+    p, q = p.to(torch.promote_types(p.dtype, q.dtype)), q.to(torch.promote_types(p.dtype, q.dtype))
+    apart = (p - q).abs()
+    count = rows.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(rows.unsqueeze(1), values, 0.0).sum((0, 2), dtype=torch.float64) / count
+
+    largest = torch.where(rows.unsqueeze(1), apart.amax(-1), -torch.inf).amax((0, 2)).double()
+    return {
+        "total_variation": mean(apart.sum(-1) / 2),
+        "jensen_shannon": mean(_to_middle(p, q) + _to_middle(q, p)),
+        "max_difference": torch.where(count > 0, largest, torch.nan),
+        "output_difference": _output_difference(one, other, rows),
+    }
+
+
+def _whole(weights: Tensor) -> Tensor:
+    """B H T S+1: with what goes to no key."""
+    return torch.cat([weights, (1 - weights.sum(-1, keepdim=True)).clamp_min(0)], -1)
+
+
+def _to_middle(p: Tensor, q: Tensor) -> Tensor:
+    """B H T: ``½ KL(p ‖ ½ (p + q))``."""
+    ratio = 2 * p / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    return torch.xlogy(p, ratio).sum(-1) / 2
+
+
+def _output_difference(one: View, other: View, rows: Tensor) -> Tensor:
+    o, other_o = (v.call.get("output") if v.call.has("output") else None for v in (one, other))
+    if o is None or other_o is None:
+        return torch.full((one.shape[1],), torch.nan, dtype=torch.float64)
+    if o.shape != other_o.shape:
+        raise MeasureError(
+            f"the traces do not fit: output of {one.where} has shape {tuple(o.shape)}, and of the other's "
+            f"{other.where} {tuple(other_o.shape)}."
+        )
+
+    def size(x: Tensor) -> Tensor:
+        return torch.where(rows[:, None, :, None], x, 0.0).square().sum((0, 2, 3)).sqrt()
+
+    wide = o.double()
+    return size(wide - other_o.to(wide)) / size(wide)

@@ -1,0 +1,72 @@
+"""How much two heads agree."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MeasureError
+from ..frame import views
+from .aggregate import check_alike
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+# How many entries of pairs are formed together.
+_PART = 1 << 22
+
+
+def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
+    """The Jensen-Shannon divergence of each two heads, the mean over the queries, in nats (Clark et al. 2019).
+
+    ``JS(p, q) = H((p + q) / 2) − (H(p) + H(q)) / 2``, from 0 (the same) to ln 2 (nothing in common). What goes to
+    sinks is one more key. The mean is over the queries that count in all calls.
+
+    Args:
+        trace: with weights; all calls with as many examples, queries and keys. ``trace[i : i + 1]`` compares the heads
+            of one layer alone; n heads in all take n²/2 passes over their weights.
+        real: bool or 0/1, B S: True = a real token, no padding.
+
+    Returns:
+        A pandas DataFrame, heads by heads, symmetric, 0 on its diagonal; both labels are (``call``, ``layer``,
+        ``head``).
+
+    Raises:
+        MeasureError: no calls, calls of different sizes, or no query that counts in all of them.
+        FieldNotCaptured: the weights were not kept.
+    """
+    import pandas as pd
+
+    several = list(views(trace, real))
+    check_alike(several, "heads can be compared", "BTS")
+    rows = torch.stack([view.rows for view in several]).all(0)
+    if not bool(rows.any()):
+        raise MeasureError("heads can be compared over queries that count in all calls, and there are none.")
+    weights = torch.cat([view.weights.transpose(0, 1)[:, rows] for view in several])
+    labels = [(view.call.index, view.call.site.layer, head) for view in several for head in view.heads]
+    index = pd.MultiIndex.from_tuples(labels, names=["call", "layer", "head"])
+    return pd.DataFrame(_divergences(weights).numpy(), index, index)
+
+
+def _divergences(weights: Tensor) -> Tensor:
+    """N N, float64, from N R S: the mean over R."""
+    n, r, _ = weights.shape
+    rest = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
+    flat = torch.cat([weights, rest], -1).view(n, -1)
+    flat = flat[:, flat.any(0)]
+    one, two = torch.triu_indices(n, n, 1, device=flat.device)
+    own, both = flat.new_zeros(n, dtype=torch.float64), flat.new_zeros(len(one), dtype=torch.float64)
+    for part in torch.split(flat, max(1, _PART // max(len(one), 1)), 1):
+        own += torch.special.entr(part).sum(-1)
+        both += torch.special.entr(part[one].add_(part[two])).sum(-1)
+    # H((p + q) / 2) of what H(p + q) is of, which sums to twice what each of them does.
+    total = flat.sum(-1, dtype=torch.float64)
+    middle = (both + math.log(2) * (total[one] + total[two])) / 2
+    made = own.new_zeros(n, n)
+    made[one, two] = ((middle - (own[one] + own[two]) / 2) / r).clamp_min(0)
+    return (made + made.t()).cpu()

@@ -1,0 +1,82 @@
+"""Whether weights are what weights have to be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...certificate import TOLERANCE
+from ..frame import long, views
+from ..view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+# A mask of −100, the weakest there is, leaves 4e-44.
+_NOTHING = 1e-30
+
+
+def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
+    """What is wrong with the weights of a trace; an empty table: nothing.
+
+    ``row_sum``: a row doesn't sum to 1 (with sinks: sums to more; that there are sinks is known by the field ``sinks``
+    alone). ``negative``: a weight is below 0. ``masked``: a key that is masked has weight. ``non_finite``: a weight is
+    NaN or ∞. Rows with nothing to attend to may be anything but non-finite; without the field ``mask`` nothing is
+    masked, and such rows are those that are 0.
+
+    Args:
+        trace: with weights, and best with ``mask`` and ``sinks`` too.
+        tolerance: of a row's sum; None: that of a certificate, by dtype.
+
+    Returns:
+        A pandas DataFrame with the columns of a call, ``head``, ``check``, ``rows`` (how many fail), ``worst`` (the
+        largest distance from what is right), and ``example`` and ``query`` of the worst row.
+
+    Raises:
+        MeasureError: the trace has no calls.
+        FieldNotCaptured: the weights were not kept.
+    """
+    import pandas as pd
+
+    return pd.concat([_table(view, tolerance) for view in views(trace)], ignore_index=True)
+
+
+def _table(view: View, tolerance: float | None) -> DataFrame:
+    import pandas as pd
+
+    _, h, t, _ = view.shape
+    frames = []
+    for check, (error, bound) in _errors(view, tolerance).items():
+        flat = error.transpose(0, 1).reshape(h, -1)
+        worst, at = flat.max(-1)
+        table = long(view, {"head": view.heads, "check": [check]}, {"rows": (flat > bound).sum(-1), "worst": worst})
+        table["example"] = (at // t).tolist()
+        table["query"] = [view.queries[i] for i in (at % t).tolist()]
+        frames.append(table[table["rows"] > 0])
+    return pd.concat(frames)
+
+
+def _errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, float]]:
+    """For each check B H T, how far off a row is, and how far it may be."""
+    w, call = view.weights, view.call
+    if tolerance is None:
+        coarsest = max(TOLERANCE.values())
+        tolerance = max(TOLERANCE.get(dtype, coarsest) for dtype in (call.dtype, view.tensor("weights").dtype))
+    bad = ~w.isfinite()
+    w = w.masked_fill(bad, 0.0)
+    masked = view.mask if call.has("mask") else None
+    some = w.any(-1) if masked is None else masked.any(-1).expand(w.shape[:3])
+    over = w.sum(-1) - 1
+    sinks = call.get("sinks") if call.has("sinks") else None
+    wrong = over.abs() if sinks is None else over.clamp_min(0)
+    hidden = torch.zeros_like(over) if masked is None else w.abs().masked_fill(masked, 0.0).amax(-1)
+    return {
+        "row_sum": (torch.where(some & ~bad.any(-1), wrong, 0.0), tolerance),
+        "negative": (torch.where(some, -w.amin(-1), 0.0), 0.0),
+        "masked": (torch.where(some, hidden, 0.0), _NOTHING),
+        "non_finite": (torch.where(bad.any(-1), torch.inf, 0.0), 0.0),
+    }

@@ -1,0 +1,107 @@
+"""From pieces of words to words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...certificate import UNVERIFIED
+from ...errors import MeasureError
+from ...tokens.words import Words, given_words, split_words
+from ..frame import views
+from ..labels import PADDING, Rows, frozen, sequences
+from ..view import View
+
+if TYPE_CHECKING:
+    from ...traces import Trace
+
+
+def pool_words(trace: Trace, words: Any = None) -> Trace:
+    """A trace of words: attention to a word is the sum over its pieces, from a word the mean (Clark et al. 2019).
+
+    Args:
+        trace: with weights, each call with all queries and keys of one sequence (a generation: ``trace.stitch()``).
+        words: for each token the id of its word, as ``BatchEncoding.word_ids()`` has it (None: a special token, a word
+            of its own); one list, or one for each batch entry; None: found from the trace's tokens, see
+            :mod:`hookattn.tokens.words`.
+
+    Returns:
+        A trace of as many calls, with ``weights`` (B H W W, float32, or float64 for a model in that; rows sum to what
+        those of the pieces do), ``mask`` (where some piece may attend to some piece) and the words as tokens. A batch
+        entry of fewer words than W has ``[PAD]`` at its end, which nothing may attend to.
+
+    Raises:
+        MeasureError: the words don't fit a call, or a call has not all queries and keys of one sequence.
+        FieldNotCaptured: the weights were not kept.
+    """
+    given = None if words is None else frozen(words, "words")
+    calls, texts = [], None
+    for view in views(trace):
+        found = words_of(view, given)
+        weights, mask = pooled(view, found)
+        w = weights.shape[-1]
+        texts = [[*x.texts, *[PADDING] * (w - len(x.texts))] for x in found]
+        calls.append(
+            replace(
+                view.call,
+                fields={"weights": weights, "mask": mask},
+                derivable=(),
+                kv_heads=None,
+                queries=None,
+                of_queries=None,
+                keys=None,
+                certificate=UNVERIFIED,
+                notes=(*view.call.notes, "weights of words, pooled from those of their pieces"),
+            )
+        )
+    return replace(trace, calls=calls, tokens=texts, path=None)
+
+
+def words_of(view: View, given: Rows | None = None) -> list[Words]:
+    """The words of each batch entry of a call.
+
+    Args:
+        view: the call.
+        given: ids of words for each token; None: found from the trace's tokens.
+
+    Raises:
+        MeasureError: there are no tokens, or they don't fit.
+    """
+    found = sequences(view, given, "tokens" if given is None else "words")
+    if isinstance(found, str):
+        raise MeasureError(f"words of {view.where}: {found}.")
+    if given is None:
+        return [split_words(row) for row in found]
+    tokens = sequences(view)
+    texts: Sequence[Any] = [None] * len(found) if isinstance(tokens, str) else tokens
+    return [given_words(text, row) for text, row in zip(texts, found, strict=True)]
+
+
+def pooled(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
+    """The weights of words, B H W W, and where they may attend, bool, B (1 or H) W W; W is that of the longest entry.
+
+    Args:
+        view: the call.
+        words: of each batch entry.
+
+    Raises:
+        MeasureError: the call has not all queries and keys of one sequence.
+    """
+    b, _, t, s = view.shape
+    places = view.positions
+    if places is None or t != s or bool((places.cpu() != torch.arange(s)).any()):
+        raise MeasureError(
+            f"words of {view.where}: its {t} queries are not the tokens of its {s} keys; trace self-attention with all "
+            "queries, and put a generation together with trace.stitch() first."
+        )
+    weights = view.weights
+    of = torch.tensor([x.of for x in words], device=weights.device)
+    numbers = torch.arange(max(len(x.texts) for x in words), device=weights.device)
+    member = (of.unsqueeze(-1) == numbers).to(weights.dtype).unsqueeze(1)
+    mean = (member / member.sum(-2, keepdim=True).clamp_min(1)).transpose(-1, -2)
+    mask = view.mask.expand(b, -1, t, s).to(weights.dtype)
+    return mean @ (weights @ member), (member.transpose(-1, -2) @ (mask @ member)) > 0

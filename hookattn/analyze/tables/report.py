@@ -1,0 +1,66 @@
+"""One table of all heads with all scores, each head named where the evidence is clear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ...errors import MeasureError
+from ..chance import Chance
+from ..frame import views
+from ..measures.base import Measure
+from ..registry import MEASURES, resolve
+from ..table import columns, readings
+from .roles import evidence, named
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+
+def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, real: Any = None) -> DataFrame:
+    """All heads of a trace with all measures, and what each head is called.
+
+    A role is named where its evidence is clear: the measure is large (see :data:`hookattn.analyze.ROLES`), and at least
+    twice what attention that is the same for all keys would give under the same mask. The evidence stands beside it.
+
+    Args:
+        trace: in memory, loaded, compact, or of statistics alone; a measure that it lacks the fields for is left out,
+            and ``attrs["left_out"]`` says why.
+        measures: names or objects, beside those that roles are read off; None: all that need nothing but the trace.
+        real: bool or 0/1, B S: True = a real token; see :func:`hookattn.analyze.measure`.
+
+    Returns:
+        A pandas DataFrame: ``call``, ``step``, ``layer``, ``stack``, ``kind``, ``path``, ``head``, ``role`` (several
+        are parted by semicolons; empty: none is clear), ``evidence``, and one column for each measure, NaN where it is
+        not defined. ``attrs["units"]`` has the units.
+
+    Raises:
+        MeasureError: the trace has no calls, or nothing can be measured.
+        SelectionError: an unknown measure.
+    """
+    import pandas as pd
+
+    chosen = resolve([*(MEASURES if measures is None else measures), *evidence()])
+    chance = Chance(list(evidence()))
+    frames: list[DataFrame] = []
+    left_out: dict[str, str] = {}
+    for view in views(trace, real):
+        found = readings(view, chosen, missing=True, why=left_out)
+        frame = pd.DataFrame(columns(view, found, "head"))
+        levels = chance.of(view)
+        lines = zip(*(frame[key].tolist() for key in found), strict=True)
+        roles = [named(dict(zip(found, line, strict=True)), levels) for line in lines]
+        place = list(frame.columns).index(chosen[0].key)
+        frame.insert(place, "role", ["; ".join(role.name for role, _ in several) for several in roles])
+        frame.insert(place + 1, "evidence", ["; ".join(why for _, why in several) for several in roles])
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True)
+    empty = [m.key for m in chosen if table[m.key].isna().all()]
+    if len(empty) == len(chosen):
+        raise MeasureError(f"nothing can be measured: {left_out.get(chosen[0].key, 'no row counts')}")
+    table = table.drop(columns=empty)
+    table.attrs["units"] = {m.key: m.unit for m in chosen if m.key not in empty}
+    table.attrs["left_out"] = {key: left_out.get(key, "no row that it is defined for") for key in empty}
+    return table

@@ -1,0 +1,105 @@
+"""What a token looks at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ... import statistics as st
+from ...errors import MeasureError, SelectionError
+from ...tokens.words import split_words
+from ..frame import call_columns, views
+from ..labels import named_keys
+from ..view import View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ...traces import Trace
+
+
+def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) -> DataFrame:
+    """The keys that a token attends to most, in every layer and head.
+
+    Args:
+        trace: with weights, or the statistic ``TopK(k)``.
+        of: a position, or a text: every token or word that is written so (``"it"``, also where the tokenizer has
+            ``"Ġit"``).
+        k: how many.
+        example: the batch entry.
+
+    Returns:
+        A DataFrame: the columns of the call, ``head``, ``query`` and ``token`` (its position and text), ``rank`` from
+        1, ``key`` and ``target`` (its position and text) and ``weight``. Keys without any weight are left out; text is
+        missing where there is none. In cross-attention a position is that of a query, and tokens are those of the keys.
+
+    Raises:
+        SelectionError: no query is at this position, no token is written so, or there is no such batch entry.
+        MeasureError: a text is given, and the trace's tokens don't fit any call.
+        FieldNotCaptured: neither weights nor the statistic were kept.
+    """
+    import pandas as pd
+
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise SelectionError(f"k={k!r}: expected an int from 1.")
+    frames, why = [], ""
+    for view in views(trace):
+        if not 0 <= example < view.shape[0]:
+            raise SelectionError(f"example={example}: {view.where} has {view.shape[0]} batch entries.")
+        found = named_keys(view)
+        tokens = None if isinstance(found, str) else found[example]
+        if isinstance(of, str) and (tokens is None or view.crosses):
+            why = why or f"{view.where}: {found if isinstance(found, str) else 'tokens of its queries are not known'}"
+            continue
+        for row, place in _rows(view, example, of, tokens):
+            frames.append(pd.DataFrame(_columns(view, example, row, place, k, tokens)))
+    if frames:
+        return pd.concat(frames, ignore_index=True)
+    if why:
+        raise MeasureError(f"top_targets({of!r}): {why}.")
+    raise SelectionError(f"top_targets({of!r}): no call of the trace has such a query.")
+
+
+def _rows(view: View, example: int, of: str | int, tokens: tuple[str | None, ...] | None) -> list[tuple[int, int]]:
+    """The rows that are asked for, and their positions."""
+    places = view.positions
+    at = list(view.queries) if places is None else places[0 if len(places) == 1 else example].tolist()
+    if isinstance(of, int):
+        return [(row, place) for row, place in enumerate(at) if place == of]
+    assert tokens is not None
+    tokens = tuple(token for token in tokens if token is not None)  # a prompt's tokens name the first keys
+    words = split_words(tokens)
+    same = [of in (token, piece.strip(" "), words.texts[word]) for token, piece, word in
+            zip(tokens, words.pieces, words.of, strict=True)]  # fmt: skip
+    return [(row, place) for row, place in enumerate(at) if 0 <= place < len(same) and same[place]]
+
+
+def _columns(
+    view: View, example: int, row: int, place: int, k: int, tokens: tuple[str | None, ...] | None
+) -> dict[str, Any]:
+    weights, keys = _largest(view, example, row, k)
+    head = torch.tensor(list(view.heads)).unsqueeze(1).expand_as(keys)
+    rank = torch.arange(1, keys.shape[1] + 1).expand_as(keys)
+    some = weights != 0
+    target = keys[some].tolist()
+    return {
+        **call_columns(view),
+        "head": head[some].numpy(),
+        "query": place,
+        "token": None if tokens is None or view.crosses else tokens[place],
+        "rank": rank[some].numpy(),
+        "key": target,
+        "target": [None if tokens is None else tokens[j] for j in target],
+        "weight": weights[some].double().numpy(),
+    }
+
+
+def _largest(view: View, example: int, row: int, k: int) -> tuple[Tensor, Tensor]:
+    """H k: the largest weights of a row, and their keys."""
+    if view.call.has("weights"):
+        weights, keys = view.weights[example, :, row].topk(min(k, view.shape[3]), -1)
+        return weights.cpu(), keys.cpu()
+    top = st.TopK(k)
+    return view.stat(top)[example, :, row].cpu(), view.stat(top, field=top.fields[1])[example, :, row].cpu()
