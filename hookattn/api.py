@@ -14,7 +14,7 @@ from torch import nn
 
 from .describe import describe_model
 from .errors import HookattnError, SelectionError, SkippedWarning, UnfaithfulWarning
-from .forward_inputs import arguments, check_fit, token_lists, tokens_of
+from .forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
 from .guard import Guard
 from .inspection import check_meta, make_plan
 from .keeper import Keeper
@@ -76,7 +76,7 @@ def trace(
     """
     args, kwargs = arguments(inputs)
     if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
-        check_fit(model, args, kwargs)  # text, which a forward may choke on much later
+        check_text(model, args, kwargs)  # which a forward may choke on much later
     with tracing(
         model,
         capture=capture,

@@ -21,12 +21,14 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compare arguments with a forward's signature; of a forward that has none to be read, nothing is said.
+    """Compare arguments with the signature of a forward that has raised a TypeError on them.
+
+    It is for the message alone, and never a reason not to run: a decorator may take more than a signature shows. Of a
+    forward that has no signature to be read, nothing is said.
 
     Raises:
         InputError: they do not fit it, or are text where it takes none.
     """
-    given = [*args, *kwargs.values()]
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
@@ -38,6 +40,20 @@ def check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}; got {_shapes(args, kwargs)}. "
             "Pass a tensor, a tuple of arguments, or a dict of keyword arguments."
         ) from error
+    check_text(model, args, kwargs)
+
+
+def check_text(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse text for a forward that does not say that it takes any; of one without a signature, nothing is said.
+
+    Raises:
+        InputError: all that is given is text.
+    """
+    given = [*args, *kwargs.values()]
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
     text = [a for a in given if isinstance(a, str) or (isinstance(a, (list, tuple)) and a and _strings(a))]
     if text and len(text) == len(given) and not any("str" in str(p.annotation) for p in signature.parameters.values()):
         raise InputError(f"the inputs hold text ({str(text[0])[:40]!r}); tokenize it first and pass the tensors.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from collections import UserDict
@@ -130,6 +131,19 @@ def test_bad_models_and_inputs(name: str) -> None:
     kind, bad, inputs, message = MODELS[name]
     with pytest.raises(kind, match=message):
         hookattn.trace(bad, inputs)
+
+
+class Renaming(Model):
+    """Takes an old name of an argument, in a decorator; ``inspect`` shows the function inside it."""
+
+    @functools.wraps(Model.forward)
+    def forward(self, *args: Any, layers_of_x: Any = None, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs, **({} if layers_of_x is None else {"x": sum(layers_of_x)}))
+
+
+def test_what_a_forward_takes_is_not_judged_by_its_signature() -> None:
+    made = hookattn.trace(Renaming(), {"layers_of_x": [X / 2, X / 2]})  # lists are looked at for text before the run
+    assert len(made) == len(run()) > 0
 
 
 SELECTIONS: list[tuple[dict[str, Any], str]] = [
