@@ -115,8 +115,8 @@ def tracing(
 ) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
-    The Trace is complete when the block ends. Arguments and errors are those of :func:`trace`. If the block raises, the
-    model is left clean and no file is left.
+    The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file.
+    Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")

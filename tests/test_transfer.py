@@ -158,6 +158,15 @@ def test_a_field_is_read_while_its_file_is_written(lane: Slow, tmp_path: Path) -
     same(made)
 
 
+def test_a_trace_reads_nothing_back_by_itself(lane: Slow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: StreamWriter, name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(StreamWriter, "tensor", never)
+    lane.gate.set()
+    same(hookattn.trace(Overwriting(), X, to=tmp_path / "x.safetensors"))
+
+
 def test_what_was_given_up_says_so(lane: Slow) -> None:
     """The block raised before the GPU's copies had arrived."""
     opener = threading.Timer(0.5, lane.gate.set)
