@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from .byte_level import in_bytes, is_byte_level
 
@@ -73,8 +73,7 @@ class Marks(Enum):
     """Nothing is marked: each token is a word."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token stands for.
 
     Attributes:
@@ -91,7 +90,8 @@ class Piece:
 
 def is_special(token: str) -> bool:
     """Whether a token is written as special ones are: ``[SEP]``, ``</s>``, ``<|endoftext|>``."""
-    if _SPECIAL.fullmatch(token) is None:
+    # Most tokens do not end as a special one does, and to ask that first is cheaper than the expression.
+    if not token.endswith((">", "]", "<", "|")) or _SPECIAL.fullmatch(token) is None:
         return False
     return token != _END and _BYTE.fullmatch(token) is None and _MARKUP.fullmatch(token) is None
 
@@ -122,7 +122,8 @@ def read_pieces(tokens: Sequence[str]) -> list[Piece]:
             made.append(Piece(_utf8(token), True, False))
             continue
         first = i == 0 or special[i - 1]
-        made.append(Piece(_data(token, marks), False, not first and _joins(tokens[i - 1], token, marks)))
+        data = _data(token, marks)
+        made.append(Piece(data, False, not first and _joins(tokens[i - 1], token, data, marks)))
     return made
 
 
@@ -144,7 +145,7 @@ def _marks_of(ordinary: Sequence[str]) -> Marks:
 def _data(token: str, marks: Marks) -> bytes:
     if marks is Marks.BYTES:
         return in_bytes(token)
-    byte = _BYTE.fullmatch(token)
+    byte = _BYTE.fullmatch(token) if token.startswith("<0x") else None
     if byte:
         return bytes([int(byte[1], 16)])
     if marks is Marks.METASPACE:
@@ -158,14 +159,14 @@ def _data(token: str, marks: Marks) -> bytes:
     return _utf8(token)
 
 
-def _joins(before: str, token: str, marks: Marks) -> bool:
+def _joins(before: str, token: str, data: bytes, marks: Marks) -> bool:
     if marks is Marks.CONTINUATION:
         return _continues(token)
     if marks is Marks.WORD_END:
         return not before.endswith(_END)
     if marks is Marks.JOINER:
         return _goes_on(before)
-    return marks is not Marks.NONE and not _data(token, marks).startswith((b" ", b"\n"))
+    return marks is not Marks.NONE and not data.startswith((b" ", b"\n"))
 
 
 def _continues(token: str) -> bool:
