@@ -2,7 +2,7 @@
  * Whose tokens the keys of a call are: the rule of hookattn/key_tokens.py, which tables and figures follow.
  * tests/test_key_tokens.py holds both to the same answers; a change here is a change there.
  */
-import type { Call } from "./call";
+import type { Call, Place } from "./call";
 import type { Site } from "./document";
 
 /** Stacks that read no text, whatever their axes are said to count. */
@@ -23,20 +23,6 @@ export function readsTokens({ site }: Call, calls: readonly Call[]): boolean {
   const crossing = new Set(calls.filter((c) => crosses(c.site)).map((c) => c.site.stack));
   // An encoder that crosses to its input has latents, or learned queries, of its own.
   return crossing.size === 0 || (site.stack === "encoder" && !crossing.has("encoder"));
-}
-
-/** Where the keys and the queries of a call are in its sequence. */
-export interface Place {
-  /** Position of the first key. */
-  first: number;
-  /** Position of the first query. */
-  past: number;
-  /** Whether it is known where the queries are. */
-  certain: boolean;
-  /** Whether the sequence is longer in other steps. */
-  grows: boolean;
-  /** How many tokens a list of the sequence has at least; null where it may be of several sequences. */
-  least: number | null;
 }
 
 type Sized = Pick<Call, "site" | "step" | "fed" | "extents" | "notes">;
