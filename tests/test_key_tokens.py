@@ -30,7 +30,7 @@ from hookattn.site import Site
 
 BUNDLE = Path(hookattn.__file__).parent / "render" / "viewer" / "hookattn-viewer.js"
 Names = Sequence[str | None]
-Expected = list[list[Names]]
+Expected = Sequence[Sequence[Names]]
 
 
 def words(n: int, letter: str = "w") -> list[str]:
@@ -100,7 +100,7 @@ def case(made: Callable[[], tuple[hookattn.Trace, Expected]]) -> Callable[[], tu
 
 class Attend(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        q, k = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in (x, x if y is None else y))
+        q, k = (z.view(*z.shape[:2], 2, -1).transpose(1, 2) for z in (x, x if y is None else y))
         return nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
 
 
@@ -340,8 +340,8 @@ def a_window_that_drops_the_oldest_keys() -> tuple[hookattn.Trace, Expected]:
 @case
 def a_window_that_leaves_the_prompt() -> tuple[hookattn.Trace, Expected]:
     made = steps([(5, 5), (1, 3), (1, 3), (1, 3), (1, 3)], words(5))
-    rest = [[*words(5)[3:], None], [words(5)[4], None, None], none(3), none(3)]
-    return made, [[words(5)], *([x] for x in rest)]
+    rest: list[Names] = [[*words(5)[3:], None], [words(5)[4], None, None], none(3), none(3)]
+    return made, [[words(5)], *[[x] for x in rest]]
 
 
 @case
@@ -461,7 +461,7 @@ def _generated(name: str) -> hookattn.Trace:
 
 
 def of_tables(made: hookattn.Trace) -> Expected:
-    found: Expected = []
+    found: list[Sequence[Names]] = []
     for view in views(made):
         names = named_keys(view)
         found.append([none(view.shape[3])] * view.shape[0] if isinstance(names, str) else list(map(list, names)))
