@@ -41,12 +41,14 @@ class Coverage:
         transformers: the version that its rows are of.
         count: how many types it says to have.
         types: the types that have a row or a reason why they are not run, sorted.
+        unrun: those that are not run in an implementation or in both, for a reason that it gives.
         red: its red rows.
     """
 
     transformers: str
     count: int
     types: tuple[str, ...]
+    unrun: tuple[str, ...]
     red: tuple[str, ...]
 
 
@@ -62,9 +64,9 @@ def read(path: str | Path) -> Coverage:
         raise ValueError(f"{path} does not say which transformers it is of, and how many types that maps")
     parts = {title: body for title, _, body in (part.partition("\n") for part in text.split("\n## ")[1:])}
     types = re.findall(r"^\| `([^`]+)` \|", parts.get("Every type", ""), re.MULTILINE)
-    types += re.findall(r"^- `([^`]+)`", parts.get("Not run, and why", ""), re.MULTILINE)
+    unrun = re.findall(r"^- `([^`]+)`", parts.get("Not run, and why", ""), re.MULTILINE)
     red = re.findall(r"^- (.*)", parts.get("Red rows", ""), re.MULTILINE)
-    return Coverage(named[1], int(named[2]), tuple(sorted(set(types))), tuple(red))
+    return Coverage(named[1], int(named[2]), tuple(sorted({*types, *unrun})), tuple(unrun), tuple(red))
 
 
 def write(path: str | Path, rows: list[Row], seconds: float) -> None:
