@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention import compute_dtype, softmax_weights
 from ..errors import FieldNotCaptured, MeasureError
-from ..key_tokens import key_positions, of_inputs
+from ..key_tokens import key_positions, of_inputs, stitched
 from ..positions import query_positions
 from ..record import FIELDS
 from ..statistics.base import Statistic
@@ -59,6 +59,12 @@ class View:
     def of_inputs(self) -> bool:
         """Whether padding of the inputs is of its keys; see :func:`hookattn.key_tokens.of_inputs`."""
         return of_inputs(self.call, self.trace)
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
+        call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
+        return any(c.step != call.step for c in of_all) or stitched(call)
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
