@@ -13,7 +13,6 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,27 +38,6 @@ class _Glances(threading.local):
 
 
 _glances = _Glances()
-
-
-class _Glance:
-    """Context manager around an implementation whose fused kernel is looked at as it is called.
-
-    A class and no generator: it is entered in every layer, and a generator takes three times as long.
-    """
-
-    __slots__ = ("_before", "_given")
-
-    def __init__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor):
-        self._given = module, q, k, v
-
-    def __enter__(self) -> None:
-        self._before = _glances.running  # an implementation may look up another
-        _glances.running = self._given
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _glances.running = self._before
 
 
 def patches() -> Iterable[Patch]:
@@ -105,10 +83,14 @@ def run(
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     if name == "sdpa" and not tracing.watching():
         # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
-        before = tracing.heard
-        with _Glance(module, query, key, value):
+        heard, around = tracing.heard, _glances.running  # an implementation may look up another
+        # By hand and no context manager: this runs in every layer, and entering one took as long as a small kernel.
+        _glances.running = module, query, key, value
+        try:
             out = function(module, query, key, value, attention_mask, *args, **kwargs)
-        if tracing.heard == before:
+        finally:
+            _glances.running = around
+        if tracing.heard == heard:
             with Quiet(query):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
