@@ -15,9 +15,9 @@ from .call import Call
 from .certificate import Certificate
 from .errors import StitchError
 from .fields import Later
+from .key_tokens import together
 from .lineage import Lineage, Place, extents
 from .record import FIELDS
-from .key_tokens import together
 from .trace import TraceData
 
 Whole = TypeVar("Whole", bound=TraceData)
