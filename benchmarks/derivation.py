@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hookattn.attention import Diagonal, causal_mask, derive
+from hookattn.attention.functional import Diagonal, causal_mask, derive
 
 from .clock import Clock, clock_of, median_of
 

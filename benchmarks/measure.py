@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from hookattn.planned import free_memory, size_of
+from hookattn.planning.memory_plan import free_memory, size_of
 
 from .cases import Case, room
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all

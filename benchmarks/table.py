@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hookattn.planned import size_of
+from hookattn.planning.memory_plan import size_of
 
 from .bars import Verdict
 from .measure import Row

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.taps.current import paused
+from hookattn.taps.active import paused
 
 from .clock import Variant
 from .models import sibling

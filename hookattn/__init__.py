@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-from .adapter import Adapter
 from .api import trace, tracing
-from .call import Call, Skipped
-from .certificate import Certificate
+from .attention.kernel_call import FIELDS, KernelCall
+from .calls.call import Call, Skipped
+from .calls.certificate import Certificate
+from .calls.site import Site
 from .errors import (
     AdapterCheckError,
     AdapterError,
@@ -35,11 +36,10 @@ from .errors import (
     UnfaithfulWarning,
     UnsupportedConfigError,
 )
-from .planned import MemoryPlan, PlannedCall
-from .planning import plan
-from .record import FIELDS, KernelCall
-from .registry import adapters, register
-from .site import Site
+from .models.adapter import Adapter
+from .models.registry import adapters, register
+from .planning.memory_plan import MemoryPlan, PlannedCall
+from .planning.plan import plan
 from .traces import Trace, load
 from .version import __version__ as __version__
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .describe import describe_model
 from .errors import HookattnError, SelectionError, SkippedWarning, UnfaithfulWarning
-from .forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
-from .guard import Guard
-from .inspection import check_meta, make_plan
-from .keeper import Keeper
-from .selection import Selection
-from .session import Session
+from .models.description import describe_model
+from .models.discovery import check_meta, make_plan
+from .planning.room import Guard
+from .recording.forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
+from .recording.recorder import Keeper
+from .recording.selection import Selection
+from .recording.session import Session
 from .statistics.base import Statistic
 from .traces import Trace
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, Self
 
-from .stitch import stitch as stitched
-from .trace import TraceData
+from .calls.trace_data import TraceData
+from .generation.stitch import stitch as stitched
 
 
 class Trace(TraceData):
@@ -31,7 +31,7 @@ class Trace(TraceData):
             length: how many positions are kept; for assisted decoding one less than the final sequence has.
 
         Raises:
-            StitchError, FieldNotCaptured: see :func:`hookattn.stitch.stitch`, which has the whole story.
+            StitchError, FieldNotCaptured: see :func:`hookattn.generation.stitch.stitch`, which has the whole story.
         """
         return stitched(self, beams=beams, length=length)
 

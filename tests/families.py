@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 from hookattn import Adapter
-from hookattn.inspection import Plan, make_plan
-from hookattn.registry import using
+from hookattn.models.discovery import Plan, make_plan
+from hookattn.models.registry import using
 from tests.sweep.cases import small_config
 from tests.sweep.classes import model_class
 from tests.sweep.weights import draw

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hookattn.kernels import launch
+from hookattn.attention.kernels import launch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

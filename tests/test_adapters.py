@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Adapter
-from hookattn.inspection import make_plan
-from hookattn.registry import using
+from hookattn.models.discovery import make_plan
+from hookattn.models.registry import using
 from hookattn.testing import check_adapter
 from hookattn.testing.case import same
 

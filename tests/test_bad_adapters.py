@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import hookattn
-from hookattn import Adapter, BrokenAdapterError, Site, UnsupportedConfigError, registry
+from hookattn import Adapter, BrokenAdapterError, Site, UnsupportedConfigError
+from hookattn.models import registry
 
 
 class Att(nn.Module):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import KernelCall, UnfaithfulError, UnfaithfulWarning
-from hookattn.certificate import TOLERANCE, rows_to_check
-from hookattn.taps import eager, mha, sdpa
+from hookattn.calls.certificate import TOLERANCE, rows_to_check
+from hookattn.taps import nn_attention, sdpa
+from hookattn.taps.eager import assemble
 from tests.reference import draw
 
 B, H, G, D = 2, 4, 2, 8
@@ -141,7 +142,7 @@ def test_a_selection_is_checked_too(monkeypatch: pytest.MonkeyPatch, options: di
 
 
 def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = eager.Build.call
+    build = assemble.Build.call
     good = trace(Eager(), qkv())[0].certificate
     assert good.faithful and good.weights_error is not None and good.weights_error <= good.weights_tolerance
     for change in (
@@ -156,7 +157,7 @@ def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPat
             change(call)
             return call
 
-        monkeypatch.setattr(eager.Build, "call", changed)
+        monkeypatch.setattr(assemble.Build, "call", changed)
         found = trace(Eager(), qkv())[0].certificate
         assert found.status == "unfaithful" and found.weights_error > found.weights_tolerance, found
 
@@ -166,7 +167,9 @@ def test_the_fast_path_is_compared_as_a_whole(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         good = trace(attn, (x, x, x))[0]
         assert good.certificate.basis == "what the fused layer returned" and good.certificate.faithful
-        monkeypatch.setattr(mha, "softmax_weights", lambda scores, mask: torch.ones_like(scores) / scores.shape[-1])
+        monkeypatch.setattr(
+            nn_attention, "softmax_weights", lambda scores, mask: torch.ones_like(scores) / scores.shape[-1]
+        )
         assert trace(attn, (x, x, x))[0].certificate.status == "unfaithful"
 
 

@@ -22,8 +22,8 @@ from click.testing import CliRunner, Result
 from hookattn.cli import main
 from hookattn.cli.app import app
 from hookattn.cli.options import positions
-from hookattn.cli.recheck import CHECKS, recheck
 from hookattn.demo.induction import example_tokens, load_pretrained
+from hookattn.testing.recheck import CHECKS, recheck
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["[PAD]", "[UNK]", "<s>", "the", "cat", "sat", "on", "mat", "."]
@@ -636,7 +636,7 @@ def test_adapters() -> None:
         covers = ("a_package_of_test_cli.modeling",)
         attention = {"MySelfAttention": "self"}
 
-    from hookattn.registry import unregister
+    from hookattn.models.registry import unregister
 
     hookattn.register(Mine())
     try:

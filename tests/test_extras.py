@@ -14,7 +14,7 @@ import pytest
 
 import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
-from hookattn.extras import _BRINGS, install, told
+from hookattn.optional import _BRINGS, install, told
 
 ROOT = Path(hookattn.__file__).parents[1]
 MISSING = [name for names in _BRINGS.values() for name in names]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Call, Trace, TraceFileError
+from hookattn.calls.fields import InFile, Later, dtype_of, shape_of, tensor_of
 from hookattn.errors import FieldNotCaptured
-from hookattn.fields import InFile, Later, dtype_of, shape_of, tensor_of
+from hookattn.generation.merge_statistics import merge
 from hookattn.render.trace_files import stored
-from hookattn.statistics.merging import merge
 from hookattn.store import LazyFile, StreamWriter, partial
 from tests.reference import draw, same_bits
 from tests.test_trace_file import Model, X

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hookattn
-from hookattn import fresh
-from hookattn.attention import causal_mask, derive
+from hookattn.attention.functional import causal_mask, derive
+from hookattn.torch_internals import allocation
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool)
@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.flo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 5), (1 << 11, 1 << 11), (0, 4)], ids=str)
 def test_empty_is_like_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = fresh.empty(shape, dtype, CPU)
+    made = allocation.empty(shape, dtype, CPU)
     assert (made.shape, made.dtype, made.device) == (torch.Size(shape), dtype, CPU)
     assert made.is_contiguous()
     assert made.data_ptr() % 64 == 0
@@ -29,7 +29,7 @@ def test_empty_is_like_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> Non
 def test_copies_are_equal_contiguous_and_on_their_own() -> None:
     base = torch.randn(3, 700, 500)
     several = [base[0].t(), base[1].to(torch.bfloat16), base[:, ::2], base[:0], base > 0, torch.tensor(3)]
-    made = fresh.copies(several)
+    made = allocation.copies(several)
     for own, x in zip(made, several, strict=True):
         torch.testing.assert_close(own, x, rtol=0, atol=0)
         assert own.is_contiguous()
@@ -46,7 +46,7 @@ def test_large_tensors_lie_in_huge_pages() -> None:
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not enabled.exists() or "[never]" in enabled.read_text():
         pytest.skip("huge pages are switched off")
-    made = fresh.empty((1 << 24,), torch.float32, CPU).zero_()
+    made = allocation.empty((1 << 24,), torch.float32, CPU).zero_()
     assert _huge(made) >= 32 << 10, "kB of huge pages, at least half of what it takes"
 
 
@@ -65,19 +65,19 @@ def _huge(x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("call", [None, lambda *_: -1], ids=["none", "refused"])
 def test_without_huge_pages_it_is_the_same(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
-    monkeypatch.setattr(fresh, "_madvise", lambda: call)
+    monkeypatch.setattr(allocation, "_madvise", lambda: call)
     x = torch.randn(1 << 11, 1 << 11)
-    assert torch.equal(fresh.copies([x.t()])[0], x.t())
-    assert fresh.empty((1 << 22,), torch.float32, CPU).numel() == 1 << 22
+    assert torch.equal(allocation.copies([x.t()])[0], x.t())
+    assert allocation.empty((1 << 22,), torch.float32, CPU).numel() == 1 << 22
 
 
 def test_small_tensors_cost_no_call_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(fresh, "_madvise", lambda: lambda *given: asked.append(given[1]))
-    fresh.empty((1000,), torch.float32, CPU)
-    fresh.copies([torch.ones(1000), torch.ones(10)])
+    monkeypatch.setattr(allocation, "_madvise", lambda: lambda *given: asked.append(given[1]))
+    allocation.empty((1000,), torch.float32, CPU)
+    allocation.copies([torch.ones(1000), torch.ones(10)])
     assert not asked
-    several = fresh.copies([torch.ones(1 << 18)] * 3)
+    several = allocation.copies([torch.ones(1 << 18)] * 3)
     assert len(asked) == 3
     assert all(size >= x.nbytes for size, x in zip(asked, several, strict=True))
 
@@ -86,7 +86,7 @@ def test_memory_goes_with_its_tensors() -> None:
     def size() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    made = fresh.empty((1 << 26,), torch.uint8, CPU).fill_(1)
+    made = allocation.empty((1 << 26,), torch.uint8, CPU).fill_(1)
     held = size()
     view = made[:10]
     del made

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import guard, planning, session
 from hookattn.errors import TraceTooLargeError, TraceTooLargeWarning
+from hookattn.planning import plan, room
+from hookattn.recording import session
 from hookattn.testing import check_clean
 from hookattn.testing.case import same, tensors
 from hookattn.testing.clean import state_of
@@ -32,7 +33,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(session, "LARGE", 0)
 
     def give(memory: int, disk: int = 1 << 60) -> None:
-        for module in (guard, planning):
+        for module in (room, plan):
             monkeypatch.setattr(module, "free_memory", lambda device: memory)
             monkeypatch.setattr(module, "free_disk", lambda path: disk)
 
@@ -43,13 +44,13 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was planned while a forward ran."""
     made: list[Any] = []
-    observe = planning.observe
+    observe = plan.observe
 
     def counted(*given: Any) -> Any:
         made.append(observe(*given))
         return made[-1]
 
-    monkeypatch.setattr(planning, "observe", counted)
+    monkeypatch.setattr(plan, "observe", counted)
     return made
 
 
@@ -59,7 +60,7 @@ def test_to_the_byte(room: Any, planned: list[Any], how: str, generic: bool) -> 
     model, ran = tiny.gpt2(how, n_layer=4), []
     for block in model.transformer.h:
         block.mlp.register_forward_hook(lambda *_: ran.append(1))
-    with hookattn.registry.using() if generic else warnings.catch_warnings():
+    with hookattn.models.registry.using() if generic else warnings.catch_warnings():
         total = hookattn.plan(model, tiny.ids(64)).total
         before, seen = state_of(model), len(planned)
         room(total)
@@ -161,7 +162,7 @@ def test_what_cannot_be_planned_is_warned_of(room: Any) -> None:
 
 
 def test_small_calls_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "free_memory", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(room, "free_memory", lambda device: pytest.fail("asked"))
     assert len(hookattn.trace(tiny.gpt2(), tiny.ids(64))) == 2
 
 
@@ -175,10 +176,10 @@ def test_the_bound_is_one(monkeypatch: pytest.MonkeyPatch, case: Any, options: d
     most: dict[int, int] = {}
     monkeypatch.setattr(session, "LARGE", 0)
 
-    def check(self: guard.Guard, forward: Any, call: Any, site: Any) -> None:
+    def check(self: room.Guard, forward: Any, call: Any, site: Any) -> None:
         most[len(most)] = self._most(call)  # asked once for each call, in their order
 
-    monkeypatch.setattr(guard.Guard, "check", check)
+    monkeypatch.setattr(room.Guard, "check", check)
     inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.inputs()]
     trace = hookattn.trace(case.model().double(), tuple(inputs), verify="off", **options)
     assert len(most) == len(trace) > 0

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import Adapter, inspection
+from hookattn import Adapter
 from hookattn.errors import ModelError, UnsupportedConfigError
-from hookattn.inspection import make_plan
-from hookattn.layers import sounds_like_attention
-from hookattn.registry import using
-from hookattn.taps.operations import name_of
-from hookattn.taps.watch import Watch
+from hookattn.models import discovery
+from hookattn.models.discovery import make_plan
+from hookattn.models.layer_numbers import sounds_like_attention
+from hookattn.models.registry import using
+from hookattn.taps.eager.follower import Watch
+from hookattn.taps.eager.operations import name_of
 
 
 class Attention(nn.Module):
@@ -82,13 +83,13 @@ def paths(model: nn.Module) -> list[tuple[str, str]]:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The models that were looked at module by module."""
     seen: list[nn.Module] = []
-    look = inspection._look
+    look = discovery._look
 
     def counted(model: nn.Module, *rest: Any) -> Any:
         seen.append(model)
         return look(model, *rest)
 
-    monkeypatch.setattr(inspection, "_look", counted)
+    monkeypatch.setattr(discovery, "_look", counted)
     return seen
 
 
@@ -178,7 +179,7 @@ def test_what_is_configured_is_asked_once_for_each_site(monkeypatch: pytest.Monk
 
 
 def test_more_modules_than_are_followed_place_by_place(monkeypatch: pytest.MonkeyPatch, adapters: bool) -> None:
-    monkeypatch.setattr(inspection, "_MANY", 6)
+    monkeypatch.setattr(discovery, "_MANY", 6)
     model = Model(4)
     first = paths(model)
     assert paths(model) == first and [p for p, _ in first] == [f"layers.{i}.attn" for i in range(4)]
@@ -276,10 +277,10 @@ def test_a_model_is_not_kept_alive(adapters: bool) -> None:
     model = Model()
     paths(model)
     gone = weakref.ref(model), weakref.ref(model.layers[1].attn)
-    known = len(inspection._known)
+    known = len(discovery._known)
     del model
     gc.collect()
-    assert [ref() for ref in gone] == [None, None] and len(inspection._known) == known - 1
+    assert [ref() for ref in gone] == [None, None] and len(discovery._known) == known - 1
 
 
 def test_the_description_is_of_the_model_as_it_was() -> None:

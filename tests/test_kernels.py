@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hookattn
-from hookattn import KernelCall, attention
-from hookattn.attention import Diagonal, causal_mask
-from hookattn.kernels import launch
+from hookattn import KernelCall
+from hookattn.attention import functional
+from hookattn.attention.functional import Diagonal, causal_mask
+from hookattn.attention.kernels import launch
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, masked_softmax, repeat_heads
 
@@ -257,12 +258,12 @@ def test_a_trace_of_nothing_but_arguments(monkeypatch: pytest.MonkeyPatch, fault
         asked.append(before(call, rows, mask, diagonal))
         return asked[-1]
 
-    monkeypatch.setattr("hookattn.kernels.check", heeded)
+    monkeypatch.setattr("hookattn.attention.kernels.check", heeded)
     made, heard = traced(monkeypatch, torch.bfloat16, capture=("q", "k", "v"), verify="full")
     assert not heard.calls and len(asked) == 1 and asked[0] is not None
     certificate = made[0].certificate
     assert certificate.faithful == (fault is None) and certificate.rows == 24
-    monkeypatch.setattr("hookattn.kernels.check", lambda *args: None)
+    monkeypatch.setattr("hookattn.attention.kernels.check", lambda *args: None)
     plain = traced(monkeypatch, torch.bfloat16, capture=("q", "k", "v"), verify="full")[0][0].certificate
     assert plain.faithful
     if fault is None:
@@ -289,9 +290,9 @@ def traced(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **options: Any) 
         heard.calls.append(inspect.signature(before).bind(*args).arguments)
         return before(*args)
 
-    monkeypatch.setattr("hookattn.kernels.derive", heeded)
-    monkeypatch.setattr("hookattn.small.SMALL", 0)
-    monkeypatch.setattr(attention, "on_gpu", lambda x: True)
+    monkeypatch.setattr("hookattn.attention.kernels.derive", heeded)
+    monkeypatch.setattr("hookattn.recording.batched.SMALL", 0)
+    monkeypatch.setattr(functional, "on_gpu", lambda x: True)
     q = draw(2, 4, 24, 16, seed=1, dtype=dtype).to(DEVICE)
     k, v = (draw(2, 2, 24, 16, seed=i, dtype=dtype).to(DEVICE) for i in (2, 3))
     return hookattn.trace(Attention(), (q, k, v), **options), heard

@@ -45,7 +45,7 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hookattn.kernels import launch, statistics
+    from hookattn.attention.kernels import launch, statistics
 
     named, kernel = given.split(), getattr(launch.kernels(), name)
     if name in ("derive_rows", "check_rows"):

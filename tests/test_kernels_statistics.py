@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import hookattn
 from hookattn import statistics as st
-from hookattn.kernels import launch
-from hookattn.kernels import statistics as kernels
+from hookattn.attention.kernels import launch
+from hookattn.attention.kernels import statistics as kernels
 from hookattn.statistics import engine, fused
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, reference_attention

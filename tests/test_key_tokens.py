@@ -23,10 +23,10 @@ import hookattn
 from hookattn import analyze
 from hookattn.analyze.frame import views
 from hookattn.analyze.labels import named_keys, sequences
+from hookattn.calls.key_tokens import together
+from hookattn.calls.part import many
+from hookattn.calls.site import Site
 from hookattn.errors import MeasureError
-from hookattn.key_tokens import together
-from hookattn.render.part import many
-from hookattn.site import Site
 
 BUNDLE = Path(hookattn.__file__).parent / "render" / "viewer" / "hookattn-viewer.js"
 Names = Sequence[str | None]

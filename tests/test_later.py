@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import later
+from hookattn.recording import later
 from tests.reference import draw
 
 
@@ -49,7 +49,7 @@ X = draw(2, 4, 9, 6, seed=3)
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch, **options: Any) -> hookattn.Trace:
     with monkeypatch.context() as patch:
-        patch.setattr("hookattn.small.SMALL", 0)
+        patch.setattr("hookattn.recording.batched.SMALL", 0)
         return hookattn.trace(Mixed(), X, **options)
 
 

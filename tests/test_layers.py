@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.registry import using
+from hookattn.models.registry import using
 
 D = 8
 

@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hookattn
 from hookattn import AdapterCheckError, KernelCall
-from hookattn.hooks import Brackets
-from hookattn.session import Session
+from hookattn.models.module_hooks import Brackets
+from hookattn.recording.session import Session
 from hookattn.testing import Failure, check_adapter
 from hookattn.testing.failure import listing
 from tests import reference

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import planned, planning
+from hookattn.planning import memory_plan, plan
 from hookattn.testing import check_clean
 from hookattn.testing.clean import state_of
 from tests import tiny_models as tiny
@@ -164,12 +164,12 @@ def test_a_cache_among_the_inputs_is_not_touched() -> None:
 def test_no_attention_runs_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
 
-    class Spy(planning.ShapeRecorder):
+    class Spy(plan.ShapeRecorder):
         def keep(self, call: Any, *rest: Any) -> Any:
             kinds.append(type(call.q).__name__)
             return super().keep(call, *rest)
 
-    monkeypatch.setattr(planning, "ShapeRecorder", Spy)
+    monkeypatch.setattr(plan, "ShapeRecorder", Spy)
     hookattn.plan(tiny.gpt2(), tiny.ids())
     assert kinds == ["FakeTensor"] * 2
 
@@ -188,18 +188,18 @@ def test_one_that_is_too_large_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lean = hookattn.plan(model, inputs, capture=[f for f in hookattn.FIELDS if f not in ("scores", "weights")])
     last = hookattn.plan(model, inputs, queries=slice(-1, None))
     room = lean.total + 1
-    monkeypatch.setattr(planning, "free_memory", lambda device: room)
-    monkeypatch.setattr(planning, "free_disk", lambda path: whole.total - 1)
+    monkeypatch.setattr(plan, "free_memory", lambda device: room)
+    monkeypatch.setattr(plan, "free_disk", lambda path: whole.total - 1)
     told = hookattn.plan(model, inputs)
     assert not told.fits
     assert [x.split(" ")[0].split("=")[0] for x in told.advice] == ["capture", "capture", "queries", "capture"]
-    assert "does not fit" in repr(told) and planned.size_of(last.total) in told.advice[-2]
+    assert "does not fit" in repr(told) and memory_plan.size_of(last.total) in told.advice[-2]
     streamed = hookattn.plan(model, inputs, to="x.safetensors")
     assert not streamed.fits and streamed.free_disk == whole.total - 1
-    monkeypatch.setattr(planning, "free_disk", lambda path: whole.total)
-    monkeypatch.setattr(planning, "free_memory", lambda device: whole.total)
+    monkeypatch.setattr(plan, "free_disk", lambda path: whole.total)
+    monkeypatch.setattr(plan, "free_memory", lambda device: whole.total)
     assert hookattn.plan(model, inputs, to="x.safetensors").fits
-    monkeypatch.setattr(planning, "free_memory", lambda device: 0)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 0)
     assert "none of the usual selections fits" in hookattn.plan(model, inputs).advice[0]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import hookattn
-from hookattn import Adapter, AdapterError, BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError, registry
+from hookattn import Adapter, AdapterError, BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
+from hookattn.models import registry
 
 Install = Callable[..., None]
 

@@ -26,7 +26,7 @@ from matplotlib.text import Text
 
 import hookattn
 from hookattn import render
-from hookattn.certificate import Certificate
+from hookattn.calls.certificate import Certificate
 from hookattn.errors import FieldNotCaptured, SelectionError, TraceWriteError
 from hookattn.render.figures import VIEWS
 from hookattn.render.figures.files import save

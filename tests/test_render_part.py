@@ -12,10 +12,10 @@ pytest.importorskip("numpy")
 pytest.importorskip("transformers")
 
 import hookattn
+from hookattn.calls.choose import one, one_stack
+from hookattn.calls.part import many
 from hookattn.errors import FieldNotCaptured, InputError, SelectionError
 from hookattn.render.by_distance import by_distance
-from hookattn.render.choose import one, one_stack
-from hookattn.render.part import many
 from hookattn.render.values import pooled, values
 from tests import tiny_models as tiny
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Adapter
-from hookattn.registry import using
+from hookattn.models.registry import using
 
 
 class SelfAttention(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hookattn
-from hookattn.session import Session
-from hookattn.small import shape_of
+from hookattn.recording.batched import shape_of
+from hookattn.recording.session import Session
 
 pytest.importorskip("transformers")
 
@@ -58,7 +58,7 @@ def test_the_short_way_is_the_long_one(
         assert any(short) is goes
         assert all(short)
         n = len(short)
-        monkeypatch.setattr("hookattn.small.SMALL", 0)
+        monkeypatch.setattr("hookattn.recording.batched.SMALL", 0)
         torch.manual_seed(1)
         slow = hookattn.trace(model, x)
     assert not any(short[n:])

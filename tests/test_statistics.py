@@ -573,7 +573,9 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     want = st.compute(problem, asked())
     monkeypatch.setattr(engine, "on_gpu", lambda x: True)
     monkeypatch.setattr(engine, "_BLOCK_ON_GPU", 300)
-    monkeypatch.setattr("hookattn.kernels.launch._has_triton", lambda: False)  # as its kernels have tests of their own
+    monkeypatch.setattr(
+        "hookattn.attention.kernels.launch._has_triton", lambda: False
+    )  # as its kernels have tests of their own
     found = st.compute(problem, asked())
     assert any("triton is not installed" in note for note in problem.notes)
     for name, value in want.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import FieldNotCaptured, StitchError
-from hookattn.registry import using
+from hookattn.models.registry import using
 from hookattn.testing import check_trace
 from tests import tiny_models as tiny
 from tests.tiny_models import SMALL, WORDS, ids, padded

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, einsum, nn
 
-from hookattn.taps import axes
-from hookattn.taps.axes import Atom, fresh, sizes
+from hookattn.taps.eager import axis_history
+from hookattn.taps.eager.axis_history import Atom, fresh, sizes
 from tests.reference import check_call, draw, heads, merge, trace_checked
 from tests.zoo.base import B, D, E, H, T
 
@@ -98,9 +98,9 @@ def test_an_empty_batch(how: str) -> None:
 
 def test_reshape_of_nothing() -> None:
     layout = fresh((0, 6, 4))
-    assert sizes(axes.reshape(layout, (0, 24), None)) == (0, 24)
-    assert sizes(axes.reshape(fresh((0,)), (2, 0, 3), None)) == (2, 0, 3)
-    assert sizes(axes.reshape(((Atom(2), Atom(0)),), (0, 5), None)) == (0, 5)
+    assert sizes(axis_history.reshape(layout, (0, 24), None)) == (0, 24)
+    assert sizes(axis_history.reshape(fresh((0,)), (2, 0, 3), None)) == (2, 0, 3)
+    assert sizes(axis_history.reshape(((Atom(2), Atom(0)),), (0, 5), None)) == (0, 5)
 
 
 @pytest.mark.parametrize("cap_first", [True, False])

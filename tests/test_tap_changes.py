@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
+from hookattn.attention.kernel_call import KernelCall
 from hookattn.errors import ModelError
-from hookattn.inspection import make_plan
-from hookattn.keeper import Keeper
-from hookattn.record import KernelCall
-from hookattn.selection import Selection
-from hookattn.session import Session
+from hookattn.models.discovery import make_plan
+from hookattn.recording.recorder import Keeper
+from hookattn.recording.selection import Selection
+from hookattn.recording.session import Session
 from hookattn.taps import ActiveTrace, Change
 from hookattn.testing import check_clean
 from tests.reference import causal, draw, same_bits
@@ -345,6 +345,28 @@ def test_the_interface(name: str, how: str, edit: Edit) -> None:
     assert all(c.certificate.faithful for c in trace.calls)
     if name == "llama" and how == "alone":
         assert [c.k.shape[1] for c in trace.calls] == [2, 2]
+
+
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_grouped_heads_that_the_interface_repeats(of: str) -> None:
+    """With a mask it hands the kernel every query head's own copy; the listener sees the groups, and so does the record."""
+    pytest.importorskip("transformers")
+    from tests import tiny_models as tiny
+
+    model, inputs = tiny.llama().double(), tiny.padded("left")
+    editor = Editor(lambda c: Change(**{of: louder(getattr(c, of))}), layer=1)
+    with torch.no_grad():
+        plain = hookattn.trace(model, inputs).calls[1]
+        with listening(model, editor) as trace:
+            model(**inputs)
+    call = trace.calls[1]
+    assert call.k.shape[1] == call.v.shape[1] == 2 and call.mask is not None and not editor.unasked
+    for name in ("q", "k", "v"):
+        expected = louder(getattr(plain, name)) if name == of else getattr(plain, name)
+        assert torch.equal(getattr(call, name), expected)
+    rows = call.mask.any(-1).expand(call.output.shape[:3])
+    assert float((attend(call.q, call.k, call.v, call.mask) - call.output)[rows].abs().max()) < EXACT * 100
+    assert float((call.output - plain.output)[rows].abs().max()) > 1e-3
 
 
 class Unread(nn.Module):

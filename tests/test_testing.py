@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import hookattn
-from hookattn import registry
+from hookattn.models import registry
 from hookattn.testing import AdapterContract, check_clean, check_trace
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
@@ -250,7 +250,7 @@ def test_what_is_left_behind_is_noticed() -> None:
     check_clean(model)  # the user's own hooks are no concern of ours
     mine.remove()
     hook = lambda *_: None  # noqa: E731
-    hook.__module__ = "hookattn.hooks"
+    hook.__module__ = "hookattn.models.module_hooks"
     handle = model[0].register_forward_hook(hook)
     with pytest.raises(AssertionError, match="0: a hook is left"):
         check_clean(model)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hookattn
 from hookattn import Call, CorruptFileError, NewerFormatError, Site, Trace
 from hookattn.store import LazyFile
-from hookattn.taps.current import current
+from hookattn.taps.active import current
 from tests.reference import causal, draw, paths, same_bits
 
 B, T, E, H, G = 2, 6, 32, 4, 2
@@ -179,7 +179,7 @@ def test_a_loaded_trace_saved_again(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_file(tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     (older := tmp_path / "older").write_text("mine")
     m = Model()
-    monkeypatch.setitem(hookattn.certificate.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setitem(hookattn.calls.certificate.TOLERANCE, torch.float32, -1.0)
     for path in (tmp_path / "f", older):
         layers, strict = [9] if error is hookattn.SelectionError else None, error is hookattn.UnfaithfulError
         with pytest.raises(error), hookattn.tracing(m, to=path, layers=layers, strict=strict):

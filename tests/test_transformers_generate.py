@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.registry import using
+from hookattn.models.registry import using
 from tests import reference
 from tests import tiny_models as tiny
 from tests.tiny_models import ids, padded

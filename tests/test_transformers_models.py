@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hookattn.registry import using
+from hookattn.models.registry import using
 from tests import tiny_models as tiny
 from tests.tiny_models import Case, ids, image, padded
 

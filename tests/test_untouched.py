@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import hookattn
-from hookattn.registry import using
-from hookattn.taps import interface
+from hookattn.models.registry import using
+from hookattn.taps import hf_interface
 from tests.reference import assert_untouched, draw, paths, same_bits, snapshot, trace_checked
 
 B, T, E, H = 2, 6, 16, 4
@@ -51,7 +51,7 @@ class Attn(nn.Module):
         elif self.kind == "flex":
             y = flex_attention(q, k, v)
         elif self.kind == "interface":  # as transformers looks its kernels up
-            y = interface.run(lambda _, *qkv: (F.scaled_dot_product_attention(*qkv),), "sdpa", self, q, k, v)[0]
+            y = hf_interface.run(lambda _, *qkv: (F.scaled_dot_product_attention(*qkv),), "sdpa", self, q, k, v)[0]
         else:
             y = F.dropout((q @ k.mT / 2).softmax(-1), self.p, self.training) @ v
         return self.out(y.transpose(1, 2).flatten(2))
@@ -111,7 +111,7 @@ def test_nothing_is_left_when_the_forward_raises(way: str, kind: str, error: typ
 
 def test_nothing_is_left_when_the_library_raises(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model := net())
-    monkeypatch.setitem(hookattn.certificate.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setitem(hookattn.calls.certificate.TOLERANCE, torch.float32, -1.0)
     for options in ({"heads": [9]}, {"queries": [7]}, {"strict": True}):
         error = hookattn.UnfaithfulError if "strict" in options else hookattn.SelectionError
         with pytest.raises(error), hookattn.tracing(model, **options):

@@ -1,6 +1,7 @@
 """What the heads of a trace do: measures, one a file, and the tables that are made of them."""
 
 from ..tokens.pieces import SEPARATORS
+from .call_view import View
 from .circuits.circuit import Circuit, Projection
 from .circuits.composition import composition
 from .circuits.copying import copying, vocabulary
@@ -44,7 +45,6 @@ from .tables.roles import ROLES, Role
 from .tables.rollout import rollout
 from .tables.top_targets import top_targets
 from .tables.variability import variability
-from .view import View
 
 __all__ = [
     "MEASURES",

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..fields import Field
+from ..calls.fields import Field
+from .call_view import View
 from .measures.base import Measure
 from .table import readings
-from .view import View
 
 
 class Chance:

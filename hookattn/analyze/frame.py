@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import MeasureError
-from .view import View
+from .call_view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calls.key_tokens import foreign_keys, key_positions
 from ..errors import MeasureError
-from ..key_tokens import foreign_keys, key_positions
 from ..tokens.words import split_words
-from .view import View
+from .call_view import View
 
 Rows = tuple[tuple[Any, ...], ...]
 PADDING = "[PAD]"

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .call_view import View
 from .labels import Rows, frozen, padded, sequences
 from .measures.base import Measure
-from .view import View
 
 
 @dataclass(frozen=True, slots=True)

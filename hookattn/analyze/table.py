@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..errors import HookattnError, MeasureError, SelectionError
 from ..statistics.base import Statistic
+from .call_view import View
 from .frame import call_columns, views
 from .labels import named_keys
 from .reading import Reading
-from .view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,9 +7,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..registry import adapters as installed
+from ..console.screen import Screen
+from ..models.registry import adapters as installed
 from .command import Command
-from .screen import Screen
 
 
 @click.command(cls=Command, short_help="List the adapters.", examples=("hookattn adapters", "hookattn adapters --json"))

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from ..console.screen import Screen
 from ..errors import HookattnError
-from ..extras import install
-from .screen import Screen
+from ..optional import install
 
 
 class Failure(click.ClickException):

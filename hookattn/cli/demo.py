@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ..console.screen import Screen
 from .command import Command
-from .screen import Screen
 
 
 @click.command(

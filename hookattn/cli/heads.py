@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analyze import MEASURES, report
+from ..console.screen import Screen, counted
 from ..errors import SelectionError, TraceWriteError
 from ..traces import load
 from .command import Command
 from .options import names
-from .screen import Screen, counted
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ..console.screen import Screen
+from ..console.tables import print_calls, print_head, print_verdict, summary
 from ..traces import load
 from .command import Command
-from .screen import Screen
-from .table import print_calls, print_head, print_verdict, summary
 
 
 @click.command(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..console.screen import Screen, counted
 from ..errors import ModelError
 from .command import first_line
-from .screen import Screen, counted
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TRANSFORMERS = 'needs the package transformers: pip install "hookattn[transformers]"'

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
+from ..console.screen import Screen, size_of
 from ..errors import SelectionError
 from ..traces import load
 from .command import Command
 from .options import ints, positions
-from .screen import Screen, size_of
 
 _VIEWS = ("matrix", "head", "model", "neuron", "lens", "distance")
 _NOT_IN_PAGES = ("distance",)
@@ -96,8 +96,8 @@ def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int 
 
 
 def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
+    from ..calls.part import many
     from ..render.html_page import save_page
-    from ..render.part import many
 
     trace = load(file)
     where = {name: value for name, value in asked.items() if name not in ("field", "scale", "sink")}

@@ -12,12 +12,12 @@ import torch
 
 from ..analyze.registry import MEASURES, resolve
 from ..analyze.survey import Batch, Corpus, survey
+from ..console.screen import Screen, counted, size_of
 from ..errors import InputError
 from .command import Command
 from .inputs import encode, move, tokenizer_of
 from .models import Loaded, load_model
 from .options import names
-from .screen import Screen, counted, size_of
 from .trace import check_target
 
 Encode = Callable[[Sequence[Any]], Iterator[Batch]]

@@ -9,14 +9,14 @@ import click
 import torch
 
 from .. import api
+from ..console.screen import Screen, counted, size_of
+from ..console.tables import print_calls, print_head, print_verdict, summary
 from ..errors import ModelError, TraceWriteError
 from ..traces import Trace
 from .command import Command
 from .inputs import Given, gather, move, read_tensors
 from .models import Loaded, is_factory, load_model
 from .options import DTYPES, ints, names, positions
-from .screen import Screen, counted, size_of
-from .table import print_calls, print_head, print_verdict, summary
 
 _COMPACT = ("q", "k", "v", "bias", "mask", "sinks", "output")
 

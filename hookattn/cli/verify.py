@@ -8,11 +8,11 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from ..call import Call
+from ..calls.call import Call
+from ..console.screen import Screen, counted
+from ..testing.recheck import CHECKS, Check, recheck
 from ..traces import Trace, load
 from .command import Command
-from .recheck import CHECKS, Check, recheck
-from .screen import Screen, counted
 
 Result = tuple[Call, dict[str, Check]]
 

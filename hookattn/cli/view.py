@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from ..console.screen import Screen, size_of
 from ..errors import RenderError
 from ..traces import load
 from .command import Command, explain
-from .screen import Screen, size_of
 
 
 @click.command(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import api
 from ..analyze import Induction, PreviousToken, SameWord
-from ..cli.screen import size_of
-from ..cli.table import print_calls, print_verdict
+from ..console.screen import size_of
+from ..console.tables import print_calls, print_verdict
 from ..errors import TraceWriteError
 from ..traces import Trace, load
 from . import encoder, heads

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calls.part import Part, many
+from ..calls.trace_data import TraceData
 from ..errors import SelectionError
-from ..render.part import Part, many
-from ..trace import TraceData
 
 
 def head_view(trace: TraceData, *, batch: int = 0, **options: Any) -> Any:

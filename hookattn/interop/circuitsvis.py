@@ -6,10 +6,10 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from ..calls.choose import one_stack
+from ..calls.part import Where
+from ..calls.trace_data import TraceData
 from ..errors import SelectionError
-from ..render.choose import one_stack
-from ..render.part import Where
-from ..trace import TraceData
 
 
 def attention_heads(trace: TraceData, options: dict[str, Any] | None = None, **where: Unpack[Where]) -> Any:
@@ -18,7 +18,7 @@ def attention_heads(trace: TraceData, options: dict[str, Any] | None = None, **w
     Args:
         trace: as for :func:`to_circuitsvis`.
         options: of ``attention_heads``: ``max_value``, ``positive_color``, …
-        **where: what is shown: :class:`hookattn.render.part.Where`.
+        **where: what is shown: :class:`hookattn.calls.part.Where`.
 
     Raises:
         ModuleNotFoundError: circuitsvis is not installed.
@@ -34,7 +34,7 @@ def to_circuitsvis(trace: TraceData, **where: Unpack[Where]) -> dict[str, Any]:
 
     Args:
         trace: self-attention of one stack and step.
-        **where: what is shown: :class:`hookattn.render.part.Where`.
+        **where: what is shown: :class:`hookattn.calls.part.Where`.
 
     Returns:
         ``attention`` (heads T S, float32, numpy), ``tokens`` (T labels), ``attention_head_names`` ("L0H3"), and

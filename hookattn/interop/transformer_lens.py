@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..calls.call import Call
+from ..calls.trace_data import TraceData
 from ..errors import SelectionError
-from ..trace import TraceData
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache  # type: ignore[import-not-found,unused-ignore]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..extras import told
+from ..optional import told
 
 if TYPE_CHECKING:
     from .figures import distance, heads, heatmap, layers, lens, neuron

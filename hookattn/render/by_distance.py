@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..calls.part import Part
 from ..errors import SelectionError
-from .part import Part
 from .values import Array, values
 
 

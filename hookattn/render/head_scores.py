@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..call import Call
+from ..calls.call import Call
 from ..errors import RenderError
 from ..traces import Trace
 from .json_values import plain

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PageTooLargeError, RenderError
-from ..extras import install
+from ..optional import install
 from .trace_files import TraceLike
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..attention.kernel_call import FIELDS
+from ..calls.call import Call
+from ..calls.fields import Field, Later, dtype_of, shape_of
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
-from ..fields import Field, Later, dtype_of, shape_of
-from ..record import FIELDS
 from ..traces import Trace
 
 ROOM = 4_000_000

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
+from ..calls.choose import one, one_stack
+from ..calls.part import Part, Where
 from ..errors import SelectionError
-from ..extras import told
+from ..optional import told
 from ..traces import Trace
 from .by_distance import by_distance, highest
-from .choose import one, one_stack
 from .palette import INK, MASKED, PAPER, head_style
-from .part import Part, Where
 from .values import FLOOR, UNKNOWN, Field, Scale, Sink, check, pooled, values
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plotly(
         field: ``weights``, ``scores`` or ``mask``; of the first two views.
         scale: ``log`` colours, or plots, weights from 1e-4 to 1.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left; likewise.
-        **where: what is drawn: :class:`hookattn.render.part.Where`.
+        **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
     Returns:
         A figure. Masked entries are gaps in its data (None), never 0.

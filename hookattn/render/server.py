@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..errors import RenderError
-from ..extras import told
+from ..optional import told
 from ..store import LazyFile
 from . import html_shell
 from .options import viewer_options

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
 
+from ..calls.fields import InFile
 from ..errors import RenderError, TraceFileError
-from ..fields import InFile
 from ..traces import Trace, load
 
 TraceLike = Trace | str | PathLike[str]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..calls.part import Part
 from ..errors import SelectionError
-from .part import Part
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -1,5 +1,8 @@
 """Statistics of attention that need no T×S matrix: one a file, all in one pass."""
 
+from ..attention.positions import query_positions
+from ..attention.score_inputs import Problem
+from ..generation.merge_statistics import merge
 from .base import Statistic
 from .engine import compute
 from .entropy import Entropy
@@ -9,11 +12,8 @@ from .local_mass import LocalMass
 from .lse import LogSumExp
 from .max_score import MaxScore
 from .mean_distance import MeanDistance
-from .merging import merge
 from .offset_mass import OffsetMass
-from .positions import query_positions
 from .previous_mass import PreviousMass
-from .problem import Problem
 from .received import Received
 from .registry import STATISTICS, named, resolve
 from .segment_mass import SegmentMass

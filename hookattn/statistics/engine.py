@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import compute_dtype, finish_scores, on_gpu
+from ..attention.functional import compute_dtype, finish_scores, on_gpu
+from ..attention.score_inputs import Problem, four, hidden
 from .base import Out, Statistic
 from .block import HIDDEN, LOG2E, Block
-from .problem import Problem, four, hidden
 
 # How many scores make a block; on a GPU, where nothing stays in a cache for so long, so many that starting an operation
 # costs little beside it.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.statistics import MOST_SETS, Range, summed
+from ..attention.kernels.statistics import MOST_SETS, Range, summed
+from ..attention.score_inputs import Problem
 from .base import Statistic
 from .entropy import Entropy
 from .far_mass import FarMass
@@ -19,7 +20,6 @@ from .max_score import MaxScore
 from .mean_distance import MeanDistance
 from .offset_mass import OffsetMass
 from .previous_mass import PreviousMass
-from .problem import Problem
 from .received import Received
 from .segment_mass import SegmentMass
 
@@ -53,7 +53,7 @@ _RANGES: dict[type[Statistic], Callable[..., Range]] = {
 
 
 def fused(problem: Problem, statistics: Sequence[Statistic]) -> tuple[dict[str, Tensor], list[Statistic]]:
-    """Some statistics of a call by kernels of :mod:`hookattn.kernels`.
+    """Some statistics of a call by kernels of :mod:`hookattn.attention.kernels`.
 
     Args:
         problem: the call; its notes say what the kernels don't take.

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..call import Call
-from ..record import FIELDS
-from ..trace import TraceData
+from ..attention.kernel_call import FIELDS
+from ..calls.call import Call
+from ..calls.trace_data import TraceData
 from ..version import __version__
+from .json_values import number, plain
 from .names import Names
-from .plain import number, plain
 from .writer import write_file
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hookattn.errors import TraceWriteError
+from ..errors import TraceWriteError
 
 METADATA_KEY = "hookattn"
 FORMAT = "hookattn-trace"

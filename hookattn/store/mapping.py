@@ -18,7 +18,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from hookattn.store.indexing import Selection
+from .indexing import Selection
 
 KEEP_FROM = 1 << 20
 """A smaller selection is copied: a mapping of its own is worth more than its bytes."""

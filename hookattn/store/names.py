@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..call import Call
-from ..memory import version_of
+from ..calls.call import Call
+from ..torch_internals.tensor_identity import version_of
 from .rawbytes import byte_blocks
 
 # Fields that many calls have in common: stored once for each distinct content.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from hookattn.errors import TraceWriteError
+from ..errors import TraceWriteError
 
 CHUNK = 8 << 20
 """How many bytes are held in memory while data moves."""

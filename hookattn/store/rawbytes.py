@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hookattn.errors import TraceWriteError
-from hookattn.store.format import DTYPE_NAMES, TORCH_DTYPES
+from ..errors import TraceWriteError
+from .format import DTYPE_NAMES, TORCH_DTYPES
 
 BLOCK = 16 << 20
 """How many bytes are copied at once where a copy is needed (not contiguous, or on another device)."""

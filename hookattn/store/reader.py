@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hookattn.errors import TraceFileError
-from hookattn.store.format import LENGTH_BYTES, Entry
-from hookattn.store.indexing import Index, select
-from hookattn.store.mapping import map_tensor
-from hookattn.store.validate import Header, corrupt, header_length, validate_header
+from ..errors import TraceFileError
+from .format import LENGTH_BYTES, Entry
+from .indexing import Index, select
+from .mapping import map_tensor
+from .validate import Header, corrupt, header_length, validate_header
 
 
 class LazyFile:

@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..call import Call, Skipped
-from ..certificate import Certificate
+from ..calls.call import Call, Skipped
+from ..calls.certificate import Certificate
+from ..calls.fields import InFile
+from ..calls.site import Site
+from ..calls.trace_data import TraceData
 from ..errors import CorruptFileError
-from ..fields import InFile
-from ..site import Site
-from ..trace import TraceData
-from .expect import expect
 from .reader import LazyFile
+from .schema import expect
 
 Made = TypeVar("Made", bound=TraceData)
 

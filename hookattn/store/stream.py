@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ..call import Call
+from ..calls.call import Call
+from ..calls.fields import InFile, tensor_of
+from ..calls.trace_data import TraceData
 from ..errors import TraceFileError
-from ..fields import InFile, tensor_of
-from ..trace import TraceData
 from .document import call_entry, document_of
 from .names import Names
 from .reader import LazyFile

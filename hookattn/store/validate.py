@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple, NoReturn
 
-from hookattn.errors import CorruptFileError, ForeignFileError, NewerFormatError
-from hookattn.store.format import FORMAT, FORMAT_VERSION, HEADER_LIMIT, LENGTH_BYTES, METADATA_KEY, TORCH_DTYPES, Entry
+from ..errors import CorruptFileError, ForeignFileError, NewerFormatError
+from .format import FORMAT, FORMAT_VERSION, HEADER_LIMIT, LENGTH_BYTES, METADATA_KEY, TORCH_DTYPES, Entry
 
 _ADVICE = "The file is damaged or was cut short: save the trace again, or fetch it again from where it came from."
 _LARGEST = 2**63 - 1  # what torch can count

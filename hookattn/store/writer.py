@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hookattn.errors import TraceFileError, TraceWriteError
-from hookattn.store.format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
-from hookattn.store.partial import CHUNK, PartialFile, explained
-from hookattn.store.rawbytes import byte_blocks, check_storable, memory_of
+from ..errors import TraceFileError, TraceWriteError
+from .format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
+from .partial import CHUNK, PartialFile, explained
+from .rawbytes import byte_blocks, check_storable, memory_of
 
 RESERVE = 1 << 20
 """The room that a stream leaves for its header, which comes first in the file and is known last."""

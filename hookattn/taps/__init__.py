@@ -7,16 +7,16 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from . import compiled, flash, flex, interface, mha, script, sdpa, varlen, xformers
+from ..torch_internals.code_patching import Patch
+from . import compiled, flash_attn, flex, hf_interface, nn_attention, script, sdpa, varlen, xformers
 from .base import ActiveTrace, Change, Tap
-from .patch import Patch
 
 TAPS: tuple[Tap, ...] = (
     compiled.TAP,
-    flash.TAP,
+    flash_attn.TAP,
     flex.TAP,
-    interface.TAP,
-    mha.TAP,
+    hf_interface.TAP,
+    nn_attention.TAP,
     script.TAP,
     sdpa.TAP,
     varlen.TAP,

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..record import KernelCall
-from .patch import Patch
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Change:
 
 
 class ActiveTrace(Protocol):
-    """The running trace of a thread, as :func:`~hookattn.taps.current.current` returns it to a tap."""
+    """The running trace of a thread, as :func:`~hookattn.taps.active.current` returns it to a tap."""
 
     @property
     def heard(self) -> int:

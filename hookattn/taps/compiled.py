@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..torch_internals.code_patching import Patch
+from .active import current
 from .base import Tap
-from .current import current
-from .patch import Patch
 
 _MODULE = "torch._dynamo.eval_frame"
 _ASKED = "_callback_from_stance"

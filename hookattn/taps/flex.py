@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import dot_scores, split_additive
-from ..record import KernelCall
+from ..attention.functional import dot_scores, split_additive
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
+from .active import current
 from .base import Tap
-from .current import current
-from .patch import Patch
 
 _MODULE = "torch.nn.attention.flex_attention"
 _FAR = 1e30

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..torch_internals.code_patching import Patch
+from .active import current
 from .base import Tap
-from .current import current
-from .patch import Patch
 
 
 def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention import causal_mask
-from ..quiet import Quiet
-from ..record import KernelCall
-from . import axes
-from .axes import Layout, Origin, refine, seeded
+from ..attention.functional import causal_mask
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.isolation import Quiet
 from .base import ActiveTrace, Change, Tap
-from .product import Label, LayoutError, Piece, Product, Roles, arrange
+from .eager import axis_history
+from .eager.axis_history import Layout, Origin, refine, seeded
+from .eager.products import Label, LayoutError, Piece, Product, Roles, arrange
 
 if TYPE_CHECKING:
-    from .watch import Watch
+    from .eager.follower import Watch
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -199,7 +199,9 @@ def _arranged(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCa
         groups = k.shape[-3]
         q = _split_heads(q, groups)
         k, v = k.unsqueeze(-3), v.unsqueeze(-3)
-        origins = {x: Origin(t.shape, axes.reshape, origins[x]) for x, t in (("query", q), ("key", k), ("value", v))}
+        origins = {
+            x: Origin(t.shape, axis_history.reshape, origins[x]) for x, t in (("query", q), ("key", k), ("value", v))
+        }
         for name in ("output", "undropped", "bias", "mask"):
             x = getattr(call, name)
             if x is not None and x.dim() > 2:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..record import KernelCall
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
 from .base import Tap
-from .external import Kernel, Sequences, find, hide, lay_out, pages, window_of
-from .patch import Patch
+from .packed_kernels import Kernel, Sequences, find, hide, lay_out, pages, window_of
 
 _MODULE = "torch.nn.attention.varlen"
 _KNOWN = frozenset(

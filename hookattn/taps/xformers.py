@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import split_additive
-from ..record import KernelCall
+from ..attention.functional import split_additive
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
+from .active import current
 from .base import Tap
-from .current import current
-from .external import Kernel, UnreadableError, find
-from .patch import Patch
+from .packed_kernels import Kernel, UnreadableError, find
 
 _KNOWN = frozenset({"attn_bias", "key", "op", "output_dtype", "p", "query", "scale", "value"})
 

@@ -21,10 +21,10 @@ the path of the call or module. Nothing here needs pytest.
 
 from __future__ import annotations
 
-from .calls import check_trace
 from .check import CHECKS, check_adapter
 from .clean import check_clean
 from .contract import AdapterContract
 from .failure import Failure
+from .invariants import check_trace
 
 __all__ = ["CHECKS", "AdapterContract", "Failure", "check_adapter", "check_clean", "check_trace"]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..api import tracing
 from ..errors import SkippedWarning, UnfaithfulWarning
-from ..inspection import Plan, make_plan
-from ..registry import using
+from ..models.adapter import Adapter
+from ..models.discovery import Plan, make_plan
+from ..models.registry import using
 from ..traces import Trace
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..errors import AdapterCheckError, AdapterError
+from ..models.adapter import Adapter
 from . import structure, untouched, variants, witness
 from .case import Case, NotApplicable
 from .failure import Failure, listing, of_check

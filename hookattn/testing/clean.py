@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..taps import patch
-from ..taps.current import current
+from ..taps.active import current
+from ..torch_internals import code_patching
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -19,7 +19,7 @@ def check_clean(model: nn.Module) -> None:
     assert current() is None, "a trace is still running in this thread"
     modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
     assert not any(_ours(type(mode)) for mode in modes), "a torch function mode is still open"
-    assert not patch.exchanged(), f"still exchanged: {patch.exchanged()}"
+    assert not code_patching.exchanged(), f"still exchanged: {code_patching.exchanged()}"
     for name in dir(nn.modules.module):
         if name.startswith("_global_") and name.endswith("hooks"):
             hooks = getattr(nn.modules.module, name)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..adapter import Adapter
+from ..models.adapter import Adapter
 from .case import Case
 from .check import CHECKS, apply
 from .failure import require

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..inspection import within
-from ..record import FIELDS
-from ..registry import adapter_for, using
+from ..attention.kernel_call import FIELDS
+from ..models.discovery import within
+from ..models.registry import adapter_for, using
 from .case import Case, same
 from .failure import Failure
 

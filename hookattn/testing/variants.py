@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import repeated_heads, trace_failures
 from .case import Case, NotApplicable, tensors
 from .clean import state_of
 from .failure import Failure
+from .invariants import repeated_heads, trace_failures
 from .taken import CACHE_NAMES, attempt, find_cache, not_taken
 from .untouched import compared, differ, left
 from .witness import formed

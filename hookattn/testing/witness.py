@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..call import Call
+from ..calls.call import Call
 from ..store.rawbytes import byte_blocks
 from ..traces import Trace
 from .case import Case, NotApplicable

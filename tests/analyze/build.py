@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hookattn
 from hookattn import Call
-from hookattn.site import Site
+from hookattn.calls.site import Site
 from tests.reference import draw, reference_attention
 
 

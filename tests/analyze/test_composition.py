@@ -12,9 +12,9 @@ from hookattn.analyze.circuits.circuit import Circuit, Projection
 from hookattn.analyze.circuits.composition import composition
 from hookattn.analyze.circuits.copying import copying, vocabulary
 from hookattn.analyze.circuits.find_weights import circuit
+from hookattn.calls.site import Site
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import MeasureError, SelectionError
-from hookattn.site import Site
 from tests.reference import draw
 
 C = 20

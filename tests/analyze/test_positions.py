@@ -12,9 +12,9 @@ from torch import Tensor
 
 import hookattn
 from hookattn import Call, Site, Trace, analyze
-from hookattn.positions import query_positions
-from hookattn.render.part import many
-from hookattn.statistics.positions import last_allowed
+from hookattn.attention.positions import last_allowed
+from hookattn.calls.part import many
+from hookattn.calls.query_positions import query_positions
 from tests import tiny_models
 from tests.analyze.build import case
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, einsum, nn
 
 import hookattn
-from hookattn.registry import using
+from hookattn.models.registry import using
 from hookattn.testing import check_trace
 from tests.field.common import drawn, seeded
 

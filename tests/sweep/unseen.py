@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookattn.inspection import within
+from hookattn.models.discovery import within
 
 _KERNELS = re.compile(
     r"aten\._?(safe_)?softmax|aten\._scaled_dot_product|aten\._native_multi_head|aten\._transformer_encoder|aten\._flash_attention|flex_attention"

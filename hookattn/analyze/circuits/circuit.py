@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...calls.site import Site
 from ...errors import MeasureError
-from ...site import Site
-from ..view import View
+from ..call_view import View
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...api import tracing
-from ...attention import compute_dtype
-from ...call import Call
-from ...certificate import TOLERANCE
-from ...forward_inputs import arguments
+from ...attention.functional import compute_dtype
+from ...calls.call import Call
+from ...calls.certificate import TOLERANCE
+from ...recording.forward_inputs import arguments
 from .circuit import Circuit, Projection
 from .match_values import LEAST, Match, affine, equal, norms
 from .record_products import Product, Products

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...certificate import TOLERANCE
+from ...calls.certificate import TOLERANCE
 
 LEAST = 8
 """Tokens below which a fit proves nothing."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
+from ..call_view import View
 from ..frame import long, views
 from ..tables.decay import by_distance
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...attention import compute_dtype
-from ...memory import storage_of, version_of
+from ...attention.functional import compute_dtype
+from ...torch_internals.tensor_identity import storage_of, version_of
 
 _ADDMM, _MM, _BMM = "aten::addmm", "aten::mm", "aten::bmm"
 # What inference mode hands over whole, and other modes in its parts.

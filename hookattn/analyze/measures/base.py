@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ...statistics.base import Statistic
+from ..call_view import View
 from ..reading import Reading
 from ..table import measure_table
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

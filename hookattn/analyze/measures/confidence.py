@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import statistics as st
-from ..view import View
+from ..call_view import View
 from .base import Measure
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError
+from ..call_view import View
 from ..pairs import PairMass
 from ..reading import Reading
-from ..view import View
 from .repeats import earlier
 
 PATTERNS = ("previous_token_head", "duplicate_token_head", "induction_head")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError
+from ..call_view import View
 from ..frame import long, views
 from ..labels import Rows, frozen, spread
 from ..pairs import to_keys
-from ..view import View
 from .base import Measure
 
 if TYPE_CHECKING:

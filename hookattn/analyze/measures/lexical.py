@@ -13,8 +13,8 @@ from torch import Tensor
 from ...errors import MeasureError
 from ...tokens.pieces import is_special
 from ...tokens.words import Words, split_words
+from ..call_view import View
 from ..pairs import PairMass
-from ..view import View
 from .segments import segment_of
 
 _BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ... import statistics as st
-from ..view import View
+from ..call_view import View
 from .base import Measure
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import statistics as st
+from ..call_view import View
 from ..frame import long, views
-from ..view import View
 from .base import Measure
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..call_view import View
 from ..reading import Reading
-from ..view import View
 from .base import Measure
 
 # How many entries are sorted together.

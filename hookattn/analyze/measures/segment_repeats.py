@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ... import statistics as st
 from ...errors import MeasureError
+from ..call_view import View
 from ..labels import PADDING, Rows, frozen, padded, sequences
 from ..table import measure_table
-from ..view import View
 from .base import Measure
 
 if TYPE_CHECKING:

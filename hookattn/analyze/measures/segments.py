@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...tokens.pieces import SEPARATORS
+from ..call_view import View
 from ..labels import PADDING, Rows, frozen, padded, sequences
-from ..view import View
 from .label_mass import Labelled, LabelMass, table
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import statistics as st
-from ...attention import sink_column
+from ...attention.functional import sink_column
+from ..call_view import View
 from ..reading import Reading
-from ..view import View
 from .base import Measure
 
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...attention import compute_dtype
-from ...certificate import UNVERIFIED
+from ...attention.functional import compute_dtype
+from ...calls.certificate import UNVERIFIED
 from ...errors import MeasureError
 from ...traces import Trace
+from ..call_view import View
 from ..circuits.circuit import Circuit, circuit_of, triangle
-from ..view import View
 from .base import Measure
 
 _WEIGHED = "weights are those of the model times the size of what they are weights of"

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import MeasureError
+from ..call_view import View
 from ..labels import Rows, frozen
 from ..reading import Reading
 from ..tables.pool import pooled, words_of
-from ..view import View
 from .base import Measure
 
 HOW = ("argmax", "mass")

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from ... import api
 from ...errors import HookattnError, InputError
+from ..call_view import View
 from ..measures.base import Measure
 from ..reading import Reading
 from ..registry import capture as capture_of
 from ..registry import resolve
 from ..table import readings
-from ..view import View
 from .corpus import Value
 from .parts import Parts
 
 if TYPE_CHECKING:
     from pyarrow import Table
 
-    from ...call import Call
+    from ...calls.call import Call
     from ...traces import Trace
 
 

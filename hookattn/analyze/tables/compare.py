@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ...traces import Trace
+from ..call_view import View
 from ..frame import long, ranked, views
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

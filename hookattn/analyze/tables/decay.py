@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..call_view import View
 from ..frame import long, views
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...certificate import TOLERANCE
+from ...calls.certificate import TOLERANCE
+from ..call_view import View
 from ..frame import long, views
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

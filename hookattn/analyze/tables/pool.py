@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...certificate import UNVERIFIED
+from ...calls.certificate import UNVERIFIED
 from ...errors import MeasureError
 from ...tokens.words import Words, given_words, split_words
+from ..call_view import View
 from ..frame import views
 from ..labels import PADDING, Rows, frozen, sequences
-from ..view import View
 
 if TYPE_CHECKING:
     from ...traces import Trace

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import statistics as st
+from ..call_view import View
 from ..frame import long, views
 from ..labels import named_keys
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
+from ..call_view import View
 from ..frame import views
-from ..view import View
 from .aggregate import aggregate, check_alike
 
 if TYPE_CHECKING:

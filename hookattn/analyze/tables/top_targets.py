@@ -10,9 +10,9 @@ from torch import Tensor
 from ... import statistics as st
 from ...errors import MeasureError, SelectionError
 from ...tokens.words import split_words
+from ..call_view import View
 from ..frame import call_columns, views
 from ..labels import named_keys
-from ..view import View
 
 if TYPE_CHECKING:
     from pandas import DataFrame

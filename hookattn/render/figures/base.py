@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from ...calls.part import Part
 from ..palette import ALARM, FAINT, GRID, INK, PAPER
-from ..part import Part
 
 P = ParamSpec("P")
 

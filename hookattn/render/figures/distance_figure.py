@@ -8,12 +8,12 @@ from typing import Unpack
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ...calls.choose import one_stack
+from ...calls.part import Where
 from ...errors import SelectionError
 from ...traces import Trace
 from ..by_distance import by_distance, highest
-from ..choose import one_stack
 from ..palette import head_style
-from ..part import Where
 from ..values import FLOOR, SCALES, UNKNOWN, Scale
 from .base import Heading, drawn, group, place, sheet
 
@@ -30,7 +30,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     Args:
         trace: in memory, loaded, or compact; one stack, kind and step of it.
         scale: of the weights.
-        **where: what is drawn: :class:`hookattn.render.part.Where`.
+        **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
     Returns:
         A figure with a line for each layer and head, named ``layer-N-head-M``.

@@ -10,12 +10,12 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ...calls.choose import one
+from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
-from ..choose import one
 from ..palette import head_style
-from ..part import Part, Where
 from ..values import Sink, values
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .ticks import LONGEST, font_size, room, stride
@@ -36,7 +36,7 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
         trace: in memory, loaded, or compact.
         least: weights below it have no line; larger than 0.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
-        **where: what is drawn: :class:`hookattn.render.part.Where`; ``queries=[7]`` shows where one token looks.
+        **where: what is drawn: :class:`hookattn.calls.part.Where`; ``queries=[7]`` shows where one token looks.
 
     Returns:
         A figure, with one collection of lines for each head.

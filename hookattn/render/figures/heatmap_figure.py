@@ -10,10 +10,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
+from ...calls.choose import one
+from ...calls.part import Part, Where
 from ...traces import Trace
-from ..choose import one
 from ..palette import FAINT, MAY
-from ..part import Part, Where
 from ..values import Field, Scale, Sink, Values, check, pooled, values
 from .base import Heading, drawn, group, place, sheet, write
 from .colours import colours, show_masked
@@ -48,7 +48,7 @@ def heatmap(
         scale: ``log`` colours weights from 1e-4 to 1.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
         columns: panels side by side.
-        **where: what is drawn: :class:`hookattn.render.part.Where`.
+        **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
     Returns:
         A figure; ``figure.savefig("x.svg")``, ``.pdf``, ``.png``. Each panel's mesh holds the exact values.

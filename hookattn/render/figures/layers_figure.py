@@ -7,10 +7,10 @@ from typing import Unpack
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ...calls.choose import one_stack
+from ...calls.part import Part, Where
 from ...traces import Trace
-from ..choose import one_stack
 from ..palette import GRID
-from ..part import Part, Where
 from ..values import Field, Scale, Sink, check, pooled, values
 from .base import Heading, drawn, group, place, sheet
 from .colours import colours, show_masked
@@ -34,7 +34,7 @@ def layers(
         trace: in memory, loaded, or compact; one stack, kind and step of it.
         field: ``weights``, ``scores`` (each head coloured by its own range) or ``mask``.
         scale, sink: as for :func:`hookattn.render.heatmap`.
-        **where: what is drawn: :class:`hookattn.render.part.Where`.
+        **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
     Returns:
         A figure with one image for each head, named ``layer-N-head-M``.

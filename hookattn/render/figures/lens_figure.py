@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ...calls.part import Where
 from ...traces import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
-from ..part import Where
 from ..values import first_key
 from .base import Heading, drawn, group, sheet, write
 from .colours import show_masked
@@ -37,7 +37,7 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
 
     Args:
         trace: in memory, loaded, or compact, with scores, mask and weights (or what these are derived from).
-        **where: what is drawn: :class:`hookattn.render.part.Where`; ``heads`` and ``queries`` name one each, and
+        **where: what is drawn: :class:`hookattn.calls.part.Where`; ``heads`` and ``queries`` name one each, and
             without ``queries`` it is the last one.
 
     Returns:

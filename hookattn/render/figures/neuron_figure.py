@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ...calls.part import Where
 from ...traces import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
-from ..part import Where
 from ..values import Array, array
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .row import bars, column, label_keys, label_room, row
@@ -28,7 +28,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
 
     Args:
         trace: in memory, loaded, or compact, with q, k, scores and weights (or what these are derived from).
-        **where: what is drawn: :class:`hookattn.render.part.Where`; ``heads`` and ``queries`` name one each, and
+        **where: what is drawn: :class:`hookattn.calls.part.Where`; ``heads`` and ``queries`` name one each, and
             without ``queries`` it is the last one.
 
     Returns:

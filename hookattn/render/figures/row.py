@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...calls.choose import one
+from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
-from ..choose import one
 from ..palette import FAINT
-from ..part import Part, Where
 from ..values import UNKNOWN, Array, Flags, array, hidden_keys
 from .base import group, place, plain, write
 from .colours import show_masked

@@ -1,0 +1,293 @@
+"""What a measure sees of a call: weights, statistics, which rows and keys count, positions, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..attention.functional import compute_dtype, softmax_weights
+from ..attention.kernel_call import FIELDS
+from ..attention.score_inputs import four
+from ..calls.key_tokens import key_positions, of_inputs, stitched
+from ..calls.query_positions import query_positions
+from ..errors import FieldNotCaptured, MeasureError
+from ..statistics.base import Statistic
+from ..statistics.engine import compute
+from ..statistics.received import Received
+from .score_inputs import problem_of
+
+if TYPE_CHECKING:
+    from ..calls.call import Call
+    from ..traces import Trace
+
+
+Made = TypeVar("Made")
+
+
+class View:
+    """One call of a trace. What is expensive is computed once, when it is first asked for.
+
+    Args:
+        call: the call.
+        trace: the trace it is of; its tokens are used.
+        real: bool or 0/1, B S (as an ``attention_mask``): True = a real token, no padding. Without it a key is real
+            that some query may attend to.
+    """
+
+    def __init__(self, call: Call, trace: Trace, real: Tensor | None = None):
+        self.call, self.trace, self._real = call, trace, real
+        self._statistics: dict[str, Tensor | None] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    # What it is of
+
+    @property
+    def where(self) -> str:
+        """The call as it is named in an error."""
+        return f"call {self.call.index} ({self.call.site.label}, step {self.call.step})"
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are of different sequences."""
+        return self.call.site.crosses
+
+    @cached_property
+    def of_inputs(self) -> bool:
+        """Whether padding of the inputs is of its keys; see :func:`hookattn.calls.key_tokens.of_inputs`."""
+        return of_inputs(self.call, self.trace)
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
+        call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
+        return any(c.step != call.step for c in of_all) or stitched(call)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B H T S.
+
+        Raises:
+            FieldNotCaptured: no field that was kept tells.
+        """
+        for name in ("weights", "scores"):
+            if name in self.call.fields:
+                b, h, t, s = self.tensor(name).shape
+                return b, h, t, s
+        if "q" in self.call.fields and ("k" in self.call.fields or self.call.keys is not None):
+            b, h, t, _ = self.tensor("q").shape
+            return b, h, t, self.call.keys if self.call.keys is not None else self.tensor("k").shape[2]
+        for name in self.call.fields:
+            rows = None if name in FIELDS or name == Received.name else self.call.get(name)
+            if rows is not None and self.call.keys is not None:
+                return rows.shape[0], rows.shape[1], rows.shape[2], self.call.keys
+        raise FieldNotCaptured(
+            f"{self.where}: its shape is not known from {', '.join(self.call.fields) or 'nothing'}; "
+            "trace again with 'weights', or with a statistic of each query such as 'lse', in capture=."
+        )
+
+    @cached_property
+    def heads(self) -> Sequence[int]:
+        """H: the number of each head that was kept."""
+        return range(self.shape[1]) if self.call.heads is None else self.call.heads
+
+    @cached_property
+    def queries(self) -> Sequence[int]:
+        """T: the number of each query row that was kept."""
+        return range(self.shape[2]) if self.call.queries is None else self.call.queries
+
+    # Values
+
+    def tensor(self, name: str) -> Tensor:
+        """A field.
+
+        Raises:
+            FieldNotCaptured: it was not kept, or the call has none.
+        """
+        value = self.call.get(name)
+        if value is None:
+            raise FieldNotCaptured(f"{self.where} has no {name}.")
+        return value
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """B H T S, float32 (float64 for a call in that).
+
+        Raises:
+            FieldNotCaptured: the weights were not kept.
+        """
+        call = self.call
+        if not call.has("weights") and all(map(call.has, ("scores", "mask", "sinks"))):
+            scores = call.scores
+            return softmax_weights(scores.to(compute_dtype(scores.dtype)), call.mask, call.sinks)
+        weights = self.tensor("weights")
+        return weights.to(compute_dtype(weights.dtype))
+
+    def per_head(self, name: str) -> Tensor:
+        """``k`` or ``v`` of each query head: B H S D, or B H S E.
+
+        Raises:
+            FieldNotCaptured: it was not kept, or it is not known how many heads there are.
+        """
+        value, kv = self.tensor(name), self.call.kv_heads
+        if kv is not None:
+            return value[:, list(kv)]
+        return value.repeat_interleave(self.shape[1] // value.shape[1], 1)
+
+    def prepare(self, statistics: Sequence[Statistic]) -> None:
+        """Compute several statistics in one pass, those that the trace does not hold already.
+
+        Raises:
+            FieldNotCaptured: neither they nor what they can be computed of was kept.
+        """
+        missing = {}
+        for statistic in statistics:
+            if statistic.key not in self.call.fields and statistic.key not in self._statistics:
+                missing[statistic.key] = statistic
+        if missing:
+            problem = problem_of(self.call, self.positions)
+            if problem is None:
+                kept = ", ".join(self.call.fields) or "nothing"
+                raise FieldNotCaptured(
+                    f"{self.where}: {', '.join(missing)} can be computed of weights, of scores and mask, or of q, k, "
+                    f"mask, bias and sinks; captured were {kept}. Trace again with one of these, or with "
+                    f"hookattn.analyze.capture(…), in capture=."
+                )
+            self._statistics |= compute(problem, list(missing.values()))
+
+    def stat(self, statistic: Statistic, *, field: str | None = None) -> Tensor:
+        """A statistic's field: as it was captured, or computed of what was.
+
+        Args:
+            statistic: which.
+            field: which of its fields, where it has several; by default the first.
+
+        Raises:
+            FieldNotCaptured: see :meth:`prepare`.
+            MeasureError: it needs positions that the call does not have.
+        """
+        self.prepare([statistic])
+        key = field or statistic.key
+        value = self._statistics[key] if key in self._statistics else self.call.get(key)
+        if value is None:
+            raise MeasureError(
+                f"{self.where}: {key} is not defined here, as queries and keys are not places in one sequence."
+            )
+        return value
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns, called once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    # Which rows and keys count
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
+        if self.call.has("mask"):
+            return four(self.tensor("mask"))
+        if self.call.has("weights"):
+            return self.weights != 0  # a NaN is to be seen
+        held = next((x for x in map(self.call.get, self.call.fields) if x is not None), None)
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=None if held is None else held.device)
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """int64, broadcastable to B H T: how many keys each query may attend to.
+
+        Raises:
+            FieldNotCaptured: the mask was not kept.
+        """
+        mask = four(self.tensor("mask"))
+        return mask.expand(*mask.shape[:3], self.shape[3]).sum(-1)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """bool, B S: which keys are real tokens.
+
+        Raises:
+            MeasureError: ``real`` is of another shape.
+        """
+        b, _, _, s = self.shape
+        if self._real is None:
+            return self.mask.any(1).any(1).expand(b, s)
+        real = torch.as_tensor(self._real).bool().to(self.mask.device)
+        at = key_positions(self.call, self.trace, s, [real.shape[1]]) if real.dim() == 2 else None
+        if at is None or at.stop > real.shape[1] or real.shape[0] not in (1, b) or not self.of_inputs:
+            stack = self.call.site.stack
+            whose = "decoder alone (it is taken to be the encoder's)"
+            if stack != "decoder":
+                whose = f"{stack} stack alone (it is taken to be of the trace's tokens)"
+            of = "" if self.of_inputs else f" of the {whose}"
+            raise MeasureError(
+                f"{self.where}: real= has shape {tuple(real.shape)}; expected B S = {b} {s}{of}. Measure the "
+                "calls that it is for, with trace.select(…)."
+            )
+        return real[:, at.start : at.stop].expand(b, s)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """bool, B T: which queries count: those with something to attend to that are no padding themselves."""
+        b, _, t, s = self.shape
+        rows = self.mask.any(-1).any(1).expand(b, t)
+        positions = self.positions
+        if positions is None:
+            return rows
+        at = positions.expand(b, t)
+        own = self.keys.gather(1, at.clamp(0, s - 1)) | (at < 0) | (at >= s)
+        return rows & own
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """bool, B (1 or H) T S: which real keys each query that counts may attend to.
+
+        Raises:
+            FieldNotCaptured: the mask was not kept.
+        """
+        return self.tensor("mask") & self.rows[:, None, :, None] & self.keys[:, None, None]
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
+        positions = query_positions(self.call, *self.shape[2:])
+        return None if positions is None else positions.to(self.mask.device)
+
+    @property
+    def lost(self) -> str | None:
+        """Why it is not known at which keys its queries are, where a cache may have an empty end; None: it is."""
+        call, (_, _, t, s) = self.call, self.shape
+        if (call.of_queries or t) >= s or call.has("mask") or call.has("weights"):
+            return None
+        steps = [c for c in self.trace.calls if c.site.path == call.site.path and c.step != call.step]
+        if all(c.keys != call.keys for c in steps):
+            return None
+        return "only the mask tells where its queries are in the cache; trace again with 'mask' in capture= too"
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(B or 1) T S, int64: query position − key position.
+
+        Raises:
+            MeasureError: there are no positions.
+        """
+        if self.positions is None:
+            raise MeasureError(f"{self.where}: queries and keys are not places in one sequence: there is no distance.")
+        return self.positions.unsqueeze(-1) - torch.arange(self.shape[3], device=self.positions.device)
+
+    def mean(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
+        """B H: the mean over the rows that count, NaN where none does.
+
+        Args:
+            values: B H T.
+            rows: bool, B T or B H T: which of them; by default :attr:`rows`.
+        """
+        rows = self.rows if rows is None else rows
+        rows = (rows if rows.dim() == 3 else rows.unsqueeze(1)).expand(values.shape)
+        total = torch.where(rows, values, 0.0).sum(-1, dtype=torch.float64)
+        return total / rows.sum(-1)

@@ -1,0 +1,54 @@
+"""What statistics are computed of, from a recorded call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.functional import sink_column
+from ..attention.score_inputs import Problem, four
+
+if TYPE_CHECKING:
+    from ..calls.call import Call
+
+
+def problem_of(call: Call, positions: Tensor | None) -> Problem | None:
+    """A call as a problem: of its scores, of its q and k, or of its weights; None: none of these was kept.
+
+    Of weights alone, scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the
+    weights again, and every statistic but the log-sum-exp and the largest score is the same (these two are up to the
+    same constant).
+    """
+    masked = call.has("mask") and call.has("sinks")
+    mask, sinks = (four(call.get("mask")), call.get("sinks")) if masked else (None, None)
+    sinks = None if sinks is None else sink_column(sinks)
+    if masked and "scores" in call.fields:
+        return _of_scores(call.scores, mask, sinks, positions)
+    if call.has("scores") and masked:
+        k = call.k if call.kv_heads is None else call.k[:, list(call.kv_heads)]
+        bias = four(call.get("bias"))
+        return Problem(call.q, k, call.scale, call.softcap, bias, mask, sinks, positions=positions)
+    if not call.has("weights"):
+        return None
+    weights = call.weights.float() if call.weights.dtype != torch.float64 else call.weights
+    # float16 and bfloat16 weights are rounded one by one, so that a row of them sums to 1 only so far.
+    slack = 1e-4 if call.weights.dtype in (torch.float32, torch.float64) else 0.03
+    rest = 1 - weights.sum(-1, keepdim=True)
+    some = weights.any(-1, keepdim=True)
+    lacking = some & (rest > slack)
+    sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
+    return _of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
+
+
+def _of_scores(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None) -> Problem:
+    b, h, t, s = scores.shape
+    return Problem(
+        scores.new_empty(b, h, t, 0),
+        scores.new_empty(b, h, s, 0),
+        mask=mask,
+        sinks=sinks,
+        scores=scores,
+        positions=positions,
+    )

@@ -1,0 +1,162 @@
+"""From a problem of statistics to the GPU kernels that sum over it; or to a reason why the engine has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import Diagonal
+from ..score_inputs import Problem, four
+from .launch import WIDEST, attempt, kernels, operands, power, strides, unfit
+
+# So many sets of keys, at most, are summed up at once: their sums stay in registers.
+MOST_SETS = 64
+SUMS = ("lse", "max_score", "entropy", "total", "distance")
+
+
+class Range(NamedTuple):
+    """Keys from the first to the last one, both included; from the query's position on if ``relative``."""
+
+    first: int
+    last: int
+    relative: bool
+
+
+class _Tile(NamedTuple):
+    """Rows and columns, warps, stages of the pipeline, and the most registers of a thread."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 2
+    registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """By the names of the kernels' parameters and Triton's options."""
+        names = "BM", "BN", "num_warps", "num_stages", "maxnreg"
+        return {name: value for name, value in zip(names, self, strict=True) if value is not None}
+
+
+def summed(
+    problem: Problem, wanted: Collection[str], ranges: Sequence[Range] = (), sets: Tensor | None = None
+) -> dict[str, Tensor] | str:
+    """Sums over the keys of each query and over the queries of each key, of one call.
+
+    Args:
+        problem: the call, with positions where something of it is counted from them.
+        wanted: names of :data:`SUMS`, and ``received``.
+        ranges: sets of keys that lie together, and are few: what they get is summed up in a look of its own.
+        sets: N S, bfloat16, contiguous, 1 where a key is in a set, else 0; N at most :data:`MOST_SETS`.
+
+    Returns:
+        Float32: what is wanted, B H T each: ``lse``, ``max_score``, ``entropy``, ``distance`` as their statistics are
+        defined, ``total``, the sum of a row of weights; ``received``: B H S; and with ranges ``parts``: R B H T, with
+        sets ``masses``: B H T N. Or a text: why no kernel takes this call.
+    """
+    q, k, own = problem.q, problem.k, problem.scores
+    (b, h, t, d), s = q.shape, k.shape[2]
+    of = q if own is None else own
+    key = "sum", q.device, of.dtype, d if own is None else 0
+    reason = unfit(key, of) or (_unmultiplied(q, k) if own is None else None)
+    if reason is not None:
+        return reason
+    level = q.new_empty(b, h, t, dtype=torch.float32)
+    made = {name: torch.empty_like(level) for name in SUMS if name in wanted}
+    if "received" in wanted:
+        made["received"] = level.new_empty(b, h, s)
+    if sets is not None:
+        made["masses"] = level.new_empty(b, h, t, len(sets))
+    if ranges:
+        made["parts"] = level.new_empty(len(ranges), b, h, t)
+    table = torch.tensor(ranges, dtype=torch.int32, device=q.device) if ranges else None
+    places = None
+    if "distance" in made or any(r.relative for r in ranges):
+        assert problem.positions is not None
+        places = problem.positions.expand(b, t)
+    given = _given(problem)
+    rows, keys = _tiles(t, key[3], own is None and q.dtype == torch.float32)
+
+    def launch() -> None:
+        sums = {name: made.get(name) for name in (*SUMS, "masses", "parts")}
+        n = 0 if sets is None else len(sets)
+        kernels().sum_rows[(-(-t // rows.rows) * b * h,)](
+            level=level, sets=sets, ranges=table, places=places, R=len(ranges), N=n, T=t, BC=power(n),
+            **strides("places", places, "bt"), **sums, **given, **rows.options(),
+        )  # fmt: skip
+        if "received" in made:
+            spans = _spans(problem, keys.rows, keys.columns) if given["CAUSAL"] or given["WINDOWED"] else None
+            mine = {name: x for name, x in given.items() if not name.startswith("sinks")}
+            kernels().receive_keys[(-(-s // keys.rows) * b * h,)](
+                level=level, spans=spans, received=made["received"], T=t, **mine, **keys.options()
+            )
+
+    return attempt(key, of, launch) or made
+
+
+def _unmultiplied(q: Tensor, k: Tensor) -> str | None:
+    """Why no kernel forms the product."""
+    if q.dtype != k.dtype:
+        return f"no kernel multiplies {q.dtype} by {k.dtype}".replace("torch.", "")
+    widest = WIDEST // 2 if q.dtype == torch.float32 else WIDEST
+    if q.shape[3] > widest:
+        return f"no kernel takes {q.dtype} heads wider than {widest}".replace("torch.", "")
+    return None
+
+
+def _given(problem: Problem) -> dict[str, Any]:
+    """The call, by the names of the kernels' parameters."""
+    q, k, own = problem.q, problem.k, problem.scores
+    mask = None if problem.mask is None else problem.mask.bool()
+    hides = Diagonal(problem.causal, problem.offset, problem.window, problem.rows)
+    if own is None:
+        scale = four(problem.scale) if isinstance(problem.scale, Tensor) else problem.scale
+        given = operands(q, k, scale, problem.softcap, problem.bias, mask, problem.sinks, hides)
+    else:
+        given = operands(q, own.mT, 1.0, None, None, mask, problem.sinks, hides)  # of the keys only their number counts
+    return {**given, "product": own, **strides("product", own, "bhts")}
+
+
+def _tiles(t: int, d: int, exact: bool) -> tuple[_Tile, _Tile]:
+    """For sums over the keys, and for sums over the queries.
+
+    By what the compiler makes of them for compute capabilities 8.0 and 9.0: the largest that keep nothing in local
+    memory, or next to nothing where two of them then run on a processor, so that one multiplies while the other sums.
+
+    Args:
+        t: queries.
+        d: how wide they are; 0: nothing is multiplied.
+        exact: whether float32 is multiplied, which takes several products on tensor cores.
+    """
+    if t <= 16:
+        return (_Tile(16, 16, 1) if exact else _Tile(16, 64, 4)), _Tile(64, 16, 4)
+    if exact:
+        one = _Tile(128, 32, 8) if d <= 64 else _Tile(64, 16, 4)
+    else:
+        one = _Tile(128, 64, 8, 3, 128) if d <= 128 else _Tile(64, 64, 4, 2, 168)
+    return one, one
+
+
+def _spans(problem: Problem, bm: int, bn: int) -> Tensor:
+    """4, key blocks: of the blocks of ``bn`` queries the first that may see some of ``bm`` keys, the first from which
+    on all see all of them, and where the latter and the former end. Made on the device, which nobody waits for."""
+    t, s = problem.q.shape[2], problem.k.shape[2]
+    device = problem.q.device
+    at = (torch.arange(t, device=device) if problem.rows is None else problem.rows) + problem.offset
+    blocks = at[torch.arange(-(-t // bn) * bn, device=device).clamp_max_(t - 1)].view(-1, bn)  # the last one fills up
+    most = blocks.amax(1).cummax(0).values
+    least = blocks.amin(1).flip(0).cummin(0).values.flip(0).contiguous()  # of this block and all that follow
+    begin = torch.arange(0, s, bm, device=device)
+    end = (begin + bm - 1).clamp_max_(s - 1)
+    reach = 0 if problem.causal else (problem.window or 0) - 1  # how far ahead a query sees
+    first = torch.searchsorted(most, begin - reach)
+    left = torch.searchsorted(least, end - reach)
+    right = last = torch.full_like(begin, len(blocks))
+    if problem.window is not None:
+        right = torch.searchsorted(most, begin + problem.window - 1, right=True)
+        last = torch.searchsorted(least, end + problem.window - 1, right=True)
+    last = torch.maximum(first, last)
+    left = torch.minimum(torch.maximum(left, first), last)
+    return torch.stack([first, left, torch.minimum(torch.maximum(left, right), last), last])

@@ -1,0 +1,89 @@
+"""What statistics are computed of: one attention call, with what hides keys kept apart as the kernel had it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .functional import sink_column
+from .kernel_call import KernelCall
+
+
+@dataclass(slots=True)
+class Problem:
+    """One attention call, restricted to what is kept.
+
+    Attributes:
+        q: B H T D.
+        k: B G S D.
+        scale: a float, or a tensor broadcastable to B H T S.
+        softcap: ``c`` of ``c·tanh(s/c)``.
+        bias: broadcastable to B H T S.
+        mask: bool, broadcastable to B H T S, what the kernel was given; what it hides by itself is not in it.
+        sinks: H, or broadcastable to B H T 1.
+        scores: the model's own, B H T S, where it formed them: then nothing above but mask and sinks counts.
+        causal: whether the kernel hides later keys.
+        offset: where its diagonal starts.
+        window: its sliding window.
+        rows: T, which queries of the whole call these are.
+        positions: (B or 1) T, the key position that each is at; None where there is no such thing.
+        notes: gets a line where a GPU's kernels do not take it.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float | Tensor = 1.0
+    softcap: float | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+    scores: Tensor | None = None
+    causal: bool = False
+    offset: int = 0
+    window: int | None = None
+    rows: Tensor | None = None
+    positions: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> Problem:
+        """Of a call as its tap saw it, restricted."""
+        return cls(
+            call.q,
+            call.k,
+            call.scale,
+            call.softcap,
+            four(call.bias),
+            four(call.mask),
+            None if call.sinks is None else sink_column(call.sinks),
+            call.scores,
+            call.causal,
+            call.offset,
+            call.window,
+            rows,
+            positions,
+            call.notes,
+        )
+
+
+@overload
+def four(x: Tensor) -> Tensor: ...
+@overload
+def four(x: None) -> None: ...
+@overload
+def four(x: Tensor | None) -> Tensor | None: ...
+def four(x: Tensor | None) -> Tensor | None:
+    """With all four axes."""
+    return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def hidden(rows: Tensor, keys: slice, causal: bool, window: int | None) -> Tensor:
+    """R n: what a causal or windowed kernel hides of some keys from queries on the diagonal at ``rows``."""
+    distance = rows.unsqueeze(-1) - torch.arange(keys.start, keys.stop, device=rows.device)
+    if not causal:
+        assert window is not None
+        return distance.abs_() >= window
+    return distance < 0 if window is None else (distance < 0) | (distance >= window)

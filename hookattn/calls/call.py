@@ -1,0 +1,234 @@
+"""The Call: one attention call of a trace, with its fields; and the Skipped, which could not be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.functional import dot_scores, finish_scores, softmax_weights
+from ..attention.kernel_call import FIELDS, KernelCall
+from ..errors import FieldNotCaptured, HookattnError
+from .certificate import UNVERIFIED, Certificate
+from .fields import Field, shape_of, tensor_of
+from .site import Site
+
+if TYPE_CHECKING:
+    from ..statistics.base import Statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Attention that ran and is not in the trace: where, why, in which steps."""
+
+    path: str
+    reason: str
+    steps: tuple[int, ...] = (0,)
+
+
+@dataclass(eq=False)
+class Call:
+    """One attention call. The fields of the contract are attributes; letters: B H G T S D E as in the documentation.
+
+    Attributes:
+        site: where it happened.
+        step: which forward of the trace, from 0.
+        index: its place among all calls of the trace.
+        tap: what saw the kernel.
+        dtype: the dtype the kernel ran in.
+        scale: the kernel's own factor on q·kᵀ; a tensor broadcastable to B H T S where it is learned per head.
+        softcap: ``c`` of ``c·tanh(s/c)``, or None.
+        causal: whether the kernel itself hid later keys (the ``mask`` has it in any case).
+        window: the kernel's own sliding window in keys, or None.
+        dropout: probability of dropout between the weights and ``v``.
+        heads: the query heads kept; None: all.
+        kv_heads: for each kept head its index in ``k`` and ``v``; None: head ``h`` has ``h // (H / G)``.
+        queries: the query rows kept; None: all.
+        of_queries: how many query rows the kernel had, where ``queries`` says which were kept.
+        keys: S, where statistics were captured.
+        own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
+        mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
+        notes: what a reader has to know.
+        certificate: how faithful it is.
+        fields: the captured fields by name, each as where it is: see :mod:`hookattn.calls.fields`.
+    """
+
+    site: Site
+    step: int
+    index: int
+    tap: str
+    dtype: torch.dtype
+    scale: float | Tensor
+    softcap: float | None = None
+    causal: bool = False
+    window: int | None = None
+    dropout: float = 0.0
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None
+    queries: tuple[int, ...] | None = None
+    own_scores: bool = False
+    mixed: bool = False
+    notes: tuple[str, ...] = ()
+    certificate: Certificate = UNVERIFIED
+    derivable: tuple[str, ...] = ()
+    fields: dict[str, Field] = field(default_factory=dict, repr=False)
+    keys: int | None = None
+    of_queries: int | None = None
+
+    @classmethod
+    def of(cls, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        """A call of which nothing is kept yet but what is no field."""
+        return cls(
+            site,
+            step,
+            index,
+            call.tap,
+            call.q.dtype,
+            call.scale,
+            call.softcap,
+            call.causal,
+            call.window,
+            call.dropout,
+            own_scores=call.opaque,
+            mixed=call.mixed,
+            notes=tuple(call.notes),
+        )
+
+    def get(self, name: str | Statistic) -> Tensor | None:
+        """A field by name; None where the call has none (``bias``, ``sinks``, a statistic that isn't defined for it).
+
+        Args:
+            name: a field; or a statistic of :mod:`hookattn.statistics`, as it was captured or by its plain name.
+
+        Raises:
+            FieldNotCaptured: it was not kept, or several statistics have this plain name.
+            TraceFileError: it is in a file that cannot be read, or that was deleted as the traced block raised.
+        """
+        if not isinstance(name, str):
+            name = name.key
+        if name in self.fields:
+            return tensor_of(self.fields[name])
+        if name in self.derivable:
+            return self._derive(name)
+        if name not in FIELDS:
+            return self._statistic(name)
+        kept = [f for f in FIELDS if f in self.fields or f in self.derivable]
+        raise FieldNotCaptured(
+            f"{name!r} of {self.site.label} was not captured (captured: {', '.join(kept)}); "
+            f"trace again with capture={tuple(f for f in FIELDS if f in kept or f == name)!r}."
+        )
+
+    def _statistic(self, name: str) -> Tensor | None:
+        from ..statistics.registry import STATISTICS, resolve
+
+        found = resolve(name, self.fields)
+        if len(found) == 1:
+            return self.get(found[0])
+        if found:
+            raise FieldNotCaptured(f"{name!r} of {self.site.label} may be {' or '.join(found)}; name one of these.")
+        plain = name.partition("(")[0]
+        if plain.removesuffix("_keys") not in STATISTICS:
+            known = ", ".join((*FIELDS, *STATISTICS))
+            raise AttributeError(f"a call has no field {name!r}; there are {known}.")
+        kept = ", ".join(self.fields) or "nothing"
+        raise FieldNotCaptured(
+            f"the statistic {name!r} of {self.site.label} was not captured (captured: {kept}); trace again with "
+            f"{plain.removesuffix('_keys')!r}, or its class in hookattn.statistics, in capture=."
+        )
+
+    def _tensor(self, name: str) -> Tensor:
+        value = self.get(name)
+        if value is None:
+            raise HookattnError(f"{self.site.label} has no {name}.")
+        return value
+
+    def _derive(self, name: str) -> Tensor:
+        q, k = self._tensor("q"), self._tensor("k")
+        if self.kv_heads is not None:
+            k = k[:, list(self.kv_heads)]
+        with torch.no_grad():
+            if name == "scores" or "scores" not in self.fields:
+                scores = finish_scores(dot_scores(q, k, self.scale), self.softcap, self.get("bias"))
+                if name == "scores":
+                    return scores
+            else:
+                scores = self._tensor("scores")
+            return softmax_weights(scores, self.get("mask"), self.get("sinks")).to(self.dtype)
+
+    @property
+    def q(self) -> Tensor:
+        """B H T D: the query as it enters the dot product."""
+        return self._tensor("q")
+
+    @property
+    def k(self) -> Tensor:
+        """B G S D: the key, cache included, not repeated for grouped queries."""
+        return self._tensor("k")
+
+    @property
+    def v(self) -> Tensor:
+        """B G S E: the value."""
+        return self._tensor("v")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Finite additive terms, broadcastable to B H T S, or None."""
+        return self.get("bias")
+
+    @property
+    def scores(self) -> Tensor:
+        """B H T S: scale·q·kᵀ, soft-capped, plus bias; no mask in it."""
+        return self._tensor("scores")
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, broadcastable to B H T S: True = may attend."""
+        return self._tensor("mask")
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """H, or broadcastable to B H T 1: learned logits that join the softmax and are dropped; or None."""
+        return self.get("sinks")
+
+    @property
+    def weights(self) -> Tensor:
+        """B H T S: softmax over S where mask, before dropout."""
+        return self._tensor("weights")
+
+    @property
+    def output(self) -> Tensor:
+        """B H T E: what the model's own kernel returned."""
+        return self._tensor("output")
+
+    @property
+    def empty_rows(self) -> Tensor:
+        """bool, broadcastable to B H T: rows with nothing to attend to."""
+        return ~self.mask.any(-1)
+
+    def has(self, name: str) -> bool:
+        """Whether a field was captured, or can be derived from what was."""
+        return name in self.fields or name in self.derivable
+
+    @property
+    def shape(self) -> str:
+        """The extents that are known, as text."""
+        for name, letters in (
+            ("weights", "BHTS"),
+            ("scores", "BHTS"),
+            ("q", "BHTD"),
+            ("output", "BHTE"),
+            ("k", "BGSD"),
+            ("v", "BGSE"),
+        ):
+            value = self.fields.get(name)
+            if value is not None:
+                return " ".join(f"{a}{n}" for a, n in zip(letters, shape_of(value), strict=False))
+        return "?"
+
+    def __repr__(self) -> str:
+        return (
+            f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
+            f"step {self.step}, {self.shape}, {self.tap}, {self.certificate.status})"
+        )

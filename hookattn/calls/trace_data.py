@@ -1,0 +1,160 @@
+"""What a trace holds: every attention call of one or more forwards, in execution order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, overload
+
+from ..errors import SelectionError
+from .call import Call, Skipped
+
+
+@dataclass(eq=False)
+class TraceData:
+    """Calls in execution order, and what is needed to read them; a part of it is of the class that it was taken of.
+
+    Attributes:
+        calls: the calls.
+        skipped: attention that ran and could not be read, with the reason.
+        tokens: one list of token strings per batch entry, or None.
+        output: what the traced forward returned (of the last one; not saved).
+        model: class name of the model, its configuration, and the versions of the libraries that ran it.
+        notes: what holds for the whole trace.
+        selection: what was asked for.
+        path: the file it is in, if it is in one.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    tokens: list[list[str]] | None = None
+    output: Any = field(default=None, repr=False)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    selection: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Call: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key: int | slice | str) -> Call | Self:
+        """A call by position or by module path, or a trace of a slice of them.
+
+        Raises:
+            SelectionError: no such call, or a path that ran more than once.
+            IndexError: a position out of range.
+        """
+        if isinstance(key, slice):
+            return self._with(self.calls[key])
+        if isinstance(key, int):
+            return self.calls[key]
+        found = [c for c in self.calls if c.site.path == key]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            steps = sorted({c.step for c in found})
+            raise SelectionError(
+                f"{key!r} ran {len(found)} times, in steps {steps}; use trace.select(path={key!r}, step=…)."
+            )
+        raise SelectionError(f"no call at {key!r}; there are {self._known(lambda c: c.site.path)}.")
+
+    def select(
+        self,
+        *,
+        layer: int | Sequence[int] | None = None,
+        stack: str | None = None,
+        kind: str | None = None,
+        step: int | Sequence[int] | None = None,
+        path: str | None = None,
+        tap: str | None = None,
+    ) -> Self:
+        """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
+
+        Raises:
+            SelectionError: nothing fits; says what there is.
+        """
+
+        def fits(wanted: int | Sequence[int] | None, n: int | None, last: int) -> bool:
+            return wanted is None or n in {
+                i if i >= 0 else last + 1 + i for i in ([wanted] if isinstance(wanted, int) else wanted)
+            }
+
+        last_step = max((c.step for c in self.calls), default=0)
+        last: dict[tuple[str, str], int] = {}
+        for c in self.calls:
+            place = (c.site.stack, c.site.kind)
+            last[place] = max(last.get(place, 0), c.site.layer or 0)
+        kept = [
+            c
+            for c in self.calls
+            if (stack is None or c.site.stack == stack)
+            and (kind is None or c.site.kind == kind)
+            and (path is None or c.site.path == path)
+            and (tap is None or c.tap == tap)
+            and fits(step, c.step, last_step)
+            and fits(layer, c.site.layer, last[(c.site.stack, c.site.kind)])
+        ]
+        if not kept:
+            asked = {
+                k: v
+                for k, v in (
+                    ("layer", layer),
+                    ("stack", stack),
+                    ("kind", kind),
+                    ("step", step),
+                    ("path", path),
+                    ("tap", tap),
+                )
+                if v is not None
+            }
+            raise SelectionError(
+                f"no call fits {asked}; there are layers {self._known(lambda c: c.site.layer)}, stacks "
+                f"{self._known(lambda c: c.site.stack)}, kinds {self._known(lambda c: c.site.kind)}, "
+                f"steps {self._known(lambda c: c.step)}."
+            )
+        return self._with(kept)
+
+    def _known(self, of: Callable[[Call], Any]) -> list[Any]:
+        return list(dict.fromkeys(of(c) for c in self.calls))
+
+    def _with(self, calls: Iterable[Call]) -> Self:
+        return replace(self, calls=list(calls))
+
+    @property
+    def attentions(self) -> tuple[Any, ...]:
+        """What ``output_attentions=True`` would have returned: one B H T S tensor a layer (for several steps, a tuple
+        of such tuples).
+
+        Raises:
+            SelectionError: more than one stack or kind is in the trace; select one first.
+            FieldNotCaptured: the weights were not kept.
+        """
+        places = list(dict.fromkeys((c.site.stack, c.site.kind) for c in self.calls))
+        if len(places) > 1:
+            raise SelectionError(
+                "attentions of which stack? The trace has "
+                + ", ".join(f"select(stack={s!r}, kind={k!r})" for s, k in places)
+                + "; take one of these first."
+            )
+        steps = list(dict.fromkeys(c.step for c in self.calls))
+        made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
+        return made[0] if len(made) == 1 else made
+
+    @property
+    def faithful(self) -> bool:
+        """Whether every call's certificate is within tolerance."""
+        return all(c.certificate.faithful for c in self.calls)
+
+    def __repr__(self) -> str:
+        where = f" of {self.model['class']}" if self.model.get("class") else ""
+        bad = sum(c.certificate.status == "unfaithful" for c in self.calls)
+        state = f", {bad} unfaithful" if bad else ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"{type(self).__name__}({len(self.calls)} calls{where}{state}{skipped})"

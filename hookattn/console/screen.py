@@ -1,0 +1,131 @@
+"""Where a command's words go: results to stdout, everything else (progress, warnings, errors) to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.text import Text
+
+PIPED_WIDTH = 200
+"""Columns that a table may take where no terminal limits it: nothing is folded in a file."""
+
+
+class Screen:
+    """The two streams of one command.
+
+    Args:
+        as_json: stdout gets one JSON document and nothing else.
+        debug: show what is otherwise left out, such as other libraries' warnings.
+    """
+
+    def __init__(self, as_json: bool = False, debug: bool = False) -> None:
+        self.as_json, self.debug = as_json, debug
+        self.out = console(sys.stdout, quiet=as_json)
+        self.err = console(sys.stderr)
+
+    def json(self, data: Any) -> None:
+        """Write a JSON document to stdout."""
+        from ..store.json_values import plain
+
+        click.echo(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+    def say(self, message: str, style: str = "") -> None:
+        """Write one line to stderr."""
+        self.err.print(Text(" ".join(message.split()), style=style), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """Write one warning line to stderr."""
+        self.say(f"warning: {message}", "yellow")
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
+        from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+
+        ours = (UnfaithfulWarning, SkippedWarning, TraceTooLargeWarning)
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if self.debug or issubclass(category, ours):
+                self.warn(str(message))
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            for category in ours:
+                warnings.simplefilter("always", category)
+            yield
+
+    @contextmanager
+    def working(
+        self, what: str, total: int | None = None, live: Callable[[], str] | None = None
+    ) -> Iterator[Callable[[], None]]:
+        """A progress line on stderr while the block runs, gone after it; nothing where stderr is no terminal.
+
+        Args:
+            what: what is being done.
+            total: how many steps there are, where that is known.
+            live: text that is asked for again at every refresh.
+
+        Yields:
+            A function to call after each step.
+        """
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
+        if total is not None:
+            columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
+        if live is not None:
+            columns.append(_Live(live))
+        hidden = not self.err.is_terminal
+        with Progress(*columns, Elapsed(), console=self.err, transient=True, disable=hidden) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda: progress.advance(task)
+
+
+class _Live(ProgressColumn):
+    """Text that changes while the task runs."""
+
+    max_refresh = 0.2
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__()
+        self.text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self.text())
+
+
+def console(stream: TextIO, quiet: bool = False) -> Console:
+    """A console on a stream: as wide as the terminal, or wide enough for any table where there is none."""
+    made = Console(file=stream, highlight=False, emoji=False, quiet=quiet)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED_WIDTH
+    return made
+
+
+def size_of(n: float) -> str:
+    """A number of bytes, for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 call``, ``2 calls``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,262 @@
+"""A trace as a table for people and as plain data for programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..calls.call import Call
+from ..calls.certificate import Certificate
+from ..calls.fields import shape_of
+from ..store import LazyFile
+from ..traces import Trace
+from .screen import counted, size_of
+
+_LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "output": "BHTE", "scores": "BHTS", "weights": "BHTS"}
+_STYLES = {"faithful": "green", "unfaithful": "bold red", "unverified": "yellow"}
+
+
+def extents(call: Call) -> dict[str, int]:
+    """The sizes of a call's axes, as far as its stored fields tell."""
+    found: dict[str, int] = {}
+    for name, letters in _LETTERS.items():
+        value = call.fields.get(name)
+        if value is not None:
+            found.update(zip(letters, shape_of(value), strict=True))
+    return {letter: found[letter] for letter in "BHGTSDE" if letter in found}
+
+
+def describe(call: Call) -> dict[str, Any]:
+    """One call as plain data."""
+    site, certificate = call.site, call.certificate
+    return {
+        "index": call.index,
+        "step": call.step,
+        "layer": site.layer,
+        "stack": site.stack,
+        "kind": site.kind,
+        "path": site.path,
+        "module": site.module,
+        "axes": site.axes,
+        "extents": extents(call),
+        "tap": call.tap,
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "scale": None if isinstance(call.scale, Tensor) else call.scale,
+        "softcap": call.softcap,
+        "causal": call.causal,
+        "window": call.window,
+        "dropout": call.dropout,
+        "heads": call.heads,
+        "queries": call.queries,
+        "of_queries": call.of_queries,
+        "fields": [name for name in call.fields if call.fields[name] is not None],
+        "derivable": [name for name in call.derivable if name not in call.fields],
+        "notes": list(call.notes),
+        "certificate": {**certificate.to_json(), "faithful": certificate.faithful},
+    }
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """A trace as plain data; with its file's sizes if it is in one."""
+    model = {k: v for k, v in trace.model.items() if k != "versions"}
+    made: dict[str, Any] = {
+        "file": trace.path,
+        "model": model,
+        "versions": trace.model.get("versions", {}),
+        "selection": trace.selection,
+        "faithful": trace.faithful,
+        "tokens": trace.tokens,
+        "notes": trace.notes,
+        "skipped": [{"path": s.path, "reason": s.reason, "steps": list(s.steps)} for s in trace.skipped],
+        "calls": [describe(call) for call in trace.calls],
+    }
+    if trace.path is not None:
+        with LazyFile(trace.path) as file:
+            sizes: dict[str, int] = {}
+            for name in file:
+                kind = name.split("/")[1] if name.startswith("shared/") else name.rsplit("/", 1)[-1]
+                sizes[kind] = sizes.get(kind, 0) + file.shape(name).numel() * file.dtype(name).itemsize
+            document = file.document
+            made |= {
+                "format_version": document.get("format_version"),
+                "compact": document.get("compact", False),
+                "bytes": os.path.getsize(trace.path),
+                "tensors": len(file),
+                "bytes_of_fields": sizes,
+            }
+    return made
+
+
+def used(certificate: Certificate) -> float:
+    """How much of what is allowed was used up: above 1 a call is unfaithful."""
+    unit = certificate.weights_tolerance or 1.0
+    return max(
+        certificate.output_error / (certificate.tolerance or 1.0),
+        (certificate.weights_error or 0.0) / unit,
+        certificate.row_sum_error / (4 * unit),
+    )
+
+
+class Row:
+    """Calls that are one row: one call, or what one site did in many steps."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls, self.first = calls, calls[0]
+        self.worst: Certificate = max(
+            (c.certificate for c in calls), key=lambda c: (c.status == "unfaithful", c.status == "unverified", used(c))
+        )
+
+    def steps(self) -> str:
+        """``3``, or ``0–7``."""
+        steps = sorted({c.step for c in self.calls})
+        return str(steps[0]) if len(steps) == 1 else f"{steps[0]}–{steps[-1]}"
+
+    def shape(self) -> str:
+        """``B1 H12 T7 S7 D32``, with ranges where the calls differ."""
+        sizes = [extents(c) for c in self.calls]
+        letters = [x for x in "BHGTSDE" if any(x in s for s in sizes)]
+        parts = []
+        for letter in letters:
+            values = [s[letter] for s in sizes if letter in s]
+            same = (letter == "G" and values == [s.get("H") for s in sizes]) or (
+                letter == "E" and values == [s.get("D") for s in sizes]
+            )
+            if not same:
+                low, high = min(values), max(values)
+                parts.append(f"{letter}{low}" if low == high else f"{letter}{low}–{high}")
+        return " ".join(parts) or "?"
+
+    def error(self) -> str:
+        """The largest distance between what was rebuilt and what the kernel returned."""
+        return "" if self.worst.status == "unverified" else f"{self.worst.max_error:.1e}"
+
+    def rows(self) -> str:
+        """Query rows checked."""
+        worst = self.worst
+        return (
+            ""
+            if worst.status == "unverified"
+            else "all rows"
+            if worst.rows == worst.of_rows
+            else (f"{worst.rows} of {worst.of_rows} rows")
+        )
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "step": Row.steps,
+    "layer": lambda row: "?" if row.first.site.layer is None else str(row.first.site.layer),
+    "stack": lambda row: row.first.site.stack,
+    "kind": lambda row: row.first.site.kind,
+    "path": lambda row: row.first.site.label,
+    "shape": Row.shape,
+    "tap": lambda row: row.first.tap,
+    "dtype": lambda row: str(row.first.dtype).removeprefix("torch."),
+    "checked": Row.rows,
+    "error": Row.error,
+    "certificate": lambda row: row.worst.status,
+}
+_HOISTED = ("stack", "kind", "tap", "dtype", "checked")
+
+
+def rows_of(calls: Iterable[Call], every: bool = False) -> list[Row]:
+    """One row for each site, or for each call."""
+    groups: dict[Any, list[Call]] = {}
+    for call in calls:
+        key = call.index if every else (call.site, call.tap, call.dtype, call.heads)
+        groups.setdefault(key, []).append(call)
+    return [Row(group) for group in groups.values()]
+
+
+def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> None:
+    """The table of calls. What all of them have in common stands above it, once."""
+    rows = rows_of(calls, every)
+    if not rows:
+        return
+    names = [name for name in COLUMNS if name != "step" or len({c.step for c in calls}) > 1]
+    texts = {name: [COLUMNS[name](row) for row in rows] for name in names}
+    common = [name for name in names if name in _HOISTED and len(set(texts[name])) == 1]
+    width = sum(max(map(len, [name, *texts[name]])) + 2 for name in names if name not in common) - 2
+    if width > out.width and len(set(texts["certificate"])) == 1:
+        common.append("certificate")  # the narrower the terminal, the more goes without saying twice
+    if common:
+        said = [f"{'' if name == 'dtype' else name} {texts[name][0]}".strip() for name in common if texts[name][0]]
+        _print_facts(out, [("all calls", " · ".join(said))])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        if name not in common:
+            table.add_column(
+                name, justify="right" if name in ("step", "layer") else "left", overflow="fold", no_wrap=name != "path"
+            )
+    for i, row in enumerate(rows):
+        table.add_row(
+            *(
+                Text(texts[n][i], _STYLES[row.worst.status] if n == "certificate" else "")
+                for n in names
+                if n not in common
+            )
+        )
+    out.print(Text())
+    out.print(table)
+    out.print(Text())
+
+
+def print_verdict(out: Console, trace: Trace) -> None:
+    """One line on the certificates, and what was skipped."""
+    for skipped in trace.skipped:
+        out.print(Text(f"skipped {skipped.path or '<model>'}: {skipped.reason}", "yellow"))
+    for note in dict.fromkeys([*trace.notes, *(n for c in trace.calls for n in c.notes)]):
+        out.print(Text(f"note: {note}", "dim"))
+    status = [c.certificate.status for c in trace.calls]
+    bad, unknown = status.count("unfaithful"), status.count("unverified")
+    total = counted(len(status), "call")
+    if bad:
+        out.print(Text(f"{bad} of {total} unfaithful: not what the model's own kernel returned", "bold red"))
+    elif unknown:
+        out.print(Text(f"{unknown} of {total} unverified", "yellow"))
+    elif trace.calls:
+        largest = max(c.certificate.max_error for c in trace.calls)
+        share = max(used(c.certificate) for c in trace.calls)
+        said = f"largest error {largest:.1e}, at most {share:.1%} of what is allowed"
+        out.print(Text(f"{total} faithful; {said}", "green"))
+
+
+def print_head(out: Console, data: dict[str, Any]) -> None:
+    """The lines above the table: the file, the model, the tokens."""
+    steps = len({c["step"] for c in data["calls"]})
+    count = f"{counted(len(data['calls']), 'call')} in {counted(steps, 'step')}"
+    if data["file"] is not None:
+        version = ".".join(map(str, data["format_version"] or ()))
+        kind = f"format {version}{', compact' if data['compact'] else ''}"
+        name = os.path.basename(data["file"])
+        line = Text.assemble((name, "bold"), f" · {size_of(data['bytes'])} · {kind} · {count}")
+    else:
+        line = Text(count)
+    out.print(line)
+    facts = [
+        ("model", f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})"),
+        ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items())),
+    ]
+    if data.get("bytes_of_fields"):
+        facts.append(("fields", " · ".join(f"{k} {size_of(v)}" for k, v in data["bytes_of_fields"].items())))
+    rows = data["tokens"] or []
+    for i, row in enumerate(rows[:4]):
+        shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")
+        facts.append(("" if i else "tokens", f"{shown} ({len(row)})"))
+    if len(rows) > 4:
+        facts.append(("", f"and {len(rows) - 4} more rows of tokens"))
+    _print_facts(out, facts)
+
+
+def _print_facts(out: Console, facts: Sequence[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=9, style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(value))
+    out.print(grid)

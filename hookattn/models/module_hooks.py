@@ -1,0 +1,124 @@
+"""Brackets around the modules of a model, for as long as a trace runs: where we are in it.
+
+Modules that an adapter covers are bracketed at their attention sites alone. Everything else is watched as a whole: the
+generic way, which needs to know nothing of a model, finds the site of a call by looking which module's forward is on
+the stack. Every hook goes when the trace ends; a hook does nothing in another thread than the trace's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..calls.site import Site, describe
+from .discovery import Plan
+
+_CALL_CODE = nn.Module._call_impl.__code__
+
+
+class Brackets:
+    """The hooks of one running trace."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        enter: Callable[[nn.Module], None],
+        leave: Callable[[], None],
+        root: Callable[[], None],
+        ran: Callable[[nn.Module], None],
+        active: Callable[[], bool],
+    ):
+        self.plan = plan
+        self._hooked: list[tuple[dict[Any, Any], Any]] = []
+        self._handles: list[RemovableHandle] = []
+        self._callbacks = (enter, leave, root, ran, active)
+
+    def install(self) -> None:
+        """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
+        enter, leave, root, ran, active = self._callbacks
+        plan = self.plan
+
+        def begins(module: nn.Module, _: Any) -> None:
+            if module is plan.model and active():
+                root()
+
+        def runs(module: nn.Module, _: Any) -> None:
+            if active():
+                ran(module)
+
+        def enters(module: nn.Module, _: Any) -> None:
+            if active():
+                enter(module)
+
+        def leaves(*_: Any) -> None:
+            if active():
+                leave()
+
+        if isinstance(plan.model, nn.TransformerEncoderLayer):  # a hook of its own would end its fused path
+            self._handles.append(register_module_forward_pre_hook(begins))
+        else:
+            self._handles.append(plan.model.register_forward_pre_hook(begins, prepend=True))
+        for _, module in plan.suspects:
+            self._before(module, runs)
+        for module in (*plan.modules.values(), *plan.torch_modules):
+            if id(module) in plan.sealed:
+                self._before(module, runs)
+            else:
+                self._before(module, enters)
+                self._handles.append(module.register_forward_hook(leaves, always_call=True))
+
+    def _before(self, module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> None:
+        """What ``register_forward_pre_hook`` does, without a handle for each of a model's many modules."""
+        hooks: dict[Any, Any] = module._forward_pre_hooks
+        key = ("hookattn", id(self), len(self._hooked))  # plain data: a model may be copied while it runs
+        hooks[key] = hook
+        self._hooked.append((hooks, key))
+
+    def remove(self) -> None:
+        """Detach every hook."""
+        for hooks, key in self._hooked:
+            hooks.pop(key, None)
+        self._hooked.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def running(self) -> str | None:
+        """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""
+        frame: FrameType | None = sys._getframe(1)
+        paths, model = self.plan.paths, self.plan.model
+        found = None
+        while frame is not None:
+            if frame.f_code is _CALL_CODE:
+                path = paths.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    return path
+            elif found is None and frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
+                found = ""  # somebody calls its forward without calling it
+            frame = frame.f_back
+        return found
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments of the forward of the model that is on this thread's stack; None: nobody called it."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _CALL_CODE and frame.f_locals.get("self") is self.plan.model:
+                return frame.f_locals["args"], frame.f_locals["kwargs"]
+            frame = frame.f_back
+        return None
+
+    def site(self, path: str) -> Site:
+        """The site that a module belongs to, by the word of an adapter or else of its path."""
+        parts = path.split(".")
+        for end in range(len(parts), -1, -1):
+            module = self.plan.model.get_submodule(".".join(parts[:end]))
+            known = self.plan.sites.get(id(module))
+            if known is not None:
+                return known
+        return describe(path, self.plan.model.get_submodule(path), self.plan.model)

@@ -1,0 +1,1 @@
+"""The bytes of a trace, told before it runs."""

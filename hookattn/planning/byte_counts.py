@@ -1,0 +1,114 @@
+"""How many bytes a selection keeps of calls, from their shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.functional import compute_dtype
+from ..attention.kernel_call import FIELDS, KernelCall
+from ..attention.positions import query_positions
+from ..calls.site import Site
+from ..errors import SelectionError
+from ..recording.selection import Selection, restrict
+from .memory_plan import PlannedCall
+
+_CPU = torch.device("cpu")
+_Entry = tuple[tuple[int, ...], torch.dtype, Tensor | None]
+
+
+@dataclass
+class Seen:
+    """The calls of a forward on shapes."""
+
+    calls: list[tuple[KernelCall, Site, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    device: torch.device = _CPU
+
+    def note(self, text: str) -> None:
+        """What cannot be told exactly; said once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def sizes(seen: Seen, selection: Selection) -> tuple[list[PlannedCall], int]:
+    """What a selection keeps of the calls, and how many bytes of it several calls share."""
+    last: dict[tuple[str, str], int] = {}
+    for _, site, _ in seen.calls:
+        last[site.stack, site.kind] = max(last.get((site.stack, site.kind), 0), site.layer or 0)
+    masks: dict[Any, Tensor] = {}
+    known: dict[Any, Tensor] = {}
+    rows = []
+    for given, site, step in seen.calls:
+        numbered = replace(site, layers=site.layers or last[site.stack, site.kind] + 1)
+        if not selection.takes_layer(numbered):
+            continue
+        call = replace(given, mask=_complete(given, step, masks))
+        h, t = call.q.shape[1:3]
+        restrict(call, selection.head_index(h, site.label), selection.query_index(t, site.label))
+        shapes, taken = {}, {}
+        entries = {name: _entry(call, name) for name in FIELDS if name in selection.capture}
+        for name, entry in {**entries, **_statistics(given, call, site, selection)}.items():
+            if entry is None:
+                continue
+            shape, dtype, x = entry
+            if selection.dtype is not None and dtype.is_floating_point:
+                dtype = selection.dtype
+            shapes[name] = shape
+            taken[name] = torch.Size(shape).numel() * dtype.itemsize
+            if x is not None:
+                key = name, step, x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+                taken[name] = 0 if key in known else taken[name]
+                known[key] = x
+        rows.append(PlannedCall(site, step, call.tap, shapes, taken))
+    absent = [i for i in selection.layers or () if not any(i in (s.layer, _back(s, last)) for _, s, _ in seen.calls)]
+    if absent:
+        raise SelectionError(f"layers={list(selection.layers or ())}: there is no layer {absent[0]}; last: {last}.")
+    shared = sum(x.numel() * x.element_size() for x in known.values())
+    return rows, shared
+
+
+def _back(site: Site, last: dict[tuple[str, str], int]) -> int:
+    return (site.layer or 0) - (site.layers or last[site.stack, site.kind] + 1)
+
+
+def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:
+    """A stand-in of a call's complete mask, which calls with the same arguments have in common."""
+    own, t, s = call.mask, call.q.shape[2], call.k.shape[2]
+    key: tuple[Any, ...] = step, t, s, call.offset, call.window, call.causal, call.q.device
+    if own is not None:
+        key = *key, own.untyped_storage()._cdata, own.storage_offset(), own.shape, own.stride(), own.dtype
+    if key not in masks:
+        shape = torch.Size((1, 1, 1, 1)) if own is None else own.shape
+        if call.causal or call.window is not None:
+            shape = torch.Size(max(pair) for pair in zip(shape, (1, 1, t, s), strict=True))
+        masks[key] = torch.empty(shape, dtype=torch.bool, device="meta")
+    return masks[key]
+
+
+def _statistics(given: KernelCall, call: KernelCall, site: Site, selection: Selection) -> dict[str, _Entry]:
+    """The same of the statistics of a call, which is restricted to what is kept of the given one."""
+    made: dict[str, _Entry] = {}
+    placed = not selection.statistics or query_positions(replace(given, mask=None), site.kind) is not None
+    dtype = compute_dtype(call.dtype if call.scores is None else call.scores.dtype)
+    b, h, t, s = *call.q.shape[:3], call.k.shape[2]
+    for statistic in selection.statistics:
+        if placed or not statistic.positional:
+            for name, x in statistic.allocate((b, h, t, s), dtype, torch.device("meta")).items():
+                made[name] = tuple(x.shape), x.dtype, None
+    return made
+
+
+def _entry(call: KernelCall, name: str) -> _Entry | None:
+    """Shape and dtype of a field as it is kept, and the tensor that calls may have in common; None: it has none."""
+    x: Tensor | None = getattr(call, name)
+    if name in ("scores", "weights") and x is None:
+        (b, h, t), s = call.q.shape[:3], call.k.shape[2]
+        return (b, h, t, s), compute_dtype(call.dtype) if name == "scores" else call.dtype, None
+    if x is None:
+        return None
+    return tuple(x.shape), x.dtype, x if name in ("mask", "bias", "sinks") else None

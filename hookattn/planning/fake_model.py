@@ -1,0 +1,120 @@
+"""A model's copy without weights: it runs on shapes, takes hardly any memory, and shares nothing with the original.
+
+Parameters and floating inputs become fake tensors, and so does whatever is computed from them. Token ids, masks,
+buffers and small tables stay real, so that what a model decides by their values (which mask, which bias) comes out as
+it would.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import ModelError
+
+# Up to this many elements a table (relative positions, sinks) stays real; so does what is no parameter.
+_TABLE = 1 << 14
+_OTHER = 1 << 20
+_BOOLS = 1 << 26  # causal masks that are kept as buffers
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MASK_NAME = re.compile(r"mask|bias", re.IGNORECASE)
+
+
+class _Copying(TorchFunctionMode):
+    """Copies tensors while ``copy.deepcopy`` runs: what is large becomes fake."""
+
+    def __init__(self, fake: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fake = fake
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        x, memo = args
+        if id(x) not in memo:
+            most = _BOOLS if x.dtype == torch.bool else _OTHER
+            large = x.is_meta or x.numel() > most or x.layout is not torch.strided
+            memo[id(x)] = self.fake(x) if large else x.detach().clone()
+        return memo[id(x)]
+
+
+class Rules(TorchDispatchMode):
+    """Open while the copy runs: rules for shapes that torch has too narrowly, and answers for whoever may guess.
+
+    Args:
+        may_guess: asked when somebody wants the value of a fake tensor; True: the answer is yes, or one.
+    """
+
+    def __init__(self, may_guess: Callable[[], bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.may_guess = may_guess
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if any(issubclass(t, FakeTensor) for t in types):
+            if func is aten._grouped_mm.default:  # in the kernel float32 is fine; torch's own rule has bfloat16 alone
+                return _grouped_mm(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("offs"))
+            if func in (aten._local_scalar_dense.default, aten.equal.default) and self.may_guess():
+                plain = func is aten.equal.default or args[0].dtype == torch.bool
+                return True if plain else torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Any) -> Tensor:
+    groups = [offsets.shape[0]] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() == 3 else []
+    return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+
+
+def hollow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks are left out.
+
+    Raises:
+        ModelError: something in them cannot be copied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+
+    def fake(x: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(
+                x.shape, x.stride(), dtype=x.dtype, device=device if x.is_meta else x.device, requires_grad=False
+            )
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in _HOOKS:  # they are somebody's, and may keep what they see
+            memo[id(vars(module)[name])] = type(vars(module)[name])()
+        for name, x in module._parameters.items():
+            if x is None or id(x) in memo:
+                continue
+            table = isinstance(module, nn.Embedding) or not name.endswith("weight")
+            real = table and x.numel() <= _TABLE and not x.is_meta
+            with torch.no_grad():
+                memo[id(x)] = nn.Parameter(x.detach().clone() if real else fake(x), x.requires_grad)
+    for name, x in [*((_name(model, i), x) for i, x in enumerate(args)), *kwargs.items()]:
+        if isinstance(x, Tensor) and x.is_floating_point() and not _MASK_NAME.search(name):
+            memo[id(x)] = fake(x)
+    try:
+        with torch.no_grad(), _Copying(fake):
+            return copy.deepcopy((model, args, kwargs), memo)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} or its inputs cannot be copied without their weights ({error}); plan a model of "
+            "the same configuration that was not prepared for running yet, or trace a short input and scale its sizes."
+        ) from error
+
+
+def _name(model: nn.Module, position: int) -> str:
+    code = getattr(model.forward, "__code__", None)
+    names = () if code is None else code.co_varnames[1 : code.co_argcount]
+    return names[position] if position < len(names) else ""

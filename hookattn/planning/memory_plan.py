@@ -1,0 +1,165 @@
+"""What a trace will take: the result of ``plan``, as data and as a table; and how much room there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from os import PathLike
+
+import torch
+
+from ..attention.kernel_call import FIELDS
+from ..calls.site import Site
+from ..recording.selection import Selection
+from ..statistics.registry import named
+
+_FEW = ("entropy", "top_k", "received")
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """What one call will take.
+
+    Attributes:
+        site: where it happens.
+        step, tap: as in :class:`hookattn.Call`.
+        shapes: of each field that is kept and that the call has.
+        bytes: of each field; 0 for a mask, bias or sinks that an earlier call keeps already.
+    """
+
+    site: Site
+    step: int
+    tap: str
+    shapes: dict[str, tuple[int, ...]]
+    bytes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all fields."""
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a trace will take, beside what the model's forward takes anyway.
+
+    Attributes:
+        calls: one for each attention call, in execution order.
+        total: bytes of all fields: in memory, or in the file of ``to``.
+        in_memory: bytes that are held at once: all, or with ``to`` those of three calls.
+        free_memory: bytes that are free on the device where the fields are kept.
+        free_disk: bytes that are free where the file will be; None without ``to``.
+        advice: arguments of a trace that would fit, the least loss first; empty if this one fits.
+        notes: what could not be told exactly.
+        skipped: attention that a trace will not be able to read: path and reason.
+    """
+
+    calls: list[PlannedCall]
+    total: int
+    in_memory: int
+    free_memory: int
+    free_disk: int | None = None
+    advice: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it."""
+        return self.in_memory <= self.free_memory and (self.free_disk is None or self.total <= self.free_disk)
+
+    def __repr__(self) -> str:
+        return table(self)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_disk(path: str | PathLike[str]) -> int:
+    """Bytes that are free where a file will be."""
+    return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+
+
+def size_of(count: float) -> str:
+    """Bytes as text."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def table(plan: MemoryPlan) -> str:
+    """One line for each run of calls that take the same, and the totals."""
+    names = list(dict.fromkeys(name for call in plan.calls for name in call.bytes))
+    fields = [f for f in FIELDS if f in names] + [f for f in names if f not in FIELDS]
+    lines = [("site", "kind", "calls", *fields, "bytes")]
+
+    def alike(call: PlannedCall) -> tuple[object, ...]:
+        return call.site.stack, call.site.kind, tuple(call.shapes.items())
+
+    for _, group in groupby(plan.calls, alike):
+        calls = list(group)
+        first, last = calls[0], calls[-1]
+        path = first.site.label if len(calls) == 1 else f"{first.site.label} … {last.site.label}"
+        shapes = ["×".join(map(str, first.shapes[f])) if f in first.shapes else "–" for f in fields]
+        kind = f"{first.site.stack} {first.site.kind}"
+        lines.append((path, kind, str(len(calls)), *shapes, size_of(sum(c.total for c in calls))))
+    sums = [size_of(sum(c.bytes.get(f, 0) for c in plan.calls)) for f in fields]
+    lines.append(("total", "", str(len(plan.calls)), *sums, size_of(plan.total)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.append(room(plan))
+    text.extend(f"would fit: {x}" for x in plan.advice)
+    text.extend(f"note: {x}" for x in plan.notes)
+    text.extend(f"skipped: {path}: {reason}" for path, reason in plan.skipped)
+    return "\n".join(text)
+
+
+def room(plan: MemoryPlan) -> str:
+    """What it takes of what is free, as text."""
+    says = "fits" if plan.fits else "does not fit"
+    if plan.free_disk is None:
+        return f"{says}: {size_of(plan.in_memory)} of {size_of(plan.free_memory)} of free memory"
+    return (
+        f"{says}: {size_of(plan.total)} of {size_of(plan.free_disk)} of free disk, "
+        f"{size_of(plan.in_memory)} of {size_of(plan.free_memory)} of free memory at once"
+    )
+
+
+def smaller(selection: Selection, streamed: bool) -> Iterator[tuple[str, Selection, bool]]:
+    """Arguments of traces that take less room, the least loss first: as text, the selection, whether to a file."""
+    lean = tuple(f for f in [f for f in FIELDS if f not in ("scores", "weights")] if f in selection.capture)
+    if not streamed:
+        yield 'to="run.safetensors"', selection, True
+    if selection.device is None or selection.device.type != "cpu":
+        yield 'device="cpu"', replace(selection, device=torch.device("cpu")), streamed
+    if lean and len(lean) < len(selection.capture):
+        derived = "scores and weights are derived when they are read"
+        why = derived if selection.derivable else "without scores and weights"
+        yield f"capture={lean!r} ({why})", replace(selection, capture=frozenset(lean)), streamed
+    if selection.dtype is None:
+        yield "dtype=torch.float16", replace(selection, dtype=torch.float16), streamed
+        if lean and len(lean) < len(selection.capture):
+            both = replace(selection, capture=frozenset(lean), dtype=torch.float16)
+            yield f"capture={lean!r}, dtype=torch.float16", both, streamed
+    if selection.queries is None:
+        yield "queries=slice(-1, None) (the last position)", replace(selection, queries=slice(-1, None)), streamed
+    if not selection.statistics:
+        few = replace(selection, capture=frozenset(), statistics=tuple(s for n in _FEW if (s := named(n)) is not None))
+        yield f"capture={_FEW!r} (statistics, which grow with the length alone)", few, streamed

@@ -1,0 +1,220 @@
+"""``plan``: how many bytes a trace will take, told before it runs, from a forward on shapes alone."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+from ..attention.functional import split_additive
+from ..attention.kernel_call import KernelCall
+from ..calls.call import Call
+from ..calls.site import Site
+from ..calls.trace_data import TraceData
+from ..errors import ModelError, NoAttentionError
+from ..models.discovery import make_plan
+from ..recording.forward_inputs import arguments, check_fit
+from ..recording.selection import Selection
+from ..recording.session import Recorder, Session, Sink
+from ..taps.eager.follower import Watch
+from ..torch_internals.isolation import Quiet
+from ..torch_internals.tensor_memo import Once
+from .byte_counts import Seen, sizes
+from .fake_model import Rules, hollow
+from .memory_plan import MemoryPlan, PlannedCall, free_disk, free_memory, size_of, smaller
+
+_IMPOSSIBLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_TAP = Watch._try.__code__
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    capture: Iterable[str] | str | None = None,
+    layers: Any = None,
+    heads: Any = None,
+    queries: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    to: str | PathLike[str] | None = None,
+) -> MemoryPlan:
+    """Predict what ``hookattn.trace`` with the same arguments will keep, without running attention.
+
+    One forward runs on shapes alone, in a copy of the model without weights; the model itself is not touched, and may
+    be on the meta device. Hooks that somebody put on it are left out. The bytes are those of the trace's tensors, each
+    counted once; a file also has a header of 1 MiB or more, and stores masks of equal content once.
+
+    Args:
+        model, inputs, capture, layers, heads, queries, dtype, device, to: as in :func:`hookattn.trace`.
+
+    Returns:
+        A MemoryPlan; its ``repr`` is a table.
+
+    Raises:
+        ModelError: the forward decides by values that there are none of (routing, a loop until convergence), or runs an
+            operation that has no rule for shapes; NoAttentionError: no attention ran.
+        InputError, SelectionError: as in :func:`hookattn.trace`.
+    """
+    selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    if not isinstance(model, nn.Module):
+        make_plan(model)  # says what is wrong with it
+    return told(observe(model, *arguments(inputs)), selection, to)
+
+
+class ShapeRecorder(Recorder):
+    """Takes kernel calls as they come, and keeps nothing of their values.
+
+    Args:
+        seen: gets the calls.
+    """
+
+    small = None
+
+    def __init__(self, seen: Seen):
+        self.seen = seen
+        self._once = Once()
+
+    def wants(self, field: str) -> bool:
+        """Every field: what a selection leaves out is left out of the sizes later."""
+        return True
+
+    def forget(self) -> None:
+        """A new forward begins."""
+        self._once.forget()
+
+    def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of a tensor whose values nobody knows: a bias and a mask, at most."""
+        if not isinstance(additive, FakeTensor):
+            with Quiet(additive):
+                return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
+
+        def guessed() -> tuple[Tensor, Tensor]:
+            self.seen.note(
+                "additive masks that depend on weights are counted as a bias and a mask; a trace may keep one"
+            )
+            return additive, additive != 0
+
+        return self._once(("split", id(additive)), None, guessed)  # type: ignore[no-any-return]
+
+    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        """Note a call."""
+        self.seen.calls.append((call, site, step))
+        self.seen.device = call.q.device
+        return Call(site, step, index, call.tap, call.q.dtype, 1.0)
+
+    def deliver(self, call: Call, sink: Sink) -> None:
+        """Nothing is stored."""
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Nothing waits."""
+
+    def drop(self) -> None:
+        """Let go of what was made of masks."""
+        self._once.forget()
+
+
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen:
+    """The calls of a forward on shapes; raises as :func:`plan` does."""
+    seen = Seen()
+    copy, args, kwargs = hollow(model, args, kwargs)
+    session = Session(make_plan(copy), TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True)
+
+    def may_guess() -> bool:
+        """A tap may, where it looks for masks in what the model computed; the model may not."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in (_TAP, observe.__code__):  # further out, another trace may run
+            frame = frame.f_back
+        guesses = frame is not None and frame.f_code is _TAP
+        if guesses:
+            seen.note(
+                f"{session.where() or 'the model'}: masks and biases are told by values, so that these are guessed"
+            )
+        return guesses
+
+    try:
+        session.start()
+        try:
+            with warnings.catch_warnings(), Rules(may_guess):  # in the caller's grad mode: fused layers look at it
+                # A tap asks where tensors lie in memory, which fake ones do nowhere.
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+                copy(*args, **kwargs)
+        except TypeError:
+            check_fit(copy, args, kwargs)
+            raise
+        except _IMPOSSIBLE as error:
+            raise ModelError(_impossible(model, str(error), session.where())) from error
+        except Exception as error:
+            error.add_note("hookattn: raised while the forward ran on shapes alone, for a plan.")
+            raise
+        finally:
+            session.stop()
+        session.finish()
+        seen.skipped = [(s.path, s.reason) for s in session.trace.skipped]
+    finally:
+        session.close()
+    for path, reason in seen.skipped:
+        if any(error.__name__ in reason for error in _IMPOSSIBLE):
+            raise ModelError(_impossible(model, reason, path))
+    if not seen.calls and not seen.skipped:
+        raise NoAttentionError(f"no attention ran in {type(model).__name__}, so there is nothing to plan.")
+    return seen
+
+
+def _impossible(model: nn.Module, what: str, where: str | None) -> str:
+    return (
+        f"{type(model).__name__} cannot be planned: {where or 'its forward'} needs values, not shapes alone ({what}). "
+        'Trace a short input with capture=("q", "k") and scale its sizes, or stream with to="run.safetensors".'
+    )
+
+
+def told(seen: Seen, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
+    """The plan of a trace that keeps a selection of these calls, with what would fit if it does not."""
+    made = _made(seen, selection, *sizes(seen, selection), to)
+    if not made.fits:
+        made.advice.extend(_advice(seen, selection, to is not None, "run.safetensors" if to is None else to))
+    return made
+
+
+def _made(
+    seen: Seen, selection: Selection, calls: list[PlannedCall], shared: int, to: str | PathLike[str] | None
+) -> MemoryPlan:
+    total, biggest = sum(c.total for c in calls), max((c.total for c in calls), default=0)
+    return MemoryPlan(
+        calls,
+        total,
+        total if to is None else min(total, 3 * biggest + shared),
+        free_memory(selection.device or seen.device),
+        None if to is None else free_disk(to),
+        notes=seen.notes,
+        skipped=seen.skipped,
+    )
+
+
+def _advice(seen: Seen, selection: Selection, streamed: bool, to: str | PathLike[str]) -> list[str]:
+    """What of the smaller traces fits."""
+    found = []
+    for text, less, to_file in smaller(selection, streamed):
+        calls, shared = sizes(seen, less)
+        one = _made(seen, less, calls, shared, to if to_file else None)
+        if one.fits:
+            found.append(f"{text}: {size_of(one.total)}")
+    return found or ["none of the usual selections fits; take layers= one at a time, or a shorter input"]

@@ -1,0 +1,122 @@
+"""Whether there is room for a trace: asked at the first large call of each forward, before anything of it is kept.
+
+From one call and the number of modules of its class follows about how much a forward will keep. That costs next to
+nothing, and mostly settles it. Where it does not, the forward is planned, on shapes alone and while it stands still.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.kernel_call import KernelCall
+from ..calls.site import Site
+from ..errors import TraceTooLargeError, TraceTooLargeWarning
+from ..recording.room_check import Forward, RoomCheck
+from ..recording.selection import Selection
+from ..taps.active import paused
+from ..torch_internals.isolation import Quiet
+from .byte_counts import Seen
+from .memory_plan import MemoryPlan, free_disk, free_memory, room, size_of
+
+
+class Guard(RoomCheck):
+    """Looks after one trace.
+
+    Args:
+        selection: what the trace keeps.
+        to: the file that it is streamed to; None: it stays in memory.
+    """
+
+    def __init__(self, selection: Selection, to: str | PathLike[str] | None):
+        self.selection, self.to = selection, to
+        self._asked: dict[str, int] = {}  # class of an attention module -> the forward in which it was last asked about
+        self._factor = 1.0  # what a plan found, as a part of what was expected
+
+    def check(self, forward: Forward, call: KernelCall, site: Site) -> None:
+        """Look at a large call that is about to be kept.
+
+        Raises:
+            TraceTooLargeError: the forward cannot be kept; says what would fit.
+        """
+        if self._asked.get(site.module) == forward.step:
+            return
+        self._asked[site.module] = forward.step
+        device = call.q.device
+        count = self._count(forward.classes, site.module)
+        most = count * self._most(call)
+        disk = None if self.to is None else free_disk(self.to)
+        if self._has_room(most, most, free_memory(self.selection.device or device), disk):
+            return
+        with Quiet(call.q):
+            shapes = _shapes(call)
+        one = self._expected(shapes, site, device, 1)
+        total = int(one.total * count * self._factor)
+        if self._has_room(total, one.total, one.free_memory, one.free_disk):
+            return
+        found = self._planned(forward, device)
+        if found is None:
+            expected = self._expected(shapes, site, device, count)
+            warnings.warn(f"maybe {_say(expected)}", TraceTooLargeWarning, stacklevel=2)
+            return
+        largest = max((c.total for c in found.calls), default=0)
+        if not self._has_room(found.total, largest, found.free_memory, found.free_disk):
+            raise TraceTooLargeError(_say(found))
+        self._factor *= found.total / total
+
+    def _count(self, classes: list[type], kind: str) -> int:
+        """How many calls in modules of a class a forward will make, if each of them makes one."""
+        count = sum(cls.__name__ == kind for cls in classes)
+        return max(1, count if self.selection.layers is None else min(count, len(self.selection.layers)))
+
+    def _most(self, call: KernelCall) -> int:
+        """Bytes that are enough for all that can be kept of a call: no element is wider than 8."""
+        b, h, t, _ = call.q.shape
+        square = b * h * t * call.k.shape[2]
+        vectors = call.q.numel() + call.k.numel() + call.v.numel() + b * h * t * call.v.shape[3]
+        return 8 * (vectors + (4 + len(self.selection.statistics)) * square)
+
+    def _expected(self, call: KernelCall, site: Site, device: torch.device, count: int) -> MemoryPlan:
+        """A forward of so many calls that are all like this one."""
+        from .plan import told
+
+        return told(Seen([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to)
+
+    def _planned(self, forward: Forward, device: torch.device) -> MemoryPlan | None:
+        """The forward that is running; None where it cannot be planned."""
+        from .plan import observe, told
+
+        inputs = forward.inputs()
+        if inputs is None:
+            return None
+        generators = [device] if device.type == "cuda" else []
+        try:
+            with paused(), forward.aside(), torch.random.fork_rng(generators):
+                return told(observe(forward.model, *inputs), self.selection, self.to)
+        except Exception:  # noqa: BLE001 - whatever it is, it is no fault of the trace, which can go on
+            return None
+
+    def _has_room(self, total: int, largest: int, memory: int, disk: int | None) -> bool:
+        return (total if disk is None else largest) <= memory and (disk is None or total <= disk)
+
+
+def _shapes(call: KernelCall) -> KernelCall:
+    """The call without values."""
+    found: dict[str, Any] = {}
+    for name in (f.name for f in fields(call)):
+        x = getattr(call, name)
+        found[name] = x.to("meta") if isinstance(x, Tensor) else x
+    return KernelCall(**found)
+
+
+def _say(told: MemoryPlan) -> str:
+    largest = max(told.calls, key=lambda call: call.total)
+    return (
+        f"the trace {room(told)}; of its {len(told.calls)} calls, {largest.site.label} alone takes "
+        f"{size_of(largest.total)}. What would fit: {'; '.join(told.advice)}. hookattn.plan(model, inputs) has a table."
+    )

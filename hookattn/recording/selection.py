@@ -1,0 +1,236 @@
+"""What of a forward is kept: fields, layers, heads, queries, dtype, device. Applied before anything large is formed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.kernel_call import FIELDS, KernelCall
+from ..calls.site import Site
+from ..errors import SelectionError
+from ..statistics.base import Statistic
+from ..statistics.registry import STATISTICS, named
+
+# Fields that always have their full extents; the others may be there by broadcasting.
+_WHOLE = ("q", "k", "v", "output", "undropped", "scores", "weights", "applied")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is kept of every call.
+
+    Attributes:
+        capture: fields, a subset of :data:`~hookattn.attention.kernel_call.FIELDS`.
+        statistics: computed beside the kernel, see :mod:`hookattn.statistics`.
+        layers: layer indices in each stack, negative ones from its end; None: all.
+        heads: query heads, negative ones from the end; None: all.
+        queries: a slice or indices of query positions; None: all.
+        dtype: floating fields are stored in it; None: as the kernel has them.
+        device: where fields are stored; None: where they are.
+    """
+
+    capture: frozenset[str]
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    queries: slice | tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    statistics: tuple[Statistic, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        capture: Iterable[str | Statistic] | str | Statistic | None = None,
+        layers: Any = None,
+        heads: Any = None,
+        queries: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Selection:
+        """Checked and normalised.
+
+        Raises:
+            SelectionError: an unknown field, something that is no index, or an empty selection.
+        """
+        fields, statistics = _captured(capture)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
+        if not isinstance(queries, slice):
+            queries = _indices("queries", queries)
+        elif not all(x is None or hasattr(x, "__index__") for x in (queries.start, queries.stop, queries.step)):
+            raise SelectionError(f"queries={queries!r}: expected a slice of ints.")
+        chosen = _indices("layers", layers), _indices("heads", heads)
+        return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
+
+    @property
+    def derivable(self) -> tuple[str, ...]:
+        """The fields that can be derived from those that are kept."""
+        return ("scores", "weights") if {"q", "k", "mask", "bias", "sinks"} <= self.capture else ()
+
+    def takes_layer(self, site: Site) -> bool | None:
+        """Whether a site's layer is selected; None if that isn't known until the forward is over."""
+        if self.layers is None:
+            return True
+        if site.layer is None:
+            return None
+        if site.layer in self.layers:
+            return True
+        if any(i < 0 for i in self.layers):
+            return None if site.layers is None else site.layer - site.layers in self.layers
+        return False
+
+    def head_index(self, heads: int, where: str) -> list[int] | None:
+        """The selected heads of a call that has ``heads``; None: all."""
+        if self.heads is None:
+            return None
+        bad = [h for h in self.heads if not -heads <= h < heads]
+        if bad:
+            raise SelectionError(f"heads={list(self.heads)}: {where} has {heads} heads, so there is no head {bad[0]}.")
+        return [h % heads for h in self.heads]
+
+    def query_index(self, t: int, where: str) -> list[int] | slice | None:
+        """The selected query rows of a call that has ``t``; None: all."""
+        if self.queries is None:
+            return None
+        if isinstance(self.queries, slice):
+            rows = range(*self.queries.indices(t))
+            if not rows:
+                raise SelectionError(f"queries={self.queries}: {where} has {t} queries, of which none is selected.")
+            return self.queries if rows.step > 0 else list(rows)
+        bad = [i for i in self.queries if not -t <= i < t]
+        if bad:
+            raise SelectionError(
+                f"queries={list(self.queries)}: {where} has {t} queries, so there is no query {bad[0]}."
+            )
+        return [i % t for i in self.queries]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        q = self.queries
+        statistics = {s.key: s.parameters for s in self.statistics}
+        return {
+            **({"statistics": statistics} if statistics else {}),
+            "capture": [f for f in FIELDS if f in self.capture] + [s.key for s in self.statistics],
+            "layers": self.layers,
+            "heads": self.heads,
+            "queries": [q.start, q.stop, q.step] if isinstance(q, slice) else {"indices": q} if q is not None else None,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
+    """The fields and the statistics that ``capture=`` names."""
+    if capture is None:
+        return list(FIELDS), ()
+    if isinstance(capture, (str, Statistic)):
+        capture = (capture,)
+    known = f"choose among {', '.join(FIELDS)}, and the statistics {', '.join(STATISTICS)}"
+    if not isinstance(capture, Iterable):
+        raise SelectionError(f"capture={capture!r}: expected a list of fields; {known}.")
+    fields: list[str] = []
+    statistics: dict[str, Statistic] = {}
+    for item in tuple(capture):
+        if isinstance(item, str) and item in FIELDS:
+            fields.append(item)
+            continue
+        found = item if isinstance(item, Statistic) else named(item) if isinstance(item, str) else None
+        if found is None and isinstance(item, str) and item in STATISTICS:
+            raise SelectionError(
+                f"capture={capture!r}: {item!r} has no defaults; give {STATISTICS[item].__name__}(…) "
+                "of hookattn.statistics."
+            )
+        if found is None:
+            raise SelectionError(f"capture={capture!r}: there is no field {item!r}; {known}.")
+        if statistics.setdefault(found.key, found) != found:
+            raise SelectionError(f"capture={capture!r}: two different statistics would be named {found.key!r}.")
+    if not fields and not statistics:
+        raise SelectionError(f"capture is empty: nothing would be kept; {known}.")
+    return fields, tuple(statistics.values())
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if hasattr(value, "__index__") and not hasattr(value, "__len__"):
+        value = (value,)
+    if isinstance(value, (slice, str, bytes)) or not isinstance(value, Iterable):
+        raise SelectionError(f"{name}={value!r}: expected an int or a list of ints.")
+    items = tuple(value)
+    if not items:
+        raise SelectionError(f"{name}=[] selects nothing; leave it out to keep all {name}.")
+    bad = [i for i in items if not hasattr(i, "__index__") or isinstance(i, bool)]
+    if bad:
+        raise SelectionError(f"{name}={value!r}: expected ints, got {bad[0]!r}.")
+    return tuple(operator.index(i) for i in items)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SelectionError(f"device={device!r}: there is no such device here: {reason}") from error
+    return found
+
+
+def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None) -> list[int] | None:
+    """Keep the selected heads and queries of a call, in place and as views where possible.
+
+    Returns:
+        For each kept head the index of its group among the kept ``k`` and ``v``; None if no head was left out.
+    """
+    groups = None
+    if heads is not None:
+        per_group = call.q.shape[1] // call.k.shape[1]
+        wanted = sorted({h // per_group for h in heads})
+        groups = [wanted.index(h // per_group) for h in heads]
+        _each(
+            call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale"), 1, list(heads)
+        )
+        _each(call, ("k", "v"), 1, wanted)
+        if call.sinks is not None:
+            sinks = call.sinks if call.sinks.dim() != 1 else call.sinks.view(1, -1, 1, 1)
+            call.sinks = _take(sinks, 1, list(heads)) if sinks.shape[1] > 1 else sinks
+    if queries is not None:
+        _each(
+            call,
+            ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale", "sinks"),
+            2,
+            queries,
+        )
+    return groups
+
+
+def _each(call: KernelCall, names: Sequence[str], dim: int, index: list[int] | slice | Sequence[int]) -> None:
+    for name in names:
+        x = getattr(call, name)
+        if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or name in _WHOLE):
+            setattr(call, name, _take(x, dim, index))
+
+
+def _take(x: Tensor, dim: int, index: Sequence[int] | slice) -> Tensor:
+    if isinstance(index, slice):
+        return x[(slice(None),) * dim + (index,)]
+    if len(index) == 1:
+        return x.narrow(dim, index[0], 1)
+    return x.index_select(dim, torch.tensor(index, device=x.device))
+
+
+def grouped(call: KernelCall, groups: Sequence[int] | None) -> KernelCall:
+    """A call whose heads, after a selection, can be computed with: uneven groups are spelled out."""
+    if groups is None:
+        return call
+    h, g = call.q.shape[1], call.k.shape[1]
+    if h % g == 0 and list(groups) == [i // (h // g) for i in range(h)]:
+        return call
+    index = torch.tensor(list(groups), device=call.k.device)
+    return replace(call, k=call.k.index_select(1, index), v=call.v.index_select(1, index))

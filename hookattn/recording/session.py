@@ -1,0 +1,440 @@
+"""One running trace: brackets, patches and the function mode around a model, and what becomes of each call seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.kernel_call import KernelCall
+from ..calls.call import Call, Skipped
+from ..calls.site import Site
+from ..calls.trace_data import TraceData
+from ..errors import ModelError, NoAttentionError, SelectionError, UnfaithfulError
+from ..models.discovery import Plan, check_meta
+from ..models.module_hooks import Brackets
+from ..models.running_numbers import Numbering
+from ..models.unread import silent
+from ..taps import kernels, patches
+from ..taps.active import current, set_current
+from ..taps.base import ActiveTrace, Change
+from ..taps.eager.axis_history import seeded
+from ..taps.eager.follower import Watch
+from ..torch_internals.code_patching import Exchange, install, remove
+from ..torch_internals.function_modes import Modes
+from .batched import SmallCalls
+from .room_check import LARGE, Forward, RoomCheck
+from .selection import Selection
+
+Sink = Callable[[Call], None]
+
+
+class Recorder(Protocol):
+    """Makes Calls of the kernel calls that a trace sees."""
+
+    @property
+    def small(self) -> SmallCalls | None:
+        """Makes those of small calls; None: they are made as all others are."""
+
+    def wants(self, field: str) -> bool:
+        """Whether a field was asked for."""
+
+    def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Bias and mask of an additive mask, once for a tensor that many layers share."""
+
+    def forget(self) -> None:
+        """A new forward begins: nothing is shared with the one before."""
+
+    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
+        """What is kept of one call."""
+
+    def deliver(self, call: Call, sink: Sink) -> None:
+        """Hand a kept call over to where it is stored."""
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Finish what waits until the model has run."""
+
+    def drop(self) -> None:
+        """Let go of what waits."""
+
+
+class Listener(Protocol):
+    """Is asked before a kernel runs and told after it, and may change what it is given and what the model gets."""
+
+    def before(self, call: KernelCall, site: Site, changeable: frozenset[str]) -> Change | None:
+        """What the kernel shall get in place of its own arguments; None: nothing.
+
+        Args:
+            call: its arguments as they will be recorded; ``output`` is None.
+            site: where it runs.
+            changeable: the fields of a :class:`~hookattn.taps.base.Change` that can be handed to this kernel.
+        """
+
+    def after(self, call: KernelCall, site: Site) -> Tensor | None:
+        """What the model shall get in place of the kernel's ``call.output``, B H T E; None: nothing."""
+
+    def missed(self, path: str | None, reason: str) -> None:
+        """A kernel ran without :meth:`before`; whoever wanted to change it raises here, before the model goes on."""
+
+
+class Session:
+    """A trace while it runs, in the thread that started it.
+
+    Args:
+        plan: what is traced, and how.
+        trace: gets the calls.
+        selection: what is kept of each.
+        recorder: makes the calls.
+        strict: raise at the first unfaithful call that is read back, rather than warn.
+        sink: takes each finished call (a file); None: they stay in memory.
+        room: looks whether there is room for large calls; None: nobody does.
+        shapes_only: whether tensors have shapes and no values: a plan.
+        listener: changes what kernels are given and give; None: nobody does.
+
+    Attributes:
+        heard: kernels that have reported themselves, those of other models in the same thread included. A tap that runs
+            another's kernel compares it before and after: the kernel inside may be any, and a count is the one trace
+            that all of them leave.
+        listened: whether there is a listener.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trace: TraceData,
+        selection: Selection,
+        recorder: Recorder,
+        strict: bool,
+        sink: Sink | None = None,
+        room: RoomCheck | None = None,
+        shapes_only: bool = False,
+        listener: Listener | None = None,
+    ):
+        self.plan, self.trace, self.selection = plan, trace, selection
+        self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
+        self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
+        self._small = recorder.small if selection.layers is None else None
+        self._modes = Modes(lambda: self._watch)
+        self._brackets = Brackets(
+            self.plan, self._enter_site, self._leave_site, self._next_step, self._note_ran, self._in_forward
+        )
+        self._step = -1
+        self._seen: set[str] = set()  # paths of sites that a call was recorded or skipped at
+        self._ran: dict[int, nn.Module] = {}  # what sounds like attention, and ran
+        self._recorded = 0  # of the kernels heard, those that were this model's
+        self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
+        self._matched: set[int] = set()  # of the selected layers, those that are there
+        self._numbering = Numbering()
+        self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
+        self._described: dict[str, Site] = {}
+        self._skipped: dict[tuple[str, str], set[int]] = {}
+        self._patched: list[Exchange] = []
+        self._running = False
+
+    # Life
+
+    def start(self) -> None:
+        """Attach everything.
+
+        Raises:
+            ModelError: a trace already runs in this thread.
+        """
+        if current() is not None:
+            raise ModelError("a trace is already running in this thread; finish it before starting another.")
+        set_current(self)
+        self._running = True
+        try:
+            self._patched = install(patches())
+            self._brackets.install()
+            if self.plan.watch_all:
+                self._modes.push()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Detach everything, whatever state the forward left it in."""
+        if not self._running:
+            return
+        self._running = False
+        self._modes.close()
+        self._brackets.remove()
+        remove(self._patched)
+        self._patched = []
+        self._sites.clear()
+        if current() is self:
+            set_current(None)
+        if "_watch" in vars(self):
+            self._watch.flush()
+
+    def close(self) -> None:
+        """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
+        self.stop()
+        self._recorder.drop()
+        vars(self).clear()
+
+    # How a kernel is run
+
+    @cached_property
+    def _watch(self) -> Watch:
+        """The function mode, made when it is first needed."""
+        return Watch(self, kernels())
+
+    @property
+    def compiling(self) -> bool:
+        """Whether compiled code shall run compiled."""
+        return self._modes.compiling > 0
+
+    def watching(self) -> bool:
+        """Whether the function mode is open."""
+        return self._modes.open()
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Without the function mode: for kernels that must not see it."""
+        return self._modes.aside()
+
+    @contextmanager
+    def kernel(self, sealed: bool) -> Iterator[Callable[[], bool]]:
+        """Around one kernel; yields a function that tells whether a tap saw it."""
+        before = self.heard
+        with self._modes.sealed() if sealed else self._modes.opened():
+            yield lambda: self.heard > before
+
+    def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one operation that dispatches to no function mode as if it had."""
+        return self._watch.follow(name, func, args, kwargs)
+
+    def seed(self, x: Tensor, roles: str) -> None:
+        """Say what the axes of a tensor are."""
+        self._watch.set_origin(x, seeded(x.shape, tuple(roles)))
+
+    # Where we are
+
+    def _in_forward(self) -> bool:
+        """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
+        return current() is self and not _in_backward()
+
+    def _next_step(self) -> None:
+        """A forward of the whole model begins."""
+        self._step += 1
+        self._sites.clear()
+        self._recorder.forget()
+
+    def _enter_site(self, module: nn.Module) -> None:
+        self._note_ran(module)
+        # A site inside another must not open the mode a second time, or each operation would be seen twice; and only
+        # the one that opened it may close it. So the answer is kept with the site.
+        opened = not self._modes.open()
+        if opened:
+            self._modes.push()
+        site = self.plan.sites.get(id(module)) or self._describe(self.plan.paths[id(module)])
+        self._sites.append((site, opened))
+
+    def _leave_site(self) -> None:
+        if self._sites:
+            _, opened = self._sites.pop()
+            # With another mode on top, the module left one open: closing "the innermost" would take that one.
+            if opened and self._modes.on_top():
+                self._modes.pop()
+
+    def _note_ran(self, module: nn.Module) -> None:
+        self._ran[id(module)] = module
+
+    def where(self) -> str | None:
+        """The path of the site that is running, or else of the innermost module; None outside the model."""
+        return self._sites[-1][0].path if self._sites and not self.plan.watch_all else self._brackets.running()
+
+    def _site(self, call: KernelCall) -> Site | None:
+        known = self.plan.sites.get(id(call.module))
+        if known is not None:
+            return known
+        if self._sites and not self.plan.watch_all:
+            return self._sites[-1][0]
+        running = self._brackets.running() if call.path is None else call.path
+        if running is None:
+            return None
+        return self._describe(".".join(x for x in (running, call.within) if x))
+
+    def _describe(self, path: str) -> Site:
+        if path not in self._described:
+            self._described[path] = self._brackets.site(path)
+        return self._described[path]
+
+    # What the taps report
+
+    def wants(self, field: str) -> bool:
+        """Whether a field was asked for."""
+        return self._recorder.wants(field)
+
+    def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
+        """Ask the listener; a kernel of another model in the same thread is none of its business."""
+        self._asked = True
+        site = None if self._listener is None else self._site(call)
+        if site is None or self._listener is None:
+            return None
+        change = self._listener.before(call, self._numbering.numbered(site), changeable)
+        for name in Change.__slots__ if change is not None else ():
+            if getattr(change, name) is not None and name not in changeable:
+                raise ModelError(
+                    f"{site.label}: a changed {name} cannot be handed to its kernel (tap {call.tap}); what can be is "
+                    f"{', '.join(sorted(changeable))}."
+                )
+        return change
+
+    def after(self, call: KernelCall) -> Tensor | None:
+        """Tell the listener."""
+        site = None if self._listener is None else self._site(call)
+        if site is None or self._listener is None:
+            return None
+        return self._listener.after(call, self._numbering.numbered(site))
+
+    def skip(self, reason: str, path: str | None = None) -> None:
+        """Attention ran that cannot be read."""
+        asked, self._asked = self._asked, False
+        if _in_backward():
+            return
+        path = self.where() if path is None else path
+        if path is None:  # another model
+            return
+        self._seen.add(path)
+        self._skipped.setdefault((path, reason), set()).add(max(self._step, 0))
+        if self._listener is not None and not asked:
+            self._listener.missed(path, reason)
+
+    def note(self, text: str) -> None:
+        """What holds for the whole trace; said once."""
+        if text not in self.trace.notes:
+            self.trace.notes.append(text)
+
+    def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Bias and mask of an additive mask, once for a tensor that many layers share."""
+        return self._recorder.split(additive)
+
+    def record(self, call: KernelCall) -> None:
+        """Take one call: select, derive, measure, keep."""
+        asked, self._asked = self._asked, False
+        if _in_backward():
+            return
+        if call.q.is_meta:
+            check_meta(self.plan.model)
+        self.heard += 1
+        site = self._site(call)
+        if site is None:  # another model, in the same thread
+            return
+        self._recorded += 1
+        site = self._numbering.numbered(site)
+        self._seen.add(site.path)
+        if self._listener is not None and not asked:
+            self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
+        if self.selection.layers is not None:
+            self._numbering.ran(site)
+        takes = self.selection.takes_layer(site)
+        if takes is False:
+            return
+        if self._room is not None and call.q.numel() * call.k.shape[2] > LARGE:
+            plan = self.plan
+            forward = Forward(self._step, plan.model, plan.classes, self._brackets.inputs, self.aside)
+            self._room.check(forward, call, site)
+        made = self._recorder.keep(call, site, max(self._step, 0), len(self.trace.calls))
+        self.trace.calls.append(made)
+        if self._sink is not None and takes:
+            self._recorder.deliver(made, self._sink)
+
+    def record_small(
+        self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
+    ) -> bool:
+        """Take one call of a kernel that was given nothing but q, k, v, a scale and ``causal``, if it is small.
+
+        Args:
+            module: the one that the kernel runs in.
+            several: q, k, v and output, B H T D.
+        """
+        site = self.plan.sites.get(id(module))
+        if site is None or site.layer is None or self._small is None or _in_backward():
+            return False
+        if self._room is not None and several[0].numel() * several[1].shape[2] > LARGE:
+            return False
+        calls = self.trace.calls
+        made = self._small.keep_plain(several, scale, causal, tap, site, max(self._step, 0), len(calls))
+        if made is None:
+            return False
+        self.heard += 1
+        self._recorded += 1
+        self._seen.add(site.path)
+        calls.append(made)
+        return True
+
+    # The end
+
+    def finish(self) -> None:
+        """Read the certificates, drop what a selection could not drop earlier, list what was skipped."""
+        self._settle()
+        self._late_layers()
+        sites = self.plan.sites
+        if not all(key in sites and sites[key].path in self._seen for key in self._ran):
+            for place in silent(self.plan, self._ran, self._seen):
+                self._skipped.setdefault(place, set()).add(max(self._step, 0))
+        self.trace.skipped = [
+            Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
+        ]
+
+    def check_found(self) -> None:
+        """Whether there is what was asked for, once the trace is finished.
+
+        Raises:
+            SelectionError: a selected layer is not there; NoAttentionError: no attention ran; ModelError: why not.
+        """
+        absent = [i for i in self.selection.layers or () if i not in self._matched]
+        if self._recorded and absent:
+            raise SelectionError(
+                f"layers={list(self.selection.layers or ())}: there is no layer {absent[0]}; of the {self._recorded} "
+                f"attention calls that ran, the last layers are {self._numbering}."
+            )
+        if self.trace.calls or self._recorded or self.trace.skipped:
+            return
+        check_meta(self.plan.model)
+        if self._step < 0 and not self._ran:
+            raise NoAttentionError("the model was never called while it was traced.")
+        raise NoAttentionError(
+            f"no attention ran in {type(self.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
+            "flex attention, and no softmax over a product. A compiled extension "
+            "that attends can't be seen."
+        )
+
+    def _settle(self) -> None:
+        self._recorder.settle(self.trace.calls)
+        bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]
+        if bad and self._strict:
+            raise UnfaithfulError(
+                f"{len(bad)} of {len(self.trace.calls)} calls are not what the model's kernel returned; the first is "
+                f"{bad[0].site.label} (tap {bad[0].tap}): {bad[0].certificate}. Trace with strict=False to look at it."
+            )
+
+    def _late_layers(self) -> None:
+        """Layers counted from the end, where the number of layers is known only now."""
+        if self.selection.layers is None:
+            return
+
+        def takes(site: Site) -> bool:
+            n = self._numbering.count(site)
+            fits = {i for i in self.selection.layers or () if site.layer == (i if i >= 0 else n + i)}
+            self._matched |= fits
+            return bool(fits)
+
+        self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
+        for i, call in enumerate(self.trace.calls):
+            call.index = i
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+if TYPE_CHECKING:
+    # A session is what the taps are given: held here, where a change of either would be made, and not only where the
+    # two meet.
+    _: type[ActiveTrace] = Session

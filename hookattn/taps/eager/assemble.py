@@ -1,0 +1,258 @@
+"""The tap of attention written out by hand: from followed tensors to one :class:`KernelCall`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...attention.functional import FILL, MASKED, dot_scores, finish_scores, split_additive
+from ...attention.kernel_call import KernelCall
+from ...torch_internals.tensor_identity import version_of
+from .axis_history import Layout, Origin, refine
+from .products import Label, LayoutError, Piece, Product, Roles, arrange
+from .states import Scores, Term, ValueProduct, Weights
+
+NAME = "eager"
+
+
+def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence[Label], origin: Origin) -> bool:
+    """Whether a product sums over exactly the keys (then the other operand is ``v``; else it mixes heads)."""
+    if state.scores is None or state.scores_origin is None:
+        return len(contracted) == 1 and labels.index(contracted[0]) == state.dim
+    dims = dict(zip(labels, origin.layout(), strict=True))
+    roles = state.scores.product.roles(state.scores_origin.layout()[state.dim])
+    summed = [a for x in contracted for a in dims[x]]
+    kept = [a for x in labels if x not in contracted for a in dims[x]]
+    try:
+        return all(roles.of(a) == "S" for a in summed) and not any(roles.of(a) == "S" for a in kept)
+    except LayoutError:
+        return False
+
+
+@dataclass
+class Build:
+    """Brings everything that belongs to one hand-written attention into B H T S.
+
+    Attributes:
+        parts: the weights and their product with the values; several where the weights were split along the keys.
+        out: the output.
+        out_origin: its axes, where there are several parts.
+    """
+
+    parts: Sequence[tuple[Weights, ValueProduct]]
+    out: Tensor
+    out_origin: Origin | None = None
+    state: Weights = field(init=False)
+    scores: Scores = field(init=False)
+    product: Product = field(init=False)
+    roles: Roles = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = sorted(self.parts, key=lambda part: part[0].share or (0, 0))
+        self.state = self.parts[0][0]
+        assert self.state.scores is not None and self.state.scores_origin is not None
+        self.scores = self.state.scores
+        self.product = self.scores.product
+        self.roles = self.product.roles(self.state.scores_origin.layout()[self.state.dim])
+
+    def call(self) -> KernelCall:
+        """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""
+        scores, product, state = self.scores, self.product, self.state
+        if not product.untouched:
+            raise LayoutError("q or k was written to between the score product and its use")
+        query_side, key_side = self.roles.queries, self.roles.keys
+        sides = {"a": product.a, "b": product.b}
+        if query_side == "batch" or key_side == "batch":
+            raise LayoutError("the operands of the score product can't be told apart")
+        q = arrange(sides[query_side], product.operand_pieces(query_side, self.roles), "BHTD")
+        k = arrange(sides[key_side], product.operand_pieces(key_side, self.roles), "BHSD", group=True)
+        v = _joined([self._values(use) for _, use in self.parts])
+        output = arrange(self.out, self._output_pieces(), "BHTD")
+        applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
+        changed = any(w.own is not None for w, _ in self.parts)
+        weights = applied
+        if changed:
+            own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
+            weights = _cat([self._like_scores(x, origin.layout()) for x, origin in own])
+        b, h = weights.shape[:2]
+        q = q.expand(b, h, -1, -1)
+        k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
+        mixed = list(dict.fromkeys(name for w, _ in self.parts for name in w.mixed))
+        call = KernelCall(
+            q=q,
+            k=k,
+            v=v,
+            output=output,
+            scale=self._scale(),
+            tap=NAME,
+            softcap=scores.cap,
+            weights=weights.to(v.dtype) if weights.dtype != v.dtype and not changed else weights,
+            dropout=max(w.dropout for w, _ in self.parts),
+            softmax_dtype=state.dtype,
+            mixed=bool(mixed),
+        )
+        if call.softcap is not None:
+            call.scale = call.scale * call.softcap
+        if changed:
+            call.applied = applied
+        if mixed:
+            call.notes.append(
+                f"weights changed after the softmax by {', '.join(mixed)}"
+                + (" (mixed across heads)" if _mixes(mixed) else "")
+            )
+        self._check(call)
+        self._terms(call)
+        if scores.sink is not None:
+            sink = self._aligned(Term(scores.sink, state.scores_origin or state.origin))
+            call.sinks = sink.reshape(-1) if sink.shape[0] == sink.shape[2] == 1 else sink
+            if call.sinks.dim() == 1 and call.sinks.shape[0] == 1:
+                call.sinks = call.sinks.expand(q.shape[1])
+        if scores.opaque:
+            self._own_values(call)
+        elif not scores.shifts:
+            self._finite(call)
+        return call
+
+    def _scale(self) -> float | Tensor:
+        scale: float | Tensor = self.scores.scale
+        for factor in self.scores.factors:
+            scale = self._aligned(factor) * scale
+        return scale
+
+    def _terms(self, call: KernelCall) -> None:
+        biases, masks = [], []
+        for term in self.scores.terms:
+            if term.tensor.dtype == torch.bool:
+                term = Term(term.tensor.to(call.q.dtype), term.origin, term.factor)
+            bias, mask = split_additive(term.tensor * term.factor if term.factor != 1 else term.tensor)
+            if bias is not None:
+                biases.append(self._aligned(Term(bias, term.origin)))
+            if mask is not None:
+                masks.append(self._aligned(Term(mask, term.origin)))
+        masks += [~self._aligned(fill) for fill in self.scores.fills]
+        for bias in biases:
+            call.bias = bias if call.bias is None else call.bias + bias
+        for mask in masks:
+            call.mask = mask if call.mask is None else call.mask & mask
+
+    def _finite(self, call: KernelCall) -> None:
+        """The model's own scores, if they were formed before anything was masked."""
+        scores, tensor = self.scores, self.state.scores_tensor
+        if not scores.terms and not scores.fills and scores.sink is None and tensor is not None:
+            assert self.state.scores_origin is not None
+            call.scores = self._like_scores(tensor, self.state.scores_origin.layout())
+        elif scores.finite is not None and call.bias is None:
+            kept, version, origin = scores.finite
+            if version == version_of(kept):
+                call.scores = self._like_scores(kept, origin.layout())
+
+    def _own_values(self, call: KernelCall) -> None:
+        """Scores that went through something unknown: the model's own values, and a mask read off them."""
+        tensor, scores = self.state.scores_tensor, self.scores
+        if tensor is None or self.state.scores_origin is None:
+            raise LayoutError(f"the scores went through {', '.join(scores.opaque)}, and their values were not kept")
+        own = self._like_scores(tensor, self.state.scores_origin.layout())
+        if scores.sink is not None:
+            raise LayoutError(f"a sink joined scores that went through {', '.join(scores.opaque)}")
+        hidden = own <= (MASKED if bool((own <= MASKED).any()) else FILL)
+        keep = ~hidden if call.mask is None else call.mask & ~hidden
+        derived = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
+        residual = torch.where(keep, own.to(derived.dtype) - derived, 0.0)
+        call.mask = keep if bool(hidden.any()) or call.mask is not None else None
+        slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(own.dtype, 2e-2)
+        if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
+            call.opaque = True
+            call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own
+            call.notes.append(
+                f"scores are the model's own: q·k went through {', '.join(scores.opaque)}"
+                + (" (mixed across heads)" if _mixes(scores.opaque) else "")
+            )
+
+    def _check(self, call: KernelCall) -> None:
+        b, h, t, _ = call.q.shape
+        s = call.k.shape[2]
+        assert call.weights is not None and call.output is not None
+        if (
+            tuple(call.weights.shape) != (b, h, t, s)
+            or call.v.shape[2] != s
+            or tuple(call.output.shape[:3]) != (b, h, t)
+            or h % call.k.shape[1]
+        ):
+            raise LayoutError(
+                f"the shapes do not fit: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}, v {tuple(call.v.shape)}, "
+                f"weights {tuple(call.weights.shape)}, output {tuple(call.output.shape)}"
+            )
+
+    def _like_scores(self, x: Tensor, layout: Layout) -> Tensor:
+        return arrange(x, self.roles.pieces(layout), "BHTS")
+
+    def _aligned(self, term: Term) -> Tensor:
+        layout, x = term.origin.layout(), term.tensor
+        x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
+        return arrange(x, self.roles.pieces(layout, x.shape), "BHTS", broadcast=True)
+
+    def _values(self, use: ValueProduct) -> Tensor:
+        """B G S E."""
+        dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+        layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
+        extents = dict(zip(use.v_labels, use.v.shape, strict=True))
+        pieces: list[list[Piece]] = []
+        order = []
+        # In the order of the weights' dimensions, with those that all values share.
+        for label, atoms in dims.items():
+            if label not in layout:
+                mine = [Piece(a.size, self.roles.of(a), broadcast=True) for a in atoms]
+                pieces.append([p for p in mine if p.role in "BH"])
+                continue
+            order.append(use.v_labels.index(label))
+            extent = extents[label]
+            if label not in use.out_labels:
+                pieces.append([Piece(extent, "S")])
+                continue
+            pairs = refine(atoms, layout[label]) if extent != 1 else None
+            own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
+            pieces.append([Piece(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in own])
+        for i, label in enumerate(use.v_labels):
+            if label not in dims:
+                order.append(i)
+                pieces.append([Piece(extents[label], "D")])
+        return arrange(use.v.permute(order), pieces, "BHSD", group=True)
+
+    def _output_pieces(self) -> list[list[Piece]]:
+        if self.out_origin is None:
+            use = self.parts[0][1]
+            dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+            return [
+                [Piece(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Piece(extent, "D")]
+                for label, extent in zip(use.out_labels, use.out.shape, strict=True)
+            ]
+        width = {a for _, use in self.parts for a in use.width}
+        return [
+            [Piece(a.size, "D" if a in width or width & {*a.lineage()} else self.roles.of(a)) for a in dim]
+            for dim in self.out_origin.layout()
+        ]
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 3)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The values of all the keys, with those of shared heads or batches copied where others are not."""
+    if len(parts) == 1:
+        return parts[0]
+    b, g = (max(x.shape[i] for x in parts) for i in (0, 1))
+    return torch.cat([x.expand(b, -1, -1, -1).repeat_interleave(g // x.shape[1], 1) for x in parts], 2)
+
+
+def _same_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    g = max(k.shape[1], v.shape[1])
+    k, v = (x if x.shape[1] == g else x.repeat_interleave(g // x.shape[1], 1) for x in (k, v))
+    return k, v
+
+
+def _mixes(operations: Sequence[str]) -> bool:
+    return any(x in ("linear", "matmul", "einsum", "conv2d", "conv1d", "bmm") for x in operations)

@@ -1,0 +1,171 @@
+"""Attention whose scores were not laid out as queries by keys: a band, blocks, a few keys gathered for each query.
+
+The numbers of :mod:`.entries` tell of every score which row of q met which row of k, and of every weight which row of v
+it met. From that the call is laid out densely: what was never scored is masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...attention.functional import FILL, MASKED
+from ...attention.kernel_call import KernelCall
+from ...torch_internals.tensor_identity import version_of
+from .entries import Entries
+from .products import LayoutError
+from .scattered_scores import Scored, rows_of, vectors_of
+from .states import Met, Root
+
+NAME = "eager"
+
+
+def dense(root: Root, uses: Sequence[Met], out: Tensor, entries: Sequence[Entries]) -> KernelCall | None:
+    """The call once every weight has met its value; None until then.
+
+    Args:
+        root: the softmax.
+        uses: its products with values.
+        out: their sum.
+        entries: where the entries of ``out`` came from, for each of the uses.
+
+    Raises:
+        LayoutError: it can't be laid out so.
+    """
+    if version_of(root.scores) != root.version or any(version_of(use.weights) != use.version for use in uses):
+        raise LayoutError("scores or weights were written to after the softmax")
+    scored = root.scored = root.scored or Scored(root)
+    return _Dense(scored, uses).call(out, entries)
+
+
+@dataclass
+class _Dense:
+    """One call from its scores and its products with values."""
+
+    scored: Scored
+    uses: Sequence[Met]
+
+    def call(self, out: Tensor, entries: Sequence[Entries]) -> KernelCall | None:
+        """None where a weight has not met its value yet."""
+        scored = self.scored
+        root, live = scored.root, scored.live
+        r, c = live.shape
+        used = torch.zeros(r * c, dtype=torch.long, device=out.device)
+        applied = torch.zeros(r * c, dtype=out.dtype, device=out.device)
+        own = torch.zeros(r * c, dtype=root.out.dtype, device=out.device)
+        place = torch.zeros(scored.count, dtype=torch.long, device=out.device) - 1
+        v: Tensor | None = None
+        first: dict[int, Tensor] = {}
+        order = scored.rowwise(torch.arange(r * c, device=out.device).view(root.out.shape)).flatten()
+        turned = torch.empty_like(order)
+        turned[order] = torch.arange(r * c, device=out.device)
+        for use in self.uses:
+            flat = use.entries.numbers(lambda _: 0, out.device)
+            there = flat >= 0
+            flat = turned[flat.clamp_min(0)]
+            there = there & live.flatten()[flat]
+            cells = flat[there]
+            used += torch.bincount(cells, minlength=r * c)
+            applied[cells] = use.weights[there].to(out.dtype)
+            if use.own is None:
+                own[cells] = use.weights[there].to(own.dtype)
+            else:
+                before, numbers = use.own[0], use.own[1].numbers(lambda _: 0, out.device)
+                own[turned[numbers[numbers >= 0]]] = before[numbers >= 0].to(own.dtype)
+            number, address = rows_of(use.v, use.v_labels, use.w_labels, use.weights.shape)
+            keys = scored.key.flatten()[cells]
+            if bool(((place[keys] >= 0) & (place[keys] != address[there])).any()):
+                raise LayoutError("a key has several values")
+            place[keys] = address[there]
+            if not torch.equal(place[keys], address[there]):
+                raise LayoutError("a key has several values")
+            vectors = vectors_of(use.v, use.v_labels, use.w_labels)
+            v = vectors.new_zeros(scored.count, vectors.shape[1]) if v is None else v
+            v[keys] = vectors[number[there]]
+            first[id(use)] = self._rows_of(use, flat // c, there)
+        if bool((used[live.flatten()] > 1).any()):
+            raise LayoutError("a weight meets several values")
+        if v is None or not bool((used[live.flatten()] == 1).all()):
+            return None
+        rest = scored.rowwise(root.out).masked_fill(live, 0.0).nan_to_num()
+        if bool((rest != 0).any()):
+            raise LayoutError("something that is no score takes part in the softmax")
+        return self._made(out, self._output(out, entries, first), v, own.view(r, c), applied.view(r, c))
+
+    def _rows_of(self, use: Met, rows: Tensor, there: Tensor) -> Tensor:
+        """For every entry of a product's result, the row of weights that it is of, times the width, plus its column."""
+        labels = [y for y in use.out_labels if y in use.w_labels]
+        inner = [y for y in use.out_labels if y not in use.w_labels]
+        order = [use.w_labels.index(y) for y in labels]
+        summed = [i for i, y in enumerate(use.w_labels) if y not in labels]
+        rows, there = (x.permute(*order, *summed).flatten(len(order)) for x in (rows, there))
+        row = torch.where(there, rows, -1).amax(-1)
+        if bool((there & (rows != row[..., None])).any()):
+            raise LayoutError("an output is of several queries")
+        extents = [use.out.shape[use.out_labels.index(y)] for y in inner]
+        width = math.prod(extents)
+        column = torch.arange(width, device=row.device).view(extents)
+        numbers = row.view(*row.shape, *(1 for _ in inner)) * width + column
+        numbers = torch.where(numbers < 0, -1, numbers)
+        return numbers.permute(*([*labels, *inner].index(y) for y in use.out_labels))
+
+    def _output(self, out: Tensor, entries: Sequence[Entries], first: dict[int, Tensor]) -> Tensor:
+        r = self.scored.live.shape[0]
+        numbers: Tensor | None = None
+        for part in entries:
+            source = part.sources()[0]
+            flat = part.numbers(lambda _: 0, out.device)
+            mine = torch.where(flat < 0, -1, first[id(source)].flatten()[flat.clamp_min(0)])
+            if numbers is not None and not torch.equal(mine, numbers):
+                raise LayoutError("outputs of different queries were added")
+            numbers = mine
+        assert numbers is not None
+        made = out.new_zeros(out.numel())
+        made[numbers[numbers >= 0]] = out[numbers >= 0]
+        if out.numel() % r or int((numbers >= 0).sum()) != out.numel() or len(torch.unique(numbers)) != out.numel():
+            raise LayoutError("an output is missing, or there twice")
+        return made.view(r, -1)
+
+    def _made(self, out: Tensor, output: Tensor, v: Tensor, own: Tensor, applied: Tensor) -> KernelCall:
+        scored, root = self.scored, self.scored.root
+        b, h = scored.heads()
+        t, s = scored.t, scored.s
+        rows, laid = scored.rows.flatten(), scored.laid
+        q = scored.q[rows].view(b, h, t, -1)
+        k = torch.cat(scored.vectors)[scored.keep][laid].view(b, h, s, -1)
+        values = scored.own
+        hidden = values <= (MASKED if bool((values[scored.live] <= MASKED).any()) else FILL)
+        zeroed = ~((own != 0) & scored.live).any(-1, keepdim=True)  # rows that the model sets to 0 after the softmax
+        seen = scored.live & ~hidden & ~zeroed
+        mask = scored.spread(seen, False).view(b, h, t, s)
+        dropout = max(use.dropout for use in self.uses)
+        call = KernelCall(
+            q=q,
+            k=k,
+            v=v[laid].view(b, h, s, -1),
+            output=output[rows].view(b, h, t, -1),
+            scale=root.scale,
+            tap=NAME,
+            mask=mask,
+            weights=scored.spread(own).view(b, h, t, s).to(out.dtype),
+            dropout=dropout,
+            softmax_dtype=root.out.dtype,
+        )
+        if dropout:
+            call.applied = scored.spread(applied).view(b, h, t, s)
+        theirs = scored.spread(values.masked_fill(~seen, 0.0)).view(b, h, t, s)
+        derived = q @ k.mT * root.scale
+        residual = torch.where(mask, theirs.to(derived.dtype) - derived, 0.0)
+        slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(values.dtype, 2e-2)
+        if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
+            if root.opaque:
+                call.opaque, call.scores = True, torch.where(mask, theirs, derived.to(theirs.dtype))
+                call.notes.append("scores are the model's own: they are more than q·k")
+            else:
+                call.bias = residual
+        call.notes.append("laid out densely: the model computed only some of the scores")
+        return call

@@ -1,0 +1,148 @@
+"""Where the axes of every tensor come from, while a model runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import axis_history
+from .axis_history import Origin, same
+from .view_rules import VIEWS, View, follow, same_axes
+
+_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
+_MANY = _JOINS | PIECES
+_PURGE = 4096
+_NONE: dict[str, Any] = {}
+_ref = weakref.ref
+
+
+class Origins:
+    """The origins of the tensors that are alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether anything is known of where the axes of a tensor come from."""
+        known = self._known.get(id(x))
+        return known is not None and known[0]() is x
+
+    def of(self, x: Tensor) -> Origin:
+        """Where the axes of a tensor come from."""
+        known = self._known.get(id(x))
+        if known is not None and known[0]() is x and known[1].shape == x.shape:
+            return known[1]
+        return self.set(x, Origin(x.shape))
+
+    def set(self, x: Tensor, origin: Origin) -> Origin:
+        """Say where the axes of a tensor come from."""
+        if len(self._known) > _PURGE:
+            self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
+        self._known[id(x)] = (_ref(x), origin)
+        return origin
+
+    def note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Say where the axes of the results of an operation come from. Runs for every operation: it has to be quick."""
+        if type(out) is Tensor and name not in _MANY and args:
+            x: Tensor = args[0]
+            known = self._known.get(id(x))
+            if known is not None and known[0]() is x and x is not out:
+                source = known[1]
+                view: View = VIEWS.get(name, same_axes)
+                try:
+                    shape = out.shape
+                except RuntimeError:  # a nested tensor
+                    return
+                if view is same_axes:
+                    origin = source if shape == source.shape else Origin(shape)
+                else:
+                    how = view(x, out, args, kwargs or _NONE)
+                    origin = Origin(shape) if how is None else Origin(shape, how[0], source, how[1])
+                self._known[id(out)] = (_ref(out), origin)
+                return
+        self.derive(name, args, kwargs or _NONE, out)
+
+    def derive(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        x: Tensor | None = None,
+        source: Origin | None = None,
+    ) -> Origin:
+        """As :meth:`note`, of any results of any operation; returns the origin of the last.
+
+        Args:
+            name: the operation.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            out: its result or results.
+            x: the argument whose axes count; None: found among the arguments.
+            source: the origin of ``x`` if it is known better than :meth:`of` would.
+        """
+        if x is None:
+            x = args[0] if args and id(args[0]) in self._known else self._source(args, kwargs, out)
+            if x is None:
+                return Origin(())
+        if source is None:
+            source = self.of(x)
+        origin = source
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if one is x or not plain(one):
+                return source
+            how = follow(name, source, x, one, args, kwargs)
+            if how is None:
+                origin = Origin(one.shape)
+            elif how[0] is same and one.shape == source.shape:
+                origin = source
+            else:
+                origin = Origin(one.shape, how[0], source, how[1])
+            if name in PIECES:
+                origin.piece_of = source
+            elif name in _JOINS:
+                origin = self._joined(name, origin, one, args, kwargs)
+            self.set(one, origin)
+        return origin
+
+    def _joined(self, name: str, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+        """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
+        parts = [self.of(t) for t in args[0] if plain(t)]
+        whole = parts[0].piece_of if parts else None
+        if origin is parts[0]:
+            origin = Origin(out.shape, same, origin)
+        if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
+            return origin
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+        if name != "stack" and (
+            out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]
+        ):
+            return origin
+        return Origin(out.shape, axis_history.joined, parts[0], (dim, len(parts), name == "stack"))
+
+    def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
+        """The argument whose axes the result has: the first that is followed, else the first there is."""
+        n = out.dim() if plain(out) else None
+        first = None
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            for one in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if plain(one):
+                    if id(one) in self._known and (n is None or one.dim() == n or first is None):
+                        return one  # type: ignore[no-any-return]
+                    if first is None:
+                        first = one
+        return first
+
+
+def plain(x: Any) -> bool:
+    """A strided tensor: one whose axes can be followed."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested

@@ -1,0 +1,205 @@
+"""Which query and which key every score of a softmax is of, where its argument was put together from many pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .products import Label, LayoutError, Product, mixes_heads
+from .states import Root
+
+# Rows that are one in memory, for heads that share their keys, are one for each head all the same.
+_SHARED = 1 << 44
+
+
+def rows_of(x: Tensor, labels: Sequence[Label], over: Sequence[Label], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For every entry of a tensor with labels ``over``: the number of its row in ``x``, and the row's address."""
+    number = address = torch.zeros((1,) * len(over), dtype=torch.long, device=x.device)
+    step = 1
+    for label in reversed([y for y in labels if y in over]):
+        i = labels.index(label)
+        place = torch.arange(x.shape[i], device=x.device)
+        view = [1] * len(over)
+        view[over.index(label)] = x.shape[i]
+        number = number + place.view(view) * step
+        address = address + place.view(view) * (x.stride(i) or _SHARED * (i + 1))
+        step *= x.shape[i]
+    address = address + x.data_ptr() // x.element_size()
+    return number.expand(tuple(shape)), address.expand(tuple(shape))
+
+
+def vectors_of(x: Tensor, labels: Sequence[Label], over: Sequence[Label]) -> Tensor:
+    """The rows of ``x``, in the order of :func:`rows_of`."""
+    rows = [i for i, label in enumerate(labels) if label in over]
+    width = [i for i, label in enumerate(labels) if label not in over]
+    n = math.prod(x.shape[i] for i in rows)
+    return x.permute(*rows, *width).reshape(n, -1)
+
+
+class Scored:
+    """Which query and which key every entry of a softmax's argument is of.
+
+    Attributes:
+        live: R C, the entries that are scores.
+        key: R C, the number of the key.
+        at: R, where the row goes among the sorted rows.
+        n, t, s: batch entries times heads, queries, keys.
+    """
+
+    def __init__(self, root: Root):
+        self.root = root
+        x = root.scores
+        self.shape = (*x.shape[: root.dim], *x.shape[root.dim + 1 :])
+        self.columns = x.shape[root.dim]
+        self.own = self.rowwise(x)
+        sources: list[Product] = root.entries.sources()
+        first: dict[int, int] = {}
+        total = 0
+        for product in sources:
+            first[id(product)] = total
+            total += math.prod(product.shape)
+        numbers = self.rowwise(root.entries.numbers(lambda p: first[id(p)], x.device))
+        self.live = (numbers >= 0) & (self.own > -torch.inf)
+        if not bool(self.live.any(-1).all()):
+            raise LayoutError("a row of scores that were moved about is of no query")
+        q: list[tuple[Tensor, Tensor]] = []
+        address, vector = torch.full_like(numbers, -1), torch.full_like(numbers, -1)
+        self.vectors: list[Tensor] = []
+        held = 0
+        for product in sources:
+            start, n = first[id(product)], math.prod(product.shape)
+            mine = self.live & (numbers >= start) & (numbers < start + n)
+            if not bool(mine.any()):
+                continue
+            queries, keys = self._sides(product, (numbers - start).clamp(0, n - 1), mine)
+            q.append((mine.any(-1), queries))
+            address, vector = torch.where(mine, keys[0], address), torch.where(mine, keys[1] + held, vector)
+            self.vectors.append(keys[2])
+            held += len(keys[2])
+        self.q = self._queries(q)
+        self.key, self.count, self.keep = self._number(address, vector)
+        self._lay()
+
+    def rowwise(self, x: Tensor) -> Tensor:
+        """Like the softmax's argument to R C."""
+        return x.movedim(self.root.dim, -1).reshape(-1, self.columns)
+
+    def _sides(self, product: Product, at: Tensor, mine: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """R D, the queries, and of the keys: their addresses and numbers, R C, and their vectors."""
+        if not product.untouched:
+            raise LayoutError("q or k was written to between the score product and its use")
+        sides = []
+        for x, labels in ((product.a, product.la), (product.b, product.lb)):
+            number, place = rows_of(x, labels, product.lo, product.shape)
+            sides.append((place.flatten()[at], number.flatten()[at], vectors_of(x, labels, product.lo)))
+        for a, b, label in ((0, 1, product.la), (1, 0, product.lb)):
+            place = sides[a][0]
+            low = torch.where(mine, place, place.amax() + 1).amin(-1)
+            high = torch.where(mine, place, -1).amax(-1)
+            if bool((low >= high).all()):
+                if sum(y in label and y not in (product.lb if a == 0 else product.la) for y in product.lo) > 1:
+                    raise LayoutError("heads and queries of scores that were moved about can't be told apart")
+                row = torch.where(mine, sides[a][1], -1).amax(-1).clamp_min(0)
+                return sides[a][2][row], sides[b]
+        raise LayoutError("a row of scores that were moved about is of several queries")
+
+    def _queries(self, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        q = torch.zeros_like(found[0][1])
+        known = torch.zeros_like(found[0][0])
+        for there, rows in found:
+            if rows.shape != q.shape or not torch.equal(rows[there & known], q[there & known]):
+                raise LayoutError("scores of different queries in one softmax")
+            q, known = torch.where((there & ~known)[:, None], rows, q), known | there
+        return q
+
+    def _number(self, address: Tensor, vector: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Keys by number, in the order of the columns that first show a tensor of keys, and then of its memory."""
+        live = self.live
+        every, inverse = torch.unique(address[live], return_inverse=True)
+        key = torch.zeros_like(address)
+        key[live] = inverse
+        keep = torch.zeros(len(every), dtype=torch.long, device=every.device)
+        keep[inverse] = vector[live]
+        owner = torch.zeros_like(every)  # which of the products' operands
+        edges = torch.tensor([0, *torch.tensor([len(v) for v in self.vectors]).cumsum(0).tolist()], device=every.device)
+        owner = torch.bucketize(keep, edges[1:], right=True)
+        column = torch.arange(self.columns, device=every.device).expand_as(address)[live]
+        seen = torch.full((len(self.vectors),), self.columns, device=every.device)
+        seen = seen.scatter_reduce(0, owner[inverse], column, "amin")
+        order = torch.argsort(seen[owner] * len(every) + torch.arange(len(every), device=every.device))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return torch.where(live, place[key], 0), len(every), keep[order]
+
+    def _lay(self) -> None:
+        """Rows that share keys are of one head of one batch entry; the axes along which they lie are the queries'."""
+        live, key = self.live, self.key
+        rows, keys = live.shape[0], self.count
+        group = torch.arange(keys, device=key.device)
+        while True:
+            row = torch.where(live, group[key], keys).amin(-1)
+            new = group.scatter_reduce(0, key[live], row[:, None].expand_as(key)[live], "amin")
+            new = new[new]
+            if torch.equal(new, group):
+                break
+            group = new
+        names, of_row = torch.unique(row, return_inverse=True)
+        of_key = torch.bucketize(group, names)
+        self.n = len(names)
+        if rows % self.n or keys % self.n:
+            raise LayoutError("the heads of scores that were moved about have different numbers of queries or keys")
+        self.t, self.s = rows // self.n, keys // self.n
+        if bool((torch.bincount(of_row) != self.t).any()) or bool((torch.bincount(of_key) != self.s).any()):
+            raise LayoutError("the heads of scores that were moved about have different numbers of queries or keys")
+        place = torch.arange(rows, device=key.device).view(self.shape)
+        along = []
+        for i, extent in enumerate(self.shape):
+            where = torch.arange(extent, device=key.device).view([-1 if j == i else 1 for j in range(place.dim())])
+            where = where.expand(self.shape).flatten()
+            head = torch.zeros(self.n, dtype=torch.long, device=key.device).scatter_reduce(
+                0, of_row, where, "amax", include_self=False
+            )
+            if not torch.equal(head[of_row], where):
+                along.append(i)
+        along = along or [i for i, extent in enumerate(self.shape) if extent == 1][-1:]
+        across = [i for i in range(len(self.shape)) if i not in along]
+        self.batch = [self.shape[i] for i in across]
+        if math.prod(self.batch) != self.n:
+            raise LayoutError("the queries of scores that were moved about do not lie along axes of their own")
+        self.rows = place.permute(*across, *along).reshape(self.n, self.t)
+        owner = of_row[self.rows[:, 0]]  # the group that is laid out in each place
+        back = torch.empty_like(owner)
+        back[owner] = torch.arange(self.n, device=owner.device)
+        self.at = torch.empty(rows, dtype=torch.long, device=key.device)
+        self.at[self.rows.flatten()] = torch.arange(rows, device=key.device)
+        self.laid = torch.argsort(back[of_key] * keys + torch.arange(keys, device=key.device))
+        place_of = torch.empty_like(self.laid)
+        place_of[self.laid] = torch.arange(keys, device=key.device)
+        self.cell = self.at[:, None] * self.s + place_of[key] % self.s
+        cells = self.cell[live]
+        if len(torch.unique(cells)) != len(cells):
+            raise LayoutError("a key is scored twice in one softmax")
+
+    def heads(self) -> tuple[int, int]:
+        """Batch entries and heads."""
+        if len(self.batch) == 2:
+            return self.batch[0], self.batch[1]
+        if len(self.batch) > 2:
+            raise LayoutError("the axes of scores that were moved about can't be told apart")
+        for product in self.root.entries.sources():
+            for dim in product.layout(product.shape):
+                sizes = [a.size for a in dim]
+                if math.prod(sizes) == self.n and len(sizes) > 1 and mixes_heads(product, dim):
+                    heads = [a.size for a in dim if product.axes[a].head]
+                    if heads:
+                        return self.n // math.prod(heads), math.prod(heads)
+        return self.n, 1
+
+    def spread(self, x: Tensor, fill: float | bool = 0.0) -> Tensor:
+        """R C to N T S."""
+        out = x.new_full((self.n * self.t * self.s,), fill)
+        out[self.cell[self.live]] = x[self.live]
+        return out.view(self.n, self.t, self.s)

@@ -1,0 +1,177 @@
+"""What an operation makes of scores that are still scores after it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.functional import FILL
+from ...torch_internals.tensor_identity import version_of
+from .axis_history import Origin
+from .operation import Context, carried, number
+from .products import mixes_heads
+from .states import Exp, LogWeights, RowStat, Scores, State, Term
+
+# Operations that sum over an axis of their first argument and put another of any size in its place.
+MAPS = frozenset(
+    "linear bilinear addmm addmv addbmm addr conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "embedding embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward".split()
+)
+
+
+def opaque(c: Context) -> State | None:
+    """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
+    state: Scores = c.state
+    if isinstance(c.out, Tensor) and c.out.shape == c.x.shape and follows(c, state):
+        return state.but(opaque=[*state.opaque, c.name], finite=None)
+    return None
+
+
+def follows(c: Context, scores: Scores) -> bool:
+    """Whether the axes of a result are those of its argument: a linear map or a convolution must mix heads."""
+    if c.name not in MAPS:
+        return True
+    layout = c.state.origin.layout()
+    dim = 1 if c.name.startswith("conv") else -1
+    return c.position == 0 and len(layout) > 1 and mixes_heads(scores.product, layout[dim])
+
+
+def scaled(c: Context, sign: int) -> State | None:
+    """Multiplication (``sign`` 1) or division (−1)."""
+    state: Scores = c.state
+    if sign < 0 and c.position != 0:
+        return opaque(c)
+    other = c.other()
+    by = number(other)
+    if by is not None and by > 0 and math.isfinite(by):
+        by = by**sign
+        terms = [replace(t, factor=t.factor * by) for t in state.terms]
+        if state.cap is None:
+            return state.but(origin=c.origin, scale=state.scale * by, terms=terms, finite=None)
+        return state.but(origin=c.origin, cap=state.cap * by, terms=terms, finite=None)
+    plain = state.cap is None and not state.terms and not state.fills and not state.opaque
+    if isinstance(other, Tensor) and plain and c.look(other) is None and other.dim() >= 2:
+        layout = other.shape[-2:] == (1, 1)
+        if layout:
+            factor = Term(other if sign > 0 else other.reciprocal(), c.origin)
+            return state.but(origin=c.origin, factors=[*state.factors, factor])
+    return opaque(c)
+
+
+def added(c: Context, sign: int) -> State | None:
+    """Addition or subtraction of a tensor or number."""
+    state: Scores = c.state
+    other = c.other()
+    factor = float(sign) * float(c.kwargs.get("alpha", 1))
+    mine = c.look(other)
+    if isinstance(mine, RowStat) and sign < 0 and c.position == 0:
+        if mine.kind == "lse":
+            return LogWeights(c.origin, of=state, dim=mine.dim)
+        if mine.kind == "max":
+            return state.but(origin=c.origin, shifts=[*state.shifts, other], finite=None)
+    if c.position != 0 and sign < 0:
+        return opaque(c)
+    if isinstance(mine, Scores) and mine.opaque and not state.opaque:
+        pass  # a second product, gathered or shifted: a bias to the first
+    elif isinstance(mine, Scores) and state.opaque and c.position == 0:
+        return added(replace(c, state=mine, x=other, position=1), sign)
+    value = number(other)
+    if value is not None:
+        return (
+            carried(c)
+            if value == 0
+            else state.but(origin=c.origin, shifts=[*state.shifts, -factor * value], finite=None)
+        )
+    if isinstance(c.out, Tensor) and c.out.shape != c.x.shape:
+        return None
+    return state.but(
+        origin=c.origin, terms=[*state.terms, Term(other, c.origin, factor)], finite=state.finite or finite_of(c)
+    )
+
+
+def finite_of(c: Context) -> tuple[Tensor, int, Origin] | None:
+    """The model's own scores as they are before this operation, if they are wanted and survive it."""
+    state: Scores = c.state
+    if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
+        return None
+    return c.x, version_of(c.x), state.origin
+
+
+def filled(c: Context, mask: Tensor, value: Any) -> State | None:
+    """Overwriting where ``mask`` (True = masked)."""
+    level = number(value)
+    if isinstance(c.state, Exp):
+        if level == 0:
+            of = c.state.of
+            return replace(c.state, origin=c.origin, of=of.but(fills=[*of.fills, Term(mask, c.origin)]))
+        return None
+    state: Scores = c.state
+    if level is None or level > FILL or c.out.shape != c.x.shape:
+        return opaque(c)
+    return state.but(origin=c.origin, fills=[*state.fills, Term(mask, c.origin)], finite=state.finite or finite_of(c))
+
+
+def set_item(c: Context) -> State | None:
+    """``scores[index] = value``."""
+    value = c.args[2]
+    mask = torch.zeros(c.x.shape, dtype=torch.bool, device=c.x.device)
+    mask[c.args[1]] = True
+    level = number(value)
+    if level is None or level > FILL:
+        return opaque(c)
+    state: Scores = c.state
+    return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
+
+
+def tanh(c: Context) -> State | None:
+    """The soft cap, complete once it is multiplied back."""
+    state: Scores = c.state
+    if state.terms or state.fills or state.opaque or state.cap is not None or state.shifts:
+        return opaque(c)
+    return state.but(origin=c.origin, cap=1.0, finite=None)
+
+
+def clamped(c: Context) -> State | None:
+    """A clamp at a very negative bound changes nothing that is attended to."""
+    low = c.kwargs.get("min", c.args[1] if len(c.args) > 1 else None)
+    high = c.kwargs.get("max", c.args[2] if len(c.args) > 2 else None)
+    if c.name.startswith("maximum") or c.name == "max":
+        low, high = c.other(), None
+    bound = number(low)
+    if high is None and bound is not None and bound <= FILL:
+        return carried(c)
+    return opaque(c)
+
+
+def where(c: Context) -> State | None:
+    """``where(condition, scores, fill)`` either way round, method or function."""
+    condition, one, two = (c.args[1], c.args[0], c.args[2]) if c.name == "where_method" else c.args[:3]
+    if one is c.x:
+        return filled(c, ~condition.bool(), two)
+    if two is c.x:
+        return filled(c, condition.bool(), one)
+    return None
+
+
+def sink_joined(c: Context) -> State | None:
+    """A column concatenated to the scores."""
+    parts = c.args[0]
+    others = [t for t in parts if t is not c.x]
+    dim = c.arg(1, "dim", 0) % c.x.dim()
+    if (
+        len(others) != 1
+        or others[0].dim() != c.x.dim()
+        or others[0].shape[dim] != 1
+        or c.state.sink is not None
+        or c.look(others[0]) is not None
+    ):
+        return None
+    sink = others[0]
+    for shift in c.state.shifts:
+        sink = sink + shift
+    state: Scores = c.state
+    return state.but(origin=c.origin, sink=sink, finite=state.finite or finite_of(c))

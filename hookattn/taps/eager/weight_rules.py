@@ -1,0 +1,227 @@
+"""From scores to weights, and what an operation makes of weights before they meet the values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...torch_internals.tensor_identity import version_of
+from .axis_history import Origin, resized
+from .entries import Entries
+from .operation import Context, Step, carried, number
+from .score_rules import MAPS, filled, follows
+from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
+
+# A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
+_EPSILON = 1e-5
+
+
+def soft_max(c: Context) -> State | None:
+    """Softmax of scores."""
+    dim = c.arg(1, "dim", -1)
+    if dim is None:
+        return None
+    return weights_of(c.state, c.state.origin, c.origin, dim % c.x.dim(), c.x)
+
+
+def softmax_lost(c: Context) -> State | None:
+    """Softmax of scores that were moved about, or lost on the way."""
+    dim = c.arg(1, "dim", -1)
+    if dim is None:
+        return None
+    state: Lost | Part = c.state
+    why = state.why if isinstance(state, Lost) else "softmax over a part of the scores of a product"
+    scales = state.scales if isinstance(state, Lost) else {0: state.of.scale}
+    if state.entries is None or len(set(scales.values())) != 1 or not isinstance(c.out, Tensor):
+        return Weights(c.origin, dim=dim % c.x.dim(), why=why)
+    dark = state.opaque if isinstance(state, Lost) else bool(state.of.opaque)
+    scale = next(iter(scales.values()))
+    root = Root(c.x, c.out, dim % c.x.dim(), state.entries, scale, dark, Use(None, why=why), version_of(c.x))
+    return Spread(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
+
+
+def weights_of(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, tensor: Tensor | None) -> Weights:
+    """The state of freshly made weights."""
+    return Weights(
+        origin,
+        scores=scores,
+        scores_origin=scores_origin,
+        dim=dim,
+        scores_tensor=tensor,
+        extended=scores.sink is not None,
+    )
+
+
+def log_soft_max(c: Context) -> State | None:
+    """``log_softmax`` of scores."""
+    return LogWeights(c.origin, of=c.state, dim=c.arg(1, "dim", -1) % c.x.dim())
+
+
+def exp(c: Context) -> State | None:
+    """exp of scores, or of their log-softmax."""
+    if isinstance(c.state, LogWeights):
+        return weights_of(c.state.of, c.state.origin, c.origin, c.state.dim, None)
+    return Exp(c.origin, of=c.state)
+
+
+def statistic(kind: str) -> Step:
+    """A reduction of a row: max and logsumexp of scores, sum of exponentials."""
+
+    def step(c: Context) -> State | None:
+        dim = c.kwargs.get("dim", c.args[1] if len(c.args) > 1 else None)
+        if isinstance(dim, (list, tuple)):
+            dim = dim[0] if len(dim) == 1 else None
+        if not isinstance(dim, int):
+            return None
+        of = c.state.of if isinstance(c.state, Exp) else c.state
+        return RowStat(c.origin, kind=kind, of=of, dim=dim % c.x.dim())
+
+    return step
+
+
+def denominator(c: Context) -> State | None:
+    """``sum + extra``: a sink if it is more than a guard against 0/0."""
+    stat: RowStat = c.state
+    other = c.other()
+    if stat.kind != "sum":
+        return None
+    value = number(other)
+    extra = other if value is None else 0.0 if value <= _EPSILON else value
+    return replace(stat, origin=c.origin, extra=extra) if isinstance(stat.extra, float) and stat.extra == 0 else None
+
+
+def normalised(c: Context) -> State | None:
+    """``exp / sum``: weights."""
+    stat = c.look(c.other())
+    state: Exp = c.state
+    if not (
+        isinstance(stat, RowStat) and stat.kind == "sum" and c.position == 0 and stat.of.product is state.of.product
+    ):
+        return None
+    scores = state.of
+    if not (isinstance(stat.extra, float) and stat.extra == 0.0):
+        logit = torch.as_tensor(stat.extra, dtype=c.x.dtype, device=c.x.device).log()
+        for shift in scores.shifts:
+            logit = logit + shift
+        scores = scores.but(sink=logit)
+    weights = weights_of(scores, state.origin, c.origin, stat.dim, None)
+    weights.extended = False
+    return weights
+
+
+def exp_times(c: Context) -> State | None:
+    """A mask of zeros and ones multiplied into the exponentials."""
+    other = c.other()
+    if isinstance(other, Tensor) and c.look(other) is None and bool(((other == 0) | (other == 1)).all()):
+        return filled(c, other == 0, 0.0)
+    return None
+
+
+def weights_sliced(c: Context) -> State | None:
+    """A view, the sink's column dropped again, or the weights of some of the keys."""
+    state: Weights = c.state
+    if c.out.numel() == c.x.numel():
+        return replace(state, origin=c.origin)
+    dim = _keys_dim(state)
+    if dim is None or c.out.dim() != c.x.dim():
+        return None
+    first = _first(c, dim)
+    if first is None or any(n != m for j, (n, m) in enumerate(zip(c.out.shape, c.x.shape, strict=True)) if j != dim):
+        return None
+    return share(state, c.origin, dim, first, c.out.shape[dim])
+
+
+def shares(c: Context) -> list[State | None]:
+    """Weights split along the keys: what each part is. ``c.out``: the parts."""
+    state: Weights = c.state
+    dim, made, first = _keys_dim(state), list[State | None](), 0
+    for one in c.out:
+        others = dim is not None and all(
+            j == dim or n == m for j, (n, m) in enumerate(zip(one.shape, c.x.shape, strict=True))
+        )
+        origin = Origin(one.shape, resized, state.origin)
+        made.append(share(state, origin, dim, first, one.shape[dim]) if others and dim is not None else None)
+        first += one.shape[dim] if dim is not None else 0
+    return made
+
+
+def share(state: Weights, origin: Origin, dim: int, first: int, n: int) -> Weights:
+    """The weights of ``n`` keys, from the ``first`` of those of ``state`` on; ``dim``: where its keys are now."""
+    own = state.own
+    if own is not None:
+        at = _keys_dim(replace(state, origin=own[1]))
+        cut = own[0].narrow(dim if at is None else at, first, n)
+        own = cut, Origin(cut.shape, resized, own[1])
+    start = first + (state.share[0] if state.share is not None else 0)
+    whole = state.scores_origin.shape[state.dim] if state.scores_origin is not None else 0
+    if state.extended and state.share is None and n == whole - 1:
+        return replace(state, origin=origin, extended=False, own=own)
+    return replace(state, origin=origin, own=own, share=(start, start + n))
+
+
+def _keys_dim(state: Weights) -> int | None:
+    """The dimension that holds the keys now; None where they are spread over several, or it can't be told."""
+    if state.scores is None or state.scores_origin is None:
+        return None
+    keys = {a for x in state.scores_origin.layout()[state.dim] for a in (x, *x.lineage())}
+    found = [i for i, dim in enumerate(state.origin.layout()) if any(a in keys or keys & {*a.lineage()} for a in dim)]
+    return found[0] if len(found) == 1 else None
+
+
+def _first(c: Context, dim: int) -> int | None:
+    """The first key of a slice."""
+    n = c.x.shape[dim]
+    if c.name == "narrow":
+        start = c.arg(2, "start")
+        return start % n if isinstance(start, int) and c.arg(1, "dim") % c.x.dim() == dim else None
+    index = c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],)
+    if any(not (i is Ellipsis or isinstance(i, slice)) for i in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (c.x.dim() - len(index) + 1), *index[at + 1 :])
+    if len(index) <= dim:
+        return None
+    start, _, step = index[dim].indices(n)
+    return start if step == 1 else None
+
+
+def dropped(c: Context) -> State | None:
+    """Dropout: the weights are what they were before it."""
+    p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
+    if not training or p == 0:
+        return carried(c)
+    state: Weights = c.state
+    return replace(state, origin=c.origin, own=state.own or (c.x, state.origin), dropout=float(p))
+
+
+def weights_mixed(c: Context) -> State | None:
+    """Anything else done to weights before they meet the values."""
+    state: Weights = c.state
+    if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
+        return None
+    if c.name in MAPS and (state.scores is None or not follows(c, state.scores)):
+        return None
+    return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
+
+
+def masked_weights(c: Context) -> State | None:
+    """Weights set to 0 where masked: what the model multiplies is what counts."""
+    if number(c.arg(2, "value")) == 0:
+        return carried(c)
+    return weights_mixed(c)
+
+
+def summed(c: Context) -> State | None:
+    """Values weighted by one slice of the weights, added to those of another."""
+    state: Sum = c.state
+    other = c.look(c.other())
+    if number(c.other()) == 0:
+        return carried(c)
+    if not isinstance(other, Sum) or other.parts[0][0].use is not state.parts[0][0].use:
+        return None
+    if c.kwargs.get("alpha", 1) != 1 or c.out.shape != c.x.shape:
+        return None
+    return Sum(c.origin, parts=[*state.parts, *other.parts])

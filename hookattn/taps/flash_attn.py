@@ -1,0 +1,220 @@
+"""flash-attn 2, 3 and 4, by whatever package ships their interface: batched, packed, and with a cache.
+
+Nothing here runs a kernel a second time (but without dropout, where there is dropout): q, k, v and every term of the
+scores are read from the arguments. A function of the same name that takes an argument this file does not know is
+listed as skipped as soon as that argument is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
+from .base import Tap
+from .packed_kernels import Kernel, Sequences, UnreadableError, find, hide, lay_out, pages, window_of
+
+_NAME = "flash_attn"
+# The module of the functions of versions 2 and 3, wherever a package keeps it; version 4 has its own.
+_INTERFACE, _CUTE = "flash_attn_interface", "flash_attn.cute.interface"
+# How, not what, is computed, and what is returned beside the output; lengths are read from their cumulative sums.
+_ASIDE = frozenset(
+    {
+        "deterministic",
+        "fa_version",
+        "max_seqlen",
+        "max_seqlen_k",
+        "max_seqlen_q",
+        "num_splits",
+        "out",
+        "pack_gqa",
+        "return_attn_probs",
+        "return_lse",
+        "return_softmax_lse",
+        "scheduler_metadata",
+        "sm_margin",
+    }
+)
+_TERMS = frozenset(
+    {
+        "alibi_slopes",
+        "attention_chunk",
+        "causal",
+        "dropout_p",
+        "learnable_sink",
+        "q",
+        "s_aux",
+        "softcap",
+        "softmax_scale",
+        "window_size",
+    }
+)
+_BATCHED = _ASIDE | _TERMS | {"k", "kv", "num_heads_q", "qkv", "v"}
+_PACKED = _BATCHED | {
+    "block_table",
+    "cu_seqlens",
+    "cu_seqlens_k",
+    "cu_seqlens_q",
+    "page_table",
+    "seqused_k",
+    "seqused_q",
+}
+_CACHED = (
+    _ASIDE
+    | _TERMS
+    | {
+        "block_table",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "cache_seqlens",
+        "cu_seqlens_q",
+        "k",
+        "k_cache",
+        "page_table",
+        "rotary_cos",
+        "rotary_interleaved",
+        "rotary_sin",
+        "v",
+        "v_cache",
+    }
+)
+
+
+def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+    """``flash_attn_func``, ``flash_attn_varlen_func`` and their packed forms.
+
+    Args:
+        given: q: B T H D or N H D; k, v: B S G D or N G D, or pages of a cache; kv, qkv: stacked before the heads.
+        out: B T H E or N H E.
+    """
+    q, k, v = _unstack(given)
+    both = given.get("cu_seqlens")
+    queries = Sequences.of(q, given.get("cu_seqlens_q") if both is None else both, given.get("seqused_q"))
+    ends, used, table = given.get("cu_seqlens_k") if both is None else both, given.get("seqused_k"), _table(given)
+    if table is not None:
+        k, v = pages(k, table), pages(v, table)
+        used, ends = ends.diff() if used is None and ends is not None else used, None
+    keys = Sequences.of(k, ends, used)
+    return _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+
+
+def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
+    """``flash_attn_with_kvcache``, after it has run: new keys are in the cache by then, rotated.
+
+    Args:
+        given: q: B T H D (N H D with ``cu_seqlens_q``); k_cache, v_cache: rows of a cache, S G D each, or its pages;
+            k, v: what was appended.
+        out: B T H E or N H E.
+    """
+    q, k, v, table = given["q"], given["k_cache"], given["v_cache"], _table(given)
+    queries = Sequences.of(q, given.get("cu_seqlens_q"))
+    n = len(queries.lengths)
+    if table is not None:
+        k, v = pages(k, table), pages(v, table)
+    room = k.shape[1]
+    before = _integers(given.get("cache_seqlens"), n, room)
+    rows = _integers(given.get("cache_batch_idx"), n, 0) if given.get("cache_batch_idx") is not None else list(range(n))
+    skipped = _integers(given.get("cache_leftpad"), n, 0)
+    added = given["k"].shape[1] if given.get("k") is not None else 0
+    keys = Sequences(
+        tuple(row * room + pad for row, pad in zip(rows, skipped, strict=True)),
+        tuple(b + added - pad for b, pad in zip(before, skipped, strict=True)),
+    )
+    rotated = given.get("rotary_cos") is not None
+    if rotated:
+        if q.dim() != 4:
+            raise UnreadableError("rotary embedding of packed queries")
+        local = bool(given.get("causal")) or window_of(given.get("window_size"), False) != (-1, -1)
+        q = _rotate(q, given["rotary_cos"], given["rotary_sin"], before, local, bool(given.get("rotary_interleaved")))
+    call = _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+    if rotated:
+        call.notes.append("the kernel rotates q itself and never hands it out: it is rotated here")
+    return call
+
+
+def _finish(call: KernelCall, given: dict[str, Any], queries: Sequences, keys: Sequences) -> KernelCall:
+    """Soft-cap, sinks, masks and ALiBi."""
+    call.softcap = float(given.get("softcap") or 0.0) or None
+    call.sinks = given.get("learnable_sink") if given.get("s_aux") is None else given.get("s_aux")
+    hide(
+        call,
+        queries,
+        keys,
+        window_of(given.get("window_size"), bool(given.get("causal"))),
+        int(given.get("attention_chunk") or 0),
+        given.get("alibi_slopes"),
+    )
+    return call
+
+
+def _unstack(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, whichever way they came."""
+    if "qkv" in given:
+        qkv, heads = given["qkv"], given.get("num_heads_q")
+        if heads is not None and qkv.dim() == 4:  # B T (H + 2G) D
+            groups = (qkv.shape[2] - heads) // 2
+            return qkv.split([heads, groups, groups], dim=2)  # type: ignore[no-any-return]
+        return qkv.unbind(-3)  # type: ignore[no-any-return]
+    if "kv" in given:
+        return given["q"], *given["kv"].unbind(-3)
+    return given["q"], given["k"], given["v"]
+
+
+def _table(given: dict[str, Any]) -> Tensor | None:
+    """B by pages: where the pages of a sequence are, by either name."""
+    table: Tensor | None = given.get("page_table") if given.get("block_table") is None else given.get("block_table")
+    return table
+
+
+def _integers(x: Any, n: int, default: int) -> list[int]:
+    """One for each sequence, from a tensor, one number for all, or nothing."""
+    if x is None or isinstance(x, int):
+        return [default if x is None else x] * n
+    return [int(i) for i in x.tolist()]
+
+
+def _rotate(q: Tensor, cos: Tensor, sin: Tensor, first: list[int], each: bool, interleaved: bool) -> Tensor:
+    """Rotary embedding of q at positions ``first`` and on, or, unless ``each``, all at ``first``.
+
+    Args:
+        q: B T H D.
+        cos: positions by half the rotated width.
+        sin: likewise.
+        first: B.
+        each: whether the queries stand at different positions.
+        interleaved: whether neighbours make a pair, rather than the two halves.
+    """
+    step = torch.arange(q.shape[1], device=q.device) * each
+    at = torch.tensor(first, device=q.device)[:, None] + step
+    cos, sin = (x[at].float().unsqueeze(2) for x in (cos, sin))
+    width = 2 * cos.shape[-1]
+    turned = q[..., :width].float()
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    pair = (a * cos - b * sin, a * sin + b * cos)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([turned.to(q.dtype), q[..., width:]], -1)
+
+
+KERNELS = {
+    "flash_attn_func": Kernel(read, _BATCHED),
+    "flash_attn_kvpacked_func": Kernel(read, _BATCHED),
+    "flash_attn_qkvpacked_func": Kernel(read, _BATCHED),
+    "flash_attn_varlen_func": Kernel(read, _PACKED),
+    "flash_attn_varlen_kvpacked_func": Kernel(read, _PACKED),
+    "flash_attn_varlen_qkvpacked_func": Kernel(read, _PACKED),
+    "flash_attn_with_kvcache": Kernel(read_cached, _CACHED),
+}
+
+
+def patches() -> Iterable[Patch]:
+    """The functions of every loaded package that has the interface."""
+    names = [n for n in list(sys.modules) if n.rpartition(".")[2] == _INTERFACE or n in ("flash_attn", _CUTE)]
+    return find([sys.modules[name] for name in names if name in sys.modules], KERNELS)
+
+
+TAP = Tap(_NAME, patches=patches)

@@ -1,0 +1,272 @@
+"""What the taps of attention functions that dispatch to nothing share: finding them, running them, reading their masks.
+
+Such a function takes B T H D, or N H D where N counts the tokens of several sequences laid end to end; the latter are
+read as a batch, one sequence a row, padded at its end. Its causal mask and its window are aligned to the bottom right:
+the last query stands at the last key of its own sequence. Other letters as in :mod:`hookattn.attention`; L is the
+length of the longest sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.kernel_call import KernelCall
+from ..torch_internals.code_patching import Patch
+from .active import current, paused
+
+
+class UnreadableError(Exception):
+    """Arguments whose meaning is not known; the message says which. Never leaves the taps."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one function is read.
+
+    Attributes:
+        read: (arguments by name, the output) -> the call in the contract's layout.
+        known: every argument that ``read`` understands, or leaves aside since it changes nothing in the math.
+        dropout: the name of the dropout probability.
+    """
+
+    read: Callable[[dict[str, Any], Tensor], KernelCall]
+    known: frozenset[str]
+    dropout: str = "dropout_p"
+
+
+def find(modules: Iterable[Any], kernels: dict[str, Kernel]) -> Iterator[Patch]:
+    """A patch for each Python function of these names, one however many modules have it, made where it is defined."""
+    seen: set[int] = set()
+    for module in modules:
+        for name, kernel in kernels.items():
+            function = vars(module).get(name) if isinstance(module, ModuleType) else None
+            if not isinstance(function, FunctionType) or id(function) in seen:
+                continue
+            seen.add(id(function))
+            home, own = sys.modules.get(function.__module__), function.__name__
+            if home is None or vars(home).get(own) is not function:
+                home, own = module, name
+            yield Patch(home, own, _Body(name, kernel))
+
+
+@dataclass(frozen=True)
+class _Body:
+    """What runs in the function's place."""
+
+    name: str
+    kernel: Kernel
+
+    def __call__(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        tracing = current()
+        if tracing is None:
+            return original(*args, **kwargs)
+        with tracing.aside(), paused():  # paused: one such function may be made of another
+            out = original(*args, **kwargs)
+        with tracing.aside(), torch.no_grad():
+            try:
+                call = self._read(original, args, kwargs, out)
+            except UnreadableError as error:
+                tracing.skip(f"{self.name}: {error}")
+            else:
+                tracing.record(call)
+        return out
+
+    def _read(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> KernelCall:
+        kernel, signature = self.kernel, inspect.signature(original)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name, parameter in signature.parameters.items():
+            if name not in kernel.known and _set(given[name], parameter):
+                raise UnreadableError(f"the meaning of its argument {name} is not known")
+        call = self._call(given, out)
+        call.dropout = float(given.get(kernel.dropout) or 0.0)
+        if call.dropout:
+            given[kernel.dropout] = 0.0
+            if given.get("out") is not None:  # never write over what the model got
+                given["out"] = None
+            with paused():
+                again = original(*bound.args, **bound.kwargs)
+            call.undropped = self._call(given, again).output
+        return call
+
+    def _call(self, given: dict[str, Any], out: Any) -> KernelCall:
+        """As the kernel's reader has it; where that stumbles, another package means something else by the same name."""
+        try:
+            return self.kernel.read(given, _first(out))
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UnreadableError(f"its arguments do not fit: {type(error).__name__}: {error}") from error
+
+
+def _set(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether an argument is there and is not its default."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return bool(value)
+    if value is None or value is parameter.default:
+        return False
+    return not (isinstance(value, (bool, int, float, str, tuple)) and value == parameter.default)
+
+
+def _first(out: Any) -> Tensor:
+    """The output, where a function returns the log-sum-exp beside it."""
+    x: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return x
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where in the tokens the sequences of a batch lie."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor, ends: Tensor | None = None, used: Tensor | None = None) -> Sequences:
+        """Those of B L H D, or of N H D.
+
+        Args:
+            x: B L H D; N H D with ``ends``.
+            ends: B + 1 cumulative lengths, the first of them 0.
+            used: B, how many tokens of each sequence take part; None: all.
+        """
+        if ends is None and x.dim() != 4:
+            raise UnreadableError(f"{x.dim()} dimensions and no lengths of sequences")
+        if ends is None:
+            bounds = [i * x.shape[1] for i in range(x.shape[0] + 1)]
+        elif x.dim() != 3:
+            raise UnreadableError(f"{x.dim()} dimensions and lengths of packed sequences")
+        else:
+            bounds = ends.tolist()
+        whole = tuple(b - a for a, b in pairwise(bounds))
+        return cls(tuple(bounds[:-1]), whole if used is None else tuple(used.tolist()))
+
+    @property
+    def padded(self) -> bool:
+        """Whether some sequence is shorter than the longest."""
+        return len(set(self.lengths)) > 1
+
+    def batch(self, x: Tensor) -> Tensor:
+        """N H D or B L H D -> B H L D, zero behind the end of a sequence."""
+        if x.dim() == 4:
+            if self == Sequences.of(x):
+                return x.transpose(1, 2)
+            x = x.flatten(0, 1)
+        longest = max(self.lengths, default=0)
+        if longest == 0:
+            raise UnreadableError("there is no token in any sequence")
+        step = torch.arange(longest, device=x.device)
+        at = torch.tensor(self.starts, device=x.device)[:, None] + step
+        rows = x[at.clamp(max=x.shape[0] - 1)]
+        if self.padded:
+            rows = torch.where(inside(self.lengths, longest, x.device)[..., None, None], rows, 0.0)
+        return rows.transpose(1, 2)
+
+
+def inside(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
+    """B L: which positions of a padded batch hold a token."""
+    return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def pages(pool: Tensor, table: Tensor) -> Tensor:
+    """A paged cache as B L H D, each sequence's pages in order.
+
+    Args:
+        pool: pages, tokens of a page, H, D.
+        table: B by the most pages of a sequence; what lies behind a sequence's last page may be anything.
+    """
+    return pool[table.long().clamp(0, pool.shape[0] - 1)].flatten(1, 2)
+
+
+def lay_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, keys: Sequences, scale: Any, tap: str
+) -> KernelCall:
+    """A call of batched or packed tensors, masks still to come (:func:`hide`)."""
+    if len(queries.lengths) != len(keys.lengths):
+        raise UnreadableError(f"{len(queries.lengths)} sequences of queries and {len(keys.lengths)} of keys")
+    call = KernelCall(
+        q=queries.batch(q),
+        k=keys.batch(k),
+        v=keys.batch(v),
+        output=queries.batch(out),
+        tap=tap,
+        scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+    )
+    if q.dim() == 3:
+        call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
+    if queries.padded or keys.padded:
+        call.notes.append(
+            "the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
+            "nothing to attend to and are not checked"
+        )
+    return call
+
+
+def window_of(size: Any, causal: bool) -> tuple[int, int]:
+    """(left, right) of a window, −1 where it is unlimited."""
+    left, right = (-1 if n is None else int(n) for n in (size if size is not None else (-1, -1)))
+    return left, 0 if causal else right
+
+
+def hide(
+    call: KernelCall,
+    queries: Sequences,
+    keys: Sequences,
+    window: tuple[int, int],
+    chunk: int = 0,
+    slopes: Tensor | None = None,
+) -> None:
+    """Say which keys are hidden, and add ALiBi: query i stands at position i + S − T of its own sequence.
+
+    Args:
+        call: gets causal, offset, window and mask, and a bias.
+        queries: the lengths T.
+        keys: the lengths S.
+        window: (left, right) keys around the position, itself not counted, −1: no limit; right 0 is causal.
+        chunk: attention stays within chunks of so many positions; 0: no chunks.
+        slopes: H or B H; bias = −slope·|i + S − T − j|.
+    """
+    t, s, device = call.q.shape[2], call.k.shape[2], call.q.device
+    left, right = window
+    offsets = [b - a for a, b in zip(queries.lengths, keys.lengths, strict=True)]
+    alike = sorted({o for o, n in zip(offsets, queries.lengths, strict=True) if n})
+    if len(alike) == 1:
+        offsets = alike
+    offset = torch.tensor(offsets, device=device).view(-1, 1, 1, 1)
+    at = torch.arange(t, device=device).view(t, 1) + offset
+    keys_at = torch.arange(s, device=device)
+    masks = []
+    if queries.padded:
+        masks.append(inside(queries.lengths, t, device)[:, None, :, None])
+    if keys.padded:
+        masks.append(inside(keys.lengths, s, device)[:, None, None, :])
+    if right == 0:  # with sequences that differ, the widest; the mask has the rest
+        call.causal, call.offset = True, max(alike)
+    if len(alike) == 1 and (right == 0 or left == right):
+        call.offset = alike[0] if left >= 0 or right == 0 else 0
+        call.window = left + 1 if left >= 0 else None
+    else:
+        if left >= 0:
+            call.notes.append(
+                f"the mask holds a window of {left} keys before the position"
+                + (f" and {right} after it" if right > 0 else "")
+            )
+            masks.append(at - keys_at <= left)
+        if right >= 0:
+            masks.append(keys_at - at <= right)
+    if chunk:
+        call.notes.append(f"the mask holds chunks of {chunk} positions")
+        masks.append(at.div(chunk, rounding_mode="floor") == keys_at.div(chunk, rounding_mode="floor"))
+    for mask in masks:
+        call.mask = mask if call.mask is None else call.mask & mask
+    if slopes is not None:
+        slopes = slopes.float().view(-1, slopes.shape[-1], 1, 1)
+        call.bias = -slopes * (at - keys_at).abs()

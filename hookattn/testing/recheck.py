@@ -1,0 +1,221 @@
+"""The contract's invariants of one stored call, from its fields alone, in float64 and in other words than the tracer's.
+
+Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/key width, E value width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calls.call import Call
+from ..calls.certificate import TOLERANCE
+
+CHECKS = {
+    "scores": "softcap(scale·q·kᵀ) + bias = scores, where the mask allows",
+    "weights": "softmax(where(mask, scores, −∞), sinks) = weights",
+    "masked": "a masked entry weighs 0",
+    "rows": "a row of weights sums to 1 (with sinks: to at most 1)",
+    "output": "weights @ v = output",
+}
+BUDGET = 1 << 22
+"""Entries of B H T S that are looked at in one go."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One invariant of one call: the largest error and its bound, or the reason why it could not be checked."""
+
+    error: float = 0.0
+    tolerance: float = 0.0
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """None where it was not checked."""
+        return None if self.reason else self.error <= self.tolerance  # NaN fails
+
+
+def recheck(call: Call, budget: int = BUDGET) -> dict[str, Check]:
+    """Check all of :data:`CHECKS` that the stored fields allow, a few query rows at a time."""
+    stored = {name: call.get(name) for name in call.fields}
+    return _Recheck(call, stored).run(budget)
+
+
+class _Recheck:
+    """One call, with its fields read once."""
+
+    def __init__(self, call: Call, stored: dict[str, Tensor | None]) -> None:
+        self.call, self.stored = call, stored
+        self.unit = TOLERANCE.get(call.dtype, TOLERANCE[torch.float16])
+        self.scores, self.weights, self.v, self.output = (stored.get(n) for n in ("scores", "weights", "v", "output"))
+        self.why: dict[str, str] = {}
+        self.wide: dict[str, Tensor] = {}
+        self.products = self._has("q", "k", "bias")
+        opaque = call.own_scores
+        if self.scores is None or not self.products or opaque:
+            self.why["scores"] = (
+                "they are the model's own, and more than q·k" if opaque else self._missing("scores", "q", "k", "bias")
+            )
+        formed = self.scores is not None or (self.products and not opaque)
+        if self.weights is None or not formed or not self._has("mask", "sinks"):
+            self.why["weights"] = self._missing(*(() if formed else ("scores",)), "weights", "mask", "sinks")
+        if self.weights is None or not self._has("mask"):
+            self.why["masked"] = self._missing("weights", "mask")
+        if self.weights is None or not self._has("mask", "sinks"):
+            self.why["rows"] = self._missing("weights", "mask", "sinks")
+        mixed = "; ".join(call.notes) or "the weights changed after the softmax" if call.mixed else ""
+        weighable = self.weights is not None or (formed and self._has("mask", "sinks"))
+        if call.dropout > 0:
+            self.why["output"] = f"dropout of {call.dropout} came between"
+        elif mixed:
+            self.why["output"] = mixed
+        elif self.v is None or self.output is None or not weighable:
+            self.why["output"] = self._missing(*(() if weighable else ("weights",)), "v", "output")
+        self.reach = 0.0
+        if self.products and isinstance(q := stored["q"], Tensor) and isinstance(k := stored["k"], Tensor):
+            self.reach = _norm(q) * _norm(k) * _largest(torch.as_tensor(call.scale))
+
+    def _has(self, *names: str) -> bool:
+        """Whether fields were kept; of ``bias`` and ``sinks`` a call may have none and still have kept that."""
+        return all(n in self.stored and (n in ("bias", "sinks") or self.stored[n] is not None) for n in names)
+
+    def _missing(self, *names: str) -> str:
+        gone = [name for name in names if not self._has(name)]
+        return f"{' and '.join(gone)} {'was' if len(gone) == 1 else 'were'} not kept"
+
+    def run(self, budget: int) -> dict[str, Check]:
+        """All checks."""
+        worst = {name: torch.zeros((), dtype=torch.float64) for name in CHECKS}
+        shaped = next((x for n in ("q", "output", "weights", "scores") if (x := self.stored.get(n)) is not None), None)
+        if shaped is not None and len(self.why) < len(CHECKS):
+            b, h, t = shaped.shape[:3]
+            keys = next(
+                (
+                    x.shape[d]
+                    for n, d in (("k", 2), ("weights", 3), ("scores", 3), ("v", 2))
+                    if (x := self.stored.get(n)) is not None
+                ),
+                1,
+            )
+            step = max(1, budget // max(1, b * h * keys))
+            for begin in range(0, t, step):
+                for name, error in self._errors(slice(begin, begin + step)).items():
+                    worst[name] = torch.maximum(worst[name], error)  # keeps NaN
+        return {
+            name: Check(reason=self.why[name]) if name in self.why else Check(float(worst[name]), self._tolerance(name))
+            for name in CHECKS
+        }
+
+    def _errors(self, rows: slice) -> dict[str, Tensor]:
+        mask = _rows(self.stored.get("mask"), rows)
+        live = torch.ones((), dtype=torch.bool) if mask is None else mask.any(-1, keepdim=True)
+        found: dict[str, Tensor] = {}
+        scores, weights = _rows(self.scores, rows), _rows(self.weights, rows)
+        if "scores" not in self.why and scores is not None:
+            gap = self._formed(rows) - scores.double()
+            found["scores"] = _most(gap if mask is None else torch.where(mask, gap, 0.0))
+        formed = None
+        if "weights" not in self.why or ("output" not in self.why and weights is None):
+            formed = self._softmax(self._formed(rows) if scores is None else scores.double(), mask, rows)
+        if "weights" not in self.why and weights is not None and formed is not None:
+            found["weights"] = _most(torch.where(live, formed - weights.double(), 0.0))
+        if weights is not None and mask is not None:
+            if "masked" not in self.why:
+                found["masked"] = _most(torch.where(live & ~mask, weights.double(), 0.0))
+            if "rows" not in self.why:
+                excess = weights.double().sum(-1, keepdim=True) - 1
+                excess = excess if self._sinks(rows) is None else excess.clamp_min(0)
+                found["rows"] = _most(torch.where(live, excess, 0.0))
+        used = formed if weights is None else weights.double()
+        if "output" not in self.why and used is not None and self.v is not None and self.output is not None:
+            v = self._spread("v", self.v, used.shape[1])
+            found["output"] = _most(torch.where(live, used @ v - self.output[:, :, rows].double(), 0.0))
+        return found
+
+    def _formed(self, rows: slice) -> Tensor:
+        """Scores from q and k: B H rows S."""
+        q, k = self.stored["q"], self.stored["k"]
+        assert q is not None and k is not None
+        scale = self.call.scale
+        scores = q[:, :, rows].double() @ self._spread("k", k, q.shape[1]).mT
+        factor = _rows(scale, rows) if isinstance(scale, Tensor) else None
+        scores = scores * (scale if factor is None else factor.double())
+        if self.call.softcap is not None:
+            scores = self.call.softcap * torch.tanh(scores / self.call.softcap)
+        bias = _rows(self.stored["bias"], rows)
+        return scores if bias is None else scores + bias.double()
+
+    def _softmax(self, scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+        """Softmax by its definition, the sink as one more column."""
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        sinks = self._sinks(rows)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().expand(*scores.shape[:3], 1)], -1)
+        top = scores.amax(-1, keepdim=True)
+        powers = torch.exp(scores - torch.where(top.isinf(), 0.0, top))
+        weights = powers / powers.sum(-1, keepdim=True)
+        return weights if sinks is None else weights[..., :-1]
+
+    def _sinks(self, rows: slice) -> Tensor | None:
+        sinks = self.stored.get("sinks")
+        return sinks.view(1, -1, 1, 1) if sinks is not None and sinks.dim() == 1 else _rows(sinks, rows)
+
+    def _spread(self, name: str, x: Tensor, heads: int) -> Tensor:
+        """k or v with one entry for each query head, in float64; made once."""
+        if name not in self.wide:
+            wide = x.double()
+            self.wide[name] = (
+                wide.repeat_interleave(heads // x.shape[1], 1)
+                if self.call.kv_heads is None
+                else wide[:, list(self.call.kv_heads)]
+            )
+        return self.wide[name]
+
+    def _tolerance(self, name: str) -> float:
+        """What rounding may do: that of the kernel's dtype, and that of a coarser one the fields were stored in."""
+        if name == "scores":
+            largest = max(self.reach, _largest(self.scores), 1e-3)
+            return largest * (self.unit + 4 * self._coarse("q", "k", "bias", "scores"))
+        size = max(1.0, self.reach if self.scores is None else _largest(self.scores))
+        sources = ("q", "k", "bias") if self.scores is None else ("scores",)
+        weights = self.unit + (2 * size + 1) * self._coarse(*sources, "weights")
+        if name == "weights":
+            return weights
+        if name == "rows":
+            return 4 * (self.unit + self._coarse("weights"))
+        if name == "masked":
+            return 1e-12
+        largest = max(_largest(self.v), 1e-3)
+        if self.weights is None:
+            return largest * (weights + 4 * self._coarse("v", "output"))
+        return largest * (self.unit + 4 * self._coarse("weights", "v", "output"))
+
+    def _coarse(self, *names: str) -> float:
+        """The rounding of the coarsest dtype among fields, where it is coarser than the kernel's."""
+        kept = [x for n in names if (x := self.stored.get(n)) is not None and x.is_floating_point()]
+        own = torch.finfo(self.call.dtype).eps
+        return max([e for x in kept if (e := torch.finfo(x.dtype).eps) > own], default=0.0)
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return x[:, :, rows] if x is not None and x.dim() == 4 and x.shape[2] > 1 else x
+
+
+def _most(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, ord=torch.inf) if x.numel() else torch.zeros((), dtype=torch.float64)
+
+
+def _largest(x: Tensor | None) -> float:
+    """Max abs, the infinite ones left out."""
+    if x is None or not x.numel():
+        return 0.0
+    return float(torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax())
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.float(), dim=-1).amax()) if x.numel() else 0.0
