@@ -69,10 +69,10 @@ $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(
 	@touch $@
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
-	$(BIN)/python -m pytest tests/field tests/test_render_interop.py -n $(JOBS)
+	$(BIN)/python -m pytest tests/field tests/interop/test_viewers.py -n $(JOBS)
 
 test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
-	$(BIN)/python -m pytest tests/test_kernels*.py tests/test_on_device.py tests/test_transfer.py tests/test_store.py -n 1 -rs
+	$(BIN)/python -m pytest tests/attention/test_kernels*.py tests/test_on_device.py tests/recording/test_host_transfer.py tests/store/test_writer.py -n 1 -rs
 
 test-latest: ## the newest of everything, in an environment of its own: the tests, and what is newer than the lock
 	@rm -f .venv-latest/.demo .venv-latest/.dev

@@ -14,7 +14,7 @@ from tests.browser.conftest import rows_of_table, show, state
 
 pytest.importorskip("transformers")
 from tests import tiny_models as tiny
-from tests.test_stitch import mistral
+from tests.generation.test_stitch import mistral
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Any]

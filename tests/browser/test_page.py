@@ -14,7 +14,7 @@ import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.render import page_size
 from hookattn.render.html_page import page, save_page
-from tests.test_render_page import HOSTILE, made, small
+from tests.render.test_html_page import HOSTILE, made, small
 
 pytestmark = pytest.mark.browser
 

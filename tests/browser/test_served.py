@@ -21,7 +21,7 @@ import uvicorn
 
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
-from tests.test_render_server import ten_gigabytes
+from tests.render.test_server import ten_gigabytes
 
 pytestmark = pytest.mark.browser
 

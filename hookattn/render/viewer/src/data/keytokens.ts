@@ -1,6 +1,6 @@
 /**
  * Whose tokens the keys of a call are: the rule of hookattn/calls/key_tokens.py, which tables and figures follow.
- * tests/test_key_tokens.py holds both to the same answers; a change here is a change there.
+ * tests/calls/test_key_tokens.py holds both to the same answers; a change here is a change there.
  */
 import type { Call, Place } from "./call";
 import type { Site } from "./document";

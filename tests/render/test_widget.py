@@ -26,7 +26,7 @@ from hookattn.render import page_size, show
 from hookattn.render.html_page import page, parts
 from hookattn.render.html_shell import module
 from hookattn.render.widget import Widget
-from tests.test_render_page import contents
+from tests.render.test_html_page import contents
 
 
 @pytest.fixture(scope="module")

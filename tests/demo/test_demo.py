@@ -27,7 +27,7 @@ from hookattn.demo import encoder, heads
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.demo.show import shaded
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from hookattn.attention.kernels import statistics as kernels
 from hookattn.statistics import engine, fused
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, reference_attention
-from tests.test_statistics import ALL, POSITIONAL, Layer, asked, causal, check, close, explicit
+from tests.statistics.test_statistics import ALL, POSITIONAL, Layer, asked, causal, check, close, explicit
 
 pytest.importorskip("triton.language")
 

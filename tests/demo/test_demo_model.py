@@ -21,7 +21,7 @@ from torch import Tensor
 from hookattn.demo import induction
 from hookattn.demo.induction import BOS, InductionTransformer, example_tokens, load_pretrained
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FRESH = range(500, 516)  # the training script evaluates on other seeds
 
 

@@ -446,7 +446,7 @@ def a_stitched_generation() -> tuple[hookattn.Trace, Expected]:
 def _generated(name: str) -> hookattn.Trace:
     pytest.importorskip("transformers")
     from tests import tiny_models
-    from tests.test_stitch import mistral
+    from tests.generation.test_stitch import mistral
 
     model = mistral() if name == "mistral" else getattr(tiny_models, name)()
     ids = tiny_models.ids(5, batch=1)

@@ -25,7 +25,7 @@ from hookattn.cli.options import positions
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.testing.recheck import CHECKS, recheck
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "<s>", "the", "cat", "sat", "on", "mat", "."]
 FACTORY = """
 import torch

@@ -24,7 +24,7 @@ from hookattn.generation.merge_statistics import merge
 from hookattn.render.trace_files import stored
 from hookattn.store import LazyFile, StreamWriter, partial
 from tests.reference import draw, same_bits
-from tests.test_trace_file import Model, X
+from tests.store.test_trace_file import Model, X
 
 T, TWICE = 6, (X, X[:1, :4])
 Options = dict[str, Any]

@@ -192,7 +192,7 @@ def examined(source: str) -> set[str]:
 def without_a_case(adapters: Iterable[Adapter]) -> list[str]:
     """Those neither in the table above nor in a test file of their own that runs the checks."""
     told = {family.adapter for family in (FAMILIES | ALIKE).values()}
-    for path in Path(__file__).parent.rglob("test_*.py"):
+    for path in Path(__file__).parents[1].rglob("test_*.py"):
         source = path.read_text()
         if "check_adapter" in source or "AdapterContract" in source:
             told |= examined(source)

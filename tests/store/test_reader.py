@@ -205,7 +205,7 @@ def test_misaligned_file_of_another_writer(tmp_path: Path) -> None:
 
 def test_the_page_on_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its examples run as they stand."""
-    page = (Path(__file__).parent.parent / "docs" / "trace-format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "trace-format.md").read_text(encoding="utf-8")
     theirs, bare, *_ = [block.split("```")[0] for block in page.split("```python\n")[1:]]
     x = torch.randn(3, 5)
     write_file(tmp_path / "run.safetensors", {"x": x}, {"tokens": ["Ġthe"]})

@@ -536,7 +536,7 @@ def test_segments_beyond_the_keys_are_noted() -> None:
 
 
 def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "statistics.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(text.split("```python")[1].split("```")[0], "statistics.md", "exec"), names)

@@ -538,7 +538,7 @@ def test_a_module_that_is_run_twice_in_a_forward() -> None:
 
 def test_the_page_on_generation(capsys: pytest.CaptureFixture[str]) -> None:
     """Its code, run in one go, prints what it says."""
-    page = (Path(__file__).resolve().parents[1] / "docs" / "generation.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text()
     code = [part.split("```")[0] for part in page.split("```python\n")[1:]]
     told = [part.split("```")[0] for part in page.split("```text\n")[1:]]
     names: dict[str, Any] = {}

@@ -19,7 +19,7 @@ import hookattn
 from hookattn.models import registry
 from hookattn.testing import AdapterContract, check_clean, check_trace
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
 
 
 @pytest.fixture(scope="module")

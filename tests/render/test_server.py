@@ -31,7 +31,7 @@ from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
 from hookattn.render.trace_files import stored
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

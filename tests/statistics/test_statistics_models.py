@@ -10,8 +10,8 @@ import torch
 
 import hookattn
 from hookattn import statistics as st
-from tests import test_statistics as plain
 from tests import tiny_models as tiny
+from tests.statistics import test_statistics as plain
 
 EVERYTHING = (*plain.ALL, *hookattn.FIELDS)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import hookattn
-from tests import test_tap_flex as flex
 from tests import tiny_models as tiny
-from tests.test_planning import check
+from tests.planning.test_plan import check
+from tests.taps import test_flex as flex
 
 LEARNED = torch.linspace(-1, 1, 4)
 

@@ -99,7 +99,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By a process of its own: the interpreter leaves traces in the language that the compiler reads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=300, check=False
     )

@@ -1,6 +1,6 @@
 """What users may rely on, written down: public names, signatures and the command line, as plain data.
 
-``python -m tests.public_api`` writes ``tests/public_api.json`` anew, after a change to the public API that is meant.
+``python -m tests.project.public_api`` writes ``public_api.json`` beside it anew, after a change of the API that is meant.
 """
 
 from __future__ import annotations
