@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hookattn.attention.functional import Diagonal, causal_mask, derive
+from hookattn.attention.derivation import derive
+from hookattn.attention.functional import Diagonal
+from hookattn.attention.masks import causal_mask
 
 from .clock import Clock, clock_of, median_of
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, softmax_weights
+from ..attention.functional import compute_dtype, four, softmax_weights
 from ..attention.kernel_call import FIELDS
-from ..attention.score_inputs import four
 from ..calls.key_tokens import key_positions, of_inputs, stitched
 from ..calls.query_positions import query_positions
 from ..errors import FieldNotCaptured, MeasureError

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention.functional import sink_column
-from ..attention.score_inputs import Problem, four
+from ..attention.functional import four, sink_column
+from ..attention.score_inputs import Problem
 
 if TYPE_CHECKING:
     from ..calls.call import Call

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import overload
 
-import torch
 from torch import Tensor
 
-from .functional import sink_column
+from .functional import four, sink_column
 from .kernel_call import KernelCall
 
 
@@ -67,23 +65,3 @@ class Problem:
             positions,
             call.notes,
         )
-
-
-@overload
-def four(x: Tensor) -> Tensor: ...
-@overload
-def four(x: None) -> None: ...
-@overload
-def four(x: Tensor | None) -> Tensor | None: ...
-def four(x: Tensor | None) -> Tensor | None:
-    """With all four axes."""
-    return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
-
-
-def hidden(rows: Tensor, keys: slice, causal: bool, window: int | None) -> Tensor:
-    """R n: what a causal or windowed kernel hides of some keys from queries on the diagonal at ``rows``."""
-    distance = rows.unsqueeze(-1) - torch.arange(keys.start, keys.stop, device=rows.device)
-    if not causal:
-        assert window is not None
-        return distance.abs_() >= window
-    return distance < 0 if window is None else (distance < 0) | (distance >= window)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention.functional import dot_scores, finish_scores, softmax_weights
 from ..attention.kernel_call import FIELDS, KernelCall
 from ..errors import FieldNotCaptured, HookattnError
+from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
 from .fields import Field, shape_of, tensor_of
 from .site import Site
@@ -121,8 +122,6 @@ class Call:
         )
 
     def _statistic(self, name: str) -> Tensor | None:
-        from ..statistics.registry import STATISTICS, resolve
-
         found = resolve(name, self.fields)
         if len(found) == 1:
             return self.get(found[0])

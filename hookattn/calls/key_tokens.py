@@ -6,7 +6,8 @@ the text tower, where there are several. They name the keys of a call if its key
 named, and a key is known by its number.
 
 The rule asks only for what the header of a trace file holds (sites, steps, notes and extents), because the viewer
-follows it too, in ``render/viewer/src/data/keytokens.ts``. ``tests/calls/test_key_tokens.py`` holds both to the same answers.
+follows it too, in ``render/viewer/src/data/keytokens.ts``. ``tests/calls/test_key_tokens.py`` holds both
+to the same answers.
 """
 
 from __future__ import annotations

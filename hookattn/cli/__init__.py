@@ -24,6 +24,6 @@ def main(args: Sequence[str] | None = None) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # a terminal that cannot show a character shows "?" instead of failing
             reconfigure(errors="replace")
-    from .app import app
+    from .commands import app
 
     app.main(args=None if args is None else list(args), prog_name="hookattn")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..console.screen import Screen, counted
+from ..console.screen import Screen, counted, quiet_transformers
 from ..errors import ModelError
 from .command import first_line
 
@@ -211,14 +211,3 @@ def _why(name: str, error: Exception, local: bool) -> str:
             "of a model that is already here."
         )
     return f"{name}: transformers cannot load it: {type(error).__name__}: {said}"
-
-
-def quiet_transformers() -> None:
-    """No log lines and no bars of its own: what a user has to know is said by the command."""
-    import logging
-
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

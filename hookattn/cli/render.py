@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..calls.part import many
 from ..console.screen import Screen, size_of
 from ..errors import SelectionError
 from ..traces import load
@@ -96,7 +97,6 @@ def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int 
 
 
 def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
-    from ..calls.part import many
     from ..render.html_page import save_page
 
     trace = load(file)

@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.text import Text
 
+from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+from ..store.json_values import plain
+
 PIPED_WIDTH = 200
 """Columns that a table may take where no terminal limits it: nothing is folded in a file."""
 
@@ -35,8 +38,6 @@ class Screen:
 
     def json(self, data: Any) -> None:
         """Write a JSON document to stdout."""
-        from ..store.json_values import plain
-
         click.echo(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
 
     def say(self, message: str, style: str = "") -> None:
@@ -50,8 +51,6 @@ class Screen:
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
-        from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
-
         ours = (UnfaithfulWarning, SkippedWarning, TraceTooLargeWarning)
 
         def show(
@@ -129,3 +128,14 @@ def size_of(n: float) -> str:
 def counted(n: int, noun: str) -> str:
     """``1 call``, ``2 calls``."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def quiet_transformers() -> None:
+    """No log lines and no bars of its own: what a user has to know is said by the command."""
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import api
 from ..analyze import Induction, PreviousToken, SameWord
-from ..console.screen import size_of
+from ..console.screen import quiet_transformers, size_of
 from ..console.tables import print_calls, print_verdict
 from ..errors import TraceWriteError
 from ..traces import Trace, load
@@ -70,8 +70,6 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
         return _without(console, f"{encoder.PACKAGE} is not installed", encoder.INSTALL)
     try:
         with working("loading the encoder"):
-            from ..cli.models import quiet_transformers
-
             quiet_transformers()
             model, tokenizer = encoder.load(path)
     except ModuleNotFoundError as error:

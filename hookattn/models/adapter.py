@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..calls.site import Site, kind_of, layer_of, stack_of
+from ..calls.site import Site
+from .site_names import kind_of, layer_of, stack_of
 
 
 class Adapter:

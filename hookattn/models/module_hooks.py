@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..calls.site import Site, describe
+from ..calls.site import Site
 from .discovery import Plan
+from .site_names import describe
 
 _CALL_CODE = nn.Module._call_impl.__code__
 

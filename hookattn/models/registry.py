@@ -1,7 +1,7 @@
 """All adapters, in one place: those registered by hand, and those of installed packages.
 
 A package offers adapters through an entry point in the group ``hookattn.adapters`` that names an iterable of
-:class:`~hookattn.models.adapter.Adapter` instances. Entry points are read when the first trace asks for them, not on import.
+:class:`hookattn.Adapter` instances. Entry points are read when the first trace asks for them, not on import.
 """
 
 from __future__ import annotations

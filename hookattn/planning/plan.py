@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from ..attention.functional import split_additive
 from ..attention.kernel_call import KernelCall
+from ..attention.masks import split_additive
 from ..calls.call import Call
 from ..calls.site import Site
 from ..calls.trace_data import TraceData

@@ -23,6 +23,7 @@ from ..taps.active import paused
 from ..torch_internals.isolation import Quiet
 from .byte_counts import Seen
 from .memory_plan import MemoryPlan, free_disk, free_memory, room, size_of
+from .plan import observe, told
 
 
 class Guard(RoomCheck):
@@ -83,14 +84,10 @@ class Guard(RoomCheck):
 
     def _expected(self, call: KernelCall, site: Site, device: torch.device, count: int) -> MemoryPlan:
         """A forward of so many calls that are all like this one."""
-        from .plan import told
-
         return told(Seen([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to)
 
     def _planned(self, forward: Forward, device: torch.device) -> MemoryPlan | None:
         """The forward that is running; None where it cannot be planned."""
-        from .plan import observe, told
-
         inputs = forward.inputs()
         if inputs is None:
             return None

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
-from ..attention.masks import Masked
 from ..attention.positions import query_positions
-from ..attention.score_inputs import Problem, hidden
-from ..calls.certificate import rows_to_check
+from ..attention.score_inputs import Problem
 from ..calls.site import Site
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from .selection import grouped, restrict
+from .verification import kept_rows
 
 
 def beside(
@@ -47,31 +45,3 @@ def beside(
     own = replace(call)
     groups = restrict(own, heads, queries)
     return compute(Problem.of(grouped(own, groups), rows, positions), statistics), notes
-
-
-def kept_rows(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor:
-    """T: which rows of a whole call a selection keeps."""
-    rows = torch.arange(call.q.shape[2], device=call.q.device)
-    return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]
-
-
-def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, Masked]:
-    """The rows of a call that are checked, with the complete mask of these rows alone.
-
-    Args:
-        call: restricted to what is kept; its mask is what the kernel was given.
-        kept: T, the query rows that it was restricted to.
-        full: whether all rows are checked.
-    """
-    own, device = replace(call), call.q.device
-    rows = rows_to_check(call.q.shape[2], full)
-    restrict(own, None, rows)
-    mask = own.mask
-    if call.causal or call.window is not None:
-        at = kept[rows] + call.offset
-        seen = ~hidden(at, slice(0, call.k.shape[2]), call.causal, call.window).view(1, 1, len(at), -1)
-        mask = seen if mask is None else mask.bool() & seen
-    elif mask is not None:
-        mask = mask.bool()
-    whole = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device) if mask is None else mask
-    return own, Masked(whole, mask, mask is not None and not bool(mask.any(-1).all()))

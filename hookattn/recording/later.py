@@ -12,9 +12,9 @@ from torch import Tensor
 from ..attention.functional import compute_dtype
 from ..attention.masks import Masked, additive
 from ..calls.call import Call
-from ..calls.certificate import Pending, read, rounding_of, rows_to_check
 from ..calls.fields import Later
 from ..torch_internals.isolation import Quiet
+from .verification import Pending, read, rounding_of, rows_to_check
 
 # So many scores may wait; then they are derived whether the forward is over or not.
 _LIMIT = 1 << 23

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from ..attention import functional as math
+from ..attention.derivation import derive
 from ..attention.kernel_call import FIELDS, KernelCall
-from ..attention.masks import Masked, Masks
+from ..attention.masks import Masked, Masks, split_additive
 from ..calls.call import Call
-from ..calls.certificate import Pending, measure, measured, read, rows_to_check
 from ..calls.fields import Field, Later
 from ..calls.site import Site
-from ..torch_internals import allocation
+from ..torch_internals import allocation, devices
 from ..torch_internals.isolation import Quiet
 from ..torch_internals.tensor_memo import Once
 from .batched import SmallCalls
-from .call_statistics import beside, kept_rows, sample
+from .call_statistics import beside
 from .host_transfer import Transfer
 from .later import Waiting
 from .selection import Selection, grouped, restrict
+from .verification import Pending, kept_rows, measure, measured, read, rows_to_check, sample
 
 _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
 _VECTORS = ("q", "k", "v", "output")
@@ -57,7 +58,7 @@ class Keeper:
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
         with Quiet(additive):
-            return self._once("split", additive, lambda: math.split_additive(additive))  # type: ignore[no-any-return]
+            return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""
@@ -114,7 +115,7 @@ class Keeper:
             hides = call.offset, call.window, call.causal
             masked = self._masks(call.mask, t, call.k.shape[2], *hides, call.q.device)
         diagonal = None
-        if math.on_gpu(call.q) and call.mask is None and (call.causal or call.window is not None):
+        if devices.on_gpu(call.q) and call.mask is None and (call.causal or call.window is not None):
             at = None if queries is None else kept_rows(call, queries)
             diagonal = math.Diagonal(call.causal, call.offset, call.window, at)
         if masked is not None:
@@ -168,7 +169,7 @@ class Keeper:
                 given: dict[str, Any] = {"softcap": call.softcap, "bias": call.bias, "mask": mask, "sinks": call.sinks}
                 given |= {"empty": empty, "want_scores": self.wants("scores"), "want_weights": missing}
                 given |= {"diagonal": diagonal, "notes": call.notes}
-                scores, derived = math.derive(call.q, call.k, call.scale, **given)
+                scores, derived = derive(call.q, call.k, call.scale, **given)
                 weights = derived if missing else weights
             else:
                 weights = math.softmax_weights(scores, mask, call.sinks, empty)
@@ -176,7 +177,7 @@ class Keeper:
             return None, scores, self._narrow(weights, call)
         b, h, t = call.q.shape[:3]
         rows = rows_to_check(t, self.verify == "full", b * h * t * call.k.shape[2])
-        if scores is weights is None and math.on_gpu(call.q):
+        if scores is weights is None and devices.on_gpu(call.q):
             from ..attention.kernels import check
 
             if (found := check(call, rows, mask, diagonal)) is not None:
@@ -210,7 +211,7 @@ class Keeper:
         """Copies of q, k, v and output where they stay what they are."""
         names = [name for name in _VECTORS if name in self.fields and getattr(call, name) is not None]
         several: list[Tensor] = [getattr(call, name) for name in names]
-        if self.selection.dtype or self.selection.device or any(math.on_gpu(x) for x in several):
+        if self.selection.dtype or self.selection.device or any(devices.on_gpu(x) for x in several):
             return {}
         return dict(zip(names, allocation.copies(several), strict=True))
 
@@ -223,7 +224,7 @@ class Keeper:
 
     def _store(self, x: Tensor, ours: bool) -> Tensor | Later:
         dtype = self.selection.dtype if x.is_floating_point() and self.selection.dtype is not None else x.dtype
-        if self._transfer is not None and math.on_gpu(x):
+        if self._transfer is not None and devices.on_gpu(x):
             return self._transfer.send(x, dtype, ours)
         device = self.selection.device or x.device
         if dtype != x.dtype or device != x.device:

@@ -1,7 +1,7 @@
 """What a running trace asks before it keeps a large call: whether there is room for it.
 
-The trace knows this file alone. Who answers (:mod:`hookattn.planning.room`) plans forwards, which takes a trace to do; so it is
-handed to the trace from outside, and told the few facts that it needs of it.
+The trace knows this file alone. Who answers (:mod:`hookattn.planning.room`) plans forwards, which takes a trace to do;
+so it is handed to the trace from outside, and told the few facts that it needs of it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
@@ -26,6 +25,7 @@ from ..taps.eager.axis_history import seeded
 from ..taps.eager.follower import Watch
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import Modes
+from ..torch_internals.isolation import _in_backward
 from .batched import SmallCalls
 from .room_check import LARGE, Forward, RoomCheck
 from .selection import Selection
@@ -428,10 +428,6 @@ class Session:
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
             call.index = i
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 if TYPE_CHECKING:

@@ -1,8 +1,12 @@
 """Statistics of attention that need no T×S matrix: one a file, all in one pass."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from ..attention.positions import query_positions
 from ..attention.score_inputs import Problem
-from ..generation.merge_statistics import merge
 from .base import Statistic
 from .engine import compute
 from .entropy import Entropy
@@ -41,3 +45,11 @@ __all__ = [
     "query_positions",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``merge`` puts whole traces together, so it stands with the generation's steps, above this package. Users find it
+    here, beside what it merges: it is looked up when it is asked for, as an import here would point the wrong way."""
+    if name == "merge":
+        return import_module("hookattn.generation.merge_statistics").merge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, finish_scores, on_gpu
-from ..attention.score_inputs import Problem, four, hidden
+from ..attention.functional import compute_dtype, finish_scores, four
+from ..attention.masks import hidden
+from ..attention.score_inputs import Problem
+from ..torch_internals import devices
 from .base import Out, Statistic
 from .block import HIDDEN, LOG2E, Block
 
@@ -45,7 +47,7 @@ def compute(problem: Problem, statistics: Sequence[Statistic]) -> dict[str, Tens
     dtype = compute_dtype(q.dtype if problem.scores is None else problem.scores.dtype)
     made: dict[str, Tensor | None] = dict.fromkeys(name for statistic in statistics for name in statistic.fields)
     defined = [x for x in statistics if problem.positions is not None or not x.positional]
-    if on_gpu(q) and 0 not in shape and defined:
+    if devices.on_gpu(q) and 0 not in shape and defined:
         from .fused import fused  # what it needs is heavy
 
         found, defined = fused(problem, defined)
@@ -123,7 +125,7 @@ class _Pass:
         places = problem.positions
         self.reach = None if places is None else (places.amin(0).tolist(), places.amax(0).tolist())
         self.mask = None if problem.mask is None else ~problem.mask.bool() if problem.mask.shape[2] == 1 else None
-        self.on_gpu = on_gpu(q)
+        self.on_gpu = devices.on_gpu(q)
         self.scratch: dict[int, Tensor] = {}
 
     def blocks(self) -> Iterator[Block]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.functional import dot_scores, split_additive
+from ..attention.functional import dot_scores
 from ..attention.kernel_call import KernelCall
+from ..attention.masks import split_additive
 from ..torch_internals.code_patching import Patch
 from .active import current
 from .base import Tap

@@ -9,8 +9,7 @@ then compares the rebuilt result of the whole native call with the real one.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..attention.functional import dot_scores, softmax_weights, weighted_values
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.function_modes import _beneath
 from .active import current
 from .base import Tap
 
@@ -50,24 +50,6 @@ def handle_python(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str
             return func(*args, **kwargs)
     with watch:
         return _undispatched(func)(*args, **kwargs)
-
-
-@contextmanager
-def _beneath(watch: Watch) -> Iterator[None]:
-    """Our mode, which is not open, below all that are: it gets what they hand on, and they get nothing of its own."""
-    others = _popped()
-    for mode in (watch, *reversed(others)):
-        torch._C._push_on_torch_function_stack(mode)
-    try:
-        yield
-    finally:
-        _popped()
-        for mode in reversed(others):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-def _popped() -> list[Any]:
-    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
 
 
 def handle_native(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention.functional import causal_mask
 from ..attention.kernel_call import KernelCall
+from ..attention.masks import causal_mask
 from ..torch_internals.isolation import Quiet
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -103,3 +104,21 @@ class Modes:
             yield
         finally:
             self.pop()
+
+
+@contextmanager
+def _beneath(watch: TorchFunctionMode) -> Iterator[None]:
+    """Our mode, which is not open, below all that are: it gets what they hand on, and they get nothing of its own."""
+    others = _popped()
+    for mode in (watch, *reversed(others)):
+        torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        _popped()
+        for mode in reversed(others):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _popped() -> list[Any]:
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]

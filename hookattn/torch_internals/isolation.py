@@ -37,3 +37,7 @@ class Quiet:
             other.__exit__(kind, error, trace)
         if self._grad:
             torch._C._set_grad_enabled(True)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)

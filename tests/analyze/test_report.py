@@ -17,7 +17,7 @@ import hookattn
 from hookattn import analyze
 from hookattn.analyze.chance import Chance
 from hookattn.analyze.tables.roles import Role, evidence, named
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 from hookattn.demo import encoder
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import MeasureError, SelectionError

@@ -26,7 +26,7 @@ import hookattn
 from hookattn import analyze
 from hookattn.analyze.survey import Batch, Corpus, survey
 from hookattn.analyze.survey import run as running
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 from hookattn.demo.induction import InductionTransformer, load_pretrained
 from hookattn.errors import InputError, MeasureError, TraceWriteError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hookattn.attention import functional
+from hookattn import attention
 from tests.reference import alibi, assert_close, causal, draw, masked_softmax, reference_attention
 
 few = settings(max_examples=60, deadline=None)
@@ -40,9 +40,9 @@ def broadcast(data: st.DataObject, shape: tuple[int, ...]) -> tuple[int, ...]:
 @few
 def test_scores_of_grouped_heads(n: dict[str, int], dtype: torch.dtype, scale: float) -> None:
     q, k, v = make(n, dtype)
-    scores = functional.dot_scores(q, k, scale)
+    scores = attention.dot_scores(q, k, scale)
     expected, _, _ = reference_attention(q, k, v, scale=scale)
-    assert scores.dtype == functional.compute_dtype(dtype) == (dtype if dtype in DTYPES[:2] else torch.float32)
+    assert scores.dtype == attention.compute_dtype(dtype) == (dtype if dtype in DTYPES[:2] else torch.float32)
     assert_close(scores, expected, 1e-12 if dtype == torch.float64 else 1e-5, "scores")
 
 
@@ -51,14 +51,14 @@ def test_scores_of_grouped_heads(n: dict[str, int], dtype: torch.dtype, scale: f
 def test_scale_as_a_tensor(data: st.DataObject, n: dict[str, int]) -> None:
     q, k, v = make(n)
     scale = draw(*broadcast(data, (n["b"], q.shape[1], n["t"], n["s"])), seed=5)
-    assert_close(functional.dot_scores(q, k, scale), reference_attention(q, k, v, scale=scale)[0], 1e-5, "scores")
+    assert_close(attention.dot_scores(q, k, scale), reference_attention(q, k, v, scale=scale)[0], 1e-5, "scores")
 
 
 def test_scores_from_strided_and_expanded_operands() -> None:
     q, k = draw(2, 5, 4, 6, seed=1).transpose(1, 2), draw(1, 7, 2, 6, seed=2).transpose(1, 2)
     expected, _, _ = reference_attention(q, k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), scale=0.5)
     before = q.clone(), k.clone()
-    scores = functional.dot_scores(q, k, 0.5)
+    scores = attention.dot_scores(q, k, 0.5)
     assert_close(scores, expected, 1e-5, "one key for the whole batch")
     scores.zero_()
     assert torch.equal(q, before[0]) and torch.equal(k, before[1]), "the scores share memory with their operands"
@@ -71,7 +71,7 @@ def test_softcap_then_bias(data: st.DataObject, n: dict[str, int], cap: float | 
     shape = (n["b"], q.shape[1], n["t"], n["s"])
     bias = draw(*broadcast(data, shape), seed=9) if data.draw(st.booleans()) else None
     kept = None if bias is None else bias.clone()
-    scores = functional.finish_scores(functional.dot_scores(q, k, 2.0), cap, bias)
+    scores = attention.finish_scores(attention.dot_scores(q, k, 2.0), cap, bias)
     assert_close(scores, reference_attention(q, k, v, scale=2.0, softcap=cap, bias=bias)[0], 1e-5, "scores")
     assert bias is None or torch.equal(bias, kept)
 
@@ -93,7 +93,7 @@ def test_weights(data: st.DataObject, n: dict[str, int], sinks: str | None, mask
     if sinks is not None:
         extra = draw(shape[1], seed=4) if sinks == "heads" else draw(*broadcast(data, (*shape[:3], 1)), seed=4)
     before = scores.clone()
-    weights = functional.softmax_weights(scores, mask, extra)
+    weights = attention.softmax_weights(scores, mask, extra)
     assert_close(weights, masked_softmax(scores, mask, extra), 1e-12, "weights")
     assert torch.equal(scores, before), "the scores were written to"
     everywhere = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
@@ -111,11 +111,11 @@ def test_a_row_with_nothing_to_attend_to_weighs_nothing() -> None:
     scores = draw(1, 2, 4, 4, seed=1)
     mask = causal(4).clone()
     mask[2] = False
-    weights = functional.softmax_weights(scores, mask.view(1, 1, 4, 4))
+    weights = attention.softmax_weights(scores, mask.view(1, 1, 4, 4))
     assert not weights.isnan().any() and not weights[:, :, 2].any()
     assert_close(weights, masked_softmax(scores, mask, None), 1e-6, "the other rows")
     huge = torch.full((1, 1, 2, 3), 1e30)
-    assert torch.equal(functional.softmax_weights(huge, None), torch.full_like(huge, 1 / 3))
+    assert torch.equal(attention.softmax_weights(huge, None), torch.full_like(huge, 1 / 3))
 
 
 @given(sizes)
@@ -123,9 +123,9 @@ def test_a_row_with_nothing_to_attend_to_weighs_nothing() -> None:
 def test_weighted_values(n: dict[str, int]) -> None:
     q, k, v = make(n)
     _, weights, output = reference_attention(q, k, v, scale=1.0)
-    assert_close(functional.weighted_values(weights, v), output, 1e-9, "output")
+    assert_close(attention.weighted_values(weights, v), output, 1e-9, "output")
     assert_close(
-        functional.weighted_values(weights, v[:1]),
+        attention.weighted_values(weights, v[:1]),
         weights @ v[:1].double().repeat_interleave(n["r"], 1),
         1e-9,
         "one value for the whole batch",
@@ -138,7 +138,7 @@ def test_weighted_values(n: dict[str, int]) -> None:
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([None, 1, 2, 5, 100]), st.integers(-9, 9), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_causal_mask(t: int, s: int, window: int | None, offset: int, is_causal: bool) -> None:
-    mask = functional.causal_mask(t, s, window=window, offset=offset, causal=is_causal)
+    mask = attention.causal_mask(t, s, window=window, offset=offset, causal=is_causal)
     assert mask.shape == (1, 1, t, s) and mask.dtype == torch.bool
     for i in range(t):
         for j in range(s):
@@ -157,7 +157,7 @@ T = 6
 def check_split(additive: Tensor, hidden: Tensor | None, bias: Tensor | None) -> None:
     """What the two parts have to be; the bias counts where nothing is hidden."""
     before = additive.clone()
-    got_bias, got_mask = functional.split_additive(additive)
+    got_bias, got_mask = attention.split_additive(additive)
     assert torch.equal(additive, before), "the model's tensor was written to"
     assert (got_mask is None) == (hidden is None), f"mask: {got_mask}"
     if hidden is not None:
@@ -238,7 +238,7 @@ def test_a_bias_alone() -> None:
 def test_nothing_at_all() -> None:
     for zeros in (torch.zeros(T, T), torch.zeros(()), torch.zeros(0, T), torch.zeros(2, 1, 1, T, dtype=torch.half)):
         check_split(zeros, None, None)
-    assert functional.split_additive(torch.tensor(-2.0)) == (torch.tensor(-2.0), None)
+    assert attention.split_additive(torch.tensor(-2.0)) == (torch.tensor(-2.0), None)
 
 
 @pytest.mark.parametrize("fill", [v for v in FILLS.values() if abs(v) >= 9000])
@@ -248,8 +248,8 @@ def test_everything_hidden(fill: float) -> None:
     hidden = torch.zeros(T, T, dtype=torch.bool)
     hidden[3] = True  # one row that may not look anywhere
     check_split(torch.zeros(T, T).masked_fill(hidden, fill), hidden, None)
-    weights = functional.softmax_weights(
-        torch.zeros(1, 1, T, T), functional.split_additive(torch.zeros(T, T).masked_fill(hidden, fill))[1]
+    weights = attention.softmax_weights(
+        torch.zeros(1, 1, T, T), attention.split_additive(torch.zeros(T, T).masked_fill(hidden, fill))[1]
     )
     assert not weights[0, 0, 3].any() and not weights.isnan().any()
 
@@ -264,10 +264,10 @@ def test_the_weights_are_those_of_the_sum(n: dict[str, int], fill: str, kind: st
     hidden = draw(*shape, seed=seed + 1) > 0.5
     hidden[..., 0] = False
     additive = base + torch.zeros(shape).masked_fill(hidden, FILLS[fill])
-    bias, mask = functional.split_additive(additive)
-    scores = functional.finish_scores(functional.dot_scores(q, k, 1.0), None, bias)
+    bias, mask = attention.split_additive(additive)
+    scores = attention.finish_scores(attention.dot_scores(q, k, 1.0), None, bias)
     expected = masked_softmax(reference_attention(q, k, v, scale=1.0)[0] + additive, None, None)
-    assert_close(functional.softmax_weights(scores, mask), expected, 1e-12, "weights")
+    assert_close(attention.softmax_weights(scores, mask), expected, 1e-12, "weights")
 
 
 @pytest.mark.parametrize("masked", ["none", "causal", "padding", "each head"])
@@ -279,22 +279,22 @@ def test_blocks_equal_the_plain_path(kind: str, masked: str) -> None:
     q, k = draw(b, h, t, 8, seed=1, dtype=dtype), draw(1 if kind == "one key" else b, g, s, 8, seed=2, dtype=dtype)
     mask = {
         "none": None,
-        "causal": functional.causal_mask(t, s),
+        "causal": attention.causal_mask(t, s),
         "padding": draw(b, 1, 1, s, seed=3) > -0.5,
         "each head": (draw(1, h, t, s, seed=3) > 0).index_fill(2, torch.tensor([7]), False),  # one row hides all
     }[masked]
     both = kind == "capped and biased"
     cap, bias, sinks = 20.0 if both else None, draw(1, h, 1, s) if both else None, draw(h) if kind == "sinks" else None
     scale = draw(h, 1, 1, seed=6) if kind == "tensor scale" else 0.4
-    plain = functional.finish_scores(functional.dot_scores(q, k, scale), cap, bias)
-    expected = functional.softmax_weights(plain, mask, sinks)
+    plain = attention.finish_scores(attention.dot_scores(q, k, scale), cap, bias)
+    expected = attention.softmax_weights(plain, mask, sinks)
     options: dict[str, Any] = {"softcap": cap, "bias": bias, "mask": mask, "sinks": sinks}
-    scores, weights = functional.derive(q, k, scale, **options)
+    scores, weights = attention.derive(q, k, scale, **options)
     assert scores is not None and weights is not None
     assert_close(scores, plain, 1e-5, "scores")
     assert_close(weights, expected, 1e-6, "weights")
-    only = functional.derive(q, k, scale, want_scores=False, **options)[1]
-    other, none = functional.derive(q, k, scale, want_weights=False, **options)
+    only = attention.derive(q, k, scale, want_scores=False, **options)[1]
+    other, none = attention.derive(q, k, scale, want_weights=False, **options)
     assert none is None and other is not None and only is not None
     assert torch.equal(only, weights) and torch.equal(other, scores)
 
@@ -310,7 +310,7 @@ def test_what_is_hidden_need_not_be_finite(where: str, spot: float) -> None:
             k[:, :, 5, 0], mask[..., 5] = spot, False
         else:
             q[:, :, 5, 0], mask[:, :, 5] = spot, False
-        weights = functional.derive(q, k, 0.5, mask=mask)[1]
+        weights = attention.derive(q, k, 0.5, mask=mask)[1]
         assert weights is not None and weights.isfinite().all() and not weights[..., ~mask[0, 0, 0]].any()
         live = mask.any(-1)[0, 0]
         scores = torch.where(mask, (q.double() @ k.double().mT) * 0.5, -math.inf)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import hookattn
 from hookattn import KernelCall
-from hookattn.attention import functional
-from hookattn.attention.functional import Diagonal, causal_mask
+from hookattn.attention.functional import Diagonal
 from hookattn.attention.kernels import launch
+from hookattn.attention.masks import causal_mask
+from hookattn.torch_internals import devices
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, masked_softmax, repeat_heads
 
@@ -292,7 +293,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **options: Any) 
 
     monkeypatch.setattr("hookattn.attention.kernels.derive", heeded)
     monkeypatch.setattr("hookattn.recording.batched.SMALL", 0)
-    monkeypatch.setattr(functional, "on_gpu", lambda x: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
     q = draw(2, 4, 24, 16, seed=1, dtype=dtype).to(DEVICE)
     k, v = (draw(2, 2, 24, 16, seed=i, dtype=dtype).to(DEVICE) for i in (2, 3))
     return hookattn.trace(Attention(), (q, k, v), **options), heard

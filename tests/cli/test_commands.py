@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 from click.testing import CliRunner, Result
 
 from hookattn.cli import main
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 from hookattn.cli.options import positions
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.testing.recheck import CHECKS, recheck

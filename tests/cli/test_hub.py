@@ -20,7 +20,7 @@ tokenizers = pytest.importorskip("tokenizers")
 from click.testing import CliRunner  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
-from hookattn.cli.app import app  # noqa: E402
+from hookattn.cli.commands import app  # noqa: E402
 
 NAME = "somebody/small"
 

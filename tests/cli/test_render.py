@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 from click.testing import CliRunner, Result
 
 import hookattn
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 from hookattn.cli.render import _NOT_IN_PAGES, _VIEWS
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.render.figures import VIEWS

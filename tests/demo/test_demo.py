@@ -22,7 +22,7 @@ pytest.importorskip("rich")
 
 from click.testing import CliRunner
 
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 from hookattn.demo import encoder, heads
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.demo.show import shaded

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.errors import TraceTooLargeError, TraceTooLargeWarning
-from hookattn.planning import plan, room
+from hookattn.planning import plan
+from hookattn.planning import room as room_module
 from hookattn.recording import session
 from hookattn.testing import check_clean
 from hookattn.testing.case import same, tensors
@@ -33,7 +34,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(session, "LARGE", 0)
 
     def give(memory: int, disk: int = 1 << 60) -> None:
-        for module in (room, plan):
+        for module in (room_module, plan):
             monkeypatch.setattr(module, "free_memory", lambda device: memory)
             monkeypatch.setattr(module, "free_disk", lambda path: disk)
 
@@ -162,7 +163,7 @@ def test_what_cannot_be_planned_is_warned_of(room: Any) -> None:
 
 
 def test_small_calls_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_memory", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(room_module, "free_memory", lambda device: pytest.fail("asked"))
     assert len(hookattn.trace(tiny.gpt2(), tiny.ids(64))) == 2
 
 
@@ -176,10 +177,10 @@ def test_the_bound_is_one(monkeypatch: pytest.MonkeyPatch, case: Any, options: d
     most: dict[int, int] = {}
     monkeypatch.setattr(session, "LARGE", 0)
 
-    def check(self: room.Guard, forward: Any, call: Any, site: Any) -> None:
+    def check(self: room_module.Guard, forward: Any, call: Any, site: Any) -> None:
         most[len(most)] = self._most(call)  # asked once for each call, in their order
 
-    monkeypatch.setattr(room.Guard, "check", check)
+    monkeypatch.setattr(room_module.Guard, "check", check)
     inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.inputs()]
     trace = hookattn.trace(case.model().double(), tuple(inputs), verify="off", **options)
     assert len(most) == len(trace) > 0

@@ -1,6 +1,6 @@
 """What users may rely on, written down: public names, signatures and the command line, as plain data.
 
-``python -m tests.project.public_api`` writes ``public_api.json`` beside it anew, after a change of the API that is meant.
+``python -m tests.project.public_api`` writes ``public_api.json`` anew, after a change of the API that is meant.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def described(value: Any) -> Any:
 
 def command_line() -> dict[str, Any]:
     """Every command with its arguments and options."""
-    from hookattn.cli.app import app
+    from hookattn.cli.commands import app
 
     return {
         name: [[*p.opts, *p.secondary_opts, p.type.name, "required" if p.required else ""] for p in command.params]

@@ -1,17 +1,12 @@
-"""What ``import hookattn`` costs and pulls in, and which way the arrows inside of it point."""
+"""What ``import hookattn`` costs and pulls in. Which way its imports point: see test_architecture.py."""
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +14,6 @@ import pytest
 import hookattn
 
 ROOT = Path(hookattn.__file__).parent
-CORE = sorted([*ROOT.glob("*.py"), *ROOT.glob("taps/*.py"), *ROOT.glob("store/*.py")])
-OUTER = ("cli", "demo", "analyze", "render", "testing")
 OPTIONAL = (
     "anywidget",
     "IPython",
@@ -46,7 +39,6 @@ NOT_AT_IMPORT = (
     "torch._dynamo",
     "torch.nn.attention.flex_attention",
 )
-FAMILIES = re.compile(r"gpt|llama|bert|mistral|mixtral|gemma|qwen|whisper|bloom|falcon|t5|swin|deepseek")
 
 
 def run(code: str) -> str:
@@ -111,9 +103,9 @@ def test_nothing_heavy_is_imported(imports: list[dict[str, object]]) -> None:
     assert not foreign, f"neither the standard library's nor declared: {foreign}"
 
 
-@pytest.mark.parametrize("module", ["hookattn.cli.app", "hookattn.analyze", "hookattn.render", "hookattn.testing"])
+@pytest.mark.parametrize("module", ["hookattn.cli.commands", "hookattn.analyze", "hookattn.render", "hookattn.testing"])
 def test_what_is_around_the_core_imports_nothing_optional(module: str) -> None:
-    if module == "hookattn.cli.app":
+    if module == "hookattn.cli.commands":
         pytest.importorskip("click")
     found = run(f"import sys, {module}; print(*sorted(sys.modules))").split()
     assert module in found and not {name.partition(".")[0] for name in found} & {*OPTIONAL}
@@ -124,72 +116,3 @@ def test_all_names_are_there() -> None:
     assert all(hasattr(hookattn, name) for name in hookattn.__all__)
     for name in ("trace", "tracing", "load", "Trace", "Adapter", "register"):
         assert name in hookattn.__all__ and getattr(hookattn, name).__doc__
-
-
-# ------------------------------------------------------------------------------------------------ the arrows
-
-
-def words(path: Path) -> Iterator[tuple[int, str]]:
-    """Names and strings of a file, without comments and docstrings."""
-    source = path.read_text()
-    docstrings = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            docstrings.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.NAME, tokenize.STRING) and token.start[0] not in docstrings:
-            yield token.start[0], token.string
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports anywhere in it, by its full name."""
-    package = [*path.relative_to(ROOT.parent).with_suffix("").parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_core_names_no_model_and_points_outward_never(path: Path) -> None:
-    named = [(line, word) for line, word in words(path) if FAMILIES.search(word.lower())]
-    assert not named, f"names a model: {named}"
-    for name in imported(path):
-        top, *rest = name.split(".")
-        assert top not in ("hookattn_adapters", "transformers", "click", "rich", "matplotlib", "PIL", "numpy"), name
-        assert top != "hookattn" or not rest or rest[0] not in OUTER, f"core imports {name}"
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("taps/*.py")), ids=lambda path: path.name)
-def test_a_tap_knows_nothing_of_the_rest(path: Path) -> None:
-    """A kernel and the record of it: no session, no selection, no file, no site."""
-    outside = (
-        "session",
-        "api",
-        "selection",
-        "trace",
-        "store",
-        "site",
-        "registry",
-        "adapter",
-        "hooks",
-        "traces",
-        "keeper",
-        "certificate",
-        "describe",
-    )
-    for name in imported(path):
-        parts = name.split(".")
-        assert parts[0] != "hookattn" or len(parts) == 1 or parts[1] not in outside, f"a tap imports {name}"
-
-
-def test_these_checks_see_what_they_are_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "hookattn")
-    path = tmp_path / "hookattn" / "taps" / "made_up.py"
-    path.parent.mkdir(parents=True)
-    path.write_text('"""Like GPT-2."""\nfrom ..cli import app  # bert\nimport rich.table\nx = "LlamaAttention"\n')
-    assert [word for _, word in words(path) if FAMILIES.search(word.lower())] == ['"LlamaAttention"']
-    assert list(imported(path)) == ["hookattn.cli.app", "rich.table"]

@@ -22,7 +22,7 @@ RUN = """
 import json, sys
 sys.modules.update(dict.fromkeys({missing!r}))
 from click.testing import CliRunner
-from hookattn.cli.app import app
+from hookattn.cli.commands import app
 print(json.dumps([(r.exit_code, r.stderr) for r in (CliRunner().invoke(app, words) for words in {commands!r})]))
 """
 

@@ -25,8 +25,8 @@ def test_the_public_api_is_what_is_written_down() -> None:
     pytest.importorskip("click")
     found = differences(json.loads(FILE.read_text()), json.loads(json.dumps(public_api())))
     assert not found, (
-        "the public API differs from public_api.json; if that is meant, run `python -m tests.project.public_api` and say "
-        "it in CHANGELOG.md:\n" + "\n".join(found)
+        "the public API differs from public_api.json; if that is meant, run `python -m tests.project.public_api` and "
+        "say it in CHANGELOG.md:\n" + "\n".join(found)
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import KernelCall, UnfaithfulError, UnfaithfulWarning
-from hookattn.calls.certificate import TOLERANCE, rows_to_check
+from hookattn.calls.certificate import TOLERANCE
+from hookattn.recording.verification import rows_to_check
 from hookattn.taps import nn_attention, sdpa
 from hookattn.taps.eager import assemble
 from tests.reference import draw

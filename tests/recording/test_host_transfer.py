@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.attention import functional
 from hookattn.errors import FieldNotCaptured, TraceWriteError
 from hookattn.recording import host_transfer
 from hookattn.recording.host_transfer import Transfer, pump
 from hookattn.store.writer import StreamWriter
+from hookattn.torch_internals import devices
 from tests.reference import draw
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
     """Every tensor is taken for one on a GPU."""
     made = Slow()
     monkeypatch.setattr(host_transfer, "CudaLane", lambda device: made)
-    monkeypatch.setattr(functional, "on_gpu", lambda x: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
     monkeypatch.setattr("hookattn.attention.kernels.derive", lambda *args: "this is none")
     yield made
     made.gate.set()
@@ -71,7 +71,7 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
 
 def plain() -> hookattn.Trace:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "on_gpu", lambda x: False)
+        patch.setattr(devices, "on_gpu", lambda x: False)
         return hookattn.trace(Overwriting(), X)
 
 
@@ -139,7 +139,7 @@ def test_a_file_is_the_same(lane: Slow, tmp_path: Path) -> None:
     lane.gate.set()
     same(hookattn.trace(Overwriting(), X, to=tmp_path / "one.safetensors"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "on_gpu", lambda x: False)
+        patch.setattr(devices, "on_gpu", lambda x: False)
         hookattn.trace(Overwriting(), X, to=tmp_path / "two.safetensors")
         one, two = (hookattn.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):

@@ -26,7 +26,7 @@ pytest.importorskip("httpx2")
 
 from starlette.testclient import TestClient
 
-from hookattn.cli.app import app as command_line
+from hookattn.cli.commands import app as command_line
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
 from hookattn.render.trace_files import stored

@@ -349,7 +349,7 @@ def test_the_interface(name: str, how: str, edit: Edit) -> None:
 
 @pytest.mark.parametrize("of", ["k", "v"])
 def test_grouped_heads_that_the_interface_repeats(of: str) -> None:
-    """With a mask it hands the kernel every query head's own copy; the listener sees the groups, and so does the record."""
+    """With a mask it hands the kernel a copy for every query head; listener and record have the groups."""
     pytest.importorskip("transformers")
     from tests import tiny_models as tiny
 
@@ -555,7 +555,7 @@ def test_the_seam_holds_what_taps_use_and_no_more() -> None:
         name for name, x in vars(ActiveTrace).items() if not name.startswith("_") and callable(getattr(x, "fget", x))
     }
     used = set()
-    for path in TAPS.glob("*.py"):
+    for path in TAPS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 of = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hookattn
-from hookattn.attention.functional import causal_mask, derive
+from hookattn.attention.derivation import derive
+from hookattn.attention.masks import causal_mask
 from hookattn.torch_internals import allocation
 
 CPU = torch.device("cpu")

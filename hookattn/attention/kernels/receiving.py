@@ -1,6 +1,6 @@
 """The GPU kernel of the statistic that is a number for each key: what it receives from all queries.
 
-Letters as in :mod:`hookattn.attention.kernels.rows`. Keys are rows here, and queries columns: each program keeps some keys and
+Letters as in :mod:`.rows`. Keys are rows here, and queries columns: each program keeps some keys and
 goes over the queries, so that nobody else adds to the same sum.
 """
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import Diagonal
-from ..score_inputs import Problem, four
+from ..functional import Diagonal, four
+from ..score_inputs import Problem
 from .launch import WIDEST, attempt, kernels, operands, power, strides, unfit
 
 # So many sets of keys, at most, are summed up at once: their sums stay in registers.

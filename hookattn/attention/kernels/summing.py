@@ -1,6 +1,6 @@
 """The GPU kernels of statistics that are a number for each query: one sweep over the keys, nothing written but sums.
 
-Letters as in :mod:`hookattn.attention.kernels.rows`; N sets of keys, R ranges of keys. Scores are counted in units of ln 2 here,
+Letters as in :mod:`.rows`; N sets of keys, R ranges of keys. Scores are counted in units of ln 2 here,
 so that 2 to their power is what the softmax takes, and the largest so far is taken off before.
 """
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...attention.functional import FILL, MASKED, dot_scores, finish_scores, split_additive
+from ...attention.functional import dot_scores, finish_scores
 from ...attention.kernel_call import KernelCall
+from ...attention.masks import FILL, MASKED, split_additive
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
 from .products import Label, LayoutError, Piece, Product, Roles, arrange

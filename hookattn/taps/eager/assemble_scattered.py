@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attention.functional import FILL, MASKED
 from ...attention.kernel_call import KernelCall
+from ...attention.masks import FILL, MASKED
 from ...torch_internals.tensor_identity import version_of
 from .entries import Entries
 from .products import LayoutError

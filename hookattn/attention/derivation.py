@@ -1,0 +1,95 @@
+"""Scores and weights of one call, as far as they are wanted: block by block on a CPU, by one kernel on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..torch_internals import allocation, devices
+from .functional import Diagonal, compute_dtype, dot_scores, finish_scores, softmax_weights
+
+# How many scores make a block on the CPU: 4 MiB of float32, which stays in the cache from product to softmax.
+_BLOCK = 1 << 20
+
+
+def derive(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    empty: bool = True,
+    want_scores: bool = True,
+    want_weights: bool = True,
+    diagonal: Diagonal | None = None,
+    notes: list[str] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scores and weights of one call, only what is wanted; on the CPU block by block, so that a block stays in cache,
+    and on a GPU by one kernel.
+
+    Shapes and meaning as in :func:`dot_scores`, :func:`finish_scores` and :func:`softmax_weights`; the GPU's kernel
+    writes the weights in the dtype of ``q``.
+
+    Args:
+        diagonal: what ``mask`` consists of, if that says all of it: a GPU then need not read it.
+        notes: gets a line where a GPU's kernel does not take the call, and these functions do.
+    """
+    b, h, t, _ = q.shape
+    g, s = k.shape[1], k.shape[2]
+    if devices.on_gpu(q) and b * h * t * s:
+        from .kernels import derive as fused  # what it needs is heavy
+
+        made = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, want_scores, want_weights)
+        if not isinstance(made, str):
+            return made
+        if notes is not None:
+            notes.append(f"scores and weights were derived by torch's own operations: {made}")
+    simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
+    simple = simple and b * h * t * s > _BLOCK // 2
+    if not simple or not bool(torch.isfinite(q.sum() + k.sum())):  # −∞ is added below: to +∞ it would give NaN
+        whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
+        return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
+    dtype = compute_dtype(q.dtype)
+    scores = allocation.empty((b, h, t, s), dtype, q.device) if want_scores else None
+    weights = allocation.empty((b, h, t, s), dtype, q.device) if want_weights else None
+    first = scores if scores is not None else weights
+    if first is None:
+        return None, None
+    hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    for i, heads, at in _blocks(b, h, t, s, h // g):
+        block = first[i, heads, at]
+        keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
+        query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
+        flat = block.view(keys.shape[0], -1, s)
+        torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
+        finish_scores(block, softcap, None if bias is None else _part(bias, i, heads, at))
+        if weights is not None:
+            out = weights[i, heads, at]
+            if hidden is not None:
+                block = torch.add(block, _part(hidden, i, heads, at), out=out)
+            torch.softmax(block, -1, out=out)
+    if weights is not None and empty and mask is not None:
+        weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+    return scores, weights
+
+
+def _part(x: Tensor, i: int, heads: slice, at: slice) -> Tensor:
+    """A block of what is broadcastable to B H T S."""
+    every = slice(None)
+    return x[i if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else every, at if x.shape[2] > 1 else every]
+
+
+def _blocks(b: int, h: int, t: int, s: int, groups: int) -> Iterator[tuple[int, slice, slice]]:
+    """A batch entry, heads and rows of B H T S, of at most a block of scores where a row is not more: as many whole
+    groups of heads as go together, or else one head by rows."""
+    heads = _BLOCK // max(1, groups * t * s) * groups
+    rows = t if heads else max(16, _BLOCK // s)
+    for i in range(b):
+        for j in range(0, h, heads or 1):
+            for start in range(0, t, rows):
+                yield i, slice(j, min(j + (heads or 1), h)), slice(start, min(start + rows, t))
