@@ -69,7 +69,7 @@ $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(
 	@touch $@
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
-	$(BIN)/python -m pytest tests/field tests/interop/test_viewers.py -n $(JOBS)
+	$(BIN)/python -m pytest tests/field tests/interop/test_viewers.py -n $(JOBS) -rs
 
 test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
 	$(BIN)/python -m pytest tests/attention/test_kernels*.py tests/test_on_device.py tests/recording/test_host_transfer.py tests/store/test_writer.py -n 1 -rs
