@@ -177,10 +177,10 @@ def test_the_bound_is_one(monkeypatch: pytest.MonkeyPatch, case: Any, options: d
     most: dict[int, int] = {}
     monkeypatch.setattr(session, "LARGE", 0)
 
-    def check(self: room_module.Guard, forward: Any, call: Any, site: Any) -> None:
+    def check(self: room_module.RoomGuard, forward: Any, call: Any, site: Any) -> None:
         most[len(most)] = self._most(call)  # asked once for each call, in their order
 
-    monkeypatch.setattr(room_module.Guard, "check", check)
+    monkeypatch.setattr(room_module.RoomGuard, "check", check)
     inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.inputs()]
     trace = hookattn.trace(case.model().double(), tuple(inputs), verify="off", **options)
     assert len(most) == len(trace) > 0
