@@ -51,7 +51,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(observe(*given))
         return made[-1]
 
-    monkeypatch.setattr(plan, "observe", counted)
+    for module in (plan, room_module):  # both know it by name
+        monkeypatch.setattr(module, "observe", counted)
     return made
 
 
