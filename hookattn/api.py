@@ -14,10 +14,10 @@ from torch import nn
 
 from .errors import HookattnError, SelectionError, SkippedWarning, UnfaithfulWarning
 from .models.description import describe_model
-from .models.discovery import check_meta, make_plan
-from .planning.room import Guard
+from .models.discovery import check_meta, make_watch_plan
+from .planning.room import RoomGuard
 from .recording.forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
-from .recording.recorder import Keeper
+from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
 from .statistics.base import Statistic
@@ -125,7 +125,7 @@ def tracing(
         selection = _fields_alone(capture)  # type: ignore[arg-type]
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
-    plan = make_plan(model)
+    plan = make_watch_plan(model)
     made = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
@@ -133,8 +133,8 @@ def tracing(
 
         stream = Stream(to, made)
     sink = None if stream is None else stream.add
-    recorder = Keeper(selection, verify, wait=sink is None)
-    session = Session(plan, made, selection, recorder, strict, sink, Guard(selection, to))
+    recorder = CallRecorder(selection, verify, wait=sink is None)
+    session = Session(plan, made, selection, recorder, strict, sink, RoomGuard(selection, to))
     try:
         session.start()
         try:

@@ -21,7 +21,7 @@ def install(error: ModuleNotFoundError) -> str | None:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def extra_named() -> Iterator[None]:
     """A library that the block doesn't find is an error that says how to install it.
 
     Raises:

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from hookattn import Adapter
-from hookattn.models.discovery import Plan, make_plan
+from hookattn.models.discovery import WatchPlan, make_watch_plan
 from hookattn.models.registry import using
 from tests.sweep.cases import small_config
 from tests.sweep.classes import model_class
@@ -133,9 +133,9 @@ class Family(NamedTuple):
     def implementations(self) -> list[str]:
         return ["sdpa", "eager"] if self.kind._supports_sdpa else ["eager"]
 
-    def plan(self, implementation: str) -> Plan:
+    def plan(self, implementation: str) -> WatchPlan:
         with using(BY_NAME[self.adapter], SHARED):
-            return make_plan(self.build(implementation))
+            return make_watch_plan(self.build(implementation))
 
     def said(self) -> Iterator[tuple[str, str, str, str]]:
         """Stack, kind, path and axes of each site, for all layers at once."""

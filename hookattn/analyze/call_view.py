@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, four, softmax_weights
+from ..attention.functional import compute_dtype, softmax_weights, with_four_axes
 from ..attention.kernel_call import FIELDS
 from ..calls.key_tokens import key_positions, of_inputs, stitched
 from ..calls.query_positions import query_positions
@@ -190,7 +190,7 @@ class View:
     def mask(self) -> Tensor:
         """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
         if self.call.has("mask"):
-            return four(self.tensor("mask"))
+            return with_four_axes(self.tensor("mask"))
         if self.call.has("weights"):
             return self.weights != 0  # a NaN is to be seen
         held = next((x for x in map(self.call.get, self.call.fields) if x is not None), None)
@@ -203,7 +203,7 @@ class View:
         Raises:
             FieldNotCaptured: the mask was not kept.
         """
-        mask = four(self.tensor("mask"))
+        mask = with_four_axes(self.tensor("mask"))
         return mask.expand(*mask.shape[:3], self.shape[3]).sum(-1)
 
     @cached_property

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention.functional import four, sink_column
-from ..attention.score_inputs import Problem
+from ..attention.functional import sink_column, with_four_axes
+from ..attention.score_inputs import ScoreInputs
 
 if TYPE_CHECKING:
     from ..calls.call import Call
 
 
-def problem_of(call: Call, positions: Tensor | None) -> Problem | None:
+def problem_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     """A call as a problem: of its scores, of its q and k, or of its weights; None: none of these was kept.
 
     Of weights alone, scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the
@@ -22,14 +22,14 @@ def problem_of(call: Call, positions: Tensor | None) -> Problem | None:
     same constant).
     """
     masked = call.has("mask") and call.has("sinks")
-    mask, sinks = (four(call.get("mask")), call.get("sinks")) if masked else (None, None)
+    mask, sinks = (with_four_axes(call.get("mask")), call.get("sinks")) if masked else (None, None)
     sinks = None if sinks is None else sink_column(sinks)
     if masked and "scores" in call.fields:
         return _of_scores(call.scores, mask, sinks, positions)
     if call.has("scores") and masked:
         k = call.k if call.kv_heads is None else call.k[:, list(call.kv_heads)]
-        bias = four(call.get("bias"))
-        return Problem(call.q, k, call.scale, call.softcap, bias, mask, sinks, positions=positions)
+        bias = with_four_axes(call.get("bias"))
+        return ScoreInputs(call.q, k, call.scale, call.softcap, bias, mask, sinks, positions=positions)
     if not call.has("weights"):
         return None
     weights = call.weights.float() if call.weights.dtype != torch.float64 else call.weights
@@ -42,9 +42,9 @@ def problem_of(call: Call, positions: Tensor | None) -> Problem | None:
     return _of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
 
 
-def _of_scores(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None) -> Problem:
+def _of_scores(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None) -> ScoreInputs:
     b, h, t, s = scores.shape
-    return Problem(
+    return ScoreInputs(
         scores.new_empty(b, h, t, 0),
         scores.new_empty(b, h, s, 0),
         mask=mask,

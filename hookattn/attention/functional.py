@@ -107,17 +107,17 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
 
 
 @overload
-def four(x: Tensor) -> Tensor: ...
+def with_four_axes(x: Tensor) -> Tensor: ...
 
 
 @overload
-def four(x: None) -> None: ...
+def with_four_axes(x: None) -> None: ...
 
 
 @overload
-def four(x: Tensor | None) -> Tensor | None: ...
+def with_four_axes(x: Tensor | None) -> Tensor | None: ...
 
 
-def four(x: Tensor | None) -> Tensor | None:
+def with_four_axes(x: Tensor | None) -> Tensor | None:
     """With all four axes."""
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]

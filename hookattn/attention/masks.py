@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_internals.tensor_memo import Once
+from ..torch_internals.tensor_memo import TensorMemo
 
 # Masks of up to this many entries that depend on nothing but a shape are made once for all traces.
 _SMALL = 1 << 16
 
 
-class Masked(NamedTuple):
+class CompleteMask(NamedTuple):
     """The complete mask of a call, and what it does.
 
     Attributes:
@@ -30,14 +30,14 @@ class Masked(NamedTuple):
     hidden: Tensor | None = None
 
 
-class Masks:
+class CompleteMasks:
     """The complete masks of calls: one for all layers that are given the same.
 
     Args:
         once: remembers them.
     """
 
-    def __init__(self, once: Once):
+    def __init__(self, once: TensorMemo):
         self._once = once
 
     def __call__(
@@ -49,17 +49,17 @@ class Masks:
         window: int | None,
         causal: bool,
         device: torch.device,
-    ) -> Masked:
-        """As :func:`complete`, whatever the dtype of ``own``."""
+    ) -> CompleteMask:
+        """As :func:`complete_mask`, whatever the dtype of ``own``."""
         if own is not None and own.dtype != torch.bool:
             own = own.bool()
         shape = t, s, offset, window, causal, device
-        return self._once(shape, own, lambda: complete(own, *shape))  # type: ignore[no-any-return]
+        return self._once(shape, own, lambda: complete_mask(own, *shape))  # type: ignore[no-any-return]
 
 
-def complete(
+def complete_mask(
     own: Tensor | None, t: int, s: int, offset: int, window: int | None, causal: bool, device: torch.device
-) -> Masked:
+) -> CompleteMask:
     """The complete mask.
 
     Args:
@@ -68,7 +68,7 @@ def complete(
     """
     if not causal and window is None:
         if own is None:
-            return Masked(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), None, False)
+            return CompleteMask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), None, False)
         mask = own.clone(memory_format=torch.contiguous_format)
     elif own is None and t * s <= _SMALL:
         known = _by_shape(t, s, offset, window, causal, device)
@@ -77,18 +77,18 @@ def complete(
         mask = causal_mask(t, s, window=window, offset=offset, causal=causal, device=device)
         mask = mask if own is None else own & mask
     if mask.numel() == 1 and bool(mask):
-        return Masked(mask, None, False)
-    return Masked(mask, mask, _leaves_empty(mask))
+        return CompleteMask(mask, None, False)
+    return CompleteMask(mask, mask, _leaves_empty(mask))
 
 
 @functools.lru_cache(maxsize=64)
-def _by_shape(t: int, s: int, offset: int, window: int | None, causal: bool, device: torch.device) -> Masked:
+def _by_shape(t: int, s: int, offset: int, window: int | None, causal: bool, device: torch.device) -> CompleteMask:
     with torch.inference_mode(False), torch.no_grad():
         mask = causal_mask(t, s, window=window, offset=offset, causal=causal, device=device).contiguous()
-        return Masked(mask, mask, _leaves_empty(mask), additive(mask))
+        return CompleteMask(mask, mask, _leaves_empty(mask), additive_mask(mask))
 
 
-def additive(mask: Tensor) -> Tensor:
+def additive_mask(mask: Tensor) -> Tensor:
     """0 where a mask is True and −∞ elsewhere, float32."""
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -torch.inf)
 

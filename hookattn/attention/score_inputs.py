@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .functional import four, sink_column
+from .functional import sink_column, with_four_axes
 from .kernel_call import KernelCall
 
 
 @dataclass(slots=True)
-class Problem:
+class ScoreInputs:
     """One attention call, restricted to what is kept.
 
     Attributes:
@@ -47,15 +47,15 @@ class Problem:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> Problem:
+    def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> ScoreInputs:
         """Of a call as its tap saw it, restricted."""
         return cls(
             call.q,
             call.k,
             call.scale,
             call.softcap,
-            four(call.bias),
-            four(call.mask),
+            with_four_axes(call.bias),
+            with_four_axes(call.mask),
             None if call.sinks is None else sink_column(call.sinks),
             call.scores,
             call.causal,

@@ -32,7 +32,7 @@ _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_
 
 
 @dataclass
-class Plan:
+class WatchPlan:
     """What of a model has to be watched how.
 
     Attributes:
@@ -92,7 +92,7 @@ _UNKNOWN = (False,) * _MANY
 _known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
-def make_plan(model: nn.Module) -> Plan:
+def make_watch_plan(model: nn.Module) -> WatchPlan:
     """Ask the adapters about every module of a model.
 
     Raises:
@@ -110,7 +110,7 @@ def make_plan(model: nn.Module) -> Plan:
     else:
         modules, shape = _walk(model, _UNKNOWN)
         found = _known[model] = _look(model, modules, shape)
-    plan = Plan(model, watch_all=found.watch_all, classes=shape.classes)
+    plan = WatchPlan(model, watch_all=found.watch_all, classes=shape.classes)
     for place, site, adapter in found.sites:
         module = modules[place]
         plan.sites[id(module)], plan.modules[id(module)] = site, module

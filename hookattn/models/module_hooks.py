@@ -17,18 +17,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
-from .discovery import Plan
-from .site_names import describe
+from .discovery import WatchPlan
+from .site_names import site_of_path
 
 _CALL_CODE = nn.Module._call_impl.__code__
 
 
-class Brackets:
+class ModuleHooks:
     """The hooks of one running trace."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: WatchPlan,
         enter: Callable[[nn.Module], None],
         leave: Callable[[], None],
         root: Callable[[], None],
@@ -122,4 +122,4 @@ class Brackets:
             known = self.plan.sites.get(id(module))
             if known is not None:
                 return known
-        return describe(path, self.plan.model.get_submodule(path), self.plan.model)
+        return site_of_path(path, self.plan.model.get_submodule(path), self.plan.model)

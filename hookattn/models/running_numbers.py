@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..calls.site import Site
 
 
-class Numbering:
+class RunningNumbers:
     """What the sites of one trace tell of the layers of each stack and kind."""
 
     def __init__(self) -> None:

@@ -61,7 +61,7 @@ def kind_of(path: str) -> str:
     return "cross" if any(_CROSS.search(part) for part in path.split(".")) else "self"
 
 
-def describe(path: str, module: nn.Module, root: nn.Module) -> Site:
+def site_of_path(path: str, module: nn.Module, root: nn.Module) -> Site:
     """What a path tells on its own, without an adapter."""
     layer, layers = layer_of(path, root)
     return Site(path, layer, stack_of(path), kind_of(path), type(module).__name__, layers=layers)

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from .discovery import Plan, within
+from .discovery import WatchPlan, within
 from .registry import owner
 
 
-def silent(plan: Plan, ran: Mapping[int, nn.Module], seen: Collection[str]) -> Iterator[tuple[str, str]]:
+def unread_sites(plan: WatchPlan, ran: Mapping[int, nn.Module], seen: Collection[str]) -> Iterator[tuple[str, str]]:
     """Path and reason of what was silent, and so was everything around it and in it.
 
     Args:

@@ -21,7 +21,7 @@ _Entry = tuple[tuple[int, ...], torch.dtype, Tensor | None]
 
 
 @dataclass
-class Seen:
+class SeenCalls:
     """The calls of a forward on shapes."""
 
     calls: list[tuple[KernelCall, Site, int]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Seen:
             self.notes.append(text)
 
 
-def sizes(seen: Seen, selection: Selection) -> tuple[list[PlannedCall], int]:
+def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall], int]:
     """What a selection keeps of the calls, and how many bytes of it several calls share."""
     last: dict[tuple[str, str], int] = {}
     for _, site, _ in seen.calls:

@@ -73,7 +73,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Any) -> Tensor:
     return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
 
 
-def hollow(
+def fake_copy(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks are left out.

@@ -124,14 +124,14 @@ def table(plan: MemoryPlan) -> str:
     lines.append(("total", "", str(len(plan.calls)), *sums, size_of(plan.total)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.append(room(plan))
+    text.append(room_sentence(plan))
     text.extend(f"would fit: {x}" for x in plan.advice)
     text.extend(f"note: {x}" for x in plan.notes)
     text.extend(f"skipped: {path}: {reason}" for path, reason in plan.skipped)
     return "\n".join(text)
 
 
-def room(plan: MemoryPlan) -> str:
+def room_sentence(plan: MemoryPlan) -> str:
     """What it takes of what is free, as text."""
     says = "fits" if plan.fits else "does not fit"
     if plan.free_disk is None:

@@ -25,15 +25,15 @@ from ..calls.call import Call
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import ModelError, NoAttentionError
-from ..models.discovery import make_plan
+from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
-from ..taps.eager.follower import Watch
-from ..torch_internals.isolation import Quiet
-from ..torch_internals.tensor_memo import Once
-from .byte_counts import Seen, sizes
-from .fake_model import Rules, hollow
+from ..taps.eager.follower import Follower
+from ..torch_internals.isolation import isolated
+from ..torch_internals.tensor_memo import TensorMemo
+from .byte_counts import SeenCalls, field_bytes
+from .fake_model import Rules, fake_copy
 from .memory_plan import MemoryPlan, PlannedCall, free_disk, free_memory, size_of, smaller
 
 _IMPOSSIBLE = (
@@ -42,7 +42,7 @@ _IMPOSSIBLE = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-_TAP = Watch._try.__code__
+_TAP = Follower._try.__code__
 
 
 def plan(
@@ -76,8 +76,8 @@ def plan(
     """
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
     if not isinstance(model, nn.Module):
-        make_plan(model)  # says what is wrong with it
-    return told(observe(model, *arguments(inputs)), selection, to)
+        make_watch_plan(model)  # says what is wrong with it
+    return memory_plan_of(observe(model, *arguments(inputs)), selection, to)
 
 
 class ShapeRecorder(Recorder):
@@ -89,9 +89,9 @@ class ShapeRecorder(Recorder):
 
     small = None
 
-    def __init__(self, seen: Seen):
+    def __init__(self, seen: SeenCalls):
         self.seen = seen
-        self._once = Once()
+        self._once = TensorMemo()
 
     def wants(self, field: str) -> bool:
         """Every field: what a selection leaves out is left out of the sizes later."""
@@ -104,7 +104,7 @@ class ShapeRecorder(Recorder):
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of a tensor whose values nobody knows: a bias and a mask, at most."""
         if not isinstance(additive, FakeTensor):
-            with Quiet(additive):
+            with isolated(additive):
                 return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
         def guessed() -> tuple[Tensor, Tensor]:
@@ -132,11 +132,13 @@ class ShapeRecorder(Recorder):
         self._once.forget()
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen:
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCalls:
     """The calls of a forward on shapes; raises as :func:`plan` does."""
-    seen = Seen()
-    copy, args, kwargs = hollow(model, args, kwargs)
-    session = Session(make_plan(copy), TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True)
+    seen = SeenCalls()
+    copy, args, kwargs = fake_copy(model, args, kwargs)
+    session = Session(
+        make_watch_plan(copy), TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True
+    )
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""
@@ -186,16 +188,16 @@ def _impossible(model: nn.Module, what: str, where: str | None) -> str:
     )
 
 
-def told(seen: Seen, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
+def memory_plan_of(seen: SeenCalls, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
     """The plan of a trace that keeps a selection of these calls, with what would fit if it does not."""
-    made = _made(seen, selection, *sizes(seen, selection), to)
+    made = _made(seen, selection, *field_bytes(seen, selection), to)
     if not made.fits:
         made.advice.extend(_advice(seen, selection, to is not None, "run.safetensors" if to is None else to))
     return made
 
 
 def _made(
-    seen: Seen, selection: Selection, calls: list[PlannedCall], shared: int, to: str | PathLike[str] | None
+    seen: SeenCalls, selection: Selection, calls: list[PlannedCall], shared: int, to: str | PathLike[str] | None
 ) -> MemoryPlan:
     total, biggest = sum(c.total for c in calls), max((c.total for c in calls), default=0)
     return MemoryPlan(
@@ -209,11 +211,11 @@ def _made(
     )
 
 
-def _advice(seen: Seen, selection: Selection, streamed: bool, to: str | PathLike[str]) -> list[str]:
+def _advice(seen: SeenCalls, selection: Selection, streamed: bool, to: str | PathLike[str]) -> list[str]:
     """What of the smaller traces fits."""
     found = []
     for text, less, to_file in smaller(selection, streamed):
-        calls, shared = sizes(seen, less)
+        calls, shared = field_bytes(seen, less)
         one = _made(seen, less, calls, shared, to if to_file else None)
         if one.fits:
             found.append(f"{text}: {size_of(one.total)}")

@@ -20,13 +20,13 @@ from ..errors import TraceTooLargeError, TraceTooLargeWarning
 from ..recording.room_check import Forward, RoomCheck
 from ..recording.selection import Selection
 from ..taps.active import paused
-from ..torch_internals.isolation import Quiet
-from .byte_counts import Seen
-from .memory_plan import MemoryPlan, free_disk, free_memory, room, size_of
-from .plan import observe, told
+from ..torch_internals.isolation import isolated
+from .byte_counts import SeenCalls
+from .memory_plan import MemoryPlan, free_disk, free_memory, room_sentence, size_of
+from .plan import memory_plan_of, observe
 
 
-class Guard(RoomCheck):
+class RoomGuard(RoomCheck):
     """Looks after one trace.
 
     Args:
@@ -54,7 +54,7 @@ class Guard(RoomCheck):
         disk = None if self.to is None else free_disk(self.to)
         if self._has_room(most, most, free_memory(self.selection.device or device), disk):
             return
-        with Quiet(call.q):
+        with isolated(call.q):
             shapes = _shapes(call)
         one = self._expected(shapes, site, device, 1)
         total = int(one.total * count * self._factor)
@@ -84,7 +84,9 @@ class Guard(RoomCheck):
 
     def _expected(self, call: KernelCall, site: Site, device: torch.device, count: int) -> MemoryPlan:
         """A forward of so many calls that are all like this one."""
-        return told(Seen([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to)
+        return memory_plan_of(
+            SeenCalls([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to
+        )
 
     def _planned(self, forward: Forward, device: torch.device) -> MemoryPlan | None:
         """The forward that is running; None where it cannot be planned."""
@@ -94,7 +96,7 @@ class Guard(RoomCheck):
         generators = [device] if device.type == "cuda" else []
         try:
             with paused(), forward.aside(), torch.random.fork_rng(generators):
-                return told(observe(forward.model, *inputs), self.selection, self.to)
+                return memory_plan_of(observe(forward.model, *inputs), self.selection, self.to)
         except Exception:  # noqa: BLE001 - whatever it is, it is no fault of the trace, which can go on
             return None
 
@@ -111,9 +113,9 @@ def _shapes(call: KernelCall) -> KernelCall:
     return KernelCall(**found)
 
 
-def _say(told: MemoryPlan) -> str:
-    largest = max(told.calls, key=lambda call: call.total)
+def _say(plan: MemoryPlan) -> str:
+    largest = max(plan.calls, key=lambda call: call.total)
     return (
-        f"the trace {room(told)}; of its {len(told.calls)} calls, {largest.site.label} alone takes "
-        f"{size_of(largest.total)}. What would fit: {'; '.join(told.advice)}. hookattn.plan(model, inputs) has a table."
+        f"the trace {room_sentence(plan)}; of its {len(plan.calls)} calls, {largest.site.label} alone takes "
+        f"{size_of(largest.total)}. What would fit: {'; '.join(plan.advice)}. hookattn.plan(model, inputs) has a table."
     )

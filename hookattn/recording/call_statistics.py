@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
 from ..attention.positions import query_positions
-from ..attention.score_inputs import Problem
+from ..attention.score_inputs import ScoreInputs
 from ..calls.site import Site
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
@@ -17,7 +17,7 @@ from .selection import grouped, restrict
 from .verification import kept_rows
 
 
-def beside(
+def captured_statistics(
     call: KernelCall,
     statistics: Sequence[Statistic],
     site: Site,
@@ -44,4 +44,4 @@ def beside(
         notes.append("statistics are of the weights before dropout")
     own = replace(call)
     groups = restrict(own, heads, queries)
-    return compute(Problem.of(grouped(own, groups), rows, positions), statistics), notes
+    return compute(ScoreInputs.of(grouped(own, groups), rows, positions), statistics), notes

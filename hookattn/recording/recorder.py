@@ -12,17 +12,16 @@ from torch import Tensor
 from ..attention import functional as math
 from ..attention.derivation import derive
 from ..attention.kernel_call import FIELDS, KernelCall
-from ..attention.masks import Masked, Masks, split_additive
+from ..attention.masks import CompleteMask, CompleteMasks, split_additive
 from ..calls.call import Call
 from ..calls.fields import Field, Later
 from ..calls.site import Site
 from ..torch_internals import allocation, devices
-from ..torch_internals.isolation import Quiet
-from ..torch_internals.tensor_memo import Once
-from .batched import SmallCalls
-from .call_statistics import beside
+from ..torch_internals.isolation import isolated
+from ..torch_internals.tensor_memo import TensorMemo
+from .batched import PendingCalls, SmallCalls
+from .call_statistics import captured_statistics
 from .host_transfer import Transfer
-from .later import Waiting
 from .selection import Selection, grouped, restrict
 from .verification import Pending, kept_rows, measure, measured, read, rows_to_check, sample
 
@@ -30,7 +29,7 @@ _TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped 
 _VECTORS = ("q", "k", "v", "output")
 
 
-class Keeper:
+class CallRecorder:
     """Makes Calls of kernel calls.
 
     Args:
@@ -43,21 +42,21 @@ class Keeper:
     def __init__(self, selection: Selection, verify: str, wait: bool):
         self.selection, self.verify = selection, verify
         self.fields = tuple(f for f in FIELDS if f in selection.capture)
-        self.waiting = Waiting("scores" in selection.capture, "weights" in selection.capture, verify)
+        self.waiting = PendingCalls("scores" in selection.capture, "weights" in selection.capture, verify)
         self.measured: list[tuple[Call, Pending]] = []
         chosen = selection.heads or selection.queries or selection.dtype or selection.device or selection.statistics
         # With statistics and nothing of the size T·S, nothing of that size is formed, a mask least of all.
         self._lean = bool(selection.statistics) and not {"scores", "weights", "mask"} & selection.capture
         home = not wait or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if home else None
-        self._once = Once()
-        self._masks = Masks(self._once)
+        self._once = TensorMemo()
+        self._masks = CompleteMasks(self._once)
         self.small = SmallCalls(selection, self.waiting, self._masks) if wait and not chosen else None
         self.forget = self._once.forget  # a new forward: nothing is shared with the one before
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
-        with Quiet(additive):
+        with isolated(additive):
             return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
     def wants(self, field: str) -> bool:
@@ -72,7 +71,7 @@ class Keeper:
         """
         if self.small is not None and (made := self.small.keep(call, site, step, index)) is not None:
             return made
-        with Quiet(call.q):
+        with isolated(call.q):
             return self._keep_now(call, site, step, index)
 
     def deliver(self, call: Call, sink: Callable[[Call], None]) -> None:
@@ -107,7 +106,7 @@ class Keeper:
         queries = self.selection.query_index(t, site.label)
         found: dict[str, Tensor | None] = {}
         if self.selection.statistics:
-            found, notes = beside(call, self.selection.statistics, site, heads, queries)
+            found, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
             call.notes = [*call.notes, *notes]
         kept = kept_rows(call, queries) if self._lean and self.verify != "off" else None
         masked = None
@@ -158,7 +157,7 @@ class Keeper:
         return None if pending is None else replace(pending, of_rows=len(kept))
 
     def _derive(
-        self, call: KernelCall, masked: Masked, diagonal: math.Diagonal | None = None
+        self, call: KernelCall, masked: CompleteMask, diagonal: math.Diagonal | None = None
     ) -> tuple[Pending | None, Tensor | None, Tensor | None]:
         """Scores and weights as far as they are wanted, and the certificate's measurements."""
         mask, empty = masked.real, masked.empty

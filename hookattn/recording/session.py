@@ -14,18 +14,18 @@ from ..calls.call import Call, Skipped
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import ModelError, NoAttentionError, SelectionError, UnfaithfulError
-from ..models.discovery import Plan, check_meta
-from ..models.module_hooks import Brackets
-from ..models.running_numbers import Numbering
-from ..models.unread import silent
+from ..models.discovery import WatchPlan, check_meta
+from ..models.module_hooks import ModuleHooks
+from ..models.running_numbers import RunningNumbers
+from ..models.unread import unread_sites
 from ..taps import kernels, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change
 from ..taps.eager.axis_history import seeded
-from ..taps.eager.follower import Watch
+from ..taps.eager.follower import Follower
 from ..torch_internals.code_patching import Exchange, install, remove
-from ..torch_internals.function_modes import Modes
-from ..torch_internals.isolation import _in_backward
+from ..torch_internals.function_modes import ModeStack
+from ..torch_internals.isolation import in_backward
 from .batched import SmallCalls
 from .room_check import LARGE, Forward, RoomCheck
 from .selection import Selection
@@ -104,7 +104,7 @@ class Session:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: WatchPlan,
         trace: TraceData,
         selection: Selection,
         recorder: Recorder,
@@ -118,8 +118,8 @@ class Session:
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._small = recorder.small if selection.layers is None else None
-        self._modes = Modes(lambda: self._watch)
-        self._brackets = Brackets(
+        self._modes = ModeStack(lambda: self._watch)
+        self._brackets = ModuleHooks(
             self.plan, self._enter_site, self._leave_site, self._next_step, self._note_ran, self._in_forward
         )
         self._step = -1
@@ -128,7 +128,7 @@ class Session:
         self._recorded = 0  # of the kernels heard, those that were this model's
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._matched: set[int] = set()  # of the selected layers, those that are there
-        self._numbering = Numbering()
+        self._numbering = RunningNumbers()
         self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
         self._described: dict[str, Site] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}
@@ -180,9 +180,9 @@ class Session:
     # How a kernel is run
 
     @cached_property
-    def _watch(self) -> Watch:
+    def _watch(self) -> Follower:
         """The function mode, made when it is first needed."""
-        return Watch(self, kernels())
+        return Follower(self, kernels())
 
     @property
     def compiling(self) -> bool:
@@ -216,7 +216,7 @@ class Session:
 
     def _in_forward(self) -> bool:
         """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
-        return current() is self and not _in_backward()
+        return current() is self and not in_backward()
 
     def _next_step(self) -> None:
         """A forward of the whole model begins."""
@@ -295,7 +295,7 @@ class Session:
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read."""
         asked, self._asked = self._asked, False
-        if _in_backward():
+        if in_backward():
             return
         path = self.where() if path is None else path
         if path is None:  # another model
@@ -317,7 +317,7 @@ class Session:
     def record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
         asked, self._asked = self._asked, False
-        if _in_backward():
+        if in_backward():
             return
         if call.q.is_meta:
             check_meta(self.plan.model)
@@ -354,7 +354,7 @@ class Session:
             several: q, k, v and output, B H T D.
         """
         site = self.plan.sites.get(id(module))
-        if site is None or site.layer is None or self._small is None or _in_backward():
+        if site is None or site.layer is None or self._small is None or in_backward():
             return False
         if self._room is not None and several[0].numel() * several[1].shape[2] > LARGE:
             return False
@@ -376,7 +376,7 @@ class Session:
         self._late_layers()
         sites = self.plan.sites
         if not all(key in sites and sites[key].path in self._seen for key in self._ran):
-            for place in silent(self.plan, self._ran, self._seen):
+            for place in unread_sites(self.plan, self._ran, self._seen):
                 self._skipped.setdefault(place, set()).add(max(self._step, 0))
         self.trace.skipped = [
             Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()

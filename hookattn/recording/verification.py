@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.functional import compute_dtype, weighted_values
 from ..attention.kernel_call import KernelCall
-from ..attention.masks import Masked, hidden
+from ..attention.masks import CompleteMask, hidden
 from ..calls.certificate import Certificate, tolerance
 from .selection import restrict
 
@@ -204,7 +204,7 @@ def kept_rows(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor
     return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]
 
 
-def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, Masked]:
+def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, CompleteMask]:
     """The rows of a call that are checked, with the complete mask of these rows alone.
 
     Args:
@@ -223,4 +223,4 @@ def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, Mask
     elif mask is not None:
         mask = mask.bool()
     whole = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device) if mask is None else mask
-    return own, Masked(whole, mask, mask is not None and not bool(mask.any(-1).all()))
+    return own, CompleteMask(whole, mask, mask is not None and not bool(mask.any(-1).all()))

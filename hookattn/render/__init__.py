@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..optional import told
+from ..optional import extra_named
 
 if TYPE_CHECKING:
     from .figures import distance, heads, heatmap, layers, lens, neuron
@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
-    with told():
+    with extra_named():
         return getattr(import_module(_WHERE[name], __name__), name)
 
 

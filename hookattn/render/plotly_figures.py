@@ -12,7 +12,7 @@ import numpy as np
 from ..calls.choose import one, one_stack
 from ..calls.part import Part, Where
 from ..errors import SelectionError
-from ..optional import told
+from ..optional import extra_named
 from ..traces import Trace
 from .by_distance import by_distance, highest
 from .palette import INK, MASKED, PAPER, head_style
@@ -59,7 +59,7 @@ def plotly(
         raise SelectionError(f"view={view!r}: expected one of {', '.join(_VIEWS)}.")
     if view == "distance" and (field != "weights" or sink != "show"):
         raise SelectionError("field and sink have no meaning in the distance view; leave them out.")
-    with told():
+    with extra_named():
         figure = _VIEWS[view](trace, field, scale, sink, where)
     figure.update_layout(
         template="plotly_white",

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..errors import RenderError
-from ..optional import told
+from ..optional import extra_named
 from ..store import LazyFile
 from . import html_shell
 from .options import viewer_options
@@ -202,7 +202,7 @@ def serve(
         TraceFileError: no trace file.
         ModuleNotFoundError: uvicorn is not installed.
     """
-    with told():
+    with extra_named():
         import uvicorn
 
     with ExitStack() as stack:

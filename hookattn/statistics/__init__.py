@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ..attention.positions import query_positions
-from ..attention.score_inputs import Problem
+from ..attention.score_inputs import ScoreInputs
 from .base import Statistic
 from .engine import compute
 from .entropy import Entropy
@@ -22,6 +22,9 @@ from .received import Received
 from .registry import STATISTICS, named, resolve
 from .segment_mass import SegmentMass
 from .top_k import TopK
+
+# The name that users of the statistics know; the same class.
+Problem = ScoreInputs
 
 __all__ = [
     "STATISTICS",

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, finish_scores, four
+from ..attention.functional import compute_dtype, finish_scores, with_four_axes
 from ..attention.masks import hidden
-from ..attention.score_inputs import Problem
+from ..attention.score_inputs import ScoreInputs
 from ..torch_internals import devices
 from .base import Out, Statistic
 from .block import HIDDEN, LOG2E, Block
@@ -31,7 +31,7 @@ _WIDEST = 128  # rows; what is done around the diagonal takes their square
 
 
 @torch.no_grad()
-def compute(problem: Problem, statistics: Sequence[Statistic]) -> dict[str, Tensor | None]:
+def compute(problem: ScoreInputs, statistics: Sequence[Statistic]) -> dict[str, Tensor | None]:
     """The statistics of one call.
 
     Args:
@@ -110,7 +110,7 @@ class _Span:
 class _Pass:
     """One pass over a problem."""
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, columns: _Columns):
+    def __init__(self, problem: ScoreInputs, dtype: torch.dtype, columns: _Columns):
         self.problem, self.dtype, self.columns = problem, dtype, columns
         q, k = problem.q, problem.k
         self.b, self.h, self.t, self.d = q.shape
@@ -239,7 +239,7 @@ class _Pass:
         else:
             torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=alpha, out=flat)
         if isinstance(problem.scale, Tensor):
-            out.mul_(_cut(four(problem.scale), place, keys).to(self.dtype))
+            out.mul_(_cut(with_four_axes(problem.scale), place, keys).to(self.dtype))
         finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
         return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernels.statistics import MOST_SETS, Range, summed
-from ..attention.score_inputs import Problem
+from ..attention.score_inputs import ScoreInputs
 from .base import Statistic
 from .entropy import Entropy
 from .far_mass import FarMass
@@ -52,7 +52,7 @@ _RANGES: dict[type[Statistic], Callable[..., Range]] = {
 }
 
 
-def fused(problem: Problem, statistics: Sequence[Statistic]) -> tuple[dict[str, Tensor], list[Statistic]]:
+def fused(problem: ScoreInputs, statistics: Sequence[Statistic]) -> tuple[dict[str, Tensor], list[Statistic]]:
     """Some statistics of a call by kernels of :mod:`hookattn.attention.kernels`.
 
     Args:
@@ -100,7 +100,7 @@ def _those_that_fit(segments: list[Statistic]) -> list[Statistic]:
     return made
 
 
-def _marks(problem: Problem, segments: list[Statistic]) -> Tensor | None:
+def _marks(problem: ScoreInputs, segments: list[Statistic]) -> Tensor | None:
     """N S: which keys are in each of their sets."""
     if not segments:
         return None
@@ -111,6 +111,6 @@ def _marks(problem: Problem, segments: list[Statistic]) -> Tensor | None:
     return marks
 
 
-def _note(problem: Problem, statistics: Sequence[Statistic], reason: str) -> None:
+def _note(problem: ScoreInputs, statistics: Sequence[Statistic], reason: str) -> None:
     names = ", ".join(x.key for x in statistics)
     problem.notes.append(f"computed by torch's own operations: {names}: {reason}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
-from ..torch_internals.isolation import Quiet
+from ..torch_internals.isolation import isolated
 from . import sdpa
 from .active import current
 from .base import ActiveTrace, Tap
@@ -91,7 +91,7 @@ def run(
         finally:
             _glances.running = around
         if tracing.heard == heard:
-            with Quiet(query):
+            with isolated(query):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
     sealed = any(word in name for word in _SEALED)

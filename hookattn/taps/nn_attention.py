@@ -20,12 +20,12 @@ from torch import Tensor
 from ..attention.functional import dot_scores, softmax_weights, weighted_values
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
-from ..torch_internals.function_modes import _beneath
+from ..torch_internals.function_modes import beneath
 from .active import current
 from .base import Tap
 
 if TYPE_CHECKING:
-    from .eager.follower import Watch
+    from .eager.follower import Follower
 
 NAME = "mha_fast_path"
 _NOTE = "q, k, v rebuilt from the layer's input: the native fast path never hands them out"
@@ -43,16 +43,16 @@ def _undispatched(function: Any) -> Any:
     return function
 
 
-def handle_python(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def handle_python(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run the body of ``multi_head_attention_forward`` with our mode on; every other sees the one call it would see."""
     if torch._C._len_torch_function_stack():
-        with _beneath(watch):
+        with beneath(watch):
             return func(*args, **kwargs)
     with watch:
         return _undispatched(func)(*args, **kwargs)
 
 
-def handle_native(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def handle_native(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """``torch._native_multi_head_attention``: the fast path of one MultiheadAttention."""
     out = func(*args, **kwargs)
     names = (
@@ -106,7 +106,7 @@ _LAYER = (
 )
 
 
-def handle_layer(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def handle_layer(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """``torch._transformer_encoder_layer_fwd``: the fast path of one TransformerEncoderLayer."""
     out = func(*args, **kwargs)
     g: dict[str, Any] = {**dict.fromkeys(_LAYER), **dict(zip(_LAYER, args, strict=False)), **kwargs}
@@ -146,7 +146,7 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def report(
-    watch: Watch,
+    watch: Follower,
     x: Tensor,
     given: dict[str, Any],
     rest: Any,

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import causal_mask
-from ..torch_internals.isolation import Quiet
+from ..torch_internals.isolation import isolated
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded
 from .eager.products import Label, LayoutError, Piece, Product, Roles, arrange
 
 if TYPE_CHECKING:
-    from .eager.follower import Watch
+    from .eager.follower import Follower
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -30,7 +30,7 @@ def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
-def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def handle(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run the kernel as the model asked for, and report it."""
     given = bind(args, kwargs)
     asks = watch.recorder.listened and _named(watch, given)
@@ -45,14 +45,14 @@ def handle(watch: Watch, func: Any, args: Sequence[Any], kwargs: dict[str, Any])
     call = plain(watch.recorder, func, given, out)
     result = answer(watch.recorder, call, out) if asks else out
     try:
-        with Quiet(out):
+        with isolated(out):
             watch.recorder.record(read(watch, given, call))
     except LayoutError as error:
         watch.recorder.skip(f"scaled_dot_product_attention: {error}")
     return result
 
 
-def _named(watch: Watch, given: dict[str, Any]) -> bool:
+def _named(watch: Follower, given: dict[str, Any]) -> bool:
     """Whether the kernel is given B H T D, so that a changed q can be handed to it as it stands.
 
     Heads may be folded into the batch or into the rows of a query instead. Those can be read, by what is known of the
@@ -160,7 +160,7 @@ def _four(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
-def read(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCall:
+def read(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
     """The call in the contract's layout, whatever the kernel was given."""
     knows = watch.origins.knows
     followed = knows(given["query"]) or knows(given["key"]) or knows(given["value"])
@@ -169,7 +169,7 @@ def read(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCall:
     return _arranged(watch, given, call)
 
 
-def _plain(watch: Watch, given: dict[str, Any]) -> bool:
+def _plain(watch: Follower, given: dict[str, Any]) -> bool:
     """B H T D as it stands: no copies made for grouped queries, no heads packed into the rows of a query."""
     for name in ("key", "value"):
         layout = watch.origin(given[name]).layout()
@@ -178,7 +178,7 @@ def _plain(watch: Watch, given: dict[str, Any]) -> bool:
     return _rows_are_queries(watch, given["query"])
 
 
-def _rows_are_queries(watch: Watch, query: Tensor) -> bool:
+def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
     """Whether the rows of a B H T D query are positions alone, with no heads packed into them."""
     layout = watch.origin(query).layout()
     if len(layout) != 4:
@@ -187,7 +187,7 @@ def _rows_are_queries(watch: Watch, query: Tensor) -> bool:
     return not any(a.role == "H" or any(p in widths for p in a.lineage()) for a in layout[2])
 
 
-def _arranged(watch: Watch, given: dict[str, Any], call: KernelCall) -> KernelCall:
+def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
     """Heads folded into the batch or the queries, more batch dimensions, repeated keys: told apart by their history."""
     q, k, v = call.q, call.k, call.v
     n = q.dim()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..api import tracing
 from ..errors import SkippedWarning, UnfaithfulWarning
 from ..models.adapter import Adapter
-from ..models.discovery import Plan, make_plan
+from ..models.discovery import WatchPlan, make_watch_plan
 from ..models.registry import using
 from ..traces import Trace
 
@@ -43,11 +43,11 @@ class Case:
         torch.manual_seed(0)
         return self.make_model().train(training)
 
-    def plan(self) -> tuple[nn.Module, Plan]:
+    def plan(self) -> tuple[nn.Module, WatchPlan]:
         """A model, and what the adapters say about it."""
         model = self.model()
         with using(self.adapter, *self.beside):
-            return model, make_plan(model)
+            return model, make_watch_plan(model)
 
     def run(self, model: nn.Module, inputs: Any = None) -> Any:
         """What the model returns."""

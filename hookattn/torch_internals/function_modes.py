@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class Modes:
+class ModeStack:
     """Opens, closes and sets aside our mode.
 
     ``with mode:`` would not do: torch's own context managers close whatever is innermost, and a model may open a mode
@@ -107,7 +107,7 @@ class Modes:
 
 
 @contextmanager
-def _beneath(watch: TorchFunctionMode) -> Iterator[None]:
+def beneath(watch: TorchFunctionMode) -> Iterator[None]:
     """Our mode, which is not open, below all that are: it gets what they hand on, and they get nothing of its own."""
     others = _popped()
     for mode in (watch, *reversed(others)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Quiet:
+class isolated:
     """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing."""
 
     __slots__ = ("_grad", "_others", "_x")
@@ -39,5 +39,5 @@ class Quiet:
             torch._C._set_grad_enabled(True)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .tensor_identity import version_of
 
 
-class Once:
+class TensorMemo:
     """Remembers what was made of a tensor, until it is told to forget."""
 
     def __init__(self) -> None:

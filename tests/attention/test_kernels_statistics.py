@@ -20,6 +20,7 @@ from hookattn import statistics as st
 from hookattn.attention.kernels import launch
 from hookattn.attention.kernels import statistics as kernels
 from hookattn.statistics import engine, fused
+from hookattn.torch_internals import devices
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, reference_attention
 from tests.statistics.test_statistics import ALL, POSITIONAL, Layer, asked, causal, check, close, explicit
@@ -36,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles also where a test is small, and the engine is told that there is a GPU."""
     tile = kernels._Tile(16, 16, 4)
     monkeypatch.setattr(kernels, "_tiles", lambda *args: (tile, tile))
-    monkeypatch.setattr(engine, "on_gpu", lambda x: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
 
 
 def computed(problem: st.Problem, notes: tuple[str, ...] = (OWN,), wanted: Any = None) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def test_spans_are_those_of_the_matrix() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_head_widths_and_the_tiles_that_are_used(monkeypatch: pytest.MonkeyPatch, d: int, dtype: torch.dtype) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(engine, "on_gpu", lambda x: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
     for t, s in ((3, 300), (150, 140)):
         q, k = draw(1, 2, t, d, seed=1, dtype=dtype), draw(1, 1, s, d, seed=2, dtype=dtype)
         at = torch.arange(t) + max(s - t, 0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Adapter
-from hookattn.models.discovery import make_plan
+from hookattn.models.discovery import make_watch_plan
 from hookattn.models.registry import using
 from hookattn.testing import check_adapter
 from hookattn.testing.case import same
@@ -121,7 +121,7 @@ def test_swin_is_numbered_through_its_stages(implementation: str) -> None:
 
     check_adapter(BY_NAME["swin"], build, pixels, beside=[SHARED], weights=last_of_each_stage)
     with using(BY_NAME["swin"], SHARED):
-        sites = list(make_plan(build()).sites.values())
+        sites = list(make_watch_plan(build()).sites.values())
     assert [(s.layer, s.layers, s.stack, s.axes) for s in sites] == [(i, 4, "vision", "windows") for i in range(4)]
 
 
@@ -238,7 +238,7 @@ def test_adapters_import_neither_transformers_nor_private_parts() -> None:
 def test_a_part_of_a_model_has_the_same_names() -> None:
     model: Any = FAMILIES["t5"].build("sdpa")
     with using(*hookattn_adapters.ADAPTERS):
-        plan = make_plan(model.decoder)
+        plan = make_watch_plan(model.decoder)
     assert [(s.stack, s.kind) for s in plan.sites.values()] == [("decoder", "self"), ("decoder", "cross")] * 2
 
 
@@ -248,7 +248,7 @@ def test_an_encoder_and_a_decoder_of_one_family() -> None:
         transformers.BertConfig(**bert), transformers.BertConfig(**bert, is_decoder=True, add_cross_attention=True)
     )
     with using(*hookattn_adapters.ADAPTERS):
-        plan = make_plan(transformers.EncoderDecoderModel(config=config))
+        plan = make_watch_plan(transformers.EncoderDecoderModel(config=config))
     found = {(s.stack, s.kind) for s in plan.sites.values()}
     assert found == {("encoder", "self"), ("decoder", "self"), ("decoder", "cross")}
     assert plan.watch_all  # the class that joins the two is nobody's
@@ -260,7 +260,7 @@ def test_a_class_that_an_adapter_has_not_heard_of_is_watched() -> None:
 
     model = FAMILIES["vit"].build("sdpa")
     with using(Older(), BY_NAME["transformers-shared"]):
-        plan = make_plan(model)
+        plan = make_watch_plan(model)
     assert plan.watch_all and not plan.sites
     assert [path for path, _ in plan.suspects] == ["vit.layers.0.attention", "vit.layers.1.attention"]
 

@@ -16,10 +16,10 @@ import hookattn
 from hookattn import Adapter
 from hookattn.errors import ModelError, UnsupportedConfigError
 from hookattn.models import discovery
-from hookattn.models.discovery import make_plan
+from hookattn.models.discovery import make_watch_plan
 from hookattn.models.layer_numbers import sounds_like_attention
 from hookattn.models.registry import using
-from hookattn.taps.eager.follower import Watch
+from hookattn.taps.eager.follower import Follower
 from hookattn.taps.eager.operations import name_of
 
 
@@ -174,7 +174,7 @@ def test_what_is_configured_is_asked_once_for_each_site(monkeypatch: pytest.Monk
     model = Model()
     with using(Mine()):
         for n in (1, 2):  # the model is looked at, and then known
-            assert make_plan(model).adapters == {"mine"}
+            assert make_watch_plan(model).adapters == {"mine"}
             assert asked == [layer.attn for layer in model.layers] * n
 
 
@@ -190,11 +190,11 @@ def test_more_modules_than_are_followed_place_by_place(monkeypatch: pytest.Monke
 def test_other_adapters_are_asked_anew() -> None:
     model = Model()
     with using():
-        assert make_plan(model).watch_all and not make_plan(model).sites
+        assert make_watch_plan(model).watch_all and not make_watch_plan(model).sites
     with using(Mine()):
-        assert not make_plan(model).watch_all and len(make_plan(model).sites) == 2
+        assert not make_watch_plan(model).watch_all and len(make_watch_plan(model).sites) == 2
     with using():
-        assert make_plan(model).watch_all
+        assert make_watch_plan(model).watch_all
 
 
 class Pooled(nn.Module):
@@ -230,10 +230,10 @@ def test_attention_of_torch_in_covered_classes_is_watched_by_itself(
     torch.manual_seed(0)
     plain = model(X)
     names: list[str] = []
-    follow = Watch._operation
-    monkeypatch.setattr(Watch, "_operation", lambda self, func: names.append(name_of(func)) or follow(self, func))
+    follow = Follower._operation
+    monkeypatch.setattr(Follower, "_operation", lambda self, func: names.append(name_of(func)) or follow(self, func))
     with using(Mine()):
-        plan = make_plan(model)
+        plan = make_watch_plan(model)
         assert not plan.watch_all and len(plan.torch_modules) == 6
         torch.manual_seed(0)
         found = hookattn.trace(model, X, verify="full", strict=True)
@@ -258,7 +258,7 @@ def test_an_encoder_layer_of_torch_keeps_its_fused_path() -> None:
     model.decoder.forward = lambda x, _: model.decoder.layers[0](x)
     model.eval()
     with using(Mine()), torch.no_grad():
-        plan = make_plan(model)
+        plan = make_watch_plan(model)
         assert plan.watch_all and not plan.torch_modules
         assert hookattn.trace(model, X)[-1].tap == "mha_fast_path"
 

@@ -64,7 +64,8 @@ def described(value: Any) -> Any:
     """A public object as plain data: a class as its constructor and its public members, a function as its signature."""
     if inspect.isclass(value):
         members = {}
-        for name in sorted(n for n in dir(value) if n[0] != "_"):
+        own = {n for base in value.__mro__ if base.__module__.startswith("hookattn") for n in vars(base)}
+        for name in sorted(n for n in own if n[0] != "_"):  # what a base of torch has is torch's, and others add to it
             member = inspect.getattr_static(value, name)
             if isinstance(member, (staticmethod, classmethod)):
                 member = member.__func__

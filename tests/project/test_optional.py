@@ -14,7 +14,7 @@ import pytest
 
 import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
-from hookattn.optional import _BRINGS, install, told
+from hookattn.optional import _BRINGS, extra_named, install
 
 ROOT = Path(hookattn.__file__).parents[1]
 MISSING = [name for names in _BRINGS.values() for name in names]
@@ -36,10 +36,10 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 def test_a_missing_library_is_told() -> None:
     for name in ("pandas", "matplotlib.figure"):
-        with pytest.raises(ModuleNotFoundError) as caught, told():
+        with pytest.raises(ModuleNotFoundError) as caught, extra_named():
             raise ModuleNotFoundError(name=name)
         assert caught.value.__notes__ == [f"hookattn: {install(caught.value)}"]
-    with pytest.raises(ModuleNotFoundError) as caught, told():
+    with pytest.raises(ModuleNotFoundError) as caught, extra_named():
         raise ModuleNotFoundError(name="pandasx")
     assert install(caught.value) is None and not hasattr(caught.value, "__notes__")
 

@@ -143,7 +143,7 @@ def test_a_selection_is_checked_too(monkeypatch: pytest.MonkeyPatch, options: di
 
 
 def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = assemble.Build.call
+    build = assemble.CallBuilder.call
     good = trace(Eager(), qkv())[0].certificate
     assert good.faithful and good.weights_error is not None and good.weights_error <= good.weights_tolerance
     for change in (
@@ -158,7 +158,7 @@ def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPat
             change(call)
             return call
 
-        monkeypatch.setattr(assemble.Build, "call", changed)
+        monkeypatch.setattr(assemble.CallBuilder, "call", changed)
         found = trace(Eager(), qkv())[0].certificate
         assert found.status == "unfaithful" and found.weights_error > found.weights_tolerance, found
 

@@ -18,6 +18,7 @@ import hookattn
 from hookattn import statistics as st
 from hookattn.errors import FieldNotCaptured, SelectionError, StitchError
 from hookattn.statistics import engine
+from hookattn.torch_internals import devices
 from tests.reference import as_sinks, draw, masked_softmax, reference_attention, same_bits
 
 SETS = {"a": (0, 2, 3), "b": (1,), "none": ()}
@@ -571,7 +572,7 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     mask[:, :, 7:9] = False
     problem = st.Problem(q, k, mask=mask, positions=torch.arange(30).unsqueeze(0))
     want = st.compute(problem, asked())
-    monkeypatch.setattr(engine, "on_gpu", lambda x: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
     monkeypatch.setattr(engine, "_BLOCK_ON_GPU", 300)
     monkeypatch.setattr(
         "hookattn.attention.kernels.launch._has_triton", lambda: False

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import hookattn
 from hookattn.attention.kernel_call import KernelCall
 from hookattn.errors import ModelError
-from hookattn.models.discovery import make_plan
-from hookattn.recording.recorder import Keeper
+from hookattn.models.discovery import make_watch_plan
+from hookattn.recording.recorder import CallRecorder
 from hookattn.recording.selection import Selection
 from hookattn.recording.session import Session
 from hookattn.taps import ActiveTrace, Change
@@ -58,7 +58,9 @@ class Editor:
 def listening(model: nn.Module, listener: Any) -> Iterator[hookattn.Trace]:
     """A trace with a listener; every call is verified in full."""
     made, selection = hookattn.Trace(), Selection.of()
-    session = Session(make_plan(model), made, selection, Keeper(selection, "full", True), True, listener=listener)
+    session = Session(
+        make_watch_plan(model), made, selection, CallRecorder(selection, "full", True), True, listener=listener
+    )
     try:
         session.start()
         try:

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hookattn
 from hookattn import AdapterCheckError, KernelCall
-from hookattn.models.module_hooks import Brackets
+from hookattn.models.module_hooks import ModuleHooks
 from hookattn.recording.session import Session
 from hookattn.testing import Failure, check_adapter
 from hookattn.testing.failure import listing
@@ -282,7 +282,7 @@ def test_a_causal_flag_that_the_mask_does_not_bear_out_is_caught(monkeypatch: py
 
 
 def test_a_leaked_hook_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Brackets, "remove", lambda self: None)
+    monkeypatch.setattr(ModuleHooks, "remove", lambda self: None)
     found = {f.check for f in caught(Toy).failures}
     assert {"nothing changed", "nothing left behind"} <= found
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import Diagonal, four
-from ..score_inputs import Problem
+from ..functional import Diagonal, with_four_axes
+from ..score_inputs import ScoreInputs
 from .launch import WIDEST, attempt, kernels, operands, power, strides, unfit
 
 # So many sets of keys, at most, are summed up at once: their sums stay in registers.
@@ -41,7 +41,7 @@ class _Tile(NamedTuple):
 
 
 def summed(
-    problem: Problem, wanted: Collection[str], ranges: Sequence[Range] = (), sets: Tensor | None = None
+    problem: ScoreInputs, wanted: Collection[str], ranges: Sequence[Range] = (), sets: Tensor | None = None
 ) -> dict[str, Tensor] | str:
     """Sums over the keys of each query and over the queries of each key, of one call.
 
@@ -106,13 +106,13 @@ def _unmultiplied(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _given(problem: Problem) -> dict[str, Any]:
+def _given(problem: ScoreInputs) -> dict[str, Any]:
     """The call, by the names of the kernels' parameters."""
     q, k, own = problem.q, problem.k, problem.scores
     mask = None if problem.mask is None else problem.mask.bool()
     hides = Diagonal(problem.causal, problem.offset, problem.window, problem.rows)
     if own is None:
-        scale = four(problem.scale) if isinstance(problem.scale, Tensor) else problem.scale
+        scale = with_four_axes(problem.scale) if isinstance(problem.scale, Tensor) else problem.scale
         given = operands(q, k, scale, problem.softcap, problem.bias, mask, problem.sinks, hides)
     else:
         given = operands(q, own.mT, 1.0, None, None, mask, problem.sinks, hides)  # of the keys only their number counts
@@ -139,7 +139,7 @@ def _tiles(t: int, d: int, exact: bool) -> tuple[_Tile, _Tile]:
     return one, one
 
 
-def _spans(problem: Problem, bm: int, bn: int) -> Tensor:
+def _spans(problem: ScoreInputs, bm: int, bn: int) -> Tensor:
     """4, key blocks: of the blocks of ``bn`` queries the first that may see some of ``bm`` keys, the first from which
     on all see all of them, and where the latter and the former end. Made on the device, which nobody waits for."""
     t, s = problem.q.shape[2], problem.k.shape[2]

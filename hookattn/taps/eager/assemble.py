@@ -34,7 +34,7 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
 
 
 @dataclass
-class Build:
+class CallBuilder:
     """Brings everything that belongs to one hand-written attention into B H T S.
 
     Attributes:

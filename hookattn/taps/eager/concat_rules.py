@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .axis_history import Atom, Layout, Origin, known
-from .operation import Context
+from .operation import Operation
 from .products import Label, LayoutError, Product
 from .score_rules import sink_joined
 from .states import Lost, Scores, State, Term
 
 
-def joined(c: Context) -> State | None:
+def joined(c: Operation) -> State | None:
     """Scores concatenated: with a sink's column, or with those of other products."""
     tensors = c.arg(0, "tensors")
     states = [c.look(t) for t in tensors]

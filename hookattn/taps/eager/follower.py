@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
-from .operation import Context
+from .operation import Operation
 from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
 from .origins import PIECES, Origins, plain
 from .rules import pieces, spread_scores, step
@@ -26,7 +26,7 @@ Call = Callable[..., Any]
 _LESSER = (RowStat, Lost, Part)
 
 
-class Watch(TorchFunctionMode):
+class Follower(TorchFunctionMode):
     """One thread's view of a model at work.
 
     Args:
@@ -147,7 +147,7 @@ class Watch(TorchFunctionMode):
             if isinstance(state, Part):
                 return
             target = x
-        context = Context(
+        context = Operation(
             name.removesuffix("_") if name == "where_" else name,
             state,
             x,

@@ -12,11 +12,11 @@ from .axis_history import Origin
 from .entries import CASTS, Entries, moved
 from .states import Lost, Part, Scores, Spread, State
 
-Step = Callable[["Context"], State | None]
+Step = Callable[["Operation"], State | None]
 
 
 @dataclass(slots=True)
-class Context:
+class Operation:
     """One operation on a tensor that has a state."""
 
     name: str
@@ -66,7 +66,7 @@ def entries_of(state: State | None, x: Any) -> Entries | None:
     return state.entries if isinstance(state, (Part, Lost, Spread)) else None
 
 
-def carried(c: Context) -> State | None:
+def carried(c: Operation) -> State | None:
     """A view or a cast: the same state under the result's axes."""
     state: State = c.state
     if isinstance(state, Scores) and isinstance(c.out, Tensor):

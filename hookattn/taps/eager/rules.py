@@ -16,7 +16,7 @@ from torch import Tensor
 from .axis_history import Origin, resized
 from .concat_rules import joined
 from .entries import Entries, moved
-from .operation import Context, Step, carried, number
+from .operation import Operation, Step, carried, number
 from .score_rules import added, clamped, filled, opaque, scaled, set_item, tanh, where
 from .states import Exp, Gathered, LogWeights, Lost, Part, RowStat, Scores, Spread, State, Sum, Weights
 from .weight_rules import (
@@ -109,7 +109,7 @@ STEPS: dict[type, dict[str, Step]] = {
 }
 
 
-def step(c: Context) -> State | None:
+def step(c: Operation) -> State | None:
     """The state of the result of an operation; None where it is no part of an attention any more."""
     if isinstance(c.state, Spread):
         return spread(c)
@@ -125,14 +125,14 @@ def step(c: Context) -> State | None:
     return new if new is not None else lost(c)
 
 
-def lost(c: Context) -> State | None:
+def lost(c: Operation) -> State | None:
     """Scores whose entries were moved about."""
     if c.name not in _MOVES or not isinstance(c.out, Tensor) or not c.out.is_floating_point():
         return None
     return spread_scores(c, c.moved())
 
 
-def spread_scores(c: Context, entries: Entries | None) -> State | None:
+def spread_scores(c: Operation, entries: Entries | None) -> State | None:
     """The state of scores that are not laid out as their product made them any more."""
     states = [s for s in (c.look(x) for x in _flat(c.args)) if isinstance(s, (Scores, Part, Lost))]
     scales, dark = dict[int, float](), False
@@ -161,7 +161,7 @@ def spread_scores(c: Context, entries: Entries | None) -> State | None:
     return Lost(c.origin, why=LOST.format(f"'{c.name.strip('_')}'"), entries=entries, scales=scales, opaque=dark)
 
 
-def spread(c: Context) -> State | None:
+def spread(c: Operation) -> State | None:
     """Weights that are moved about."""
     state: Spread = c.state
     if c.name.startswith("dropout"):
@@ -176,7 +176,7 @@ def spread(c: Context) -> State | None:
     return None if entries is None else replace(state, origin=c.origin, entries=entries)
 
 
-def gathered(c: Context) -> State | None:
+def gathered(c: Operation) -> State | None:
     """Values that such weights gathered: views of them, and sums."""
     state: Gathered = c.state
     if c.name in _ADD.split():
@@ -203,7 +203,7 @@ def _flat(args: Sequence[Any]) -> Iterator[Any]:
         yield from arg if isinstance(arg, (list, tuple)) else (arg,)
 
 
-def pieces(c: Context) -> list[State | None]:
+def pieces(c: Operation) -> list[State | None]:
     """What each of the parts is that a tensor was split into (``c.out``)."""
     if isinstance(c.state, Weights):
         return shares(c)
@@ -222,5 +222,5 @@ def pieces(c: Context) -> list[State | None]:
     return made
 
 
-def _piece(c: Context, i: int, numbers: Tensor) -> Tensor:
+def _piece(c: Operation, i: int, numbers: Tensor) -> Tensor:
     return c.func(numbers, *c.args[1:], **c.kwargs)[i]  # type: ignore[no-any-return]

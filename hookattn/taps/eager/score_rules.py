@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin
-from .operation import Context, carried, number
+from .operation import Operation, carried, number
 from .products import mixes_heads
 from .states import Exp, LogWeights, RowStat, Scores, State, Term
 
@@ -23,7 +23,7 @@ MAPS = frozenset(
 )
 
 
-def opaque(c: Context) -> State | None:
+def opaque(c: Operation) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
     state: Scores = c.state
     if isinstance(c.out, Tensor) and c.out.shape == c.x.shape and follows(c, state):
@@ -31,7 +31,7 @@ def opaque(c: Context) -> State | None:
     return None
 
 
-def follows(c: Context, scores: Scores) -> bool:
+def follows(c: Operation, scores: Scores) -> bool:
     """Whether the axes of a result are those of its argument: a linear map or a convolution must mix heads."""
     if c.name not in MAPS:
         return True
@@ -40,7 +40,7 @@ def follows(c: Context, scores: Scores) -> bool:
     return c.position == 0 and len(layout) > 1 and mixes_heads(scores.product, layout[dim])
 
 
-def scaled(c: Context, sign: int) -> State | None:
+def scaled(c: Operation, sign: int) -> State | None:
     """Multiplication (``sign`` 1) or division (−1)."""
     state: Scores = c.state
     if sign < 0 and c.position != 0:
@@ -62,7 +62,7 @@ def scaled(c: Context, sign: int) -> State | None:
     return opaque(c)
 
 
-def added(c: Context, sign: int) -> State | None:
+def added(c: Operation, sign: int) -> State | None:
     """Addition or subtraction of a tensor or number."""
     state: Scores = c.state
     other = c.other()
@@ -93,7 +93,7 @@ def added(c: Context, sign: int) -> State | None:
     )
 
 
-def finite_of(c: Context) -> tuple[Tensor, int, Origin] | None:
+def finite_of(c: Operation) -> tuple[Tensor, int, Origin] | None:
     """The model's own scores as they are before this operation, if they are wanted and survive it."""
     state: Scores = c.state
     if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
@@ -101,7 +101,7 @@ def finite_of(c: Context) -> tuple[Tensor, int, Origin] | None:
     return c.x, version_of(c.x), state.origin
 
 
-def filled(c: Context, mask: Tensor, value: Any) -> State | None:
+def filled(c: Operation, mask: Tensor, value: Any) -> State | None:
     """Overwriting where ``mask`` (True = masked)."""
     level = number(value)
     if isinstance(c.state, Exp):
@@ -115,7 +115,7 @@ def filled(c: Context, mask: Tensor, value: Any) -> State | None:
     return state.but(origin=c.origin, fills=[*state.fills, Term(mask, c.origin)], finite=state.finite or finite_of(c))
 
 
-def set_item(c: Context) -> State | None:
+def set_item(c: Operation) -> State | None:
     """``scores[index] = value``."""
     value = c.args[2]
     mask = torch.zeros(c.x.shape, dtype=torch.bool, device=c.x.device)
@@ -127,7 +127,7 @@ def set_item(c: Context) -> State | None:
     return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
 
 
-def tanh(c: Context) -> State | None:
+def tanh(c: Operation) -> State | None:
     """The soft cap, complete once it is multiplied back."""
     state: Scores = c.state
     if state.terms or state.fills or state.opaque or state.cap is not None or state.shifts:
@@ -135,7 +135,7 @@ def tanh(c: Context) -> State | None:
     return state.but(origin=c.origin, cap=1.0, finite=None)
 
 
-def clamped(c: Context) -> State | None:
+def clamped(c: Operation) -> State | None:
     """A clamp at a very negative bound changes nothing that is attended to."""
     low = c.kwargs.get("min", c.args[1] if len(c.args) > 1 else None)
     high = c.kwargs.get("max", c.args[2] if len(c.args) > 2 else None)
@@ -147,7 +147,7 @@ def clamped(c: Context) -> State | None:
     return opaque(c)
 
 
-def where(c: Context) -> State | None:
+def where(c: Operation) -> State | None:
     """``where(condition, scores, fill)`` either way round, method or function."""
     condition, one, two = (c.args[1], c.args[0], c.args[2]) if c.name == "where_method" else c.args[:3]
     if one is c.x:
@@ -157,7 +157,7 @@ def where(c: Context) -> State | None:
     return None
 
 
-def sink_joined(c: Context) -> State | None:
+def sink_joined(c: Operation) -> State | None:
     """A column concatenated to the scores."""
     parts = c.args[0]
     others = [t for t in parts if t is not c.x]

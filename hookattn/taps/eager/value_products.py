@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...torch_internals.tensor_identity import version_of
 from ..base import ActiveTrace
-from .assemble import Build, contracts_keys
+from .assemble import CallBuilder, contracts_keys
 from .assemble_scattered import dense
 from .axis_history import Atom, Origin, known, sizes
 from .entries import Entries
@@ -112,7 +112,7 @@ def _weights_product(
             return
         if state.use is not None:
             state.use.done = True
-        call = Build([(state, use)], out).call()
+        call = CallBuilder([(state, use)], out).call()
     except LayoutError as error:
         if state.use is not None:
             state.use.done = True
@@ -184,7 +184,7 @@ def finish_sum(watch: KnownTensors, state: Sum, out: Tensor) -> None:
     if use is not None:
         use.done = True
     try:
-        call = Build(state.parts, out, state.origin).call()
+        call = CallBuilder(state.parts, out, state.origin).call()
     except LayoutError as error:
         watch.recorder.skip(str(error))
         return

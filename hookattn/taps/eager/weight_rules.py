@@ -10,7 +10,7 @@ from torch import Tensor
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import Context, Step, carried, number
+from .operation import Operation, Step, carried, number
 from .score_rules import MAPS, filled, follows
 from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
 
@@ -18,7 +18,7 @@ from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, 
 _EPSILON = 1e-5
 
 
-def soft_max(c: Context) -> State | None:
+def soft_max(c: Operation) -> State | None:
     """Softmax of scores."""
     dim = c.arg(1, "dim", -1)
     if dim is None:
@@ -26,7 +26,7 @@ def soft_max(c: Context) -> State | None:
     return weights_of(c.state, c.state.origin, c.origin, dim % c.x.dim(), c.x)
 
 
-def softmax_lost(c: Context) -> State | None:
+def softmax_lost(c: Operation) -> State | None:
     """Softmax of scores that were moved about, or lost on the way."""
     dim = c.arg(1, "dim", -1)
     if dim is None:
@@ -54,12 +54,12 @@ def weights_of(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, 
     )
 
 
-def log_soft_max(c: Context) -> State | None:
+def log_soft_max(c: Operation) -> State | None:
     """``log_softmax`` of scores."""
     return LogWeights(c.origin, of=c.state, dim=c.arg(1, "dim", -1) % c.x.dim())
 
 
-def exp(c: Context) -> State | None:
+def exp(c: Operation) -> State | None:
     """exp of scores, or of their log-softmax."""
     if isinstance(c.state, LogWeights):
         return weights_of(c.state.of, c.state.origin, c.origin, c.state.dim, None)
@@ -69,7 +69,7 @@ def exp(c: Context) -> State | None:
 def statistic(kind: str) -> Step:
     """A reduction of a row: max and logsumexp of scores, sum of exponentials."""
 
-    def step(c: Context) -> State | None:
+    def step(c: Operation) -> State | None:
         dim = c.kwargs.get("dim", c.args[1] if len(c.args) > 1 else None)
         if isinstance(dim, (list, tuple)):
             dim = dim[0] if len(dim) == 1 else None
@@ -81,7 +81,7 @@ def statistic(kind: str) -> Step:
     return step
 
 
-def denominator(c: Context) -> State | None:
+def denominator(c: Operation) -> State | None:
     """``sum + extra``: a sink if it is more than a guard against 0/0."""
     stat: RowStat = c.state
     other = c.other()
@@ -92,7 +92,7 @@ def denominator(c: Context) -> State | None:
     return replace(stat, origin=c.origin, extra=extra) if isinstance(stat.extra, float) and stat.extra == 0 else None
 
 
-def normalised(c: Context) -> State | None:
+def normalised(c: Operation) -> State | None:
     """``exp / sum``: weights."""
     stat = c.look(c.other())
     state: Exp = c.state
@@ -111,7 +111,7 @@ def normalised(c: Context) -> State | None:
     return weights
 
 
-def exp_times(c: Context) -> State | None:
+def exp_times(c: Operation) -> State | None:
     """A mask of zeros and ones multiplied into the exponentials."""
     other = c.other()
     if isinstance(other, Tensor) and c.look(other) is None and bool(((other == 0) | (other == 1)).all()):
@@ -119,7 +119,7 @@ def exp_times(c: Context) -> State | None:
     return None
 
 
-def weights_sliced(c: Context) -> State | None:
+def weights_sliced(c: Operation) -> State | None:
     """A view, the sink's column dropped again, or the weights of some of the keys."""
     state: Weights = c.state
     if c.out.numel() == c.x.numel():
@@ -133,7 +133,7 @@ def weights_sliced(c: Context) -> State | None:
     return share(state, c.origin, dim, first, c.out.shape[dim])
 
 
-def shares(c: Context) -> list[State | None]:
+def shares(c: Operation) -> list[State | None]:
     """Weights split along the keys: what each part is. ``c.out``: the parts."""
     state: Weights = c.state
     dim, made, first = _keys_dim(state), list[State | None](), 0
@@ -170,7 +170,7 @@ def _keys_dim(state: Weights) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _first(c: Context, dim: int) -> int | None:
+def _first(c: Operation, dim: int) -> int | None:
     """The first key of a slice."""
     n = c.x.shape[dim]
     if c.name == "narrow":
@@ -188,7 +188,7 @@ def _first(c: Context, dim: int) -> int | None:
     return start if step == 1 else None
 
 
-def dropped(c: Context) -> State | None:
+def dropped(c: Operation) -> State | None:
     """Dropout: the weights are what they were before it."""
     p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
     if not training or p == 0:
@@ -197,7 +197,7 @@ def dropped(c: Context) -> State | None:
     return replace(state, origin=c.origin, own=state.own or (c.x, state.origin), dropout=float(p))
 
 
-def weights_mixed(c: Context) -> State | None:
+def weights_mixed(c: Operation) -> State | None:
     """Anything else done to weights before they meet the values."""
     state: Weights = c.state
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
@@ -207,14 +207,14 @@ def weights_mixed(c: Context) -> State | None:
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
 
 
-def masked_weights(c: Context) -> State | None:
+def masked_weights(c: Operation) -> State | None:
     """Weights set to 0 where masked: what the model multiplies is what counts."""
     if number(c.arg(2, "value")) == 0:
         return carried(c)
     return weights_mixed(c)
 
 
-def summed(c: Context) -> State | None:
+def summed(c: Operation) -> State | None:
     """Values weighted by one slice of the weights, added to those of another."""
     state: Sum = c.state
     other = c.look(c.other())

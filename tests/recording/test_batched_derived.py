@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.recording import later
+from hookattn.recording import batched
 from tests.reference import draw
 
 
@@ -97,7 +97,7 @@ def test_a_field_is_there_before_the_trace_is_over() -> None:
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(later, "_LIMIT", 2_000)
+    monkeypatch.setattr(batched, "_LIMIT", 2_000)
     found = hookattn.trace(Mixed(), X, verify="full", strict=True)
     assert found.faithful and all(isinstance(call.fields["weights"], Tensor) for call in found)
 
