@@ -19,7 +19,7 @@ import hookattn
 from hookattn import statistics as st
 from hookattn.attention.kernels import launch
 from hookattn.attention.kernels import statistics as kernels
-from hookattn.statistics import engine, fused
+from hookattn.statistics import fused
 from hookattn.torch_internals import devices
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, reference_attention
