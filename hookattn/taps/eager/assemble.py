@@ -13,6 +13,7 @@ from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED, split_additive
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
+from .operations import mixes_axis
 from .products import Label, LayoutError, Piece, Product, Roles, arrange
 from .states import Scores, Term, ValueProduct, Weights
 
@@ -256,4 +257,4 @@ def _same_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixes(operations: Sequence[str]) -> bool:
-    return any(x in ("linear", "matmul", "einsum", "conv2d", "conv1d", "bmm") for x in operations)
+    return any(mixes_axis(x) for x in operations)

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
-from .operation import Operation
-from .operations import PRODUCTS, SOFTMAX, SPECIAL, name_of, parse_product, writes_to
-from .origins import PIECES, Origins, plain
+from .operation import Operation, OperationKind
+from .operations import kind_of, name_of, writes_to
+from .origins import Origins, plain
+from .product_labels import parse_product
 from .rules import pieces, spread_scores, step
 from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights
 from .value_products import finish_gathered, finish_sum, note_product
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ..base import ActiveTrace
 
 Call = Callable[..., Any]
+# Of a function: its name (empty: to be ignored), the handler of its tap, whether it has to be looked at even where
+# nothing is known to be part of an attention yet, and its row in the table.
+Known = tuple[str, Call | None, bool, OperationKind]
 _LESSER = (RowStat, Lost, Part)
 
 
@@ -38,14 +42,14 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.kernels = kernels
-        self.operations: dict[Any, tuple[str, Call | None, bool]] = {}
+        self.operations: dict[Any, Known] = {}
         self.origins = Origins()
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[Use] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, handler, special = self.operations.get(func) or self._operation(func)
+        name, handler, special, kind = self.operations.get(func) or self._operation(func)
         if not name:
             return func(*args, **kwargs) if kwargs else func(*args)
         if handler is not None:
@@ -54,15 +58,16 @@ class Follower(TorchFunctionMode):
             return self.follow(name, func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
         try:
-            self.origins.note(name, args, kwargs, out)
+            self.origins.note(kind, args, kwargs, out)
         except Exception as error:  # noqa: BLE001 - as in _try
             self._failed(name, error)
         return out
 
-    def _operation(self, func: Any) -> tuple[str, Call | None, bool]:
-        """Its name (empty: to be ignored), the handler of its tap, and whether it has to be looked at in any case."""
+    def _operation(self, func: Any) -> Known:
+        """What is known of a function, looked up once."""
         name = name_of(func)
-        found = self.operations[func] = name, self.kernels.get(name), name in SPECIAL
+        kind = kind_of(name)
+        found = self.operations[func] = name, self.kernels.get(name), kind.product or kind.softmax, kind
         return found
 
     # What is known of a tensor
@@ -94,7 +99,8 @@ class Follower(TorchFunctionMode):
 
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what its result is."""
-        if name in PRODUCTS:
+        kind = kind_of(name)
+        if kind.product:
             return self._product(name, func, args, kwargs)
         found = self._stateful(args, kwargs) if self.live else None
         writes = writes_to(name, args, kwargs) if self.live else False
@@ -102,9 +108,9 @@ class Follower(TorchFunctionMode):
             self._try(name, self._before_write, name, found, args, kwargs)
         out = func(*args, **kwargs)
         if found is None:
-            self._try(name, self._untouched, name, args, kwargs, out)
+            self._try(name, self._untouched, kind, args, kwargs, out)
         else:
-            self._try(name, self._advance, name, func, *found, out, args, kwargs, writes)
+            self._try(name, self._advance, name, kind, func, *found, out, args, kwargs, writes)
         return out
 
     def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
@@ -119,15 +125,16 @@ class Follower(TorchFunctionMode):
             raise error
         self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
 
-    def _untouched(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def _untouched(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """An operation on tensors that are no part of an attention yet."""
-        self.origins.note(name, args, kwargs, out)
-        if name in SOFTMAX:
+        self.origins.note(kind, args, kwargs, out)
+        if kind.softmax:
             self._orphan(out, args, kwargs)
 
     def _advance(
         self,
         name: str,
+        kind: OperationKind,
         func: Any,
         position: int,
         x: Tensor,
@@ -141,24 +148,25 @@ class Follower(TorchFunctionMode):
         target: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
         origin, written = state.origin, _target(args, kwargs)
         if not writes:
-            origin = self.origins.derive(name, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
+            origin = self.origins.derive(kind, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
         elif written is x:
             self._written(x)
             if isinstance(state, Part):
                 return
             target = x
         context = Operation(
-            name.removesuffix("_") if name == "where_" else name,
-            state,
-            x,
-            position,
-            target if isinstance(out, Tensor) or not writes else x,
+            name,
+            kind,
+            func,
             args,
             kwargs,
+            x,
+            position,
+            state,
+            target if isinstance(out, Tensor) or not writes else x,
             origin,
             self.state,
             self.recorder.wants("scores"),
-            func,
         )
         if writes and written is not x:
             if plain(written) and isinstance(state, (Scores, Part, Lost)):  # poured into a tensor that is none
@@ -168,7 +176,7 @@ class Follower(TorchFunctionMode):
                     self.set_state(written, poured)
             return
         with torch.no_grad():
-            if name in PIECES and isinstance(out, (tuple, list)):
+            if kind.splits and isinstance(out, (tuple, list)):
                 context.out = out
                 for one, piece in zip(out, pieces(context), strict=True):
                     if piece is not None:
@@ -231,7 +239,7 @@ class Follower(TorchFunctionMode):
         self, name: str, found: tuple[int, Tensor, State] | None, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
-        if found is not None and isinstance(found[2], Weights) and name.startswith("dropout") and found[2].own is None:
+        if found is not None and isinstance(found[2], Weights) and kind_of(name).drops_out and found[2].own is None:
             found[2].own = (found[1].clone(), found[2].origin)
         x = _target(args, kwargs)
         if not plain(x):

@@ -1,29 +1,186 @@
-"""Torch's operations by name: which can be ignored, which are products, which write to an argument."""
+"""The table of torch's operations: for each name, what following needs to know of it, a column for every question.
+
+A row is an :class:`.operation.OperationKind`, which says what each column means. An operation without a row keeps the
+axes of its first argument where the shape is the same, and makes scores and weights opaque: their values are then
+taken from the model.
+
+To add an operation, give it a row (or its name to a row that fits in every column). An operation in place has a name of
+its own and needs a row of its own if anything but its entries is to be followed: what it leaves of the tensor before it
+is gone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from .products import Label
+from . import entry_rules, score_rules, view_rules, weight_rules
+from .concat_rules import joined
+from .operation import OperationKind, Rule, carried
+from .states import Exp, LogWeights, Lost, Part, RowStat, Scores, State, Sum, Weights
 
-# Operations that make no tensor worth following; everything that only asks.
-_IGNORED = frozenset(
+Row = OperationKind
+_EVERY_VIEW: dict[type[State], Rule] = dict.fromkeys((Scores, Part, Exp, LogWeights, RowStat, Weights, Sum), carried)
+
+
+def _view(axes: view_rules.AxesRule) -> Row:
+    """Views of the whole: every state goes through them."""
+    return Row(axes=axes, entries=entry_rules.replayed, moves_scores=True, rules=_EVERY_VIEW)
+
+
+_COPY = Row(entries=entry_rules.same_places, moves_scores=True, rules=_EVERY_VIEW)
+_SHUFFLED = Row(entries=entry_rules.replayed, moves_scores=True, shuffles=True)
+_MUL = Row(
+    entries=entry_rules.same_places_of_either,
+    arithmetic="mul",
+    moves_scores=True,
+    rules={Scores: score_rules.multiplied, Exp: weight_rules.exp_times},
+)
+_DIV = Row(
+    entries=entry_rules.same_places_of_either,
+    arithmetic="div",
+    moves_scores=True,
+    rules={Scores: score_rules.divided, Exp: weight_rules.normalised},
+)
+_ADD = Row(
+    entries=entry_rules.same_places_of_either,
+    arithmetic="add",
+    moves_scores=True,
+    rules={Scores: score_rules.added, RowStat: weight_rules.denominator, Sum: weight_rules.summed},
+)
+_SUB = Row(
+    entries=entry_rules.same_places_of_either,
+    arithmetic="sub",
+    moves_scores=True,
+    rules={Scores: score_rules.subtracted},
+)
+_FILL = Row(
+    entries=entry_rules.same_places_of_either,
+    moves_scores=True,
+    rules={Scores: score_rules.mask_filled, Exp: score_rules.mask_filled, Weights: weight_rules.masked_weights},
+)
+_CLAMP = Row(
+    entries=entry_rules.same_places_of_either,
+    moves_scores=True,
+    rules={Scores: score_rules.clamped, RowStat: weight_rules.clamped_statistic},
+)
+_WHERE = Row(entries=entry_rules.chosen, moves_scores=True, rules={Scores: score_rules.where})
+_DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.dropped})
+_CAT = Row(
+    axes=view_rules.resized, joins=True, entries=entry_rules.concatenated, moves_scores=True, rules={Scores: joined}
+)
+
+# Rows by the names that share them. A name stands here once.
+_ROWS: dict[str, Row] = {
+    # ---- views of the whole
+    "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": _view(view_rules.reshaped),
+    "ravel _unsafe_view": Row(axes=view_rules.reshaped),
+    "transpose swapaxes swapdims": _view(view_rules.transposed),
+    "transpose_": Row(axes=view_rules.transposed, entries=entry_rules.replayed),
+    "t mT": _view(view_rules.transposed_matrix),
+    "adjoint": Row(axes=view_rules.transposed_matrix),
+    "T": _view(view_rules.reversed_dims),
+    "permute": _view(view_rules.permuted),
+    "movedim moveaxis": _view(view_rules.dims_moved),
+    "expand expand_as": _view(view_rules.expanded),
+    "broadcast_to": Row(axes=view_rules.expanded),
+    # ---- copies and casts
+    "contiguous clone detach to float half double bfloat16 type type_as alias nan_to_num nan_to_num_": _COPY,
+    "copy_": Row(entries=entry_rules.written, moves_scores=True),
+    "__setitem__": Row(entries=entry_rules.written, moves_scores=True, rules={Scores: score_rules.set_item}),
+    # ---- a part of a tensor
+    "__getitem__": Row(
+        axes=view_rules.indexed,
+        entries=entry_rules.replayed,
+        moves_scores=True,
+        rules={Scores: carried, Part: carried, Weights: weight_rules.weights_sliced},
+    ),
+    "narrow": Row(
+        axes=view_rules.resized,
+        entries=entry_rules.replayed,
+        moves_scores=True,
+        rules={Scores: carried, Weights: weight_rules.weights_sliced},
+    ),
+    "select": Row(
+        axes=view_rules.dim_dropped, entries=entry_rules.replayed, moves_scores=True, rules={Scores: carried}
+    ),
+    "unbind": Row(axes=view_rules.dim_dropped, moves_scores=True),
+    "chunk split": Row(axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: carried}),
+    "split_with_sizes tensor_split hsplit": Row(axes=view_rules.resized, splits=True),
+    "diagonal unfold": Row(entries=entry_rules.replayed, moves_scores=True),
+    "as_strided masked_select take": Row(moves_scores=True),
+    # ---- copies of a tensor, and several tensors in one
+    "repeat": Row(axes=view_rules.repeated, moves_scores=True),
+    "tile": Row(axes=view_rules.repeated),
+    "repeat_interleave": Row(axes=view_rules.interleaved, moves_scores=True),
+    "pad": Row(axes=view_rules.resized, entries=entry_rules.padded, moves_scores=True),
+    "constant_pad_nd": Row(entries=entry_rules.padded),
+    "cat concat concatenate": _CAT,
+    "stack": Row(axes=view_rules.stacked, joins=True, moves_scores=True),
+    "hstack vstack": Row(moves_scores=True),
+    # ---- entries in other places
+    "flip roll gather take_along_dim": _SHUFFLED,
+    "index_select": replace(_SHUFFLED, axes=view_rules.resized),
+    "sort msort cumsum rot90": Row(moves_scores=True, shuffles=True),
+    "fliplr flipud": Row(shuffles=True),
+    "scatter scatter_ index_add index_copy index_copy_ index_put index_put_": Row(moves_scores=True),
+    # ---- arithmetic
+    "mul mul_ multiply": _MUL,
+    "__mul__ __rmul__ __imul__": replace(_MUL, rules={Scores: score_rules.multiplied}),
+    "div div_ divide true_divide": _DIV,
+    "__truediv__ __itruediv__": replace(_DIV, rules={Scores: score_rules.divided}),
+    "add add_": _ADD,
+    "__add__ __radd__ __iadd__": replace(_ADD, rules={Scores: score_rules.added, Sum: weight_rules.summed}),
+    "sub sub_ subtract __sub__ __isub__": _SUB,
+    "tanh tanh_": Row(rules={Scores: score_rules.tanh}),
+    "exp exp_": Row(rules={Scores: weight_rules.exp, LogWeights: weight_rules.exp}),
+    # ---- masks and bounds
+    "masked_fill masked_fill_": _FILL,
+    "where where_method": _WHERE,
+    "tril triu": Row(moves_scores=True),
+    "clamp clamp_min": _CLAMP,
+    "clamp_": replace(_CLAMP, moves_scores=False),
+    "clamp_min_": replace(_CLAMP, moves_scores=False, rules={Scores: score_rules.clamped}),
+    "clip": Row(rules={Scores: score_rules.clamped}),
+    "maximum": replace(_CLAMP, rules={Scores: score_rules.clamped}),
+    # ---- softmax, whole or in steps
+    "softmax": Row(
+        softmax=True,
+        rules={Scores: weight_rules.soft_max, Part: weight_rules.softmax_lost, Lost: weight_rules.softmax_lost},
+    ),
+    "log_softmax": Row(rules={Scores: weight_rules.log_soft_max}),
+    "max": Row(rules={Scores: weight_rules.maximum}),
+    "amax": Row(rules={Scores: weight_rules.row_maximum}),
+    "logsumexp": Row(rules={Scores: weight_rules.row_logsumexp}),
+    "sum": Row(rules={Exp: weight_rules.row_sum}),
+    # ---- dropout
+    "dropout dropout_": _DROPOUT,
+    "dropout1d dropout2d dropout3d": Row(drops_out=True),
+    "feature_dropout alpha_dropout native_dropout": Row(rules={Weights: weight_rules.dropped}),
+    # ---- products, and other sums over an axis
+    "matmul __matmul__ __rmatmul__ bmm mm baddbmm baddbmm_ einsum": Row(product=True),
+    "linear": Row(axes=view_rules.mapped, sums_axis=True),
+    "bilinear addmm addmv addbmm addr conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": Row(
+        sums_axis=True
+    ),
+    "embedding embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward": Row(
+        sums_axis=True
+    ),
+    # ---- what makes no tensor worth following, and everything that only asks
     "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "
     "is_floating_point is_complex is_inference nelement ndimension element_size get_device __hash__ __iter__ "
     "backward register_hook requires_grad_ retain_grad _set_grad_enabled __set__ arange zeros ones full empty tensor "
     "as_tensor zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor finfo "
     "eye linspace scalar_tensor set_ __deepcopy__ __reduce_ex__ numpy __contains__ broadcast_tensors "
-    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk".split()
-)
+    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk": Row(ignored=True),
+}
+OPERATIONS: dict[str, OperationKind] = {name: row for names, row in _ROWS.items() for name in names.split()}
+
 _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
-PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "baddbmm_", "einsum"))
-SOFTMAX = frozenset(("softmax", "_softmax"))
-# What has to be looked at even where nothing is known to be part of an attention yet.
-SPECIAL = PRODUCTS | SOFTMAX
 _ALIASES = {
     "softmax_": "softmax",
     "_softmax": "softmax",
@@ -42,11 +199,32 @@ def name_of(func: Any) -> str:
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         return _ALIASES.get(name, name) if name in _PROPERTIES else ""
-    if name in _IGNORED:
+    if kind_of(name).ignored:
         return ""
-    if name == "where" and func is Tensor.where:
+    if name == "where" and func is Tensor.where:  # its condition comes second, the function's first
         return "where_method"
     return _ALIASES.get(name, name) or "?"
+
+
+@cache
+def kind_of(name: str) -> OperationKind:
+    """The row of an operation.
+
+    One in place that has no row moves its entries as the operation of that name does that makes a new tensor.
+    """
+    row = OPERATIONS.get(name)
+    if row is not None:
+        return row
+    return OperationKind(entries=kind_of(name[:-1]).entries) if _in_place(name) and name[-2:] != "__" else _NO_ROW
+
+
+_NO_ROW = OperationKind()
+
+
+def mixes_axis(name: str) -> bool:
+    """Whether an operation sums over an axis of what it is given."""
+    kind = kind_of(name)
+    return kind.product or kind.sums_axis
 
 
 def writes_to(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -61,71 +239,3 @@ def _in_place(name: str) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
     return name.endswith("_") and not name.endswith("__")
-
-
-Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]
-
-
-def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Parsed | None:
-    if name == "einsum":
-        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-        if not isinstance(args[0], str) or len(operands) != 2:
-            return None
-        einsum = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
-        return None if einsum is None else (operands[0], operands[1], einsum, 1.0, None)
-    if name.startswith("baddbmm"):
-        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        added: Any = kwargs.get("input", args[0] if args else None)
-        a: Any = kwargs.get("batch1", args[1] if len(args) > 1 else None)
-        b: Any = kwargs.get("batch2", args[2] if len(args) > 2 else None)
-        labels = matmul_labels(3, 3)
-        assert labels is not None
-        keep = added.clone() if name.endswith("_") and beta else added
-        return a, b, labels, float(alpha), (keep, float(beta)) if beta else None
-    rest = {k: v for k, v in kwargs.items() if k != "out"}
-    a, b = (*args, *rest.values())[:2]
-    if name == "__rmatmul__":
-        a, b = b, a
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None
-    plain = matmul_labels(a.dim(), b.dim())
-    return None if plain is None else (a, b, plain, 1.0, None)
-
-
-def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
-    """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
-    if a < 1 or b < 1:
-        return None
-    n = max(a, b) - 2
-    batch_a, batch_b = list(range(n - max(a - 2, 0), n)), list(range(n - max(b - 2, 0), n))
-    la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
-    lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
-    lo: list[Label] = [*(batch_a if a >= b else batch_b)]
-    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
-
-
-def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
-    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
-    equation = equation.replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) != 2:
-        return None
-
-    def expand(term: str, n: int) -> list[Label]:
-        if "..." not in term:
-            return list(term)
-        head, tail = term.split("...")
-        extra = n - len(head) - len(tail)
-        return [*head, *range(-extra, 0), *tail]
-
-    la, lb = expand(terms[0], a), expand(terms[1], b)
-    if not arrow:
-        counts = left.replace(",", "").replace(".", "")
-        dots = "..." if "..." in left else ""
-        right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
-    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
-    lo = expand(right, len(right.replace(".", "")) + n_dots)
-    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
-        return None
-    return la, lb, lo

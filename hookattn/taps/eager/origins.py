@@ -11,11 +11,9 @@ from torch import Tensor
 
 from . import axis_history
 from .axis_history import Origin, same
-from .view_rules import VIEWS, View, follow, same_axes
+from .operation import OperationKind
+from .view_rules import same_axes
 
-_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
-PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "hsplit"))
-_MANY = _JOINS | PIECES
 _PURGE = 4096
 _NONE: dict[str, Any] = {}
 _ref = weakref.ref
@@ -50,30 +48,30 @@ class Origins:
         self._known[id(x)] = (_ref(x), origin)
         return origin
 
-    def note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
+    def note(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Say where the axes of the results of an operation come from. Runs for every operation: it has to be quick."""
-        if type(out) is Tensor and name not in _MANY and args:
+        if type(out) is Tensor and args and not (kind.joins or kind.splits):
             x: Tensor = args[0]
             known = self._known.get(id(x))
             if known is not None and known[0]() is x and x is not out:
                 source = known[1]
-                view: View = VIEWS.get(name, same_axes)
+                rule = kind.axes
                 try:
                     shape = out.shape
                 except RuntimeError:  # a nested tensor
                     return
-                if view is same_axes:
+                if rule is same_axes:
                     origin = source if shape == source.shape else Origin(shape)
                 else:
-                    how = view(x, out, args, kwargs or _NONE)
+                    how = rule(x, out, args, kwargs or _NONE)
                     origin = Origin(shape) if how is None else Origin(shape, how[0], source, how[1])
                 self._known[id(out)] = (_ref(out), origin)
                 return
-        self.derive(name, args, kwargs or _NONE, out)
+        self.derive(kind, args, kwargs or _NONE, out)
 
     def derive(
         self,
-        name: str,
+        kind: OperationKind,
         args: Sequence[Any],
         kwargs: dict[str, Any],
         out: Any,
@@ -83,7 +81,7 @@ class Origins:
         """As :meth:`note`, of any results of any operation; returns the origin of the last.
 
         Args:
-            name: the operation.
+            kind: the operation.
             args: its arguments.
             kwargs: its keyword arguments.
             out: its result or results.
@@ -100,21 +98,21 @@ class Origins:
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if one is x or not plain(one):
                 return source
-            how = follow(name, source, x, one, args, kwargs)
+            how = kind.axes(x, one, args, kwargs)
             if how is None:
                 origin = Origin(one.shape)
-            elif how[0] is same and one.shape == source.shape:
-                origin = source
+            elif how[0] is same:
+                origin = source if one.shape == source.shape else Origin(one.shape)
             else:
                 origin = Origin(one.shape, how[0], source, how[1])
-            if name in PIECES:
+            if kind.splits:
                 origin.piece_of = source
-            elif name in _JOINS:
-                origin = self._joined(name, origin, one, args, kwargs)
+            elif kind.joins:
+                origin = self._joined(origin, one, args, kwargs)
             self.set(one, origin)
         return origin
 
-    def _joined(self, name: str, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+    def _joined(self, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
         parts = [self.of(t) for t in args[0] if plain(t)]
         whole = parts[0].piece_of if parts else None
@@ -123,11 +121,10 @@ class Origins:
         if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
             return origin
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-        if name != "stack" and (
-            out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]
-        ):
+        stacked = out.dim() > len(parts[0].shape)
+        if not stacked and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
             return origin
-        return Origin(out.shape, axis_history.joined, parts[0], (dim, len(parts), name == "stack"))
+        return Origin(out.shape, axis_history.joined, parts[0], (dim, len(parts), stacked))
 
     def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """The argument whose axes the result has: the first that is followed, else the first there is."""

@@ -1,7 +1,7 @@
-"""What an operation makes of the tensors of an attention, step by step.
+"""What an operation makes of the tensors of an attention: the rules of its row, and those of all operations.
 
-:data:`STEPS` says, operation by operation, what the result of an operation on a tensor with a state is. An operation
-that isn't known is no error: the state becomes opaque, and the model's own values are taken when the softmax comes.
+An operation that has no rule is no error: the state becomes opaque, and the model's own values are taken when the
+softmax comes.
 """
 
 from __future__ import annotations
@@ -14,99 +14,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from .axis_history import Origin, resized
-from .concat_rules import joined
-from .entries import Entries, moved
-from .operation import Operation, Step, carried, number
-from .score_rules import added, clamped, filled, opaque, scaled, set_item, tanh, where
-from .states import Exp, Gathered, LogWeights, Lost, Part, RowStat, Scores, Spread, State, Sum, Weights
-from .weight_rules import (
-    denominator,
-    dropped,
-    exp,
-    exp_times,
-    log_soft_max,
-    masked_weights,
-    normalised,
-    shares,
-    soft_max,
-    softmax_lost,
-    statistic,
-    summed,
-    weights_mixed,
-    weights_sliced,
-)
+from .entries import Entries
+from .operation import Operation, Rule, number
+from .score_rules import opaque
+from .states import Gathered, Lost, Part, Scores, Spread, State, Weights
+from .weight_rules import shares, weights_mixed
 
-
-def names(text: str, step: Step) -> dict[str, Step]:
-    """One step for several operations."""
-    return dict.fromkeys(text.split(), step)
-
-
-_VIEWS = (
-    "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as transpose swapaxes swapdims permute "
-    "movedim moveaxis mT T t contiguous clone detach to float half double bfloat16 type type_as "
-    "requires_grad_ alias expand expand_as nan_to_num nan_to_num_"
-)
-_MUL = "mul mul_ multiply __mul__ __rmul__ __imul__"
-_DIV = "div div_ divide true_divide __truediv__ __itruediv__"
-_MULTIPLIES = [*_MUL.split(), *_DIV.split()]
-_ADD = "add add_ __add__ __radd__ __iadd__"
-_SUB = "sub sub_ subtract __sub__ __isub__"
-# What moves scores about, and may be followed by a softmax over them.
-_MOVES = frozenset(
-    f"{_VIEWS} {_MUL} {_DIV} {_ADD} {_SUB} cat concat concatenate stack hstack vstack pad __getitem__ __setitem__ "
-    "narrow select chunk split unbind as_strided unfold gather index_select take_along_dim take masked_select diagonal "
-    "roll flip repeat repeat_interleave where where_method masked_fill masked_fill_ scatter scatter_ copy_ index_copy "
-    "index_copy_ index_put index_put_ index_add sort msort cumsum maximum clamp clamp_min tril triu rot90".split()
-)
-
-# What leaves the shape alone and not the places.
-_REARRANGES = frozenset("flip fliplr flipud roll rot90 gather take_along_dim index_select sort msort cumsum".split())
 LOST = "softmax over scores of q·k that went through {} before it, which is not followed"
-
-STEPS: dict[type, dict[str, Step]] = {
-    Scores: {
-        **names(_VIEWS + " __getitem__ narrow select chunk split", carried),
-        **names(_MUL, lambda c: scaled(c, 1)),
-        **names(_DIV, lambda c: scaled(c, -1)),
-        **names(_ADD, lambda c: added(c, 1)),
-        **names(_SUB, lambda c: added(c, -1)),
-        **names("masked_fill masked_fill_", lambda c: filled(c, c.arg(1, "mask").bool(), c.arg(2, "value"))),
-        **names("where where_method", where),
-        **names("tanh tanh_", tanh),
-        **names("clamp clamp_ clip clamp_min clamp_min_ maximum", clamped),
-        "max": lambda c: clamped(c) if len(c.args) > 1 and isinstance(c.args[1], Tensor) else statistic("max")(c),
-        "__setitem__": set_item,
-        "softmax": soft_max,
-        "log_softmax": log_soft_max,
-        **names("exp exp_", exp),
-        "amax": statistic("max"),
-        "logsumexp": statistic("lse"),
-        **names("cat concat concatenate", joined),
-    },
-    Part: {**names(_VIEWS + " __getitem__", carried), "softmax": softmax_lost},
-    Lost: {"softmax": softmax_lost},
-    Exp: {
-        **names(_VIEWS, carried),
-        "sum": statistic("sum"),
-        **names("div div_ divide true_divide", normalised),
-        **names("mul mul_ multiply", exp_times),
-        **names("masked_fill masked_fill_", lambda c: filled(c, c.arg(1, "mask").bool(), c.arg(2, "value"))),
-    },
-    LogWeights: {**names(_VIEWS, carried), **names("exp exp_", exp)},
-    RowStat: {
-        **names(_VIEWS, carried),
-        **names("add add_", denominator),
-        **names("clamp clamp_ clamp_min", lambda c: replace(c.state, origin=c.origin)),
-    },
-    Weights: {
-        **names(_VIEWS, carried),
-        **names("__getitem__ narrow", weights_sliced),
-        **names("dropout dropout_ feature_dropout alpha_dropout native_dropout", dropped),
-        **names("masked_fill masked_fill_", masked_weights),
-    },
-    Sum: {**names(_VIEWS, carried), **names(_ADD, summed)},
-}
 
 
 def step(c: Operation) -> State | None:
@@ -115,19 +29,22 @@ def step(c: Operation) -> State | None:
         return spread(c)
     if isinstance(c.state, Gathered):
         return gathered(c)
-    known = STEPS[type(c.state)].get(c.name)
-    if known is not None:
-        new = known(c)
-    elif isinstance(c.state, Scores):
-        new = None if c.name in _REARRANGES else opaque(c)
-    else:
-        new = weights_mixed(c) if isinstance(c.state, Weights) else None
+    rule = c.kind.rules.get(type(c.state)) or _UNLISTED.get(type(c.state))
+    new = None if rule is None else rule(c)
     return new if new is not None else lost(c)
+
+
+def _opaque_in_place(c: Operation) -> State | None:
+    return None if c.kind.shuffles else opaque(c)
+
+
+# What an operation makes of a state that its row has no rule for.
+_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_in_place, Weights: weights_mixed}
 
 
 def lost(c: Operation) -> State | None:
     """Scores whose entries were moved about."""
-    if c.name not in _MOVES or not isinstance(c.out, Tensor) or not c.out.is_floating_point():
+    if not c.kind.moves_scores or not isinstance(c.out, Tensor) or not c.out.is_floating_point():
         return None
     return spread_scores(c, c.moved())
 
@@ -145,9 +62,9 @@ def spread_scores(c: Operation, entries: Entries | None) -> State | None:
             scales.setdefault(id(of.product), of.scale)
             dark = dark or bool(of.opaque)
     first = states[0] if states else c.state
-    if c.name in _MULTIPLIES:
+    if c.kind.arithmetic in ("mul", "div"):
         by = number(c.other()) if len(c.args) == 2 else None
-        if c.name in _DIV.split():
+        if c.kind.arithmetic == "div":
             by = 1 / by if by and c.position == 0 else None
         if by is None or by <= 0:
             dark = True
@@ -164,13 +81,13 @@ def spread_scores(c: Operation, entries: Entries | None) -> State | None:
 def spread(c: Operation) -> State | None:
     """Weights that are moved about."""
     state: Spread = c.state
-    if c.name.startswith("dropout"):
+    if c.kind.drops_out:
         p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
         if training and p and c.out is c.x:
             return None  # what was there before is gone
         if training and p:
             return replace(state, origin=c.origin, own=state.own or (c.x, state.entries), dropout=float(p))
-    if not isinstance(c.out, Tensor) or (c.name in _MULTIPLIES + _ADD.split() + _SUB.split()):
+    if not isinstance(c.out, Tensor) or c.kind.arithmetic is not None:
         return None
     entries = c.moved()
     return None if entries is None else replace(state, origin=c.origin, entries=entries)
@@ -179,7 +96,7 @@ def spread(c: Operation) -> State | None:
 def gathered(c: Operation) -> State | None:
     """Values that such weights gathered: views of them, and sums."""
     state: Gathered = c.state
-    if c.name in _ADD.split():
+    if c.kind.arithmetic == "add":
         other = c.look(c.other())
         if number(c.other()) == 0:
             return state
@@ -187,11 +104,11 @@ def gathered(c: Operation) -> State | None:
             return None
         uses, entries = [*state.uses, *other.uses], [*state.entries, *other.entries]
         return Gathered(c.origin, root=state.root, uses=uses, entries=entries)
-    if not isinstance(c.out, Tensor) or c.name in _MULTIPLIES + _SUB.split():
+    if not isinstance(c.out, Tensor) or c.kind.arithmetic is not None:
         return None
     kept = []
     for one in state.entries:
-        part = moved(c.name, c.func, c.args, c.kwargs, c.x, c.position, c.out, lambda x: one if x is c.x else None)  # noqa: B023
+        part = c.moved(lambda x, one=one: one if x is c.x else None)  # type: ignore[misc]
         if part is None:
             return None
         kept.append(part)

@@ -16,12 +16,6 @@ from .operation import Operation, carried, number
 from .products import mixes_heads
 from .states import Exp, LogWeights, RowStat, Scores, State, Term
 
-# Operations that sum over an axis of their first argument and put another of any size in its place.
-MAPS = frozenset(
-    "linear bilinear addmm addmv addbmm addr conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-    "embedding embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward".split()
-)
-
 
 def opaque(c: Operation) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
@@ -33,18 +27,26 @@ def opaque(c: Operation) -> State | None:
 
 def follows(c: Operation, scores: Scores) -> bool:
     """Whether the axes of a result are those of its argument: a linear map or a convolution must mix heads."""
-    if c.name not in MAPS:
+    if not c.kind.sums_axis:
         return True
     layout = c.state.origin.layout()
     dim = 1 if c.name.startswith("conv") else -1
     return c.position == 0 and len(layout) > 1 and mixes_heads(scores.product, layout[dim])
 
 
-def scaled(c: Operation, sign: int) -> State | None:
-    """Multiplication (``sign`` 1) or division (−1)."""
+def multiplied(c: Operation) -> State | None:
+    """Multiplication by a number, or by a factor for each head."""
+    return _scaled(c, 1)
+
+
+def divided(c: Operation) -> State | None:
+    """Division by a number, or by a factor for each head."""
+    return _scaled(c, -1) if c.position == 0 else opaque(c)
+
+
+def _scaled(c: Operation, sign: int) -> State | None:
+    """Scores times the other operand to the power of ``sign``."""
     state: Scores = c.state
-    if sign < 0 and c.position != 0:
-        return opaque(c)
     other = c.other()
     by = number(other)
     if by is not None and by > 0 and math.isfinite(by):
@@ -62,8 +64,18 @@ def scaled(c: Operation, sign: int) -> State | None:
     return opaque(c)
 
 
-def added(c: Operation, sign: int) -> State | None:
-    """Addition or subtraction of a tensor or number."""
+def added(c: Operation) -> State | None:
+    """Addition of a tensor or number."""
+    return _joined(c, 1)
+
+
+def subtracted(c: Operation) -> State | None:
+    """Subtraction of a tensor or number."""
+    return _joined(c, -1)
+
+
+def _joined(c: Operation, sign: int) -> State | None:
+    """Scores plus or minus (``sign``) the other operand."""
     state: Scores = c.state
     other = c.other()
     factor = float(sign) * float(c.kwargs.get("alpha", 1))
@@ -78,7 +90,7 @@ def added(c: Operation, sign: int) -> State | None:
     if isinstance(mine, Scores) and mine.opaque and not state.opaque:
         pass  # a second product, gathered or shifted: a bias to the first
     elif isinstance(mine, Scores) and state.opaque and c.position == 0:
-        return added(replace(c, state=mine, x=other, position=1), sign)
+        return _joined(replace(c, state=mine, x=other, position=1), sign)
     value = number(other)
     if value is not None:
         return (
@@ -99,6 +111,11 @@ def finite_of(c: Operation) -> tuple[Tensor, int, Origin] | None:
     if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
         return None
     return c.x, version_of(c.x), state.origin
+
+
+def mask_filled(c: Operation) -> State | None:
+    """``masked_fill``."""
+    return filled(c, c.arg(1, "mask").bool(), c.arg(2, "value"))
 
 
 def filled(c: Operation, mask: Tensor, value: Any) -> State | None:

@@ -15,7 +15,7 @@ from .assemble import CallBuilder, contracts_keys
 from .assemble_scattered import dense
 from .axis_history import Atom, Origin, known, sizes
 from .entries import Entries
-from .operations import Parsed
+from .product_labels import Parsed
 from .products import Label, LayoutError, Product, mixes_heads
 from .states import Gathered, Met, Scores, Spread, State, Sum, Term, Use, ValueProduct, Weights
 

@@ -1,4 +1,9 @@
-"""The view-like operations of torch, by name: how each one's arguments map old axes to new ones."""
+"""How the axes of a result come from those of the first argument: the ``axes`` column of the table of operations.
+
+Every rule takes the first argument, the result, and all arguments. It reads from the arguments which change of the
+layout the operation is, and gives None where that can't be told. The change itself is worked out only if an attention
+call asks for it (:mod:`.axis_history`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from . import axis_history
-from .axis_history import Layout, Origin
+from .axis_history import Layout
 
-How = tuple[Callable[..., Layout], Any]
-View = Callable[[Tensor, Any, Sequence[Any], dict[str, Any]], How | None]
+# One of the functions of axis_history and its last argument. A plain tuple, as most operations that run make one.
+LayoutChange = tuple[Callable[..., Layout], Any]
+AxesRule = Callable[[Tensor, Any, Sequence[Any], dict[str, Any]], LayoutChange | None]
 
 
 def _ints(args: Sequence[Any]) -> list[int]:
@@ -20,23 +26,28 @@ def _ints(args: Sequence[Any]) -> list[int]:
     return list(args)
 
 
-def _reshape(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def reshaped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Row-major regrouping, if no entry is left out."""
     return (axis_history.reshape, None) if out.numel() == x.numel() else None
 
 
-def same_axes(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def same_axes(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """The axes are those of the argument, as long as the shape is."""
     return axis_history.same, None
 
 
-def _expand(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def expanded(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Dimensions are broadcast."""
     return axis_history.expand, None
 
 
-def _resized(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def resized(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """The same dimensions, some of another extent."""
     return axis_history.resized, None
 
 
-def _transpose(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def transposed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Two dimensions change places."""
     if len(args) == 3:
         return axis_history.transpose, (args[1], args[2])
     a = kwargs.get("dim0", kwargs.get("axis0", args[1] if len(args) > 1 else 0))
@@ -44,21 +55,25 @@ def _transpose(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any])
     return axis_history.transpose, (a, b)
 
 
-def _mt(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def transposed_matrix(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """The last two dimensions change places."""
     n = x.dim()
     return (axis_history.permute, [*range(n - 2), n - 1, n - 2]) if n >= 2 else (axis_history.same, None)
 
 
-def _full_t(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def reversed_dims(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """All dimensions in reverse order."""
     return axis_history.permute, list(range(x.dim()))[::-1]
 
 
-def _permute(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def permuted(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Dimensions in the order that is given."""
     order = kwargs.get("dims", args[1:])
     return axis_history.permute, [d % x.dim() for d in _ints(order)]
 
 
-def _movedim(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def dims_moved(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Some dimensions move to other places, and the others keep their order."""
     n = x.dim()
     src: Any = kwargs.get("source", args[1] if len(args) > 1 else None)
     dst: Any = kwargs.get("destination", args[2] if len(args) > 2 else None)
@@ -69,12 +84,14 @@ def _movedim(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return axis_history.permute, [back[d] if d in back else next(rest) for d in range(n)]
 
 
-def _repeat(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def repeated(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Copies of the whole."""
     counts = _ints(kwargs.get("repeats", kwargs.get("dims", args[1:])))
     return axis_history.repeat, [1] * (out.dim() - len(counts)) + counts
 
 
-def _interleave(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def interleaved(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Copies of each entry, if all have equally many."""
     count = kwargs.get("repeats", args[1] if len(args) > 1 else None)
     dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
     if not isinstance(count, int) or dim is None:
@@ -82,13 +99,14 @@ def _interleave(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]
     return axis_history.interleave, (dim % x.dim(), count)
 
 
-def _drop(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
-    """unbind and select: one dimension goes."""
+def dim_dropped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """One dimension goes: unbind and select."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % x.dim()
     return axis_history.keep_dims, [i for i in range(x.dim()) if i != dim]
 
 
-def _getitem(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def indexed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Indexing with numbers, slices, None and ``...``; nothing is known of an index that is a tensor."""
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     kept: list[int | None] = []
     plain = [i for i in index if i is not None and i is not Ellipsis]
@@ -110,73 +128,14 @@ def _getitem(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return axis_history.keep_dims, kept
 
 
-def _stack(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def stacked(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """Tensors along a new dimension."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
     kept: list[int | None] = list(range(x.dim()))
     kept.insert(dim, None)
     return axis_history.keep_dims, kept
 
 
-def _linear(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
+def mapped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """A linear map of the last dimension."""
     return axis_history.mapped, None
-
-
-_SAME = (
-    "contiguous clone detach to float half double bfloat16 type type_as requires_grad_ dropout nan_to_num "
-    "layer_norm rms_norm roll flip masked_fill where triu tril cpu cuda softmax alias"
-)
-
-VIEWS: dict[str, View] = {
-    **dict.fromkeys(_SAME.split(), same_axes),
-    **dict.fromkeys(
-        (
-            "view",
-            "reshape",
-            "flatten",
-            "unflatten",
-            "squeeze",
-            "unsqueeze",
-            "view_as",
-            "reshape_as",
-            "ravel",
-            "_unsafe_view",
-        ),
-        _reshape,
-    ),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), _transpose),
-    **dict.fromkeys(("t", "adjoint", "mT"), _mt),
-    "T": _full_t,
-    "permute": _permute,
-    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
-    **dict.fromkeys(("repeat", "tile"), _repeat),
-    "repeat_interleave": _interleave,
-    **dict.fromkeys(
-        (
-            "split",
-            "chunk",
-            "split_with_sizes",
-            "tensor_split",
-            "narrow",
-            "cat",
-            "concat",
-            "concatenate",
-            "pad",
-            "hsplit",
-            "index_select",
-        ),
-        _resized,
-    ),
-    **dict.fromkeys(("unbind", "select"), _drop),
-    "__getitem__": _getitem,
-    "stack": _stack,
-    "linear": _linear,
-}
-
-
-def follow(name: str, source: Origin, x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> How | None:
-    """How ``out`` (a result of ``name`` on ``x``) gets its axes from those of ``x``; None where nothing is known."""
-    view = VIEWS.get(name)
-    if view is None:
-        return (axis_history.same, None) if out.shape == source.shape else None
-    return view(x, out, args, kwargs)

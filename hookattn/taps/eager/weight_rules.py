@@ -10,8 +10,8 @@ from torch import Tensor
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import Operation, Step, carried, number
-from .score_rules import MAPS, filled, follows
+from .operation import Operation, carried, number
+from .score_rules import clamped, filled, follows
 from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
 
 # A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
@@ -66,19 +66,38 @@ def exp(c: Operation) -> State | None:
     return Exp(c.origin, of=c.state)
 
 
-def statistic(kind: str) -> Step:
-    """A reduction of a row: max and logsumexp of scores, sum of exponentials."""
+def maximum(c: Operation) -> State | None:
+    """``max``: of two tensors a clamp, else the maximum of every row."""
+    return clamped(c) if len(c.args) > 1 and isinstance(c.args[1], Tensor) else row_maximum(c)
 
-    def step(c: Operation) -> State | None:
-        dim = c.kwargs.get("dim", c.args[1] if len(c.args) > 1 else None)
-        if isinstance(dim, (list, tuple)):
-            dim = dim[0] if len(dim) == 1 else None
-        if not isinstance(dim, int):
-            return None
-        of = c.state.of if isinstance(c.state, Exp) else c.state
-        return RowStat(c.origin, kind=kind, of=of, dim=dim % c.x.dim())
 
-    return step
+def row_maximum(c: Operation) -> State | None:
+    """The maximum of every row of scores."""
+    return _row_statistic(c, "max", c.state)
+
+
+def row_logsumexp(c: Operation) -> State | None:
+    """The logsumexp of every row of scores."""
+    return _row_statistic(c, "lse", c.state)
+
+
+def row_sum(c: Operation) -> State | None:
+    """The sum of every row of exponentials: the denominator of the softmax."""
+    return _row_statistic(c, "sum", c.state.of)
+
+
+def _row_statistic(c: Operation, kind: str, of: Scores) -> State | None:
+    dim = c.arg(1, "dim")
+    if isinstance(dim, (list, tuple)):
+        dim = dim[0] if len(dim) == 1 else None
+    if not isinstance(dim, int):
+        return None
+    return RowStat(c.origin, kind=kind, of=of, dim=dim % c.x.dim())
+
+
+def clamped_statistic(c: Operation) -> State | None:
+    """A denominator kept away from 0."""
+    return carried(c)
 
 
 def denominator(c: Operation) -> State | None:
@@ -202,7 +221,7 @@ def weights_mixed(c: Operation) -> State | None:
     state: Weights = c.state
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
         return None
-    if c.name in MAPS and (state.scores is None or not follows(c, state.scores)):
+    if c.kind.sums_axis and (state.scores is None or not follows(c, state.scores)):
         return None
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
 

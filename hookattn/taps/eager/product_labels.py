@@ -1,0 +1,77 @@
+"""The operands, labels and factors of one product of two tensors, read off the arguments of the function that ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .products import Label
+
+Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]
+
+
+def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Parsed | None:
+    if name == "einsum":
+        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+        if not isinstance(args[0], str) or len(operands) != 2:
+            return None
+        einsum = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
+        return None if einsum is None else (operands[0], operands[1], einsum, 1.0, None)
+    if name.startswith("baddbmm"):
+        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        added: Any = kwargs.get("input", args[0] if args else None)
+        a: Any = kwargs.get("batch1", args[1] if len(args) > 1 else None)
+        b: Any = kwargs.get("batch2", args[2] if len(args) > 2 else None)
+        labels = matmul_labels(3, 3)
+        assert labels is not None
+        keep = added.clone() if name.endswith("_") and beta else added
+        return a, b, labels, float(alpha), (keep, float(beta)) if beta else None
+    rest = {k: v for k, v in kwargs.items() if k != "out"}
+    a, b = (*args, *rest.values())[:2]
+    if name == "__rmatmul__":
+        a, b = b, a
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return None
+    plain = matmul_labels(a.dim(), b.dim())
+    return None if plain is None else (a, b, plain, 1.0, None)
+
+
+def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
+    if a < 1 or b < 1:
+        return None
+    n = max(a, b) - 2
+    batch_a, batch_b = list(range(n - max(a - 2, 0), n)), list(range(n - max(b - 2, 0), n))
+    la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
+    lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
+    lo: list[Label] = [*(batch_a if a >= b else batch_b)]
+    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
+
+
+def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != 2:
+        return None
+
+    def expand(term: str, n: int) -> list[Label]:
+        if "..." not in term:
+            return list(term)
+        head, tail = term.split("...")
+        extra = n - len(head) - len(tail)
+        return [*head, *range(-extra, 0), *tail]
+
+    la, lb = expand(terms[0], a), expand(terms[1], b)
+    if not arrow:
+        counts = left.replace(",", "").replace(".", "")
+        dots = "..." if "..." in left else ""
+        right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
+    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
+    lo = expand(right, len(right.replace(".", "")) + n_dots)
+    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
+        return None
+    return la, lb, lo
