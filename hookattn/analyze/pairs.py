@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .call_view import View
@@ -62,7 +63,7 @@ def mass(view: View, pairs: Pairs) -> Tensor:
     b, h, t, _ = view.shape
     along = view.weights[pairs.example, :, pairs.row, pairs.key]
     total = along.new_zeros(b * t, h).index_add_(0, pairs.example * t + pairs.row, along)
-    return total.view(b, t, h).transpose(1, 2)
+    return rearrange(total, "(b t) h -> b h t", b=b)
 
 
 def having(view: View, pairs: Pairs) -> Tensor:

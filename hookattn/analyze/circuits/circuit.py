@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from ...calls.site import Site
@@ -73,7 +74,10 @@ class Circuit:
         return found
 
     def _per_head(self, name: str) -> Tensor:
-        return self.projection(name).weight.repeat_interleave(self.heads // self.kv_heads, 0)
+        weight: Tensor = repeat(
+            self.projection(name).weight, "g c d -> (g group) c d", group=self.heads // self.kv_heads
+        )
+        return weight
 
     @property
     def W_Q(self) -> Tensor:

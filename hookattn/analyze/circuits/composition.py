@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import einsum, reduce
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
@@ -72,7 +73,8 @@ def _read(c: Circuit, kind: str) -> Tensor:
         "v": lambda: (c.W_V, c.W_O.transpose(1, 2)),
     }[kind]()
     small = triangle(second)
-    return first.to(small.dtype) @ small.transpose(1, 2)
+    product: Tensor = einsum(first.to(small.dtype), small, "h c d, h r d -> h c r")
+    return product
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -80,14 +82,14 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _pair(a: Circuit, b: Circuit, kind: str, wrote: Tensor, reads: Tensor, baseline: bool) -> dict[str, object]:
-    (h, e, c), (heads, width, d) = wrote.shape, reads.shape
+    (h, _, c), (heads, width, _) = wrote.shape, reads.shape
     if c != width:
         raise MeasureError(
             f"{a.site.label} writes {c} wide, and what {b.site.label} makes its {kind} of is {width} wide: there is "
             "something between them, and these weights alone do not tell whether they compose."
         )
-    products = wrote.reshape(h * e, c) @ reads.transpose(0, 1).reshape(c, heads * d).to(wrote.dtype)
-    size = products.reshape(h, e, heads, d).double().square().sum((1, 3)).sqrt()
+    products = einsum(wrote, reads.to(wrote.dtype), "h1 e c, h2 c d -> h1 h2 e d")
+    size = reduce(products.double().square(), "h1 h2 e d -> h1 h2", "sum").sqrt()
     norms = [torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64) for x in (wrote, reads)]
     value = size / (norms[0][:, None] * norms[1]) - (c**-0.5 if baseline else 0.0)
     source, target = (

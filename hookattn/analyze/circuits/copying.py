@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 
 from ...errors import MeasureError
@@ -47,16 +48,17 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
         )
     if not circuits:
         raise MeasureError("there are no circuits; make them with hookattn.analyze.circuit(model, inputs).")
-    between = outer.t() @ inner.to(outer.dtype)
+    w_ue = einsum(outer, inner.to(outer.dtype), "v write, v read -> write read")
     frames = []
     for c in circuits:
-        w_v, w_o = (x.to(between) for x in (c.W_V, c.W_O))
-        if w_v.shape[1] != between.shape[1] or w_o.shape[2] != between.shape[0]:
+        w_v, w_o = (x.to(w_ue) for x in (c.W_V, c.W_O))
+        if w_v.shape[1] != w_ue.shape[1] or w_o.shape[2] != w_ue.shape[0]:
             raise MeasureError(
                 f"{c.site.label} reads {w_v.shape[1]} wide and writes {w_o.shape[2]} wide, and the embedding is "
-                f"{between.shape[0]} wide."
+                f"{w_ue.shape[0]} wide."
             )
-        values = torch.linalg.eigvals((w_o @ between @ w_v).double())
+        products = einsum(w_o, w_ue, w_v, "h e1 write, write read, h read e2 -> h e1 e2")
+        values = torch.linalg.eigvals(products.double())
         score = values.real.sum(-1) / values.abs().sum(-1)
         place = {"layer": c.site.layer, "stack": c.site.stack, "path": c.site.path, "head": range(c.heads)}
         frames.append(pd.DataFrame({**place, "value": score.cpu().numpy()}))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ...api import tracing
@@ -94,10 +95,9 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
 def _merged(x: Tensor) -> Iterator[Tensor]:
     """B H T D as n m with n tokens: batch entries outermost, then innermost."""
     wide = x.detach().to(compute_dtype(x.dtype))
-    b, h, t, d = wide.shape
-    yield wide.permute(0, 2, 1, 3).reshape(b * t, h * d)
-    if b > 1 and t > 1:
-        yield wide.permute(2, 0, 1, 3).reshape(b * t, h * d)
+    yield rearrange(wide, "b h t d -> (b t) (h d)")
+    if wide.shape[0] > 1 and wide.shape[2] > 1:
+        yield rearrange(wide, "b h t d -> (t b) (h d)")
 
 
 def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> tuple[Product, Match, Tensor] | None:
@@ -138,9 +138,8 @@ def _as_one(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dt
     """
     if len(q) != len(k):  # of two sequences: nobody is in one place with anybody
         return True
-    parts = [x.reshape(len(q), -1, d).double() for x in (q, q_before, k, k_before)]
-    groups = parts[0].shape[1] // parts[2].shape[1]
-    q, q_before, k, k_before = *parts[:2], *(x.repeat_interleave(groups, 1) for x in parts[2:])
+    q, q_before, k, k_before = (rearrange(x.double(), "n (h d) -> n h d", d=d) for x in (q, q_before, k, k_before))
+    k, k_before = (repeat(x, "n g d -> n (g group) d", group=q.shape[1] // x.shape[1]) for x in (k, k_before))
     apart = ((q * k).sum(-1) - (q_before * k_before).sum(-1)).abs()
     return bool((apart <= TOLERANCE[dtype] * q.norm(dim=-1) * k.norm(dim=-1)).all())
 
@@ -153,14 +152,14 @@ def _projection(p: Product, match: Match, heads: int, d: int) -> Projection:
         bias = None if bias is None else (bias * match.factor).to(bias.dtype)
     if match.offset is not None:
         bias = (match.offset if bias is None else bias + match.offset).to(weight.dtype)
-    bias = None if bias is None else bias.reshape(heads, d)
-    weight = weight.reshape(-1, heads, d).transpose(0, 1).contiguous()
+    bias = None if bias is None else rearrange(bias, "(h d) -> h d", h=heads, d=d)
+    weight = rearrange(weight, "c (h d) -> h c d", h=heads, d=d).contiguous()
     return Projection(weight, bias, match.basis, p.name)
 
 
 def _out_of(output: Tensor, products: Iterable[Product], i: int) -> Projection | None:
     """The projection that reads a kernel's output, B H T E."""
-    _, heads, _, e = output.shape
+    heads = output.shape[1]
     targets = list(_merged(output))
     n, m = targets[0].shape
     near = [p for p in products if p.seen == i and p.x.shape[0] == n and p.x.shape[1] >= m]
@@ -174,7 +173,7 @@ def _out_of(output: Tensor, products: Iterable[Product], i: int) -> Projection |
                     if match.factor is not None:
                         weight = (weight / match.factor.unsqueeze(1)).to(weight.dtype)
                     bias = None if p.bias is None else p.bias.detach().clone()
-                    return Projection(weight.reshape(heads, e, -1), bias, match.basis, p.name)
+                    return Projection(rearrange(weight, "(h e) c -> h e c", h=heads), bias, match.basis, p.name)
     return None
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...calls.certificate import TOLERANCE
@@ -135,7 +136,7 @@ def norms(target: Tensor, source: Tensor, heads: int, dtype: torch.dtype) -> Mat
     starts = torch.arange(0, wide - d + 1, math.gcd(d, wide), device=source.device)
     squares = torch.nn.functional.pad(source.double().square().cumsum(1), (1, 0))
     have = (squares[:, starts + d] - squares[:, starts]).clamp_min(0).sqrt()
-    want = target.double().reshape(n, heads, d).norm(dim=2)
+    want = rearrange(target.double(), "n (h d) -> n h d", h=heads).norm(dim=2)
     have_size, want_size = have.norm(dim=0), want.norm(dim=0)
     distance = torch.cdist((want / want_size).t(), (have / have_size).t(), compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.nan_to_num(torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
@@ -48,7 +49,7 @@ def neuron_contributions(
     for view in views(trace, real):
         made = _contributions(view, query, key)
         axes = {"head": view.heads, "example": range(len(made)), "neuron": range(made.shape[-1])}
-        frames.append(long(view, axes, {"contribution": made.transpose(0, 1)}))
+        frames.append(long(view, axes, {"contribution": rearrange(made, "b h d -> h b d")}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -62,9 +63,9 @@ def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
         at = _place(view, "key", key, range(s))
         return scale[:, :, row, at, None] * q[:, :, row] * k[:, :, at]
     if row is not None:
-        looks = (view.weights[:, :, row] * scale[:, :, row]).unsqueeze(2) @ k
-        return q[:, :, row] * looks.squeeze(2)
-    each = q * ((view.weights * scale) @ k)
+        mean_key = einsum(view.weights[:, :, row] * scale[:, :, row], k, "b h s, b h s d -> b h d")
+        return q[:, :, row] * mean_key
+    each = q * einsum(view.weights * scale, k, "b h t s, b h s d -> b h t d")
     rows = view.rows[:, None, :, None]
     return torch.where(rows, each, 0.0).sum(2) / rows.sum(2)
 
@@ -119,7 +120,7 @@ def _decay(view: View, longest: int) -> DataFrame:
     shift = torch.tensor(distances, device=q.device)
     sums = _correlate(q, k, positions, shift)
     count = _correlate(rows.double(), keys.double(), positions, shift).round()
-    made = (sums / count).transpose(1, 2)
+    made = rearrange(sums / count, "h distance d -> h d distance")
     axes = {"head": view.heads, "neuron": range(made.shape[1]), "distance": distances}
     return long(view, axes, {"contribution": made})
 

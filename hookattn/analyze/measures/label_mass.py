@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from ...errors import MeasureError
@@ -116,11 +117,11 @@ def table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> Data
         number = {name: i for i, name in enumerate(names)}
         ids = torch.tensor([[number.get(x, -1) for x in row] for row in found], device=view.keys.device)
         marks = (ids.unsqueeze(-1) == torch.arange(len(names), device=ids.device)) & view.keys.unsqueeze(-1)
-        to = view.weights @ marks.unsqueeze(1).to(view.weights.dtype)
+        to = einsum(view.weights, marks.to(view.weights.dtype), "b h t s, b s target -> b h t target")
         sources = torch.stack([_of_queries(view, marks[..., i]) for i in range(len(names))], -1)
         sources = torch.cat([torch.ones_like(sources[..., :1]), sources], -1) & view.rows.unsqueeze(-1)
         to = torch.where(view.rows[:, None, :, None], to, 0.0)
-        total = torch.einsum("btf,bhtn->hfn", sources.double(), to.double())
+        total = einsum(sources.double(), to.double(), "b t source, b h t target -> h source target")
         queries = sources.sum((0, 1))
         values = {"value": total / queries[:, None], "queries": queries[None, :, None].expand_as(total)}
         frames.append(long(view, {"head": view.heads, "from": [None, *names], "to": names}, values))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ... import statistics as st
@@ -92,6 +93,7 @@ def _best(view: View) -> Tensor:
     b, h, t, s = view.shape
     offsets = _offsets(view).clamp_min(-s)
     counts = torch.zeros(h, 2 * s + 1, dtype=torch.int64, device=offsets.device)
-    counted = (view.rows.unsqueeze(1) & (offsets > -s)).expand(b, h, t).transpose(0, 1).flatten(1).long()
-    counts.scatter_add_(1, (offsets + s).transpose(0, 1).flatten(1), counted)
+    counted = (view.rows.unsqueeze(1) & (offsets > -s)).expand(b, h, t).long()
+    by_head = "b h t -> h (b t)"
+    counts.scatter_add_(1, rearrange(offsets + s, by_head), rearrange(counted, by_head))
     return counts.argmax(1) - s

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from ...attention.functional import compute_dtype
@@ -33,7 +34,7 @@ class ValueNorm(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return (view.weights @ value_norms(view).unsqueeze(-1)).squeeze(-1)
+        return _weighted_sum(view.weights, value_norms(view))
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class OutputNorm(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return (view.weights @ output_norms(view, self.circuits).unsqueeze(-1)).squeeze(-1)
+        return _weighted_sum(view.weights, output_norms(view, self.circuits))
 
 
 def value_weighted(trace: Trace, *, normalise: bool = True) -> Trace:
@@ -112,7 +113,13 @@ def output_norms(view: View, circuits: Sequence[Circuit]) -> Tensor:
     if weight.shape[1] != v.shape[3]:
         raise MeasureError(f"{view.where} has values of width {v.shape[3]}, and its circuit of {weight.shape[1]}.")
     small = triangle(weight.transpose(1, 2)).to(v.dtype)
-    return _norm(v @ small.transpose(1, 2))
+    return _norm(einsum(v, small, "b h s e, h r e -> b h s r"))
+
+
+def _weighted_sum(weights: Tensor, sizes: Tensor) -> Tensor:
+    """B H T: ``Σ_j w_ij size_j``."""
+    total: Tensor = einsum(weights, sizes, "b h t s, b h s -> b h t")
+    return total
 
 
 def _norm(x: Tensor) -> Tensor:

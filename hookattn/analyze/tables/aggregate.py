@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
@@ -15,11 +16,13 @@ from ..frame import views
 if TYPE_CHECKING:
     from ...traces import Trace
 
-HOW: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "mean": lambda x, dim: x.mean(dim),
-    "max": lambda x, dim: x.amax(dim),
-    "min": lambda x, dim: x.amin(dim),
-    "norm": lambda x, dim: torch.linalg.vector_norm(x, dim=dim),
+Reduction = str | Callable[[Tensor, tuple[int, ...]], Tensor]
+
+HOW: dict[str, Reduction] = {
+    "mean": "mean",
+    "max": "max",
+    "min": "min",
+    "norm": lambda x, axes: torch.linalg.vector_norm(x, dim=axes),
 }
 """What ``how=`` may be; ``norm`` is the Euclidean one. Rows sum to 1 for ``mean`` alone."""
 
@@ -39,8 +42,8 @@ def aggregate(trace: Trace, how: str = "mean") -> list[Tensor]:
         FieldNotCaptured: the weights were not kept.
         MeasureError: the trace has no calls.
     """
-    over = _how(how)
-    return [over(view.weights, 1) for view in views(trace)]
+    reduction = _reduction(how)
+    return [reduce(view.weights, "b h t s -> b t s", reduction) for view in views(trace)]
 
 
 def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
@@ -57,7 +60,7 @@ def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
         MeasureError: no calls, or calls that differ in shape or in the heads that were kept.
         SelectionError, FieldNotCaptured: see :func:`aggregate`.
     """
-    over, several = _how(how), list(views(trace))
+    reduction, several = _reduction(how), list(views(trace))
     check_alike(several, "layers can be aggregated")
     first = several[0]
     for view in several:
@@ -66,10 +69,11 @@ def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
                 f"layers can be aggregated where they have the same heads: {first.where} has heads "
                 f"{list(first.heads)}, {view.where} has {list(view.heads)}. Trace again with the same heads= for all."
             )
-    return over(torch.stack([view.weights for view in several]), 0)
+    layers: Tensor = reduce([view.weights for view in several], "layer b h t s -> b h t s", reduction)
+    return layers
 
 
-def _how(how: str) -> Callable[[Tensor, int], Tensor]:
+def _reduction(how: str) -> Reduction:
     if how not in HOW:
         raise SelectionError(f"how={how!r}: expected one of {', '.join(HOW)}.")
     return HOW[how]

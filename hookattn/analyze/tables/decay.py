@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..call_view import View
@@ -61,5 +62,5 @@ def by_distance(view: View) -> tuple[Tensor, range]:
 def _sums(values: Tensor, at: Tensor, n: int) -> Tensor:
     """H n, float64: B H T S summed by place, which is (B or 1) T S."""
     b, h, t, s = values.shape
-    flat = values.transpose(0, 1).reshape(h, -1).double()
+    flat = rearrange(values, "b h t s -> h (b t s)").double()
     return flat.new_zeros(h, n).index_add_(1, at.expand(b, t, s).reshape(-1), flat)

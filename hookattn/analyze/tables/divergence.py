@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...errors import MeasureError
@@ -47,7 +48,7 @@ def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
     rows = torch.stack([view.rows for view in several]).all(0)
     if not bool(rows.any()):
         raise MeasureError("heads can be compared over queries that count in all calls, and there are none.")
-    weights = torch.cat([view.weights.transpose(0, 1)[:, rows] for view in several])
+    weights = torch.cat([rearrange(view.weights, "b h t s -> h b t s")[:, rows] for view in several])
     labels = [(view.call.index, view.call.site.layer, head) for view in several for head in view.heads]
     index = pd.MultiIndex.from_tuples(labels, names=["call", "layer", "head"])
     return pd.DataFrame(_divergences(weights).numpy(), index, index)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...errors import SelectionError
@@ -46,7 +47,7 @@ def flow(
         MeasureError, FieldNotCaptured: see :func:`hookattn.analyze.rollout`.
         ImportError: scipy is missing.
     """
-    layers = mixing(trace, heads, residual, start_layer, real).transpose(0, 1)
+    layers = rearrange(mixing(trace, heads, residual, start_layer, real), "l b t s -> b l t s")
     b, _, t, s = layers.shape
     chosen = range(t) if queries is None else [int(i) for i in queries]
     bad = [i for i in chosen if not -t <= i < t]

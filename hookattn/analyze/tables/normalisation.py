@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...calls.certificate import TOLERANCE
@@ -48,10 +49,10 @@ def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
 def _table(view: View, tolerance: float | None) -> DataFrame:
     import pandas as pd
 
-    _, h, t, _ = view.shape
+    t = view.shape[2]
     frames = []
     for check, (error, bound) in _errors(view, tolerance).items():
-        flat = error.transpose(0, 1).reshape(h, -1)
+        flat = rearrange(error, "b h t -> h (b t)")
         worst, at = flat.max(-1)
         table = long(view, {"head": view.heads, "check": [check]}, {"rows": (flat > bound).sum(-1), "worst": worst})
         table["example"] = (at // t).tolist()

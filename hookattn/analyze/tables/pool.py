@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from ...calls.certificate import UNVERIFIED
@@ -101,7 +102,12 @@ def pooled(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
     weights = view.weights
     of = torch.tensor([x.of for x in words], device=weights.device)
     numbers = torch.arange(max(len(x.texts) for x in words), device=weights.device)
-    member = (of.unsqueeze(-1) == numbers).to(weights.dtype).unsqueeze(1)
-    mean = (member / member.sum(-2, keepdim=True).clamp_min(1)).transpose(-1, -2)
+    member = (of.unsqueeze(-1) == numbers).to(weights.dtype)  # B S W
+    mean = member / member.sum(1, keepdim=True).clamp_min(1)
     mask = view.mask.expand(b, -1, t, s).to(weights.dtype)
-    return mean @ (weights @ member), (member.transpose(-1, -2) @ (mask @ member)) > 0
+    to_words, may = (
+        einsum(weights, member, "b h t s, b s w -> b h t w"),
+        einsum(mask, member, "b h t s, b s w -> b h t w"),
+    )
+    of_words = "b t source, b h t target -> b h source target"
+    return einsum(mean, to_words, of_words), einsum(member, may, of_words) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ... import statistics as st
@@ -50,7 +51,7 @@ def _table(view: View) -> DataFrame:
         queries = view.pairs.sum(-2).double().expand(b, h, s)
     axes = {"head": view.heads, "example": range(b), "key": range(s)}
     values = {"sum": total, "queries": queries, "mean": total / queries}
-    table = long(view, axes, {name: value.transpose(0, 1) for name, value in values.items()})
+    table = long(view, axes, {name: rearrange(value, "b h s -> h b s") for name, value in values.items()})
     if view.trace.tokens is not None:
         tokens = named_keys(view)
         found = [[None] * s] * b if isinstance(tokens, str) else tokens
