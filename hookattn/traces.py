@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any, Self
 
 from .calls.trace_data import TraceData
-from .generation.stitch import stitch as stitched
 
 
 class Trace(TraceData):
@@ -33,7 +32,9 @@ class Trace(TraceData):
         Raises:
             StitchError, FieldNotCaptured: see :func:`hookattn.generation.stitch.stitch`, which has the whole story.
         """
-        return stitched(self, beams=beams, length=length)
+        from .generation.stitch import stitch
+
+        return stitch(self, beams=beams, length=length)
 
     def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
         """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.

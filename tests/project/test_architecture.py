@@ -56,6 +56,7 @@ LATE = {
     "attention.kernels": "triton is heavy, and only a GPU needs it",
     "statistics.fused": "likewise",
     "store": "a trace in memory writes no file, and `import hookattn` shall not pay for it",
+    "generation": "`import hookattn` shall not pay for what only a generation of many steps needs",
     "interop": "other libraries' shapes are for who has them",
     "render": "figures and pages each need a library of their own",
     "analyze": "pandas is heavy",
