@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,29 +157,40 @@ def test_goes_on_where_it_stopped(model: nn.Module, tmp_path: Path) -> None:
     survey(model, values, until(5), out, measures=NAMES, batch=2)  # complete: the model does not run again
 
 
+# Ends the process, as a machine does, at the moment when a file is about to get the name that is its first argument.
+DYING = """
+import os, signal, sys
+moment = sys.argv.pop(1)
+def watch(event, arguments):
+    if event == "os.rename" and os.fspath(arguments[1]).endswith(moment):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+from hookattn.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signal ends a process at once")
 def test_a_killed_process(tmp_path: Path) -> None:
+    """Once with a part written that has no name yet, once more with the table written that has no name yet."""
     corpus, out = tmp_path / "ids.jsonl", tmp_path / "t.parquet"
-    corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in examples(300)))
-    command = [
-        sys.executable, "-c", "from hookattn.cli import main; main()", "survey",
-        "hookattn.demo.induction:load_pretrained", str(corpus),
-        "-o", str(out), "--batch", "2", "--measures", "entropy",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in examples(20)))
+    arguments = ["survey", "hookattn.demo.induction:load_pretrained", str(corpus), "-o", str(out)]
+    arguments += ["--batch", "2", "--measures", "entropy"]
     parts = tmp_path / "t.parquet.parts"
-    end = time.time() + 90
-    while time.time() < end and not (parts.is_dir() and len(list(parts.glob("*.parquet"))) >= 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = len(list(parts.glob("*.parquet")))
-    assert 3 <= before < 150 and not out.exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.parquet")}
-    assert kept
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    kept: dict[str, int] = {}
+    for moment, whole in (("00000003.parquet", 3), (out.name, 10)):
+        done = subprocess.run([sys.executable, "-c", DYING, moment, *arguments], capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        written = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.parquet")}
+        assert len(written) == whole and not out.exists()
+        assert kept.items() <= written.items(), "what was whole is written once"
+        kept = written
+    finished = CliRunner().invoke(app, arguments)
+    assert finished.exit_code == 0, finished.output
     table = pd.read_parquet(out)
-    assert sorted(table.example.unique()) == list(range(300))
-    assert len(table) == 300 * 2 * 4
+    assert sorted(table.example.unique()) == list(range(20))
+    assert len(table) == 20 * 2 * 4
     assert not parts.exists()
 
 

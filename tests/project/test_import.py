@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +84,10 @@ def imports() -> list[dict[str, object]]:
 
 
 def test_the_import_is_light(imports: list[dict[str, object]]) -> None:
-    """At most a quarter of what torch, einops and safetensors take, in processor time, as machines are busy."""
-    share = statistics.median(float(str(m["own"])) / float(str(m["torch"])) for m in imports)
+    """At most a quarter of what torch, einops and safetensors take: processor time, and of each the least of three, as
+    other work on the machine only ever adds to it."""
+    least = {name: min(float(str(m[name])) for m in imports) for name in ("own", "torch")}
+    share = least["own"] / least["torch"]
     assert share <= 0.25, f"{share:.0%} of the time that torch, einops and safetensors take"
 
 
