@@ -13,12 +13,11 @@ import click
 from ..calls.part import many
 from ..console.screen import Screen, size_of
 from ..errors import SelectionError
+from ..render.figures import VIEWS
 from ..traces import load
 from .command import Command
 from .options import ints, positions
 
-_VIEWS = ("matrix", "head", "model", "neuron", "lens", "distance")
-_NOT_IN_PAGES = ("distance",)
 _KINDS = ("svg", "pdf", "png", "html")
 
 
@@ -34,7 +33,7 @@ _KINDS = ("svg", "pdf", "png", "html")
 )
 @click.argument("file", type=click.Path())
 @click.option("--out", "-o", required=True, type=click.Path(), help="What to write: .svg, .pdf, .png, or .html.")
-@click.option("--view", default="head", show_default=True, type=click.Choice(_VIEWS), help="What is drawn.")
+@click.option("--view", default="head", show_default=True, type=click.Choice(tuple(VIEWS)), help="What is drawn.")
 @click.option("--layer", type=int, help="The layer; negative ones count from the last.")
 @click.option("--heads", callback=ints, metavar="LIST", help="Heads, such as 1,5; default: all.")
 @click.option("--queries", callback=positions, metavar="LIST", help="Queries, such as 7, -1 or 0:32; default: all.")
@@ -61,7 +60,7 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
         raise click.BadParameter(f"{out!r}: expected a name that ends in .{', .'.join(_KINDS)}.", param_hint="--out")
     asked = {name: value for name, value in given.items() if value is not None}
     if kind == "html":
-        if dpi is not None or view in _NOT_IN_PAGES:
+        if dpi is not None or not VIEWS[view].in_pages:
             what = "--dpi is" if dpi is not None else f"--view {view} is"
             raise click.UsageError(f"{what} for svg, pdf and png; a page has no such thing.")
         _page(file, out, view, asked)
@@ -75,10 +74,9 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
 
 
 def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
-    from ..render.figures import VIEWS
     from ..render.figures.files import save
 
-    draw: Any = VIEWS[view]
+    draw = VIEWS[view].draw
     for name in ("field", "scale", "sink"):
         if name in asked and name not in inspect.signature(draw).parameters:
             raise SelectionError(f"--{name} has no meaning in the {view} view; leave it out.")

@@ -6,45 +6,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..optional import extra_named
+from .figures import VIEWS
 
-if TYPE_CHECKING:
-    from .figures import distance, heads, heatmap, layers, lens, neuron
-    from .html_page import page, save_page
-    from .notebook import show
-    from .plotly_figures import plotly
-    from .server import serve
-    from .widget import Widget
+if TYPE_CHECKING:  # What type checkers and editors see; _MODULES says the same to Python.
+    from .figures.distance_figure import distance as distance
+    from .figures.heads_figure import heads as heads
+    from .figures.heatmap_figure import heatmap as heatmap
+    from .figures.layers_figure import layers as layers
+    from .figures.lens_figure import lens as lens
+    from .figures.neuron_figure import neuron as neuron
+    from .html_page import page as page
+    from .html_page import save_page as save_page
+    from .notebook import show as show
+    from .plotly_figures import plotly as plotly
+    from .server import serve as serve
+    from .widget import Widget as Widget
 
-_WHERE = {
-    **dict.fromkeys(("distance", "heads", "heatmap", "layers", "lens", "neuron"), ".figures"),
-    **dict.fromkeys(("page", "save_page"), ".html_page"),
-    "plotly": ".plotly_figures",
-    "serve": ".server",
-    "show": ".notebook",
-    "Widget": ".widget",
+# Public name → its module, which is imported when the name is first asked for: each needs a library of its own.
+_MODULES = {
+    **{view.function: view.module for view in VIEWS.values()},
+    "page": f"{__name__}.html_page",
+    "save_page": f"{__name__}.html_page",
+    "plotly": f"{__name__}.plotly_figures",
+    "serve": f"{__name__}.server",
+    "show": f"{__name__}.notebook",
+    "Widget": f"{__name__}.widget",
 }
 
-__all__ = [
-    "Widget",
-    "distance",
-    "heads",
-    "heatmap",
-    "layers",
-    "lens",
-    "neuron",
-    "page",
-    "plotly",
-    "save_page",
-    "serve",
-    "show",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
     with extra_named():
-        return getattr(import_module(_WHERE[name], __name__), name)
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 
 import hookattn
 from hookattn.cli.commands import app
-from hookattn.cli.render import _NOT_IN_PAGES, _VIEWS
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.render.figures import VIEWS
 
@@ -39,11 +38,7 @@ def run(*args: object, code: int = 0) -> Result:
     return result
 
 
-def test_the_views_are_those_of_the_figures() -> None:
-    assert set(_VIEWS) == set(VIEWS) and set(_NOT_IN_PAGES) < set(_VIEWS)
-
-
-@pytest.mark.parametrize("view", _VIEWS)
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_figure(view: str, kind: str, trace: Path, tmp_path: Path) -> None:
     one = () if view in ("model", "distance") else ("--layer", -1, "--heads", "1", "--queries", "-1")

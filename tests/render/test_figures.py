@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -62,7 +63,7 @@ def texts(figure: Figure) -> list[str]:
 def draw(view: str, trace: hookattn.Trace) -> Figure:
     one_call = {"layer": 1} if view in ("matrix", "head") else {}
     one_row = {"layer": 1, "heads": 2, "queries": 4} if view in ("neuron", "lens") else {}
-    return VIEWS[view](trace, **one_call, **one_row)
+    return VIEWS[view].draw(trace, **one_call, **one_row)
 
 
 # --------------------------------------------------------------------------------------------------- the views
@@ -428,3 +429,18 @@ except ModuleNotFoundError as error: print(error.__notes__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'hookattn: pip install "hookattn[render]"' in done.stdout, done.stderr
+
+
+def test_type_checkers_see_what_the_package_has() -> None:
+    """The names stand in two lists, as type checkers read no other: what is missing from one of them is said here."""
+    tree = ast.parse(Path(render.__file__).read_text(encoding="utf-8"))
+    typed = {
+        (alias.asname, f"{render.__name__}.{line.module}")
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    }
+    assert typed == {(name, getattr(render, name).__module__) for name in render.__all__}
+    assert {view.function for view in VIEWS.values()} < set(render.__all__)

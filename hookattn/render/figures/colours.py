@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,15 +13,28 @@ from ..palette import DIVERGING, HATCH, MASKED, MAY, SEQUENTIAL
 from ..values import FLOOR
 
 
-def colours(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> tuple[Colormap, Normalize]:
-    """Colour map and range: weights from 0 to 1, scores about 0, what may be attended to in one."""
+class ColourScale(NamedTuple):
+    """Which colour each value has.
+
+    Attributes:
+        map: the colours.
+        norm: from a value to its place among them.
+    """
+
+    map: Colormap
+    norm: Normalize
+
+
+def colours(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> ColourScale:
+    """Colours of values: weights from 0 to 1, scores about 0, what may be attended to in one."""
     if field == "mask":
-        return ListedColormap([MAY]), Normalize(0, 1)
+        return ColourScale(ListedColormap([MAY]), Normalize(0, 1))
     if field == "scores":
         finite = np.ma.masked_invalid(data).compressed()
         top = float(np.abs(finite).max()) if finite.size else 1.0
-        return matplotlib.colormaps[DIVERGING], Normalize(-(top or 1.0), top or 1.0)
-    return matplotlib.colormaps[SEQUENTIAL], LogNorm(FLOOR, 1, clip=True) if scale == "log" else Normalize(0, 1)
+        return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-(top or 1.0), top or 1.0))
+    norm = LogNorm(FLOOR, 1, clip=True) if scale == "log" else Normalize(0, 1)
+    return ColourScale(matplotlib.colormaps[SEQUENTIAL], norm)
 
 
 def show_masked(patch: Patch) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Unpack
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...calls.choose import one_stack
-from ...calls.part import Where
+from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...traces import Trace
 from ..by_distance import by_distance, highest
 from ..palette import head_style
-from ..values import FLOOR, SCALES, UNKNOWN, Scale
+from ..values import FLOOR, SCALES, UNKNOWN, Array, Scale
 from .base import Heading, drawn, group, place, sheet
 
 _WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
@@ -54,30 +56,41 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         row, column = divmod(n, columns)
         axes = place(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)
-        axes.set_title(part.title.removeprefix(part.stack).strip(), pad=3)
-        for i, head in enumerate(part.heads):
-            colour, dashes = head_style(numbers.index(head))
-            style = (0, dashes) if dashes else "solid"
-            line = axes.plot(at, means[i], color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
-            group(line, f"layer-{part.call.site.layer}-head-{head}")
+        _draw_lines(axes, part, numbers, at, means)
         axes.set(
             yscale=scale,
             ylim=(FLOOR if scale == "log" else -0.02 * top_value, top_value),
             xlim=(at[0] - 0.5, at[-1] + 0.5),
         )
+        # The scale of an axis brings ticks of its own, so that these are set after it.
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(True, axis="y")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if column == 0:
             axes.set_ylabel("mean weight")
         if n + columns >= len(parts):
             axes.set_xlabel("distance back to the key")
-    shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    handles = [shown[f"head {n}"] for n in numbers]
-    x = (0.62 + columns * (_WIDTH + _GAP) - _GAP) / figure.get_figwidth()
-    figure.legend(
-        handles, [f"head {n}" for n in numbers], loc="upper left", bbox_to_anchor=(x, 1 - top / figure.get_figheight()),
-        frameon=False, fontsize=6, handlelength=1.8, borderpad=0, borderaxespad=0, ncols=1 + len(numbers) // 24,
-    )  # fmt: skip
+    _draw_legend(figure, 0.62 + columns * (_WIDTH + _GAP) - _GAP, top, numbers)
     return figure
+
+
+def _draw_lines(axes: Axes, part: Part, numbers: Sequence[int], at: Array, means: Array) -> None:
+    """One layer: a line for each head, in the style that the head has in every panel."""
+    axes.set_title(part.title.removeprefix(part.stack).strip(), pad=3)
+    for head, mean in zip(part.heads, means, strict=True):
+        colour, dashes = head_style(numbers.index(head))
+        style = (0, dashes) if dashes else "solid"
+        line = axes.plot(at, mean, color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
+        group(line, f"layer-{part.call.site.layer}-head-{head}")
+    axes.grid(True, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_legend(figure: Figure, x: float, y: float, numbers: Sequence[int]) -> None:
+    """A stroke and a number for each head, from (x, y) in inches; 24 heads a column."""
+    shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = [f"head {n}" for n in numbers]
+    corner = x / figure.get_figwidth(), 1 - y / figure.get_figheight()
+    figure.legend(
+        [shown[label] for label in labels], labels, loc="upper left", bbox_to_anchor=corner, frameon=False, fontsize=6,
+        handlelength=1.8, borderpad=0, borderaxespad=0, ncols=1 + len(numbers) // 24,
+    )  # fmt: skip

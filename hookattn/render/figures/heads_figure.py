@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -16,7 +16,7 @@ from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import head_style
-from ..values import Sink, values
+from ..values import Array, Sink, values
 from .base import Heading, drawn, group, place, plain, sheet, write
 from .ticks import LONGEST, font_size, room, stride
 
@@ -52,9 +52,10 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     found = values(part, "weights", sink)
     level = _levels(part, found.rows, found.columns)
     lowest, highest = min(map(min, level)), max(map(max, level))
+    keys = [part.keys[j] for j in found.columns]
     slots = highest - lowest + 1
     row = min(_ROW, _TALLEST / slots)
-    left, right = (room(names, row) for names in (part.row_labels, [part.keys[j] for j in found.columns]))
+    left, right = room(part.row_labels, row), room(keys, row)
     heading = Heading.of([part], part.title, found.notes)
     top = heading.height + 0.12
     legend = -(-len(part.heads) // max(1, int((left + _FAN + right) / 0.62)))
@@ -68,31 +69,42 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     for name, x, align in (("query", 0.1 + left, "right"), ("key", 0.1 + left + _FAN, "left")):
         write(figure, x, top - 0.14, name, fontsize=6.5, ha=align, fontstyle="italic")
     for x, align, at, labels in (
-        (-0.02, "right", level[0], part.row_labels),
-        (1.02, "left", level[1], [part.keys[j] for j in found.columns]),
+        (-0.02, "right", level.queries, part.row_labels),
+        (1.02, "left", level.keys, keys),
     ):
         for i in range(0, len(labels), stride(row) if len(labels) == slots else 1):
             label = shortened(labels[i], LONGEST)
             axes.text(x, at[i], label, ha=align, va="center", fontsize=font_size(row), clip_on=False)
     for n, head in enumerate(part.heads):
-        weights = np.ma.filled(found.data[n], 0.0)
-        rows, columns = np.nonzero(weights >= least)
-        colour, dashes = head_style(n)
-        lines = [((0, level[0][i]), (1, level[1][j])) for i, j in zip(rows, columns, strict=True)]
-        tones = [to_rgba(colour, min(1.0, float(w))) for w in weights[rows, columns]]
-        style = (0, dashes) if dashes else "solid"
-        drawn_lines = LineCollection(lines, colors=tones, linewidths=1.1, linestyles=[style], capstyle="butt")
-        group(drawn_lines, f"head-{head}")
-        axes.add_collection(drawn_lines)
+        lines = _lines(n, np.ma.filled(found.data[n], 0.0), level, least)
+        group(lines, f"head-{head}")
+        axes.add_collection(lines)
     return figure
 
 
-def _levels(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[list[float], list[float]]:
-    """The height of each query and of each key: their places in the sequence, or one column stretched to the other."""
+class _Levels(NamedTuple):
+    """The height of each drawn query, and of each drawn key, in rows from the first token."""
+
+    queries: list[float]
+    keys: list[float]
+
+
+def _levels(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> _Levels:
+    """Places in the sequence; where there is no common one, the shorter column is stretched to the longer."""
     if part.places is not None:
-        return [float(part.places[i]) for i in rows], [float(j) for j in columns]
+        return _Levels([float(part.places[i]) for i in rows], [float(j) for j in columns])
     most = max(len(rows), len(columns))
-    return tuple([(i + 0.5) * most / n - 0.5 for i in range(n)] for n in (len(rows), len(columns)))  # type: ignore[return-value]
+    return _Levels(*([(i + 0.5) * most / n - 0.5 for i in range(n)] for n in (len(rows), len(columns))))
+
+
+def _lines(n: int, weights: Array, level: _Levels, least: float) -> LineCollection:
+    """The lines of the n-th drawn head, as opaque as its T S weights are large."""
+    rows, columns = np.nonzero(weights >= least)
+    colour, dashes = head_style(n)
+    lines = [((0, level.queries[i]), (1, level.keys[j])) for i, j in zip(rows, columns, strict=True)]
+    tones = [to_rgba(colour, min(1.0, float(w))) for w in weights[rows, columns]]
+    style = (0, dashes) if dashes else "solid"
+    return LineCollection(lines, colors=tones, linewidths=1.1, linestyles=[style], capstyle="butt")
 
 
 def _legend(figure: Figure, part: Part, x: float, y: float, width: float) -> None:

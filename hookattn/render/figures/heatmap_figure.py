@@ -16,12 +16,13 @@ from ...traces import Trace
 from ..palette import FAINT, MAY
 from ..values import Field, Scale, Sink, Values, check, pooled, values
 from .base import Heading, drawn, group, place, sheet, write
-from .colours import colours, show_masked
+from .colours import ColourScale, colours, show_masked
 from .ticks import depth, label_axis, room
 
 WIDEST = 9.0
 """Inches. On paper of seven, labels of six points are still legible then."""
 _CELL = 0.27
+# Above so many cells a vector file of one rectangle each takes viewers seconds; they become pixels.
 _VECTOR = 1 << 14
 _MOST = 1024
 _GAP, _TITLE = 0.16, 0.2
@@ -100,28 +101,26 @@ def _panels(part: Part, found: Values, field: str, scale: str, columns: int | No
     return figure
 
 
-def draw_mesh(axes: Axes, data: Any, block: int, mapped: tuple[Any, Any]) -> QuadMesh:
+def draw_mesh(axes: Axes, data: Any, block: int, mapped: ColourScale) -> QuadMesh:
     """A matrix as cells, the first row on top; vectors where they are few, pixels where they are many.
 
     Args:
         axes: where.
         data: rows columns, masked where hidden.
         block: how many positions each cell takes.
-        mapped: colour map and range.
+        mapped: its colours.
     """
     t, s = data.shape
     many = data.size > _VECTOR
     edges = [[i * block - 0.5 for i in range(n + 1)] for n in (s, t)]
     look = {"linewidth": 0, "rasterized": True} if many else {"edgecolors": "face", "linewidth": 0.15}
-    mesh = axes.pcolormesh(*edges, data, cmap=mapped[0], norm=mapped[1], **look)
+    mesh = axes.pcolormesh(*edges, data, cmap=mapped.map, norm=mapped.norm, **look)
     axes.invert_yaxis()
     show_masked(axes.patch)
     return mesh
 
 
-def draw_legend(
-    figure: Figure, x: float, y: float, mapped: tuple[Any, Any], field: str, scale: str, masked: bool
-) -> None:
+def draw_legend(figure: Figure, x: float, y: float, mapped: ColourScale, field: str, scale: str, masked: bool) -> None:
     """The colour bar, or the colour of what may be attended to; and what the hatching means."""
     if field == "mask":
         place(figure, x, y, 0.11, 0.11).set(xticks=[], yticks=[], facecolor=MAY)
@@ -130,7 +129,7 @@ def draw_legend(
     else:
         axes = place(figure, x, y, 0.09, 1.0)
         extend = "min" if scale == "log" else "neither"
-        bar = figure.colorbar(ScalarMappable(mapped[1], mapped[0]), cax=axes, extend=extend, format="{x:g}")
+        bar = figure.colorbar(ScalarMappable(mapped.norm, mapped.map), cax=axes, extend=extend, format="{x:g}")
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(labelsize=6.0, length=2)
         bar.ax.tick_params(which="minor", length=0)

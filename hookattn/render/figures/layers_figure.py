@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from ...calls.choose import one_stack
@@ -13,7 +18,7 @@ from ...traces import Trace
 from ..palette import GRID
 from ..values import Field, Scale, Sink, check, pooled, values
 from .base import Heading, drawn, group, place, sheet
-from .colours import colours, show_masked
+from .colours import ColourScale, colours, show_masked
 from .heatmap_figure import draw_legend
 
 _PIXELS = 64
@@ -45,50 +50,71 @@ def layers(
     """
     check(field, scale, sink)
     parts = one_stack(trace, "layers", **where)
+    grid = _thumbnails(parts, field, sink)
     numbers = sorted({head for part in parts for head in part.heads})
     cell = max(_LEAST, min(_LARGEST, (_WIDEST - 1.5) / len(numbers)))
     names = [_row_name(part) for part in parts]
     left = 0.2 + 0.055 * max(map(len, names)) + 0.15
-    notes: list[str] = []
-    found, block, masked, mapped = [], 1, False, None
-    for part in parts:
-        made = values(part, field, sink)
-        small, n = pooled(made.data, _PIXELS)
-        found.append(small)
-        block, masked = max(block, n), masked or bool(made.data.mask.any())
-        notes += made.notes
-    if block > 1:
-        notes.append(f"each pixel is the largest of up to {block} × {block} entries")
-    heading = Heading.of(parts, parts[0].stack, notes)
+    heading = Heading.of(parts, parts[0].stack, grid.notes)
     top = heading.height + 0.3
     figure = sheet(left + len(numbers) * cell + 1.1, top + len(parts) * cell + 0.15)
     heading.draw(figure)
     axes = place(figure, left, top, len(numbers) * cell, len(parts) * cell)
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0))
-    for row, (part, small) in enumerate(zip(parts, found, strict=True)):
+    for row, (part, small) in enumerate(zip(parts, grid.images, strict=True)):
+        layer = row if part.call.site.layer is None else part.call.site.layer
         for n, head in enumerate(part.heads):
             mapped = colours(small[n], field, scale)
-            column = numbers.index(head)
-            m = _MARGIN
-            box = (column + m, column + 1 - m, row + 1 - m, row + m)
-            behind = Rectangle((column + m, row + m), 1 - 2 * m, 1 - 2 * m, zorder=-1)
-            show_masked(axes.add_patch(behind))
-            image = axes.imshow(
-                small[n], cmap=mapped[0], norm=mapped[1], extent=box, interpolation="nearest", aspect="auto"
-            )
-            group(image, f"layer-{row if part.call.site.layer is None else part.call.site.layer}-head-{head}")
+            group(_draw_thumbnail(axes, row, numbers.index(head), small[n], mapped), f"layer-{layer}-head-{head}")
+    # A picture moves the limits of its axes to itself, so they are set again.
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0), xlabel="head", ylabel="layer")
+    _label_cells(axes, [str(n) for n in numbers], names, cell * 72)
+    draw_legend(figure, left + len(numbers) * cell + 0.15, top + 0.12, mapped, field, scale, grid.masked)
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class _Thumbnails:
+    """All heads, pooled.
+
+    Attributes:
+        images: for each call H rows columns.
+        masked: whether any entry is masked.
+        notes: what a reader has to know.
+    """
+
+    images: list[np.ma.MaskedArray[Any, Any]]
+    masked: bool
+    notes: list[str]
+
+
+def _thumbnails(parts: Sequence[Part], field: str, sink: str) -> _Thumbnails:
+    found = [values(part, field, sink) for part in parts]
+    images, blocks = zip(*(pooled(own.data, _PIXELS) for own in found), strict=True)
+    notes = [note for own in found for note in own.notes]
+    if max(blocks) > 1:
+        notes.append(f"each pixel is the largest of up to {max(blocks)} × {max(blocks)} entries")
+    return _Thumbnails(list(images), any(bool(own.data.mask.any()) for own in found), notes)
+
+
+def _draw_thumbnail(axes: Axes, row: int, column: int, image: Any, mapped: ColourScale) -> AxesImage:
+    """A picture in a cell of the grid, on a hatched ground, which masked entries let through."""
+    low, high = _MARGIN, 1 - _MARGIN
+    ground = Rectangle((column + low, row + low), high - low, high - low, zorder=-1)
+    show_masked(axes.add_patch(ground))
+    box = (column + low, column + high, row + high, row + low)
+    return axes.imshow(image, cmap=mapped.map, norm=mapped.norm, extent=box, interpolation="nearest", aspect="auto")
+
+
+def _label_cells(axes: Axes, heads: Sequence[str], rows: Sequence[str], points: float) -> None:
+    """Numbers of heads above and names of layers on the left, for cells of so many points."""
     axes.xaxis.set_label_position("top")
     axes.xaxis.tick_top()
-    size = min(6.5, cell * 72 * 0.45)
-    axes.set_xticks([i + 0.5 for i in range(len(numbers))], [str(n) for n in numbers], fontsize=size)
-    axes.set_yticks([i + 0.5 for i in range(len(parts))], names, fontsize=min(6.5, cell * 72 * 0.6))
+    axes.set_xticks([i + 0.5 for i in range(len(heads))], heads, fontsize=min(6.5, points * 0.45))
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=min(6.5, points * 0.6))
     axes.tick_params(length=0, pad=2)
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    assert mapped is not None
-    draw_legend(figure, left + len(numbers) * cell + 0.15, top + 0.12, mapped, field, scale, masked)
-    return figure
 
 
 def _row_name(part: Part) -> str:
