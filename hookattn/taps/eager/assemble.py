@@ -14,7 +14,7 @@ from ...attention.masks import FILL, MASKED, split_additive
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
 from .operations import mixes_axis
-from .products import Label, LayoutError, Piece, Product, Roles, arrange
+from .products import Factor, Label, LayoutError, Product, Roles, arrange
 from .states import Scores, Term, ValueProduct, Weights
 
 NAME = "eager"
@@ -53,7 +53,7 @@ class CallBuilder:
     roles: Roles = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts = sorted(self.parts, key=lambda part: part[0].share or (0, 0))
+        self.parts = sorted(self.parts, key=lambda part: part[0].key_range or (0, 0))
         self.state = self.parts[0][0]
         assert self.state.scores is not None and self.state.scores_origin is not None
         self.scores = self.state.scores
@@ -69,10 +69,10 @@ class CallBuilder:
         sides = {"a": product.a, "b": product.b}
         if query_side == "batch" or key_side == "batch":
             raise LayoutError("the operands of the score product can't be told apart")
-        q = arrange(sides[query_side], product.operand_pieces(query_side, self.roles), "BHTD")
-        k = arrange(sides[key_side], product.operand_pieces(key_side, self.roles), "BHSD", group=True)
+        q = arrange(sides[query_side], product.operand_factors(query_side, self.roles), "BHTD")
+        k = arrange(sides[key_side], product.operand_factors(key_side, self.roles), "BHSD", group=True)
         v = _joined([self._values(use) for _, use in self.parts])
-        output = arrange(self.out, self._output_pieces(), "BHTD")
+        output = arrange(self.out, self._output_factors(), "BHTD")
         applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
         changed = any(w.own is not None for w, _ in self.parts)
         weights = applied
@@ -189,51 +189,51 @@ class CallBuilder:
             )
 
     def _like_scores(self, x: Tensor, layout: Layout) -> Tensor:
-        return arrange(x, self.roles.pieces(layout), "BHTS")
+        return arrange(x, self.roles.factors(layout), "BHTS")
 
     def _aligned(self, term: Term) -> Tensor:
         layout, x = term.origin.layout(), term.tensor
         x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
-        return arrange(x, self.roles.pieces(layout, x.shape), "BHTS", broadcast=True)
+        return arrange(x, self.roles.factors(layout, x.shape), "BHTS", broadcast=True)
 
     def _values(self, use: ValueProduct) -> Tensor:
         """B G S E."""
         dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
         layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
         extents = dict(zip(use.v_labels, use.v.shape, strict=True))
-        pieces: list[list[Piece]] = []
+        pieces: list[list[Factor]] = []
         order = []
         # In the order of the weights' dimensions, with those that all values share.
         for label, atoms in dims.items():
             if label not in layout:
-                mine = [Piece(a.size, self.roles.of(a), broadcast=True) for a in atoms]
+                mine = [Factor(a.size, self.roles.of(a), broadcast=True) for a in atoms]
                 pieces.append([p for p in mine if p.role in "BH"])
                 continue
             order.append(use.v_labels.index(label))
             extent = extents[label]
             if label not in use.out_labels:
-                pieces.append([Piece(extent, "S")])
+                pieces.append([Factor(extent, "S")])
                 continue
             pairs = refine(atoms, layout[label]) if extent != 1 else None
             own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
-            pieces.append([Piece(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in own])
+            pieces.append([Factor(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in own])
         for i, label in enumerate(use.v_labels):
             if label not in dims:
                 order.append(i)
-                pieces.append([Piece(extents[label], "D")])
+                pieces.append([Factor(extents[label], "D")])
         return arrange(use.v.permute(order), pieces, "BHSD", group=True)
 
-    def _output_pieces(self) -> list[list[Piece]]:
+    def _output_factors(self) -> list[list[Factor]]:
         if self.out_origin is None:
             use = self.parts[0][1]
             dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
             return [
-                [Piece(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Piece(extent, "D")]
+                [Factor(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Factor(extent, "D")]
                 for label, extent in zip(use.out_labels, use.out.shape, strict=True)
             ]
         width = {a for _, use in self.parts for a in use.width}
         return [
-            [Piece(a.size, "D" if a in width or width & {*a.lineage()} else self.roles.of(a)) for a in dim]
+            [Factor(a.size, "D" if a in width or width & {*a.lineage()} else self.roles.of(a)) for a in dim]
             for dim in self.out_origin.layout()
         ]
 

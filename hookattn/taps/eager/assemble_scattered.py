@@ -18,13 +18,15 @@ from ...attention.masks import FILL, MASKED
 from ...torch_internals.tensor_identity import version_of
 from .entries import Entries
 from .products import LayoutError
-from .scattered_scores import Scored, rows_of, vectors_of
-from .states import Met, Root
+from .scattered_layout import ScatteredLayout, rows_of, vectors_of
+from .states import ScatteredSoftmax, ScatteredValueProduct
 
 NAME = "eager"
 
 
-def dense(root: Root, uses: Sequence[Met], out: Tensor, entries: Sequence[Entries]) -> KernelCall | None:
+def scattered_call(
+    root: ScatteredSoftmax, uses: Sequence[ScatteredValueProduct], out: Tensor, entries: Sequence[Entries]
+) -> KernelCall | None:
     """The call once every weight has met its value; None until then.
 
     Args:
@@ -38,29 +40,29 @@ def dense(root: Root, uses: Sequence[Met], out: Tensor, entries: Sequence[Entrie
     """
     if version_of(root.scores) != root.version or any(version_of(use.weights) != use.version for use in uses):
         raise LayoutError("scores or weights were written to after the softmax")
-    scored = root.scored = root.scored or Scored(root)
-    return _Dense(scored, uses).call(out, entries)
+    layout = root.layout = root.layout or ScatteredLayout(root)
+    return _ScatteredCall(layout, uses).call(out, entries)
 
 
 @dataclass
-class _Dense:
+class _ScatteredCall:
     """One call from its scores and its products with values."""
 
-    scored: Scored
-    uses: Sequence[Met]
+    layout: ScatteredLayout
+    uses: Sequence[ScatteredValueProduct]
 
     def call(self, out: Tensor, entries: Sequence[Entries]) -> KernelCall | None:
         """None where a weight has not met its value yet."""
-        scored = self.scored
-        root, live = scored.root, scored.live
+        layout = self.layout
+        root, live = layout.root, layout.live
         r, c = live.shape
         used = torch.zeros(r * c, dtype=torch.long, device=out.device)
         applied = torch.zeros(r * c, dtype=out.dtype, device=out.device)
         own = torch.zeros(r * c, dtype=root.out.dtype, device=out.device)
-        place = torch.zeros(scored.count, dtype=torch.long, device=out.device) - 1
+        place = torch.zeros(layout.count, dtype=torch.long, device=out.device) - 1
         v: Tensor | None = None
         first: dict[int, Tensor] = {}
-        order = scored.rowwise(torch.arange(r * c, device=out.device).view(root.out.shape)).flatten()
+        order = layout.rowwise(torch.arange(r * c, device=out.device).view(root.out.shape)).flatten()
         turned = torch.empty_like(order)
         turned[order] = torch.arange(r * c, device=out.device)
         for use in self.uses:
@@ -77,26 +79,26 @@ class _Dense:
                 before, numbers = use.own[0], use.own[1].numbers(lambda _: 0, out.device)
                 own[turned[numbers[numbers >= 0]]] = before[numbers >= 0].to(own.dtype)
             number, address = rows_of(use.v, use.v_labels, use.w_labels, use.weights.shape)
-            keys = scored.key.flatten()[cells]
+            keys = layout.key.flatten()[cells]
             if bool(((place[keys] >= 0) & (place[keys] != address[there])).any()):
                 raise LayoutError("a key has several values")
             place[keys] = address[there]
             if not torch.equal(place[keys], address[there]):
                 raise LayoutError("a key has several values")
             vectors = vectors_of(use.v, use.v_labels, use.w_labels)
-            v = vectors.new_zeros(scored.count, vectors.shape[1]) if v is None else v
+            v = vectors.new_zeros(layout.count, vectors.shape[1]) if v is None else v
             v[keys] = vectors[number[there]]
             first[id(use)] = self._rows_of(use, flat // c, there)
         if bool((used[live.flatten()] > 1).any()):
             raise LayoutError("a weight meets several values")
         if v is None or not bool((used[live.flatten()] == 1).all()):
             return None
-        rest = scored.rowwise(root.out).masked_fill(live, 0.0).nan_to_num()
+        rest = layout.rowwise(root.out).masked_fill(live, 0.0).nan_to_num()
         if bool((rest != 0).any()):
             raise LayoutError("something that is no score takes part in the softmax")
         return self._made(out, self._output(out, entries, first), v, own.view(r, c), applied.view(r, c))
 
-    def _rows_of(self, use: Met, rows: Tensor, there: Tensor) -> Tensor:
+    def _rows_of(self, use: ScatteredValueProduct, rows: Tensor, there: Tensor) -> Tensor:
         """For every entry of a product's result, the row of weights that it is of, times the width, plus its column."""
         labels = [y for y in use.out_labels if y in use.w_labels]
         inner = [y for y in use.out_labels if y not in use.w_labels]
@@ -114,7 +116,7 @@ class _Dense:
         return numbers.permute(*([*labels, *inner].index(y) for y in use.out_labels))
 
     def _output(self, out: Tensor, entries: Sequence[Entries], first: dict[int, Tensor]) -> Tensor:
-        r = self.scored.live.shape[0]
+        r = self.layout.live.shape[0]
         numbers: Tensor | None = None
         for part in entries:
             source = part.sources()[0]
@@ -131,17 +133,17 @@ class _Dense:
         return made.view(r, -1)
 
     def _made(self, out: Tensor, output: Tensor, v: Tensor, own: Tensor, applied: Tensor) -> KernelCall:
-        scored, root = self.scored, self.scored.root
-        b, h = scored.heads()
-        t, s = scored.t, scored.s
-        rows, laid = scored.rows.flatten(), scored.laid
-        q = scored.q[rows].view(b, h, t, -1)
-        k = torch.cat(scored.vectors)[scored.keep][laid].view(b, h, s, -1)
-        values = scored.own
-        hidden = values <= (MASKED if bool((values[scored.live] <= MASKED).any()) else FILL)
-        zeroed = ~((own != 0) & scored.live).any(-1, keepdim=True)  # rows that the model sets to 0 after the softmax
-        seen = scored.live & ~hidden & ~zeroed
-        mask = scored.spread(seen, False).view(b, h, t, s)
+        layout, root = self.layout, self.layout.root
+        b, h = layout.heads()
+        t, s = layout.t, layout.s
+        rows, laid = layout.rows.flatten(), layout.laid
+        q = layout.q[rows].view(b, h, t, -1)
+        k = torch.cat(layout.vectors)[layout.keep][laid].view(b, h, s, -1)
+        values = layout.own
+        hidden = values <= (MASKED if bool((values[layout.live] <= MASKED).any()) else FILL)
+        zeroed = ~((own != 0) & layout.live).any(-1, keepdim=True)  # rows that the model sets to 0 after the softmax
+        seen = layout.live & ~hidden & ~zeroed
+        mask = layout.spread(seen, False).view(b, h, t, s)
         dropout = max(use.dropout for use in self.uses)
         call = KernelCall(
             q=q,
@@ -151,13 +153,13 @@ class _Dense:
             scale=root.scale,
             tap=NAME,
             mask=mask,
-            weights=scored.spread(own).view(b, h, t, s).to(out.dtype),
+            weights=layout.spread(own).view(b, h, t, s).to(out.dtype),
             dropout=dropout,
             softmax_dtype=root.out.dtype,
         )
         if dropout:
-            call.applied = scored.spread(applied).view(b, h, t, s)
-        theirs = scored.spread(values.masked_fill(~seen, 0.0)).view(b, h, t, s)
+            call.applied = layout.spread(applied).view(b, h, t, s)
+        theirs = layout.spread(values.masked_fill(~seen, 0.0)).view(b, h, t, s)
         derived = q @ k.mT * root.scale
         residual = torch.where(mask, theirs.to(derived.dtype) - derived, 0.0)
         slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(values.dtype, 2e-2)

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from .axis_history import Atom, Layout, Origin, known
 from .operation import Operation
-from .products import Label, LayoutError, Product
-from .score_rules import sink_joined
-from .states import Lost, Scores, State, Term
+from .products import Label, LayoutError, Product, ProductLabels
+from .score_rules import scores_with_sink
+from .states import ScatteredScores, Scores, State, Term
 
 
-def joined(c: Operation) -> State | None:
+def concatenated_scores(c: Operation) -> State | None:
     """Scores concatenated: with a sink's column, or with those of other products."""
     tensors = c.arg(0, "tensors")
     states = [c.look(t) for t in tensors]
     if not all(isinstance(s, Scores) for s in states) or len({id(t) for t in tensors}) < len(tensors):
-        return sink_joined(c)
+        return scores_with_sink(c)
     dim = c.arg(1, "dim", 0) % c.out.dim()
     try:
         return _join([s for s in states if isinstance(s, Scores)], list(tensors), dim, c.out)
     except LayoutError as error:
-        return Lost(c.origin, why=f"scores of several products in one softmax: {error}")
+        return ScatteredScores(c.origin, why=f"scores of several products in one softmax: {error}")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def _join(states: Sequence[Scores], tensors: Sequence[Tensor], dim: int, out: Te
     product = Product(
         q.x.squeeze(dim),
         keys,
-        ([*labels[:dim], *labels[dim + 1 :], "width"], [*batch, dim, "width"], labels),
+        ProductLabels([*labels[:dim], *labels[dim + 1 :], "width"], [*batch, dim, "width"], labels),
         known((*q.layout[:dim], *q.layout[dim + 1 :])),
         known(layout),
     )
@@ -80,16 +80,16 @@ def _operands(scores: Scores, x: Tensor, dim: int) -> tuple[_Operand, _Operand]:
     if len(layout) != len(product.lo) or x.dim() != len(layout):
         raise LayoutError("the axes of one of them were split or merged")
     for own, label in zip(layout, product.lo, strict=True):
-        if tuple(t[0] for t in product.pairs.get(label, ())) != own:
+        if tuple(product.atoms_of(label)) != own:
             raise LayoutError("the axes of one of them were rearranged")
     if (product.lo[dim] in product.la) == (product.lo[dim] in product.lb):
         raise LayoutError("they are not joined along the keys")
-    sides = (product.a, product.la, product.origin_a, 1), (product.b, product.lb, product.origin_b, 2)
+    sides = (product.a, product.la, product.origin_a, "a"), (product.b, product.lb, product.origin_b, "b")
     a, b = (_operand(product, *side) for side in sides)
     return (b, a) if product.lo[dim] in product.la else (a, b)
 
 
-def _operand(product: Product, x: Tensor, labels: Sequence[Label], origin: Origin, which: int) -> _Operand:
+def _operand(product: Product, x: Tensor, labels: Sequence[Label], origin: Origin, which: str) -> _Operand:
     if set(labels) - set(product.lo) - set(product.contracted):
         raise LayoutError("a product sums over more than the width")
     own = dict(zip(labels, origin.layout(), strict=True)) if len(origin.layout()) == x.dim() else {}
@@ -99,7 +99,8 @@ def _operand(product: Product, x: Tensor, labels: Sequence[Label], origin: Origi
     shape = [x.shape[labels.index(label)] if there else 1 for label, there in zip(product.lo, has, strict=True)]
     layout: list[tuple[Atom, ...]] = []
     for label, extent in zip(product.lo, shape, strict=True):
-        atoms = [t[which] for t in product.pairs.get(label, ())] if extent > 1 else []
+        matched = product.matched.get(label, ()) if extent > 1 else ()
+        atoms = [m.a if which == "a" else m.b for m in matched]
         layout.append(tuple(a for a in atoms if a is not None))
     if [math.prod(a.size for a in dim) for dim in layout] != shape:
         raise LayoutError("the axes of an operand are not known")

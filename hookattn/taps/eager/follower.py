@@ -14,11 +14,22 @@ from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
 from .operation import Operation, OperationKind
 from .operations import kind_of, name_of, writes_to
-from .origins import Origins, plain
+from .origins import Origins, strided
 from .product_labels import parse_product
-from .rules import pieces, spread_scores, step
-from .states import Gathered, Lost, Part, RowStat, Scores, Spread, State, Sum, Use, Weights
-from .value_products import finish_gathered, finish_sum, note_product
+from .rules import next_state, piece_states, scattered_scores
+from .states import (
+    PartialOutput,
+    RowStatistic,
+    ScatteredOutput,
+    ScatteredScores,
+    ScatteredWeights,
+    Scores,
+    ScoresSlice,
+    SoftmaxUse,
+    State,
+    Weights,
+)
+from .value_products import finish_scattered, finish_sum, note_product
 
 if TYPE_CHECKING:
     from ..base import ActiveTrace
@@ -27,7 +38,7 @@ Call = Callable[..., Any]
 # Of a function: its name (empty: to be ignored), the handler of its tap, whether it has to be looked at even where
 # nothing is known to be part of an attention yet, and its row in the table.
 Known = tuple[str, Call | None, bool, OperationKind]
-_LESSER = (RowStat, Lost, Part)
+_LESSER = (RowStatistic, ScatteredScores, ScoresSlice)
 
 
 class Follower(TorchFunctionMode):
@@ -46,7 +57,7 @@ class Follower(TorchFunctionMode):
         self.origins = Origins()
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
-        self.uses: list[Use] = []
+        self.uses: list[SoftmaxUse] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, handler, special, kind = self.operations.get(func) or self._operation(func)
@@ -151,7 +162,7 @@ class Follower(TorchFunctionMode):
             origin = self.origins.derive(kind, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
         elif written is x:
             self._written(x)
-            if isinstance(state, Part):
+            if isinstance(state, ScoresSlice):
                 return
             target = x
         context = Operation(
@@ -169,20 +180,22 @@ class Follower(TorchFunctionMode):
             self.recorder.wants("scores"),
         )
         if writes and written is not x:
-            if plain(written) and isinstance(state, (Scores, Part, Lost)):  # poured into a tensor that is none
+            if strided(written) and isinstance(
+                state, (Scores, ScoresSlice, ScatteredScores)
+            ):  # poured into a tensor that is none
                 context.x, context.position, context.origin = written, 0, self.origin(written)
-                poured = spread_scores(context, context.moved())
+                poured = scattered_scores(context, context.moved())
                 if poured is not None:
                     self.set_state(written, poured)
             return
         with torch.no_grad():
             if kind.splits and isinstance(out, (tuple, list)):
                 context.out = out
-                for one, piece in zip(out, pieces(context), strict=True):
+                for one, piece in zip(out, piece_states(context), strict=True):
                     if piece is not None:
                         self.set_state(one, piece)
                 return
-            new = step(context)
+            new = next_state(context)
         if new is None:
             if writes and isinstance(target, Tensor):
                 self.live.pop(id(target), None)
@@ -191,22 +204,22 @@ class Follower(TorchFunctionMode):
             return
         if isinstance(new, Weights) and not isinstance(state, Weights):
             self._began(new, target)
-        elif isinstance(new, Spread) and not isinstance(state, Spread):
+        elif isinstance(new, ScatteredWeights) and not isinstance(state, ScatteredWeights):
             new.root.use.path = self.recorder.where()
             self.uses.append(new.root.use)
-        if isinstance(new, Sum) and new.complete:
+        if isinstance(new, PartialOutput) and new.complete:
             self.live.pop(id(target), None)
             with torch.no_grad():
                 finish_sum(self, new, target)
             return
         if (
-            isinstance(new, Gathered)
+            isinstance(new, ScatteredOutput)
             and new is not state
-            and isinstance(state, Gathered)
+            and isinstance(state, ScatteredOutput)
             and len(new.uses) > len(state.uses)
         ):
             with torch.no_grad():
-                if finish_gathered(self, new, target):
+                if finish_scattered(self, new, target):
                     self.live.pop(id(target), None)
                     return
         self.set_state(target, new)
@@ -220,7 +233,7 @@ class Follower(TorchFunctionMode):
                 weights.scores_tensor = None
             if scores.product.learned:  # a router weighs with a matrix of its own
                 return
-        weights.use = Use(self.recorder.where())
+        weights.use = SoftmaxUse(self.recorder.where())
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
 
@@ -242,7 +255,7 @@ class Follower(TorchFunctionMode):
         if found is not None and isinstance(found[2], Weights) and kind_of(name).drops_out and found[2].own is None:
             found[2].own = (found[1].clone(), found[2].origin)
         x = _target(args, kwargs)
-        if not plain(x):
+        if not strided(x):
             return
         storage = storage_of(x)
         for _, state in list(self.live.values()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .axis_history import Origin
 from .entries import Entries
-from .states import Lost, Part, Scores, Spread, State
+from .states import ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State
 from .view_rules import AxesRule, same_axes
 
 Rule = Callable[["Operation"], State | None]
@@ -122,14 +122,14 @@ def entries_of(state: State | None, x: Any) -> Entries | None:
         if state.sink is not None or state.cap is not None or state.factors or state.product.learned:
             return None
         return state.entries or Entries(source=state.product, shape=tuple(x.shape))
-    return state.entries if isinstance(state, (Part, Lost, Spread)) else None
+    return state.entries if isinstance(state, (ScoresSlice, ScatteredScores, ScatteredWeights)) else None
 
 
-def carried(c: Operation) -> State | None:
+def same_state(c: Operation) -> State | None:
     """A view or a cast: the same state under the result's axes."""
     state: State = c.state
-    if not isinstance(c.out, Tensor) or not isinstance(state, (Scores, Part)):
+    if not isinstance(c.out, Tensor) or not isinstance(state, (Scores, ScoresSlice)):
         return replace(state, origin=c.origin)
     if isinstance(state, Scores) and c.out.numel() != c.x.numel():
-        return Part(c.origin, of=state, entries=c.moved())
+        return ScoresSlice(c.origin, of=state, entries=c.moved())
     return replace(state, origin=c.origin, entries=c.moved())

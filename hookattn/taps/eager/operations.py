@@ -19,12 +19,24 @@ from typing import Any
 from torch import Tensor
 
 from . import entry_rules, score_rules, view_rules, weight_rules
-from .concat_rules import joined
-from .operation import OperationKind, Rule, carried
-from .states import Exp, LogWeights, Lost, Part, RowStat, Scores, State, Sum, Weights
+from .concat_rules import concatenated_scores
+from .operation import OperationKind, Rule, same_state
+from .states import (
+    Exponentials,
+    LogWeights,
+    PartialOutput,
+    RowStatistic,
+    ScatteredScores,
+    Scores,
+    ScoresSlice,
+    State,
+    Weights,
+)
 
 Row = OperationKind
-_EVERY_VIEW: dict[type[State], Rule] = dict.fromkeys((Scores, Part, Exp, LogWeights, RowStat, Weights, Sum), carried)
+_EVERY_VIEW: dict[type[State], Rule] = dict.fromkeys(
+    (Scores, ScoresSlice, Exponentials, LogWeights, RowStatistic, Weights, PartialOutput), same_state
+)
 
 
 def _view(axes: view_rules.AxesRule) -> Row:
@@ -38,19 +50,23 @@ _MUL = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="mul",
     moves_scores=True,
-    rules={Scores: score_rules.multiplied, Exp: weight_rules.exp_times},
+    rules={Scores: score_rules.multiplied, Exponentials: weight_rules.masked_exponentials},
 )
 _DIV = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="div",
     moves_scores=True,
-    rules={Scores: score_rules.divided, Exp: weight_rules.normalised},
+    rules={Scores: score_rules.divided, Exponentials: weight_rules.normalized},
 )
 _ADD = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="add",
     moves_scores=True,
-    rules={Scores: score_rules.added, RowStat: weight_rules.denominator, Sum: weight_rules.summed},
+    rules={
+        Scores: score_rules.added,
+        RowStatistic: weight_rules.denominator,
+        PartialOutput: weight_rules.summed_outputs,
+    },
 )
 _SUB = Row(
     entries=entry_rules.same_places_of_either,
@@ -61,17 +77,25 @@ _SUB = Row(
 _FILL = Row(
     entries=entry_rules.same_places_of_either,
     moves_scores=True,
-    rules={Scores: score_rules.mask_filled, Exp: score_rules.mask_filled, Weights: weight_rules.masked_weights},
+    rules={
+        Scores: score_rules.mask_filled,
+        Exponentials: score_rules.mask_filled,
+        Weights: weight_rules.masked_weights,
+    },
 )
 _CLAMP = Row(
     entries=entry_rules.same_places_of_either,
     moves_scores=True,
-    rules={Scores: score_rules.clamped, RowStat: weight_rules.clamped_statistic},
+    rules={Scores: score_rules.clamped, RowStatistic: weight_rules.clamped_statistic},
 )
-_WHERE = Row(entries=entry_rules.chosen, moves_scores=True, rules={Scores: score_rules.where})
-_DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.dropped})
+_WHERE = Row(entries=entry_rules.chosen, moves_scores=True, rules={Scores: score_rules.where_filled})
+_DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.weights_after_dropout})
 _CAT = Row(
-    axes=view_rules.resized, joins=True, entries=entry_rules.concatenated, moves_scores=True, rules={Scores: joined}
+    axes=view_rules.resized,
+    joins=True,
+    entries=entry_rules.concatenated,
+    moves_scores=True,
+    rules={Scores: concatenated_scores},
 )
 
 # Rows by the names that share them. A name stands here once.
@@ -91,25 +115,25 @@ _ROWS: dict[str, Row] = {
     # ---- copies and casts
     "contiguous clone detach to float half double bfloat16 type type_as alias nan_to_num nan_to_num_": _COPY,
     "copy_": Row(entries=entry_rules.written, moves_scores=True),
-    "__setitem__": Row(entries=entry_rules.written, moves_scores=True, rules={Scores: score_rules.set_item}),
+    "__setitem__": Row(entries=entry_rules.written, moves_scores=True, rules={Scores: score_rules.item_filled}),
     # ---- a part of a tensor
     "__getitem__": Row(
         axes=view_rules.indexed,
         entries=entry_rules.replayed,
         moves_scores=True,
-        rules={Scores: carried, Part: carried, Weights: weight_rules.weights_sliced},
+        rules={Scores: same_state, ScoresSlice: same_state, Weights: weight_rules.sliced_weights},
     ),
     "narrow": Row(
         axes=view_rules.resized,
         entries=entry_rules.replayed,
         moves_scores=True,
-        rules={Scores: carried, Weights: weight_rules.weights_sliced},
+        rules={Scores: same_state, Weights: weight_rules.sliced_weights},
     ),
     "select": Row(
-        axes=view_rules.dim_dropped, entries=entry_rules.replayed, moves_scores=True, rules={Scores: carried}
+        axes=view_rules.dim_dropped, entries=entry_rules.replayed, moves_scores=True, rules={Scores: same_state}
     ),
     "unbind": Row(axes=view_rules.dim_dropped, moves_scores=True),
-    "chunk split": Row(axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: carried}),
+    "chunk split": Row(axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: same_state}),
     "split_with_sizes tensor_split hsplit": Row(axes=view_rules.resized, splits=True),
     "diagonal unfold": Row(entries=entry_rules.replayed, moves_scores=True),
     "as_strided masked_select take": Row(moves_scores=True),
@@ -134,10 +158,12 @@ _ROWS: dict[str, Row] = {
     "div div_ divide true_divide": _DIV,
     "__truediv__ __itruediv__": replace(_DIV, rules={Scores: score_rules.divided}),
     "add add_": _ADD,
-    "__add__ __radd__ __iadd__": replace(_ADD, rules={Scores: score_rules.added, Sum: weight_rules.summed}),
+    "__add__ __radd__ __iadd__": replace(
+        _ADD, rules={Scores: score_rules.added, PartialOutput: weight_rules.summed_outputs}
+    ),
     "sub sub_ subtract __sub__ __isub__": _SUB,
-    "tanh tanh_": Row(rules={Scores: score_rules.tanh}),
-    "exp exp_": Row(rules={Scores: weight_rules.exp, LogWeights: weight_rules.exp}),
+    "tanh tanh_": Row(rules={Scores: score_rules.capped}),
+    "exp exp_": Row(rules={Scores: weight_rules.exponentials, LogWeights: weight_rules.exponentials}),
     # ---- masks and bounds
     "masked_fill masked_fill_": _FILL,
     "where where_method": _WHERE,
@@ -150,17 +176,21 @@ _ROWS: dict[str, Row] = {
     # ---- softmax, whole or in steps
     "softmax": Row(
         softmax=True,
-        rules={Scores: weight_rules.soft_max, Part: weight_rules.softmax_lost, Lost: weight_rules.softmax_lost},
+        rules={
+            Scores: weight_rules.weights_of_scores,
+            ScoresSlice: weight_rules.scattered_softmax,
+            ScatteredScores: weight_rules.scattered_softmax,
+        },
     ),
-    "log_softmax": Row(rules={Scores: weight_rules.log_soft_max}),
+    "log_softmax": Row(rules={Scores: weight_rules.log_weights}),
     "max": Row(rules={Scores: weight_rules.maximum}),
     "amax": Row(rules={Scores: weight_rules.row_maximum}),
     "logsumexp": Row(rules={Scores: weight_rules.row_logsumexp}),
-    "sum": Row(rules={Exp: weight_rules.row_sum}),
+    "sum": Row(rules={Exponentials: weight_rules.row_sum}),
     # ---- dropout
     "dropout dropout_": _DROPOUT,
     "dropout1d dropout2d dropout3d": Row(drops_out=True),
-    "feature_dropout alpha_dropout native_dropout": Row(rules={Weights: weight_rules.dropped}),
+    "feature_dropout alpha_dropout native_dropout": Row(rules={Weights: weight_rules.weights_after_dropout}),
     # ---- products, and other sums over an axis
     "matmul __matmul__ __rmatmul__ bmm mm baddbmm baddbmm_ einsum": Row(product=True),
     "linear": Row(axes=view_rules.mapped, sums_axis=True),

@@ -96,7 +96,7 @@ class Origins:
             source = self.of(x)
         origin = source
         for one in out if isinstance(out, (tuple, list)) else (out,):
-            if one is x or not plain(one):
+            if one is x or not strided(one):
                 return source
             how = kind.axes(x, one, args, kwargs)
             if how is None:
@@ -114,7 +114,7 @@ class Origins:
 
     def _joined(self, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
-        parts = [self.of(t) for t in args[0] if plain(t)]
+        parts = [self.of(t) for t in args[0] if strided(t)]
         whole = parts[0].piece_of if parts else None
         if origin is parts[0]:
             origin = Origin(out.shape, same, origin)
@@ -128,11 +128,11 @@ class Origins:
 
     def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """The argument whose axes the result has: the first that is followed, else the first there is."""
-        n = out.dim() if plain(out) else None
+        n = out.dim() if strided(out) else None
         first = None
         for arg in (*args, *kwargs.values()) if kwargs else args:
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if plain(one):
+                if strided(one):
                     if id(one) in self._known and (n is None or one.dim() == n or first is None):
                         return one  # type: ignore[no-any-return]
                     if first is None:
@@ -140,6 +140,6 @@ class Origins:
         return first
 
 
-def plain(x: Any) -> bool:
+def strided(x: Any) -> bool:
     """A strided tensor: one whose axes can be followed."""
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .products import Label
-
-Parsed = tuple[Tensor, Tensor, tuple[list[Label], list[Label], list[Label]], float, "tuple[Tensor, float] | None"]
+from .products import Label, ProductLabels
 
 
-def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Parsed | None:
+class ParsedProduct(NamedTuple):
+    """``alpha · a · b``, plus what is added to it.
+
+    Attributes:
+        a, b: the operands.
+        labels: those of their axes and of the result's.
+        alpha: a factor.
+        added: a tensor that is added to the product, and its factor; None: nothing is.
+    """
+
+    a: Tensor
+    b: Tensor
+    labels: ProductLabels
+    alpha: float = 1.0
+    added: tuple[Tensor, float] | None = None
+
+
+def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> ParsedProduct | None:
+    """The product that an operation is, before it runs; None where it is not one of two tensors."""
     if name == "einsum":
-        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-        if not isinstance(args[0], str) or len(operands) != 2:
-            return None
-        einsum = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
-        return None if einsum is None else (operands[0], operands[1], einsum, 1.0, None)
+        return _parse_einsum(args)
     if name.startswith("baddbmm"):
-        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        added: Any = kwargs.get("input", args[0] if args else None)
-        a: Any = kwargs.get("batch1", args[1] if len(args) > 1 else None)
-        b: Any = kwargs.get("batch2", args[2] if len(args) > 2 else None)
-        labels = matmul_labels(3, 3)
-        assert labels is not None
-        keep = added.clone() if name.endswith("_") and beta else added
-        return a, b, labels, float(alpha), (keep, float(beta)) if beta else None
-    rest = {k: v for k, v in kwargs.items() if k != "out"}
-    a, b = (*args, *rest.values())[:2]
+        return _parse_baddbmm(name, args, kwargs)
+    operands = {k: v for k, v in kwargs.items() if k != "out"}
+    a, b = (*args, *operands.values())[:2]
     if name == "__rmatmul__":
         a, b = b, a
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return None
-    plain = matmul_labels(a.dim(), b.dim())
-    return None if plain is None else (a, b, plain, 1.0, None)
+    labels = matmul_labels(a.dim(), b.dim())
+    return None if labels is None else ParsedProduct(a, b, labels)
 
 
-def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
+def _parse_einsum(args: Sequence[Any]) -> ParsedProduct | None:
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    if not isinstance(args[0], str) or len(operands) != 2:
+        return None
+    labels = einsum_labels(args[0], operands[0].dim(), operands[1].dim())
+    return None if labels is None else ParsedProduct(operands[0], operands[1], labels)
+
+
+def _parse_baddbmm(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> ParsedProduct:
+    beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+    added: Any = kwargs.get("input", args[0] if args else None)
+    a: Any = kwargs.get("batch1", args[1] if len(args) > 1 else None)
+    b: Any = kwargs.get("batch2", args[2] if len(args) > 2 else None)
+    labels = matmul_labels(3, 3)
+    assert labels is not None
+    if not beta:  # torch leaves out what is added, which may be memory that nobody filled
+        return ParsedProduct(a, b, labels, alpha)
+    return ParsedProduct(a, b, labels, alpha, (added.clone() if name.endswith("_") else added, beta))
+
+
+def matmul_labels(a: int, b: int) -> ProductLabels | None:
     """Labels of ``torch.matmul`` on operands of ``a`` and ``b`` dimensions."""
     if a < 1 or b < 1:
         return None
@@ -47,11 +72,15 @@ def matmul_labels(a: int, b: int) -> tuple[list[Label], list[Label], list[Label]
     la: list[Label] = [*batch_a, "m", "k"] if a > 1 else ["k"]
     lb: list[Label] = [*batch_b, "k", "n"] if b > 1 else ["k"]
     lo: list[Label] = [*(batch_a if a >= b else batch_b)]
-    return la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
+    return ProductLabels(la, lb, lo + (["m"] if a > 1 else []) + (["n"] if b > 1 else []))
 
 
-def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Label], list[Label]] | None:
-    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside)."""
+def einsum_labels(equation: str, a: int, b: int) -> ProductLabels | None:
+    """Labels of a two-operand einsum; None where it is not a plain product (repeated letters, sums inside).
+
+    Letters are labels as they stand. The dimensions of ``...`` are −1, −2, … from the last one, so that those of both
+    operands match from the right, as broadcasting has it.
+    """
     equation = equation.replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -74,4 +103,4 @@ def einsum_labels(equation: str, a: int, b: int) -> tuple[list[Label], list[Labe
     lo = expand(right, len(right.replace(".", "")) + n_dots)
     if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
         return None
-    return la, lb, lo
+    return ProductLabels(la, lb, lo)

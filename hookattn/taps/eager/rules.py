@@ -16,71 +16,73 @@ from torch import Tensor
 from .axis_history import Origin, resized
 from .entries import Entries
 from .operation import Operation, Rule, number
-from .score_rules import opaque
-from .states import Gathered, Lost, Part, Scores, Spread, State, Weights
-from .weight_rules import shares, weights_mixed
+from .score_rules import opaque_scores
+from .states import ScatteredOutput, ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
+from .weight_rules import mixed_weights, piece_weights
 
 LOST = "softmax over scores of q·k that went through {} before it, which is not followed"
 
 
-def step(c: Operation) -> State | None:
+def next_state(c: Operation) -> State | None:
     """The state of the result of an operation; None where it is no part of an attention any more."""
-    if isinstance(c.state, Spread):
-        return spread(c)
-    if isinstance(c.state, Gathered):
-        return gathered(c)
+    if isinstance(c.state, ScatteredWeights):
+        return scattered_weights(c)
+    if isinstance(c.state, ScatteredOutput):
+        return scattered_output(c)
     rule = c.kind.rules.get(type(c.state)) or _UNLISTED.get(type(c.state))
     new = None if rule is None else rule(c)
-    return new if new is not None else lost(c)
+    return new if new is not None else scattered(c)
 
 
 def _opaque_in_place(c: Operation) -> State | None:
-    return None if c.kind.shuffles else opaque(c)
+    return None if c.kind.shuffles else opaque_scores(c)
 
 
 # What an operation makes of a state that its row has no rule for.
-_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_in_place, Weights: weights_mixed}
+_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_in_place, Weights: mixed_weights}
 
 
-def lost(c: Operation) -> State | None:
+def scattered(c: Operation) -> State | None:
     """Scores whose entries were moved about."""
     if not c.kind.moves_scores or not isinstance(c.out, Tensor) or not c.out.is_floating_point():
         return None
-    return spread_scores(c, c.moved())
+    return scattered_scores(c, c.moved())
 
 
-def spread_scores(c: Operation, entries: Entries | None) -> State | None:
+def scattered_scores(c: Operation, entries: Entries | None) -> State | None:
     """The state of scores that are not laid out as their product made them any more."""
-    states = [s for s in (c.look(x) for x in _flat(c.args)) if isinstance(s, (Scores, Part, Lost))]
-    scales, dark = dict[int, float](), False
+    states = [s for s in (c.look(x) for x in _flat(c.args)) if isinstance(s, (Scores, ScoresSlice, ScatteredScores))]
+    scales, opaque = dict[int, float](), False
     for state in states:
-        of = state.of if isinstance(state, Part) else state
-        if isinstance(of, Lost):
+        of = state.of if isinstance(state, ScoresSlice) else state
+        if isinstance(of, ScatteredScores):
             scales.update(of.scales)
-            dark = dark or of.opaque
+            opaque = opaque or of.opaque
         else:
             scales.setdefault(id(of.product), of.scale)
-            dark = dark or bool(of.opaque)
+            opaque = opaque or bool(of.opaque)
     first = states[0] if states else c.state
     if c.kind.arithmetic in ("mul", "div"):
         by = number(c.other()) if len(c.args) == 2 else None
         if c.kind.arithmetic == "div":
             by = 1 / by if by and c.position == 0 else None
         if by is None or by <= 0:
-            dark = True
+            opaque = True
         else:
             scales = {product: scale * by for product, scale in scales.items()}
-    if isinstance(first, Lost):
-        return Lost(c.origin, why=first.why, entries=entries, scales=scales, opaque=dark)
-    of = first.of if isinstance(first, Part) else first
+    if isinstance(first, ScatteredScores):
+        return ScatteredScores(c.origin, why=first.why, entries=entries, scales=scales, opaque=opaque)
+    of = first.of if isinstance(first, ScoresSlice) else first
     if not isinstance(of, Scores) or of.product.learned:
         return None
-    return Lost(c.origin, why=LOST.format(f"'{c.name.strip('_')}'"), entries=entries, scales=scales, opaque=dark)
+    return ScatteredScores(
+        c.origin, why=LOST.format(f"'{c.name.strip('_')}'"), entries=entries, scales=scales, opaque=opaque
+    )
 
 
-def spread(c: Operation) -> State | None:
+def scattered_weights(c: Operation) -> State | None:
     """Weights that are moved about."""
-    state: Spread = c.state
+    state: ScatteredWeights = c.state
     if c.kind.drops_out:
         p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
         if training and p and c.out is c.x:
@@ -93,17 +95,17 @@ def spread(c: Operation) -> State | None:
     return None if entries is None else replace(state, origin=c.origin, entries=entries)
 
 
-def gathered(c: Operation) -> State | None:
+def scattered_output(c: Operation) -> State | None:
     """Values that such weights gathered: views of them, and sums."""
-    state: Gathered = c.state
+    state: ScatteredOutput = c.state
     if c.kind.arithmetic == "add":
         other = c.look(c.other())
         if number(c.other()) == 0:
             return state
-        if not isinstance(other, Gathered) or other.root is not state.root or c.out.shape != c.x.shape:
+        if not isinstance(other, ScatteredOutput) or other.root is not state.root or c.out.shape != c.x.shape:
             return None
         uses, entries = [*state.uses, *other.uses], [*state.entries, *other.entries]
-        return Gathered(c.origin, root=state.root, uses=uses, entries=entries)
+        return ScatteredOutput(c.origin, root=state.root, uses=uses, entries=entries)
     if not isinstance(c.out, Tensor) or c.kind.arithmetic is not None:
         return None
     kept = []
@@ -120,19 +122,19 @@ def _flat(args: Sequence[Any]) -> Iterator[Any]:
         yield from arg if isinstance(arg, (list, tuple)) else (arg,)
 
 
-def pieces(c: Operation) -> list[State | None]:
+def piece_states(c: Operation) -> list[State | None]:
     """What each of the parts is that a tensor was split into (``c.out``)."""
     if isinstance(c.state, Weights):
-        return shares(c)
+        return piece_weights(c)
     mine = c.entries(c.x)
-    of = c.state.of if isinstance(c.state, Part) else c.state
+    of = c.state.of if isinstance(c.state, ScoresSlice) else c.state
     made: list[State | None] = []
     for i, one in enumerate(c.out):
         origin = Origin(one.shape, resized, c.state.origin)
         entries = None if mine is None else Entries(partial(_piece, c, i), [mine])
         if isinstance(of, Scores):
-            made.append(Part(origin, of=of, entries=entries))
-        elif isinstance(of, Lost) or (isinstance(of, Spread) and entries is not None):
+            made.append(ScoresSlice(origin, of=of, entries=entries))
+        elif isinstance(of, ScatteredScores) or (isinstance(of, ScatteredWeights) and entries is not None):
             made.append(replace(cast(Any, of), origin=origin, entries=entries))
         else:
             made.append(None)

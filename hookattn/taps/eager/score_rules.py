@@ -12,20 +12,20 @@ from torch import Tensor
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin
-from .operation import Operation, carried, number
+from .operation import Operation, number, same_state
 from .products import mixes_heads
-from .states import Exp, LogWeights, RowStat, Scores, State, Term
+from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Term
 
 
-def opaque(c: Operation) -> State | None:
+def opaque_scores(c: Operation) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
     state: Scores = c.state
-    if isinstance(c.out, Tensor) and c.out.shape == c.x.shape and follows(c, state):
+    if isinstance(c.out, Tensor) and c.out.shape == c.x.shape and keeps_axes(c, state):
         return state.but(opaque=[*state.opaque, c.name], finite=None)
     return None
 
 
-def follows(c: Operation, scores: Scores) -> bool:
+def keeps_axes(c: Operation, scores: Scores) -> bool:
     """Whether the axes of a result are those of its argument: a linear map or a convolution must mix heads."""
     if not c.kind.sums_axis:
         return True
@@ -41,7 +41,7 @@ def multiplied(c: Operation) -> State | None:
 
 def divided(c: Operation) -> State | None:
     """Division by a number, or by a factor for each head."""
-    return _scaled(c, -1) if c.position == 0 else opaque(c)
+    return _scaled(c, -1) if c.position == 0 else opaque_scores(c)
 
 
 def _scaled(c: Operation, sign: int) -> State | None:
@@ -61,7 +61,7 @@ def _scaled(c: Operation, sign: int) -> State | None:
         if layout:
             factor = Term(other if sign > 0 else other.reciprocal(), c.origin)
             return state.but(origin=c.origin, factors=[*state.factors, factor])
-    return opaque(c)
+    return opaque_scores(c)
 
 
 def added(c: Operation) -> State | None:
@@ -80,13 +80,13 @@ def _joined(c: Operation, sign: int) -> State | None:
     other = c.other()
     factor = float(sign) * float(c.kwargs.get("alpha", 1))
     mine = c.look(other)
-    if isinstance(mine, RowStat) and sign < 0 and c.position == 0:
+    if isinstance(mine, RowStatistic) and sign < 0 and c.position == 0:
         if mine.kind == "lse":
             return LogWeights(c.origin, of=state, dim=mine.dim)
         if mine.kind == "max":
             return state.but(origin=c.origin, shifts=[*state.shifts, other], finite=None)
     if c.position != 0 and sign < 0:
-        return opaque(c)
+        return opaque_scores(c)
     if isinstance(mine, Scores) and mine.opaque and not state.opaque:
         pass  # a second product, gathered or shifted: a bias to the first
     elif isinstance(mine, Scores) and state.opaque and c.position == 0:
@@ -94,18 +94,18 @@ def _joined(c: Operation, sign: int) -> State | None:
     value = number(other)
     if value is not None:
         return (
-            carried(c)
+            same_state(c)
             if value == 0
             else state.but(origin=c.origin, shifts=[*state.shifts, -factor * value], finite=None)
         )
     if isinstance(c.out, Tensor) and c.out.shape != c.x.shape:
         return None
     return state.but(
-        origin=c.origin, terms=[*state.terms, Term(other, c.origin, factor)], finite=state.finite or finite_of(c)
+        origin=c.origin, terms=[*state.terms, Term(other, c.origin, factor)], finite=state.finite or unmasked_scores(c)
     )
 
 
-def finite_of(c: Operation) -> tuple[Tensor, int, Origin] | None:
+def unmasked_scores(c: Operation) -> tuple[Tensor, int, Origin] | None:
     """The model's own scores as they are before this operation, if they are wanted and survive it."""
     state: Scores = c.state
     if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
@@ -121,34 +121,36 @@ def mask_filled(c: Operation) -> State | None:
 def filled(c: Operation, mask: Tensor, value: Any) -> State | None:
     """Overwriting where ``mask`` (True = masked)."""
     level = number(value)
-    if isinstance(c.state, Exp):
+    if isinstance(c.state, Exponentials):
         if level == 0:
             of = c.state.of
             return replace(c.state, origin=c.origin, of=of.but(fills=[*of.fills, Term(mask, c.origin)]))
         return None
     state: Scores = c.state
     if level is None or level > FILL or c.out.shape != c.x.shape:
-        return opaque(c)
-    return state.but(origin=c.origin, fills=[*state.fills, Term(mask, c.origin)], finite=state.finite or finite_of(c))
+        return opaque_scores(c)
+    return state.but(
+        origin=c.origin, fills=[*state.fills, Term(mask, c.origin)], finite=state.finite or unmasked_scores(c)
+    )
 
 
-def set_item(c: Operation) -> State | None:
+def item_filled(c: Operation) -> State | None:
     """``scores[index] = value``."""
     value = c.args[2]
     mask = torch.zeros(c.x.shape, dtype=torch.bool, device=c.x.device)
     mask[c.args[1]] = True
     level = number(value)
     if level is None or level > FILL:
-        return opaque(c)
+        return opaque_scores(c)
     state: Scores = c.state
     return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
 
 
-def tanh(c: Operation) -> State | None:
+def capped(c: Operation) -> State | None:
     """The soft cap, complete once it is multiplied back."""
     state: Scores = c.state
     if state.terms or state.fills or state.opaque or state.cap is not None or state.shifts:
-        return opaque(c)
+        return opaque_scores(c)
     return state.but(origin=c.origin, cap=1.0, finite=None)
 
 
@@ -160,11 +162,11 @@ def clamped(c: Operation) -> State | None:
         low, high = c.other(), None
     bound = number(low)
     if high is None and bound is not None and bound <= FILL:
-        return carried(c)
-    return opaque(c)
+        return same_state(c)
+    return opaque_scores(c)
 
 
-def where(c: Operation) -> State | None:
+def where_filled(c: Operation) -> State | None:
     """``where(condition, scores, fill)`` either way round, method or function."""
     condition, one, two = (c.args[1], c.args[0], c.args[2]) if c.name == "where_method" else c.args[:3]
     if one is c.x:
@@ -174,7 +176,7 @@ def where(c: Operation) -> State | None:
     return None
 
 
-def sink_joined(c: Operation) -> State | None:
+def scores_with_sink(c: Operation) -> State | None:
     """A column concatenated to the scores."""
     parts = c.args[0]
     others = [t for t in parts if t is not c.x]
@@ -191,4 +193,4 @@ def sink_joined(c: Operation) -> State | None:
     for shift in c.state.shifts:
         sink = sink + shift
     state: Scores = c.state
-    return state.but(origin=c.origin, sink=sink, finite=state.finite or finite_of(c))
+    return state.but(origin=c.origin, sink=sink, finite=state.finite or unmasked_scores(c))

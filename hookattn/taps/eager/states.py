@@ -1,4 +1,7 @@
-"""What is known of the tensors of an attention written out by hand: scores, exponentials, weights, sums of values."""
+"""The states of a tensor between q·k and the output: scores, exponentials, weights, sums of values.
+
+The package's docstring has the order in which they come. "Scattered" is what does not lie as queries by keys.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ from .products import Label, Product
 
 @dataclass(slots=True)
 class Term:
-    """A tensor that was joined to the scores: the tensor, a factor, and the scores' axes at that moment."""
+    """A tensor that was joined to the scores: a bias, a mask, a factor for each head.
+
+    Attributes:
+        tensor: the tensor, which broadcasts against the scores.
+        origin: the scores' axes at that moment.
+        factor: what the tensor is multiplied by.
+    """
 
     tensor: Tensor
     origin: Origin
@@ -26,7 +35,12 @@ class Term:
 
 @dataclass(slots=True)
 class State:
-    """Common to all: the axes of the tensor it belongs to, and its version when last seen."""
+    """What a tensor is to an attention.
+
+    Attributes:
+        origin: where the tensor's axes come from.
+        version: how often the tensor had been written to when the state was set.
+    """
 
     origin: Origin
     version: int = -1
@@ -34,7 +48,23 @@ class State:
 
 @dataclass(slots=True)
 class Scores(State):
-    """``cap·tanh(scale·a·b/cap) + terms``, with ``fills`` overwritten by something very negative."""
+    """``cap·tanh(scale·factors·a·b/cap) + terms − shifts``, with ``fills`` overwritten by something very negative.
+
+    Every product of two tensors is taken for scores at first, and forgotten with its tensor if no softmax runs over it.
+
+    Attributes:
+        product: ``a·b``.
+        scale: a number that it is multiplied by.
+        factors: tensors that it is multiplied by, one number for each matrix.
+        cap: the soft cap; None: there is none.
+        terms: what is added: biases, and masks of numbers.
+        fills: masks, True where a score is overwritten.
+        shifts: what is subtracted from every score of a row, and leaves the weights as they are.
+        sink: a column that was joined to them, which takes part in the softmax and has no value.
+        opaque: the operations that were not understood; the scores are then read off the model's own tensor.
+        entries: which score of ``a·b`` each entry is, once they were moved about; None: the tensor is ``a·b``'s.
+        finite: the model's own scores before any term or mask joined them, their version and their axes.
+    """
 
     product: Product = None  # type: ignore[assignment]
     scale: float = 1.0
@@ -42,11 +72,11 @@ class Scores(State):
     cap: float | None = None
     terms: list[Term] = field(default_factory=list)
     fills: list[Term] = field(default_factory=list)
-    shifts: list[Tensor | float] = field(default_factory=list)  # subtracted from every score of a row
+    shifts: list[Tensor | float] = field(default_factory=list)
     sink: Tensor | None = None
     opaque: list[str] = field(default_factory=list)
-    entries: Entries | None = None  # where they are not as the product made them
-    finite: tuple[Tensor, int, Origin] | None = None  # the model's own scores before any term or mask was joined
+    entries: Entries | None = None
+    finite: tuple[Tensor, int, Origin] | None = None
 
     def but(self, **changes: Any) -> Scores:
         """A copy with changes."""
@@ -54,41 +84,60 @@ class Scores(State):
 
 
 @dataclass(slots=True)
-class Part(State):
-    """A slice of scores: writing to it writes to them."""
+class ScoresSlice(State):
+    """A slice of scores.
+
+    Attributes:
+        of: the scores; a write to the slice writes to them.
+        entries: which of their entries the slice has.
+    """
 
     of: Scores = None  # type: ignore[assignment]
     entries: Entries | None = None
 
 
 @dataclass(slots=True)
-class Lost(State):
-    """Scores that were moved about, or went where they cannot be followed; ``why`` says where."""
+class ScatteredScores(State):
+    """Scores that do not lie as queries by keys any more: a band, blocks in a buffer, a few keys for each query.
+
+    Attributes:
+        why: the reason that is reported if a softmax runs over them and the call can't be put together.
+        entries: which score each entry is; None: that can't be told.
+        scales: by the id of the product, what it was multiplied by.
+        opaque: whether something else was done to them, too.
+    """
 
     why: str = ""
-    entries: Entries | None = None  # where each came from, as long as that can be followed
-    scales: dict[int, float] = field(default_factory=dict)  # by the id of the product
+    entries: Entries | None = None
+    scales: dict[int, float] = field(default_factory=dict)
     opaque: bool = False
 
 
 @dataclass(slots=True)
-class Exp(State):
-    """``exp`` of scores, not yet normalised."""
+class Exponentials(State):
+    """``exp`` of scores, not yet normalized."""
 
     of: Scores = None  # type: ignore[assignment]
 
 
 @dataclass(slots=True)
 class LogWeights(State):
-    """``log_softmax`` of scores."""
+    """``log_softmax`` of scores; ``dim``: the dimension that it ran over."""
 
     of: Scores = None  # type: ignore[assignment]
     dim: int = -1
 
 
 @dataclass(slots=True)
-class RowStat(State):
-    """The row maximum, logsumexp (of scores) or sum (of exponentials), plus ``extra`` in the denominator."""
+class RowStatistic(State):
+    """One number for each row of scores.
+
+    Attributes:
+        kind: ``max`` or ``lse`` of the scores, or the ``sum`` of their exponentials.
+        of: the scores.
+        dim: the dimension that it was taken over.
+        extra: what was added to the sum: the exponential of a sink.
+    """
 
     kind: str = "max"
     of: Scores = None  # type: ignore[assignment]
@@ -97,8 +146,14 @@ class RowStat(State):
 
 
 @dataclass(slots=True)
-class Use:
-    """What became of the result of one softmax over scores, in whatever views and slices; ``path``: where it ran."""
+class SoftmaxUse:
+    """What became of the result of one softmax; shared by all views and slices of the result.
+
+    Attributes:
+        path: the module in which the softmax ran.
+        done: whether a call was recorded, or it was said why not.
+        why: what is reported if neither happens.
+    """
 
     path: str | None
     done: bool = False
@@ -107,25 +162,53 @@ class Use:
 
 @dataclass(slots=True)
 class Weights(State):
-    """Post-softmax weights; ``scores`` is None where the softmax ran over something that is no product."""
+    """Weights: the result of a softmax over one dimension.
+
+    Attributes:
+        scores: what it ran over; None: something that is not known to be scores.
+        scores_origin: the scores' axes at that moment.
+        dim: the scores' dimension that it ran over.
+        own: the weights before dropout or mixing, and their axes; None: neither happened.
+        scores_tensor: the argument of the softmax, kept where it has to be read.
+        extended: whether the sink's column is still there.
+        dropout: the probability of the dropout that they went through.
+        mixed: the operations that changed them otherwise.
+        use: what becomes of them.
+        dtype: that the softmax ran in.
+        key_range: the keys that this is a slice of, first and past the last; None: all.
+        why: the reason that is reported where ``scores`` is None.
+    """
 
     scores: Scores | None = None
     scores_origin: Origin | None = None
     dim: int = -1
-    own: tuple[Tensor, Origin] | None = None  # the weights before dropout or mixing, once those have happened
-    scores_tensor: Tensor | None = None  # what the softmax ran over, where that has to be read
-    extended: bool = False  # still holds the sink's column
+    own: tuple[Tensor, Origin] | None = None
+    scores_tensor: Tensor | None = None
+    extended: bool = False
     dropout: float = 0.0
     mixed: list[str] = field(default_factory=list)
-    use: Use | None = None
-    dtype: torch.dtype | None = None  # that the softmax ran in
-    share: tuple[int, int] | None = None  # the keys that this is a slice of, first and past the last
-    why: str = ""  # ``scores`` is None: where they were lost
+    use: SoftmaxUse | None = None
+    dtype: torch.dtype | None = None
+    key_range: tuple[int, int] | None = None
+    why: str = ""
 
 
 @dataclass(slots=True)
-class Root:
-    """A softmax over scores that were moved about: its argument, where that came from, and its result."""
+class ScatteredSoftmax:
+    """A softmax over scattered scores.
+
+    Attributes:
+        scores: its argument.
+        out: its result.
+        dim: the dimension that it ran over.
+        entries: which score each entry of the argument is.
+        scale: what ``a·b`` was multiplied by.
+        opaque: whether something else was done to it, too.
+        use: what becomes of the result.
+        version: how often the argument had been written to.
+        layout: which query and which key each entry is of (:class:`.scattered_layout.ScatteredLayout`), worked out once
+            a product with values shows that it is worth it.
+    """
 
     scores: Tensor
     out: Tensor
@@ -133,24 +216,41 @@ class Root:
     entries: Entries
     scale: float
     opaque: bool
-    use: Use
-    version: int  # of the argument
-    scored: Any = None  # what was worked out of it
+    use: SoftmaxUse
+    version: int
+    layout: Any = None
 
 
 @dataclass(slots=True)
-class Spread(State):
-    """Weights of a softmax over scores that were moved about; they may be moved about too."""
+class ScatteredWeights(State):
+    """The result of a softmax over scattered scores, which may be moved about itself.
 
-    root: Root = None  # type: ignore[assignment]
+    Attributes:
+        root: the softmax.
+        entries: which entry of its result each entry is.
+        own: the weights before dropout, and their entries; None: there was none.
+        dropout: its probability.
+    """
+
+    root: ScatteredSoftmax = None  # type: ignore[assignment]
     entries: Entries = None  # type: ignore[assignment]
-    own: tuple[Tensor, Entries] | None = None  # before dropout
+    own: tuple[Tensor, Entries] | None = None
     dropout: float = 0.0
 
 
 @dataclass(slots=True)
-class Met:
-    """A product of such weights with values."""
+class ScatteredValueProduct:
+    """A product of scattered weights with values.
+
+    Attributes:
+        entries: which entry of the softmax each weight is.
+        weights, w_labels: the weights and the labels of their axes.
+        v, v_labels: the values.
+        out, out_labels: the result.
+        own: the weights before dropout, and their entries.
+        dropout: its probability.
+        version: how often the weights had been written to.
+    """
 
     entries: Entries
     weights: Tensor
@@ -161,21 +261,34 @@ class Met:
     out_labels: Sequence[Label]
     own: tuple[Tensor, Entries] | None
     dropout: float
-    version: int  # of the weights
+    version: int
 
 
 @dataclass(slots=True)
-class Gathered(State):
-    """Values that such weights have gathered, added up; ``entries``: of each of the products' results."""
+class ScatteredOutput(State):
+    """The sum of some products of scattered weights with values; the output once every weight has met its value.
 
-    root: Root = None  # type: ignore[assignment]
-    uses: list[Met] = field(default_factory=list)
+    Attributes:
+        root: the softmax that the weights are of.
+        uses: the products.
+        entries: for each product, which entry of its result each entry is.
+    """
+
+    root: ScatteredSoftmax = None  # type: ignore[assignment]
+    uses: list[ScatteredValueProduct] = field(default_factory=list)
     entries: list[Entries] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class ValueProduct:
-    """``weights · v``: the operands, their labels, and the result; ``width``: those of its axes that are ``v``'s."""
+    """``weights · v``.
+
+    Attributes:
+        weights, weights_labels, weights_origin: the weights, the labels of their axes, and where those come from.
+        v, v_labels, v_origin: the values.
+        out, out_labels: the result.
+        width: those of the result's axes that are the values' alone.
+    """
 
     weights: Tensor
     weights_labels: Sequence[Label]
@@ -189,8 +302,12 @@ class ValueProduct:
 
 
 @dataclass(slots=True)
-class Sum(State):
-    """Values weighted by slices of the weights of one softmax, added up."""
+class PartialOutput(State):
+    """Values weighted by slices of the weights of one softmax, added up; the output once the slices are all keys.
+
+    Attributes:
+        parts: the slices of the weights, and their products with values.
+    """
 
     parts: list[tuple[Weights, ValueProduct]] = field(default_factory=list)
 
@@ -199,6 +316,6 @@ class Sum(State):
         """Whether the slices are all of the keys, each once."""
         state = self.parts[0][0]
         assert state.scores_origin is not None
-        spans = sorted(w.share for w, _ in self.parts if w.share is not None)
+        spans = sorted(w.key_range for w, _ in self.parts if w.key_range is not None)
         together = all(a[1] == b[0] for a, b in pairwise(spans))
         return together and spans[-1][1] - spans[0][0] == state.scores_origin.shape[state.dim] - state.extended

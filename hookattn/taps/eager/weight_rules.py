@@ -10,39 +10,54 @@ from torch import Tensor
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import Operation, carried, number
-from .score_rules import clamped, filled, follows
-from .states import Exp, LogWeights, Lost, Part, Root, RowStat, Scores, Spread, State, Sum, Use, Weights
+from .operation import Operation, number, same_state
+from .score_rules import clamped, filled, keeps_axes
+from .states import (
+    Exponentials,
+    LogWeights,
+    PartialOutput,
+    RowStatistic,
+    ScatteredScores,
+    ScatteredSoftmax,
+    ScatteredWeights,
+    Scores,
+    ScoresSlice,
+    SoftmaxUse,
+    State,
+    Weights,
+)
 
 # A denominator this little above the sum of the exponentials is a guard against 0/0, not a sink.
 _EPSILON = 1e-5
 
 
-def soft_max(c: Operation) -> State | None:
+def weights_of_scores(c: Operation) -> State | None:
     """Softmax of scores."""
     dim = c.arg(1, "dim", -1)
     if dim is None:
         return None
-    return weights_of(c.state, c.state.origin, c.origin, dim % c.x.dim(), c.x)
+    return new_weights(c.state, c.state.origin, c.origin, dim % c.x.dim(), c.x)
 
 
-def softmax_lost(c: Operation) -> State | None:
+def scattered_softmax(c: Operation) -> State | None:
     """Softmax of scores that were moved about, or lost on the way."""
     dim = c.arg(1, "dim", -1)
     if dim is None:
         return None
-    state: Lost | Part = c.state
-    why = state.why if isinstance(state, Lost) else "softmax over a part of the scores of a product"
-    scales = state.scales if isinstance(state, Lost) else {0: state.of.scale}
+    state: ScatteredScores | ScoresSlice = c.state
+    why = state.why if isinstance(state, ScatteredScores) else "softmax over a part of the scores of a product"
+    scales = state.scales if isinstance(state, ScatteredScores) else {0: state.of.scale}
     if state.entries is None or len(set(scales.values())) != 1 or not isinstance(c.out, Tensor):
         return Weights(c.origin, dim=dim % c.x.dim(), why=why)
-    dark = state.opaque if isinstance(state, Lost) else bool(state.of.opaque)
+    opaque = state.opaque if isinstance(state, ScatteredScores) else bool(state.of.opaque)
     scale = next(iter(scales.values()))
-    root = Root(c.x, c.out, dim % c.x.dim(), state.entries, scale, dark, Use(None, why=why), version_of(c.x))
-    return Spread(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
+    root = ScatteredSoftmax(
+        c.x, c.out, dim % c.x.dim(), state.entries, scale, opaque, SoftmaxUse(None, why=why), version_of(c.x)
+    )
+    return ScatteredWeights(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
 
 
-def weights_of(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, tensor: Tensor | None) -> Weights:
+def new_weights(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, tensor: Tensor | None) -> Weights:
     """The state of freshly made weights."""
     return Weights(
         origin,
@@ -54,16 +69,16 @@ def weights_of(scores: Scores, scores_origin: Origin, origin: Origin, dim: int, 
     )
 
 
-def log_soft_max(c: Operation) -> State | None:
+def log_weights(c: Operation) -> State | None:
     """``log_softmax`` of scores."""
     return LogWeights(c.origin, of=c.state, dim=c.arg(1, "dim", -1) % c.x.dim())
 
 
-def exp(c: Operation) -> State | None:
+def exponentials(c: Operation) -> State | None:
     """exp of scores, or of their log-softmax."""
     if isinstance(c.state, LogWeights):
-        return weights_of(c.state.of, c.state.origin, c.origin, c.state.dim, None)
-    return Exp(c.origin, of=c.state)
+        return new_weights(c.state.of, c.state.origin, c.origin, c.state.dim, None)
+    return Exponentials(c.origin, of=c.state)
 
 
 def maximum(c: Operation) -> State | None:
@@ -92,17 +107,17 @@ def _row_statistic(c: Operation, kind: str, of: Scores) -> State | None:
         dim = dim[0] if len(dim) == 1 else None
     if not isinstance(dim, int):
         return None
-    return RowStat(c.origin, kind=kind, of=of, dim=dim % c.x.dim())
+    return RowStatistic(c.origin, kind=kind, of=of, dim=dim % c.x.dim())
 
 
 def clamped_statistic(c: Operation) -> State | None:
     """A denominator kept away from 0."""
-    return carried(c)
+    return same_state(c)
 
 
 def denominator(c: Operation) -> State | None:
     """``sum + extra``: a sink if it is more than a guard against 0/0."""
-    stat: RowStat = c.state
+    stat: RowStatistic = c.state
     other = c.other()
     if stat.kind != "sum":
         return None
@@ -111,12 +126,15 @@ def denominator(c: Operation) -> State | None:
     return replace(stat, origin=c.origin, extra=extra) if isinstance(stat.extra, float) and stat.extra == 0 else None
 
 
-def normalised(c: Operation) -> State | None:
+def normalized(c: Operation) -> State | None:
     """``exp / sum``: weights."""
     stat = c.look(c.other())
-    state: Exp = c.state
+    state: Exponentials = c.state
     if not (
-        isinstance(stat, RowStat) and stat.kind == "sum" and c.position == 0 and stat.of.product is state.of.product
+        isinstance(stat, RowStatistic)
+        and stat.kind == "sum"
+        and c.position == 0
+        and stat.of.product is state.of.product
     ):
         return None
     scores = state.of
@@ -125,12 +143,12 @@ def normalised(c: Operation) -> State | None:
         for shift in scores.shifts:
             logit = logit + shift
         scores = scores.but(sink=logit)
-    weights = weights_of(scores, state.origin, c.origin, stat.dim, None)
+    weights = new_weights(scores, state.origin, c.origin, stat.dim, None)
     weights.extended = False
     return weights
 
 
-def exp_times(c: Operation) -> State | None:
+def masked_exponentials(c: Operation) -> State | None:
     """A mask of zeros and ones multiplied into the exponentials."""
     other = c.other()
     if isinstance(other, Tensor) and c.look(other) is None and bool(((other == 0) | (other == 1)).all()):
@@ -138,7 +156,7 @@ def exp_times(c: Operation) -> State | None:
     return None
 
 
-def weights_sliced(c: Operation) -> State | None:
+def sliced_weights(c: Operation) -> State | None:
     """A view, the sink's column dropped again, or the weights of some of the keys."""
     state: Weights = c.state
     if c.out.numel() == c.x.numel():
@@ -149,10 +167,10 @@ def weights_sliced(c: Operation) -> State | None:
     first = _first(c, dim)
     if first is None or any(n != m for j, (n, m) in enumerate(zip(c.out.shape, c.x.shape, strict=True)) if j != dim):
         return None
-    return share(state, c.origin, dim, first, c.out.shape[dim])
+    return weights_of_keys(state, c.origin, dim, first, c.out.shape[dim])
 
 
-def shares(c: Operation) -> list[State | None]:
+def piece_weights(c: Operation) -> list[State | None]:
     """Weights split along the keys: what each part is. ``c.out``: the parts."""
     state: Weights = c.state
     dim, made, first = _keys_dim(state), list[State | None](), 0
@@ -161,23 +179,23 @@ def shares(c: Operation) -> list[State | None]:
             j == dim or n == m for j, (n, m) in enumerate(zip(one.shape, c.x.shape, strict=True))
         )
         origin = Origin(one.shape, resized, state.origin)
-        made.append(share(state, origin, dim, first, one.shape[dim]) if others and dim is not None else None)
+        made.append(weights_of_keys(state, origin, dim, first, one.shape[dim]) if others and dim is not None else None)
         first += one.shape[dim] if dim is not None else 0
     return made
 
 
-def share(state: Weights, origin: Origin, dim: int, first: int, n: int) -> Weights:
+def weights_of_keys(state: Weights, origin: Origin, dim: int, first: int, n: int) -> Weights:
     """The weights of ``n`` keys, from the ``first`` of those of ``state`` on; ``dim``: where its keys are now."""
     own = state.own
     if own is not None:
         at = _keys_dim(replace(state, origin=own[1]))
         cut = own[0].narrow(dim if at is None else at, first, n)
         own = cut, Origin(cut.shape, resized, own[1])
-    start = first + (state.share[0] if state.share is not None else 0)
+    start = first + (state.key_range[0] if state.key_range is not None else 0)
     whole = state.scores_origin.shape[state.dim] if state.scores_origin is not None else 0
-    if state.extended and state.share is None and n == whole - 1:
+    if state.extended and state.key_range is None and n == whole - 1:
         return replace(state, origin=origin, extended=False, own=own)
-    return replace(state, origin=origin, own=own, share=(start, start + n))
+    return replace(state, origin=origin, own=own, key_range=(start, start + n))
 
 
 def _keys_dim(state: Weights) -> int | None:
@@ -207,21 +225,21 @@ def _first(c: Operation, dim: int) -> int | None:
     return start if step == 1 else None
 
 
-def dropped(c: Operation) -> State | None:
+def weights_after_dropout(c: Operation) -> State | None:
     """Dropout: the weights are what they were before it."""
     p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
     if not training or p == 0:
-        return carried(c)
+        return same_state(c)
     state: Weights = c.state
     return replace(state, origin=c.origin, own=state.own or (c.x, state.origin), dropout=float(p))
 
 
-def weights_mixed(c: Operation) -> State | None:
+def mixed_weights(c: Operation) -> State | None:
     """Anything else done to weights before they meet the values."""
     state: Weights = c.state
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
         return None
-    if c.kind.sums_axis and (state.scores is None or not follows(c, state.scores)):
+    if c.kind.sums_axis and (state.scores is None or not keeps_axes(c, state.scores)):
         return None
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
 
@@ -229,18 +247,18 @@ def weights_mixed(c: Operation) -> State | None:
 def masked_weights(c: Operation) -> State | None:
     """Weights set to 0 where masked: what the model multiplies is what counts."""
     if number(c.arg(2, "value")) == 0:
-        return carried(c)
-    return weights_mixed(c)
+        return same_state(c)
+    return mixed_weights(c)
 
 
-def summed(c: Operation) -> State | None:
+def summed_outputs(c: Operation) -> State | None:
     """Values weighted by one slice of the weights, added to those of another."""
-    state: Sum = c.state
+    state: PartialOutput = c.state
     other = c.look(c.other())
     if number(c.other()) == 0:
-        return carried(c)
-    if not isinstance(other, Sum) or other.parts[0][0].use is not state.parts[0][0].use:
+        return same_state(c)
+    if not isinstance(other, PartialOutput) or other.parts[0][0].use is not state.parts[0][0].use:
         return None
     if c.kwargs.get("alpha", 1) != 1 or c.out.shape != c.x.shape:
         return None
-    return Sum(c.origin, parts=[*state.parts, *other.parts])
+    return PartialOutput(c.origin, parts=[*state.parts, *other.parts])

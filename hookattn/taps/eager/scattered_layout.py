@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .products import Label, LayoutError, Product, mixes_heads
-from .states import Root
+from .states import ScatteredSoftmax
 
 # Rows that are one in memory, for heads that share their keys, are one for each head all the same.
 _SHARED = 1 << 44
@@ -39,7 +39,7 @@ def vectors_of(x: Tensor, labels: Sequence[Label], over: Sequence[Label]) -> Ten
     return x.permute(*rows, *width).reshape(n, -1)
 
 
-class Scored:
+class ScatteredLayout:
     """Which query and which key every entry of a softmax's argument is of.
 
     Attributes:
@@ -49,7 +49,7 @@ class Scored:
         n, t, s: batch entries times heads, queries, keys.
     """
 
-    def __init__(self, root: Root):
+    def __init__(self, root: ScatteredSoftmax):
         self.root = root
         x = root.scores
         self.shape = (*x.shape[: root.dim], *x.shape[root.dim + 1 :])
