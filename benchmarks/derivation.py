@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from hookattn.attention.derivation import derive
-from hookattn.attention.functional import Diagonal
-from hookattn.attention.masks import causal_mask
+from hookattn.attention.masks import Diagonal, causal_mask
 
 from .clock import Clock, clock_of, median_of
 

@@ -5,14 +5,13 @@ Letters: B batch, H query heads, G key/value heads (H = G·groups), T queries, S
 
 from .derivation import derive
 from .functional import (
-    Diagonal,
     compute_dtype,
     dot_scores,
     finish_scores,
     softmax_weights,
     weighted_values,
 )
-from .masks import causal_mask, split_additive
+from .masks import Diagonal, causal_mask, split_additive
 
 __all__ = [
     "Diagonal",

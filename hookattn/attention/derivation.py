@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import allocation, devices
-from .functional import Diagonal, compute_dtype, dot_scores, finish_scores, softmax_weights
+from .functional import compute_dtype, dot_scores, finish_scores, softmax_weights
+from .masks import Diagonal
 
 # How many scores make a block on the CPU: 4 MiB of float32, which stays in the cache from product to softmax.
 _BLOCK = 1 << 20
@@ -27,6 +28,7 @@ def derive(
     want_scores: bool = True,
     want_weights: bool = True,
     diagonal: Diagonal | None = None,
+    rows: Tensor | None = None,
     notes: list[str] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scores and weights of one call, only what is wanted; on the CPU block by block, so that a block stays in cache,
@@ -37,6 +39,7 @@ def derive(
 
     Args:
         diagonal: what ``mask`` consists of, if that says all of it: a GPU then need not read it.
+        rows: T, int64, which queries of the whole call these are, for ``diagonal``; None: all, in their order.
         notes: gets a line where a GPU's kernel does not take the call, and these functions do.
     """
     b, h, t, _ = q.shape
@@ -44,7 +47,7 @@ def derive(
     if devices.on_gpu(q) and b * h * t * s:
         from .kernels import derive as fused  # what it needs is heavy
 
-        made = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, want_scores, want_weights)
+        made = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, rows, want_scores, want_weights)
         if not isinstance(made, str):
             return made
         if notes is not None:

@@ -5,7 +5,7 @@ Letters: B batch, H query heads, G key/value heads (H = G·groups), T queries, S
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,20 +14,6 @@ from torch import Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores are derived in: float32 for everything narrower, as fused kernels do inside."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-class Diagonal(NamedTuple):
-    """What a causal or windowed kernel hides by itself.
-
-    Attributes:
-        causal, offset, window: see :func:`causal_mask`.
-        rows: T, int64, which queries of the whole call these are; None: all, in their order.
-    """
-
-    causal: bool = False
-    offset: int = 0
-    window: int | None = None
-    rows: Tensor | None = None
 
 
 def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0, out: Tensor | None = None) -> Tensor:

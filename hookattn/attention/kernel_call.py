@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .masks import Diagonal
+
 FIELDS = ("q", "k", "v", "bias", "scores", "mask", "sinks", "weights", "output")
 
 
@@ -23,9 +25,9 @@ class KernelCall:
         tap: the name of the tap.
         bias: finite additive terms, broadcastable to B H T S.
         mask: bool, broadcastable to B H T S, True = may attend.
-        causal: whether the kernel itself hid later keys, beside ``mask``.
-        offset: where the causal diagonal starts (see :func:`hookattn.attention.causal_mask`).
-        window: the kernel's own sliding window in keys.
+        causal: whether the kernel itself hid later keys, beside ``mask``; for a tap to say, read as :attr:`diagonal`.
+        offset: where the causal diagonal starts (see :func:`hookattn.attention.causal_mask`); likewise.
+        window: the kernel's own sliding window in keys; likewise.
         softcap: ``c`` of ``c·tanh(s/c)``.
         sinks: H, or broadcastable to B H T 1.
         scores: the model's own finite scores, B H T S, where it formed them.
@@ -69,6 +71,11 @@ class KernelCall:
     path: str | None = None
     within: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def diagonal(self) -> Diagonal:
+        """What the kernel hides by itself, beside ``mask``."""
+        return Diagonal(self.causal, self.offset, self.window)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The complete mask of a call: what the kernel was given, and what it hides by itself."""
+"""What hides keys from queries: the kernel by itself, the mask that it was given, and a mask that was added."""
 
 from __future__ import annotations
 
@@ -10,7 +10,163 @@ from torch import Tensor
 
 from ..torch_internals.tensor_memo import TensorMemo
 
-# Masks of up to this many entries that depend on nothing but a shape are made once for all traces.
+
+class Reach(NamedTuple):
+    """Which keys a run of queries may attend to, as far as the kernel says it by itself.
+
+    Attributes:
+        some: the keys that any of these queries may see.
+        all: the keys, among those, that every one of them may see.
+    """
+
+    some: slice
+    all: slice
+
+
+class Seers(NamedTuple):
+    """Which queries may attend to blocks of keys, as far as the kernel says it by itself: Reach, seen from the keys.
+
+    Attributes:
+        first: int64, one for each block: the first query row that may see any of its keys.
+        all_first: the first that may see all of them.
+        all_last: the last that may see all of them; None: all that follow may.
+        last: the last that may see any of them; None likewise.
+    """
+
+    first: Tensor
+    all_first: Tensor
+    all_last: Tensor | None
+    last: Tensor | None
+
+
+class Diagonal(NamedTuple):
+    """What a kernel hides by itself, beside the mask that it is given. All that depends on its form asks this.
+
+    Query row ``i`` stands at key position ``i + offset``: on a diagonal of T S. Rows are those of the whole call; which
+    of them somebody asks for is no part of it.
+
+    A new form (chunks, say, or a prefix that all may see) is an attribute here, and changes the methods below and, for
+    GPUs, ``allows``, ``reach`` and ``reach_of_all`` in :mod:`hookattn.attention.kernels.rows`.
+
+    Attributes:
+        causal: whether keys after a query's own position are hidden.
+        offset: 0 aligns query 0 with key 0 (torch); ``S - T`` aligns the last query with the last key (flash-attn).
+        window: how many keys up to and including the query's own position it may see; without ``causal`` as many on
+            the other side. None: no limit.
+    """
+
+    causal: bool = False
+    offset: int = 0
+    window: int | None = None
+
+    @property
+    def hides_any(self) -> bool:
+        """Whether it hides keys at all; if not, its offset means nothing."""
+        return self.causal or self.window is not None
+
+    def positions(self, rows: Tensor) -> Tensor | None:
+        """The key positions of some query rows, in their shape; None: this kernel does not say where queries are."""
+        return rows + self.offset if self.causal else None
+
+    def allows(self, rows: Tensor, keys: slice) -> Tensor:
+        """R n, bool: which keys each of some queries may see.
+
+        Args:
+            rows: R, int64, in any order.
+            keys: n keys, from ``start`` to ``stop``.
+        """
+        distance = (rows + self.offset).unsqueeze(-1) - torch.arange(keys.start, keys.stop, device=rows.device)
+        if self.causal:
+            allowed = distance >= 0
+            return allowed if self.window is None else allowed & (distance < self.window)
+        if self.window is None:
+            return torch.ones_like(distance, dtype=torch.bool)
+        return distance.abs_() < self.window
+
+    def hides(self, rows: Tensor, keys: slice) -> Tensor:
+        """R n, bool: the contrary of :meth:`allows`."""
+        return self.allows(rows, keys).logical_not_()
+
+    def mask(self, t: int, s: int, device: torch.device | None = None) -> Tensor:
+        """1 1 T S, bool, True = may attend: the mask of all queries and keys."""
+        if not self.hides_any:  # nothing of the size T·S has to be formed
+            return torch.ones((), dtype=torch.bool, device=device).expand(1, 1, t, s)
+        return self.allows(torch.arange(t, device=device), slice(0, s)).view(1, 1, t, s)
+
+    def reach(self, first: int, last: int, s: int) -> Reach:
+        """Which keys the query rows from ``first`` to ``last``, both included, may see.
+
+        Args:
+            first: the least of these rows.
+            last: the greatest of them.
+            s: S. ``some`` has one key at least, be it one that nobody sees: a block without keys has no softmax.
+        """
+        least, most = first + self.offset, last + self.offset
+        start, stop = 0, s
+        if self.causal:
+            stop = min(stop, most + 1)
+        if self.window is not None:
+            start = max(start, least - self.window + 1)
+            stop = min(stop, most + self.window)
+        start = min(max(start, 0), s - 1)
+        stop = max(stop, start + 1)
+        left, right = start, stop
+        if self.window is not None:
+            left = min(max(most - self.window + 1, start), stop)
+            right = min(least + self.window, right)
+        if self.causal:
+            right = min(least + 1, right)
+        return Reach(slice(start, stop), slice(left, max(left, right)))
+
+    def seers(self, first: Tensor, last: Tensor) -> Seers:
+        """Which query rows may see blocks of keys, for a kernel that hides any.
+
+        Args:
+            first: int64, the first key of each block.
+            last: int64, the last key of each block.
+        """
+        ahead = 0 if self.causal else (self.window or 0) - 1  # so many keys after its own position a query sees
+        first, last = first - self.offset, last - self.offset
+        if self.window is None:
+            return Seers(first - ahead, last - ahead, None, None)
+        return Seers(first - ahead, last - ahead, first + self.window - 1, last + self.window - 1)
+
+    def kernel_operands(self) -> dict[str, int | bool]:
+        """It as the GPU kernels take it, by the names of their parameters."""
+        return {
+            "offset": self.offset,
+            "window": self.window or 0,
+            "CAUSAL": self.causal,
+            "WINDOWED": self.window is not None,
+        }
+
+
+def causal_mask(
+    t: int,
+    s: int,
+    *,
+    window: int | None = None,
+    offset: int = 0,
+    causal: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The bool mask of a causal or windowed kernel: 1 1 T S, True = may attend.
+
+    Args:
+        t: queries.
+        s: keys.
+        window: how many keys up to and including the query's own position it may see; None: no limit.
+        offset: 0 aligns query 0 with key 0 (torch); ``s - t`` aligns the last query with the last key (flash-attn).
+        causal: whether later keys are hidden; without it the window is two-sided.
+        device: where the mask is made.
+    """
+    return Diagonal(causal, offset, window).mask(t, s, device)
+
+
+# ---------------------------------------------------------------------------------------------- the complete mask
+
+# Masks of up to this many entries that depend on nothing but a shape are made once for all traces: small models are
+# traced over and over, and making one costs several times what a copy does.
 _SMALL = 1 << 16
 
 
@@ -40,51 +196,43 @@ class CompleteMasks:
     def __init__(self, once: TensorMemo):
         self._once = once
 
-    def __call__(
-        self,
-        own: Tensor | None,
-        t: int,
-        s: int,
-        offset: int,
-        window: int | None,
-        causal: bool,
-        device: torch.device,
-    ) -> CompleteMask:
-        """As :func:`complete_mask`, whatever the dtype of ``own``."""
-        if own is not None and own.dtype != torch.bool:
-            own = own.bool()
-        shape = t, s, offset, window, causal, device
-        return self._once(shape, own, lambda: complete_mask(own, *shape))  # type: ignore[no-any-return]
+    def __call__(self, given: Tensor | None, t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
+        """As :func:`complete_mask`, whatever the dtype of ``given``."""
+        if given is not None and given.dtype != torch.bool:
+            given = given.bool()
+        shape = t, s, diagonal, device
+        return self._once(shape, given, lambda: complete_mask(given, *shape))  # type: ignore[no-any-return]
 
 
-def complete_mask(
-    own: Tensor | None, t: int, s: int, offset: int, window: int | None, causal: bool, device: torch.device
-) -> CompleteMask:
+def complete_mask(given: Tensor | None, t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
     """The complete mask.
 
     Args:
-        own: bool, broadcastable to B H T S, what the kernel was given; or None.
-        t, s, offset, window, causal, device: see :func:`hookattn.attention.causal_mask`.
+        given: bool, broadcastable to B H T S, what the kernel was given; or None.
+        t: queries.
+        s: keys.
+        diagonal: what the kernel hides by itself.
+        device: where the mask is made.
     """
-    if not causal and window is None:
-        if own is None:
+    if not diagonal.hides_any:
+        if given is None:
             return CompleteMask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), None, False)
-        mask = own.clone(memory_format=torch.contiguous_format)
-    elif own is None and t * s <= _SMALL:
-        known = _by_shape(t, s, offset, window, causal, device)
+        mask = given.clone(memory_format=torch.contiguous_format)
+    elif given is None and t * s <= _SMALL:
+        known = _by_shape(t, s, diagonal, device)
         return known._replace(mask=known.mask.clone())
     else:
-        mask = causal_mask(t, s, window=window, offset=offset, causal=causal, device=device)
-        mask = mask if own is None else own & mask
+        mask = diagonal.mask(t, s, device)
+        mask = mask if given is None else given & mask
     if mask.numel() == 1 and bool(mask):
         return CompleteMask(mask, None, False)
     return CompleteMask(mask, mask, _leaves_empty(mask))
 
 
 @functools.lru_cache(maxsize=64)
-def _by_shape(t: int, s: int, offset: int, window: int | None, causal: bool, device: torch.device) -> CompleteMask:
-    with torch.inference_mode(False), torch.no_grad():
-        mask = causal_mask(t, s, window=window, offset=offset, causal=causal, device=device).contiguous()
+def _by_shape(t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
+    with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that is on now
+        mask = diagonal.mask(t, s, device).contiguous()
         return CompleteMask(mask, mask, _leaves_empty(mask), additive_mask(mask))
 
 
@@ -97,48 +245,18 @@ def _leaves_empty(mask: Tensor) -> bool:
     return not bool(mask.any(-1).all())
 
 
+# ---------------------------------------------------------------------------------------------- masks that were added
+
 # An additive entry at or below this is a mask, unless the tensor slopes down to it gradually (a long ALiBi bias).
 MASKED = -9_000.0
-
 
 # The smallest penalty in use as a mask: Swin's 0/-100, whose weights do reach 0.
 FILL = -99.0
 
-
-# What masks are made of beside -10000: float16's lowest, -1e9, the lowest of the others. A mask stands apart from the
-# bias by at least a third of its size.
+# What masks are made of beside -10000: float16's lowest, -1e9, the lowest of the others.
 _BOUNDS = (MASKED, -60_000.0, -5e8, -1e30)
-
-
+# A mask stands apart from the bias by at least a third of its size; a slope has entries in between.
 _APART = 1.5
-
-
-def causal_mask(
-    t: int,
-    s: int,
-    *,
-    window: int | None = None,
-    offset: int = 0,
-    causal: bool = True,
-    device: torch.device | None = None,
-) -> Tensor:
-    """The bool mask of a causal or windowed kernel: 1 1 T S, True = may attend.
-
-    Args:
-        t: queries.
-        s: keys.
-        window: how many keys up to and including the query's own position it may see; None: no limit.
-        offset: 0 aligns query 0 with key 0 (torch); ``s - t`` aligns the last query with the last key (flash-attn).
-        causal: whether later keys are hidden; without it the window is two-sided.
-        device: where the mask is made.
-    """
-    distance = torch.arange(t, device=device).view(t, 1) + offset - torch.arange(s, device=device)
-    keep = distance >= 0 if causal else torch.ones((), dtype=torch.bool, device=device).expand(t, s)
-    if window is not None:
-        keep = keep & (distance < window)
-        if not causal:
-            keep = keep & (distance > -window)
-    return keep.view(1, 1, t, s)
 
 
 def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -172,12 +290,3 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if floor <= FILL and top == 0 and not bool(((bias < 0) & (bias > FILL)).any()):
         hidden, floor = additive != 0, 0.0
     return None if floor == 0 and top == 0 else bias, None if hidden is None else ~hidden
-
-
-def hidden(rows: Tensor, keys: slice, causal: bool, window: int | None) -> Tensor:
-    """R n: what a causal or windowed kernel hides of some keys from queries on the diagonal at ``rows``."""
-    distance = rows.unsqueeze(-1) - torch.arange(keys.start, keys.stop, device=rows.device)
-    if not causal:
-        assert window is not None
-        return distance.abs_() >= window
-    return distance < 0 if window is None else (distance < 0) | (distance >= window)

@@ -26,11 +26,12 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
         (B or 1) T, int64; None: queries and keys are not places in one sequence.
     """
     t, s = call.q.shape[2], call.k.shape[2]
-    if kind.startswith("cross") or (t > s and not call.causal):
+    if kind.startswith("cross"):
         return None
     steps = torch.arange(t, device=call.q.device).unsqueeze(0)
-    if call.causal:
-        return steps + call.offset
+    positions = call.diagonal.positions(steps)
+    if positions is not None or t > s:
+        return positions
     if t == s or call.mask is None:
         return steps + (s - t)
     last = last_allowed(call.mask, steps[0], s)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .functional import sink_column, with_four_axes
 from .kernel_call import KernelCall
+from .masks import Diagonal
 
 
 @dataclass(slots=True)
@@ -23,9 +24,9 @@ class ScoreInputs:
         mask: bool, broadcastable to B H T S, what the kernel was given; what it hides by itself is not in it.
         sinks: H, or broadcastable to B H T 1.
         scores: the model's own, B H T S, where it formed them: then nothing above but mask and sinks counts.
-        causal: whether the kernel hides later keys.
-        offset: where its diagonal starts.
-        window: its sliding window.
+        causal: whether the kernel hides later keys; read as :attr:`diagonal`.
+        offset: where its diagonal starts; likewise.
+        window: its sliding window; likewise.
         rows: T, which queries of the whole call these are.
         positions: (B or 1) T, the key position that each is at; None where there is no such thing.
         notes: gets a line where a GPU's kernels do not take it.
@@ -46,6 +47,11 @@ class ScoreInputs:
     positions: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def diagonal(self) -> Diagonal:
+        """What the kernel hides by itself, beside ``mask``."""
+        return Diagonal(self.causal, self.offset, self.window)
+
     @classmethod
     def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> ScoreInputs:
         """Of a call as its tap saw it, restricted."""
@@ -58,9 +64,7 @@ class ScoreInputs:
             with_four_axes(call.mask),
             None if call.sinks is None else sink_column(call.sinks),
             call.scores,
-            call.causal,
-            call.offset,
-            call.window,
+            *call.diagonal,
             rows,
             positions,
             call.notes,

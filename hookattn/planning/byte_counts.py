@@ -79,12 +79,12 @@ def _back(site: Site, last: dict[tuple[str, str], int]) -> int:
 def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:
     """A stand-in of a call's complete mask, which calls with the same arguments have in common."""
     own, t, s = call.mask, call.q.shape[2], call.k.shape[2]
-    key: tuple[Any, ...] = step, t, s, call.offset, call.window, call.causal, call.q.device
+    key: tuple[Any, ...] = step, t, s, call.diagonal, call.q.device
     if own is not None:
         key = *key, own.untyped_storage()._cdata, own.storage_offset(), own.shape, own.stride(), own.dtype
     if key not in masks:
         shape = torch.Size((1, 1, 1, 1)) if own is None else own.shape
-        if call.causal or call.window is not None:
+        if call.diagonal.hides_any:
             shape = torch.Size(max(pair) for pair in zip(shape, (1, 1, t, s), strict=True))
         masks[key] = torch.empty(shape, dtype=torch.bool, device="meta")
     return masks[key]

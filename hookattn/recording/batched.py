@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from ..attention.functional import compute_dtype
 from ..attention.kernel_call import FIELDS, KernelCall
-from ..attention.masks import CompleteMask, CompleteMasks, additive_mask
+from ..attention.masks import CompleteMask, CompleteMasks, Diagonal, additive_mask
 from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.fields import Later
@@ -77,7 +77,7 @@ class SmallCalls:
         several = call.q, call.k, call.v, output
         if (shape := shape_of(several, scale)) is None:
             return None
-        masked = self._masks(call.mask, shape.t, shape.s, call.offset, call.window, call.causal, call.q.device)
+        masked = self._masks(call.mask, shape.t, shape.s, call.diagonal, call.q.device)
         return self._fill(Call.of(call, site, step, index), several, scale, masked)
 
     def keep_plain(
@@ -93,7 +93,7 @@ class SmallCalls:
         """The same of a kernel that was given nothing but ``several`` (q, k, v; and its output), scale and causal."""
         if (shape := shape_of(several, scale)) is None:
             return None
-        masked = self._masks(None, shape.t, shape.s, 0, None, causal, several[0].device)
+        masked = self._masks(None, shape.t, shape.s, Diagonal(causal), several[0].device)
         return self._fill(Call(site, step, index, tap, shape.dtype, scale, None, causal), several, scale, masked)
 
     def _fill(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import functional as math
 from ..attention.derivation import derive
 from ..attention.kernel_call import FIELDS, KernelCall
-from ..attention.masks import CompleteMask, CompleteMasks, split_additive
+from ..attention.masks import CompleteMask, CompleteMasks, Diagonal, split_additive
 from ..calls.call import Call
 from ..calls.fields import Field, Later
 from ..calls.site import Site
@@ -111,12 +111,10 @@ class CallRecorder:
         kept = kept_rows(call, queries) if self._lean and self.verify != "off" else None
         masked = None
         if not self._lean:
-            hides = call.offset, call.window, call.causal
-            masked = self._masks(call.mask, t, call.k.shape[2], *hides, call.q.device)
-        diagonal = None
-        if devices.on_gpu(call.q) and call.mask is None and (call.causal or call.window is not None):
-            at = None if queries is None else kept_rows(call, queries)
-            diagonal = math.Diagonal(call.causal, call.offset, call.window, at)
+            masked = self._masks(call.mask, t, call.k.shape[2], call.diagonal, call.q.device)
+        diagonal, rows = None, None
+        if devices.on_gpu(call.q) and call.mask is None and call.diagonal.hides_any:
+            diagonal, rows = call.diagonal, None if queries is None else kept_rows(call, queries)
         if masked is not None:
             call.mask = masked.mask
         keys = call.k.shape[2]
@@ -127,7 +125,7 @@ class CallRecorder:
             if heads is not None or queries is not None:
                 assert call.mask is not None
                 masked = masked._replace(mask=call.mask, real=None if masked.real is None else call.mask)
-            pending, scores, weights = self._derive(grouped(call, groups), masked, diagonal)
+            pending, scores, weights = self._derive(grouped(call, groups), masked, diagonal, rows)
         if isinstance(call.scale, Tensor):
             call.scale = call.scale.to(self.selection.device or call.scale.device, copy=True)
         made = Call.of(call, site, step, index)
@@ -157,9 +155,20 @@ class CallRecorder:
         return None if pending is None else replace(pending, of_rows=len(kept))
 
     def _derive(
-        self, call: KernelCall, masked: CompleteMask, diagonal: math.Diagonal | None = None
+        self,
+        call: KernelCall,
+        masked: CompleteMask,
+        diagonal: Diagonal | None = None,
+        which: Tensor | None = None,
     ) -> tuple[Pending | None, Tensor | None, Tensor | None]:
-        """Scores and weights as far as they are wanted, and the certificate's measurements."""
+        """Scores and weights as far as they are wanted, and the certificate's measurements.
+
+        Args:
+            call: restricted to what is kept.
+            masked: its mask.
+            diagonal: what the mask consists of, if that says all of it.
+            which: T, which queries of the whole call these are, for ``diagonal``; None: all.
+        """
         mask, empty = masked.real, masked.empty
         scores, weights = call.scores, call.weights
         if (scores is None and self.wants("scores")) or (weights is None and self.wants("weights")):
@@ -167,7 +176,7 @@ class CallRecorder:
                 missing = weights is None and self.wants("weights")
                 given: dict[str, Any] = {"softcap": call.softcap, "bias": call.bias, "mask": mask, "sinks": call.sinks}
                 given |= {"empty": empty, "want_scores": self.wants("scores"), "want_weights": missing}
-                given |= {"diagonal": diagonal, "notes": call.notes}
+                given |= {"diagonal": diagonal, "rows": which, "notes": call.notes}
                 scores, derived = derive(call.q, call.k, call.scale, **given)
                 weights = derived if missing else weights
             else:
@@ -179,7 +188,7 @@ class CallRecorder:
         if scores is weights is None and devices.on_gpu(call.q):
             from ..attention.kernels import check
 
-            if (found := check(call, rows, mask, diagonal)) is not None:
+            if (found := check(call, rows, mask, diagonal, which)) is not None:
                 return measured(call, rows, found), None, None
         formed = call.scores is not None and not call.opaque  # the model's own: these are compared with q·k
         part = self._scores(call, rows) if scores is None or formed else scores[:, :, rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.functional import compute_dtype, weighted_values
 from ..attention.kernel_call import KernelCall
-from ..attention.masks import CompleteMask, hidden
+from ..attention.masks import CompleteMask
 from ..calls.certificate import Certificate, tolerance
 from .selection import restrict
 
@@ -216,9 +216,8 @@ def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, Comp
     rows = rows_to_check(call.q.shape[2], full)
     restrict(own, None, rows)
     mask = own.mask
-    if call.causal or call.window is not None:
-        at = kept[rows] + call.offset
-        seen = ~hidden(at, slice(0, call.k.shape[2]), call.causal, call.window).view(1, 1, len(at), -1)
+    if call.diagonal.hides_any:
+        seen = call.diagonal.allows(kept[rows], slice(0, call.k.shape[2]))[None, None]
         mask = seen if mask is None else mask.bool() & seen
     elif mask is not None:
         mask = mask.bool()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import compute_dtype, finish_scores, with_four_axes
-from ..attention.masks import hidden
+from ..attention.masks import Reach
 from ..attention.score_inputs import ScoreInputs
 from ..torch_internals import devices
 from .base import Out, Statistic
@@ -99,12 +99,22 @@ class _Columns:
 
 @dataclass(slots=True)
 class _Span:
-    """Some rows: the keys that any of them may see, their first and last place on the diagonal, and key position."""
+    """Some rows.
+
+    Attributes:
+        rows: which.
+        seen: the keys that any of them, and that all of them may see for all that the kernel hides by itself.
+        positions: the least and the greatest of their key positions; 0 and 0 where there is no such thing.
+    """
 
     rows: slice
-    keys: slice
-    diagonal: tuple[int, int]
-    reach: tuple[int, int]
+    seen: Reach
+    positions: tuple[int, int]
+
+    @property
+    def keys(self) -> slice:
+        """The keys of its block."""
+        return self.seen.some
 
 
 class _Pass:
@@ -119,11 +129,11 @@ class _Pass:
         self.g = self.h if own else k.shape[1]
         self.per = self.h // self.g
         self.k = k if own else k.to(dtype).expand(self.b, -1, -1, -1)
-        rows = torch.arange(self.t, device=q.device) if problem.rows is None else problem.rows
-        self.diagonal = rows + problem.offset
-        self.places = self.diagonal.tolist()
-        places = problem.positions
-        self.reach = None if places is None else (places.amin(0).tolist(), places.amax(0).tolist())
+        self.diagonal = problem.diagonal
+        self.rows = torch.arange(self.t, device=q.device) if problem.rows is None else problem.rows
+        self.row_numbers = self.rows.tolist()
+        at = problem.positions
+        self.least_and_most = None if at is None else (at.amin(0).tolist(), at.amax(0).tolist())
         self.mask = None if problem.mask is None else ~problem.mask.bool() if problem.mask.shape[2] == 1 else None
         self.on_gpu = devices.on_gpu(q)
         self.scratch: dict[int, Tensor] = {}
@@ -132,15 +142,15 @@ class _Pass:
         """Every row of every head once."""
         size = _BLOCK_ON_GPU if self.on_gpu else _BLOCK
         for span in self._spans(size):
-            self.columns.fill(span.keys, span.reach)
-            hides = list(self._hides(span))
+            self.columns.fill(span.keys, span.positions)
+            hidden = self._hidden(span)
             scores = self._size(span)
             groups = min(self.g, max(1, size // scores))
             batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
             for b in range(0, self.b, batch):
                 for g in range(0, self.g, groups):
                     heads = slice(g, min(g + groups, self.g))
-                    yield self._block(slice(b, min(b + batch, self.b)), heads, span, hides)
+                    yield self._block(slice(b, min(b + batch, self.b)), heads, span, hidden)
 
     def _spans(self, size: int) -> Iterator[_Span]:
         """All rows, in spans of about as many scores, so that rows that see few keys are many."""
@@ -164,20 +174,12 @@ class _Pass:
 
     def _span(self, start: int, stop: int) -> _Span:
         rows = slice(start, min(stop, self.t))
-        diagonal = min(self.places[rows]), max(self.places[rows])
-        reach = (0, 0) if self.reach is None else (min(self.reach[0][rows]), max(self.reach[1][rows]))
-        return _Span(rows, self._keys(*diagonal), diagonal, reach)
-
-    def _keys(self, least: int, most: int) -> slice:
-        """The keys that a causal or windowed kernel lets some of these rows see; at least one."""
-        problem, start, stop = self.problem, 0, self.s
-        if problem.causal:
-            stop = min(stop, most + 1)
-        if problem.window is not None:
-            start = max(start, least - problem.window + 1)
-            stop = min(stop, most + problem.window)
-        start = min(max(start, 0), self.s - 1)
-        return slice(start, max(stop, start + 1))
+        numbers = self.row_numbers[rows]
+        seen = self.diagonal.reach(min(numbers), max(numbers), self.s)
+        if self.least_and_most is None:
+            return _Span(rows, seen, (0, 0))
+        least, most = self.least_and_most
+        return _Span(rows, seen, (min(least[rows]), max(most[rows])))
 
     def _empty(self, which: int, shape: tuple[int, ...]) -> Tensor:
         """Memory that is used again for the next block."""
@@ -188,7 +190,7 @@ class _Pass:
             self.scratch[which] = torch.empty(n, dtype=self.dtype, device=self.problem.q.device)
         return self.scratch[which][:n].view(shape)
 
-    def _block(self, batch: slice, groups: slice, span: _Span, hides: list[tuple[slice, Tensor]]) -> Block:
+    def _block(self, batch: slice, groups: slice, span: _Span, hidden: list[tuple[slice, Tensor]]) -> Block:
         problem = self.problem
         place = (batch, slice(groups.start * self.per, groups.stop * self.per), span.rows)
         scores = self._scores(groups, place, span.keys)
@@ -199,8 +201,8 @@ class _Pass:
             scores.masked_fill_(_cut(self.mask, place, span.keys), HIDDEN)
         elif problem.mask is not None:
             scores.masked_fill_(~_cut(problem.mask, place, span.keys).bool(), HIDDEN)
-        for columns, hide in hides:
-            scores[..., columns].masked_fill_(hide, HIDDEN)
+        for columns, hides in hidden:
+            scores[..., columns].masked_fill_(hides, HIDDEN)
         top = scores.amax(-1, keepdim=True)
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
         full = not self.on_gpu and not bool(dead.any())  # a GPU would have to be waited for
@@ -219,7 +221,7 @@ class _Pass:
         if not full:
             factor = torch.where(dead, 0.0, factor)
         top, lse = top / LOG2E, lse.div_(LOG2E)
-        return Block(place, span.keys, shifted, mass, factor, top, lse, own * factor, positions, span.reach)
+        return Block(place, span.keys, shifted, mass, factor, top, lse, own * factor, positions, span.positions)
 
     def _scores(self, groups: slice, place: tuple[slice, slice, slice], keys: slice) -> Tensor:
         """b h R n, times log₂e, before any mask."""
@@ -243,22 +245,19 @@ class _Pass:
         finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
         return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
 
-    def _hides(self, span: _Span) -> Iterator[tuple[slice, Tensor]]:
-        """What a causal or windowed kernel hides of some columns of a block: R n."""
-        problem, keys = self.problem, span.keys
-        if not problem.causal and problem.window is None:
-            return
-        least, most = span.diagonal
-        lower, upper = keys.start, keys.stop  # keys in between are hidden from no row
-        if problem.window is not None:
-            lower = min(max(most - problem.window + 1, keys.start), keys.stop)
-            upper = max(min(least + problem.window, keys.stop), lower)
-        if problem.causal:
-            upper = max(min(least + 1, upper), lower)
-        for edge in (slice(keys.start, lower), slice(upper, keys.stop)):
-            if edge.stop > edge.start:
-                hide = hidden(self.diagonal[span.rows], edge, problem.causal, problem.window)
-                yield slice(edge.start - keys.start, edge.stop - keys.start), hide
+    def _hidden(self, span: _Span) -> list[tuple[slice, Tensor]]:
+        """What the kernel hides by itself: some columns of a block, and R n, which of their scores it hides.
+
+        Only the columns at the edges, that some rows see and others do not: for long rows that is next to nothing of
+        the block, and no comparison is made for the rest.
+        """
+        keys, every = span.seen
+        edges = (slice(keys.start, every.start), slice(every.stop, keys.stop))
+        return [
+            (slice(edge.start - keys.start, edge.stop - keys.start), self.diagonal.hides(self.rows[span.rows], edge))
+            for edge in edges
+            if edge.stop > edge.start
+        ]
 
 
 def _cut(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Tensor:

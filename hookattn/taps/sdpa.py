@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
-from ..attention.masks import causal_mask
 from ..torch_internals.isolation import isolated
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
@@ -104,8 +103,8 @@ def _additive(call: KernelCall, change: Change, given: dict[str, Any]) -> Tensor
         mask = call.mask
     if bias is None and call.bias is not None:  # from the tensor itself, not from what was split off: a learned one
         bias = own if call.mask is None else torch.where(call.mask, own, 0.0)  # keeps its gradient
-    if call.causal:
-        diagonal = causal_mask(q.shape[2], given["key"].shape[2], device=q.device)
+    if call.diagonal.hides_any:
+        diagonal = call.diagonal.mask(q.shape[2], given["key"].shape[2], q.device)
         mask = diagonal if mask is None else mask & diagonal
     if bias is None:
         assert mask is not None

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 import hookattn
 from hookattn import KernelCall
-from hookattn.attention.functional import Diagonal
 from hookattn.attention.kernels import launch
-from hookattn.attention.masks import causal_mask
+from hookattn.attention.masks import Diagonal, causal_mask
 from hookattn.torch_internals import devices
 from tests.interpreter import DEVICE, Broken, interpreted
 from tests.reference import draw, masked_softmax, repeat_heads
@@ -56,13 +55,11 @@ def expected(
 
 def derived(q: Tensor, k: Tensor, scale: Any = 0.3, scores: bool = True, weights: bool = True, **given: Any) -> Any:
     """What the kernel writes."""
-    options = {"softcap": None, "bias": None, "mask": None, "sinks": None, "diagonal": None} | given
+    options = {"softcap": None, "bias": None, "mask": None, "sinks": None, "diagonal": None, "rows": None} | given
 
     def there(x: Any) -> Any:
         return x.to(DEVICE) if isinstance(x, Tensor) else x
 
-    if options["diagonal"] is not None:
-        options["diagonal"] = Diagonal(*map(there, options["diagonal"]))
     made = launch.derive(*map(there, (q, k, scale, *options.values(), scores, weights)))
     assert not isinstance(made, str), made
     return made
@@ -136,10 +133,10 @@ def test_what_a_kernel_hides_by_itself(
     if not causal and window is None:
         window = 2
     mask = causal_mask(n["t"], n["s"], window=window, offset=offset, causal=causal)[:, :, rows]
-    diagonal = Diagonal(causal, offset, window, rows if chosen else None)
+    hides = {"diagonal": Diagonal(causal, offset, window), "rows": rows if chosen else None}
     want = expected(q, k, 0.3, mask=mask)
     for scores in (True, False):
-        made = derived(q, k, scores=scores, diagonal=diagonal, mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+        made = derived(q, k, scores=scores, **hides, mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool))
         for got, true in zip(made, want, strict=True):
             if got is not None:
                 slack = max(EXACT, torch.finfo(got.dtype).eps)
@@ -248,7 +245,9 @@ def test_a_trace_of_nothing_but_arguments(monkeypatch: pytest.MonkeyPatch, fault
     asked: list[Tensor | None] = []
     before = launch.check
 
-    def heeded(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal) -> Tensor | None:
+    def heeded(
+        call: KernelCall, checked: slice, mask: Tensor | None, diagonal: Diagonal, rows: Tensor | None
+    ) -> Tensor | None:
         if fault == "scale":
             call = replace(call, scale=call.scale * 3)
         if fault == "mask":
@@ -256,7 +255,7 @@ def test_a_trace_of_nothing_but_arguments(monkeypatch: pytest.MonkeyPatch, fault
         if fault == "a value":
             call = replace(call, v=call.v.clone())
             call.v[1, 1, 0, 0] += 3
-        asked.append(before(call, rows, mask, diagonal))
+        asked.append(before(call, checked, mask, diagonal, rows))
         return asked[-1]
 
     monkeypatch.setattr("hookattn.attention.kernels.check", heeded)

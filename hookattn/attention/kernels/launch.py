@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import Diagonal, dot_scores, sink_column
+from ..functional import dot_scores, sink_column
 from ..kernel_call import KernelCall
+from ..masks import Diagonal
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Wider heads are multiplied by torch: their tiles leave no room in a processor's shared memory.
@@ -31,6 +32,7 @@ def derive(
     mask: Tensor | None,
     sinks: Tensor | None,
     diagonal: Diagonal | None,
+    rows: Tensor | None,
     want_scores: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None] | str:
@@ -42,6 +44,7 @@ def derive(
 
     Args:
         diagonal: what the mask consists of, if that says all; then ``mask`` isn't read.
+        rows: T, which queries of the whole call these are, for ``diagonal``; None: all.
         q, k, scale, softcap, bias, mask, sinks, want_scores, want_weights: see :func:`hookattn.attention.derive`.
 
     Returns:
@@ -63,19 +66,21 @@ def derive(
     def launch() -> None:
         kernels().derive_rows[(-(-t // bm) * b * h,)](
             product=product, scores=scores, weights=weights, T=t, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
-            **operands(q, k, scale, softcap, bias, None if diagonal else mask, sinks, diagonal or Diagonal()),
+            **operands(q, k, scale, softcap, bias, None if diagonal else mask, sinks, diagonal or Diagonal(), rows),
         )  # fmt: skip
 
     return attempt(key, q, launch) or (scores, weights)
 
 
-def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal | None) -> Tensor | None:
+def check(
+    call: KernelCall, checked: slice, mask: Tensor | None, diagonal: Diagonal | None, rows: Tensor | None = None
+) -> Tensor | None:
     """What some rows of a call, derived from its arguments, give, against its output: in one sweep, nothing written.
 
     Args:
         call: one whose kernel formed neither scores nor weights, in a 16-bit dtype.
-        rows: the query rows that are checked.
-        mask, diagonal: as in :func:`derive`.
+        checked: the query rows that are checked.
+        mask, diagonal, rows: as in :func:`derive`.
 
     Returns:
         4, B·H, float32: for each batch entry and head the largest excess of a row sum over 1, the largest score, the
@@ -89,15 +94,15 @@ def check(call: KernelCall, rows: slice, mask: Tensor | None, diagonal: Diagonal
     key = "check", q.device, q.dtype, d, e
     if unfit(key, q) or not _multiplies(q, k) or v.dtype != q.dtype or e > WIDEST:
         return None
-    n, (bm, bn, warps, stages) = len(range(*rows.indices(t))), _CHECK
+    n, (bm, bn, warps, stages) = len(range(*checked.indices(t))), _CHECK
     blocks = -(-n // bm)
     found = torch.empty(4, blocks, b * h, dtype=torch.float32, device=q.device)
     v = v.expand(b, -1, s, e)
-    beside = call.scale, call.softcap, call.bias, None if diagonal else mask, call.sinks, diagonal or Diagonal()
+    beside = call.scale, call.softcap, call.bias, None if diagonal else mask, call.sinks, diagonal or Diagonal(), rows
 
     def launch() -> None:
         kernels().check_rows[(blocks * b * h,)](
-            v=v, output=output, found=found, start=rows.indices(t)[0], step=rows.indices(t)[2], N=n, E=e,
+            v=v, output=output, found=found, start=checked.indices(t)[0], step=checked.indices(t)[2], N=n, E=e,
             BM=bm, BN=bn, BE=power(e), num_warps=warps, num_stages=stages, **strides("v", v, "bgse"),
             **strides("out", output, "bhte"), **operands(q, k, *beside),
         )  # fmt: skip
@@ -127,9 +132,10 @@ def operands(
     bias: Tensor | None,
     mask: Tensor | None,
     sinks: Tensor | None,
-    hides: Diagonal,
+    diagonal: Diagonal,
+    rows: Tensor | None,
 ) -> dict[str, Any]:
-    """What all kernels are given, by the names of their parameters; ``mask``: bool, beside what ``hides`` says."""
+    """What all kernels are given, by the names of their parameters; ``mask``: bool, beside ``diagonal``."""
     (b, h, t, d), (g, s) = q.shape, k.shape[1:3]
     k = k.expand(b, -1, -1, -1)
     beside = {
@@ -144,13 +150,10 @@ def operands(
         "k": k,
         **wide,
         "sinks": column,
-        "rows": None if hides.rows is None else hides.rows.contiguous(),
+        "rows": None if rows is None else rows.contiguous(),
         "factor": 1.0 if isinstance(scale, Tensor) else float(scale),
         "softcap": softcap,
-        "offset": hides.offset,
-        "window": hides.window or 0,
-        "CAUSAL": hides.causal,
-        "WINDOWED": hides.window is not None,
+        **diagonal.kernel_operands(),
         "enable_fp_fusion": True,  # a product and a sum in one instruction, also where a release's default is otherwise
         **{"H": h, "per": h // g, "S": s, "D": d, "BD": power(d)},
         **strides("q", q, "bhtd"),

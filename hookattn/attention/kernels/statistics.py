@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import Diagonal, with_four_axes
+from ..functional import with_four_axes
 from ..score_inputs import ScoreInputs
 from .launch import WIDEST, attempt, kernels, operands, power, strides, unfit
 
@@ -87,7 +87,7 @@ def summed(
             **strides("places", places, "bt"), **sums, **given, **rows.options(),
         )  # fmt: skip
         if "received" in made:
-            spans = _spans(problem, keys.rows, keys.columns) if given["CAUSAL"] or given["WINDOWED"] else None
+            spans = _spans(problem, keys.rows, keys.columns) if problem.diagonal.hides_any else None
             mine = {name: x for name, x in given.items() if not name.startswith("sinks")}
             kernels().receive_keys[(-(-s // keys.rows) * b * h,)](
                 level=level, spans=spans, received=made["received"], T=t, **mine, **keys.options()
@@ -110,12 +110,13 @@ def _given(problem: ScoreInputs) -> dict[str, Any]:
     """The call, by the names of the kernels' parameters."""
     q, k, own = problem.q, problem.k, problem.scores
     mask = None if problem.mask is None else problem.mask.bool()
-    hides = Diagonal(problem.causal, problem.offset, problem.window, problem.rows)
+    hides = problem.diagonal, problem.rows
     if own is None:
         scale = with_four_axes(problem.scale) if isinstance(problem.scale, Tensor) else problem.scale
-        given = operands(q, k, scale, problem.softcap, problem.bias, mask, problem.sinks, hides)
+        given = operands(q, k, scale, problem.softcap, problem.bias, mask, problem.sinks, *hides)
     else:
-        given = operands(q, own.mT, 1.0, None, None, mask, problem.sinks, hides)  # of the keys only their number counts
+        # Of the keys only their number counts.
+        given = operands(q, own.mT, 1.0, None, None, mask, problem.sinks, *hides)
     return {**given, "product": own, **strides("product", own, "bhts")}
 
 
@@ -144,19 +145,20 @@ def _spans(problem: ScoreInputs, bm: int, bn: int) -> Tensor:
     on all see all of them, and where the latter and the former end. Made on the device, which nobody waits for."""
     t, s = problem.q.shape[2], problem.k.shape[2]
     device = problem.q.device
-    at = (torch.arange(t, device=device) if problem.rows is None else problem.rows) + problem.offset
-    blocks = at[torch.arange(-(-t // bn) * bn, device=device).clamp_max_(t - 1)].view(-1, bn)  # the last one fills up
+    rows = torch.arange(t, device=device) if problem.rows is None else problem.rows
+    blocks = rows[torch.arange(-(-t // bn) * bn, device=device).clamp_max_(t - 1)].view(-1, bn)  # the last one fills up
     most = blocks.amax(1).cummax(0).values
     least = blocks.amin(1).flip(0).cummin(0).values.flip(0).contiguous()  # of this block and all that follow
     begin = torch.arange(0, s, bm, device=device)
     end = (begin + bm - 1).clamp_max_(s - 1)
-    reach = 0 if problem.causal else (problem.window or 0) - 1  # how far ahead a query sees
-    first = torch.searchsorted(most, begin - reach)
-    left = torch.searchsorted(least, end - reach)
+    seers = problem.diagonal.seers(begin, end)
+    first = torch.searchsorted(most, seers.first)
+    left = torch.searchsorted(least, seers.all_first)
     right = last = torch.full_like(begin, len(blocks))
-    if problem.window is not None:
-        right = torch.searchsorted(most, begin + problem.window - 1, right=True)
-        last = torch.searchsorted(least, end + problem.window - 1, right=True)
+    if seers.all_last is not None:
+        right = torch.searchsorted(most, seers.all_last, right=True)
+    if seers.last is not None:
+        last = torch.searchsorted(least, seers.last, right=True)
     last = torch.maximum(first, last)
     left = torch.minimum(torch.maximum(left, first), last)
     return torch.stack([first, left, torch.minimum(torch.maximum(left, right), last), last])
