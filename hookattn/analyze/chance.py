@@ -36,8 +36,10 @@ class Chance:
         mask = view.mask[:, :1].expand(b, 1, t, s)  # where heads have masks of their own, the first stands for all
         place = (call.site.stack, call.site.kind, call.site.axes, call.step, call.queries)
         same = self._place == place and self._mask is not None and self._mask.shape == mask.shape
+        # Layers of a model share one mask as a rule, and comparing masks is far cheaper than measuring again.
         if same and torch.equal(self._mask, mask):  # type: ignore[arg-type]
             return self._found
+        # Uniform attention, as a call like any other: a measure needs no formula of its own for its chance level.
         weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
         fields: dict[str, Field] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
         even = View(replace(call, fields=fields, heads=None, kv_heads=None, derivable=()), view.trace, view.keys)

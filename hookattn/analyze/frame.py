@@ -45,7 +45,7 @@ def call_columns(view: View) -> dict[str, Any]:
     }
 
 
-def long(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Tensor]) -> DataFrame:
+def long_table(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Tensor]) -> DataFrame:
     """One row for each place: the columns of the call, a label for each axis, the values.
 
     Args:
@@ -65,7 +65,7 @@ def long(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Ten
     return pd.DataFrame(columns)
 
 
-def ranked(frames: Sequence[DataFrame], column: str) -> DataFrame:
+def ranked_table(frames: Sequence[DataFrame], column: str) -> DataFrame:
     """Tables in one, the largest of a column first; what is equal stays in its order, and NaN is last."""
     import pandas as pd
 

@@ -50,15 +50,15 @@ def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> l
         labels: one list for each batch entry, or one for all; None: the tokens of the trace.
         what: what they are called.
     """
-    return _rows(view, labels, what, whole=True)
+    return _labels_of_keys(view, labels, what, whole=True)
 
 
 def named_keys(view: View) -> list[tuple[str | None, ...]] | str:
     """B S: the trace's token of each key of each batch entry, None behind a prompt's; text: why there are none."""
-    return _rows(view, None, "tokens", whole=False)
+    return _labels_of_keys(view, None, "tokens", whole=False)
 
 
-def _rows(view: View, labels: Rows | None, what: str, *, whole: bool) -> list[tuple[Any, ...]] | str:
+def _labels_of_keys(view: View, labels: Rows | None, what: str, *, whole: bool) -> list[tuple[Any, ...]] | str:
     given = view.trace.tokens if labels is None else labels
     if given is None:
         return "it needs tokens; trace again with tokens=, or set trace.tokens"

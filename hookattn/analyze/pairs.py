@@ -45,6 +45,7 @@ def pairs_of(view: View, related: Sequence[Tensor], reachable: bool = True) -> P
     example = torch.repeat_interleave(torch.tensor([r.shape[1] for r in related], device=device))
     assert view.positions is not None
     at = view.positions.to(device).expand(b, t)
+    # Which row has its query at each place. Queries outside of the keys are written to a column s that is never read.
     row_of = torch.full((b, s + 1), -1, device=device)
     row_of.scatter_(1, torch.where((at >= 0) & (at < s), at, s), torch.arange(t, device=device).expand(b, t))
     query, key = places
@@ -58,7 +59,7 @@ def pairs_of(view: View, related: Sequence[Tensor], reachable: bool = True) -> P
     return Pairs(example[open_], row[open_], key[open_])
 
 
-def mass(view: View, pairs: Pairs) -> Tensor:
+def pair_mass(view: View, pairs: Pairs) -> Tensor:
     """B H T: the sum of the weights of each query's pairs."""
     b, h, t, _ = view.shape
     along = view.weights[pairs.example, :, pairs.row, pairs.key]
@@ -66,7 +67,7 @@ def mass(view: View, pairs: Pairs) -> Tensor:
     return rearrange(total, "(b t) h -> b h t", b=b)
 
 
-def having(view: View, pairs: Pairs) -> Tensor:
+def has_pairs(view: View, pairs: Pairs) -> Tensor:
     """bool, B T: which queries have any pair."""
     b, _, t, _ = view.shape
     some = torch.zeros(b, t, dtype=torch.bool, device=pairs.row.device)
@@ -74,7 +75,7 @@ def having(view: View, pairs: Pairs) -> Tensor:
     return some
 
 
-def to_keys(view: View, keys: Sequence[Sequence[int]]) -> Tensor:
+def mass_on_keys(view: View, keys: Sequence[Sequence[int]]) -> Tensor:
     """B H T: the weight on some keys of each batch entry."""
     return torch.stack([w[..., list(chosen)].sum(-1) for w, chosen in zip(view.weights, keys, strict=True)])
 
@@ -125,11 +126,11 @@ class PairMass(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return mass(view, self.pairs(view))
+        return pair_mass(view, self.pairs(view))
 
     def counted(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return having(view, self.pairs(view))
+        return has_pairs(view, self.pairs(view))
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class KeyMass(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return to_keys(view, self._keys(view))
+        return mass_on_keys(view, self._keys(view))
 
     def counted(self, view: View) -> Tensor:
         """See :class:`Measure`."""

@@ -67,7 +67,7 @@ def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
     if not several:
         raise SelectionError(f"no measure was named; there are {', '.join(MEASURES)}.")
     made: dict[str, Measure] = {}
-    for one in map(_one, several):
+    for one in map(_measure_of, several):
         if made.setdefault(one.key, one) != one:
             raise SelectionError(
                 f"two measures {one.key!r} have other labels or tokens; measure them one after the other."
@@ -75,7 +75,7 @@ def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
     return list(made.values())
 
 
-def _one(item: str | Measure) -> Measure:
+def _measure_of(item: str | Measure) -> Measure:
     if isinstance(item, Measure):
         return item
     if item not in MEASURES:
@@ -125,5 +125,5 @@ def capture(*measures: str | Measure) -> tuple[str | Statistic, ...]:
     Raises:
         SelectionError: there is no such measure.
     """
-    chosen = resolve(measures) if measures else [m for m in map(_one, MEASURES) if m.statistics and not m.reads]
+    chosen = resolve(measures) if measures else [m for m in map(_measure_of, MEASURES) if m.statistics and not m.reads]
     return tuple({x if isinstance(x, str) else x.key: x for m in chosen for x in m.capture}.values())

@@ -57,7 +57,7 @@ def measure_table(
 
     if by not in BY:
         raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
-    frames = [pd.DataFrame(columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
+    frames = [pd.DataFrame(reading_columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
     table = pd.concat(frames, ignore_index=True)
     table.attrs["units"] = {m.key: m.unit for m in measures}
     return table
@@ -102,7 +102,7 @@ def readings(
     return found
 
 
-def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
+def reading_columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, Any]:
     """The columns of a call's part of a table: place, head, and each reading; ``by`` as in :func:`measure_table`."""
     b, h, t, _ = view.shape
     sizes = {"head": (h,), "example": (b, h), "query": (b, h, t)}[by]
@@ -115,14 +115,14 @@ def columns(view: View, found: dict[str, Reading | None], by: str) -> dict[str, 
     if by == "query":
         made["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
         if view.trace.tokens is not None:
-            made["token"] = [x for row in _tokens(view) for _ in range(h) for x in row]
+            made["token"] = [x for row in _query_tokens(view) for _ in range(h) for x in row]
     for key, reading in found.items():
-        value = None if reading is None else _values(key, view, reading, by)
+        value = None if reading is None else _reading_values(key, view, reading, by)
         made[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
     return made
 
 
-def _tokens(view: View) -> list[list[str | None]]:
+def _query_tokens(view: View) -> list[list[str | None]]:
     """B T: the token of each query; None where it is not known."""
     b, _, t, _ = view.shape
     found = named_keys(view)
@@ -132,7 +132,7 @@ def _tokens(view: View) -> list[list[str | None]]:
     return [[row[i] if i < len(row) else None for i in places] for row, places in zip(found, at, strict=True)]
 
 
-def _values(key: str, view: View, reading: Reading, by: str) -> Tensor:
+def _reading_values(key: str, view: View, reading: Reading, by: str) -> Tensor:
     if by != "query":
         return reading.heads if by == "head" else reading.value
     if reading.rows is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hookattn.analyze.circuits.circuit import triangle
+from hookattn.analyze.circuits.circuit import triangular_factor
 from hookattn.analyze.circuits.match_values import affine, equal, norms
 from tests.reference import draw
 
@@ -49,6 +49,6 @@ def test_norms_needs_every_token() -> None:
 @pytest.mark.parametrize("shape", [(3, 9, 4), (3, 4, 9)])
 def test_the_triangle_has_the_norms_of_the_whole(shape: tuple[int, int, int]) -> None:
     m, x = draw(*shape, seed=1).double(), draw(shape[2], 5, seed=2).double()
-    small = triangle(m)
+    small = triangular_factor(m)
     assert small.shape == (3, min(shape[1:]), shape[2])
     torch.testing.assert_close((small @ x).norm(dim=1), (m @ x).norm(dim=1))

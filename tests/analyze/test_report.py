@@ -16,7 +16,7 @@ from torch import Tensor
 import hookattn
 from hookattn import analyze
 from hookattn.analyze.chance import Chance
-from hookattn.analyze.tables.roles import Role, evidence, named
+from hookattn.analyze.tables.roles import Role, evidence_measures, roles_of
 from hookattn.cli.commands import app
 from hookattn.demo import encoder
 from hookattn.demo.induction import example_tokens, load_pretrained
@@ -77,7 +77,7 @@ def test_the_same_numbers_as_measure_by_measure(causal: hookattn.Trace) -> None:
 
 def test_chosen_measures_stand_beside_the_evidence(causal: hookattn.Trace) -> None:
     table = analyze.report(causal, [analyze.LocalMass(2), "entropy"])
-    expected = {"local_mass(window=2)", "entropy", *(m.key for m in evidence())}
+    expected = {"local_mass(window=2)", "entropy", *(m.key for m in evidence_measures())}
     assert set(table.attrs["units"]) | set(table.attrs["left_out"]) == expected
 
 
@@ -147,7 +147,7 @@ def test_the_closer_role_stands_for_the_wider() -> None:
     table = analyze.report(given(previous(12)))
     assert table.role.tolist() == ["previous token"]
     scores = {"local_mass(window=2)": 0.9, "previous_token": 0.4, "next_token": 0.4}
-    assert [r.name for r, _ in named(scores, {})] == ["neighbours"]
+    assert [r.name for r, _ in roles_of(scores, {})] == ["neighbours"]
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -130,7 +130,7 @@ def circuit_of(view: View, circuits: Sequence[Circuit]) -> Circuit:
     return found
 
 
-def triangle(matrices: Tensor) -> Tensor:
+def triangular_factor(matrices: Tensor) -> Tensor:
     """R of ``M = Q R``: as small as it gets, and ``‖M x‖ = ‖R x‖`` for every x.
 
     Args:

@@ -11,8 +11,8 @@ from einops import einsum, reduce
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
-from ..frame import ranked
-from .circuit import Circuit, triangle
+from ..frame import ranked_table
+from .circuit import Circuit, triangular_factor
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -48,31 +48,34 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
     bad = [kind for kind in kinds if kind not in KINDS]
     if bad or not kinds:
         raise SelectionError(f"kinds={tuple(kinds)}: expected some of {', '.join(KINDS)}.")
-    written = {id(c): _written(c) for c in circuits}
-    read = {(id(c), kind): _read(c, kind) for c in circuits for kind in kinds if kind == "q" or not c.site.crosses}
+    written = {id(c): _writing_factor(c) for c in circuits}
+    read = {
+        (id(c), kind): _reading_factor(c, kind) for c in circuits for kind in kinds if kind == "q" or not c.site.crosses
+    }
     frames = []
     for a, b in combinations(circuits, 2):
         for kind in kinds:
             if a.site.stack == b.site.stack and (id(b), kind) in read:
-                frames.append(pd.DataFrame(_pair(a, b, kind, written[id(a)], read[id(b), kind], baseline)))
+                frames.append(pd.DataFrame(_pair_columns(a, b, kind, written[id(a)], read[id(b), kind], baseline)))
     if not frames:
         raise MeasureError(f"composition needs two calls of one stack that can be compared by {', '.join(kinds)}.")
-    return ranked(frames, "value")
+    return ranked_table(frames, "value")
 
 
-def _written(c: Circuit) -> Tensor:
+def _writing_factor(c: Circuit) -> Tensor:
     """H E C: what has the products of ``W_V W_O`` with whatever comes after it."""
-    return triangle(c.W_V) @ c.W_O.to(_dtype(c.W_V))
+    # W_V = Q R with orthonormal columns in Q, which change no norm: R W_O stands for W_V W_O, E rows in place of C.
+    return triangular_factor(c.W_V) @ c.W_O.to(_dtype(c.W_V))
 
 
-def _read(c: Circuit, kind: str) -> Tensor:
+def _reading_factor(c: Circuit, kind: str) -> Tensor:
     """H C D: what has the products of ``W_QK``, ``W_QKᵀ`` or ``W_OV`` with whatever comes before it."""
     first, second = {
         "q": lambda: (c.W_Q, c.W_K),
         "k": lambda: (c.W_K, c.W_Q),
         "v": lambda: (c.W_V, c.W_O.transpose(1, 2)),
     }[kind]()
-    small = triangle(second)
+    small = triangular_factor(second)
     product: Tensor = einsum(first.to(small.dtype), small, "h c d, h r d -> h c r")
     return product
 
@@ -81,7 +84,7 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pair(a: Circuit, b: Circuit, kind: str, wrote: Tensor, reads: Tensor, baseline: bool) -> dict[str, object]:
+def _pair_columns(a: Circuit, b: Circuit, kind: str, wrote: Tensor, reads: Tensor, baseline: bool) -> dict[str, object]:
     (h, _, c), (heads, width, _) = wrote.shape, reads.shape
     if c != width:
         raise MeasureError(

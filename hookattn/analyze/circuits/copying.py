@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from ...errors import MeasureError
-from ..frame import ranked
+from ..frame import ranked_table
 from .circuit import Circuit
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
     """
     import pandas as pd
 
-    inner, outer = _matrix("embed", embed), _matrix("unembed", unembed)
+    inner, outer = _vocabulary_matrix("embed", embed), _vocabulary_matrix("unembed", unembed)
     if inner.shape != outer.shape:
         raise MeasureError(
             f"embed has shape {tuple(inner.shape)} and unembed {tuple(outer.shape)}: expected V C for both, with the "
@@ -49,6 +49,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
     if not circuits:
         raise MeasureError("there are no circuits; make them with hookattn.analyze.circuit(model, inputs).")
     w_ue = einsum(outer, inner.to(outer.dtype), "v write, v read -> write read")
+    # The eigenvalues of A B that are not 0 are those of B A: V by V with A = W_E W_V, E by E the other way round.
     frames = []
     for c in circuits:
         w_v, w_o = (x.to(w_ue) for x in (c.W_V, c.W_O))
@@ -62,7 +63,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
         score = values.real.sum(-1) / values.abs().sum(-1)
         place = {"layer": c.site.layer, "stack": c.site.stack, "path": c.site.path, "head": range(c.heads)}
         frames.append(pd.DataFrame({**place, "value": score.cpu().numpy()}))
-    return ranked(frames, "value")
+    return ranked_table(frames, "value")
 
 
 def vocabulary(model: Any) -> tuple[Tensor, Tensor]:
@@ -84,11 +85,11 @@ def vocabulary(model: Any) -> tuple[Tensor, Tensor]:
                 f"{type(model).__name__} does not say what its {name} embedding is (get_{name}_embeddings); give "
                 "copying(…) the modules, an nn.Embedding and the last nn.Linear."
             )
-        found.append(_matrix(name, module))
+        found.append(_vocabulary_matrix(name, module))
     return found[0], found[1]
 
 
-def _matrix(name: str, given: Any) -> Tensor:
+def _vocabulary_matrix(name: str, given: Any) -> Tensor:
     weight = getattr(given, "weight", given)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise MeasureError(

@@ -18,6 +18,9 @@ from .circuit import Circuit, Projection
 from .match_values import LEAST, Match, affine, equal, norms
 from .record_products import Product, Products
 
+# Modules are written in every possible way (one packed projection, three, a fused kernel's own layout), and their names
+# say nothing certain. Values do: what a kernel is given is the result of some product, number for number.
+
 _LINEAR = "no product with fixed weights has it as its result"
 _TURNED = "no product with fixed weights has it as its result, nor the norms of its heads (a norm of q or k, say)"
 _APART = (
@@ -68,7 +71,7 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
     turned: dict[str, tuple[Tensor, Tensor]] = {}
     for name in "qkv":
         value = getattr(call, name)
-        source = _into(value, before, i, turns=name != "v")
+        source = _product_of_argument(value, before, i, turns=name != "v")
         if source is None:
             n = value.shape[0] * value.shape[2]
             short = f"; {n} tokens are fewer than the {LEAST} that more than equality takes" if n < LEAST else ""
@@ -79,12 +82,16 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
         if match.basis == "norms":
             y = product.y[:, match.columns].to(target)
             turned[name] = target, y if match.factor is None else y * match.factor.to(target)
-    if len(turned) == 2 and not _as_one(*turned["q"], *turned["k"], call.q.shape[3], _dtype(call.q.dtype, call.dtype)):
+    # Norms alone leave the order of the columns in a head open. Where q and k were both found so, their dot product at
+    # one place tells whether the orders agree.
+    if len(turned) == 2 and not _same_dot_products(
+        *turned["q"], *turned["k"], call.q.shape[3], _coarser(call.q.dtype, call.dtype)
+    ):
         for name in turned:
             del found[name]
             missing[name] = _APART
     output = call.get("output")
-    projection = None if output is None else _out_of(output, after, i + 1)
+    projection = None if output is None else _output_projection(output, after, i + 1)
     if projection is None:
         missing["o"] = _READ if output is not None else "the kernel never hands out its output"
     else:
@@ -92,7 +99,7 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
     return Circuit(call.site, call.index, call.q.shape[1], call.v.shape[1], missing=missing, **found)
 
 
-def _merged(x: Tensor) -> Iterator[Tensor]:
+def _merged_heads(x: Tensor) -> Iterator[Tensor]:
     """B H T D as n m with n tokens: batch entries outermost, then innermost."""
     wide = x.detach().to(compute_dtype(x.dtype))
     yield rearrange(wide, "b h t d -> (b t) (h d)")
@@ -100,32 +107,39 @@ def _merged(x: Tensor) -> Iterator[Tensor]:
         yield rearrange(wide, "b h t d -> (t b) (h d)")
 
 
-def _into(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> tuple[Product, Match, Tensor] | None:
+def _product_of_argument(
+    value: Tensor, products: Iterable[Product], i: int, turns: bool
+) -> tuple[Product, Match, Tensor] | None:
     """The product whose result is a kernel's argument, B H T D; which columns of it; and the argument, n H·D."""
     heads = value.shape[1]
-    targets = list(_merged(value))
+    targets = list(_merged_heads(value))
     n, m = targets[0].shape
     fitting = [p for p in products if p.x.shape[0] == n and p.weight.shape[1] >= m]
     near = [p for p in fitting if p.seen == i]
+    # Equality proves itself, so that a product may stand anywhere before the call: keys of an encoder are projected
+    # early, and a decoder's layers share them.
     for p in fitting:
         for target in targets:
             match = equal(target, p.y, p.weight)
             if match is not None:
                 return p, match, target
+    # The looser fits are tried on what ran since the call before alone: in a deep model some product of another layer
+    # is close to anything.
     for p in near:
         for target in targets:
-            match = affine(target, p.y, p.weight, _narrower(value, p))
+            match = affine(target, p.y, p.weight, _coarser_of_product(value, p))
             if match is not None:
                 return p, match, target
+    # A rotation leaves the norm of a head as it is, and little else does.
     for p in near if turns else ():
         for target in targets:
-            match = norms(target, p.y, heads, _narrower(value, p))
+            match = norms(target, p.y, heads, _coarser_of_product(value, p))
             if match is not None:
                 return p, match, target
     return None
 
 
-def _as_one(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dtype: torch.dtype) -> bool:
+def _same_dot_products(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dtype: torch.dtype) -> bool:
     """Whether query and key of each token have the product that they have before they are turned.
 
     Two rotary positions that are the same cancel out of it; two orders of the columns, say, do not.
@@ -157,13 +171,14 @@ def _projection(p: Product, match: Match, heads: int, d: int) -> Projection:
     return Projection(weight, bias, match.basis, p.name)
 
 
-def _out_of(output: Tensor, products: Iterable[Product], i: int) -> Projection | None:
+def _output_projection(output: Tensor, products: Iterable[Product], i: int) -> Projection | None:
     """The projection that reads a kernel's output, B H T E."""
     heads = output.shape[1]
-    targets = list(_merged(output))
+    targets = list(_merged_heads(output))
     n, m = targets[0].shape
     near = [p for p in products if p.seen == i and p.x.shape[0] == n and p.x.shape[1] >= m]
-    for fit in (_same, equal, _scaled):
+    # From the fit that leaves nothing open to the one that leaves most.
+    for fit in (_identical, equal, _affine_without_offset):
         for p in near:
             x = p.x.to(compute_dtype(p.x.dtype))
             for target in targets:
@@ -177,23 +192,23 @@ def _out_of(output: Tensor, products: Iterable[Product], i: int) -> Projection |
     return None
 
 
-def _same(target: Tensor, source: Tensor, _: Tensor) -> Match | None:
+def _identical(target: Tensor, source: Tensor, _: Tensor) -> Match | None:
     """The merged heads as they are: here columns that are the same are told by their order."""
     if target.shape != source.shape or not torch.equal(target, source.to(target.dtype)):
         return None
     return Match("equal", torch.arange(target.shape[1], device=source.device))
 
 
-def _scaled(target: Tensor, source: Tensor, weight: Tensor) -> Match | None:
+def _affine_without_offset(target: Tensor, source: Tensor, weight: Tensor) -> Match | None:
     """The merged heads but for constant factors."""
-    match = affine(target, source, weight, _dtype(target.dtype, weight.dtype))
+    match = affine(target, source, weight, _coarser(target.dtype, weight.dtype))
     return match if match is not None and match.offset is None else None
 
 
-def _narrower(value: Tensor, p: Product) -> torch.dtype:
-    return _dtype(value.dtype, p.x.dtype)
+def _coarser_of_product(value: Tensor, p: Product) -> torch.dtype:
+    return _coarser(value.dtype, p.x.dtype)
 
 
-def _dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The one with fewer digits."""
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)

@@ -15,7 +15,7 @@ from ...calls.certificate import TOLERANCE
 LEAST = 8
 """Tokens below which a fit proves nothing."""
 _MARGIN = 4.0  # the next best head has to fit this much worse
-_CHUNK = 256
+_CHUNK = 256  # target columns that are compared with all source columns in one product
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ def equal(target: Tensor, source: Tensor, weight: Tensor) -> Match | None:
     if not bool((source == target[:, :1]).all(0).any()):  # most products are told apart by one column
         return None
     places: dict[bytes, list[int]] = defaultdict(list)
-    for i, key in enumerate(_keys(source)):
+    for i, key in enumerate(_column_keys(source)):
         places[key].append(i)
     columns = []
-    for key in _keys(target):
+    for key in _column_keys(target):
         found = places.get(key)
         if found is None or any(not torch.equal(weight[:, i], weight[:, found[0]]) for i in found[1:]):
             return None
@@ -59,7 +59,7 @@ def equal(target: Tensor, source: Tensor, weight: Tensor) -> Match | None:
     return Match("equal", torch.tensor(columns, device=source.device))
 
 
-def _keys(x: Tensor) -> list[bytes]:
+def _column_keys(x: Tensor) -> list[bytes]:
     rows = (x.double() + 0.0).t().contiguous().cpu().numpy()  # adding 0 makes −0 the same as 0
     return [row.tobytes() for row in rows]
 
@@ -77,9 +77,11 @@ def affine(target: Tensor, source: Tensor, weight: Tensor, dtype: torch.dtype) -
         return None
     t, y, tolerance = target.double(), source.double(), TOLERANCE[dtype]
     tc, yc = t - t.mean(0), y - y.mean(0)
-    size, sizes = _nonzero(tc, t), _nonzero(yc, y)
+    size, sizes = _norm_of_varying(tc, t), _norm_of_varying(yc, y)
     if not bool(size.isfinite().all()):
         return None
+    # For each column the source column with the largest correlation in absolute value: an affine map leaves it at 1.
+    # float32 is enough to choose by; the choice is then held against the tolerance in float64.
     unit = (yc / sizes).float()
     wanted = (tc / size).float().t()
     parts = [wanted[start : start + _CHUNK] @ unit for start in range(0, len(wanted), _CHUNK)]
@@ -91,6 +93,7 @@ def affine(target: Tensor, source: Tensor, weight: Tensor, dtype: torch.dtype) -
         good = (t - factor * y[:, at] - offset).abs().amax(0) <= tolerance * t.abs().amax(0)
         return factor, offset, good
 
+    # A second column that fits as well is a rival only where its weights are others: tied or repeated columns are not.
     factor, offset, good = fit(columns)
     other, _, also = fit(next_best)
     also &= next_best != columns
@@ -98,25 +101,26 @@ def affine(target: Tensor, source: Tensor, weight: Tensor, dtype: torch.dtype) -
     rival = apart > tolerance * weight.abs().amax()
     if not bool(good.all()) or bool((also & rival).any()):
         return None
-    factor = _ones(factor, tolerance)
+    factor = _ones_if_rounded(factor, tolerance)
     offset = (t - factor * y[:, columns]).mean(0)
     offset = torch.where(offset.abs() <= tolerance * t.abs().amax(0), 0.0, offset)
-    return Match("affine", columns, _unless(factor, 1.0), _unless(offset, 0.0))
+    return Match("affine", columns, _none_if_all(factor, 1.0), _none_if_all(offset, 0.0))
 
 
-def _nonzero(centred: Tensor, x: Tensor) -> Tensor:
+def _norm_of_varying(centred: Tensor, x: Tensor) -> Tensor:
     """The norm of each column; ∞ for one that does not change from token to token, which tells nothing."""
     norm = centred.norm(dim=0)
     return torch.where(norm > 1e-6 * x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny), norm, torch.inf)
 
 
-def _ones(factor: Tensor, tolerance: float) -> Tensor:
+def _ones_if_rounded(factor: Tensor, tolerance: float) -> Tensor:
     """Exactly 1 where all are, to rounding; their mean is known better than each."""
+    # The error of a mean of n is √n times smaller than that of one, so the mean has to be closer to 1 by that.
     off = (factor - 1).abs().max(), (factor.mean() - 1).abs() * len(factor) ** 0.5
     return torch.ones_like(factor) if float(max(off)) <= tolerance else factor
 
 
-def _unless(x: Tensor, value: float) -> Tensor | None:
+def _none_if_all(x: Tensor, value: float) -> Tensor | None:
     return None if bool((x == value).all()) else x
 
 
@@ -133,11 +137,14 @@ def norms(target: Tensor, source: Tensor, heads: int, dtype: torch.dtype) -> Mat
     d, wide = m // heads, source.shape[1]
     if n < LEAST or wide < m:
         return None
+    # A head begins at a multiple of its width, but for what a packed projection has in front of it; gcd covers both.
     starts = torch.arange(0, wide - d + 1, math.gcd(d, wide), device=source.device)
+    # Norms of all windows of d columns at once, as differences of running sums of squares.
     squares = torch.nn.functional.pad(source.double().square().cumsum(1), (1, 0))
     have = (squares[:, starts + d] - squares[:, starts]).clamp_min(0).sqrt()
     want = rearrange(target.double(), "n (h d) -> n h d", h=heads).norm(dim=2)
     have_size, want_size = have.norm(dim=0), want.norm(dim=0)
+    # Each head is compared by its norms over the tokens, as a unit vector, so that a constant factor cancels out.
     distance = torch.cdist((want / want_size).t(), (have / have_size).t(), compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.nan_to_num(torch.inf)
     best = distance.topk(min(2, len(starts)), largest=False)
@@ -151,5 +158,5 @@ def norms(target: Tensor, source: Tensor, heads: int, dtype: torch.dtype) -> Mat
     if not bool(clear.all()) or len(set(at.tolist())) != heads or float(factor.max() / factor.min()) > 1 + 4 * bound:
         return None
     columns = (starts[at].unsqueeze(1) + torch.arange(d, device=source.device)).flatten()
-    factor = _ones(factor, 4 * bound)
-    return Match("norms", columns, _unless(factor.repeat_interleave(d), 1.0))
+    factor = _ones_if_rounded(factor, 4 * bound)
+    return Match("norms", columns, _none_if_all(factor.repeat_interleave(d), 1.0))

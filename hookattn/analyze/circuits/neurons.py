@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
 from ..call_view import View
-from ..frame import long, views
-from ..tables.decay import by_distance
+from ..frame import long_table, views
+from ..tables.decay import distance_places
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,7 +49,7 @@ def neuron_contributions(
     for view in views(trace, real):
         made = _contributions(view, query, key)
         axes = {"head": view.heads, "example": range(len(made)), "neuron": range(made.shape[-1])}
-        frames.append(long(view, axes, {"contribution": rearrange(made, "b h d -> h b d")}))
+        frames.append(long_table(view, axes, {"contribution": rearrange(made, "b h d -> h b d")}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -58,9 +58,9 @@ def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
     b, h, t, s = view.shape
     q, k = view.tensor("q").double(), view.per_head("k").double()
     scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=q.device).expand(b, h, t, s)
-    row = None if query is None else _place(view, "query", query, view.queries)
+    row = None if query is None else _kept_index(view, "query", query, view.queries)
     if key is not None:
-        at = _place(view, "key", key, range(s))
+        at = _kept_index(view, "key", key, range(s))
         return scale[:, :, row, at, None] * q[:, :, row] * k[:, :, at]
     if row is not None:
         mean_key = einsum(view.weights[:, :, row] * scale[:, :, row], k, "b h s, b h s d -> b h d")
@@ -70,7 +70,7 @@ def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
     return torch.where(rows, each, 0.0).sum(2) / rows.sum(2)
 
 
-def _place(view: View, what: str, number: int, kept: Any) -> int:
+def _kept_index(view: View, what: str, number: int, kept: Any) -> int:
     last = len(kept) + number
     if (number < 0 and last < 0) or (number >= 0 and number not in kept):
         raise SelectionError(f"{view.where} has no {what} {number}; there are {len(kept)}: {kept}.")
@@ -102,11 +102,11 @@ def neuron_decay(trace: Trace, *, longest: int = 64, real: Any = None) -> DataFr
 
     if type(longest) is not int or longest < 0:
         raise SelectionError(f"longest={longest!r}: expected an int from 0.")
-    return pd.concat([_decay(view, longest) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_decay_table(view, longest) for view in views(trace, real)], ignore_index=True)
 
 
-def _decay(view: View, longest: int) -> DataFrame:
-    at, every = by_distance(view)
+def _decay_table(view: View, longest: int) -> DataFrame:
+    at, every = distance_places(view)
     some = view.pairs.any(1)
     allowed = torch.unique(at.expand(some.shape)[some]).tolist()
     distances = [every[i] for i in allowed if abs(every[i]) <= longest]
@@ -122,7 +122,7 @@ def _decay(view: View, longest: int) -> DataFrame:
     count = _correlate(rows.double(), keys.double(), positions, shift).round()
     made = rearrange(sums / count, "h distance d -> h d distance")
     axes = {"head": view.heads, "neuron": range(made.shape[1]), "distance": distances}
-    return long(view, axes, {"contribution": made})
+    return long_table(view, axes, {"contribution": made})
 
 
 def _correlate(q: Tensor, k: Tensor, positions: Tensor, distances: Tensor) -> Tensor:
@@ -132,6 +132,7 @@ def _correlate(q: Tensor, k: Tensor, positions: Tensor, distances: Tensor) -> Te
     length, n = most - least + 1, most - least + k.shape[2] + 1
     at = (positions - least).expand(b, t)[:, None, :, None].expand(q.shape)
     placed = q.new_zeros(b, h, length, d).scatter_(2, at, q)
+    # Padded to n, so that the circular correlation of the transform is the linear one.
     product: Tensor = torch.fft.rfft(placed, n, 2) * torch.fft.rfft(k, n, 2).conj()
     # The query at `least` is at place 0, so that a pair at a distance is at the distance less `least`.
     sums: Tensor = torch.fft.irfft(product.sum(0), n, 1)

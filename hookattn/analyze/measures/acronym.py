@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...tokens.words import split_words
-from .lexical import WordPairs, piecewise
+from .lexical import WordPairs, piece_pairs
 
 _ACRONYM = re.compile(r"(?=(?:.*[A-Z]){2})[A-Z][A-Za-z]{0,6}[A-Z]s?|(?:[A-Z]\.){2,}")
 _SMALL = frozenset("a an and at by de for from in la of on or the to und with".split())
@@ -47,7 +47,7 @@ def _acronyms(tokens: tuple[str, ...]) -> Tensor:
         for run in _spelled(texts, letters):
             if not set(run) & set(range(start, stop)):
                 found += [(a, b) for a in range(start, stop) for b in run]
-    return piecewise(words, found)
+    return piece_pairs(words, found)
 
 
 def _acronym(texts: list[str], at: int) -> tuple[int, str]:

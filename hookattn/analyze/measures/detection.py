@@ -86,6 +86,7 @@ class Detection(PairMass):
         hits = torch.zeros_like(total).index_add_(0, pairs.example, along)
         if self.error == "mul":
             return Reading(torch.where(total > 0, hits / total, torch.nan), total)
+        # |A − D| summed is Σ A + Σ D − 2 Σ A∘D, as D is 0 or 1 and A at most 1: no matrix D is formed.
         wanted = pairs.example[~drop[pairs.example, pairs.row, pairs.key]].bincount(minlength=b).unsqueeze(1)
         queries = view.rows.sum(-1)
         return Reading(1 - (total + wanted - 2 * hits) / queries.unsqueeze(1), queries)

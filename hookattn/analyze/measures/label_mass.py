@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 from ..labels import Rows, frozen, spread
-from ..pairs import to_keys
+from ..pairs import mass_on_keys
 from .base import Measure
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ class LabelMass(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        return to_keys(view, _keys(view, self._known(view), self.target))
+        return mass_on_keys(view, _labelled_keys(view, self._known(view), self.target))
 
     def counted(self, view: View) -> Tensor:
         """See :class:`Measure`."""
         rows = self._known(view)
-        some = torch.tensor([bool(keys) for keys in _keys(view, rows, self.target)], device=view.rows.device)
+        some = torch.tensor([bool(keys) for keys in _labelled_keys(view, rows, self.target)], device=view.rows.device)
         counted = view.rows & some.unsqueeze(1)
         if self.source is None:
             return counted
-        return counted & _of_queries(view, torch.tensor([[x == self.source for x in row] for row in rows]))
+        return counted & _at_queries(view, torch.tensor([[x == self.source for x in row] for row in rows]))
 
 
 def between_labels(trace: Trace, labels: Any, *, real: Any = None) -> DataFrame:
@@ -99,10 +99,10 @@ def between_labels(trace: Trace, labels: Any, *, real: Any = None) -> DataFrame:
         FieldNotCaptured: the weights were not kept.
     """
     rows = frozen(labels, "labels")
-    return table(trace, lambda view: spread(view, rows, "labels"), real)
+    return label_table(trace, lambda view: spread(view, rows, "labels"), real)
 
 
-def table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> DataFrame:
+def label_table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> DataFrame:
     """:func:`between_labels`, of labels that may depend on the call."""
     import pandas as pd
 
@@ -118,17 +118,17 @@ def table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> Data
         ids = torch.tensor([[number.get(x, -1) for x in row] for row in found], device=view.keys.device)
         marks = (ids.unsqueeze(-1) == torch.arange(len(names), device=ids.device)) & view.keys.unsqueeze(-1)
         to = einsum(view.weights, marks.to(view.weights.dtype), "b h t s, b s target -> b h t target")
-        sources = torch.stack([_of_queries(view, marks[..., i]) for i in range(len(names))], -1)
+        sources = torch.stack([_at_queries(view, marks[..., i]) for i in range(len(names))], -1)
         sources = torch.cat([torch.ones_like(sources[..., :1]), sources], -1) & view.rows.unsqueeze(-1)
         to = torch.where(view.rows[:, None, :, None], to, 0.0)
         total = einsum(sources.double(), to.double(), "b t source, b h t target -> h source target")
         queries = sources.sum((0, 1))
         values = {"value": total / queries[:, None], "queries": queries[None, :, None].expand_as(total)}
-        frames.append(long(view, {"head": view.heads, "from": [None, *names], "to": names}, values))
+        frames.append(long_table(view, {"head": view.heads, "from": [None, *names], "to": names}, values))
     return pd.concat(frames, ignore_index=True)
 
 
-def _keys(view: View, rows: Sequence[tuple[Any, ...]], label: Any) -> list[list[int]]:
+def _labelled_keys(view: View, rows: Sequence[tuple[Any, ...]], label: Any) -> list[list[int]]:
     """Of each batch entry the real keys with a label."""
     return [
         [i for i, (x, real) in enumerate(zip(row, own, strict=True)) if x == label and real]
@@ -136,7 +136,7 @@ def _keys(view: View, rows: Sequence[tuple[Any, ...]], label: Any) -> list[list[
     ]
 
 
-def _of_queries(view: View, marks: Tensor) -> Tensor:
+def _at_queries(view: View, marks: Tensor) -> Tensor:
     """bool, B T: what B S says of keys, at the places of the queries."""
     b, _, t, s = view.shape
     assert view.positions is not None

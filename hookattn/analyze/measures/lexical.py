@@ -20,12 +20,12 @@ from .segments import segment_of
 _BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}
 
 
-def places(pairs: Iterable[tuple[int, int]]) -> Tensor:
+def pair_tensor(pairs: Iterable[tuple[int, int]]) -> Tensor:
     """2 P, int64, of pairs of places; each once, in order."""
     return torch.tensor(sorted(set(pairs)), dtype=torch.int64).view(-1, 2).T
 
 
-def piecewise(words: Words, pairs: Iterable[tuple[int, int]]) -> Tensor:
+def piece_pairs(words: Words, pairs: Iterable[tuple[int, int]]) -> Tensor:
     """2 P, int64: every piece of a word with every piece of another.
 
     Args:
@@ -33,7 +33,7 @@ def piecewise(words: Words, pairs: Iterable[tuple[int, int]]) -> Tensor:
         pairs: of words, by number.
     """
     of = words.tokens()
-    return places((i, j) for a, b in pairs for i in of[a] for j in of[b])
+    return pair_tensor((i, j) for a, b in pairs for i in of[a] for j in of[b])
 
 
 @dataclass(frozen=True)
@@ -125,4 +125,4 @@ def _brackets(tokens: tuple[str, ...]) -> Tensor:
                 start = opened.pop()[1]
                 if start != place:
                     found.append((place, start))
-    return places(found)
+    return pair_tensor(found)

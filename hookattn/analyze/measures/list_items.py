@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ...tokens.words import is_punctuation, split_words
-from .lexical import WordPairs, piecewise
+from .lexical import WordPairs, piece_pairs
 
 Item = range
 _SEPARATORS = frozenset(",;")
@@ -52,7 +52,7 @@ def _related(tokens: tuple[str, ...], longest: int) -> Tensor:
     words = split_words(tokens)
     texts = ["\n" if own else text for text, own in zip(words.texts, words.special, strict=True)]
     found = [*_inline(texts, longest), *_lines(texts)]
-    return piecewise(
+    return piece_pairs(
         words, [(a, b) for items in found for one, two in permutations(items, 2) for a in one for b in two]
     )
 
@@ -61,7 +61,7 @@ def _inline(texts: list[str], longest: int) -> Iterator[list[Item]]:
     """The lists within sentences."""
     for clause in _split(texts, range(len(texts)), lambda text: text not in _SEPARATORS and _breaks(text)):
         parts = _split(texts, clause, lambda text: text in _SEPARATORS or text.casefold() in _CONJUNCTIONS)
-        parts = [part for part in parts if part]
+        parts = [part for part in parts if part]  # ", and" parts twice
         at = 1
         while at < len(parts) - 1:
             stop = at

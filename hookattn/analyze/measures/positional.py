@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import statistics as st
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 from .base import Measure
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Positional(Measure):
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
-        offset = _best(view) if self.offset is None else torch.tensor([self.offset])
-        return (_offsets(view) == offset.view(1, -1, 1).to(view.rows.device)).to(torch.float32)
+        offset = _commonest_offset(view) if self.offset is None else torch.tensor([self.offset])
+        return (_largest_offsets(view) == offset.view(1, -1, 1).to(view.rows.device)).to(torch.float32)
 
 
 def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
@@ -73,7 +73,9 @@ def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
     frames = []
     for view in views(trace, real):
         reading = Positional().of(view)
-        frames.append(long(view, {"head": view.heads}, {"offset": _best(view), "share": reading.heads}))
+        frames.append(
+            long_table(view, {"head": view.heads}, {"offset": _commonest_offset(view), "share": reading.heads})
+        )
     table = pd.concat(frames, ignore_index=True)
     return table.assign(offset=table["offset"].where(table["share"].notna()))
 
@@ -81,17 +83,18 @@ def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
 _NONE = torch.iinfo(torch.int64).min
 
 
-def _offsets(view: View) -> Tensor:
+def _largest_offsets(view: View) -> Tensor:
     """B H T: key − query of each largest weight; a number that is none for a row without any weight."""
     keys = view.stat(_TOP, field=_TOP.fields[1])[..., 0]
     assert view.positions is not None
     return torch.where(keys >= 0, keys - view.positions.unsqueeze(1), _NONE)
 
 
-def _best(view: View) -> Tensor:
+def _commonest_offset(view: View) -> Tensor:
     """H: the offset that most queries of the batch have."""
     b, h, t, s = view.shape
-    offsets = _offsets(view).clamp_min(-s)
+    offsets = _largest_offsets(view).clamp_min(-s)
+    # A histogram of offsets for each head; argmax takes the first of several equal counts, which is the least offset.
     counts = torch.zeros(h, 2 * s + 1, dtype=torch.int64, device=offsets.device)
     counted = (view.rows.unsqueeze(1) & (offsets > -s)).expand(b, h, t).long()
     by_head = "b h t -> h (b t)"

@@ -53,6 +53,7 @@ def centred_ranks(values: Tensor, inside: Tensor) -> Tensor:
     Returns:
         In the dtype of ``values`` if that is floating, else float32.
     """
+    # Hidden entries are sorted to the end as ∞, so that those inside have the ranks 0, 1, … among themselves.
     hidden = ~inside
     values = values if values.is_floating_point() else values.float()
     ordered, order = values.masked_fill(hidden, torch.inf).sort(-1)
@@ -60,6 +61,8 @@ def centred_ranks(values: Tensor, inside: Tensor) -> Tensor:
     same[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & ~ordered[..., 1:].isinf()
     tied = same.clone()
     tied[..., :-1] |= same[..., 1:]
+    # Tied entries get the mean of their ranks. Few are tied, so only these are grouped: a group begins where an entry
+    # is not the same as the one before.
     at = tied.flatten().nonzero().squeeze(-1)
     place = torch.arange(ordered.shape[-1], dtype=ordered.dtype, device=ordered.device)
     ranked = place.expand(ordered.shape).flatten()

@@ -86,7 +86,7 @@ class RepeatedSegment(Measure):
                 return [(self.period, range(start + self.period, view.shape[3])) for start in first]
             rows = sequences(view, self.tokens)
             assert not isinstance(rows, str)
-            return [_repeat(row, self.period) for row in padded(view, rows)]
+            return [_repeated_run(row, self.period) for row in padded(view, rows)]
 
         return view.once((self.name, self.period, self.tokens), make)
 
@@ -126,12 +126,14 @@ def repeated_segment(trace: Trace, period: int | None = None, *, tokens: Any = N
 
 
 @lru_cache(maxsize=256)
-def _repeat(tokens: tuple[Any, ...], period: int | None) -> tuple[int, range]:
+def _repeated_run(tokens: tuple[Any, ...], period: int | None) -> tuple[int, range]:
     """The period, and the longest run of places that are as those a period before; period 0 where there is none."""
     numbers: dict[Any, int] = {}
+    # Padding has a number of its own at each place, so that it repeats nothing.
     ids = np.array([-1 - i if x == PADDING else numbers.setdefault(x, len(numbers)) for i, x in enumerate(tokens)])
     best, found = range(0), 0
     for p in range(1, len(ids) // 2 + 1) if period is None else (period,):
+        # Runs of tokens that are as p places before lie between two breaks; sentinels stand at both ends.
         breaks = np.flatnonzero(np.concatenate([[True], ids[p:] != ids[:-p], [True]]))
         lengths = np.diff(breaks) - 1
         if not lengths.size:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...tokens.pieces import SEPARATORS
 from ..call_view import View
 from ..labels import PADDING, Rows, frozen, padded, sequences
-from .label_mass import Labelled, LabelMass, table
+from .label_mass import Labelled, LabelMass, label_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -82,7 +82,7 @@ def between_segments(trace: Trace, segments: Any = None, *, real: Any = None) ->
         FieldNotCaptured: the weights were not kept.
     """
     given = None if segments is None else frozen(segments, "segments")
-    return table(trace, lambda view: _segments(view, given), real)
+    return label_table(trace, lambda view: _segments(view, given), real)
 
 
 def _segments(view: View, given: Rows | None) -> Labelled:

@@ -74,6 +74,7 @@ class LearnedSink(Measure):
             sinks = call.get("sinks")
             if sinks is None:
                 return view.mask.new_zeros(view.shape[:3], dtype=torch.float32)
-            if st.LogSumExp().key in call.fields or call.has("scores"):  # else it is of the logarithms of weights
+            # Of weights alone a log-sum-exp is up to a constant, and no sink can be held against it.
+            if st.LogSumExp().key in call.fields or call.has("scores"):
                 return torch.exp(sink_column(sinks).squeeze(-1) - view.stat(st.LogSumExp()))
         return (1 - view.weights.sum(-1)).clamp_min(0)

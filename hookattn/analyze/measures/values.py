@@ -15,7 +15,7 @@ from ...calls.certificate import UNVERIFIED
 from ...errors import MeasureError
 from ...traces import Trace
 from ..call_view import View
-from ..circuits.circuit import Circuit, circuit_of, triangle
+from ..circuits.circuit import Circuit, circuit_of, triangular_factor
 from .base import Measure
 
 _WEIGHED = "weights are those of the model times the size of what they are weights of"
@@ -71,7 +71,7 @@ def value_weighted(trace: Trace, *, normalise: bool = True) -> Trace:
     Raises:
         FieldNotCaptured: weights or ``v`` were not kept.
     """
-    return _weighed(trace, value_norms, normalise)
+    return _reweighted(trace, value_norms, normalise)
 
 
 def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = True) -> Trace:
@@ -89,7 +89,7 @@ def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = T
         MeasureError: a call has no circuit, or its W_O is not known.
         FieldNotCaptured: weights or ``v`` were not kept.
     """
-    return _weighed(trace, lambda view: output_norms(view, circuits), normalise)
+    return _reweighted(trace, lambda view: output_norms(view, circuits), normalise)
 
 
 def value_norms(view: View) -> Tensor:
@@ -98,7 +98,7 @@ def value_norms(view: View) -> Tensor:
     Raises:
         FieldNotCaptured: ``v`` was not kept.
     """
-    return _norm(_wide(view))
+    return _row_norms(_wide_values(view))
 
 
 def output_norms(view: View, circuits: Sequence[Circuit]) -> Tensor:
@@ -108,12 +108,12 @@ def output_norms(view: View, circuits: Sequence[Circuit]) -> Tensor:
         MeasureError: there is no circuit, its W_O is not known, or it is for values of another width.
         FieldNotCaptured: ``v`` was not kept.
     """
-    v, found = _wide(view), circuit_of(view, circuits)
+    v, found = _wide_values(view), circuit_of(view, circuits)
     weight = found.W_O[list(view.heads)].to(v.device)
     if weight.shape[1] != v.shape[3]:
         raise MeasureError(f"{view.where} has values of width {v.shape[3]}, and its circuit of {weight.shape[1]}.")
-    small = triangle(weight.transpose(1, 2)).to(v.dtype)
-    return _norm(einsum(v, small, "b h s e, h r e -> b h s r"))
+    small = triangular_factor(weight.transpose(1, 2)).to(v.dtype)
+    return _row_norms(einsum(v, small, "b h s e, h r e -> b h s r"))
 
 
 def _weighted_sum(weights: Tensor, sizes: Tensor) -> Tensor:
@@ -122,18 +122,18 @@ def _weighted_sum(weights: Tensor, sizes: Tensor) -> Tensor:
     return total
 
 
-def _norm(x: Tensor) -> Tensor:
+def _row_norms(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norm
 
 
-def _wide(view: View) -> Tensor:
+def _wide_values(view: View) -> Tensor:
     """B H S E, ``v`` in a dtype whose squares do not overflow."""
     v = view.per_head("v")
     return v.to(compute_dtype(v.dtype))
 
 
-def _weighed(trace: Trace, size: Callable[[View], Tensor], normalise: bool) -> Trace:
+def _reweighted(trace: Trace, size: Callable[[View], Tensor], normalise: bool) -> Trace:
     calls = []
     for call in trace.calls:
         view = View(call, trace)

@@ -82,7 +82,7 @@ class WordRelation(Measure):
         return Reading(view.mean(values, counted), counted.sum(-1))
 
 
-def entry(labels: Sequence[Any], example: int, count: int, what: str) -> Any:
+def labels_of_example(labels: Sequence[Any], example: int, count: int, what: str) -> Any:
     """The labels of one batch entry.
 
     Raises:
@@ -128,8 +128,12 @@ class Dependency(WordRelation):
 
     def related(self, example: int, count: int, total: int) -> list[tuple[int, int]]:
         """See :class:`WordRelation`."""
-        heads = entry(self.heads, example, count, "dependency: heads")
-        names = entry(self.relations, example, count, "dependency: relations") if self.relations else (None,) * total
+        heads = labels_of_example(self.heads, example, count, "dependency: heads")
+        names = (
+            labels_of_example(self.relations, example, count, "dependency: relations")
+            if self.relations
+            else (None,) * total
+        )
         for what, row in (("heads", heads), ("relations", names)):
             if len(row) != total:
                 raise MeasureError(
@@ -167,7 +171,10 @@ class Coreference(WordRelation):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            made = tuple(tuple(tuple(map(_mention, mentions)) for mentions in entry) for entry in self.clusters)
+            made = tuple(
+                tuple(tuple(map(_mention, mentions)) for mentions in labels_of_example)
+                for labels_of_example in self.clusters
+            )
         except (TypeError, ValueError):
             raise MeasureError(
                 "coreference: expected for each batch entry a list of clusters, each a list of mentions, each the "
@@ -178,7 +185,7 @@ class Coreference(WordRelation):
     def related(self, example: int, count: int, total: int) -> list[tuple[int, int]]:
         """See :class:`WordRelation`."""
         made = []
-        for mentions in entry(self.clusters, example, count, "coreference: clusters"):
+        for mentions in labels_of_example(self.clusters, example, count, "coreference: clusters"):
             bad = [m for m in mentions if m.start < 0 or m.stop > total or not m]
             if bad:
                 raise MeasureError(

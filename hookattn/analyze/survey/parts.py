@@ -43,18 +43,20 @@ class Parts:
         self.complete = False
         self.done = 0
         if self.out.exists():
-            self._check(_about_of(self.out), self.out)
+            self._check(_survey_of_file(self.out), self.out)
             self.complete = True
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         file = self.folder / "survey.json"
         if file.exists():
             self._check(json.loads(file.read_text(encoding="utf-8")), self.folder)
+            # Parts are written in order, so that the first one missing is where to go on; a later one would be foreign.
             while self._part(self.done).exists():
                 self.done += 1
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # What the survey is of is written before any part, so that no part can be taken for another survey's.
             new = file.with_suffix(".partial")
             new.write_text(json.dumps(self.about), encoding="utf-8")
             new.replace(file)
@@ -118,11 +120,12 @@ class Parts:
             raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
         finally:
             new.unlink(missing_ok=True)
+        # Only now: killed in between, the table is there and whole, and the next run removes the parts.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.complete = True
 
 
-def _about_of(path: Path) -> Any:
+def _survey_of_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import MeasureError
 from ...traces import Trace
 from ..call_view import View
-from ..frame import long, ranked, views
+from ..frame import long_table, ranked_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -47,12 +47,12 @@ def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
         )
     frames = []
     for one, other in zip(views(a, real), views(b, real), strict=True):
-        _check(one, other)
-        frames.append(long(one, {"head": one.heads}, _distances(one, other)))
-    return ranked(frames, "total_variation")
+        _check_fit(one, other)
+        frames.append(long_table(one, {"head": one.heads}, _head_distances(one, other)))
+    return ranked_table(frames, "total_variation")
 
 
-def _check(one: View, other: View) -> None:
+def _check_fit(one: View, other: View) -> None:
     pairs: dict[str, tuple[Any, Any]] = {
         "path": (one.call.site.label, other.call.site.label),
         "kind": (one.call.site.kind, other.call.site.kind),
@@ -68,9 +68,9 @@ def _check(one: View, other: View) -> None:
             )
 
 
-def _distances(one: View, other: View) -> dict[str, Tensor]:
+def _head_distances(one: View, other: View) -> dict[str, Tensor]:
     rows = one.rows & other.rows.to(one.rows.device)
-    p, q = _whole(one.weights), _whole(other.weights.to(one.weights.device))
+    p, q = _with_sink(one.weights), _with_sink(other.weights.to(one.weights.device))
     p, q = p.to(torch.promote_types(p.dtype, q.dtype)), q.to(torch.promote_types(p.dtype, q.dtype))
     apart = (p - q).abs()
     count = rows.sum()
@@ -81,18 +81,18 @@ def _distances(one: View, other: View) -> dict[str, Tensor]:
     largest = torch.where(rows.unsqueeze(1), apart.amax(-1), -torch.inf).amax((0, 2)).double()
     return {
         "total_variation": mean(apart.sum(-1) / 2),
-        "jensen_shannon": mean(_to_middle(p, q) + _to_middle(q, p)),
+        "jensen_shannon": mean(_half_divergence(p, q) + _half_divergence(q, p)),
         "max_difference": torch.where(count > 0, largest, torch.nan),
         "output_difference": _output_difference(one, other, rows),
     }
 
 
-def _whole(weights: Tensor) -> Tensor:
+def _with_sink(weights: Tensor) -> Tensor:
     """B H T S+1: with what goes to no key."""
     return torch.cat([weights, (1 - weights.sum(-1, keepdim=True)).clamp_min(0)], -1)
 
 
-def _to_middle(p: Tensor, q: Tensor) -> Tensor:
+def _half_divergence(p: Tensor, q: Tensor) -> Tensor:
     """B H T: ``½ KL(p ‖ ½ (p + q))``."""
     ratio = 2 * p / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
     return torch.xlogy(p, ratio).sum(-1) / 2

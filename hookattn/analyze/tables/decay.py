@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,19 +36,19 @@ def distance_decay(trace: Trace, *, real: Any = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_curve(view) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_decay_table(view) for view in views(trace, real)], ignore_index=True)
 
 
-def _curve(view: View) -> DataFrame:
-    at, distances = by_distance(view)
+def _decay_table(view: View) -> DataFrame:
+    at, distances = distance_places(view)
     pairs = view.pairs
-    count = _sums(pairs.double(), at, len(distances)).expand(view.shape[1], -1)
-    mean = _sums(torch.where(pairs, view.weights, 0.0), at, len(distances)) / count
-    table = long(view, {"head": view.heads, "distance": distances}, {"weight": mean, "count": count.long()})
+    count = _sums_by_place(pairs.double(), at, len(distances)).expand(view.shape[1], -1)
+    mean = _sums_by_place(torch.where(pairs, view.weights, 0.0), at, len(distances)) / count
+    table = long_table(view, {"head": view.heads, "distance": distances}, {"weight": mean, "count": count.long()})
     return table[table["count"] > 0]
 
 
-def by_distance(view: View) -> tuple[Tensor, range]:
+def distance_places(view: View) -> tuple[Tensor, range]:
     """For each query and key the place of their distance in a range of all distances: (B or 1) T S, and the range.
 
     Raises:
@@ -59,7 +59,7 @@ def by_distance(view: View) -> tuple[Tensor, range]:
     return distance - least, range(least, most + 1)
 
 
-def _sums(values: Tensor, at: Tensor, n: int) -> Tensor:
+def _sums_by_place(values: Tensor, at: Tensor, n: int) -> Tensor:
     """H n, float64: B H T S summed by place, which is (B or 1) T S."""
     b, h, t, s = values.shape
     flat = rearrange(values, "b h t s -> h (b t s)").double()

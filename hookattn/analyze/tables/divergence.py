@@ -59,7 +59,7 @@ def _divergences(weights: Tensor) -> Tensor:
     n, r, _ = weights.shape
     rest = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
     flat = torch.cat([weights, rest], -1).view(n, -1)
-    flat = flat[:, flat.any(0)]
+    flat = flat[:, flat.any(0)]  # a key that no head looks at adds nothing to any entropy; causal masks leave many
     one, two = torch.triu_indices(n, n, 1, device=flat.device)
     own, both = flat.new_zeros(n, dtype=torch.float64), flat.new_zeros(len(one), dtype=torch.float64)
     for part in torch.split(flat, max(1, _PART // max(len(one), 1)), 1):

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...errors import SelectionError
-from .rollout import mixing
+from .rollout import mixing_matrices
 
 if TYPE_CHECKING:
     from ...traces import Trace
@@ -47,7 +47,7 @@ def flow(
         MeasureError, FieldNotCaptured: see :func:`hookattn.analyze.rollout`.
         ImportError: scipy is missing.
     """
-    layers = rearrange(mixing(trace, heads, residual, start_layer, real), "l b t s -> b l t s")
+    layers = rearrange(mixing_matrices(trace, heads, residual, start_layer, real), "l b t s -> b l t s")
     b, _, t, s = layers.shape
     chosen = range(t) if queries is None else [int(i) for i in queries]
     bad = [i for i in chosen if not -t <= i < t]
@@ -56,15 +56,17 @@ def flow(
     made = torch.full((b, len(chosen), s), torch.nan, dtype=torch.float64)
     for i in range(b):
         if bool(layers[i].isfinite().all()):
-            made[i] = _flows(layers[i], [n % t for n in chosen])
+            made[i] = _maximum_flows(layers[i], [n % t for n in chosen])
     return made
 
 
-def _flows(layers: Tensor, queries: Sequence[int]) -> Tensor:
+def _maximum_flows(layers: Tensor, queries: Sequence[int]) -> Tensor:
     """Q S, from L T S: one example."""
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import maximum_flow
 
+    # Node l·T + i is token i after l layers. Each edge leads one layer down, so that flow from a token of the top layer
+    # ends in input tokens; what a token keeps of itself is an edge like any other, as A has it on its diagonal.
     depth, t, s = layers.shape
     layer, i, j = layers.nonzero(as_tuple=True)
     capacity = (layers[layer, i, j].double() * _UNIT).round().int()
@@ -73,6 +75,6 @@ def _flows(layers: Tensor, queries: Sequence[int]) -> Tensor:
         (capacity.cpu().numpy(), (((layer + 1) * t + i).cpu().numpy(), (layer * t + j).cpu().numpy())),
         shape=(size, size),
     )
-    network.eliminate_zeros()
+    network.eliminate_zeros()  # what rounds to no capacity is no edge
     found = [[maximum_flow(network, depth * t + query, key).flow_value for key in range(s)] for query in queries]
     return torch.tensor(found, dtype=torch.float64) / _UNIT

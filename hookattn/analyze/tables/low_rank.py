@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import SelectionError
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,7 +49,7 @@ def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real:
 
     if not 0 < energy <= 1:
         raise SelectionError(f"energy={energy!r}: expected a share above 0, up to 1.")
-    return pd.concat([_table(view, masked, energy) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_rank_table(view, masked, energy) for view in views(trace, real)], ignore_index=True)
 
 
 def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> list[Tensor]:
@@ -61,19 +61,19 @@ def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> 
     Raises:
         FieldNotCaptured, MeasureError: see :func:`score_rank`.
     """
-    return [_values(view, masked) for view in views(trace, real)]
+    return [_singular_values(view, masked) for view in views(trace, real)]
 
 
-def _table(view: View, masked: bool, energy: float) -> DataFrame:
+def _rank_table(view: View, masked: bool, energy: float) -> DataFrame:
     b, _, t, s = view.shape
-    sigma = _values(view, masked)
+    sigma = _singular_values(view, masked)
     largest = sigma[..., 0].masked_fill(sigma[..., 0] == 0, torch.nan)
     share = sigma / sigma.sum(-1, keepdim=True)
     squares = sigma.square().cumsum(-1)
     # Rounding must not ask for one more where the share is met exactly.
     enough = squares >= energy * (1 - 1e-12) * squares[..., -1:]
     noise = max(t, s) * torch.finfo(torch.float64 if view.call.dtype == torch.float64 else torch.float32).eps
-    bound = float(view.tensor("q").shape[-1]) if _product(view) and not masked else math.nan
+    bound = float(view.tensor("q").shape[-1]) if _scores_are_products(view) and not masked else math.nan
     made = {
         "effective_rank": torch.special.entr(share).sum(-1).exp(),
         "energy_rank": (~enough).sum(-1) + 1.0,
@@ -82,10 +82,10 @@ def _table(view: View, masked: bool, energy: float) -> DataFrame:
     }
     made = {name: torch.where(largest.isnan(), torch.nan, value) for name, value in made.items()}
     values = {name: value.t() for name, value in (made | {"largest": largest}).items()}
-    return long(view, {"head": view.heads, "example": range(b)}, values)
+    return long_table(view, {"head": view.heads, "example": range(b)}, values)
 
 
-def _product(view: View) -> bool:
+def _scores_are_products(view: View) -> bool:
     """Whether the scores are known to be a multiple of q·k."""
     call = view.call
     kept = "q" in call.fields and "k" in call.fields and call.has("bias")
@@ -93,14 +93,15 @@ def _product(view: View) -> bool:
     return kept and plain and call.get("bias") is None
 
 
-def _values(view: View, masked: bool) -> Tensor:
+def _singular_values(view: View, masked: bool) -> Tensor:
     """B H K, float64."""
     rows, keys = view.rows[:, None, :, None], view.keys[:, None, :, None]
-    if not masked and _product(view) and view.tensor("q").shape[-1] < min(view.shape[2:]):
+    if not masked and _scores_are_products(view) and view.tensor("q").shape[-1] < min(view.shape[2:]):
         # σ of q·kᵀ are those of the product of their triangular factors, D by D.
         assert not isinstance(view.call.scale, Tensor)
         q, k = view.tensor("q").double() * view.call.scale, view.per_head("k").double()
         q, k = (torch.where(own, x, 0.0) for own, x in ((rows, q), (keys, k)))
+        # A decomposition of NaN is an error for the whole batch, so that such heads are taken as 0 and marked after.
         bad = ~(q.isfinite().all(-1).all(-1) & k.isfinite().all(-1).all(-1))
         q, k = (torch.linalg.qr(x.masked_fill(bad[..., None, None], 0.0), "r").R for x in (q, k))
         scores = q @ k.mT

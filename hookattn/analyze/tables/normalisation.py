@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls.certificate import TOLERANCE
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,25 +43,27 @@ def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_table(view, tolerance) for view in views(trace)], ignore_index=True)
+    return pd.concat([_failures(view, tolerance) for view in views(trace)], ignore_index=True)
 
 
-def _table(view: View, tolerance: float | None) -> DataFrame:
+def _failures(view: View, tolerance: float | None) -> DataFrame:
     import pandas as pd
 
     t = view.shape[2]
     frames = []
-    for check, (error, bound) in _errors(view, tolerance).items():
+    for check, (error, bound) in _row_errors(view, tolerance).items():
         flat = rearrange(error, "b h t -> h (b t)")
         worst, at = flat.max(-1)
-        table = long(view, {"head": view.heads, "check": [check]}, {"rows": (flat > bound).sum(-1), "worst": worst})
+        table = long_table(
+            view, {"head": view.heads, "check": [check]}, {"rows": (flat > bound).sum(-1), "worst": worst}
+        )
         table["example"] = (at // t).tolist()
         table["query"] = [view.queries[i] for i in (at % t).tolist()]
         frames.append(table[table["rows"] > 0])
     return pd.concat(frames)
 
 
-def _errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, float]]:
+def _row_errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, float]]:
     """For each check B H T, how far off a row is, and how far it may be."""
     w, call = view.weights, view.call
     if tolerance is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import statistics as st
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 from ..labels import named_keys
 
 if TYPE_CHECKING:
@@ -40,18 +40,18 @@ def received(trace: Trace, *, real: Any = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_table(view) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_received_table(view) for view in views(trace, real)], ignore_index=True)
 
 
-def _table(view: View) -> DataFrame:
+def _received_table(view: View) -> DataFrame:
     b, h, _, s = view.shape
-    total = _total(view).double()
+    total = _received_weight(view).double()
     queries = torch.full_like(total, torch.nan)
     if view.call.has("mask"):
         queries = view.pairs.sum(-2).double().expand(b, h, s)
     axes = {"head": view.heads, "example": range(b), "key": range(s)}
     values = {"sum": total, "queries": queries, "mean": total / queries}
-    table = long(view, axes, {name: rearrange(value, "b h s -> h b s") for name, value in values.items()})
+    table = long_table(view, axes, {name: rearrange(value, "b h s -> h b s") for name, value in values.items()})
     if view.trace.tokens is not None:
         tokens = named_keys(view)
         found = [[None] * s] * b if isinstance(tokens, str) else tokens
@@ -59,7 +59,7 @@ def _table(view: View) -> DataFrame:
     return table.loc[view.keys.flatten().tolist() * h]
 
 
-def _total(view: View) -> Tensor:
+def _received_weight(view: View) -> Tensor:
     """B H S: what the rows that count give."""
     _, _, t, s = view.shape
     mask = view.mask.expand(*view.mask.shape[:2], t, s)

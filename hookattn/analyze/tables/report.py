@@ -10,8 +10,8 @@ from ..chance import Chance
 from ..frame import views
 from ..measures.base import Measure
 from ..registry import MEASURES, resolve
-from ..table import columns, readings
-from .roles import evidence, named
+from ..table import reading_columns, readings
+from .roles import evidence_measures, roles_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,16 +42,16 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     """
     import pandas as pd
 
-    chosen = resolve([*(MEASURES if measures is None else measures), *evidence()])
-    chance = Chance(list(evidence()))
+    chosen = resolve([*(MEASURES if measures is None else measures), *evidence_measures()])
+    chance = Chance(list(evidence_measures()))
     frames: list[DataFrame] = []
     left_out: dict[str, str] = {}
     for view in views(trace, real):
         found = readings(view, chosen, missing=True, why=left_out)
-        frame = pd.DataFrame(columns(view, found, "head"))
+        frame = pd.DataFrame(reading_columns(view, found, "head"))
         levels = chance.of(view)
         lines = zip(*(frame[key].tolist() for key in found), strict=True)
-        roles = [named(dict(zip(found, line, strict=True)), levels) for line in lines]
+        roles = [roles_of(dict(zip(found, line, strict=True)), levels) for line in lines]
         place = list(frame.columns).index(chosen[0].key)
         frame.insert(place, "role", ["; ".join(role.name for role, _ in several) for several in roles])
         frame.insert(place + 1, "evidence", ["; ".join(why for _, why in several) for several in roles])

@@ -14,6 +14,10 @@ from ..measures.repeats import DuplicateToken, Induction
 from ..measures.separator import Separators
 from ..measures.sink import FirstToken, LearnedSink
 
+# Thresholds are high, and a head may have no role: a name that is missing misleads nobody, and a wrong one does. Half
+# of the attention is the bound by which Clark et al. (2019, section 3.1) count heads for the previous and the next
+# token; it serves all roles of one key. Roles whose keys not every query has (a word that was there before) have it
+# lower. The literature has no bound for these; ours stand here, and each score is printed beside its role.
 LIFT = 2.0
 """How many times the level of uniform attention a share has to be."""
 
@@ -66,7 +70,7 @@ ROLES: tuple[Role, ...] = (
 """All roles, the most telling first."""
 
 
-def named(scores: Mapping[str, float], chance: Mapping[str, float]) -> list[tuple[Role, str]]:
+def roles_of(scores: Mapping[str, float], chance: Mapping[str, float]) -> list[tuple[Role, str]]:
     """The roles of a head with their evidence, the most telling first.
 
     Args:
@@ -77,6 +81,6 @@ def named(scores: Mapping[str, float], chance: Mapping[str, float]) -> list[tupl
     return [(role, why) for role, why in found if not names & set(role.unless)]
 
 
-def evidence() -> Iterable[Measure]:
+def evidence_measures() -> Iterable[Measure]:
     """The measures that roles are read off."""
     return (role.measure for role in ROLES)

@@ -43,14 +43,14 @@ def rollout(
         SelectionError: ``heads``, ``residual`` or ``start_layer`` is none there is.
         FieldNotCaptured: the weights were not kept.
     """
-    steps = mixing(trace, heads, residual, start_layer, real)
+    steps = mixing_matrices(trace, heads, residual, start_layer, real)
     rolled = [steps[0]]
     for step in steps[1:]:
         rolled.append(step @ rolled[-1])
     return torch.stack(rolled)
 
 
-def mixing(trace: Trace, heads: str, residual: float, start_layer: int, real: Any) -> Tensor:
+def mixing_matrices(trace: Trace, heads: str, residual: float, start_layer: int, real: Any) -> Tensor:
     """L B T S: the matrices A of :func:`rollout`, whose arguments these are.
 
     Raises:
@@ -63,21 +63,22 @@ def mixing(trace: Trace, heads: str, residual: float, start_layer: int, real: An
         raise SelectionError(f"start_layer={start_layer}: the trace has {len(several)} calls.")
     several = several[start_layer:]
     for view in several:
-        _check(view, several[0])
+        _check_self_attention(view, several[0])
     check_alike(several, "layers follow on each other", "BTS")
     merged = aggregate(trace[start_layer:], heads)
-    return torch.stack([_mix(view, w, residual) for view, w in zip(several, merged, strict=True)])
+    return torch.stack([_mixing_matrix(view, w, residual) for view, w in zip(several, merged, strict=True)])
 
 
-def _mix(view: View, weights: Tensor, residual: float) -> Tensor:
+def _mixing_matrix(view: View, weights: Tensor, residual: float) -> Tensor:
     """B T S."""
     eye = torch.eye(view.shape[2], dtype=weights.dtype, device=weights.device)
     total = weights.sum(-1, keepdim=True)
+    # A row without attention passes on what it has: all of it comes past the layer.
     still = (total == 0) | ~view.rows.unsqueeze(-1)
     return torch.where(still, eye, (1 - residual) * weights / total + residual * eye)
 
 
-def _check(view: View, first: View) -> None:
+def _check_self_attention(view: View, first: View) -> None:
     _, _, t, s = view.shape
     call, other = view.call, first.call
     why = None

@@ -53,8 +53,8 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
         if isinstance(of, str) and (tokens is None or view.crosses):
             why = why or f"{view.where}: {found if isinstance(found, str) else 'tokens of its queries are not known'}"
             continue
-        for row, place in _rows(view, example, of, tokens):
-            frames.append(pd.DataFrame(_columns(view, example, row, place, k, tokens)))
+        for row, place in _query_rows(view, example, of, tokens):
+            frames.append(pd.DataFrame(_target_columns(view, example, row, place, k, tokens)))
     if frames:
         return pd.concat(frames, ignore_index=True)
     if why:
@@ -62,7 +62,9 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
     raise SelectionError(f"top_targets({of!r}): no call of the trace has such a query.")
 
 
-def _rows(view: View, example: int, of: str | int, tokens: tuple[str | None, ...] | None) -> list[tuple[int, int]]:
+def _query_rows(
+    view: View, example: int, of: str | int, tokens: tuple[str | None, ...] | None
+) -> list[tuple[int, int]]:
     """The rows that are asked for, and their positions."""
     places = view.positions
     at = list(view.queries) if places is None else places[0 if len(places) == 1 else example].tolist()
@@ -76,10 +78,10 @@ def _rows(view: View, example: int, of: str | int, tokens: tuple[str | None, ...
     return [(row, place) for row, place in enumerate(at) if 0 <= place < len(same) and same[place]]
 
 
-def _columns(
+def _target_columns(
     view: View, example: int, row: int, place: int, k: int, tokens: tuple[str | None, ...] | None
 ) -> dict[str, Any]:
-    weights, keys = _largest(view, example, row, k)
+    weights, keys = _largest_weights(view, example, row, k)
     head = torch.tensor(list(view.heads)).unsqueeze(1).expand_as(keys)
     rank = torch.arange(1, keys.shape[1] + 1).expand_as(keys)
     some = weights != 0
@@ -96,7 +98,7 @@ def _columns(
     }
 
 
-def _largest(view: View, example: int, row: int, k: int) -> tuple[Tensor, Tensor]:
+def _largest_weights(view: View, example: int, row: int, k: int) -> tuple[Tensor, Tensor]:
     """H k: the largest weights of a row, and their keys."""
     if view.call.has("weights"):
         weights, keys = view.weights[example, :, row].topk(min(k, view.shape[3]), -1)

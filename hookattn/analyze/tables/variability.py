@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
 from ..call_view import View
-from ..frame import long, views
+from ..frame import long_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -52,10 +52,10 @@ def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, r
         raise MeasureError(
             f"variability is over traces of the same calls; these have {[len(own) for own in seen]} calls."
         )
-    return pd.concat([_table(calls, tokens) for calls in zip(*seen, strict=True)], ignore_index=True)
+    return pd.concat([_variability_table(calls, tokens) for calls in zip(*seen, strict=True)], ignore_index=True)
 
 
-def _table(calls: Sequence[View], tokens: int | None) -> DataFrame:
+def _variability_table(calls: Sequence[View], tokens: int | None) -> DataFrame:
     first = calls[0]
     for view in calls[1:]:
         if view.call.site.path != first.call.site.path or tuple(view.heads) != tuple(first.heads):
@@ -68,13 +68,15 @@ def _table(calls: Sequence[View], tokens: int | None) -> DataFrame:
         raise MeasureError(
             f"variability of {first.where}: it has one input; expected two or more, as a batch or as several traces."
         )
-    rows, keys = (_least(own, tokens, first) for own in ([v.rows for v in calls], [v.keys for v in calls]))
-    w = torch.cat([_cut(view, rows, keys) for view in calls]).double()
+    rows, keys = (_compared_length(own, tokens, first) for own in ([v.rows for v in calls], [v.keys for v in calls]))
+    w = torch.cat([_first_counting(view, rows, keys) for view in calls]).double()
     apart = (w - w.mean(0)).abs().sum((0, 2, 3)) / (2 * w.sum((0, 2, 3)))
-    return long(first, {"head": first.heads}, {"variability": apart, "examples": torch.full_like(apart, n).long()})
+    return long_table(
+        first, {"head": first.heads}, {"variability": apart, "examples": torch.full_like(apart, n).long()}
+    )
 
 
-def _least(counting: Sequence[Tensor], tokens: int | None, view: View) -> int:
+def _compared_length(counting: Sequence[Tensor], tokens: int | None, view: View) -> int:
     """How many positions are compared: of what counts, B T or B S for each trace."""
     least = min(int(own.sum(-1).min()) for own in counting)
     if least == 0:
@@ -82,11 +84,12 @@ def _least(counting: Sequence[Tensor], tokens: int | None, view: View) -> int:
     return least if tokens is None else min(least, tokens)
 
 
-def _cut(view: View, rows: int, keys: int) -> Tensor:
+def _first_counting(view: View, rows: int, keys: int) -> Tensor:
     """B H rows keys: the first ones that count."""
     if bool(view.rows[:, :rows].all() & view.keys[:, :keys].all()):
         return view.weights[:, :, :rows, :keys]
     b, h, _, s = view.shape
+    # A stable sort of flags puts the positions that count first, each in its order, wherever padding is.
     at = [torch.argsort(own.byte(), dim=-1, descending=True, stable=True) for own in (view.rows, view.keys)]
     part = view.weights.gather(2, at[0][:, None, :rows, None].expand(b, h, rows, s))
     return part.gather(3, at[1][:, None, None, :keys].expand(b, h, rows, keys))
