@@ -13,7 +13,7 @@ from ..torch_internals.isolation import isolated
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded
-from .eager.products import Label, LayoutError, Piece, Product, Roles, arrange
+from .eager.products import Factor, LayoutError, Product, ProductLabels, Roles, arrange
 
 if TYPE_CHECKING:
     from .eager.follower import Follower
@@ -207,7 +207,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
                 setattr(call, name, _split_heads(x, groups) if x.shape[-3] != 1 else x.unsqueeze(-3))
         n += 1
     batch = list(range(n - 2))
-    labels: tuple[list[Label], list[Label], list[Label]] = ([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
+    labels = ProductLabels([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
     product = Product(q, k, labels, origins["query"], origins["key"])
     extents = [max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True)]
     layout = product.layout((*extents, q.shape[-2], k.shape[-2]))
@@ -216,24 +216,24 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         roles.keys = "b"
     if first_is_batch:
         roles.heads = {a for a in roles.heads if a not in layout[0]} | {a for dim in layout[1:-2] for a in dim}
-    call.q = arrange(q, product.operand_pieces("a", roles), "BHTD")
-    call.k = arrange(k, product.operand_pieces("b", roles), "BHSD", group=True)
-    call.v = arrange(v, _value_pieces(v, origins["value"], layout, roles), "BHSD", group=True)
+    call.q = arrange(q, product.operand_factors("a", roles), "BHTD")
+    call.k = arrange(k, product.operand_factors("b", roles), "BHSD", group=True)
+    call.v = arrange(v, _value_factors(v, origins["value"], layout, roles), "BHSD", group=True)
     groups = max(call.k.shape[1], call.v.shape[1])
     call.k, call.v = (
         x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (call.k, call.v)
     )
     call.k, call.v = (x.expand(call.q.shape[0], -1, -1, -1) for x in (call.k, call.v))
-    rows = roles.pieces(layout[:-1])
+    rows = roles.factors(layout[:-1])
     for name in ("output", "undropped"):
         x = getattr(call, name)
         if x is not None:
-            setattr(call, name, arrange(x, [*rows, [Piece(x.shape[-1], "D")]], "BHTD"))
+            setattr(call, name, arrange(x, [*rows, [Factor(x.shape[-1], "D")]], "BHTD"))
     for name in ("bias", "mask"):
         x = getattr(call, name)
         if x is not None:
             x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
-            setattr(call, name, arrange(x, roles.pieces(layout, x.shape), "BHTS", broadcast=True))
+            setattr(call, name, arrange(x, roles.factors(layout, x.shape), "BHTS", broadcast=True))
     return call
 
 
@@ -249,14 +249,14 @@ def _known(origin: Origin, x: Tensor) -> Origin:
     return origin
 
 
-def _value_pieces(v: Tensor, origin: Origin, layout: Layout, roles: Roles) -> list[list[Piece]]:
+def _value_factors(v: Tensor, origin: Origin, layout: Layout, roles: Roles) -> list[list[Factor]]:
     """``v`` has the batch axes of the scores, the keys, and its own width."""
     own, out = origin.layout(), []
     for i, extent in enumerate(v.shape[:-2]):
         pairs = refine(layout[i], own[i]) if extent != 1 and len(own) == v.dim() else None
         atoms = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in layout[i]]
-        out.append([Piece(a.size, roles.of(a), broadcast=extent == 1, repeated=r) for a, r in atoms])
-    return [*out, [Piece(v.shape[-2], "S")], [Piece(v.shape[-1], "D")]]
+        out.append([Factor(a.size, roles.of(a), broadcast=extent == 1, repeated=r) for a, r in atoms])
+    return [*out, [Factor(v.shape[-2], "S")], [Factor(v.shape[-1], "D")]]
 
 
 TAP = Tap("sdpa", kernels={"scaled_dot_product_attention": handle})
