@@ -74,9 +74,9 @@ def _llama(name: str, layers: int, tokens: int, batch: int = 1, weight: float = 
     return Case(name, make, tokens, layers, 32, batch, torch.bfloat16, places=("cuda",), weight=weight)
 
 
-def _plain(name: str, layers: int, width: int, heads: int, tokens: int, weight: float = 1.0) -> Case:
+def _unknown_case(name: str, layers: int, width: int, heads: int, tokens: int, weight: float = 1.0) -> Case:
     def make(device: torch.device) -> nn.Module:
-        return models.plain(layers, width, heads, device, torch.float32)
+        return models.unknown_model(layers, width, heads, device, torch.float32)
 
     return Case(name, make, tokens, layers, heads, width=width, weight=weight)
 
@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
     half = torch.bfloat16
     yield _gpt2(TOY, 4, 64, 4, 32, vocabulary=1000, weight=1.5)
     yield _gpt2("toy, batch 16", 4, 64, 4, 32, batch=16, vocabulary=1000, weight=0.5)
-    yield _plain("plain toy, no adapter (4 layers, width 64, 32 tokens)", 4, 64, 4, 32, weight=0.5)
+    yield _unknown_case("plain toy, no adapter (4 layers, width 64, 32 tokens)", 4, 64, 4, 32, weight=0.5)
     yield _gpt2("small, 128 tokens, batch 16", 12, 768, 12, 128, batch=16)
     yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.5)
     yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2)
@@ -99,7 +99,7 @@ def cases() -> Iterator[Case]:
     yield _llama("8B-shaped (2 layers), 32768 tokens", 2, 32768)
 
 
-def room(case: Case, eager: bool, kept: int) -> int:
+def bytes_taken(case: Case, eager: bool, kept: int) -> int:
     """About how many bytes a row takes beside the untraced forward.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from hookattn.planning.memory_plan import free_memory, size_of
 
-from .cases import Case, room
+from .cases import Case, bytes_taken
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all
 from .memory import peak
 from .variants import BASE, EAGER, variants
@@ -88,7 +88,7 @@ def too_large(case: Case, variant: Variant, device: torch.device) -> str | None:
     kept = variant.kept or 0
     if variant.peer:
         kept = case.layers * scores * case.dtype.itemsize * (1 if "output_attentions" in variant.name else 2)
-    need = 0 if variant.name == BASE else room(case, eager, kept)
+    need = 0 if variant.name == BASE else bytes_taken(case, eager, kept)
     for where, size, most in (("disk", variant.disk, _TO_DISK), ("the host", variant.host, _TO_HOST)):
         if size > most:
             return f"left out: {size_of(size)} to {where} would take the time of all else"

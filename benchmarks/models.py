@@ -30,7 +30,7 @@ class PlainBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def plain(layers: int, width: int, heads: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def unknown_model(layers: int, width: int, heads: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A model that no library knows."""
     torch.manual_seed(0)
     blocks = [PlainBlock(width, heads) for _ in range(layers)]

@@ -66,7 +66,7 @@ def causal_panels() -> list[Panel]:
         ("previous-token head", PreviousToken(), 1, 2),
         ("induction head", Induction(), LENGTH - 1, LENGTH + 1),
     ):
-        best = heads.ranked(trace, measure)[0]
+        best = heads.ranked_heads(trace, measure)[0]
         marks = [(i, i - offset) for i in range(begin, 2 * LENGTH + 1)]
         panels.append(Panel(title, best, trace[best.path].weights[0, best.head], tokens, marks, [1, LENGTH + 1]))
     return panels
@@ -84,7 +84,7 @@ def encoder_panels() -> list[Panel]:
     model, tokenizer = encoder.load(path)
     trace = hookattn.trace(model, tokenizer(*encoder.PAIR, return_tensors="pt"), capture="weights", verify="full")
     tokens = (trace.tokens or [[]])[0]
-    best = heads.ranked(trace, SameWord(across=True))[0]
+    best = heads.ranked_heads(trace, SameWord(across=True))[0]
     middle = tokens.index("[SEP]")
     marks = [
         (i, j)

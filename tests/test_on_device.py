@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from benchmarks.models import plain
+from benchmarks.models import unknown_model
 from hookattn.testing import check_clean
 from tests import tiny_models as tiny
 from tests.reference import as_sinks, masked_softmax, repeat_heads, run
@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], torch.dtype]
     "bert, right-padded": (tiny.bert, lambda: tiny.padded("right"), torch.bfloat16),
     "with sinks and windows": (tiny.gpt_oss, lambda: tiny.ids(9), torch.float32),
     "known to nobody": (
-        lambda: plain(2, 128, 2, torch.device("cpu"), torch.float32),
+        lambda: unknown_model(2, 128, 2, torch.device("cpu"), torch.float32),
         lambda: torch.randn(2, 300, 128, generator=torch.Generator().manual_seed(1)),
         torch.float32,
     ),
@@ -65,9 +65,9 @@ def made(name: str, device: str) -> tuple[nn.Module, Any, torch.dtype]:
 def traced(model: nn.Module, x: Any, **options: Any) -> hookattn.Trace:
     """A trace, with the outputs of the model as it is, after which nothing is left on it."""
     with torch.no_grad():
-        plain = run(model, x)
+        untraced = run(model, x)
         trace = hookattn.trace(model, x, **options)
-    tiny.assert_same_output(plain, trace.output)
+    tiny.assert_same_output(untraced, trace.output)
     check_clean(model)
     return trace
 

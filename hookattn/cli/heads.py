@@ -69,7 +69,7 @@ def command(
         table = table.sort_values(key, ascending=sort.startswith("-"), kind="stable", na_position="last")
     table = table.head(top) if top is not None else table
     if screen.as_json:
-        data = {"file": file, "units": units, "left_out": table.attrs["left_out"], "heads": _plain(table)}
+        data = {"file": file, "units": units, "left_out": table.attrs["left_out"], "heads": _json_rows(table)}
         screen.json(data)
     if csv == "-":
         click.echo(table.to_csv(index=False), nl=False)
@@ -82,16 +82,16 @@ def command(
             screen.say(f"wrote {path}: {counted(len(table), 'head')}")
     if not screen.as_json and csv is None and parquet is None:
         asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
-        _print(screen, table, asked or list(SHOWN), keep=len(asked))
+        _print_heads(screen, table, asked or list(SHOWN), keep=len(asked))
 
 
-def _plain(table: DataFrame) -> list[dict[str, Any]]:
+def _json_rows(table: DataFrame) -> list[dict[str, Any]]:
     """Rows as plain data; NaN as null."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(key): value for key, value in row.items()} for row in rows]
 
 
-def _print(screen: Screen, table: DataFrame, measures: list[str], keep: int) -> None:
+def _print_heads(screen: Screen, table: DataFrame, measures: list[str], keep: int) -> None:
     """Where, some measures, and the roles with their evidence.
 
     Args:
@@ -116,7 +116,7 @@ def _print(screen: Screen, table: DataFrame, measures: list[str], keep: int) -> 
         numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in measures]
         place = ["?" if row[c] is None or row[c] != row[c] else f"{row[c]:.0f}" if c == "layer" else str(row[c])
                  for c in where]  # fmt: skip
-        shown.add_row(*place, *numbers, _roles(str(row["role"]), str(row["evidence"])))
+        shown.add_row(*place, *numbers, _role_lines(str(row["role"]), str(row["evidence"])))
     screen.out.print(shown)
     reasons: dict[str, list[str]] = {}
     for key, why in table.attrs["left_out"].items():
@@ -125,7 +125,7 @@ def _print(screen: Screen, table: DataFrame, measures: list[str], keep: int) -> 
         screen.say(f"left out {', '.join(keys)}: {why}", "dim")
 
 
-def _roles(roles: str, evidence: str) -> Text:
+def _role_lines(roles: str, evidence: str) -> Text:
     """A line for each role."""
     made = Text()
     for role, why in zip(roles.split("; "), evidence.split("; "), strict=True):

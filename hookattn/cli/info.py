@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..console.screen import Screen
-from ..console.tables import print_calls, print_head, print_verdict, summary
+from ..console.tables import print_calls, print_head, print_verdict, trace_as_json
 from ..traces import load
 from .command import Command
 
@@ -25,7 +25,7 @@ from .command import Command
 def info(screen: Screen, file: str, every_call: bool) -> None:
     """Show what is in a trace FILE: its calls with their certificates, what was skipped, tokens, versions, sizes."""
     trace = load(file)
-    data = summary(trace)
+    data = trace_as_json(trace)
     if screen.as_json:
         screen.json(data)
         return

@@ -38,7 +38,7 @@ class Given:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(
+def inputs_asked_for(
     loaded: Loaded, *, texts: Sequence[str], pair: tuple[str, str] | None, images: Sequence[str], generate: bool
 ) -> Given:
     """The inputs that the options ask for, through the model's own processors.
@@ -60,10 +60,10 @@ def _from_text(loaded: Loaded, texts: Sequence[str], pair: tuple[str, str] | Non
     config = getattr(loaded.model, "config", None)
     if generate and not getattr(config, "is_encoder_decoder", False):
         tokenizer.padding_side = "left"
-    return encode(loaded, tokenizer, texts, pair=pair, decode=not generate)
+    return encoded_texts(loaded, tokenizer, texts, pair=pair, decode=not generate)
 
 
-def encode(
+def encoded_texts(
     loaded: Loaded,
     tokenizer: Any,
     texts: Sequence[str],
@@ -132,7 +132,7 @@ def tokenizer_of(loaded: Loaded) -> Any:
 def _from_images(loaded: Loaded, images: Sequence[str], texts: Sequence[str]) -> Given:
     if loaded.source is None:
         raise InputError(_MADE.format(name=loaded.name, what="image processor"))
-    pictures = [_picture(path) for path in images]
+    pictures = [_read_image(path) for path in images]
     import transformers
 
     auto = transformers.AutoProcessor if texts else transformers.AutoImageProcessor
@@ -158,10 +158,10 @@ def _from_images(loaded: Loaded, images: Sequence[str], texts: Sequence[str]) ->
     tokens = None
     if texts and tokenizer is not None and "input_ids" in made:
         tokens = [tokenizer.convert_ids_to_tokens(row) for row in made["input_ids"].tolist()]
-    return Given(_like(dict(made), loaded.model), tokens, tokenizer)
+    return Given(_in_model_dtype(dict(made), loaded.model), tokens, tokenizer)
 
 
-def _picture(path: str) -> Any:
+def _read_image(path: str) -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
@@ -173,7 +173,7 @@ def _picture(path: str) -> Any:
         raise InputError(f"{path}: cannot be read as an image: {first_line(error)}") from error
 
 
-def _like(args: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def _in_model_dtype(args: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """Floating inputs in the dtype of the model's weights."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in args.items()}
@@ -191,7 +191,7 @@ def read_tensors(path: str) -> Any:
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such file.")
     try:
-        return _READ[suffix](path)
+        return _READERS[suffix](path)
     except InputError:
         raise
     except Exception as error:
@@ -203,25 +203,25 @@ def read_tensors(path: str) -> Any:
         raise InputError(f"{path}: cannot be read as {suffix}: {first_line(error)}{hint}") from error
 
 
-def _safetensors(path: str) -> Any:
+def _read_safetensors(path: str) -> Any:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-def _torch(path: str) -> Any:
+def _read_torch(path: str) -> Any:
     found = torch.load(path, map_location="cpu", weights_only=True)
     return tuple(found) if isinstance(found, list) else found
 
 
-def _npz(path: str) -> Any:
+def _read_npz(path: str) -> Any:
     import numpy
 
     with numpy.load(path, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def _json(path: str) -> Any:
+def _read_json(path: str) -> Any:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if isinstance(found, list):
         return torch.tensor(found)
@@ -236,16 +236,22 @@ def _json(path: str) -> Any:
     return made
 
 
-_READ = {".safetensors": _safetensors, ".pt": _torch, ".pth": _torch, ".json": _json, ".npz": _npz}
+_READERS = {
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".json": _read_json,
+    ".npz": _read_npz,
+}
 
 
-def move(x: Any, device: str) -> Any:
+def to_device(x: Any, device: str) -> Any:
     """Tensors, in whatever they are nested, on a device."""
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, Mapping):
-        return {k: move(v, device) for k, v in x.items()}
+        return {k: to_device(v, device) for k, v in x.items()}
     if isinstance(x, (tuple, list)):
-        moved = [move(v, device) for v in x]
+        moved = [to_device(v, device) for v in x]
         return tuple(moved) if isinstance(x, tuple) else moved
     return x

@@ -131,7 +131,7 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
             raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
         quiet_transformers()
         if not os.path.isdir(source) and not _hub_answers():
-            source = _cached(name)
+            source = _cached_directory(name)
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
             made, report = _class_for(transformers, config, trust).from_pretrained(
@@ -141,7 +141,7 @@ def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool)
                 **({} if attn is None else {"attn_implementation": attn}),
             )
         except Exception as error:
-            raise ModelError(_why(name, error, os.path.isdir(source))) from error
+            raise ModelError(_load_failure(name, error, os.path.isdir(source))) from error
     random = sorted(report.get("missing_keys", ()))
     if random:
         screen.warn(
@@ -164,7 +164,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _cached(name: str) -> str:
+def _cached_directory(name: str) -> str:
     """The directory of a model that was loaded from the hub before."""
     from huggingface_hub import constants, snapshot_download
 
@@ -201,7 +201,7 @@ def _class_for(transformers: Any, config: Any, trust: bool) -> Any:
     return next((c for n in names if isinstance(c := getattr(transformers, n, None), type)), transformers.AutoModel)
 
 
-def _why(name: str, error: Exception, local: bool) -> str:
+def _load_failure(name: str, error: Exception, local: bool) -> str:
     said = first_line(error)
     if "trust_remote_code" in str(error):
         return f"{name}: this model runs code from its own repository; read it, then allow it with --trust-remote-code."

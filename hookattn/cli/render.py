@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..calls.part import many
-from ..console.screen import Screen, size_of
+from ..console.screen import Screen, decimal_size
 from ..errors import SelectionError
 from ..render.figures import VIEWS
 from ..traces import load
@@ -63,17 +63,19 @@ def render(screen: Screen, /, file: str, out: str, view: str, dpi: int | None, *
         if dpi is not None or not VIEWS[view].in_pages:
             what = "--dpi is" if dpi is not None else f"--view {view} is"
             raise click.UsageError(f"{what} for svg, pdf and png; a page has no such thing.")
-        _page(file, out, view, asked)
+        _write_page(file, out, view, asked)
     else:
-        _figure(screen, file, out, kind, view, dpi, asked)
+        _write_figure(screen, file, out, kind, view, dpi, asked)
     data = {"file": out, "bytes": os.path.getsize(out), "view": view}
     if screen.as_json:
         screen.json(data)
     else:
-        screen.out.print(f"wrote {out} ({size_of(os.path.getsize(out))})", markup=False, soft_wrap=True)
+        screen.out.print(f"wrote {out} ({decimal_size(os.path.getsize(out))})", markup=False, soft_wrap=True)
 
 
-def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]) -> None:
+def _write_figure(
+    screen: Screen, file: str, out: str, kind: str, view: str, dpi: int | None, asked: dict[str, Any]
+) -> None:
     from ..render.figures.files import save
 
     draw = VIEWS[view].draw
@@ -94,7 +96,7 @@ def _figure(screen: Screen, file: str, out: str, kind: str, view: str, dpi: int 
         screen.warn(f"no installed font has {' '.join(lacking)}; install one that does, or write an .svg.")
 
 
-def _page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
+def _write_page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
     from ..render.html_page import save_page
 
     trace = load(file)

@@ -12,10 +12,10 @@ import torch
 
 from ..analyze.registry import MEASURES, resolve
 from ..analyze.survey import Batch, Corpus, survey
-from ..console.screen import Screen, counted, size_of
+from ..console.screen import Screen, counted, decimal_size
 from ..errors import InputError
 from .command import Command
-from .inputs import encode, move, tokenizer_of
+from .inputs import encoded_texts, to_device, tokenizer_of
 from .models import Loaded, load_model
 from .options import names
 from .trace import check_target
@@ -92,7 +92,7 @@ def command(
     if screen.as_json:
         screen.json({"file": out, "examples": total, "measures": measured, "bytes": size})
         return
-    screen.out.print(f"wrote {out} ({size_of(size)}): {counted(total, 'example')}", markup=False)
+    screen.out.print(f"wrote {out} ({decimal_size(size)}): {counted(total, 'example')}", markup=False)
 
 
 def _encoder(loaded: Loaded, device: str, limit: int | None) -> Encode:
@@ -103,13 +103,13 @@ def _encoder(loaded: Loaded, device: str, limit: int | None) -> Encode:
         if not tokenizer:
             tokenizer.append(tokenizer_of(loaded))
             tokenizer[0].padding_side = "right"
-        given = encode(loaded, tokenizer[0], texts, limit=limit)
-        return Batch(move(given.args, device), len(texts), given.tokens, given.args.get("attention_mask"))
+        given = encoded_texts(loaded, tokenizer[0], texts, limit=limit)
+        return Batch(to_device(given.args, device), len(texts), given.tokens, given.args.get("attention_mask"))
 
     def of_ids(ids: Sequence[list[int]]) -> Batch:
         made = torch.tensor(ids)
         inputs: Any = {"input_ids": made} if loaded.source is not None else made
-        return Batch(move(inputs, device), len(ids), [[str(i) for i in row] for row in ids])
+        return Batch(to_device(inputs, device), len(ids), [[str(i) for i in row] for row in ids])
 
     def encoded(values: Sequence[Any]) -> Iterator[Batch]:
         for kind, group in itertools.groupby(values, type):

@@ -9,12 +9,12 @@ import click
 import torch
 
 from .. import api
-from ..console.screen import Screen, counted, size_of
-from ..console.tables import print_calls, print_head, print_verdict, summary
+from ..console.screen import Screen, counted, decimal_size
+from ..console.tables import print_calls, print_head, print_verdict, trace_as_json
 from ..errors import ModelError, TraceWriteError
 from ..traces import Trace
 from .command import Command
-from .inputs import Given, gather, move, read_tensors
+from .inputs import Given, inputs_asked_for, read_tensors, to_device
 from .models import Loaded, is_factory, load_model
 from .options import DTYPES, ints, names, positions
 
@@ -97,8 +97,8 @@ def trace(
     read = None if file is None else Given(read_tensors(file))
     torch.manual_seed(seed)
     loaded = load_model(model, screen, attn=attn, device=device, trust=trust_remote_code)
-    given = read or gather(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
-    given.args = move(given.args, device)
+    given = read or inputs_asked_for(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
+    given.args = to_device(given.args, device)
     if capture is None and (out is None or compact):
         capture = _COMPACT if compact else ("q", "k", "v")
     options = {
@@ -115,14 +115,14 @@ def trace(
     for note in given.notes:
         screen.say(f"note: {note}", "dim")
     torch.manual_seed(seed)
-    made = _run(screen, loaded, given, options, generate)
+    made = _traced(screen, loaded, given, options, generate)
     if compact and out is not None:
         with screen.working(f"writing {out}"):
             made.path = made.save(out, compact=True)
-    _report(screen, made)
+    _print_trace(screen, made)
 
 
-def _run(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], generate: int | None) -> Trace:
+def _traced(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], generate: int | None) -> Trace:
     model = loaded.model
     with torch.no_grad():
         if generate is None:
@@ -150,8 +150,8 @@ def _run(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], 
         return made
 
 
-def _report(screen: Screen, made: Trace) -> None:
-    data = summary(made)
+def _print_trace(screen: Screen, made: Trace) -> None:
+    data = trace_as_json(made)
     if screen.as_json:
         screen.json(data)
         return
@@ -161,7 +161,7 @@ def _report(screen: Screen, made: Trace) -> None:
     if made.path is not None:
         screen.out.print(
             f"wrote {made.path}",
-            f"({size_of(data['bytes'])}, {counted(data['tensors'], 'tensor')})",
+            f"({decimal_size(data['bytes'])}, {counted(data['tensors'], 'tensor')})",
             markup=False,
             soft_wrap=True,
         )

@@ -44,9 +44,9 @@ def verify(screen: Screen, file: str) -> None:
             advance()
     passed = all(_verdict(*result) != "FAIL" for result in results)
     if screen.as_json:
-        screen.json(_data(trace, results, passed))
+        screen.json(_json_results(trace, results, passed))
     else:
-        _print(screen, results)
+        _print_results(screen, results)
     if not passed:
         click.get_current_context().exit(1)
 
@@ -58,7 +58,7 @@ def _verdict(call: Call, checks: dict[str, Check]) -> str:
     return "pass" if True in found else "nothing to check"
 
 
-def _data(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
+def _json_results(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
     return {
         "file": trace.path,
         "passed": passed,
@@ -81,13 +81,13 @@ def _data(trace: Trace, results: list[Result], passed: bool) -> dict[str, Any]:
     }
 
 
-def _cell(check: Check) -> Text:
+def _check_cell(check: Check) -> Text:
     if check.reason:
         return Text("–", "dim")
     return Text(f"{check.error:.0e}" if check.error else "0", "green" if check.passed else "bold red")
 
 
-def _print(screen: Screen, results: list[Result]) -> None:
+def _print_results(screen: Screen, results: list[Result]) -> None:
     steps = len({call.step for call, _ in results}) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in ["", *(["step"] if steps else []), "path", *CHECKS, "stored"]:
@@ -99,7 +99,7 @@ def _print(screen: Screen, results: list[Result]) -> None:
             Text("–" if verdict == "nothing to check" else verdict, styles[verdict]),
             *([str(call.step)] if steps else []),
             Text(call.site.label),
-            *map(_cell, checks.values()),
+            *map(_check_cell, checks.values()),
             Text(status, "bold red" if status == "unfaithful" else ""),
         )
     screen.out.print(table)

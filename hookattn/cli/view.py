@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..console.screen import Screen, size_of
+from ..console.screen import Screen, decimal_size
 from ..errors import RenderError
 from ..traces import load
 from .command import Command, explain
@@ -100,4 +100,4 @@ def _write(screen: Screen, file: str, html: str, **shown: Any) -> None:
     if screen.as_json:
         screen.json(data)
     else:
-        screen.out.print(f"wrote {html}", f"({size_of(data['bytes'])})", markup=False, soft_wrap=True)
+        screen.out.print(f"wrote {html}", f"({decimal_size(data['bytes'])})", markup=False, soft_wrap=True)

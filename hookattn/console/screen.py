@@ -116,7 +116,7 @@ def console(stream: TextIO, quiet: bool = False) -> Console:
     return made
 
 
-def size_of(n: float) -> str:
+def decimal_size(n: float) -> str:
     """A number of bytes, for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:

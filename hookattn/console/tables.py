@@ -16,7 +16,7 @@ from ..calls.certificate import Certificate
 from ..calls.fields import shape_of
 from ..store import LazyFile
 from ..traces import Trace
-from .screen import counted, size_of
+from .screen import counted, decimal_size
 
 _LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "output": "BHTE", "scores": "BHTS", "weights": "BHTS"}
 _STYLES = {"faithful": "green", "unfaithful": "bold red", "unverified": "yellow"}
@@ -32,7 +32,7 @@ def extents(call: Call) -> dict[str, int]:
     return {letter: found[letter] for letter in "BHGTSDE" if letter in found}
 
 
-def describe(call: Call) -> dict[str, Any]:
+def call_as_json(call: Call) -> dict[str, Any]:
     """One call as plain data."""
     site, certificate = call.site, call.certificate
     return {
@@ -62,7 +62,7 @@ def describe(call: Call) -> dict[str, Any]:
     }
 
 
-def summary(trace: Trace) -> dict[str, Any]:
+def trace_as_json(trace: Trace) -> dict[str, Any]:
     """A trace as plain data; with its file's sizes if it is in one."""
     model = {k: v for k, v in trace.model.items() if k != "versions"}
     made: dict[str, Any] = {
@@ -74,7 +74,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         "tokens": trace.tokens,
         "notes": trace.notes,
         "skipped": [{"path": s.path, "reason": s.reason, "steps": list(s.steps)} for s in trace.skipped],
-        "calls": [describe(call) for call in trace.calls],
+        "calls": [call_as_json(call) for call in trace.calls],
     }
     if trace.path is not None:
         with LazyFile(trace.path) as file:
@@ -93,7 +93,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     return made
 
 
-def used(certificate: Certificate) -> float:
+def share_of_tolerance(certificate: Certificate) -> float:
     """How much of what is allowed was used up: above 1 a call is unfaithful."""
     unit = certificate.weights_tolerance or 1.0
     return max(
@@ -103,13 +103,14 @@ def used(certificate: Certificate) -> float:
     )
 
 
-class Row:
+class CallRow:
     """Calls that are one row: one call, or what one site did in many steps."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls, self.first = calls, calls[0]
         self.worst: Certificate = max(
-            (c.certificate for c in calls), key=lambda c: (c.status == "unfaithful", c.status == "unverified", used(c))
+            (c.certificate for c in calls),
+            key=lambda c: (c.status == "unfaithful", c.status == "unverified", share_of_tolerance(c)),
         )
 
     def steps(self) -> str:
@@ -148,34 +149,34 @@ class Row:
         )
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "step": Row.steps,
+COLUMNS: dict[str, Callable[[CallRow], str]] = {
+    "step": CallRow.steps,
     "layer": lambda row: "?" if row.first.site.layer is None else str(row.first.site.layer),
     "stack": lambda row: row.first.site.stack,
     "kind": lambda row: row.first.site.kind,
     "path": lambda row: row.first.site.label,
-    "shape": Row.shape,
+    "shape": CallRow.shape,
     "tap": lambda row: row.first.tap,
     "dtype": lambda row: str(row.first.dtype).removeprefix("torch."),
-    "checked": Row.rows,
-    "error": Row.error,
+    "checked": CallRow.rows,
+    "error": CallRow.error,
     "certificate": lambda row: row.worst.status,
 }
 _HOISTED = ("stack", "kind", "tap", "dtype", "checked")
 
 
-def rows_of(calls: Iterable[Call], every: bool = False) -> list[Row]:
+def call_rows(calls: Iterable[Call], every: bool = False) -> list[CallRow]:
     """One row for each site, or for each call."""
     groups: dict[Any, list[Call]] = {}
     for call in calls:
         key = call.index if every else (call.site, call.tap, call.dtype, call.heads)
         groups.setdefault(key, []).append(call)
-    return [Row(group) for group in groups.values()]
+    return [CallRow(group) for group in groups.values()]
 
 
 def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> None:
     """The table of calls. What all of them have in common stands above it, once."""
-    rows = rows_of(calls, every)
+    rows = call_rows(calls, every)
     if not rows:
         return
     names = [name for name in COLUMNS if name != "step" or len({c.step for c in calls}) > 1]
@@ -221,7 +222,7 @@ def print_verdict(out: Console, trace: Trace) -> None:
         out.print(Text(f"{unknown} of {total} unverified", "yellow"))
     elif trace.calls:
         largest = max(c.certificate.max_error for c in trace.calls)
-        share = max(used(c.certificate) for c in trace.calls)
+        share = max(share_of_tolerance(c.certificate) for c in trace.calls)
         said = f"largest error {largest:.1e}, at most {share:.1%} of what is allowed"
         out.print(Text(f"{total} faithful; {said}", "green"))
 
@@ -234,7 +235,7 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
         version = ".".join(map(str, data["format_version"] or ()))
         kind = f"format {version}{', compact' if data['compact'] else ''}"
         name = os.path.basename(data["file"])
-        line = Text.assemble((name, "bold"), f" · {size_of(data['bytes'])} · {kind} · {count}")
+        line = Text.assemble((name, "bold"), f" · {decimal_size(data['bytes'])} · {kind} · {count}")
     else:
         line = Text(count)
     out.print(line)
@@ -243,7 +244,7 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
         ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items())),
     ]
     if data.get("bytes_of_fields"):
-        facts.append(("fields", " · ".join(f"{k} {size_of(v)}" for k, v in data["bytes_of_fields"].items())))
+        facts.append(("fields", " · ".join(f"{k} {decimal_size(v)}" for k, v in data["bytes_of_fields"].items())))
     rows = data["tokens"] or []
     for i, row in enumerate(rows[:4]):
         shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")

@@ -35,7 +35,7 @@ class Head:
         return asdict(self)
 
 
-def ranked(trace: Trace, measure: Measure) -> list[Head]:
+def ranked_heads(trace: Trace, measure: Measure) -> list[Head]:
     """All heads of a trace, the one with the highest score first."""
     table = measure(trace).sort_values(measure.key, ascending=False, kind="stable")
     return [Head(*row) for row in table[["layer", "head", "path", measure.key]].itertuples(index=False)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import api
 from ..analyze import Induction, PreviousToken, SameWord
-from ..console.screen import quiet_transformers, size_of
+from ..console.screen import decimal_size, quiet_transformers
 from ..console.tables import print_calls, print_verdict
 from ..errors import TraceWriteError
 from ..traces import Trace, load
@@ -54,26 +54,26 @@ def run(out: str, console: Console, working: Working) -> dict[str, Any]:
         raise TraceWriteError(f"{out}: the directory cannot be made: {error.strerror or error}.") from error
     report: dict[str, Any] = {"encoder": None, "induction": None, "files": []}
     with torch.no_grad():
-        report["encoder"] = _encoder(folder / "encoder.safetensors", console, working)
-        report["induction"] = _induction(folder / "induction.safetensors", console, working)
+        report["encoder"] = _run_encoder(folder / "encoder.safetensors", console, working)
+        report["induction"] = _run_induction(folder / "induction.safetensors", console, working)
     report["files"] = [part["file"] for part in (report["encoder"], report["induction"]) if "file" in part]
     report["seconds"] = round(time.perf_counter() - began, 2)
-    _end(console, report)
+    _print_next_steps(console, report)
     return report
 
 
-def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
+def _run_encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
     """The sentence encoder, on a pair of sentences."""
     heading(console, "1  A trained sentence encoder: 6 layers of 12 heads")
     path = encoder.directory()
     if path is None:
-        return _without(console, f"{encoder.PACKAGE} is not installed", encoder.INSTALL)
+        return _left_out(console, f"{encoder.PACKAGE} is not installed", encoder.INSTALL)
     try:
         with working("loading the encoder"):
             quiet_transformers()
             model, tokenizer = encoder.load(path)
     except ModuleNotFoundError as error:
-        return _without(console, f"{error.name} is not installed", 'pip install "hookattn[demo]"')
+        return _left_out(console, f"{error.name} is not installed", 'pip install "hookattn[demo]"')
     inputs = tokenizer(*encoder.PAIR, return_tensors="pt")
     with working("tracing"):
         before = model(**inputs)
@@ -85,11 +85,11 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
     console.print(Text(f"“{encoder.PAIR[0]}” + “{encoder.PAIR[1]}”\n", "italic"))
     print_calls(console, trace.calls)
     print_verdict(console, trace)
-    same = _same(console, [before, trace.output, after])
+    same = _outputs_are_identical(console, [before, trace.output, after])
     gap = max(float((a - b).abs().max()) for a, b in zip(trace.attentions, expected, strict=True))
     console.print(f"eager mode's own weights (output_attentions=True) differ by at most {gap:.1e}")
-    found = heads.ranked(trace, SameWord(across=True))
-    back = _saved(console, trace, file)
+    found = heads.ranked_heads(trace, SameWord(across=True))
+    back = _save_and_reload(console, trace, file)
     heading(console, f"The head that looks for the same word in the other sentence is {found[0].name}")
     console.print("mean attention on it, and that of the runners-up\n")
     print_ranking(console, found)
@@ -104,12 +104,12 @@ def _encoder(file: Path, console: Console, working: Working) -> dict[str, Any]:
         "faithful": trace.faithful,
         "identical_outputs": same,
         "eager_difference": gap,
-        "largest_error": _largest(trace),
+        "largest_error": _largest_error(trace),
         "same_word": [h.to_json() for h in found[:4]],
     }
 
 
-def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]:
+def _run_induction(file: Path, console: Console, working: Working) -> dict[str, Any]:
     """The causal model that copies."""
     heading(console, "2  A causal model that has learned to copy: 2 layers of 4 heads, plain PyTorch")
     model, ids = load_pretrained(), example_tokens(0, length=LENGTH)
@@ -124,9 +124,9 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
     console.print(Text(f"{seen}: {score} predictable tokens predicted\n", "italic"))
     print_calls(console, trace.calls)
     print_verdict(console, trace)
-    same = _same(console, [before, trace.output, after])
-    before_it, copying = heads.ranked(trace, PreviousToken()), heads.ranked(trace, Induction())
-    back = _saved(console, trace, file)
+    same = _outputs_are_identical(console, [before, trace.output, after])
+    before_it, copying = heads.ranked_heads(trace, PreviousToken()), heads.ranked_heads(trace, Induction())
+    back = _save_and_reload(console, trace, file)
     heading(console, f"The previous-token head is {before_it[0].name}")
     console.print("mean attention on the token before\n")
     print_ranking(console, before_it)
@@ -147,7 +147,7 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
         "tokens": tokens,
         "faithful": trace.faithful,
         "identical_outputs": same,
-        "largest_error": _largest(trace),
+        "largest_error": _largest_error(trace),
         "predicted": int(guessed.sum()),
         "predictable": len(guessed),
         "previous_token": [h.to_json() for h in before_it],
@@ -155,12 +155,12 @@ def _induction(file: Path, console: Console, working: Working) -> dict[str, Any]
     }
 
 
-def _without(console: Console, why: str, command: str) -> dict[str, Any]:
+def _left_out(console: Console, why: str, command: str) -> dict[str, Any]:
     console.print(Text(f"left out: {why}; install it with\n\n    {command}", "yellow"))
     return {"left_out": why, "install": command}
 
 
-def _same(console: Console, outputs: Sequence[Any]) -> bool:
+def _outputs_are_identical(console: Console, outputs: Sequence[Any]) -> bool:
     """Whether the model returned the same bits before, during and after the trace."""
     flat = [_tensors(output) for output in outputs]
     same = all(len(x) == len(flat[0]) > 0 and all(map(torch.equal, x, flat[0])) for x in flat)
@@ -180,22 +180,22 @@ def _tensors(output: Any) -> list[Tensor]:
     return [x for x in (output.values() if isinstance(output, dict) else output) if isinstance(x, Tensor)]
 
 
-def _saved(console: Console, trace: Trace, file: Path) -> Trace:
+def _save_and_reload(console: Console, trace: Trace, file: Path) -> Trace:
     """Write a trace, open it again, and make sure that it says the same."""
     trace.save(file)
     back = load(file)
     for a, b in zip(trace, back, strict=True):
         if not torch.equal(a.weights, b.weights):
             raise TraceWriteError(f"{file}: {a.site.label} did not come back as it was written.")
-    console.print(f"saved {file} ({size_of(os.path.getsize(file))}), and read back the same bits", soft_wrap=True)
+    console.print(f"saved {file} ({decimal_size(os.path.getsize(file))}), and read back the same bits", soft_wrap=True)
     return back
 
 
-def _largest(trace: Trace) -> float:
+def _largest_error(trace: Trace) -> float:
     return max(call.certificate.max_error for call in trace)
 
 
-def _end(console: Console, report: dict[str, Any]) -> None:
+def _print_next_steps(console: Console, report: dict[str, Any]) -> None:
     heading(console, f"Done in {report['seconds']:.1f} s. What to type next:")
     for file in report["files"]:
         console.print(f"    hookattn info {file}", soft_wrap=True)

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..calls.part import Part
 from ..errors import SelectionError
-from .values import Array, values
+from .values import Array, drawn_values
 
 
-def by_distance(part: Part) -> tuple[Array, Array]:
+def mean_by_distance(part: Part) -> tuple[Array, Array]:
     """The distances there are, and H × distances: the mean weight at each; NaN where the mask allows none.
 
     Raises:
@@ -19,7 +19,7 @@ def by_distance(part: Part) -> tuple[Array, Array]:
     """
     if part.places is None:
         raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
-    found = values(part)
+    found = drawn_values(part)
     gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
     first, last = int(gaps.min()), int(gaps.max())
     flat = (gaps - first).ravel()

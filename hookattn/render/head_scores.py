@@ -8,7 +8,7 @@ from typing import Any
 from ..calls.call import Call
 from ..errors import RenderError
 from ..traces import Trace
-from .json_values import plain
+from .json_values import json_value
 
 _PLACE = ("call", "step", "layer", "stack", "kind", "path", "head", "role", "evidence")
 
@@ -26,12 +26,12 @@ def scores_of(scores: Any, trace: Trace | None = None) -> dict[str, Any]:
         RenderError: of another form, or of another number of calls.
     """
     if trace is not None and callable(getattr(scores, "to_dict", None)) and hasattr(scores, "columns"):
-        return _of_table(scores, trace)
+        return _scores_of_table(scores, trace)
     if not isinstance(scores, Mapping):
         raise RenderError(
             f"scores: expected a table of heads or a mapping of measures, and got {type(scores).__name__}."
         )
-    made: dict[str, Any] = plain(scores, "scores")
+    made: dict[str, Any] = json_value(scores, "scores")
     for name, entry in made.items():
         table = entry if name == "roles" else entry.get("values") if isinstance(entry, dict) else None
         if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
@@ -45,7 +45,7 @@ def scores_of(scores: Any, trace: Trace | None = None) -> dict[str, Any]:
     return made
 
 
-def _of_table(table: Any, trace: Trace) -> dict[str, Any]:
+def _scores_of_table(table: Any, trace: Trace) -> dict[str, Any]:
     if not {"call", "head"} <= {*table.columns} or table.duplicated(["call", "head"]).any():
         raise RenderError(
             "scores: expected a table with a row for each call and head, as hookattn.analyze.report(trace) makes it, "
@@ -54,13 +54,13 @@ def _of_table(table: Any, trace: Trace) -> dict[str, Any]:
     rows: dict[int, dict[int, dict[str, Any]]] = {}
     for row in table.to_dict("records"):
         rows.setdefault(int(row["call"]), {})[int(row["head"])] = row
-    heads = [[rows.get(call.index, {}).get(head, {}) for head in _heads(call, rows)] for call in trace]
+    heads = [[rows.get(call.index, {}).get(head, {}) for head in _heads_of(call, rows)] for call in trace]
     units = table.attrs.get("units", {})
     made: dict[str, Any] = {
         name: {
             "unit": str(units.get(name, "")),
             "description": _description(str(name)),
-            "values": plain([[row.get(name) for row in call] for call in heads], f"scores[{name!r}]"),
+            "values": json_value([[row.get(name) for row in call] for call in heads], f"scores[{name!r}]"),
         }
         for name in (units or [c for c in table.columns if c not in _PLACE])
         if name in table.columns
@@ -70,7 +70,7 @@ def _of_table(table: Any, trace: Trace) -> dict[str, Any]:
     return made
 
 
-def _heads(call: Call, rows: Mapping[int, Mapping[int, Any]]) -> range | tuple[int, ...]:
+def _heads_of(call: Call, rows: Mapping[int, Mapping[int, Any]]) -> range | tuple[int, ...]:
     return call.heads if call.heads is not None else range(max(rows.get(call.index, {-1: None})) + 1)
 
 

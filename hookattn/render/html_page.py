@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
 from ..store.partial import PartialFile, explained
-from .html_shell import head, module, policy, script, tail
+from .html_shell import content_policy, module_script, page_head, page_tail, viewer_module
 from .options import script_json, viewer_options
 from .page_size import LIMIT, Narrowed, narrowed
 from .trace_files import TraceLike, name_of, opened, title_of
@@ -67,7 +67,7 @@ def page(
         TraceFileError: the path is not that of a trace file.
     """
     given: dict[str, Any] = {"state": state, "scores": scores, "images": images, "theme": theme}
-    return "".join(parts(trace, compare=compare, title=title, fields=fields, **given))
+    return "".join(page_pieces(trace, compare=compare, title=title, fields=fields, **given))
 
 
 def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> str:
@@ -85,7 +85,7 @@ def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> st
     file = PartialFile(target)
     size = 0
     try:
-        for piece in parts(trace, **options):
+        for piece in page_pieces(trace, **options):
             data = piece.encode("utf-8")
             with explained(target, "write the page", size + len(data)):
                 file.write(size, data)
@@ -97,7 +97,7 @@ def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> st
     return os.fspath(path)
 
 
-def parts(
+def page_pieces(
     trace: TraceLike,
     *,
     compare: TraceLike | None = None,
@@ -113,33 +113,35 @@ def parts(
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:
         made["compare"] = narrowed(second, fields, limit)
-    code = base64.b64encode(module().encode("utf-8")).decode()
-    text = script(f'import {{ mount, embedded }} from "data:text/javascript;base64,{code}";', _OPEN)
-    yield head(title_of(first) if title is None else title, policy(text, module="data: blob:", connect="'none'"))
+    code = base64.b64encode(viewer_module().encode("utf-8")).decode()
+    text = module_script(f'import {{ mount, embedded }} from "data:text/javascript;base64,{code}";', _OPEN)
+    yield page_head(
+        title_of(first) if title is None else title, content_policy(text, module="data: blob:", connect="'none'")
+    )
     yield f'<script type="application/json" id="options">{script_json(options)}</script>\n'
     for (name, part), source in zip(made.items(), (first, second), strict=False):
         assert source is not None
         yield f'<div id="{name}" hidden>\n'
-        yield from _blocks(part, name_of(source))
+        yield from _trace_elements(part, name_of(source))
         yield "</div>\n"
-    yield tail(text)
+    yield page_tail(text)
 
 
-def _blocks(made: Narrowed, name: str) -> Iterator[str]:
+def _trace_elements(made: Narrowed, name: str) -> Iterator[str]:
     """The bytes of a trace file, header first, as ``<script>`` elements of base64, which holds nothing that is HTML."""
     with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
         path = made.trace.save(os.path.join(folder, "page.safetensors"))
         with open(path, "rb") as file:
-            header, start = _header(file, made)
-            yield _block(0, header, f' data-name="{html.escape(name)}"')
+            header, start = _narrowed_header(file, made)
+            yield _script_element(0, header, f' data-name="{html.escape(name)}"')
             at = len(header)
             file.seek(start)
             while data := file.read(BLOCK):
-                yield _block(at, data)
+                yield _script_element(at, data)
                 at += len(data)
 
 
-def _header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
+def _narrowed_header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
     """The file's header with what was narrowed, and where the file's data starts."""
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     header = json.loads(file.read(length))
@@ -152,7 +154,7 @@ def _header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
     return frame_header(raw, data_start(raw)), LENGTH_BYTES + length
 
 
-def _block(start: int, data: bytes, more: str = "") -> str:
+def _script_element(start: int, data: bytes, more: str = "") -> str:
     # A fixed time, so that the same trace gives the same page.
     packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
     return (

@@ -37,7 +37,7 @@ try {
 
 
 @cache
-def module() -> str:
+def viewer_module() -> str:
     """The viewer's ES module.
 
     Raises:
@@ -49,7 +49,7 @@ def module() -> str:
         raise RenderError(f"the viewer's module {error.filename} is missing. Install hookattn again.") from error
 
 
-def script(imports: str, body: str) -> str:
+def module_script(imports: str, body: str) -> str:
     """The text of the page's module script.
 
     Args:
@@ -59,7 +59,7 @@ def script(imports: str, body: str) -> str:
     return f"{imports}\nasync function open() {{\n{body}\n}}{_BOOT}"
 
 
-def policy(text: str, *, module: str, connect: str) -> str:
+def content_policy(text: str, *, module: str, connect: str) -> str:
     """A Content-Security-Policy: no script but this one and the module, and nothing fetched but from ``connect``."""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
@@ -68,7 +68,7 @@ def policy(text: str, *, module: str, connect: str) -> str:
     )
 
 
-def head(title: str, policy: str = "") -> str:
+def page_head(title: str, policy: str = "") -> str:
     """The page down to where data can stand; the tail closes what it opens."""
     meta = f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n' if policy else ""
     return (
@@ -80,6 +80,6 @@ def head(title: str, policy: str = "") -> str:
     )
 
 
-def tail(text: str) -> str:
+def page_tail(text: str) -> str:
     """The module script and the end of the page."""
     return f'<script type="module">{text}</script>\n</body>\n</html>\n'

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import RenderError
 
 
-def plain(value: Any, where: str) -> Any:
+def json_value(value: Any, where: str) -> Any:
     """Strict JSON of mappings, sequences, arrays, tensors and scalars; a number that is not finite becomes None.
 
     Raises:
@@ -20,9 +20,9 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+        return {str(k): json_value(v, f"{where}[{k!r}]") for k, v in value.items()}
     if callable(getattr(value, "tolist", None)):  # numpy, torch, pandas
-        return plain(value.tolist(), where)
+        return json_value(value.tolist(), where)
     if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (bytes, bytearray)):
-        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [json_value(v, f"{where}[{i}]") for i, v in enumerate(value)]
     raise RenderError(f"{where}: JSON has no form for {type(value).__name__}; convert it to lists, numbers or text.")

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RenderError
 from ..traces import Trace
 from .head_scores import scores_of
-from .json_values import plain
+from .json_values import json_value
 
 THEMES = ("light", "dark", "auto")
 
@@ -47,7 +47,7 @@ def viewer_options(
     if state is not None:
         if not isinstance(state, Mapping):
             raise RenderError(f"state: expected a mapping, and got {type(state).__name__}.")
-        made["state"] = plain(state, "state")
+        made["state"] = json_value(state, "state")
     if images is not None:
         made["images"] = _images(images)
     if scores is not None:

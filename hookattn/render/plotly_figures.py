@@ -14,9 +14,9 @@ from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
 from ..traces import Trace
-from .by_distance import by_distance, highest
+from .by_distance import highest, mean_by_distance
 from .palette import INK, MASKED, PAPER, head_style
-from .values import FLOOR, UNKNOWN, Field, Scale, Sink, check, pooled, values
+from .values import FLOOR, UNKNOWN, Field, Scale, Sink, block_maxima, check_options, drawn_values
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -54,7 +54,7 @@ def plotly(
         ModuleNotFoundError: plotly is not installed.
         SelectionError, FieldNotCaptured, InputError: as the figures of :mod:`hookattn.render` do.
     """
-    check(field, scale, sink)
+    check_options(field, scale, sink)
     if view not in _VIEWS:
         raise SelectionError(f"view={view!r}: expected one of {', '.join(_VIEWS)}.")
     if view == "distance" and (field != "weights" or sink != "show"):
@@ -73,44 +73,50 @@ def plotly(
 
 def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
     part = one(trace, "matrix", **where)
-    found = values(part, field, sink)
-    data, block = pooled(found.data, _MOST)
+    found = drawn_values(part, field, sink)
+    data, block = block_maxima(found.data, _MOST)
     heads = part.heads
     columns = min(len(heads), 4, math.ceil(math.sqrt(len(heads))))
-    figure = _grid([f"head {head}" for head in heads], columns)
-    rows, across = ([labels[i] for i in at[::block]] for labels, at in _axes(part, found.rows, found.columns))
+    figure = _subplots([f"head {head}" for head in heads], columns)
+    rows, across = (
+        [labels[i] for i in at[::block]] for labels, at in _labels_and_places(part, found.rows, found.columns)
+    )
     for n, head in enumerate(heads):
         place = {"row": n // columns + 1, "col": n % columns + 1}
         hover = [[f"query {q}<br>key {k}" for k in _escaped(across)] for q in _escaped(rows)]
-        _heat(figure, data[n], hover, f"head {head}", place, scale)
+        _add_heatmap(figure, data[n], hover, f"head {head}", place, scale)
         size = {"tickfont": {"size": max(7, min(11, 420 // max(len(rows), 1)))}}
-        _ticks(figure, "y", rows, place, {**size, "autorange": "reversed"})
-        _ticks(figure, "x", across, place, size)
+        _set_ticks(figure, "y", rows, place, {**size, "autorange": "reversed"})
+        _set_ticks(figure, "x", across, place, size)
     notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
-    _finish(figure, field, scale, _title(part.title, [part.doubt, *notes]), math.ceil(len(heads) / columns))
+    _finish_layout(figure, field, scale, _title(part.title, [part.doubt, *notes]), math.ceil(len(heads) / columns))
     return figure
 
 
 def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
     parts = one_stack(trace, "model", **where)
     numbers = sorted({head for part in parts for head in part.heads})
-    figure = _grid([], len(numbers), len(parts))
+    figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
     for row, part in enumerate(parts, 1):
-        found = values(part, field, sink)
-        data, block = pooled(found.data, _PIXELS)
+        found = drawn_values(part, field, sink)
+        data, block = block_maxima(found.data, _PIXELS)
         notes += [f"{part.title}: {part.doubt}" if part.doubt else "", *found.notes]
-        queries, keys = ([labels[i] for i in at[::block]] for labels, at in _axes(part, found.rows, found.columns))
+        queries, keys = (
+            [labels[i] for i in at[::block]] for labels, at in _labels_and_places(part, found.rows, found.columns)
+        )
         hover = [[f"query {q}<br>key {k}" for k in _escaped(keys)] for q in _escaped(queries)]
         for n, head in enumerate(part.heads):
             place = {"row": row, "col": numbers.index(head) + 1}
-            _heat(figure, data[n], hover, f"{part.title}, head {head}", place, scale)
+            _add_heatmap(figure, data[n], hover, f"{part.title}, head {head}", place, scale)
             figure.update_yaxes(autorange="reversed", showticklabels=False, **place)
             figure.update_xaxes(showticklabels=False, **place)
         figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
     for n, head in enumerate(numbers, 1):
         figure.update_xaxes(title_text=str(head), row=len(parts), col=n)
-    _finish(figure, field, scale, _title(f"{parts[0].stack} layers down, heads across".strip(), notes), len(parts), 90)
+    _finish_layout(
+        figure, field, scale, _title(f"{parts[0].stack} layers down, heads across".strip(), notes), len(parts), 90
+    )
     figure.update_layout(width=260 + 90 * len(numbers))
     return figure
 
@@ -120,9 +126,9 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
 
     parts = one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
-    figure = _grid([part.title for part in parts], columns)
+    figure = _subplots([part.title for part in parts], columns)
     numbers = sorted({head for part in parts for head in part.heads})
-    curves = [by_distance(part) for part in parts]
+    curves = [mean_by_distance(part) for part in parts]
     for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         for head, mean in zip(part.heads, means, strict=True):
             style = numbers.index(head)
@@ -148,7 +154,7 @@ _VIEWS: dict[str, Callable[[Trace, Field, Scale, Sink, Where], Any]] = {
 }
 
 
-def _grid(titles: list[str], columns: int, rows: int | None = None) -> Figure:
+def _subplots(titles: list[str], columns: int, rows: int | None = None) -> Figure:
     from plotly.subplots import make_subplots
 
     rows = rows or math.ceil(len(titles) / columns)
@@ -156,11 +162,11 @@ def _grid(titles: list[str], columns: int, rows: int | None = None) -> Figure:
     return make_subplots(rows, columns, subplot_titles=titles or None, **gaps)
 
 
-def _axes(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Any, Any]:
+def _labels_and_places(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Any, Any]:
     return (part.queries, rows), (part.keys, columns)
 
 
-def _heat(figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int], scale: str) -> None:
+def _add_heatmap(figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int], scale: str) -> None:
     """One matrix; the number under the pointer is the value itself, also where colours are logarithmic."""
     import plotly.graph_objects as go
 
@@ -173,14 +179,14 @@ def _heat(figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int
     figure.add_trace(made, **place)
 
 
-def _ticks(figure: Figure, which: str, labels: list[str], place: dict[str, int], more: dict[str, Any]) -> None:
+def _set_ticks(figure: Figure, which: str, labels: list[str], place: dict[str, int], more: dict[str, Any]) -> None:
     every = max(1, math.ceil(len(labels) / 50))
     at = list(range(0, len(labels), every))
     update = figure.update_xaxes if which == "x" else figure.update_yaxes
     update(tickvals=at, ticktext=_escaped([labels[i] for i in at]), showgrid=False, zeroline=False, **more, **place)
 
 
-def _finish(figure: Figure, field: str, scale: str, title: dict[str, Any], rows: int, each: int = 460) -> None:
+def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any], rows: int, each: int = 460) -> None:
     heats = figure.select_traces(selector={"type": "heatmap"})
     axis: dict[str, Any] = {"colorscale": _BLUES, "cmin": 0.0, "cmax": 1.0, "colorbar": {"title": {"text": field}}}
     if field == "scores":

@@ -62,27 +62,30 @@ def application(path: str, *, compare: str | None = None, options: Mapping[str, 
     files = {"/trace": path} | ({} if compare is None else {"/compare": compare})
     for name in files.values():
         LazyFile(name).close()
-    text = html_shell.script(f'import {{ mount, served }} from "./{html_shell.MODULE}";', _OPEN)
-    page = html_shell.head(title_of(opened(path))) + html_shell.tail(text)
-    policy = {"content-security-policy": html_shell.policy(text, module="'self' blob:", connect="'self'")}
+    text = html_shell.module_script(f'import {{ mount, served }} from "./{html_shell.MODULE}";', _OPEN)
+    page = html_shell.page_head(title_of(opened(path))) + html_shell.page_tail(text)
+    policy = {"content-security-policy": html_shell.content_policy(text, module="'self' blob:", connect="'self'")}
     routes = [
-        Route("/", _fixed(lambda: HTMLResponse(page, headers=policy))),
-        Route(f"/{html_shell.MODULE}", _fixed(lambda: Response(html_shell.module(), media_type="text/javascript"))),
-        Route("/options", _fixed(lambda: JSONResponse({**(options or {}), "compare": compare is not None}))),
-        *(Route(route, _ranges(name)) for route, name in files.items()),
+        Route("/", _text_endpoint(lambda: HTMLResponse(page, headers=policy))),
+        Route(
+            f"/{html_shell.MODULE}",
+            _text_endpoint(lambda: Response(html_shell.viewer_module(), media_type="text/javascript")),
+        ),
+        Route("/options", _text_endpoint(lambda: JSONResponse({**(options or {}), "compare": compare is not None}))),
+        *(Route(route, _file_endpoint(name)) for route, name in files.items()),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts])
 
 
-def _fixed(make: Callable[[], Response]) -> Callable[[Request], Response]:
+def _text_endpoint(make: Callable[[], Response]) -> Callable[[Request], Response]:
     def answer(request: Request) -> Response:
-        return _guarded(make())
+        return _with_guards(make())
 
     return answer
 
 
-def _guarded(response: Response) -> Response:
+def _with_guards(response: Response) -> Response:
     response.headers.update(
         {
             "cache-control": "no-store",
@@ -93,7 +96,7 @@ def _guarded(response: Response) -> Response:
     return response
 
 
-def _ranges(path: str) -> Callable[[Request], Response]:
+def _file_endpoint(path: str) -> Callable[[Request], Response]:
     """Parts of a file, as long as it is the one that the reader began with."""
 
     def answer(request: Request) -> Response:
@@ -102,15 +105,15 @@ def _ranges(path: str) -> Callable[[Request], Response]:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             file = open(path, "rb", buffering=0)  # noqa: SIM115 - the answer closes it
         except OSError as error:
-            return _guarded(PlainTextResponse(f"{path} cannot be read any more: {error.strerror}.", 410))
+            return _with_guards(PlainTextResponse(f"{path} cannot be read any more: {error.strerror}.", 410))
         with ExitStack() as stack:
             stack.enter_context(file)
-            return _guarded(_part(request, file, stack))
+            return _with_guards(_range_response(request, file, stack))
 
     return answer
 
 
-def _part(request: Request, file: FileIO, stack: ExitStack) -> Response:
+def _range_response(request: Request, file: FileIO, stack: ExitStack) -> Response:
     """The asked range of an open file, whose owner, ``stack``, passes to the answer where that reads it."""
     found = os.fstat(file.fileno())
     size, tag = found.st_size, f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
@@ -168,7 +171,7 @@ def listen(port: int | None = None) -> socket.socket:
     raise RenderError(f"no port from {PORT} to {PORT + _TRIED - 1} is free; ask for another one.")
 
 
-def _leave(number: int, frame: object) -> None:
+def _exit_on_signal(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
@@ -218,7 +221,7 @@ def serve(
             webbrowser.open(url)  # it waits in the socket's queue until the server runs
         if threading.current_thread() is threading.main_thread():
             # uvicorn stops on SIGTERM and then raises it again, which by default ends the process before the cleanup.
-            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _exit_on_signal))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
         with suppress(KeyboardInterrupt):  # uvicorn passes it on once it has stopped
             server.run(sockets=[listening])

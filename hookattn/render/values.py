@@ -26,7 +26,7 @@ UNKNOWN = "mask not captured: a 0 may be a masked entry"
 
 
 @dataclass(frozen=True, eq=False)
-class Values:
+class DrawnValues:
     """What is drawn of a part.
 
     Attributes:
@@ -41,7 +41,7 @@ class Values:
     notes: tuple[str, ...] = ()
 
 
-def check(field: str, scale: str, sink: str) -> None:
+def check_options(field: str, scale: str, sink: str) -> None:
     """Whether these go together.
 
     Raises:
@@ -56,7 +56,7 @@ def check(field: str, scale: str, sink: str) -> None:
         raise SelectionError(f"sink='renormalise' is for weights; drop the first key of {field} with sink='drop'.")
 
 
-def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
+def drawn_values(part: Part, field: str = "weights", sink: str = "show") -> DrawnValues:
     """A field of the drawn heads, queries and keys.
 
     Args:
@@ -69,7 +69,7 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
         FieldNotCaptured: the field was not kept.
         SelectionError: without the first key there is none left.
     """
-    data, hidden = array(part, field), hidden_keys(part)
+    data, hidden = part_array(part, field), hidden_keys(part)
     notes = [UNKNOWN] if hidden is None else []
     hidden = np.zeros(data.shape, bool) if hidden is None else hidden
     first = first_key(part)
@@ -84,10 +84,10 @@ def values(part: Part, field: str = "weights", sink: str = "show") -> Values:
         data = np.divide(data, left, out=np.zeros_like(data), where=left > 0)
     cut = np.ix_(range(len(data)), part.rows, columns)
     made = np.ma.masked_array(data[cut], hidden[cut])
-    return Values(made, part.rows, columns, tuple(notes))
+    return DrawnValues(made, part.rows, columns, tuple(notes))
 
 
-def array(part: Part, name: str) -> Array:
+def part_array(part: Part, name: str) -> Array:
     """:meth:`Part.tensor` as numpy takes it."""
     return part.tensor(name).numpy()
 
@@ -104,7 +104,7 @@ def first_key(part: Part) -> int:
     return 0 if seen is None else int(seen.argmax())
 
 
-def pooled(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:
+def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:
     """The largest entry of each n × n block, n the least that leaves at most ``most`` rows and columns; and n.
 
     A block is masked where all of it is. Never a mean: a single key that takes all attention stays as it is.

@@ -17,8 +17,8 @@ import traitlets
 
 from ..errors import PageTooLargeError, RenderError
 from ..traces import Trace
-from .html_page import parts, save_page
-from .html_shell import module
+from .html_page import page_pieces, save_page
+from .html_shell import viewer_module
 from .options import viewer_options
 from .page_size import ROOM
 from .trace_files import TraceLike, name_of, opened, stored
@@ -107,12 +107,12 @@ class Widget(anywidget.AnyWidget):
         options = viewer_options(state=state, trace=self._trace, **given)
         shown = {"trace": self._trace} | ({} if compare is None else {"compare": opened(compare)})
         with ExitStack() as stack:
-            self._files = {name: _opened(stack, of) for name, of in shown.items()}
+            self._files = {name: _open_file(stack, of) for name, of in shown.items()}
             kept = stack.pop_all()
         self._close = weakref.finalize(self, kept.close)
         self._given = {**given, "state": state, "compare": shown.get("compare")}
-        self._class = _unique()
-        self._esm = module()
+        self._class = _unique_name()
+        self._esm = viewer_module()
         super().__init__(
             state=options.pop("state", {}),
             options=options,
@@ -123,7 +123,7 @@ class Widget(anywidget.AnyWidget):
             else {},
             _dom_classes=[self._class],
         )
-        self.on_msg(_hear)
+        self.on_msg(_answer_request)
 
     def __repr__(self) -> str:
         return f"Widget({self._trace!r})"
@@ -178,14 +178,14 @@ class Widget(anywidget.AnyWidget):
 
     def _fallback(self) -> str:
         try:
-            text = "".join(parts(self._trace, **self._given, limit=2 * ROOM))
+            text = "".join(page_pieces(self._trace, **self._given, limit=2 * ROOM))
             packed, said = base64.b64encode(gzip.compress(text.encode("utf-8"), 6, mtime=0)).decode(), ""
         except PageTooLargeError as error:
             packed, said = "", f"<p>hookattn: {html.escape(str(error))}</p>"
-        return _FALLBACK.format(id=_unique(), live=self._class, text=said, page=packed)
+        return _FALLBACK.format(id=_unique_name(), live=self._class, text=said, page=packed)
 
 
-def _hear(widget: Widget, content: Any, buffers: Any) -> None:
+def _answer_request(widget: Widget, content: Any, buffers: Any) -> None:
     if not isinstance(content, dict) or content.get("kind") != "read":
         return
     answer = {"id": content.get("id")}
@@ -197,11 +197,11 @@ def _hear(widget: Widget, content: Any, buffers: Any) -> None:
         widget.send({**answer, "kind": "bytes"}, buffers=[data])
 
 
-def _unique() -> str:
+def _unique_name() -> str:
     return f"hookattn-{uuid.uuid4().hex[:12]}"
 
 
-def _opened(stack: ExitStack, trace: Trace) -> tuple[int, int]:
+def _open_file(stack: ExitStack, trace: Trace) -> tuple[int, int]:
     """A descriptor of a trace's file, and its size: a file that is replaced under its name is read as it was."""
     descriptor = os.open(stack.enter_context(stored(trace)), os.O_RDONLY | getattr(os, "O_BINARY", 0))
     stack.callback(os.close, descriptor)

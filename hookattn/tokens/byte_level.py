@@ -17,7 +17,7 @@ _ALPHABET = _alphabet()
 
 def in_bytes(token: str) -> bytes:
     """The bytes that a token stands for; one that is not in the alphabet was added, and is written as it is."""
-    return bytes(_ALPHABET[c] for c in token) if _written(token) else token.encode(errors="surrogatepass")
+    return bytes(_ALPHABET[c] for c in token) if _in_alphabet(token) else token.encode(errors="surrogatepass")
 
 
 def is_byte_level(tokens: Sequence[str]) -> bool:
@@ -29,7 +29,7 @@ def is_byte_level(tokens: Sequence[str]) -> bool:
     Args:
         tokens: of one sequence, without the special ones.
     """
-    written = [t for t in tokens if _written(t)]
+    written = [t for t in tokens if _in_alphabet(t)]
     whole = b"".join(map(in_bytes, written))
     start = next((i for i, b in enumerate(whole) if b & 0xC0 != 0x80), len(whole))
     text = whole[start:].decode(errors="replace")
@@ -40,5 +40,5 @@ def is_byte_level(tokens: Sequence[str]) -> bool:
     return not text.isascii() or any(c > "\xff" for t in written for c in t)
 
 
-def _written(token: str) -> bool:
+def _in_alphabet(token: str) -> bool:
     return all(c in _ALPHABET for c in token)

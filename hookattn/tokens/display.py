@@ -29,7 +29,7 @@ def shown(tokens: Sequence[str]) -> list[str]:
     pieces = read_pieces(tokens)
     labels: list[str] = []
     before = ""
-    for piece, (text, part) in zip(pieces, _texts(pieces), strict=True):
+    for piece, (text, part) in zip(pieces, _piece_texts(pieces), strict=True):
         if piece.special:
             labels.append(visible(text.removeprefix("▁")))
             before = ""
@@ -49,7 +49,9 @@ def visible(text: str, spaces: str = "␣") -> str:
         spaces: what stands for a space at either end; one between words stays as it is.
     """
     first, last = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
-    made = "".join((" " if first <= i < last else spaces) if c == " " else _visible(c) for i, c in enumerate(text))
+    made = "".join(
+        (" " if first <= i < last else spaces) if c == " " else _visible_character(c) for i, c in enumerate(text)
+    )
     return "◌" + made if made and unicodedata.combining(made[0]) else made
 
 
@@ -63,7 +65,7 @@ def shortened(label: str, length: int) -> str:
     return label[:end] + CONTINUES
 
 
-def _visible(c: str) -> str:
+def _visible_character(c: str) -> str:
     if c in _STAND_IN:
         return _STAND_IN[c]
     if c < " ":
@@ -79,7 +81,7 @@ def _spells(c: str) -> bool:
     return c.isalnum() and unicodedata.east_asian_width(c) not in "WF"
 
 
-def _texts(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+def _piece_texts(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Each piece's text, with a character that several share in each of them, and which part of it that is."""
     owners = [i for i, piece in enumerate(pieces) for _ in piece.data]
     data = b"".join(piece.data for piece in pieces)

@@ -122,7 +122,7 @@ def read_pieces(tokens: Sequence[str]) -> list[Piece]:
             made.append(Piece(_utf8(token), True, False))
             continue
         first = i == 0 or special[i - 1]
-        data = _data(token, marks)
+        data = _piece_data(token, marks)
         made.append(Piece(data, False, not first and _joins(tokens[i - 1], token, data, marks)))
     return made
 
@@ -133,16 +133,16 @@ def _marks_of(ordinary: Sequence[str]) -> Marks:
         return Marks.BYTES
     if any("▁" in t for t in ordinary):  # before ##, which SentencePiece has of headings
         return Marks.METASPACE
-    if any(map(_continues, ordinary)):
+    if any(map(_has_continuation_mark, ordinary)):
         return Marks.CONTINUATION
     if any(t.endswith(_END) for t in ordinary):
         return Marks.WORD_END
     if any(t.startswith(" ") and len(t) > 1 for t in ordinary):  # before @@, which a diff has
         return Marks.SPACE
-    return Marks.JOINER if any(map(_goes_on, ordinary)) else Marks.NONE
+    return Marks.JOINER if any(map(_has_joiner, ordinary)) else Marks.NONE
 
 
-def _data(token: str, marks: Marks) -> bytes:
+def _piece_data(token: str, marks: Marks) -> bytes:
     if marks is Marks.BYTES:
         return in_bytes(token)
     byte = _BYTE.fullmatch(token) if token.startswith("<0x") else None
@@ -150,30 +150,30 @@ def _data(token: str, marks: Marks) -> bytes:
         return bytes([int(byte[1], 16)])
     if marks is Marks.METASPACE:
         token = token.replace("▁", " ")
-    elif marks is Marks.CONTINUATION and _continues(token):
+    elif marks is Marks.CONTINUATION and _has_continuation_mark(token):
         token = token[2:]
     elif marks is Marks.WORD_END:
         token = token.removesuffix(_END)
-    elif marks is Marks.JOINER and _goes_on(token):
+    elif marks is Marks.JOINER and _has_joiner(token):
         token = token[:-2]
     return _utf8(token)
 
 
 def _joins(before: str, token: str, data: bytes, marks: Marks) -> bool:
     if marks is Marks.CONTINUATION:
-        return _continues(token)
+        return _has_continuation_mark(token)
     if marks is Marks.WORD_END:
         return not before.endswith(_END)
     if marks is Marks.JOINER:
-        return _goes_on(before)
+        return _has_joiner(before)
     return marks is not Marks.NONE and not data.startswith((b" ", b"\n"))
 
 
-def _continues(token: str) -> bool:
+def _has_continuation_mark(token: str) -> bool:
     return token.startswith("##") and len(token) > 2
 
 
-def _goes_on(token: str) -> bool:
+def _has_joiner(token: str) -> bool:
     return token.endswith("@@") and len(token) > 2
 
 

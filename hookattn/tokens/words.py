@@ -52,13 +52,13 @@ def split_words(tokens: tuple[str, ...]) -> Words:
         tokens: S.
     """
     pieces = read_pieces(tokens)
-    texts = _healed(pieces)
+    texts = _whole_texts(pieces)
     ids: list[Hashable] = []
     before: str | None = None
     word = -1
     for piece, text in zip(pieces, texts, strict=True):
         if text:
-            word += not piece.joins or before is None or _apart(before, text)
+            word += not piece.joins or before is None or _are_two_words(before, text)
             before = None if piece.special else text
         ids.append(None if piece.special else word)
     return _words(tokens, texts, ids)
@@ -79,7 +79,7 @@ def given_words(tokens: Sequence[str] | None, ids: Sequence[Hashable]) -> Words:
         return _words(tokens, tokens, ids)
     if len(ids) != len(tokens):
         raise MeasureError(f"words: expected an id for each of the {len(tokens)} tokens, got {len(ids)}.")
-    return _words(tokens, _healed(read_pieces(tokens)), ids)
+    return _words(tokens, _whole_texts(read_pieces(tokens)), ids)
 
 
 def _words(tokens: Sequence[str], pieces: Sequence[str], ids: Sequence[Hashable]) -> Words:
@@ -102,14 +102,14 @@ def is_punctuation(text: str) -> bool:
     return bool(bare) and all(unicodedata.category(c)[0] in "PS" for c in bare)
 
 
-def _healed(pieces: Sequence[Piece]) -> list[str]:
+def _whole_texts(pieces: Sequence[Piece]) -> list[str]:
     """The text of each piece, with the characters put together that a tokenizer took to pieces."""
     made: list[str] = []
     first = 0
     for i, piece in enumerate(pieces):
-        text = _text(piece.data)
-        if i and _cut(made[first][-1:]) and _cut(text[:1]):
-            made[first] = _text((made[first] + text).encode(errors="surrogateescape"))
+        text = _decoded(piece.data)
+        if i and _is_broken_byte(made[first][-1:]) and _is_broken_byte(text[:1]):
+            made[first] = _decoded((made[first] + text).encode(errors="surrogateescape"))
             made.append("")
         else:
             first = i
@@ -117,17 +117,17 @@ def _healed(pieces: Sequence[Piece]) -> list[str]:
     return [text.encode(errors="replace").decode() for text in made]
 
 
-def _cut(c: str) -> bool:
+def _is_broken_byte(c: str) -> bool:
     """Whether it is a byte of a character that is not whole."""
     return "\udc80" <= c <= "\udcff"
 
 
-def _apart(before: str, piece: str) -> bool:
+def _are_two_words(before: str, piece: str) -> bool:
     """Whether two neighbouring pieces are two words, whatever the tokenizer marks."""
     if any(is_punctuation(x) or "\n" in x for x in (before, piece)):
         return True
     return any(unicodedata.east_asian_width(c) == "W" for c in (before[-1:], piece[:1]) if c)
 
 
-def _text(data: bytes) -> str:
+def _decoded(data: bytes) -> str:
     return data.decode(errors="surrogateescape")

@@ -15,8 +15,8 @@ import hookattn
 from hookattn.calls.choose import one, one_stack
 from hookattn.calls.part import many
 from hookattn.errors import FieldNotCaptured, InputError, SelectionError
-from hookattn.render.by_distance import by_distance
-from hookattn.render.values import pooled, values
+from hookattn.render.by_distance import mean_by_distance
+from hookattn.render.values import block_maxima, drawn_values
 from tests import tiny_models as tiny
 
 FIELDS = ("q", "scores", "mask", "weights", "output")
@@ -190,7 +190,7 @@ def test_a_missing_field_names_the_capture() -> None:
 
 def test_masked_entries_are_apart() -> None:
     part = one(traced("gpt2"), "x", layer=0, batch=1, queries=[4, 6], keys=[0, 3, 5])
-    found = values(part)
+    found = drawn_values(part)
     assert found.data.mask.tolist() == [[[True, False, True], [True, False, False]]] * 4
     torch.testing.assert_close(torch.from_numpy(found.data.data), part.tensor("weights")[:, [4, 6]][:, :, [0, 3, 5]])
 
@@ -198,7 +198,7 @@ def test_masked_entries_are_apart() -> None:
 def test_without_the_sink() -> None:
     call = traced("gpt2").select(layer=1)[0]
     part = one(traced("gpt2"), "x", layer=1)
-    dropped, renormalised = values(part, sink="drop"), values(part, sink="renormalise")
+    dropped, renormalised = drawn_values(part, sink="drop"), drawn_values(part, sink="renormalise")
     weights = call.weights[0].double()
     assert dropped.columns == (1, 2, 3, 4, 5, 6)
     assert torch.equal(torch.from_numpy(dropped.data.data), weights[:, :, 1:])
@@ -206,12 +206,12 @@ def test_without_the_sink() -> None:
     torch.testing.assert_close(torch.from_numpy(renormalised.data.data)[:, 1:], expected)
     assert renormalised.data.mask[:, 0].all(), "nothing is left of the first row"
     with pytest.raises(SelectionError, match="the only one that is drawn"):
-        values(one(traced("gpt2"), "x", layer=1, keys=0), sink="drop")
+        drawn_values(one(traced("gpt2"), "x", layer=1, keys=0), sink="drop")
 
 
 def test_the_sink_stands_behind_the_padding() -> None:
     call = traced("gpt2")[1]
-    found = values(one(traced("gpt2"), "x", layer=1, batch=1), sink="renormalise")
+    found = drawn_values(one(traced("gpt2"), "x", layer=1, batch=1), sink="renormalise")
     assert found.columns == (0, 1, 2, 4, 5, 6)
     weights = call.weights[1].double()
     expected = weights[:, 4:, 4:] / weights[:, 4:, 4:].sum(-1, keepdim=True)
@@ -221,24 +221,24 @@ def test_the_sink_stands_behind_the_padding() -> None:
 def test_pooling_keeps_the_largest() -> None:
     np = pytest.importorskip("numpy")
     data = np.ma.masked_array(np.random.default_rng(0).random((2, 70, 50)), np.tri(70, 50, 3) == 0 * np.ones((2, 1, 1)))
-    small, n = pooled(data, 20)
+    small, n = block_maxima(data, 20)
     assert n == 4 and small.shape == (2, 18, 13)
     for i in range(18):
         for j in range(13):
             block = data[1, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
             assert small.mask[1, i, j] == block.mask.all() and (block.mask.all() or small[1, i, j] == block.max())
-    assert pooled(data, 70)[0] is data
+    assert block_maxima(data, 70)[0] is data
 
 
 def test_distances() -> None:
     """Against a sum over all pairs, written out."""
     trace = traced("gpt2")
     call = trace[1]
-    at, means = by_distance(one(trace, "x", layer=1, batch=1))
+    at, means = mean_by_distance(one(trace, "x", layer=1, batch=1))
     assert at.tolist() == [0, 1, 2, 3]  # three of seven are padding
     for d in range(4):
         pairs = [(i, i - d) for i in range(7) if i - d >= 0 and call.mask.expand_as(call.weights)[1, 0, i, i - d]]
         for h in range(4):
             assert means[h, d] == pytest.approx(sum(call.weights[1, h, i, j].item() for i, j in pairs) / len(pairs))
     with pytest.raises(SelectionError, match="has no distances"):
-        by_distance(one(traced("t5"), "x", kind="cross", layer=0))
+        mean_by_distance(one(traced("t5"), "x", kind="cross", layer=0))

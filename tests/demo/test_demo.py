@@ -113,7 +113,7 @@ def test_the_encoder_is_found_without_being_imported() -> None:
 @torch.no_grad()
 def test_ranked_by_a_measure() -> None:
     trace = hookattn.trace(load_pretrained(), example_tokens(2, length=9), capture="weights")
-    ranking = heads.ranked(trace, PreviousToken())
+    ranking = heads.ranked_heads(trace, PreviousToken())
     assert len(ranking) == 8 and ranking == sorted(ranking, key=lambda head: -head.score)
     best = ranking[0]
     weights = trace[best.path].weights[0, best.head]

@@ -17,18 +17,18 @@ import torch
 import hookattn
 from benchmarks import __main__ as command
 from benchmarks import bars, checkout, clock, measure, memory, table, variants
-from benchmarks.cases import LONG, TOY, Case, cases, room
+from benchmarks.cases import LONG, TOY, Case, cases, bytes_taken
 from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
 from benchmarks.disk import streaming
-from benchmarks.models import gpt2, plain, sibling
+from benchmarks.models import gpt2, unknown_model, sibling
 from benchmarks.statistics_cost import statistics_cost
 from hookattn.testing import check_clean
 
 pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
-TINY = Case("tiny", lambda device: plain(2, 16, 2, device, torch.float32), 8, 2, 2, width=16)
+TINY = Case("tiny", lambda device: unknown_model(2, 16, 2, device, torch.float32), 8, 2, 2, width=16)
 
 
 class Hands:
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_left_out_with_a_line(monkeypatch: pytest.MonkeyPat
     assert "to disk" in (measure.too_large(TINY, Variant("file", lambda: None, kept=0, disk=1 << 40), CPU) or "")
     monkeypatch.setattr(measure, "free_memory", lambda device: 1 << 50)
     assert "to the host" in (measure.too_large(TINY, Variant("far", lambda: None, kept=0, host=1 << 40), CPU) or "")
-    assert room(TINY, True, 0) == 5 * 2 * 64 * 4
+    assert bytes_taken(TINY, True, 0) == 5 * 2 * 64 * 4
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")

@@ -23,8 +23,8 @@ from hookattn.errors import RenderError
 pytest.importorskip("anywidget")
 
 from hookattn.render import page_size, show
-from hookattn.render.html_page import page, parts
-from hookattn.render.html_shell import module
+from hookattn.render.html_page import page, page_pieces
+from hookattn.render.html_shell import viewer_module
 from hookattn.render.widget import Widget
 from tests.render.test_html_page import contents
 
@@ -112,7 +112,7 @@ def test_the_selection_is_observed_and_set(trace: hookattn.Trace) -> None:
     widget.state = {"layer": 1}
     assert seen == [{"layer": 0, "heads": [2]}, {"layer": 1}]
     state = widget.get_state()
-    assert state["_esm"] == module() and {"_size", "_name", "options", "state"} <= set(state)
+    assert state["_esm"] == viewer_module() and {"_size", "_name", "options", "state"} <= set(state)
     with pytest.raises(RenderError, match="theme"):
         Widget(trace, theme="pink")
 
@@ -177,7 +177,7 @@ def test_show_serves_what_is_too_large(trace: hookattn.Trace, monkeypatch: pytes
     pytest.importorskip("uvicorn")
     served: list[Any] = []
     monkeypatch.setattr(page_size, "ROOM", 10)
-    monkeypatch.setitem(parts.__kwdefaults__, "limit", 10)
+    monkeypatch.setitem(page_pieces.__kwdefaults__, "limit", 10)
     monkeypatch.setattr("hookattn.render.server.serve", lambda given, **options: served.append((given, options)))
     assert show(trace, theme="dark") is None
     assert served == [(trace, {"theme": "dark"})]

@@ -87,7 +87,7 @@ class Sheet(Figure):
         return out.getvalue()
 
 
-def drawn(view: Callable[P, Figure]) -> Callable[P, Figure]:
+def in_own_style(view: Callable[P, Figure]) -> Callable[P, Figure]:
     """Run a view in the style of all figures, and leave the settings as they were."""
 
     @functools.wraps(view)
@@ -101,20 +101,20 @@ def drawn(view: Callable[P, Figure]) -> Callable[P, Figure]:
     return run
 
 
-def sheet(width: float, height: float) -> Sheet:
+def empty_sheet(width: float, height: float) -> Sheet:
     """An empty figure of a size in inches, with no window."""
     made = Sheet(figsize=(width, height))
     FigureCanvasAgg(made)
     return made
 
 
-def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
     """Axes with their upper left corner at (x, y) from the figure's, all in inches."""
     w, h = figure.get_size_inches()
     return figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
 
 
-def write(figure: Figure, x: float, y: float, text: str, **options: Any) -> Text:
+def text_at(figure: Figure, x: float, y: float, text: str, **options: Any) -> Text:
     """Text with its upper left corner at (x, y) from the figure's, in inches."""
     w, h = figure.get_size_inches()
     return figure.text(x / w, 1 - y / h, text, **{"va": "top", "ha": "left", **options})
@@ -141,8 +141,8 @@ class Heading:
         for part in parts:
             if part.doubt:
                 told.setdefault(part.doubt, []).append(part.title)
-        alarms = [doubt if len(parts) == 1 else f"{_some(places)}: {doubt}" for doubt, places in told.items()]
-        return cls(title, _few(alarms), tuple(dict.fromkeys(notes)))
+        alarms = [doubt if len(parts) == 1 else f"{_places_text(places)}: {doubt}" for doubt, places in told.items()]
+        return cls(title, _first_lines(alarms), tuple(dict.fromkeys(notes)))
 
     @property
     def height(self) -> float:
@@ -151,22 +151,22 @@ class Heading:
 
     def draw(self, figure: Figure) -> None:
         """Write it."""
-        write(figure, 0.05, 0.03, self.title, fontsize=8.0, fontweight="bold")
+        text_at(figure, 0.05, 0.03, self.title, fontsize=8.0, fontweight="bold")
         lines = [*((line, ALARM) for line in self.alarms), *((line, FAINT) for line in self.notes)]
         for i, (line, colour) in enumerate(lines):
-            write(figure, 0.05, 0.03 + 0.2 * bool(self.title) + 0.13 * i, line, fontsize=6.5, color=colour)
+            text_at(figure, 0.05, 0.03 + 0.2 * bool(self.title) + 0.13 * i, line, fontsize=6.5, color=colour)
 
 
-def _some(places: list[str]) -> str:
+def _places_text(places: list[str]) -> str:
     """One place, or how many there are."""
     return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
 
 
-def _few(lines: list[str], most: int = 4) -> tuple[str, ...]:
+def _first_lines(lines: list[str], most: int = 4) -> tuple[str, ...]:
     return tuple(lines) if len(lines) <= most else (*lines[:most], f"and {len(lines) - most} more like these")
 
 
-def plain(axes: Axes) -> None:
+def hide_frame(axes: Axes) -> None:
     """Take away the frame and the ticks."""
     axes.set_xticks([])
     axes.set_yticks([])
@@ -174,6 +174,6 @@ def plain(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def group(artist: Artist, name: str) -> None:
+def name_artist(artist: Artist, name: str) -> None:
     """Name an artist in SVG files, and for whoever looks for it."""
     artist.set_gid(name)

@@ -25,7 +25,7 @@ class ColourScale(NamedTuple):
     norm: Normalize
 
 
-def colours(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> ColourScale:
+def colour_scale(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> ColourScale:
     """Colours of values: weights from 0 to 1, scores about 0, what may be attended to in one."""
     if field == "mask":
         return ColourScale(ListedColormap([MAY]), Normalize(0, 1))

@@ -14,15 +14,15 @@ from ...calls.choose import one_stack
 from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...traces import Trace
-from ..by_distance import by_distance, highest
+from ..by_distance import highest, mean_by_distance
 from ..palette import head_style
 from ..values import FLOOR, SCALES, UNKNOWN, Array, Scale
-from .base import Heading, drawn, group, place, sheet
+from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
 
 _WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
 
 
-@drawn
+@in_own_style
 def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -> Figure:
     """Mean weight against the distance from the query back to the key, a panel for each layer and a line for each head.
 
@@ -49,13 +49,13 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     heading = Heading.of(parts, parts[0].stack, [UNKNOWN for part in parts if part.hidden is None])
     numbers = sorted({head for part in parts for head in part.heads})
     top = heading.height + 0.15
-    figure = sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
+    figure = empty_sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
     heading.draw(figure)
-    curves = [by_distance(part) for part in parts]
+    curves = [mean_by_distance(part) for part in parts]
     top_value = highest(curves)
     for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         row, column = divmod(n, columns)
-        axes = place(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)
+        axes = axes_at(figure, 0.5 + column * (_WIDTH + _GAP), top + row * (_HEIGHT + _GAP + 0.1), _WIDTH, _HEIGHT)
         _draw_lines(axes, part, numbers, at, means)
         axes.set(
             yscale=scale,
@@ -80,7 +80,7 @@ def _draw_lines(axes: Axes, part: Part, numbers: Sequence[int], at: Array, means
         colour, dashes = head_style(numbers.index(head))
         style = (0, dashes) if dashes else "solid"
         line = axes.plot(at, mean, color=colour, linestyle=style, linewidth=0.9, label=f"head {head}")[0]
-        group(line, f"layer-{part.call.site.layer}-head-{head}")
+        name_artist(line, f"layer-{part.call.site.layer}-head-{head}")
     axes.grid(True, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
 

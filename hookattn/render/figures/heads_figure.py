@@ -16,16 +16,16 @@ from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import head_style
-from ..values import Array, Sink, values
-from .base import Heading, drawn, group, place, plain, sheet, write
-from .ticks import LONGEST, font_size, room, stride
+from ..values import Array, Sink, drawn_values
+from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
+from .ticks import LONGEST, font_size, label_width, stride
 
 _TALLEST = 9.5
 _FAN = 2.2
 _ROW = 0.2
 
 
-@drawn
+@in_own_style
 def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Unpack[Where]) -> Figure:
     """Queries on the left, keys on the right, and a line for each weight: as opaque as the weight is large.
 
@@ -49,25 +49,25 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     if not 0 < least <= 1:
         raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
     part = one(trace, "heads", **where)
-    found = values(part, "weights", sink)
+    found = drawn_values(part, "weights", sink)
     level = _levels(part, found.rows, found.columns)
     lowest, highest = min(map(min, level)), max(map(max, level))
     keys = [part.keys[j] for j in found.columns]
     slots = highest - lowest + 1
     row = min(_ROW, _TALLEST / slots)
-    left, right = room(part.row_labels, row), room(keys, row)
+    left, right = label_width(part.row_labels, row), label_width(keys, row)
     heading = Heading.of([part], part.title, found.notes)
     top = heading.height + 0.12
     legend = -(-len(part.heads) // max(1, int((left + _FAN + right) / 0.62)))
-    figure = sheet(left + _FAN + right + 0.2, top + 0.16 * legend + 0.12 + slots * row + 0.1)
+    figure = empty_sheet(left + _FAN + right + 0.2, top + 0.16 * legend + 0.12 + slots * row + 0.1)
     heading.draw(figure)
     _legend(figure, part, 0.05, top - 0.04, left + _FAN + right)
     top += 0.16 * legend + 0.12
-    axes = place(figure, 0.1 + left, top, _FAN, slots * row)
-    plain(axes)
+    axes = axes_at(figure, 0.1 + left, top, _FAN, slots * row)
+    hide_frame(axes)
     axes.set(xlim=(0, 1), ylim=(highest + 0.5, lowest - 0.5))
     for name, x, align in (("query", 0.1 + left, "right"), ("key", 0.1 + left + _FAN, "left")):
-        write(figure, x, top - 0.14, name, fontsize=6.5, ha=align, fontstyle="italic")
+        text_at(figure, x, top - 0.14, name, fontsize=6.5, ha=align, fontstyle="italic")
     for x, align, at, labels in (
         (-0.02, "right", level.queries, part.row_labels),
         (1.02, "left", level.keys, keys),
@@ -77,7 +77,7 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
             axes.text(x, at[i], label, ha=align, va="center", fontsize=font_size(row), clip_on=False)
     for n, head in enumerate(part.heads):
         lines = _lines(n, np.ma.filled(found.data[n], 0.0), level, least)
-        group(lines, f"head-{head}")
+        name_artist(lines, f"head-{head}")
         axes.add_collection(lines)
     return figure
 
@@ -118,4 +118,4 @@ def _legend(figure: Figure, part: Part, x: float, y: float, width: float) -> Non
         stroke = Line2D([at / w, (at + 0.16) / w], [1 - level / h] * 2, color=colour, linewidth=1.6)
         stroke.set_linestyle((0, dashes) if dashes else "solid")
         figure.add_artist(stroke)
-        write(figure, at + 0.2, level, f"head {head}", fontsize=6.0, va="center")
+        text_at(figure, at + 0.2, level, f"head {head}", fontsize=6.0, va="center")

@@ -14,10 +14,10 @@ from ...calls.choose import one
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import FAINT, MAY
-from ..values import Field, Scale, Sink, Values, check, pooled, values
-from .base import Heading, drawn, group, place, sheet, write
-from .colours import ColourScale, colours, show_masked
-from .ticks import depth, label_axis, room
+from ..values import DrawnValues, Field, Scale, Sink, block_maxima, check_options, drawn_values
+from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
+from .colours import ColourScale, colour_scale, show_masked
+from .ticks import label_axis, label_depth, label_width
 
 WIDEST = 9.0
 """Inches. On paper of seven, labels of six points are still legible then."""
@@ -28,7 +28,7 @@ _MOST = 1024
 _GAP, _TITLE = 0.16, 0.2
 
 
-@drawn
+@in_own_style
 def heatmap(
     trace: Trace,
     *,
@@ -59,35 +59,35 @@ def heatmap(
         FieldNotCaptured: the field is not in the trace; names the ``capture=``.
         InputError: ``tokens`` of another length.
     """
-    check(field, scale, sink)
+    check_options(field, scale, sink)
     part = one(trace, "heatmap", **where)
-    found = values(part, field, sink)
+    found = drawn_values(part, field, sink)
     return _panels(part, found, field, scale, columns)
 
 
-def _panels(part: Part, found: Values, field: str, scale: str, columns: int | None) -> Figure:
+def _panels(part: Part, found: DrawnValues, field: str, scale: str, columns: int | None) -> Figure:
     h, t, s = found.data.shape
-    data, block = pooled(found.data, _MOST)
+    data, block = block_maxima(found.data, _MOST)
     notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
     down, across = [part.queries[i] for i in found.rows], [part.keys[j] for j in found.columns]
     columns = min(h, columns or min(4, math.ceil(math.sqrt(h))))
     lines = math.ceil(h / columns)
     cell = min(_CELL, (WIDEST - 1.6 - _GAP * (columns - 1)) / (columns * max(s, 1)), 7.4 / max(t, 1))
     width, height = max(s * cell, 0.5), max(t * cell, 0.12)
-    left, below = room(down, height / t) + 0.2, depth(across, width / s) + 0.2
+    left, below = label_width(down, height / t) + 0.2, label_depth(across, width / s) + 0.2
     heading = Heading.of([part], part.title if h > 1 else f"{part.title}, head {part.heads[0]}", notes)
     title = _TITLE * (h > 1)
     top, step = heading.height, height + title + _GAP
-    figure = sheet(left + columns * (width + _GAP) + 0.9, top + lines * step + below + 0.1)
+    figure = empty_sheet(left + columns * (width + _GAP) + 0.9, top + lines * step + below + 0.1)
     heading.draw(figure)
-    mapped = colours(found.data, field, scale)
+    mapped = colour_scale(found.data, field, scale)
     for n, head in enumerate(part.heads):
         row, column = divmod(n, columns)
-        axes = place(figure, left + column * (width + _GAP), top + row * step + title, width, height)
+        axes = axes_at(figure, left + column * (width + _GAP), top + row * step + title, width, height)
         if h > 1:
             axes.set_title(f"head {head}", pad=3)
         mesh = draw_mesh(axes, data[n], block, mapped)
-        group(mesh, f"head-{head}")
+        name_artist(mesh, f"head-{head}")
         last = n + columns >= h
         label_axis(axes, "y", down, height / t, shown=column == 0)
         label_axis(axes, "x", across, width / s, shown=last)
@@ -123,11 +123,11 @@ def draw_mesh(axes: Axes, data: Any, block: int, mapped: ColourScale) -> QuadMes
 def draw_legend(figure: Figure, x: float, y: float, mapped: ColourScale, field: str, scale: str, masked: bool) -> None:
     """The colour bar, or the colour of what may be attended to; and what the hatching means."""
     if field == "mask":
-        place(figure, x, y, 0.11, 0.11).set(xticks=[], yticks=[], facecolor=MAY)
-        write(figure, x + 0.16, y - 0.015, "may attend", fontsize=6.5, color=FAINT)
+        axes_at(figure, x, y, 0.11, 0.11).set(xticks=[], yticks=[], facecolor=MAY)
+        text_at(figure, x + 0.16, y - 0.015, "may attend", fontsize=6.5, color=FAINT)
         y += 0.2
     else:
-        axes = place(figure, x, y, 0.09, 1.0)
+        axes = axes_at(figure, x, y, 0.09, 1.0)
         extend = "min" if scale == "log" else "neither"
         bar = figure.colorbar(ScalarMappable(mapped.norm, mapped.map), cax=axes, extend=extend, format="{x:g}")
         bar.outline.set_linewidth(0.4)
@@ -136,7 +136,7 @@ def draw_legend(figure: Figure, x: float, y: float, mapped: ColourScale, field: 
         bar.ax.set_title({"weights": "weight", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5)
         y += 1.15
     if masked:
-        box = place(figure, x, y, 0.11, 0.11)
+        box = axes_at(figure, x, y, 0.11, 0.11)
         box.set(xticks=[], yticks=[])
         show_masked(box.patch)
-        write(figure, x + 0.16, y - 0.015, "masked", fontsize=6.5, color=FAINT)
+        text_at(figure, x + 0.16, y - 0.015, "masked", fontsize=6.5, color=FAINT)

@@ -16,9 +16,9 @@ from ...calls.choose import one_stack
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import GRID
-from ..values import Field, Scale, Sink, check, pooled, values
-from .base import Heading, drawn, group, place, sheet
-from .colours import ColourScale, colours, show_masked
+from ..values import Field, Scale, Sink, block_maxima, check_options, drawn_values
+from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
+from .colours import ColourScale, colour_scale, show_masked
 from .heatmap_figure import draw_legend
 
 _PIXELS = 64
@@ -26,7 +26,7 @@ _WIDEST, _LARGEST, _LEAST = 9.0, 0.75, 0.22
 _MARGIN = 0.06
 
 
-@drawn
+@in_own_style
 def layers(
     trace: Trace, *, field: Field = "weights", scale: Scale = "linear", sink: Sink = "show", **where: Unpack[Where]
 ) -> Figure:
@@ -48,7 +48,7 @@ def layers(
         SelectionError: nothing fits, or several stacks, kinds or steps do.
         FieldNotCaptured: the field is not in the trace; names the ``capture=``.
     """
-    check(field, scale, sink)
+    check_options(field, scale, sink)
     parts = one_stack(trace, "layers", **where)
     grid = _thumbnails(parts, field, sink)
     numbers = sorted({head for part in parts for head in part.heads})
@@ -57,15 +57,15 @@ def layers(
     left = 0.2 + 0.055 * max(map(len, names)) + 0.15
     heading = Heading.of(parts, parts[0].stack, grid.notes)
     top = heading.height + 0.3
-    figure = sheet(left + len(numbers) * cell + 1.1, top + len(parts) * cell + 0.15)
+    figure = empty_sheet(left + len(numbers) * cell + 1.1, top + len(parts) * cell + 0.15)
     heading.draw(figure)
-    axes = place(figure, left, top, len(numbers) * cell, len(parts) * cell)
+    axes = axes_at(figure, left, top, len(numbers) * cell, len(parts) * cell)
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0))
     for row, (part, small) in enumerate(zip(parts, grid.images, strict=True)):
         layer = row if part.call.site.layer is None else part.call.site.layer
         for n, head in enumerate(part.heads):
-            mapped = colours(small[n], field, scale)
-            group(_draw_thumbnail(axes, row, numbers.index(head), small[n], mapped), f"layer-{layer}-head-{head}")
+            mapped = colour_scale(small[n], field, scale)
+            name_artist(_draw_thumbnail(axes, row, numbers.index(head), small[n], mapped), f"layer-{layer}-head-{head}")
     # A picture moves the limits of its axes to itself, so they are set again.
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0), xlabel="head", ylabel="layer")
     _label_cells(axes, [str(n) for n in numbers], names, cell * 72)
@@ -89,8 +89,8 @@ class _Thumbnails:
 
 
 def _thumbnails(parts: Sequence[Part], field: str, sink: str) -> _Thumbnails:
-    found = [values(part, field, sink) for part in parts]
-    images, blocks = zip(*(pooled(own.data, _PIXELS) for own in found), strict=True)
+    found = [drawn_values(part, field, sink) for part in parts]
+    images, blocks = zip(*(block_maxima(own.data, _PIXELS) for own in found), strict=True)
     notes = [note for own in found for note in own.notes]
     if max(blocks) > 1:
         notes.append(f"each pixel is the largest of up to {max(blocks)} × {max(blocks)} entries")

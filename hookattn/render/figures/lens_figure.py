@@ -13,9 +13,9 @@ from ...calls.part import Where
 from ...traces import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..values import first_key
-from .base import Heading, drawn, group, sheet, write
+from .base import Heading, empty_sheet, in_own_style, name_artist, text_at
 from .colours import show_masked
-from .row import Row, bars, column, label_keys, label_room, row
+from .row import QueryRow, draw_bars, key_axes, key_label_width, label_keys, query_row
 from .ticks import font_size
 
 _SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
@@ -23,7 +23,7 @@ ATTENDED, OUTSCORED, DRAINED, HIDDEN = "attended", "outscored", "drained", "mask
 _TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT}
 
 
-@drawn
+@in_own_style
 def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
     """One query of one head: score → mask → weight, and a word for each key.
 
@@ -47,33 +47,33 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
         SelectionError: no one call, head or query.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
-    found = row(trace, "lens", **where)
+    found = query_row(trace, "lens", **where)
     part = found.part
     words, drain = verdicts(found)
     heading = Heading.of([part], found.title, [*found.notes, *drain])
-    left = 0.1 + label_room(found)
+    left = 0.1 + key_label_width(found)
     top = heading.height + 0.25
-    figure = sheet(left + _SCORE + _MASK + _WEIGHT + _WHY + 4 * _GAP, top + found.height + 0.3)
+    figure = empty_sheet(left + _SCORE + _MASK + _WEIGHT + _WHY + 4 * _GAP, top + found.height + 0.3)
     heading.draw(figure)
     label_keys(figure, left - 0.05, top, found)
     x = left
-    _scores(figure, x, top, found)
+    _draw_scores(figure, x, top, found)
     x += _SCORE + _GAP
-    _mask(figure, x, top, found)
+    _draw_mask(figure, x, top, found)
     x += _MASK + _GAP
-    bars(column(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", WEIGHT)
+    draw_bars(key_axes(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", WEIGHT)
     x += _WEIGHT + _GAP
-    write(figure, x, top - 0.05, "why", va="bottom", fontsize=6.8)
+    text_at(figure, x, top - 0.05, "why", va="bottom", fontsize=6.8)
     for n, j in enumerate(found.keys):
         bold = "bold" if words[j] == ATTENDED else "normal"
-        write(
+        text_at(
             figure, x, top + (n + 0.5) * found.spacing, words[j], va="center", color=_TONES[words[j]],
             fontsize=font_size(found.spacing), fontweight=bold,
         )  # fmt: skip
     return figure
 
 
-def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
+def verdicts(found: QueryRow) -> tuple[list[str], Sequence[str]]:
     """A word for each of the S keys, as :func:`lens` defines them; and what goes to the sinks, in words."""
     weights = found.weights
     allowed = np.ones(len(weights), bool) if found.hidden is None else ~found.hidden
@@ -96,14 +96,14 @@ def verdicts(found: Row) -> tuple[list[str], Sequence[str]]:
     return words, said + ([f"{first:.0%} goes to the first key"] if DRAINED in words and first else [])
 
 
-def _scores(figure: Figure, x: float, y: float, found: Row) -> None:
+def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow) -> None:
     """A dot for each score, and the log of the denominator."""
-    axes = column(figure, x, y, _SCORE, found, "score")
+    axes = key_axes(figure, x, y, _SCORE, found, "score")
     hidden = np.zeros(len(found.scores), bool) if found.hidden is None else found.hidden
     away, scores = found.listed(hidden), found.listed(found.scores)
     at = np.arange(len(scores))
     for chosen, colour, name in ((~away, INK, "scores"), (away, HATCH, "masked-scores")):
-        group(axes.scatter(scores[chosen], at[chosen], s=8, color=colour, linewidth=0), name)
+        name_artist(axes.scatter(scores[chosen], at[chosen], s=8, color=colour, linewidth=0), name)
     logits = list(found.scores[~hidden])
     sinks = found.part.field("sinks")
     if sinks is not None:
@@ -111,17 +111,17 @@ def _scores(figure: Figure, x: float, y: float, found: Row) -> None:
     if logits:
         total = float(np.logaddexp.reduce(logits))
         line = axes.axvline(total, color=WEIGHT, linestyle=(0, (3, 2)), linewidth=0.8)
-        group(line, "log-of-the-denominator")
+        name_artist(line, "log-of-the-denominator")
         said = f"dashed: ln of the softmax's denominator, {total:.2f}"
-        write(figure, x, y + found.height + 0.04, said, fontsize=5.6, color=WEIGHT)
+        text_at(figure, x, y + found.height + 0.04, said, fontsize=5.6, color=WEIGHT)
     for n in range(len(scores)):
         axes.axhline(n, color=GRID, linewidth=0.3, zorder=0)
     axes.margins(x=0.06)
 
 
-def _mask(figure: Figure, x: float, y: float, found: Row) -> None:
+def _draw_mask(figure: Figure, x: float, y: float, found: QueryRow) -> None:
     """A square for each key: filled where it may be attended to, hatched where it is masked."""
-    axes = column(figure, x, y, _MASK, found, "mask")
+    axes = key_axes(figure, x, y, _MASK, found, "mask")
     axes.set_xlim(0, 1)
     if found.hidden is None:
         return

@@ -11,14 +11,14 @@ from torch import Tensor
 from ...calls.part import Where
 from ...traces import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
-from ..values import Array, array
-from .base import Heading, drawn, group, place, plain, sheet, write
-from .row import bars, column, label_keys, label_room, row
+from ..values import Array, part_array
+from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
+from .row import draw_bars, key_axes, key_label_width, label_keys, query_row
 
 _HEAT, _BARS, _GAP = 1.9, 1.05, 0.16
 
 
-@drawn
+@in_own_style
 def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
     """One query of one head: q, k, q∘k, the scaled dot product, the score where it is more than that, the softmax.
 
@@ -38,36 +38,36 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
         SelectionError: no one call, head or query.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
-    found = row(trace, "neuron", **where)
+    found = query_row(trace, "neuron", **where)
     part, i = found.part, found.query
-    q, k = array(part, "q")[0, i], array(part, "k")[0]
+    q, k = part_array(part, "q")[0, i], part_array(part, "k")[0]
     product = q * k
-    dots = _scaled(product, part.call.scale, i)
+    dots = _scaled_dots(product, part.call.scale, i)
     finished = part.call.softcap is not None or part.field("bias") is not None or part.call.own_scores
     heading = Heading.of([part], found.title, found.notes)
-    left = 0.1 + label_room(found)
+    left = 0.1 + key_label_width(found)
     top = heading.height + 0.62
     lasting = ["scaled dot product", *(["score"] if finished else []), "weight (softmax)"]
-    figure = sheet(left + 2 * (_HEAT + _GAP) + len(lasting) * (_BARS + _GAP), top + found.height + 0.12)
+    figure = empty_sheet(left + 2 * (_HEAT + _GAP) + len(lasting) * (_BARS + _GAP), top + found.height + 0.12)
     heading.draw(figure)
     label_keys(figure, left - 0.05, top, found)
     x = left
-    _heat(figure, x, top - 0.36, 0.13, q[None], "q", float(np.abs(q).max()))
+    _draw_components(figure, x, top - 0.36, 0.13, q[None], "q", float(np.abs(q).max()))
     for name, values in (("k", k), ("q∘k", product)):
         top_value = float(np.abs(found.listed(values)).max())
-        axes = _heat(figure, x, top, found.height, found.listed(values), name, top_value)
+        axes = _draw_components(figure, x, top, found.height, found.listed(values), name, top_value)
         axes.set_ylim(len(found.keys) - 0.5, -0.5)
         x += _HEAT + _GAP
     columns = {"scaled dot product": dots, "score": found.scores, "weight (softmax)": found.weights}
     for title in lasting:
-        axes = column(figure, x, top, _BARS, found, title)
+        axes = key_axes(figure, x, top, _BARS, found, title)
         colour = WEIGHT if title.startswith("weight") else SCORE
-        bars(axes, found, columns[title], title.partition(" ")[0], colour)
+        draw_bars(axes, found, columns[title], title.partition(" ")[0], colour)
         x += _BARS + _GAP
     return figure
 
 
-def _scaled(product: Array, scale: float | Tensor, i: int) -> Array:
+def _scaled_dots(product: Array, scale: float | Tensor, i: int) -> Array:
     """S: the factor of the kernel times the sum of S D products."""
     if isinstance(scale, Tensor):
         factor = scale[0, 0].double().cpu().numpy()
@@ -75,16 +75,16 @@ def _scaled(product: Array, scale: float | Tensor, i: int) -> Array:
     return np.asarray(product.sum(-1) * scale)
 
 
-def _heat(figure: Figure, x: float, y: float, height: float, values: Array, name: str, most: float) -> Any:
+def _draw_components(figure: Figure, x: float, y: float, height: float, values: Array, name: str, most: float) -> Any:
     """Components across, from minus to plus the largest magnitude."""
-    axes = place(figure, x, y, _HEAT, height)
+    axes = axes_at(figure, x, y, _HEAT, height)
     edges = np.arange(values.shape[0] + 1) - 0.5
     mesh = axes.pcolormesh(
         np.arange(values.shape[1] + 1), edges, values, cmap=DIVERGING, vmin=-most or -1, vmax=most or 1,
         rasterized=values.size > 1 << 13,
     )  # fmt: skip
-    group(mesh, name)
-    plain(axes)
+    name_artist(mesh, name)
+    hide_frame(axes)
     axes.invert_yaxis()
-    write(figure, x, y - 0.05, f"{name}  ±{most:.3g}", va="bottom", fontsize=6.8)
+    text_at(figure, x, y - 0.05, f"{name}  ±{most:.3g}", va="bottom", fontsize=6.8)
     return axes

@@ -16,17 +16,17 @@ from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import FAINT
-from ..values import UNKNOWN, Array, Flags, array, hidden_keys
-from .base import group, place, plain, write
+from ..values import UNKNOWN, Array, Flags, hidden_keys, part_array
+from .base import axes_at, hide_frame, name_artist, text_at
 from .colours import show_masked
-from .ticks import LONGEST, font_size, room
+from .ticks import LONGEST, font_size, label_width
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class QueryRow:
     """One query of one head.
 
     Attributes:
@@ -65,8 +65,8 @@ class Row:
     @property
     def title(self) -> str:
         """Which call, head and query."""
-        label, place = self.part.queries[self.query], (self.part.call.queries or range(self.query + 1))[self.query]
-        named = f"query {place}" + (f": {label}" if label != str(place) else "")
+        label, number = self.part.queries[self.query], (self.part.call.queries or range(self.query + 1))[self.query]
+        named = f"query {number}" + (f": {label}" if label != str(number) else "")
         return f"{self.part.title}, head {self.part.heads[0]}, {named}"
 
     def listed(self, x: Any) -> Any:
@@ -74,7 +74,7 @@ class Row:
         return x[list(self.keys)]
 
 
-def row(trace: Trace, view: str, **where: Unpack[Where]) -> Row:
+def query_row(trace: Trace, view: str, **where: Unpack[Where]) -> QueryRow:
     """One query; of more than 100 keys the 100 that weigh most, unless ``keys`` are given.
 
     Raises:
@@ -89,50 +89,50 @@ def row(trace: Trace, view: str, **where: Unpack[Where]) -> Row:
     if len(part.rows) > 1:
         raise SelectionError(f"{view} draws one query, and {len(part.rows)} are selected; give queries= with one.")
     i = part.rows[0]
-    weights, scores, hidden = array(part, "weights")[0, i], array(part, "scores")[0, i], hidden_keys(part)
+    weights, scores, hidden = part_array(part, "weights")[0, i], part_array(part, "scores")[0, i], hidden_keys(part)
     keys, notes = part.columns, [UNKNOWN] if hidden is None else []
     if len(keys) > _MOST and where.get("keys") is None:
         heaviest = np.argsort(-weights, kind="stable")[:_MOST]
         notes = [*notes, f"the {_MOST} keys of {len(keys)} that weigh most"]
         keys = tuple(sorted(int(j) for j in heaviest))
-    return Row(part, i, keys, None if hidden is None else hidden[0, i], scores, weights, tuple(notes))
+    return QueryRow(part, i, keys, None if hidden is None else hidden[0, i], scores, weights, tuple(notes))
 
 
-def label_keys(figure: Figure, x: float, y: float, found: Row) -> None:
+def label_keys(figure: Figure, x: float, y: float, found: QueryRow) -> None:
     """A label for each key, ending at ``x``; the first key begins at ``y`` (inches)."""
     for n, (label, j) in enumerate(zip(found.labels, found.keys, strict=True)):
         away = found.hidden is not None and bool(found.hidden[j])
         at = y + (n + 0.5) * found.spacing
         colour = {"color": FAINT} if away else {}
-        write(figure, x, at, label, ha="right", va="center", fontsize=font_size(found.spacing), **colour)
+        text_at(figure, x, at, label, ha="right", va="center", fontsize=font_size(found.spacing), **colour)
 
 
-def label_room(found: Row) -> float:
+def key_label_width(found: QueryRow) -> float:
     """Inches that :func:`label_keys` takes."""
-    return room([found.part.keys[j] for j in found.keys], found.spacing)
+    return label_width([found.part.keys[j] for j in found.keys], found.spacing)
 
 
-def column(figure: Figure, x: float, y: float, width: float, found: Row, title: str) -> Axes:
+def key_axes(figure: Figure, x: float, y: float, width: float, found: QueryRow, title: str) -> Axes:
     """Axes with a row for each key, the first on top."""
-    axes = place(figure, x, y, width, found.height)
-    plain(axes)
+    axes = axes_at(figure, x, y, width, found.height)
+    hide_frame(axes)
     axes.set_ylim(len(found.keys) - 0.5, -0.5)
-    write(figure, x, y - 0.05, title, va="bottom", fontsize=6.8)
+    text_at(figure, x, y - 0.05, title, va="bottom", fontsize=6.8)
     return axes
 
 
-def bars(axes: Axes, found: Row, values: Array, name: str, colour: str) -> None:
+def draw_bars(axes: Axes, found: QueryRow, values: Array, name: str, colour: str) -> None:
     """A bar and a number for each key, with as many digits as tell them apart; a masked one is hatched instead.
 
     Args:
-        axes: of :func:`column`.
+        axes: of :func:`key_axes`.
         found: the row.
         values: S.
         name: of the bars.
         colour: of the bars.
     """
     listed = found.listed(values)
-    seen = np.isfinite(listed) & ~_hidden(found)
+    seen = np.isfinite(listed) & ~_hidden_flags(found)
     low, high = min(0.0, *listed[seen], 0.0), max(0.0, *listed[seen], 1e-9)
     digits = _digits(listed[seen])
     room_for_text = (0.2 + 0.05 * digits) / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
@@ -141,7 +141,7 @@ def bars(axes: Axes, found: Row, values: Array, name: str, colour: str) -> None:
     axes.set_xlim(left, left + span)
     made = axes.barh(np.arange(len(listed))[seen], listed[seen], height=0.72, color=colour, linewidth=0)
     for patch, j in zip(made, np.array(found.keys)[seen], strict=True):
-        group(patch, f"{name}-{j}")
+        name_artist(patch, f"{name}-{j}")
     size = font_size(found.spacing) * 0.85
     for n, value in enumerate(listed):
         if seen[n]:
@@ -161,6 +161,6 @@ def _digits(values: Array) -> int:
     return 2 if top == 0 else max(2, min(4, 1 - math.floor(math.log10(top))))
 
 
-def _hidden(found: Row) -> Flags:
+def _hidden_flags(found: QueryRow) -> Flags:
     size = len(found.keys)
     return np.zeros(size, bool) if found.hidden is None else np.asarray(found.listed(found.hidden))

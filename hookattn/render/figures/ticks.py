@@ -28,14 +28,14 @@ def stride(spacing: float) -> int:
     return max(1, math.ceil(SMALLEST * _LEADING * _POINT / spacing - 1e-6))
 
 
-def room(labels: Sequence[str], spacing: float) -> float:
+def label_width(labels: Sequence[str], spacing: float) -> float:
     """Inches that the longest of the labels takes, at the size that they will have."""
     if not labels:
         return 0.0
-    return max(_width(shortened(label, LONGEST)) for label in labels) * font_size(spacing) * _POINT + 0.08
+    return max(_width_in_ems(shortened(label, LONGEST)) for label in labels) * font_size(spacing) * _POINT + 0.08
 
 
-def _width(label: str) -> float:
+def _width_in_ems(label: str) -> float:
     return sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.62 for c in label)
 
 
@@ -61,9 +61,9 @@ def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spac
 
 
 def _turned(labels: Sequence[str], spacing: float) -> bool:
-    return room(labels, spacing) > spacing
+    return label_width(labels, spacing) > spacing
 
 
-def depth(labels: Sequence[str], spacing: float) -> float:
+def label_depth(labels: Sequence[str], spacing: float) -> float:
     """Inches that the labels below an axis take."""
-    return room(labels, spacing) if _turned(labels, spacing) else font_size(spacing) * _POINT * 1.6
+    return label_width(labels, spacing) if _turned(labels, spacing) else font_size(spacing) * _POINT * 1.6
