@@ -1,7 +1,6 @@
 /**
  * Scores and weights of one head from a kernel's arguments: scores = softcap(scale·q·kᵀ) + bias; weights = softmax
- * over S of
- * scores where mask, else −∞, with the sink in the denominator; a row with nothing to attend to is 0. As in
+ * over S of scores where mask, else −∞, with the sink in the denominator; a row with nothing to attend to is 0. As in
  * docs/trace-format.md.
  */
 import type { Slices } from "../slices";
@@ -50,6 +49,7 @@ export async function weights(
     }
     if (top > -Infinity) {
       const sink = sinks === null ? -Infinity : sinks[sinks.length === 1 ? 0 : t]!;
+      // The largest logit is taken off, so that no exponential overflows; it cancels out.
       const base = Math.max(top, sink);
       let total = Math.exp(sink - base);
       for (let i = row; i < row + cols; i++)

@@ -6,7 +6,7 @@ interface Dtype {
   decode(bytes: ArrayBuffer): Numbers;
 }
 
-/** A table of all values of a narrow type: the quickest way to decode millions of them. */
+/** A table of all values of a narrow type: the quickest way to decode millions of them. It is made when first used. */
 function table(bits: 8 | 16, value: (code: number) => number): Dtype {
   let values: Float32Array | undefined;
   return {
@@ -72,6 +72,8 @@ export const DTYPES: Readonly<Record<string, Dtype>> = {
 
 /** Codings of a narrowed tensor, named in the document under `coding`. */
 export const CODINGS: Readonly<Record<string, (codes: Uint8Array) => Numbers>> = {
+  // Codes are of the square root, as most weights are small: near 0 their steps are 1/65025, near 1 they are 1/128. The
+  // colours of a picture could not show less, and a page of bytes is a quarter of one of floats.
   sqrt8: (codes) => {
     const values = Float32Array.from({ length: 256 }, (_, code) => (code / 255) ** 2);
     const out = new Float32Array(codes.length);

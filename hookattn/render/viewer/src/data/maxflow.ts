@@ -1,7 +1,8 @@
 /**
  * Attention flow (Abnar & Zuidema 2020): the maximum flow from a token of the last layer to an input token, where an
  * edge from token i of one layer to token j of the one before has the capacity A_ij. By Dinic's algorithm (1970): the
- * shortest paths that can take more, all of one length at a time. As hookattn/analyze/flow.py, capacities are integers of 2^−30.
+ * shortest paths that can take more, all of one length at a time. Capacities are integers of 2^−30, as in
+ * hookattn/analyze/tables/flow.py: these are exact, and floats would leave crumbs on edges that are full.
  */
 import type { Matrix } from "./matrix";
 
@@ -21,6 +22,7 @@ export function capacities(layers: readonly Matrix[]): Float64Array[] {
 /** `width`: tokens of a layer. Node (l, i), token i of level l, is number l·width + i; level 0 is the input. */
 export function maximumFlow(capacity: readonly Float64Array[], width: number, query: number, key: number): Flow {
   const depth = capacity.length;
+  // Edges join neighbouring layers alone, so that each layer is a dense matrix in place of lists of edges.
   // What edge (l + 1, i) → (l, j) can still take, and what flows along it, which can be taken back.
   const free = capacity.map((c) => c.slice());
   const used = capacity.map((c) => new Float64Array(c.length));
@@ -97,6 +99,8 @@ export function maximumFlow(capacity: readonly Float64Array[], width: number, qu
     path.length = arcs.findIndex(({ from, e }) => from[e]! <= 0) + 1;
   };
 
+  // A phase: nodes are numbered by their distance to the input token, and paths go along falling numbers alone. An arc
+  // that leads nowhere is not tried again in the phase, which is what bounds its work.
   while (search()) {
     next.fill(0);
     path.push(source);

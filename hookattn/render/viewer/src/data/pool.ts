@@ -12,6 +12,7 @@ export type Pooling = Pool | "far";
 /** Level i has cells of 2^i × 2^i entries; level 0 is the matrix itself. */
 export type Pyramid = readonly Matrix[];
 
+/** Entries a side of the last level: fewer than any picture has pixels. */
 const SMALLEST = 128;
 
 export async function pyramid(matrix: Matrix, pool: Pooling, slices: Slices): Promise<Pyramid> {
@@ -48,7 +49,7 @@ async function half({ rows, cols, data }: Matrix, pool: Pooling, slices: Slices)
 const HOWS: readonly Pooling[] = ["max", "sum", "far"];
 
 function join(a: number, b: number, how: number): number {
-  if (a !== a) return b;
+  if (a !== a) return b; // NaN
   if (b !== b) return a;
   if (how === 1) return a + b;
   return (how === 0 ? a > b : Math.abs(a) > Math.abs(b)) ? a : b;

@@ -1,6 +1,6 @@
 /**
  * Attention through the layers (Abnar & Zuidema 2020, “Quantifying Attention Flow in Transformers”), as
- * hookattn/analyze/rollout.py computes it: A = (1 − residual)·W + residual·I for each layer, W its weights over all
+ * hookattn/analyze/tables/rollout.py computes it: A = (1 − residual)·W + residual·I for each layer, W its weights over all
  * heads, each row over its sum; a row that is padding, or attends to nothing, stays itself.
  */
 import { ViewerError } from "../errors";
@@ -73,6 +73,7 @@ async function mix(trace: Trace, call: Call, batch: number, slices: Slices): Pro
 }
 
 /**
+ * A row of the product of all layers takes one vector times each matrix, from the last layer down: T² a layer, not T³.
  * What each token of each level has of token `query` of the last one: levels 0 (the input) to L, T each; level 0 is the
  * row of the rollout.
  */

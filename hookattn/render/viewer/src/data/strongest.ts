@@ -17,8 +17,9 @@ export interface Strongest {
 }
 
 /**
- * At most `limit` entries of at least `floor`, the weakest first. Entries are counted by the upper half of their
- * float32 bits.
+ * At most `limit` entries of at least `floor`, the weakest first. Positive floats are ordered as their bits are, so that a
+ * histogram over the upper half of the bits tells from where on there are few enough: two passes, and nothing is sorted
+ * but what is drawn.
  */
 export async function strongest(
   matrices: readonly Matrix[],

@@ -58,11 +58,14 @@ export class Trace {
    */
   head(call: Call, field: string, batch: number, head: number, show?: (part: Matrix) => void): Promise<Matrix> {
     const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
+    // Calls may share one stored tensor (a mask of all layers), which is read once, for each size it is expanded to.
     const name = call.fields[field];
     const key =
       name == null
         ? `${call.index} ${field} ${batch} ${kv}`
         : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
+    // The promise is cached, not the matrix: views that ask for a head while it is being read wait for one request. Its
+    // weight counts once it is known, and a request that failed is forgotten, so that the next view tries again.
     let known = this.cache.get(key);
     if (known === undefined) {
       known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv, show);

@@ -1,4 +1,4 @@
-/** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of figures/lens.py. */
+/** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of figures/lens_figure.py. */
 import { number, percent } from "../format";
 import type { Row } from "./row";
 

@@ -3,6 +3,7 @@ import { Lru } from "../lru";
 import type { Source } from "./source";
 
 const TYPE = "application/x-hookattn";
+/** Bytes of decoded blocks that are kept; the base64 of all of them stays in the page. */
 const CACHE = 96 * 2 ** 20;
 
 interface Block {

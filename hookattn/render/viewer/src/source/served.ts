@@ -5,6 +5,8 @@ import type { Source } from "./source";
  * A trace behind a URL that answers Range requests. A file that changes while it is viewed is an error, not a mixture.
  */
 export async function served(url: string): Promise<Source> {
+  // Eight bytes, the length of a trace file's header, tell the size of the file and its tag; every later request names the
+  // tag.
   const first = await request(url, 0, 8, null);
   const total = /\/(\d+)$/.exec(first.headers.get("Content-Range") ?? "")?.[1];
   if (total === undefined) {

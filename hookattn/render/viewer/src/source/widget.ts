@@ -17,6 +17,7 @@ interface Answer {
   message?: string;
 }
 
+/** Milliseconds. The kernel answers between two cells at the soonest, so that a running cell is waited for. */
 const TIMEOUT = 60_000;
 
 /** A trace that the kernel holds, the first or the second, read by custom messages. `close` stops listening. */
