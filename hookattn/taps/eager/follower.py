@@ -1,10 +1,14 @@
-"""The function mode: sees every torch operation while it is open, and follows what an attention may be made of."""
+"""The function mode: sees every torch operation while it is open, and follows what an attention may be made of.
+
+What an operation makes of a state is said by its row in the table (:mod:`.operations`) and by :mod:`.rules`; which
+tensor has which state, and what a write to memory spoils, is kept here.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
+from .axis_history import Origin
 from .operation import Operation, OperationKind
 from .operations import kind_of, name_of, writes_to
 from .origins import Origins, strided
@@ -34,30 +39,59 @@ from .value_products import finish_scattered, finish_sum, note_product
 if TYPE_CHECKING:
     from ..base import ActiveTrace
 
-Call = Callable[..., Any]
+Handler = Callable[["Follower", Any, Sequence[Any], dict[str, Any]], Any]
 # Of a function: its name (empty: to be ignored), the handler of its tap, whether it has to be looked at even where
-# nothing is known to be part of an attention yet, and its row in the table.
-Known = tuple[str, Call | None, bool, OperationKind]
-_LESSER = (RowStatistic, ScatteredScores, ScoresSlice)
+# nothing is known to be part of an attention yet, and its row in the table. A plain tuple: it is unpacked for every
+# operation of the model.
+_Known = tuple[str, Handler | None, bool, OperationKind]
+# Followed for what they may become; where an operation has scores or weights as well, it is an operation on those.
+_MINOR = (RowStatistic, ScatteredScores, ScoresSlice)
+
+
+class _Followed(NamedTuple):
+    """The argument of an operation that is part of an attention: its place among the arguments, and its state."""
+
+    position: int
+    x: Tensor
+    state: State
+
+
+class _Ran(NamedTuple):
+    """An operation that ran."""
+
+    name: str
+    kind: OperationKind
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
 
 
 class Follower(TorchFunctionMode):
-    """One thread's view of a model at work.
+    """The function mode of one trace: sees every torch operation of the model, and knows the state of every tensor.
 
     Args:
         recorder: gets the attention calls that are seen.
-        kernels: function name -> handler ``(watch, func, args, kwargs) -> result`` of the fused kernels' taps.
+        kernels: function name -> handler ``(follower, func, args, kwargs) -> result`` of the fused kernels' taps.
+
+    Attributes:
+        operations: what is known of each function, looked up once.
+        origins: where the axes of the tensors come from.
+        live: the tensors that have a state, by identity; an entry goes with its tensor.
+        uses: what became of every softmax so far.
+        interpreting: whether what the model did is looked at right now; False: the model itself is at work.
     """
 
-    def __init__(self, recorder: ActiveTrace, kernels: dict[str, Call]):
+    def __init__(self, recorder: ActiveTrace, kernels: dict[str, Handler]):
         super().__init__()
         self.recorder = recorder
         self.kernels = kernels
-        self.operations: dict[Any, Known] = {}
+        self.operations: dict[Any, _Known] = {}
         self.origins = Origins()
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
+        self.interpreting = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, handler, special, kind = self.operations.get(func) or self._operation(func)
@@ -74,7 +108,7 @@ class Follower(TorchFunctionMode):
             self._failed(name, error)
         return out
 
-    def _operation(self, func: Any) -> Known:
+    def _operation(self, func: Any) -> _Known:
         """What is known of a function, looked up once."""
         name = name_of(func)
         kind = kind_of(name)
@@ -84,13 +118,14 @@ class Follower(TorchFunctionMode):
     # What is known of a tensor
 
     def state(self, x: Tensor) -> State | None:
-        """The state of a tensor that is part of an attention, marked opaque if it was written to behind our back."""
+        """The state of a tensor that is part of an attention."""
         known = self.live.get(id(x))
-        if known is None or known[0]() is not x:
+        if known is None or known[0]() is not x:  # the identity of a tensor that is gone may be another's
             return None
         state = known[1]
         if state.version != version_of(x) and isinstance(state, Scores):
-            state = state.but(opaque=[*state.opaque, "a write through a view"], finite=None, version=version_of(x))
+            # It was written to through a tensor that shares its memory: nobody knows which scores are left.
+            state = _overwritten(state, x)
             self.live[id(x)] = (known[0], state)
         return state
 
@@ -113,147 +148,155 @@ class Follower(TorchFunctionMode):
         kind = kind_of(name)
         if kind.product:
             return self._product(name, func, args, kwargs)
-        found = self._stateful(args, kwargs) if self.live else None
-        writes = writes_to(name, args, kwargs) if self.live else False
+        found = self._followed(args, kwargs) if self.live else None
+        writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
-            self._try(name, self._before_write, name, found, args, kwargs)
+            self._try(name, self._before_write, kind, found, args, kwargs)
         out = func(*args, **kwargs)
+        ran = _Ran(name, kind, func, args, kwargs, out)
         if found is None:
-            self._try(name, self._untouched, kind, args, kwargs, out)
+            self._try(name, self._not_followed, ran)
         else:
-            self._try(name, self._advance, name, kind, func, *found, out, args, kwargs, writes)
+            self._try(name, self._after_write if writes else self._after, ran, found)
         return out
 
     def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
         """A fault in following the model is reported as attention not read; the model goes on."""
+        self.interpreting = True
         try:
             return action(*args)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the model's
             return self._failed(name, error)
+        finally:
+            self.interpreting = False
 
     def _failed(self, name: str, error: Exception) -> None:
         if isinstance(error, HookattnError):
             raise error
         self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
 
-    def _untouched(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def _not_followed(self, ran: _Ran) -> None:
         """An operation on tensors that are no part of an attention yet."""
-        self.origins.note(kind, args, kwargs, out)
-        if kind.softmax:
-            self._orphan(out, args, kwargs)
+        self.origins.note(ran.kind, ran.args, ran.kwargs, ran.out)
+        if ran.kind.softmax:
+            self._softmax_of_others(ran)
 
-    def _advance(
-        self,
-        name: str,
-        kind: OperationKind,
-        func: Any,
-        position: int,
-        x: Tensor,
-        state: State,
-        out: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        writes: bool,
-    ) -> None:
-        """An operation on a part of an attention."""
-        target: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
-        origin, written = state.origin, _target(args, kwargs)
-        if not writes:
-            origin = self.origins.derive(kind, (x, *args[1:]) if position == 0 else args, kwargs, out, x, state.origin)
-        elif written is x:
-            self._written(x)
-            if isinstance(state, ScoresSlice):
-                return
-            target = x
-        context = Operation(
-            name,
-            kind,
-            func,
-            args,
-            kwargs,
-            x,
-            position,
-            state,
-            target if isinstance(out, Tensor) or not writes else x,
-            origin,
-            self.state,
-            self.recorder.wants("scores"),
+    def _operation_on(self, found: _Followed, ran: _Ran, out: Any, origin: Origin) -> Operation:
+        """The operation as the rules take it; ``origin``: where the axes of ``out`` come from."""
+        return Operation(
+            name=ran.name,
+            kind=ran.kind,
+            func=ran.func,
+            args=ran.args,
+            kwargs=ran.kwargs,
+            x=found.x,
+            position=found.position,
+            state=found.state,
+            out=out,
+            origin=origin,
+            look=self.state,
+            keep_finite=self.recorder.wants("scores"),
         )
-        if writes and written is not x:
-            if strided(written) and isinstance(
-                state, (Scores, ScoresSlice, ScatteredScores)
-            ):  # poured into a tensor that is none
-                context.x, context.position, context.origin = written, 0, self.origin(written)
-                poured = scattered_scores(context, context.moved())
-                if poured is not None:
-                    self.set_state(written, poured)
+
+    def _after(self, ran: _Ran, found: _Followed) -> None:
+        """An operation on a part of an attention ran, and made a new tensor or several."""
+        out = ran.out
+        result: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
+        args = (found.x, *ran.args[1:]) if found.position == 0 else ran.args
+        origin = self.origins.derive(ran.kind, args, ran.kwargs, out, found.x, found.state.origin)
+        with torch.no_grad():
+            if ran.kind.splits and isinstance(out, (tuple, list)):
+                for one, state in zip(out, piece_states(self._operation_on(found, ran, out, origin)), strict=True):
+                    if state is not None:
+                        self.set_state(one, state)
+                return
+            new = next_state(self._operation_on(found, ran, result, origin))
+            if new is not None and isinstance(result, Tensor):
+                self._became(result, found.state, new)
+
+    def _after_write(self, ran: _Ran, found: _Followed) -> None:
+        """An operation on a part of an attention ran, and wrote to an argument."""
+        x, state = found.x, found.state
+        written = _target(ran.args, ran.kwargs)
+        if written is not x:
+            self._poured(ran, found, written)
+            return
+        self._mark_sharing(x)
+        if isinstance(state, ScoresSlice):  # the scores that it is a slice of are marked
             return
         with torch.no_grad():
-            if kind.splits and isinstance(out, (tuple, list)):
-                context.out = out
-                for one, piece in zip(out, piece_states(context), strict=True):
-                    if piece is not None:
-                        self.set_state(one, piece)
-                return
-            new = next_state(context)
-        if new is None:
-            if writes and isinstance(target, Tensor):
-                self.live.pop(id(target), None)
+            new = next_state(self._operation_on(found, ran, x, state.origin))
+            if new is None:
+                self.live.pop(id(x), None)
+            else:
+                self._became(x, state, new)
+
+    def _poured(self, ran: _Ran, found: _Followed, written: Any) -> None:
+        """Scores were written into a tensor that is no scores: a buffer that is filled block by block, say."""
+        if not strided(written) or not isinstance(found.state, (Scores, ScoresSlice, ScatteredScores)):
             return
-        if not isinstance(target, Tensor):
-            return
-        if isinstance(new, Weights) and not isinstance(state, Weights):
-            self._began(new, target)
-        elif isinstance(new, ScatteredWeights) and not isinstance(state, ScatteredWeights):
+        out = ran.out if isinstance(ran.out, Tensor) else found.x
+        poured = self._operation_on(found._replace(x=written, position=0), ran, out, self.origin(written))
+        state = scattered_scores(poured, poured.moved())
+        if state is not None:
+            self.set_state(written, state)
+
+    def _became(self, x: Tensor, before: State, new: State) -> None:
+        """A tensor has a new state; ``before``: that of the argument it was made of."""
+        if isinstance(new, Weights) and not isinstance(before, Weights):
+            self._softmax_of_scores(new, x)
+        elif isinstance(new, ScatteredWeights) and not isinstance(before, ScatteredWeights):
             new.root.use.path = self.recorder.where()
             self.uses.append(new.root.use)
-        if isinstance(new, PartialOutput) and new.complete:
-            self.live.pop(id(target), None)
-            with torch.no_grad():
-                finish_sum(self, new, target)
+        elif isinstance(new, PartialOutput) and new.complete:
+            self.live.pop(id(x), None)
+            finish_sum(self, new, x)
             return
-        if (
+        elif (
             isinstance(new, ScatteredOutput)
-            and new is not state
-            and isinstance(state, ScatteredOutput)
-            and len(new.uses) > len(state.uses)
+            and isinstance(before, ScatteredOutput)
+            and len(new.uses) > len(before.uses)  # a sum of two: a view of one waits as it did
+            and finish_scattered(self, new, x)
         ):
-            with torch.no_grad():
-                if finish_scattered(self, new, target):
-                    self.live.pop(id(target), None)
-                    return
-        self.set_state(target, new)
+            self.live.pop(id(x), None)
+            return
+        self.set_state(x, new)
 
-    def _began(self, weights: Weights, out: Tensor) -> None:
+    def _softmax_of_scores(self, weights: Weights, out: Tensor) -> None:
         """A softmax ran over scores."""
         scores = weights.scores
         weights.dtype = out.dtype
         if scores is not None:
             if not scores.opaque and (scores.terms or scores.fills):
+                # What it ran over is masked: scores are q·k before that, and are derived from q and k.
                 weights.scores_tensor = None
-            if scores.product.learned:  # a router weighs with a matrix of its own
+            if scores.product.learned:  # a router weighs with a matrix of its own: no attention to report
                 return
         weights.use = SoftmaxUse(self.recorder.where())
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
 
-    def _stateful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, Tensor, State] | None:
-        """The tensor with a state among the arguments; scores and weights before parts and statistics of them."""
-        found, live = None, self.live
+    def _followed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Followed | None:
+        """The argument that is part of an attention; scores and weights before slices and statistics of them."""
+        found: _Followed | None = None
+        live = self.live
         for i, arg in enumerate((*args, *kwargs.values()) if kwargs else args):
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if id(one) in live:
                     state = self.state(one)
-                    if state is not None and (found is None or isinstance(found[2], _LESSER)):
-                        found = (i, one, state)
+                    if state is not None and (found is None or isinstance(found.state, _MINOR)):
+                        found = _Followed(i, one, state)
         return found
 
     def _before_write(
-        self, name: str, found: tuple[int, Tensor, State] | None, args: Sequence[Any], kwargs: dict[str, Any]
+        self, kind: OperationKind, found: _Followed | None, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        """A tensor is about to be written to: keep what the score product read from it, and note what is poured in."""
-        if found is not None and isinstance(found[2], Weights) and kind_of(name).drops_out and found[2].own is None:
-            found[2].own = (found[1].clone(), found[2].origin)
+        """A tensor is about to be written to: copy what is still needed of it.
+
+        That is an operand of a score product (a cache of keys that the next layer reuses), and weights before dropout.
+        """
+        if found is not None and isinstance(found.state, Weights) and kind.drops_out and found.state.own is None:
+            found.state.own = (found.x.clone(), found.state.origin)
         x = _target(args, kwargs)
         if not strided(x):
             return
@@ -263,28 +306,24 @@ class Follower(TorchFunctionMode):
             if scores is not None:
                 scores.product.keep(storage)
 
-    def _written(self, x: Tensor) -> None:
-        """A write to ``x`` also changed every tensor that shares its memory."""
+    def _mark_sharing(self, x: Tensor) -> None:
+        """``x`` was written to: mark all other scores that lie in the same memory as overwritten."""
         storage = storage_of(x)
         for key, (ref, state) in list(self.live.items()):
             other = ref()
             if other is not None and other is not x and isinstance(state, Scores) and storage_of(other) == storage:
-                changed = state.but(
-                    opaque=[*state.opaque, "a write through a view"], finite=None, version=version_of(other)
-                )
-                self.live[key] = (ref, changed)
+                self.live[key] = (ref, _overwritten(state, other))
 
     # Softmaxes and products
 
-    def _orphan(self, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if not isinstance(out, Tensor) or out.dim() < 2:
-            return
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if isinstance(dim, int):
+    def _softmax_of_others(self, ran: _Ran) -> None:
+        """A softmax ran over something that is no scores: it is reported if values are then multiplied with it."""
+        out, dim = ran.out, ran.kwargs.get("dim", ran.args[1] if len(ran.args) > 1 else None)
+        if isinstance(out, Tensor) and out.dim() >= 2 and isinstance(dim, int):
             self.set_state(out, Weights(self.origin(out), dim=dim % out.dim()))
 
     def _product(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        parsed = parse_product(name, args, kwargs)
+        parsed = parse_product(name, args, kwargs)  # before it runs: baddbmm_ writes to what it adds
         out = func(*args, **kwargs)
         if parsed is None or not isinstance(out, Tensor):
             return out
@@ -304,3 +343,8 @@ class Follower(TorchFunctionMode):
 def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What an operation writes to."""
     return kwargs.get("out", args[0] if args else None)
+
+
+def _overwritten(scores: Scores, x: Tensor) -> Scores:
+    """Scores whose tensor was written to through another: their values have to be read off the tensor."""
+    return scores.but(opaque=[*scores.opaque, "a write through a view"], finite=None, version=version_of(x))
