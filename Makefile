@@ -12,10 +12,11 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # $(call fits,PYTHON,FILE): says in one line why a lock file can't be installed here, before pip takes pages to say it.
 fits = $(if $(UNLOCKED),true,$(1) requirements/lock.py fits $(LOCK)/$(2).txt --torch "$(TORCH)")
-# $(call install,FILE): pip, held to a lock file, and what it builds packages with held to another.
-install = $(BIN)/python -m pip install --quiet $(if $(UNLOCKED),--upgrade --upgrade-strategy eager "$(TORCH)",\
+# $(call install,FILE): pip, held to a lock file, and what it builds packages with held to another. It compiles nothing:
+# of eighteen thousand modules few are imported, and those Python compiles then.
+install = $(BIN)/python -m pip install --quiet --no-compile $(if $(UNLOCKED),--upgrade --upgrade-strategy eager "$(TORCH)",\
 	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
-alone = $(BIN)/python -m pip install --quiet --no-deps $(if $(UNLOCKED),--upgrade,\
+alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOCKED),--upgrade,\
 	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
