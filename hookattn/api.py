@@ -133,7 +133,7 @@ def tracing(
 
         stream = Stream(to, made)
     sink = None if stream is None else stream.add
-    recorder = CallRecorder(selection, verify, wait=sink is None)
+    recorder = CallRecorder(selection, verify, batches=sink is None)
     session = Session(plan, made, selection, recorder, strict, sink, RoomGuard(selection, to))
     try:
         session.start()

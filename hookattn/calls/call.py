@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -223,7 +224,8 @@ class Call:
         ):
             value = self.fields.get(name)
             if value is not None:
-                return " ".join(f"{a}{n}" for a, n in zip(letters, shape_of(value), strict=False))
+                with contextlib.suppress(FieldNotCaptured):  # it was given up when the traced block raised
+                    return " ".join(f"{a}{n}" for a, n in zip(letters, shape_of(value), strict=False))
         return "?"
 
     def __repr__(self) -> str:

@@ -87,7 +87,7 @@ class ShapeRecorder(Recorder):
         seen: gets the calls.
     """
 
-    small = None
+    small_calls = None
 
     def __init__(self, seen: SeenCalls):
         self.seen = seen

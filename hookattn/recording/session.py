@@ -26,7 +26,7 @@ from ..taps.eager.follower import Follower
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
-from .batched import SmallCalls
+from .batched import SmallCallRecorder
 from .room_check import LARGE, Forward, RoomCheck
 from .selection import Selection
 
@@ -37,7 +37,7 @@ class Recorder(Protocol):
     """Makes Calls of the kernel calls that a trace sees."""
 
     @property
-    def small(self) -> SmallCalls | None:
+    def small_calls(self) -> SmallCallRecorder | None:
         """Makes those of small calls; None: they are made as all others are."""
 
     def wants(self, field: str) -> bool:
@@ -117,7 +117,7 @@ class Session:
         self.plan, self.trace, self.selection = plan, trace, selection
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
-        self._small = recorder.small if selection.layers is None else None
+        self._small_calls = recorder.small_calls if selection.layers is None else None
         self._modes = ModeStack(lambda: self._watch)
         self._brackets = ModuleHooks(
             self.plan, self._enter_site, self._leave_site, self._next_step, self._note_ran, self._in_forward
@@ -354,12 +354,12 @@ class Session:
             several: q, k, v and output, B H T D.
         """
         site = self.plan.sites.get(id(module))
-        if site is None or site.layer is None or self._small is None or in_backward():
+        if site is None or site.layer is None or self._small_calls is None or in_backward():
             return False
         if self._room is not None and several[0].numel() * several[1].shape[2] > LARGE:
             return False
         calls = self.trace.calls
-        made = self._small.keep_plain(several, scale, causal, tap, site, max(self._step, 0), len(calls))
+        made = self._small_calls.keep_vectors(several, scale, causal, tap, site, max(self._step, 0), len(calls))
         if made is None:
             return False
         self.heard += 1

@@ -1,10 +1,16 @@
-"""How a certificate is measured: some rows of a call are rebuilt and held against what the model's kernel returned."""
+"""How a certificate is measured: some rows of a call are rebuilt and held against what the model's kernel returned.
+
+Nothing is read from the device while the model runs, since reading waits for all that is queued there. What was
+measured stays a tensor (:class:`Measurement`) until the forward is over; then :func:`read_certificates` reads all at
+once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,82 +21,115 @@ from ..attention.masks import CompleteMask
 from ..calls.certificate import Certificate, tolerance
 from .selection import restrict
 
+# How many query rows a sample has at most. A wrong mask, scale or head order is wrong in nearly every row, so that a
+# few of them find it.
 SAMPLE = 8
 
+# Up to this many scores, leaving rows out would cost more than it saves.
+ALL = 1 << 14
 
-ALL = 1 << 14  # up to this many scores, leaving rows out would cost more than it saves
+# No head is held to more than this of a unit, however small its values.
+_LEAST = 1e-3
+
+X = TypeVar("X")
 
 
-_LEAST = 1e-3  # no head is held to more than this of a unit, however small its values
+class Maxima(NamedTuple, Generic[X]):
+    """The largest absolute values that a certificate is made of: tensors of N calls, or the numbers of one.
+
+    Attributes:
+        row_sums: N 1, how far a row of weights is from summing to 1 (with sinks: above 1).
+        weights: N 1, the derived weights against the model's own; None where it forms none.
+        scores: N 1, the scores that the weights were derived from; None where nothing is allowed for them.
+        outputs: N O, the rebuilt output against the kernel's own, for each batch entry and head, or for all of them.
+        values: N P, ``v`` of each batch entry and key head, which the errors of the output are held against.
+    """
+
+    row_sums: X
+    weights: X | None
+    scores: X | None
+    outputs: X
+    values: X
 
 
 @dataclass(slots=True)
-class Pending:
-    """N calls of one shape, measured but not yet read from the device: reading waits until the forward is over.
+class Measurement:
+    """N calls of one shape, measured and not yet read from the device.
 
     Attributes:
-        values: 1-D: N row-sum excesses, N weights errors if the model formed weights of its own, N largest ``|score|``
-            if ``rounding`` is not 0, then for each call its output errors, then for each call the largest ``|v|`` that
-            they are held against.
-        counts: how many output errors a call has (one for each batch entry and head, or one), and how many ``|v|``.
-        unit: the allowed distance per unit, from :data:`TOLERANCE`.
+        packed: N C, the columns of the :class:`Maxima` side by side: one tensor, as each that is read takes a transfer.
+        widths: how many of the C columns each of the maxima has; None: there is none of it.
+        unit: the allowed distance per unit, from :data:`~hookattn.calls.certificate.TOLERANCE`.
         rows: query rows checked, of ``of_rows``.
-        formed: whether the model formed weights of its own.
         basis: what the rebuilt output was compared with.
         rounding: what is allowed beside ``unit``, in units of the largest score: rounding it moves every weight.
     """
 
-    values: Tensor
-    counts: tuple[int, int]
+    packed: Tensor
+    widths: list[int | None]
     unit: float
     rows: int
     of_rows: int
-    formed: bool = False
     basis: str = "output"
     rounding: float = 0.0
 
-    def settle(self, n: int, values: list[float]) -> list[Certificate]:
-        """The certificates of the N calls, from the values of ``values``."""
-        errors, sizes = self.counts
-        scores = 2 * n if self.formed else n
-        start = scores + n if self.rounding else scores
-        then = start + n * errors
+    @classmethod
+    def of(
+        cls,
+        maxima: Maxima[Tensor],
+        unit: float,
+        rows: int,
+        of_rows: int,
+        basis: str = "output",
+        rounding: float = 0.0,
+    ) -> Measurement:
+        """From the maxima of N calls; the rest as the attributes."""
+        packed = torch.cat([x for x in maxima if x is not None], 1)
+        return cls(packed, [None if x is None else x.shape[1] for x in maxima], unit, rows, of_rows, basis, rounding)
+
+    def certificates(self, numbers: list[float]) -> list[Certificate]:
+        """The certificates of the N calls, from the numbers of ``packed`` in their order."""
         made = []
-        for i in range(n):
-            found = (
-                values[i],
-                values[n + i] if self.formed else None,
-                values[start + i * errors : start + (i + 1) * errors],
-                values[then + i * sizes : then + (i + 1) * sizes],
-            )
-            certificate = self._certify(self.unit, *found)
-            if self.rounding and not certificate.faithful and math.isfinite(values[scores + i]):
-                certificate = self._certify(self.unit + self.rounding * values[scores + i], *found)
-            made.append(certificate)
+        start = 0
+        while start < len(numbers):
+            columns: list[list[float] | None] = []
+            for width in self.widths:
+                columns.append(None if width is None else numbers[start : start + width])
+                start += width or 0
+            made.append(self._certificate(Maxima(*columns)))  # type: ignore[arg-type]
         return made
 
-    def _certify(
-        self, unit: float, excess: float, weights: float | None, errors: list[float], sizes: list[float]
-    ) -> Certificate:
+    def _certificate(self, maxima: Maxima[list[float]]) -> Certificate:
+        """One certificate, with the allowance for large scores only where it is needed: the bound is as tight as can
+        be."""
+        made = self._certify(self.unit, maxima)
+        if maxima.scores is not None and not made.faithful and math.isfinite(maxima.scores[0]):
+            return self._certify(self.unit + self.rounding * maxima.scores[0], maxima)
+        return made
+
+    def _certify(self, unit: float, maxima: Maxima[list[float]]) -> Certificate:
         """One certificate; its output error is that of the head that is worst off for the size of its values."""
-        bounds = [unit * max(size, _LEAST) for size in sizes] or [unit * _LEAST]
+        excess, errors = maxima.row_sums[0], maxima.outputs
+        weights = None if maxima.weights is None else maxima.weights[0]
+        bounds = [unit * max(size, _LEAST) for size in maxima.values] or [unit * _LEAST]
         if len(errors) < len(bounds):
             bounds = [max(bounds)]
         per = max(len(errors) // len(bounds), 1)  # query heads of one key head
-        worst, output, tolerance = -1.0, 0.0, max(bounds)
+        worst, output, bound_of_worst = -1.0, 0.0, max(bounds)
         for i, error in enumerate(errors):
             bound = bounds[i // per]
-            if not error / bound <= worst:  # NaN is worse than anything
-                worst, output, tolerance = error / bound, error, bound
+            # Written so that NaN, which compares with nothing, is worse than anything and never good enough.
+            if not error / bound <= worst:
+                worst, output, bound_of_worst = error / bound, error, bound
                 if math.isnan(error):
                     break
-        good = output <= tolerance and (weights is None or weights <= unit) and excess <= 4 * unit  # NaN fails
+        good = output <= bound_of_worst and (weights is None or weights <= unit) and excess <= 4 * unit
         return Certificate(
             "faithful" if good else "unfaithful",
             output,
             weights,
             excess,
-            tolerance,
+            bound_of_worst,
             unit,
             self.rows,
             self.of_rows,
@@ -106,77 +145,84 @@ def rows_to_check(t: int, full: bool, scores: int | None = None) -> slice:
     return slice((t - 1) % step, t, step)
 
 
-def measure(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor, scores: Tensor) -> Pending:
-    """Compare what was rebuilt with what the kernel returned.
+def measurement(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor, scores: Tensor) -> Measurement:
+    """What was rebuilt of one call, compared with what the kernel returned.
 
     Args:
         call: the call, restricted to what is captured.
         rows: the query rows that are checked.
-        mask: the complete mask, broadcastable to B H T S.
+        mask: the complete mask, broadcastable to B H T S; None where no row is without keys.
         derived: B H rows S, weights derived from q, k, bias, mask and sinks.
         scores: B H rows S, the scores that they were derived from; 0 where the mask hides them.
     """
-    t = call.q.shape[2]
-    reference, basis = call.output, "output"
-    if call.undropped is not None:
-        reference, basis = call.undropped, "the kernel rerun without dropout"
     own = None if call.weights is None else call.weights[:, :, rows]
-    used = derived if own is None else own if call.applied is None else call.applied[:, :, rows]
     wide = compute_dtype(call.q.dtype)
     live = None if mask is None else (mask[:, :, rows] if mask.shape[2] > 1 else mask).any(-1, keepdim=True)
-    if call.outer_error is not None:
-        errors, basis = call.outer_error.to(wide).reshape(1), "what the fused layer returned"
-    elif reference is None:
-        errors, basis = derived.new_zeros(1), "nothing: the kernel's output was not seen"
-    else:
-        gap = weighted_values(used.to(wide), call.v) - reference[:, :, rows]
-        errors = largest(gap, live, 2).flatten()
+    used = derived if own is None else own if call.applied is None else call.applied[:, :, rows]
+    outputs, basis = _output_errors(call, rows, used.to(wide), live)
     total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
     if not derived.shape[-1]:
         total = total.new_zeros((1,) * 4)  # no keys: no row has anything to attend to
-    excess = largest(total if call.sinks is None else total.clamp_min(0), live)
     v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
     finite = torch.nan_to_num(v.to(wide), 0.0, 0.0, 0.0)  # the value of a key that nobody attends to may be anything
-    sizes = largest(finite, None, 2).flatten()
-    weights_error = [] if own is None else [largest(derived - own, live).to(wide)]
-    reach = largest(scores, None).to(wide)
-    values = torch.cat([excess, *weights_error, reach, errors.to(wide), sizes])
-    counts, checked, formed = (errors.numel(), sizes.numel()), len(range(*rows.indices(t))), own is not None
-    return Pending(values, counts, unit_of(call), checked, t, formed, basis, rounding_of(call.dtype, formed))
+    maxima = Maxima(
+        row_sums=max_abs(total if call.sinks is None else total.clamp_min(0), live),
+        weights=None if own is None else max_abs(derived - own, live).to(wide),
+        scores=max_abs(scores, None).to(wide),
+        outputs=outputs.to(wide),
+        values=max_abs(finite, None, 2),
+    )
+    t = call.q.shape[2]
+    checked, rounding = len(range(*rows.indices(t))), score_rounding(call.dtype, own is not None)
+    return Measurement.of(maxima, tolerance_of(call), checked, t, basis, rounding)
 
 
-def measured(call: KernelCall, rows: slice, found: Tensor) -> Pending:
-    """What :func:`measure` returns, of a call that forms neither scores nor weights of its own.
+def _output_errors(call: KernelCall, rows: slice, used: Tensor, live: Tensor | None) -> tuple[Tensor, str]:
+    """How far ``used · v`` is from what the kernel returned, 1 B·H, or 1 1 of all heads; and what that was."""
+    if call.outer_error is not None:
+        return call.outer_error.reshape(1, 1), "what the fused layer returned"
+    reference, basis = call.output, "output"
+    if call.undropped is not None:
+        reference, basis = call.undropped, "the kernel rerun without dropout"
+    if reference is None:
+        return used.new_zeros(1, 1), "nothing: the kernel's output was not seen"
+    return max_abs(weighted_values(used, call.v) - reference[:, :, rows], live, 2), basis
+
+
+def measurement_of_maxima(call: KernelCall, rows: slice, found: Tensor) -> Measurement:
+    """The same from what a GPU's kernel found, of a call that forms neither scores nor weights of its own.
 
     Args:
-        call, rows: as there.
+        call, rows: as in :func:`measurement`.
         found: 4, B·H: excess of row sums, largest score, largest error and largest value of each batch entry and head.
     """
     (b, h, t), g = call.q.shape[:3], call.k.shape[1]
-    sizes = found[3] if g == h else found[3].view(b * g, h // g).amax(1)
-    values = torch.cat([found[:2].amax(1), found[2], sizes])
-    counts, checked = (b * h, b * g), len(range(*rows.indices(t)))
-    return Pending(values, counts, unit_of(call), checked, t, rounding=rounding_of(call.dtype, False))
+    values = found[3] if g == h else found[3].view(b * g, h // g).amax(1)
+    excess_and_score = found[:2].amax(1, keepdim=True)
+    maxima = Maxima(excess_and_score[:1], None, excess_and_score[1:], found[2:3], values.view(1, -1))
+    return Measurement.of(
+        maxima, tolerance_of(call), len(range(*rows.indices(t))), t, rounding=score_rounding(call.dtype, False)
+    )
 
 
-def read(pending: Sequence[tuple[int, Pending]]) -> list[list[Certificate]]:
-    """The certificates of what was measured, each with the number of its calls; one transfer for each device."""
+def read_certificates(measured: Sequence[Measurement]) -> list[list[Certificate]]:
+    """The certificates of what was measured, a list for each measurement; one transfer for each device."""
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, (_, one) in enumerate(pending):
-        places.setdefault((one.values.device, one.values.dtype), []).append(i)
+    for i, one in enumerate(measured):
+        places.setdefault((one.packed.device, one.packed.dtype), []).append(i)
     made: dict[int, list[Certificate]] = {}
     for several in places.values():
-        parts = [pending[i][1].values for i in several]
+        parts = [measured[i].packed.view(-1) for i in several]
         flat: list[float] = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
         start = 0
         for i, part in zip(several, parts, strict=True):
-            n, one = pending[i]
-            made[i] = one.settle(n, flat[start : start + part.numel()])
-            start += part.numel()
-    return [made[i] for i in range(len(pending))]
+            end = start + part.numel()
+            made[i] = measured[i].certificates(flat[start:end])
+            start = end
+    return [made[i] for i in range(len(measured))]
 
 
-def unit_of(call: KernelCall) -> float:
+def tolerance_of(call: KernelCall) -> float:
     """The allowed distance per unit, by the narrowest dtype that was computed in."""
     dtypes = {call.q.dtype, call.v.dtype, call.softmax_dtype or call.q.dtype}
     if call.weights is not None:
@@ -184,18 +230,28 @@ def unit_of(call: KernelCall) -> float:
     return max(map(tolerance, dtypes))
 
 
-def rounding_of(dtype: torch.dtype, formed: bool) -> float:
-    """How far the rounding of a score of 1 may move a weight: a fused kernel has its scores in float32 at least."""
+def score_rounding(dtype: torch.dtype, formed: bool) -> float:
+    """How far the rounding of a score of 1 may move a weight.
+
+    Args:
+        dtype: the kernel's.
+        formed: whether the model formed weights of its own, in this dtype; a fused kernel has float32 at least.
+    """
     return 2 * torch.finfo(dtype if formed else compute_dtype(dtype)).eps
 
 
-def largest(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:
-    """Max abs over all dimensions after the first ``keep``, of rows that have something to attend to; 1-D for none."""
+def max_abs(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:
+    """The largest absolute value over all dimensions but the first ``keep``, which are flattened: 1 n.
+
+    Args:
+        live: broadcastable to ``x``, False where a row has nothing to attend to and counts as 0; None: all count.
+    """
     if live is not None:
         x = torch.where(live, x, 0.0)
     if not x.numel():
-        return x.new_zeros(x.shape[:keep] if keep else 1)
-    return x.abs().flatten(keep).amax(keep) if keep else x.abs().amax().reshape(1)
+        return x.new_zeros(1, x.shape[:keep].numel())
+    most = x.abs().flatten(keep).amax(keep) if keep else x.abs().amax()
+    return most.reshape(1, -1)
 
 
 def kept_rows(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor:
@@ -204,7 +260,7 @@ def kept_rows(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor
     return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]
 
 
-def sample(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, CompleteMask]:
+def checked_part(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, CompleteMask]:
     """The rows of a call that are checked, with the complete mask of these rows alone.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hookattn
-from hookattn.recording.batched import shape_of
+from hookattn.recording.batched import small_shape
 from hookattn.recording.session import Session
 
 pytest.importorskip("transformers")
@@ -153,7 +153,7 @@ def test_what_is_no_plain_call() -> None:
         return tuple(torch.ones(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
     q, grouped, wide = (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)
-    good = shape_of(given(q, grouped, wide, (2, 4, 3, 6)), 1.0)
+    good = small_shape(given(q, grouped, wide, (2, 4, 3, 6)), 1.0)
     assert good is not None
     assert (good.t, good.s) == (3, 5)
     mixed = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
@@ -167,5 +167,5 @@ def test_what_is_no_plain_call() -> None:
         given(q, grouped, wide, (2, 4, 3, 6), dtypes=mixed),
         given((2, 4, 300, 8), (2, 2, 300, 8), (2, 2, 300, 6), (2, 4, 300, 6)),  # too many scores
     ):
-        assert shape_of(bad, 1.0) is None
-    assert shape_of(given(q, grouped, wide, (2, 4, 3, 6)), 0.0) is None
+        assert small_shape(bad, 1.0) is None
+    assert small_shape(given(q, grouped, wide, (2, 4, 3, 6)), 0.0) is None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
+from hookattn import FieldNotCaptured
 from hookattn.recording import batched
 from tests.reference import draw
 
@@ -96,8 +97,28 @@ def test_a_field_is_there_before_the_trace_is_over() -> None:
     assert torch.equal(found[1].weights, early[0]) and torch.equal(found[1].scores, early[1])
 
 
+@pytest.mark.parametrize("capture", [("weights",), ("q", "scores", "weights"), ("q", "k", "mask", "bias", "sinks")])
+def test_what_was_given_up_says_so(capture: Any) -> None:
+    """The block raised before small calls were derived."""
+    with pytest.raises(KeyError), hookattn.tracing(model := Mixed(), capture=capture) as found:
+        model(X)
+        raise KeyError
+    whole = hookattn.trace(model, X)
+    for call, want in zip(found, whole, strict=True):
+        assert "unverified" in repr(call)
+        for name in ("scores", "weights"):
+            if "k" in capture:  # derived when they are read, as ever
+                assert torch.allclose(call.get(name).double(), want.get(name).double(), atol=1e-2)
+            elif name in capture:
+                with pytest.raises(FieldNotCaptured, match=f"'{name}' of .* still to be derived when the traced block"):
+                    call.get(name)
+            else:
+                with pytest.raises(FieldNotCaptured, match=f"'{name}' of .* was not captured"):
+                    call.get(name)
+
+
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched, "_LIMIT", 2_000)
+    monkeypatch.setattr(batched, "_MOST_SCORES", 2_000)
     found = hookattn.trace(Mixed(), X, verify="full", strict=True)
     assert found.faithful and all(isinstance(call.fields["weights"], Tensor) for call in found)
 
