@@ -20,6 +20,7 @@ from torch import nn
 from ..calls.site import Site
 from ..errors import ModelError
 from ..taps import covered
+from ..torch_internals.module_state import buffers_of, children_of, parameters_of
 from . import registry
 from .adapter import Adapter
 from .layer_numbers import sounds_like_attention
@@ -129,9 +130,9 @@ def _walk(model: nn.Module, leaves: Sequence[bool]) -> tuple[list[nn.Module], _S
     modules: list[nn.Module] = [model]
     names: list[str] = []
     for module, leaf in zip(modules, leaves, strict=False):
-        if not leaf and module._modules:
-            names.extend(module._modules.keys())
-            modules.extend([child for child in module._modules.values() if child is not None])
+        if not leaf and (children := children_of(module)):
+            names.extend(children)
+            modules.extend([child for child in children.values() if child is not None])
     if len(modules) > _MANY:
         modules, names = list(model.modules()), [path for path, _ in model.named_modules()]
     return modules, _Shape(generation(), names, list(map(id, modules)), list(map(type, modules)))
@@ -173,7 +174,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             suspects.append((path, module))
     locked = {id(m) for top in fixed for m in top.modules()}
     hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
-    leaves = [not m._modules and _never_attends(type(m)) for m in modules]
+    leaves = [not children_of(m) and _never_attends(type(m)) for m in modules]
     return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, leaves)
 
 
@@ -186,7 +187,7 @@ def check_meta(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or "_hf_hook" in vars(module):  # that one brings its weights
             continue
-        for name, x in (*module._parameters.items(), *module._buffers.items()):
+        for name, x in (*parameters_of(module).items(), *buffers_of(module).items()):
             if x is not None and x.is_meta:
                 raise ModelError(
                     f"{f'{path}.{name}' if path else name} is on the meta device and has no values; load the weights "

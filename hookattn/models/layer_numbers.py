@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..torch_internals.module_state import children_of, parameters_of
+
 _SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
 # What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
 _ONLY_A_PART = re.compile(
@@ -35,7 +37,7 @@ def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str
         site: a module that attends.
         kind: path -> kind.
     """
-    entries = list(container._modules.values())
+    entries = list(children_of(container).values())
     held = [_attention(entry, type(site)) for entry in entries]
     split = None in held and all(
         _mixes_nothing(entry) if entry is None or path is None else _only_mixes(entry, path)
@@ -43,7 +45,7 @@ def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str
     )
     if not split:
         return int(name), len(entries)
-    index = list(container._modules).index(name)
+    index = list(children_of(container)).index(name)
     mine = kind(held[index] or "")
     same = [i for i, path in enumerate(held) if path is not None and kind(path) == mine]
     return same.index(index), len(same)
@@ -76,7 +78,7 @@ def _mixes_nothing(entry: nn.Module | None) -> bool:
     return entry is None or (
         _feeds(entry)
         and all(
-            isinstance(m, nn.Linear) or all(x is None or x.dim() < 2 for x in m._parameters.values())
+            isinstance(m, nn.Linear) or all(x is None or x.dim() < 2 for x in parameters_of(m).values())
             for m in entry.modules()
         )
     )

@@ -7,9 +7,7 @@ the stack. Every hook goes when the trace ends; a hook does nothing in another t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -17,10 +15,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
+from ..torch_internals.frames import call_arguments, running_path
+from ..torch_internals.module_state import pre_hooks_of
 from .discovery import WatchPlan
 from .site_names import site_of_path
-
-_CALL_CODE = nn.Module._call_impl.__code__
 
 
 class ModuleHooks:
@@ -76,7 +74,7 @@ class ModuleHooks:
 
     def _before(self, module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> None:
         """What ``register_forward_pre_hook`` does, without a handle for each of a model's many modules."""
-        hooks: dict[Any, Any] = module._forward_pre_hooks
+        hooks = pre_hooks_of(module)
         key = ("hookattn", id(self), len(self._hooked))  # plain data: a model may be copied while it runs
         hooks[key] = hook
         self._hooked.append((hooks, key))
@@ -92,27 +90,11 @@ class ModuleHooks:
 
     def running(self) -> str | None:
         """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""
-        frame: FrameType | None = sys._getframe(1)
-        paths, model = self.plan.paths, self.plan.model
-        found = None
-        while frame is not None:
-            if frame.f_code is _CALL_CODE:
-                path = paths.get(id(frame.f_locals.get("self")))
-                if path is not None:
-                    return path
-            elif found is None and frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
-                found = ""  # somebody calls its forward without calling it
-            frame = frame.f_back
-        return found
+        return running_path(self.plan.paths, self.plan.model)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Arguments of the forward of the model that is on this thread's stack; None: nobody called it."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is _CALL_CODE and frame.f_locals.get("self") is self.plan.model:
-                return frame.f_locals["args"], frame.f_locals["kwargs"]
-            frame = frame.f_back
-        return None
+        return call_arguments(self.plan.model)
 
     def site(self, path: str) -> Site:
         """The site that a module belongs to, by the word of an adapter or else of its path."""

@@ -14,6 +14,7 @@ from ..attention.positions import query_positions
 from ..calls.site import Site
 from ..errors import SelectionError
 from ..recording.selection import Selection, restrict
+from ..torch_internals.tensor_identity import storage_of
 from .memory_plan import PlannedCall
 
 _CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall
             shapes[name] = shape
             taken[name] = torch.Size(shape).numel() * dtype.itemsize
             if x is not None:
-                key = name, step, x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+                key = name, step, storage_of(x), x.storage_offset(), x.shape, x.stride()
                 taken[name] = 0 if key in known else taken[name]
                 known[key] = x
         rows.append(PlannedCall(site, step, call.tap, shapes, taken))
@@ -81,7 +82,7 @@ def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:
     own, t, s = call.mask, call.q.shape[2], call.k.shape[2]
     key: tuple[Any, ...] = step, t, s, call.diagonal, call.q.device
     if own is not None:
-        key = *key, own.untyped_storage()._cdata, own.storage_offset(), own.shape, own.stride(), own.dtype
+        key = *key, storage_of(own), own.storage_offset(), own.shape, own.stride(), own.dtype
     if key not in masks:
         shape = torch.Size((1, 1, 1, 1)) if own is None else own.shape
         if call.diagonal.hides_any:

@@ -14,17 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
+from ..torch_internals.dispatch_modes import TorchDispatchMode
+from ..torch_internals.fake_tensors import (
+    FakeTensor,
+    FakeTensorMode,
+    is_equal,
+    is_grouped_mm,
+    reads_a_value,
+)
+from ..torch_internals.frames import argument_names
+from ..torch_internals.module_state import hooks_of, parameters_of
 
 # Up to this many elements a table (relative positions, sinks) stays real; so does what is no parameter.
 _TABLE = 1 << 14
 _OTHER = 1 << 20
 _BOOLS = 1 << 26  # causal masks that are kept as buffers
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MASK_NAME = re.compile(r"mask|bias", re.IGNORECASE)
 
 
@@ -58,13 +65,12 @@ class Rules(TorchDispatchMode):
         self.may_guess = may_guess
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
         if any(issubclass(t, FakeTensor) for t in types):
-            if func is aten._grouped_mm.default:  # in the kernel float32 is fine; torch's own rule has bfloat16 alone
+            if is_grouped_mm(func):  # in the kernel float32 is fine; torch's own rule has bfloat16 alone
                 return _grouped_mm(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("offs"))
-            if func in (aten._local_scalar_dense.default, aten.equal.default) and self.may_guess():
-                plain = func is aten.equal.default or args[0].dtype == torch.bool
-                return True if plain else torch.ones((), dtype=args[0].dtype).item()
+            if reads_a_value(func) and self.may_guess():
+                truth = is_equal(func) or args[0].dtype == torch.bool
+                return True if truth else torch.ones((), dtype=args[0].dtype).item()
         return func(*args, **(kwargs or {}))
 
 
@@ -92,9 +98,9 @@ def fake_copy(
 
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name in _HOOKS:  # they are somebody's, and may keep what they see
-            memo[id(vars(module)[name])] = type(vars(module)[name])()
-        for name, x in module._parameters.items():
+        for hooks in hooks_of(module).values():  # they are somebody's, and may keep what they see
+            memo[id(hooks)] = type(hooks)()
+        for name, x in parameters_of(module).items():
             if x is None or id(x) in memo:
                 continue
             table = isinstance(module, nn.Embedding) or not name.endswith("weight")
@@ -115,6 +121,5 @@ def fake_copy(
 
 
 def _name(model: nn.Module, position: int) -> str:
-    code = getattr(model.forward, "__code__", None)
-    names = () if code is None else code.co_varnames[1 : code.co_argcount]
+    names = argument_names(model.forward)
     return names[position] if position < len(names) else ""

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import split_additive
@@ -30,19 +21,13 @@ from ..recording.forward_inputs import arguments, check_fit
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
 from ..taps.eager.follower import Follower
+from ..torch_internals.fake_tensors import IMPOSSIBLE, FakeTensor
+from ..torch_internals.frames import innermost
 from ..torch_internals.isolation import isolated
 from ..torch_internals.tensor_memo import TensorMemo
 from .byte_counts import SeenCalls, field_bytes
 from .fake_model import Rules, fake_copy
 from .memory_plan import MemoryPlan, PlannedCall, free_disk, free_memory, size_of, smaller
-
-_IMPOSSIBLE = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-_TAP = Follower._try.__code__
 
 
 def plan(
@@ -142,10 +127,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code not in (_TAP, observe.__code__):  # further out, another trace may run
-            frame = frame.f_back
-        guesses = frame is not None and frame.f_code is _TAP
+        # A follower that runs outside of `observe` is that of the trace which asked for this plan.
+        guesses = innermost(Follower._try, observe) is Follower._try
         if guesses:
             seen.note(
                 f"{session.where() or 'the model'}: masks and biases are told by values, so that these are guessed"
@@ -162,7 +145,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         except TypeError:
             check_fit(copy, args, kwargs)
             raise
-        except _IMPOSSIBLE as error:
+        except IMPOSSIBLE as error:
             raise ModelError(_impossible(model, str(error), session.where())) from error
         except Exception as error:
             error.add_note("hookattn: raised while the forward ran on shapes alone, for a plan.")
@@ -174,7 +157,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     finally:
         session.close()
     for path, reason in seen.skipped:
-        if any(error.__name__ in reason for error in _IMPOSSIBLE):
+        if any(error.__name__ in reason for error in IMPOSSIBLE):
             raise ModelError(_impossible(model, reason, path))
     if not seen.calls and not seen.skipped:
         raise NoAttentionError(f"no attention ran in {type(model).__name__}, so there is nothing to plan.")

@@ -21,7 +21,8 @@ from ..calls.certificate import tolerance
 from ..calls.fields import Later
 from ..calls.site import Site
 from ..errors import FieldNotCaptured
-from ..torch_internals.isolation import isolated
+from ..torch_internals.function_modes import depth
+from ..torch_internals.isolation import isolated, set_grad_enabled
 from .selection import Selection
 from .stacked import StackedCalls
 from .verification import Measurement, read_certificates, rows_to_check, score_rounding
@@ -111,11 +112,11 @@ class SmallCallRecorder:
         # By hand: a context manager of torch's costs as much as one of the copies.
         grad = torch.is_grad_enabled()
         if grad:
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
         copies = [x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v)]
         kept = output.clone(memory_format=_CONTIGUOUS) if self._needs_output else None
         if grad:
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
         values = (*copies, kept, masked.mask, None)
         made.fields = {name: values[i] for name, i in self._fields}
         made.derivable = self._derivable
@@ -129,16 +130,13 @@ class SmallCallRecorder:
 def small_shape(vectors: Vectors, scale: float) -> Shape | None:
     """What a call of q, k, v and output has in common with others; None: it is not small, or not plain."""
     q, k, v, output = vectors
-    if not (type(q) is type(k) is type(v) is type(output) is Tensor) or not scale or _modes():
+    if not (type(q) is type(k) is type(v) is type(output) is Tensor) or not scale or depth():
         return None
     shape = _shape(q.shape, k.shape, v.shape, output.shape, q.dtype, k.dtype, v.dtype, output.dtype)
     return None if shape is None or shape.size > SMALL else shape
 
 
 # A mode of the user's own would see our copies.
-_modes = torch._C._len_torch_function_stack
-
-
 # Cached, as the layers of a model mostly share one shape: looking it up takes a microsecond, finding it out five.
 @functools.lru_cache(maxsize=1024)
 def _shape(q: Size, k: Size, v: Size, output: Size, *dtypes: torch.dtype) -> Shape | None:

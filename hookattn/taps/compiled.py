@@ -6,16 +6,14 @@ the trace notes it only if compiled code really ran.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..torch_internals import compilation
 from ..torch_internals.code_patching import Patch
 from .active import current
 from .base import Tap
 
-_MODULE = "torch._dynamo.eval_frame"
-_ASKED = "_callback_from_stance"
 NOTE = "compiled code ran uncompiled while it was traced, so outputs may differ in the last bits from the compiled ones"
 
 
@@ -33,9 +31,9 @@ def body(original: Callable[..., Any], callback: Any) -> Any:
 
 def patches() -> Iterable[Patch]:
     """Only if anything can have been compiled at all."""
-    module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, _ASKED):
-        yield Patch(module, _ASKED, body)
+    evaluator = compilation.evaluator()
+    if evaluator is not None:
+        yield Patch(evaluator, compilation.STANCE, body)
 
 
 TAP = Tap("compiled", patches=patches)

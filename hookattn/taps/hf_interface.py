@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.frames import names_used
 from ..torch_internals.isolation import isolated
 from . import sdpa
 from .active import current
@@ -244,8 +245,7 @@ def _asks(forward: Any) -> bool:
     """Whether a forward asks the interface for its function."""
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         forward = inner
-    code = getattr(forward, "__code__", None)
-    return code is not None and "get_interface" in code.co_names
+    return "get_interface" in names_used(forward)
 
 
 TAP = Tap("interface", patches=patches, covers=covers)

@@ -8,8 +8,8 @@ then compares the rebuilt result of the whole native call with the real one.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..attention.functional import dot_scores, softmax_weights, weighted_values
 from ..attention.kernel_call import KernelCall
-from ..torch_internals.code_patching import Patch
-from ..torch_internals.function_modes import beneath
+from ..torch_internals.code_patching import Patch, copy_of
+from ..torch_internals.function_modes import beneath, depth
 from .active import current
 from .base import Tap
 
@@ -33,19 +33,12 @@ _NOTE = "q, k, v rebuilt from the layer's input: the native fast path never hand
 
 def _undispatched(function: Any) -> Any:
     """The same function, with its ``has_torch_function`` answering no."""
-    if isinstance(function, types.FunctionType):
-        scope = {**function.__globals__, "has_torch_function": lambda _: False}
-        copy = types.FunctionType(
-            function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-        )
-        copy.__kwdefaults__ = function.__kwdefaults__
-        return copy
-    return function
+    return copy_of(function, has_torch_function=lambda _: False) if isinstance(function, FunctionType) else function
 
 
 def handle_python(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run the body of ``multi_head_attention_forward`` with our mode on; every other sees the one call it would see."""
-    if torch._C._len_torch_function_stack():
+    if depth():
         with beneath(watch):
             return func(*args, **kwargs)
     with watch:

@@ -24,7 +24,7 @@ def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any)
 
 def patches() -> Iterable[Patch]:
     """The call of any scripted function."""
-    yield Patch(torch._C.ScriptFunction, "__call__", body)
+    yield Patch(torch.jit.ScriptFunction, "__call__", body)
 
 
 TAP = Tap("script", patches=patches)

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..calls.call import Call
 from ..store.rawbytes import byte_blocks
+from ..torch_internals.dispatch_modes import TorchDispatchMode, tree_leaves
 from ..traces import Trace
 from .case import Case, NotApplicable
 from .failure import Failure

@@ -1,7 +1,9 @@
 """Exchanging the body of a function for as long as any trace runs, wherever its name was imported to.
 
-A Python function keeps its identity and gets another ``__code__``: every ``from x import f`` sees it. A builtin or a
-method is replaced as an attribute. Both are counted, and undone when the last trace ends; the exchanged body asks
+``__torch_function__`` is public, and many kernels never come to it: those of other packages, flex_attention, what looks
+an implementation up. To replace a module's attribute is public as well, and whoever wrote ``from x import f`` before
+keeps the old function. So a Python function keeps its identity and gets another ``__code__``. A builtin or a method is
+replaced as an attribute. Both are counted, and undone when the last trace ends; the exchanged body asks
 :func:`~hookattn.taps.active.current` whether its own thread is traced.
 """
 
@@ -9,17 +11,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
+from . import compilation
 
 _lock = threading.RLock()
-_made: dict[tuple[int, str], Exchange] = {}  # used again as long as they fit: a trace pays for switching alone
-BODIES: dict[int, Any] = {}
+_known: dict[tuple[int, str], Exchange] = {}  # used again as long as they fit: a trace pays for switching alone
+BODIES: dict[int, Callable[..., Any]] = {}
+"""Identity of an exchanged function -> what runs in its place. Its new code finds it here, since it has no globals or
+closure of ours to find it in."""
 
 
 class Patch(NamedTuple):
@@ -41,28 +44,16 @@ class Exchange:
         self.patch, self.users = patch, 0
         self.original = original = vars(patch.owner)[patch.name]
         self.by_code = isinstance(original, types.FunctionType) and isinstance(patch.owner, types.ModuleType)
-        if not self.by_code:
-            body = patch.body
-            if isinstance(patch.owner, types.ModuleType):  # no method: it need not be a Python function
-                self.wrapper = functools.update_wrapper(functools.partial(body, original), original)
-                return
-
-            @functools.wraps(original)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return body(original, *args, **kwargs)
-
-            self.wrapper = wrapper
-            return
-        self.code = original.__code__
-        self.signature = inspect.signature(original)  # for whoever asks while it is exchanged
-        self.signed = "__signature__" in vars(original)
-        copy = types.FunctionType(
-            original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
-        )
-        copy.__kwdefaults__ = original.__kwdefaults__
-        self.body = functools.partial(_uncompiled, patch.body, copy)
-        self.other = _trampoline(id(original), self.code)
-        self.skipped = False
+        if self.by_code:
+            self.code = original.__code__
+            self.signature = inspect.signature(original)  # for whoever asks while it is exchanged
+            self.signed = "__signature__" in vars(original)
+            # The body calls the original, whose own code is gone by then: a copy keeps it.
+            self.body = functools.partial(_uncompiled, patch.body, copy_of(original))
+            self.trampoline = _trampoline(id(original), self.code)
+            self.skipped = False
+        else:
+            self.wrapper = _wrapper(patch, original)
 
     def fits(self, patch: Patch) -> bool:
         """Whether it can be used again: the function is still the one it was made for."""
@@ -78,12 +69,12 @@ class Exchange:
         if not self.signed:
             function.__signature__ = self.signature
         BODIES[id(function)] = self.body
-        function.__code__ = self.other
-        dynamo = sys.modules.get("torch._dynamo.eval_frame")
-        if dynamo is not None and not self.skipped:
+        function.__code__ = self.trampoline
+        # Compiled code that calls the function would compile what runs in its place, and keep that when no trace runs.
+        if compilation.loaded() and not self.skipped:
             self.skipped = True
-            for code in (self.other, _uncompiled.__code__):
-                dynamo.skip_code(code)
+            for code in (self.trampoline, _uncompiled.__code__):
+                compilation.skip(code)
 
     def remove(self) -> None:
         if self.by_code:
@@ -95,42 +86,66 @@ class Exchange:
             setattr(self.patch.owner, self.patch.name, self.original)
 
 
-def _uncompiled(body: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a body as plain Python where compiled code calls it, and the original in it compiled, as it would be."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None:
+def _wrapper(patch: Patch, original: Any) -> Callable[..., Any]:
+    """What takes the place of an attribute."""
+    body = patch.body
+    if isinstance(patch.owner, types.ModuleType):  # no method: it need not be a Python function
+        return functools.update_wrapper(functools.partial(body, original), original)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:  # a partial would not be bound to an instance
         return body(original, *args, **kwargs)
-    set_callback = torch._C._dynamo.eval_frame.set_eval_frame
-    callback = set_callback(None)
+
+    return method
+
+
+def copy_of(function: types.FunctionType, **names: Any) -> types.FunctionType:
+    """The same function a second time; ``names``: globals that the copy sees in place of the module's."""
+    scope = {**function.__globals__, **names} if names else function.__globals__
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _uncompiled(body: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a body as plain Python where compiled code calls it, and the original in it compiled, as it would be."""
+    if not compilation.loaded():
+        return body(original, *args, **kwargs)
+    callback = compilation.set_callback(None)
+    if callback is None:  # nothing was being compiled
+        return body(original, *args, **kwargs)
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        set_callback(callback)
+        compilation.set_callback(callback)
         try:
             return original(*args, **kwargs)
         finally:
-            set_callback(None)
+            compilation.set_callback(None)
 
-    if callback is None:
-        return body(original, *args, **kwargs)
-    dynamo.skip_code(compiled.__code__)
+    compilation.skip(compiled.__code__)
     try:
         return body(compiled, *args, **kwargs)
     finally:
-        set_callback(callback)
+        compilation.set_callback(callback)
 
 
 @functools.cache
 def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
-    """Code that calls ``BODIES[key]``, fit for a function whose globals are not ours."""
+    """Code that calls ``BODIES[key]``, fit for a function whose globals are not ours.
+
+    It is made from text, since code takes its globals from the function that it is given to: it imports this module by
+    name each time. A function only takes code with as many free variables as its closure has cells.
+    """
     scope: dict[str, Any] = {}
     source = (
         f"def {code.co_name}(*args, **kwargs):\n"
-        f"    import {__name__} as patch\n"
-        f"    return patch.BODIES[{key}](*args, **kwargs)\n"
+        f"    import {__name__} as code_patching\n"
+        f"    return code_patching.BODIES[{key}](*args, **kwargs)\n"
     )
     exec(compile(source, __file__, "exec"), scope)
-    made: types.CodeType = scope[code.co_name].__code__.replace(co_freevars=code.co_freevars)
-    return made
+    # Free variables that the text has no use for: the count has to be the original's.
+    trampoline: types.CodeType = scope[code.co_name].__code__.replace(co_freevars=code.co_freevars)
+    return trampoline
 
 
 def install(patches: Iterable[Patch]) -> list[Exchange]:
@@ -139,9 +154,9 @@ def install(patches: Iterable[Patch]) -> list[Exchange]:
     with _lock:
         for patch in patches:
             key = (id(patch.owner), patch.name)
-            exchange = _made.get(key)
+            exchange = _known.get(key)
             if exchange is None or (not exchange.users and not exchange.fits(patch)):
-                exchange = _made[key] = Exchange(patch)
+                exchange = _known[key] = Exchange(patch)
             if not exchange.users:
                 exchange.install()
             exchange.users += 1
@@ -160,4 +175,4 @@ def remove(exchanges: Iterable[Exchange]) -> None:
 
 def exchanged() -> list[str]:
     """The names of what is exchanged now."""
-    return [exchange.patch.name for exchange in _made.values() if exchange.users]
+    return [exchange.patch.name for exchange in _known.values() if exchange.users]

@@ -1,22 +1,39 @@
-"""The place of a trace's function mode on its thread's stack."""
+"""The stack of function modes of this thread: which are open, and where on it the mode of a trace is.
+
+Public are only ``with mode:`` and ``TorchFunctionMode`` itself. A ``with`` closes whatever is innermost, and a model
+may open a mode of its own inside a module and close it outside, or raise with it open. A trace also has to step aside
+for kernels that must not see its mode, and come back to its old place. So the stack is read and written here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
+
+from .private import private
+
+_PIECE = "function modes"
+
+# Bound once: these run several times for every kernel.
+depth: Callable[[], int] = private("torch._C", "_len_torch_function_stack", _PIECE)
+"""How many function modes are open in this thread."""
+_at: Callable[[int], TorchFunctionMode] = private("torch._C", "_get_function_stack_at", _PIECE)
+_push: Callable[[TorchFunctionMode], None] = private("torch._C", "_push_on_torch_function_stack", _PIECE)
+_pop: Callable[[], TorchFunctionMode] = private("torch._C", "_pop_torch_function_stack", _PIECE)
+
+
+def open_modes() -> list[TorchFunctionMode]:
+    """The function modes of this thread, the outermost first."""
+    return [_at(i) for i in range(depth())]
 
 
 class ModeStack:
     """Opens, closes and sets aside our mode.
 
-    ``with mode:`` would not do: torch's own context managers close whatever is innermost, and a model may open a mode
-    of its own inside a module and close it outside, or raise with it open. So the stack itself is read and written,
-    our mode is found on it by identity, and the modes of others keep their order.
+    Our mode is found on the stack by identity, and the modes of others keep their order.
 
     Args:
         make: makes the mode; not called before it is needed, since many traces never open it.
@@ -34,54 +51,55 @@ class ModeStack:
         """Our mode."""
         return self._make()
 
-    # The function mode
-
     def on_top(self) -> bool:
         """Whether our mode is the innermost."""
-        n = torch._C._len_torch_function_stack()
-        return n > 0 and torch._C._get_function_stack_at(n - 1) is self.mode
-
-    def push(self) -> None:
-        """Open our mode."""
-        torch._C._push_on_torch_function_stack(self.mode)
-
-    def pop(self) -> None:
-        """Close the innermost mode."""
-        torch._C._pop_torch_function_stack()
-
-    def close(self) -> None:
-        """Take our mode off the stack, however often it is on it, and leave the others."""
-        if torch._C._len_torch_function_stack():
-            for mode in reversed([m for m in self._take() if m is not self.mode]):
-                torch._C._push_on_torch_function_stack(mode)
-        self.compiling = 0
+        n = depth()
+        return n > 0 and _at(n - 1) is self.mode
 
     def open(self) -> bool:
         """Whether our mode is open, innermost or not."""
-        n = torch._C._len_torch_function_stack()
-        return n > 0 and any(torch._C._get_function_stack_at(i) is self.mode for i in range(n))
+        n = depth()
+        # n first: without any mode, ours need not be made to say no.
+        return n > 0 and any(_at(i) is self.mode for i in range(n))
 
-    def _take(self) -> list[TorchFunctionMode]:
-        """Pop modes, the topmost first, until ours is not open any more."""
-        taken: list[TorchFunctionMode] = []
+    def push(self) -> None:
+        """Open our mode."""
+        _push(self.mode)
+
+    def pop(self) -> None:
+        """Close the innermost mode."""
+        _pop()
+
+    def close(self) -> None:
+        """Take our mode off the stack, however often it is on it, and leave the others."""
+        if depth():
+            for mode in reversed([m for m in self._popped_down_to_ours() if m is not self.mode]):
+                _push(mode)
+        self.compiling = 0
+
+    def _popped_down_to_ours(self) -> list[TorchFunctionMode]:
+        """Pop modes, the innermost first, until ours is not open any more; returns them."""
+        popped: list[TorchFunctionMode] = []
         while self.open():
-            taken.append(torch._C._pop_torch_function_stack())
-        return taken
+            popped.append(_pop())
+        return popped
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Without our mode: for kernels that must not see it."""
-        taken = self._take()
-        others = [m for m in reversed(taken) if m is not self.mode]
+        """Without our mode: for kernels that must not see it. What others opened stays open around the kernel."""
+        popped = self._popped_down_to_ours()
+        others = [m for m in reversed(popped) if m is not self.mode]
         for mode in others:
-            torch._C._push_on_torch_function_stack(mode)
+            _push(mode)
         try:
             yield
         finally:
+            # The kernel has closed what it opened, so the innermost modes are the others again. All that was popped
+            # goes back in its old order, ours among them.
             for _ in others:
-                torch._C._pop_torch_function_stack()
-            for mode in reversed(taken):
-                torch._C._push_on_torch_function_stack(mode)
+                _pop()
+            for mode in reversed(popped):
+                _push(mode)
 
     @contextmanager
     def sealed(self) -> Iterator[None]:
@@ -95,7 +113,7 @@ class ModeStack:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """With our mode, once."""
+        """With our mode, once: twice on the stack it would see every operation twice."""
         if self.open():
             yield
             return
@@ -107,18 +125,22 @@ class ModeStack:
 
 
 @contextmanager
-def beneath(watch: TorchFunctionMode) -> Iterator[None]:
-    """Our mode, which is not open, below all that are: it gets what they hand on, and they get nothing of its own."""
-    others = _popped()
-    for mode in (watch, *reversed(others)):
-        torch._C._push_on_torch_function_stack(mode)
+def beneath(mode: TorchFunctionMode) -> Iterator[None]:
+    """With a mode, which is not open, below all that are.
+
+    It gets what the others hand on. They get nothing of what it does itself, which they would with it on top.
+    """
+    others = _pop_all()
+    for each in (mode, *reversed(others)):
+        _push(each)
     try:
         yield
     finally:
-        _popped()
-        for mode in reversed(others):
-            torch._C._push_on_torch_function_stack(mode)
+        _pop_all()
+        for each in reversed(others):
+            _push(each)
 
 
-def _popped() -> list[Any]:
-    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+def _pop_all() -> list[TorchFunctionMode]:
+    """Empty the stack; returns the modes, the innermost first."""
+    return [_pop() for _ in range(depth())]

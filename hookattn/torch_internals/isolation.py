@@ -1,7 +1,13 @@
-"""Around our own arithmetic: no gradients, no autocast, and unseen by function modes, the user's own included."""
+"""Around our own arithmetic: no gradients, no autocast, and unseen by function modes, the user's own included.
+
+``torch.no_grad``, ``torch.autocast`` and their kind do the same, each at the price of a small kernel, entered or not.
+This runs several times a layer, so each is asked for whether it is in force, and only what is in force is left.
+``DisableTorchFunction`` has no public name that leaves modes aside, too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -9,35 +15,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .function_modes import depth
+from .private import private
+
+set_grad_enabled: Callable[[bool], None] = private("torch._C", "_set_grad_enabled", "arithmetic without gradients")
+"""As ``torch.set_grad_enabled``, for who puts it back by hand."""
+_autocast_enabled: Callable[[], bool] = private("torch._C", "_is_any_autocast_enabled", "arithmetic without autocast")
+_DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = private(
+    "torch._C", "DisableTorchFunction", "arithmetic that no function mode sees"
+)
+_graph_task: Callable[[], int] = private("torch._C", "_current_graph_task_id", "checks for a backward pass")
+
 
 class isolated:
     """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing."""
 
-    __slots__ = ("_grad", "_others", "_x")
+    __slots__ = ("_entered", "_grad", "_x")
 
     def __init__(self, x: Tensor):
         self._x = x
 
     def __enter__(self) -> None:
-        self._others: list[AbstractContextManager[Any]] = []
+        self._entered: list[AbstractContextManager[Any]] = []
+        # First, since modes see gradients being switched off, too. A tensor of another class may have a
+        # __torch_function__ of its own, with no mode open at all.
+        if depth() or type(self._x) is not Tensor:
+            self._enter(_DisableTorchFunction())
         self._grad = torch.is_grad_enabled()
         if self._grad:
-            torch._C._set_grad_enabled(False)
-        if torch._C._len_torch_function_stack() or type(self._x) is not Tensor:
-            self._others.append(torch._C.DisableTorchFunction())
-        if torch._C._is_any_autocast_enabled():
-            self._others.append(torch.autocast(self._x.device.type, enabled=False))
-        for other in self._others:
-            other.__enter__()
+            set_grad_enabled(False)
+        if _autocast_enabled():
+            self._enter(torch.autocast(self._x.device.type, enabled=False))
+
+    def _enter(self, other: AbstractContextManager[Any]) -> None:
+        other.__enter__()
+        self._entered.append(other)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for other in reversed(self._others):
-            other.__exit__(kind, error, trace)
         if self._grad:
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
+        for other in reversed(self._entered):
+            other.__exit__(kind, error, trace)
 
 
 def in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether a backward pass runs in this thread: checkpointed parts run again in it, and were traced already."""
+    return _graph_task() != -1

@@ -65,8 +65,18 @@ LATE = {
 }
 # Models' names have no place in the core.
 FAMILIES = re.compile(r"gpt|llama|bert|mistral|mixtral|gemma|qwen|whisper|bloom|falcon|t5|swin|deepseek")
-# What is private of torch, or exchanges code, or walks frames.
-PRIVATE = re.compile(r"torch\._C\b|torch\._dynamo\b|torch\._subclasses\b|sys\._getframe\b|\.__code__\b|\bCodeType\b")
+# What is private of torch: modules and names with an underscore, those of nn.Module's dictionaries and of a tensor's
+# counters too. What is not: operators (`torch._native_multi_head_attention` as the name of what dispatches,
+# `torch.ops.aten._softmax`), which files of exported programs name as well, and private names of other libraries.
+PRIVATE_NAMES = re.compile(r"torch\.(?!ops\.)(?:\w+\.)*_[a-zA-Z]\w*(?:\.|$)")
+PRIVATE_ATTRIBUTES = {
+    *("_modules", "_parameters", "_buffers", "_call_impl", "_version", "_cdata"),
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+# What exchanges or reads code, or walks frames. To ask whether something is a Python function is neither, nor is where
+# an error was raised.
+CODE = {"__code__", "CodeType", "FrameType", "_getframe", "currentframe", "f_back", "f_locals", "co_names"}
 
 
 class Import(NamedTuple):
@@ -256,20 +266,81 @@ def test_the_core_needs_nothing_heavy() -> None:
     assert not found, "own modules by a full name, or foreign ones:\n" + "\n".join(found)
 
 
-def test_what_is_private_of_torch_is_in_one_package() -> None:
-    """Code that is exchanged, frames that are walked, names with an underscore: see hookattn/torch_internals."""
+def private_of_torch(path: Path) -> list[tuple[int, str]]:
+    """Lines on which a file goes past torch's public names, or into code objects and frames; docstrings left out."""
+    tree = ast.parse(path.read_text())
+    docstrings: set[int] = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
     found = []
-    for name, path in core().items():
-        if not name.startswith("torch_internals"):
-            source = path.read_text()
-            strings = [
-                n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-            ]
-            text = {line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
-            for i, line in enumerate(source.splitlines(), 1):
-                if i not in text and PRIVATE.search(line.partition("#")[0]):
-                    found.append(f"{name}:{i}: {line.strip()}")
+    for node in ast.walk(tree):
+        dotted: list[str] = []
+        names: set[str] = set()
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            dotted, names = [ast.unparse(node)], {node.attr}
+        elif isinstance(node, ast.Name):
+            names = {node.id}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            dotted, names = [node.value], {node.value}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "FunctionType":
+            names = {"CodeType"}  # a function made of code
+        if names & (PRIVATE_ATTRIBUTES | CODE) or any(PRIVATE_NAMES.match(name) for name in dotted):
+            found.append((getattr(node, "lineno", 0), ast.unparse(node)))
+    return sorted(set(found))
+
+
+def test_what_is_private_of_torch_is_in_one_package() -> None:
+    """Of the whole package, `testing` and `analyze` included: see hookattn/torch_internals."""
+    found = [
+        f"{name}:{line}: {text}"
+        for name, path in sources(ROOT).items()
+        if not name.startswith("torch_internals")
+        for line, text in private_of_torch(path)
+    ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "from torch._subclasses.fake_tensor import FakeTensor",
+        "from torch.utils._pytree import tree_leaves",
+        "from types import FrameType",
+        "Patch(torch._C.ScriptFunction, '__call__', 1)",
+        "sys.modules.get('torch._dynamo.eval_frame')",
+        "vars(module)['_forward_hooks']",
+        "module._modules.values()",
+        "x.untyped_storage()._cdata",
+        "getattr(forward, '__code__')",
+        "types.FunctionType(code, {})",
+        "sys._getframe(1)",
+    ],
+)
+def test_what_is_private_of_torch_is_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "module.py").write_text(line + "\n")
+    assert private_of_torch(tmp_path / "module.py")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"""The fast path: ``torch._native_multi_head_attention``, module._modules."""',
+        "kernels = {'_native_multi_head_attention': handle}",
+        "torch.ops.aten._softmax.default",
+        "self._modules_seen = x._replace(mask=None)",
+        "isinstance(function, FunctionType)",
+        "torch.nn.functional.softmax(x)",
+    ],
+)
+def test_what_is_public_is_let_be(tmp_path: Path, line: str) -> None:
+    (tmp_path / "module.py").write_text(line + "\n")
+    assert not private_of_torch(tmp_path / "module.py")
 
 
 def test_no_module_hides_a_public_name() -> None:

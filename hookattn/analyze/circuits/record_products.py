@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...attention.functional import compute_dtype
+from ...torch_internals.dispatch_modes import TorchDispatchMode
 from ...torch_internals.tensor_identity import storage_of, version_of
 
 _ADDMM, _MM, _BMM = "aten::addmm", "aten::mm", "aten::bmm"
