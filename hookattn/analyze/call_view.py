@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import compute_dtype, softmax_weights, with_four_axes
-from ..attention.kernel_call import FIELDS
+from ..calls.extents import extents_of, per_query_head
 from ..calls.key_tokens import key_positions, of_inputs, stitched
 from ..calls.query_positions import query_positions
 from ..errors import FieldNotCaptured, MeasureError
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
-from ..statistics.received import Received
 from .score_inputs import problem_of
 
 if TYPE_CHECKING:
@@ -72,17 +71,9 @@ class View:
         Raises:
             FieldNotCaptured: no field that was kept tells.
         """
-        for name in ("weights", "scores"):
-            if name in self.call.fields:
-                b, h, t, s = self.tensor(name).shape
-                return b, h, t, s
-        if "q" in self.call.fields and ("k" in self.call.fields or self.call.keys is not None):
-            b, h, t, _ = self.tensor("q").shape
-            return b, h, t, self.call.keys if self.call.keys is not None else self.tensor("k").shape[2]
-        for name in self.call.fields:
-            rows = None if name in FIELDS or name == Received.name else self.call.get(name)
-            if rows is not None and self.call.keys is not None:
-                return rows.shape[0], rows.shape[1], rows.shape[2], self.call.keys
+        found = extents_of(self.call, "BHTS").known("BHTS")
+        if len(found) == 4:
+            return found["B"], found["H"], found["T"], found["S"]
         raise FieldNotCaptured(
             f"{self.where}: its shape is not known from {', '.join(self.call.fields) or 'nothing'}; "
             "trace again with 'weights', or with a statistic of each query such as 'lse', in capture=."
@@ -131,10 +122,7 @@ class View:
         Raises:
             FieldNotCaptured: it was not kept, or it is not known how many heads there are.
         """
-        value, kv = self.tensor(name), self.call.kv_heads
-        if kv is not None:
-            return value[:, list(kv)]
-        return value.repeat_interleave(self.shape[1] // value.shape[1], 1)
+        return per_query_head(self.call, self.tensor(name), self.shape[1])
 
     def prepare(self, statistics: Sequence[Statistic]) -> None:
         """Compute several statistics in one pass, those that the trace does not hold already.

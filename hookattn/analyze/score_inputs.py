@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention.functional import sink_column, with_four_axes
 from ..attention.score_inputs import ScoreInputs
+from ..calls.extents import evenly_grouped
 
 if TYPE_CHECKING:
     from ..calls.call import Call
@@ -27,7 +28,7 @@ def problem_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     if masked and "scores" in call.fields:
         return _of_scores(call.scores, mask, sinks, positions)
     if call.has("scores") and masked:
-        k = call.k if call.kv_heads is None else call.k[:, list(call.kv_heads)]
+        k = evenly_grouped(call, call.k)
         bias = with_four_axes(call.get("bias"))
         return ScoreInputs(call.q, k, call.scale, call.softcap, bias, mask, sinks, positions=positions)
     if not call.has("weights"):

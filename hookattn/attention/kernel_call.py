@@ -3,13 +3,98 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .masks import Diagonal
 
-FIELDS = ("q", "k", "v", "bias", "scores", "mask", "sinks", "weights", "output")
+
+class FieldSpec(NamedTuple):
+    """What a tensor of a call is like. All that depends on which fields there are asks this.
+
+    Attributes:
+        name: of the field.
+        axes: a letter for each axis; ``1``: an axis of size 1.
+        broadcast: it may have size 1 on any axis, where all positions have the same.
+        optional: a call that was captured whole may have none.
+        shared: the calls of a forward often have the same one, which is then kept and stored once.
+        boolean: it is bool, and else floating.
+        derived_from: the fields that it follows from; empty: it is kept or lost.
+    """
+
+    name: str
+    axes: str
+    broadcast: bool = False
+    optional: bool = False
+    shared: bool = False
+    boolean: bool = False
+    derived_from: tuple[str, ...] = ()
+
+    @property
+    def per_head(self) -> bool:
+        """Whether it has an axis of query heads."""
+        return "H" in self.axes
+
+    @property
+    def per_query(self) -> bool:
+        """Whether it has an axis of queries."""
+        return "T" in self.axes
+
+    @property
+    def per_key_head(self) -> bool:
+        """Whether it has an axis of key heads, each of which several query heads may read."""
+        return "G" in self.axes
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether it has a number for each pair of a query and a key."""
+        return self.axes == "BHTS"
+
+    @property
+    def is_column(self) -> bool:
+        """Whether it has a number for each query, like one key more; as one axis alone it has one for each head."""
+        return self.axes == "BHT1"
+
+    @property
+    def is_vectors(self) -> bool:
+        """Whether it is a vector for each position, and not a number for each pair of positions."""
+        return self.axes[-1] in "DE"
+
+
+FIELD_SPECS: dict[str, FieldSpec] = {
+    spec.name: spec
+    for spec in (
+        FieldSpec("q", "BHTD"),
+        FieldSpec("k", "BGSD"),
+        FieldSpec("v", "BGSE"),
+        FieldSpec("bias", "BHTS", broadcast=True, optional=True, shared=True),
+        FieldSpec("scores", "BHTS", derived_from=("q", "k", "bias")),
+        FieldSpec("mask", "BHTS", broadcast=True, shared=True, boolean=True),
+        FieldSpec("sinks", "BHT1", broadcast=True, optional=True, shared=True),
+        FieldSpec("weights", "BHTS", derived_from=("scores", "mask", "sinks")),
+        FieldSpec("output", "BHTE"),
+    )
+}
+"""The fields of a call, in the order in which they are listed, captured and written."""
+
+# What else a kernel call has that is cut down with its fields when heads or queries are selected.
+_BESIDE = (
+    FieldSpec("undropped", "BHTE"),
+    FieldSpec("applied", "BHTS"),
+    FieldSpec("scale", "BHTS", broadcast=True),
+)
+TENSOR_SPECS: dict[str, FieldSpec] = {**FIELD_SPECS, **{spec.name: spec for spec in _BESIDE}}
+
+FIELDS: tuple[str, ...] = tuple(FIELD_SPECS)
+DERIVED: tuple[str, ...] = tuple(name for name, spec in FIELD_SPECS.items() if spec.derived_from)
+"""What follows from other fields, each from those before it."""
+STORED: tuple[str, ...] = tuple(name for name in FIELDS if name not in DERIVED)
+"""What is kept or lost; a compact file holds no more."""
+_NEEDED = {name for spec in FIELD_SPECS.values() for name in spec.derived_from}
+SOURCES: tuple[str, ...] = tuple(name for name in STORED if name in _NEEDED)
+"""What has to be kept for all of :data:`DERIVED` to follow."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,15 +9,23 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import dot_scores, finish_scores, softmax_weights
-from ..attention.kernel_call import FIELDS, KernelCall
+from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
 from ..errors import FieldNotCaptured, HookattnError
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
-from .fields import Field, shape_of, tensor_of
+from .extents import evenly_grouped, extents_of
+from .fields import Field, tensor_of
 from .site import Site
 
 if TYPE_CHECKING:
     from ..statistics.base import Statistic
+
+
+# Names and axes of the fields that say what a call is like, from what says most: pairs, then queries, then keys.
+_TELLING = [
+    ([name for name, spec in FIELD_SPECS.items() if spec.axes == axes and not spec.broadcast], axes)
+    for axes in ("BHTS", "BHTD", "BHTE", "BGSD", "BGSE")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +152,7 @@ class Call:
         return value
 
     def _derive(self, name: str) -> Tensor:
-        q, k = self._tensor("q"), self._tensor("k")
-        if self.kv_heads is not None:
-            k = k[:, list(self.kv_heads)]
+        q, k = self._tensor("q"), evenly_grouped(self, self._tensor("k"))
         with torch.no_grad():
             if name == "scores" or "scores" not in self.fields:
                 scores = finish_scores(dot_scores(q, k, self.scale), self.softcap, self.get("bias"))
@@ -214,19 +219,8 @@ class Call:
     @property
     def shape(self) -> str:
         """The extents that are known, as text."""
-        for name, letters in (
-            ("weights", "BHTS"),
-            ("scores", "BHTS"),
-            ("q", "BHTD"),
-            ("output", "BHTE"),
-            ("k", "BGSD"),
-            ("v", "BGSE"),
-        ):
-            value = self.fields.get(name)
-            if value is not None:
-                with contextlib.suppress(FieldNotCaptured):  # it was given up when the traced block raised
-                    return " ".join(f"{a}{n}" for a, n in zip(letters, shape_of(value), strict=False))
-        return "?"
+        letters = next((axes for names, axes in _TELLING if any(self.fields.get(n) is not None for n in names)), "BHTS")
+        return " ".join(f"{x}{n}" for x, n in extents_of(self, letters).known(letters).items()) or "?"
 
     def __repr__(self) -> str:
         return (

@@ -16,9 +16,8 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..attention.kernel_call import FIELDS
-from ..statistics.received import Received
 from .call import Call
+from .extents import extents_of, kernel_queries
 
 if TYPE_CHECKING:
     from .site import Site
@@ -27,17 +26,6 @@ if TYPE_CHECKING:
 _TOGETHER = "put together from "
 # Stacks that read no text, whatever their axes are said to count.
 _NO_TEXT = frozenset({"vision", "audio"})
-# Field → its axis of queries and of keys, the cheapest to read first; the masks are broadcast, so from the end.
-_AXES: dict[str, tuple[int | None, int | None]] = {
-    "q": (2, None),
-    "output": (2, None),
-    "k": (None, 2),
-    "v": (None, 2),
-    "weights": (2, 3),
-    "scores": (2, 3),
-    "mask": (-2, -1),
-    "bias": (-2, -1),
-}
 
 
 def together(steps: int) -> str:
@@ -184,19 +172,7 @@ def _steps(call: Call, trace: TraceData) -> list[Call]:
 
 def _sizes(call: Call) -> tuple[int, int] | None:
     """How many queries the kernel of a call had, and S; None: nothing that was kept tells."""
-    t, s = call.of_queries, call.keys
+    t, s = kernel_queries(call), extents_of(call, "S").s
     if t is None and call.queries is not None:
         t = max(call.queries) + 1  # a file of format 1.1 or older says no more
-    statistics = {name: (2, None) for name in call.fields if name not in FIELDS and name != Received.name}
-    for name, (query_axis, key_axis) in {**_AXES, **statistics}.items():
-        tells = (t is None and query_axis is not None) or (s is None and key_axis is not None)
-        value = call.get(name) if tells and name in call.fields else None
-        if value is None:
-            continue
-        # A mask or a bias may be there by broadcasting.
-        least = 2 if name in ("mask", "bias") else 0
-        if t is None and query_axis is not None and value.shape[query_axis] >= least:
-            t = value.shape[query_axis]
-        if s is None and key_axis is not None and value.shape[key_axis] >= least:
-            s = value.shape[key_axis]
     return None if t is None or s is None else (t, s)

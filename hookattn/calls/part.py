@@ -11,9 +11,11 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS
+from ..attention.functional import sink_column, with_four_axes
+from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
 from .call import Call
+from .extents import extents_of, key_heads
 from .fields import Field, Later
 from .labels import labels
 from .query_positions import query_positions
@@ -78,7 +80,7 @@ class Part:
         value = self.call.get(name)
         if value is None:
             return None
-        if name in ("scores", "mask", "weights", "bias"):
+        if FIELD_SPECS[name].is_pairs:
             value = value.expand(1, len(self.heads), len(self.queries), len(self.keys))
         return value[0].detach().cpu().double()
 
@@ -153,7 +155,7 @@ def many(
     calls = trace.select(layer=layer, stack=stack, kind=kind, step=step, path=path).calls
     made = []
     for call in calls:
-        b, h, t, s = extents(call)
+        b, h, t, s = _extents(call)
         if not -b <= batch < b:
             raise SelectionError(f"batch={batch}: {call.site.label} has {b} batch entries.")
         numbers = call.heads or tuple(range(h))
@@ -174,33 +176,24 @@ def many(
     return made
 
 
-def extents(call: Call) -> tuple[int, int, int, int]:
-    """B, H, T and S of a call, from whatever was captured.
+def _extents(call: Call) -> tuple[int, int, int, int]:
+    """B, H, T and S of a call.
 
     Raises:
         FieldNotCaptured: nothing that was captured tells; names the ``capture=``.
     """
-    found = dict.fromkeys("BHTS", 0)
-    for names, letters in (
-        (("weights", "scores", "mask", "bias"), "BHTS"),
-        (("q", "output"), "BHT"),
-        (("k", "v"), "B S"),
-    ):
-        for name in names:
-            value = call.get(name) if name in call.fields else None
-            if value is not None:
-                shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-                for letter, n in zip(letters, shape, strict=False):
-                    found[letter] = max(found.get(letter, 0), n)
-    if call.heads is not None:
-        found["H"] = len(call.heads)
-    if min(found[x] for x in "BHTS") < 1 or not any(call.has(n) for n in ("weights", "scores", "mask", "q")):
+    known = extents_of(call, "BHTS").known()
+    if any(spec.is_pairs and spec.broadcast and call.fields.get(n) is not None for n, spec in FIELD_SPECS.items()):
+        # Where a mask is all there is, the axes along which it is the same are drawn once.
+        known = {**dict.fromkeys("BHTS", 1), **known}
+    meets = any(call.has(name) for name in (*DERIVED, "mask", "q"))
+    if not meets or not all(known.get(x) for x in "BHTS"):
         kept = tuple(call.fields)
         raise FieldNotCaptured(
             f"{call.site.label} has no picture: of {kept} nothing tells how its queries and keys meet; trace again "
             f"with capture={(*kept, 'mask', 'weights')!r}."
         )
-    return found["B"], found["H"], found["T"], found["S"]
+    return known["B"], known["H"], known["T"], known["S"]
 
 
 def _places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
@@ -211,25 +204,22 @@ def _places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
 def _cut(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: int) -> Call:
     """One batch entry and some heads of a call; read, and derived, when they are asked for."""
 
-    def take(x: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        x = x[(None,) * (4 - x.dim())]
+    def take(x: Tensor, among: Sequence[int] = index) -> Tensor:
+        x = with_four_axes(x)
         x = x[batch : batch + 1] if x.shape[0] > 1 else x
-        return x[:, list(groups or index)] if x.shape[1] > 1 else x
+        return x[:, list(among)] if x.shape[1] > 1 else x
 
     def read(name: str) -> Tensor:
         value = call.get(name)
         assert value is not None
-        if name == "sinks" and value.dim() == 1:
-            return take(value.view(1, -1, 1, 1))
-        if name not in ("k", "v"):
-            return take(value)
-        g = value.shape[1]
-        groups = [call.kv_heads[i] if call.kv_heads is not None else i * g // h for i in index]
-        x = take(value, groups)
-        return x.expand(-1, len(index), -1, -1)
+        spec = FIELD_SPECS[name]
+        if not spec.per_key_head:
+            return take(sink_column(value) if spec.is_column else value)
+        of = key_heads(call, h, value.shape[1])
+        return take(value, [of[i] for i in index]).expand(-1, len(index), -1, -1)
 
     fields: dict[str, Field] = {
-        n: Later(read, n) if call.fields[n] is not None else None for n in FIELDS if n in call.fields
+        n: Later(read, n) if call.fields[n] is not None else None for n in FIELD_SPECS if n in call.fields
     }
     scale = take(call.scale) if isinstance(call.scale, Tensor) else call.scale
     return replace(call, fields=fields, scale=scale, heads=heads, kv_heads=None)

@@ -9,6 +9,7 @@ import click
 import torch
 
 from .. import api
+from ..attention.kernel_call import STORED
 from ..console.screen import Screen, counted, decimal_size
 from ..console.tables import print_calls, print_head, print_verdict, trace_as_json
 from ..errors import ModelError, TraceWriteError
@@ -17,8 +18,6 @@ from .command import Command
 from .inputs import Given, inputs_asked_for, read_tensors, to_device
 from .models import Loaded, is_factory, load_model
 from .options import DTYPES, ints, names, positions
-
-_COMPACT = ("q", "k", "v", "bias", "mask", "sinks", "output")
 
 
 @click.command(
@@ -100,7 +99,7 @@ def trace(
     given = read or inputs_asked_for(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
     given.args = to_device(given.args, device)
     if capture is None and (out is None or compact):
-        capture = _COMPACT if compact else ("q", "k", "v")
+        capture = STORED if compact else ("q", "k", "v")
     options = {
         "capture": capture,
         "layers": layers,

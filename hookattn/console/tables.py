@@ -13,23 +13,12 @@ from torch import Tensor
 
 from ..calls.call import Call
 from ..calls.certificate import Certificate
-from ..calls.fields import shape_of
+from ..calls.extents import extents_of
 from ..store import LazyFile
 from ..traces import Trace
 from .screen import counted, decimal_size
 
-_LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "output": "BHTE", "scores": "BHTS", "weights": "BHTS"}
 _STYLES = {"faithful": "green", "unfaithful": "bold red", "unverified": "yellow"}
-
-
-def extents(call: Call) -> dict[str, int]:
-    """The sizes of a call's axes, as far as its stored fields tell."""
-    found: dict[str, int] = {}
-    for name, letters in _LETTERS.items():
-        value = call.fields.get(name)
-        if value is not None:
-            found.update(zip(letters, shape_of(value), strict=True))
-    return {letter: found[letter] for letter in "BHGTSDE" if letter in found}
 
 
 def call_as_json(call: Call) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def call_as_json(call: Call) -> dict[str, Any]:
         "path": site.path,
         "module": site.module,
         "axes": site.axes,
-        "extents": extents(call),
+        "extents": extents_of(call).known(),
         "tap": call.tap,
         "dtype": str(call.dtype).removeprefix("torch."),
         "scale": None if isinstance(call.scale, Tensor) else call.scale,
@@ -120,7 +109,7 @@ class CallRow:
 
     def shape(self) -> str:
         """``B1 H12 T7 S7 D32``, with ranges where the calls differ."""
-        sizes = [extents(c) for c in self.calls]
+        sizes = [extents_of(c).known() for c in self.calls]
         letters = [x for x in "BHGTSDE" if any(x in s for s in sizes)]
         parts = []
         for letter in letters:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call
+from ..calls.extents import extents_of
 from ..errors import FieldNotCaptured, StitchError
 
 # Cached keys come back as they were stored, or rounded by a quantized cache; those of another sequence are further off
@@ -36,7 +37,7 @@ class Place:
     keys: int
 
 
-def extents(call: Call) -> tuple[int, int]:
+def query_and_key_counts(call: Call) -> tuple[int, int]:
     """T and S of a call, from whatever was captured.
 
     Raises:
@@ -48,10 +49,8 @@ def extents(call: Call) -> tuple[int, int]:
             f"{call.site.label}: only the query rows {list(call.queries)[:4]}… of step {call.step} were kept, so a "
             "picture of the generation would have gaps; trace again without queries=."
         )
-    fields = {name: call.get(name) for name in ("q", "output", "k", "v", "weights", "scores") if name in call.fields}
-    shapes = {name: x.shape for name, x in fields.items() if x is not None}
-    t = next((s[2] for s in shapes.values() if s is not shapes.get("k") and s is not shapes.get("v")), None)
-    s = next((shapes[n][i] for n, i in (("k", 2), ("v", 2), ("weights", 3), ("scores", 3)) if n in shapes), None)
+    found = extents_of(call, "TS")
+    t, s = found.t, found.s
     if t is None or s is None:
         raise FieldNotCaptured(
             f"how many {'queries' if t is None else 'keys'} {call.site.label} had in step {call.step} can't be told; "
@@ -85,12 +84,12 @@ class Lineage:
             StitchError: the step does not continue the one before.
             FieldNotCaptured: what is needed to tell was not kept.
         """
-        sizes = [extents(c) for c in calls]
+        sizes = [query_and_key_counts(c) for c in calls]
         t = sizes[0][0]
-        odd = next((c for c, size in zip(calls, sizes, strict=True) if size[0] != t), None)
+        odd = next(((c, size[0]) for c, size in zip(calls, sizes, strict=True) if size[0] != t), None)
         if odd is not None:
             raise StitchError(
-                f"{odd.site.label} has {extents(odd)[0]} queries in step {step}, and {calls[0].site.label} has {t}; "
+                f"{odd[0].site.label} has {odd[1]} queries in step {step}, and {calls[0].site.label} has {t}; "
                 "what runs at different lengths can't be stitched together. Select one stack first."
             )
         own = [i for i, c in enumerate(calls) if not c.site.crosses]
@@ -108,7 +107,7 @@ class Lineage:
             else:
                 offset = 0 if filled[i] < s else first + t - s
                 places.append(Place(t, first, filled[i], offset, s))
-        batch = _rows(calls[0])
+        batch = extents_of(calls[0], "B").b or 1
         self.reorder.append(self._continued(step, batch, calls, places, own))
         self.places.append(places)
         self.length, self.batch = first + t, batch
@@ -230,14 +229,6 @@ class Lineage:
                 "that changes its keys; stitch(beams=False) takes them as they come."
             )
         return best.indices
-
-
-def _rows(call: Call) -> int:
-    for name in ("q", "k", "v", "output", "weights", "scores"):
-        value = call.get(name) if name in call.fields else None
-        if value is not None:
-            return value.shape[0]
-    return 1
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

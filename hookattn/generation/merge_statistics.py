@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ..calls.extents import kernel_queries
 from ..errors import StitchError
 from ..statistics.received import Received
 from ..statistics.registry import STATISTICS
@@ -152,14 +153,8 @@ def _seen(call: Call, s: int) -> int | None:
 
 def _rows(call: Call) -> int | None:
     """T of a call, before any selection."""
-    if call.queries is not None:
-        return call.of_queries
-    for name in call.fields:
-        if _plain(name).removesuffix("_keys") in STATISTICS and _plain(name) != Received.name:
-            value = call.get(name)
-            if value is not None:
-                return value.shape[2]
-    return call.certificate.of_rows or None
+    t = kernel_queries(call)
+    return call.certificate.of_rows or None if t is None and call.queries is None else t
 
 
 def _plain(name: str) -> str:

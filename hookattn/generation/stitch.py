@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import dot_scores, finish_scores
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import FIELD_SPECS, FIELDS
 from ..calls.call import Call
 from ..calls.certificate import Certificate
+from ..calls.extents import evenly_grouped
 from ..calls.fields import Later
 from ..calls.key_tokens import together
 from ..calls.trace_data import TraceData
 from ..errors import StitchError
-from .lineage import Lineage, Place, extents
+from .lineage import Lineage, Place, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)
 
@@ -116,7 +117,7 @@ def _cached(call: Call) -> bool:
     """Whether a call of a trace of one step has keys beside those of its own tokens (a static cache)."""
     if call.site.crosses or call.queries is not None:
         return False
-    t, s = extents(call)
+    t, s = query_and_key_counts(call)
     return s > t
 
 
@@ -185,15 +186,14 @@ class _Site:
         return made
 
     def _field(self, name: str) -> Tensor:
-        if name in ("q", "output"):
-            return self._by_row([c.get(name) for c in self.calls])
-        if name in ("k", "v"):
+        spec = FIELD_SPECS[name]
+        if spec.per_key_head:
             return self._keys(name)
         values = [c.get(name) for c in self.calls]
-        if name == "sinks":
-            one = next(x for x in values if x is not None)
-            return one if one.dim() == 1 else self._by_row(values)
-        whole = self._by_row(values, columns=True)
+        given = next(x for x in values if x is not None)
+        if spec.is_column and given.dim() == 1:
+            return given  # a number for each head, which is learned: the same in every step
+        whole = self._by_row(values, columns=spec.is_pairs)
         return self._fill(whole) if name == "scores" else whole
 
     def _scale(self) -> float | Tensor:
@@ -249,8 +249,7 @@ class _Site:
         first = self.calls[0]
         if self._crosses or first.own_scores or not all(c.has("q") and c.has("k") for c in self.calls):
             return scores
-        k = self._keys("k")
-        k = k if first.kv_heads is None else k[:, list(first.kv_heads)]
+        k = evenly_grouped(first, self._keys("k"))
         ones = [torch.ones(1, 1, 1, 1, dtype=torch.bool, device=scores.device)] * len(self.calls)
         met = self._by_row(ones, columns=True)
         rest = finish_scores(dot_scores(self._field("q"), k, self._scale()), first.softcap, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import compute_dtype
-from ..attention.kernel_call import FIELDS, KernelCall
+from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, KernelCall
 from ..attention.positions import query_positions
 from ..calls.site import Site
 from ..errors import SelectionError
@@ -107,9 +107,9 @@ def _statistics(given: KernelCall, call: KernelCall, site: Site, selection: Sele
 def _entry(call: KernelCall, name: str) -> _Entry | None:
     """Shape and dtype of a field as it is kept, and the tensor that calls may have in common; None: it has none."""
     x: Tensor | None = getattr(call, name)
-    if name in ("scores", "weights") and x is None:
+    if name in DERIVED and x is None:
         (b, h, t), s = call.q.shape[:3], call.k.shape[2]
         return (b, h, t, s), compute_dtype(call.dtype) if name == "scores" else call.dtype, None
     if x is None:
         return None
-    return tuple(x.shape), x.dtype, x if name in ("mask", "bias", "sinks") else None
+    return tuple(x.shape), x.dtype, x if FIELD_SPECS[name].shared else None

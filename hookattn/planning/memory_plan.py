@@ -11,7 +11,7 @@ from os import PathLike
 
 import torch
 
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import FIELDS, STORED
 from ..calls.site import Site
 from ..recording.selection import Selection
 from ..statistics.registry import named
@@ -144,7 +144,7 @@ def room_sentence(plan: MemoryPlan) -> str:
 
 def smaller(selection: Selection, streamed: bool) -> Iterator[tuple[str, Selection, bool]]:
     """Arguments of traces that take less room, the least loss first: as text, the selection, whether to a file."""
-    lean = tuple(f for f in [f for f in FIELDS if f not in ("scores", "weights")] if f in selection.capture)
+    lean = tuple(f for f in STORED if f in selection.capture)
     if not streamed:
         yield 'to="run.safetensors"', selection, True
     if selection.device is None or selection.device.type != "cpu":

@@ -7,6 +7,7 @@ no more (:class:`SmallCallRecorder`), and waits (:class:`PendingCalls`) for what
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,7 +35,9 @@ Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 """q B H T D, k B G S D, v B G S E and output B H T E of a kernel."""
 
 _CONTIGUOUS = torch.contiguous_format
-_PLACES = {"q": 0, "k": 1, "v": 2, "output": 3, "mask": 4}
+# A small call has these fields and no other, in the order in which :meth:`SmallCallRecorder._copied` has their values.
+_HAS = ("q", "k", "v", "output", "mask")
+_others = operator.attrgetter(*(name for name in FIELDS if name not in _HAS))
 
 
 class Shape(NamedTuple):
@@ -62,7 +65,7 @@ class SmallCallRecorder:
     """
 
     def __init__(self, selection: Selection, pending: PendingCalls, masks: CompleteMasks):
-        self._fields = [(f, _PLACES.get(f, 5)) for f in FIELDS if f in selection.capture]
+        self._fields = [(f, _HAS.index(f) if f in _HAS else len(_HAS)) for f in FIELDS if f in selection.capture]
         self._needs_output = pending.verify != "off" or "output" in selection.capture
         self._derivable, self._masks = selection.derivable, masks
         self._pending = pending if pending.wanted else None
@@ -73,7 +76,7 @@ class SmallCallRecorder:
         if not (
             output is not None
             and type(scale) is float
-            and call.bias is call.weights is call.scores is call.sinks is None
+            and all(x is None for x in _others(call))
             and call.undropped is call.outer_error is None
             and call.softcap is None
             and call.softmax_dtype in (None, call.q.dtype)

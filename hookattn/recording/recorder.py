@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import functional as math
 from ..attention.derivation import derive
-from ..attention.kernel_call import FIELDS, KernelCall
+from ..attention.kernel_call import FIELD_SPECS, FIELDS, TENSOR_SPECS, KernelCall
 from ..attention.masks import CompleteMask, CompleteMasks, Diagonal, split_additive
 from ..calls.call import Call
 from ..calls.fields import Field, Later
@@ -38,9 +38,7 @@ from .verification import (
     rows_to_check,
 )
 
-_TENSORS = tuple("q k v output bias mask sinks scores weights applied undropped scale".split())
-_VECTORS = ("q", "k", "v", "output")
-_SHARED = ("mask", "bias", "sinks")
+_VECTORS = tuple(name for name, spec in FIELD_SPECS.items() if spec.is_vectors)
 
 X = TypeVar("X")
 
@@ -267,7 +265,7 @@ class CallRecorder:
         for name, x in values.items():
             if x is None or name in copied:
                 made[name] = copied.get(name)
-            elif name in _SHARED:
+            elif FIELD_SPECS[name].shared:
                 made[name] = self._memo(("kept", name), x, partial(self._kept, x, fresh.get(name, False)))
             else:
                 made[name] = self._kept(x, fresh.get(name, False))
@@ -297,7 +295,7 @@ class CallRecorder:
 
 def _detach(call: KernelCall) -> None:
     """Take its tensors out of the model's graph, which a trace must not keep alive."""
-    for name in _TENSORS:
+    for name in TENSOR_SPECS:
         x = getattr(call, name)
         if isinstance(x, Tensor) and x.requires_grad:
             setattr(call, name, x.detach())

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS, KernelCall
+from ..attention.functional import sink_column
+from ..attention.kernel_call import DERIVED, FIELDS, SOURCES, TENSOR_SPECS, KernelCall
 from ..calls.site import Site
 from ..errors import SelectionError
 from ..statistics.base import Statistic
 from ..statistics.registry import STATISTICS, named
-
-# Fields that always have their full extents; the others may be there by broadcasting.
-_WHOLE = ("q", "k", "v", "output", "undropped", "scores", "weights", "applied")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class Selection:
     @property
     def derivable(self) -> tuple[str, ...]:
         """The fields that can be derived from those that are kept."""
-        return ("scores", "weights") if {"q", "k", "mask", "bias", "sinks"} <= self.capture else ()
+        return DERIVED if self.capture.issuperset(SOURCES) else ()
 
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
@@ -193,28 +191,22 @@ def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[in
         per_group = call.q.shape[1] // call.k.shape[1]
         wanted = sorted({h // per_group for h in heads})
         groups = [wanted.index(h // per_group) for h in heads]
-        _each(
-            call, ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale"), 1, list(heads)
-        )
-        _each(call, ("k", "v"), 1, wanted)
-        if call.sinks is not None:
-            sinks = call.sinks if call.sinks.dim() != 1 else call.sinks.view(1, -1, 1, 1)
-            call.sinks = _take(sinks, 1, list(heads)) if sinks.shape[1] > 1 else sinks
+        for name, spec in TENSOR_SPECS.items():
+            if spec.is_column and (x := getattr(call, name)) is not None:
+                setattr(call, name, sink_column(x))  # a number for each head has no axis of queries yet
+            _cut(call, name, 1, wanted if spec.per_key_head else list(heads))
     if queries is not None:
-        _each(
-            call,
-            ("q", "output", "undropped", "scores", "weights", "applied", "bias", "mask", "scale", "sinks"),
-            2,
-            queries,
-        )
+        for name, spec in TENSOR_SPECS.items():
+            if spec.per_query:
+                _cut(call, name, 2, queries)
     return groups
 
 
-def _each(call: KernelCall, names: Sequence[str], dim: int, index: list[int] | slice | Sequence[int]) -> None:
-    for name in names:
-        x = getattr(call, name)
-        if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or name in _WHOLE):
-            setattr(call, name, _take(x, dim, index))
+def _cut(call: KernelCall, name: str, dim: int, index: list[int] | slice | Sequence[int]) -> None:
+    """Keep some positions of an axis of one tensor of a call, unless it has the same for all of them."""
+    x = getattr(call, name)
+    if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or not TENSOR_SPECS[name].broadcast):
+        setattr(call, name, _take(x, dim, index))
 
 
 def _take(x: Tensor, dim: int, index: Sequence[int] | slice) -> Tensor:

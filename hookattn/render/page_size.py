@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS
 from ..calls.call import Call
+from ..calls.extents import extents_of
 from ..calls.fields import Field, Later, dtype_of, shape_of
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..traces import Trace
@@ -20,10 +21,12 @@ ROOM = 4_000_000
 LIMIT = 180_000_000
 """Bytes of data that a page takes at the most: 240 million in base64, half of the longest text a browser holds."""
 
-GROUPS = (("weights", "mask", "sinks"), ("q", "k", "bias"), ("scores",), ("v",), ("output",))
+_OF_WEIGHTS, _OF_SCORES = (
+    tuple(x for x in FIELD_SPECS[name].derived_from if x not in DERIVED) for name in ("weights", "scores")
+)
+GROUPS = (("weights", *_OF_WEIGHTS), _OF_SCORES, ("scores",), ("v",), ("output",))
 """What is worth most first. What is in one group is of no use alone."""
 
-_LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "scores": "BHTS", "weights": "BHTS", "output": "BHTE"}
 _WIDTHS = {"weights": 1, "mask": 1}
 # A mask is mostly long runs, which gzip leaves next to nothing of.
 _MASK_SHARE = 8
@@ -128,8 +131,8 @@ def _follows(trace: Trace, name: str, kept: Iterable[str]) -> bool:
 def _derivable(call: Call, kept: Iterable[str]) -> tuple[str, ...]:
     """The fields that follow from what is kept of a call."""
     there, found = {*kept}, []
-    for name, needed in (("scores", ("q", "k", "bias")), ("weights", ("scores", "mask", "sinks"))):
-        if name in call.derivable and there.issuperset(f for f in needed if call.has(f)):
+    for name in DERIVED:
+        if name in call.derivable and there.issuperset(f for f in FIELD_SPECS[name].derived_from if call.has(f)):
             found.append(name)
             there.add(name)
     return tuple(found)
@@ -137,7 +140,7 @@ def _derivable(call: Call, kept: Iterable[str]) -> tuple[str, ...]:
 
 def _bytes(call: Call, name: str, narrow: bool = False) -> int:
     """The bytes of a field that is there or follows, without reading a large one."""
-    shape, itemsize = _extents(call, name)
+    shape, itemsize = _shape_and_width(call, name)
     if narrow and name in FIELDS:
         itemsize = min(itemsize, _WIDTHS.get(name, 2))
     count = itemsize
@@ -146,17 +149,15 @@ def _bytes(call: Call, name: str, narrow: bool = False) -> int:
     return -(-count // _MASK_SHARE) if name == "mask" else count
 
 
-def _extents(call: Call, name: str) -> tuple[tuple[int, ...], int]:
+def _shape_and_width(call: Call, name: str) -> tuple[tuple[int, ...], int]:
     value = call.fields.get(name)
     if value is not None:
         return tuple(shape_of(value)), dtype_of(value).itemsize
     if name in call.fields:
         return (0,), 1
-    sizes: dict[str, int] = {}
-    for other, letters in _LETTERS.items():
-        if call.fields.get(other) is not None:
-            sizes.update(zip(letters, _extents(call, other)[0], strict=True))
-    return tuple(sizes.get(x, 1) for x in _LETTERS.get(name, "")), 4
+    axes = FIELD_SPECS[name].axes
+    known = extents_of(call, axes).known()
+    return tuple(known.get(x, 1) for x in axes), 4
 
 
 def _call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:

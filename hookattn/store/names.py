@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.kernel_call import FIELD_SPECS
 from ..calls.call import Call
 from ..torch_internals.tensor_identity import version_of
 from .rawbytes import byte_blocks
 
 # Fields that many calls have in common: stored once for each distinct content.
-_SHARED = ("mask", "bias", "sinks")
+_SHARED = frozenset(name for name, spec in FIELD_SPECS.items() if spec.shared)
 
 
 class Names:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import api
+from ...attention.kernel_call import DERIVED, SOURCES
 from ...errors import HookattnError, InputError
 from ..call_view import View
 from ..measures.base import Measure
@@ -108,9 +109,6 @@ def _several(examples: Iterable[Value], batch: int) -> Iterator[list[Value]]:
         yield values
 
 
-_DERIVED = {"weights": ("q", "k", "bias", "mask", "sinks"), "scores": ("q", "k", "bias", "mask", "sinks")}
-
-
 def _measured(
     model: nn.Module, batches: Iterable[Batch], first: int, count: int, measures: Sequence[Measure], wanted: _Wanted
 ) -> Table:
@@ -148,7 +146,7 @@ class _Wanted:
 
     def __init__(self, measures: Sequence[Measure]) -> None:
         self.whole = capture_of(*measures)
-        lean = [y for x in self.whole for y in (_DERIVED.get(x, (x,)) if isinstance(x, str) else (x,))]
+        lean = [y for x in self.whole for y in (SOURCES if x in DERIVED else (x,))]
         self.lean = tuple(dict.fromkeys(lean))
 
     def trace(self, model: nn.Module, batch: Batch) -> Trace:
