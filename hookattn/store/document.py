@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import DERIVED, FIELDS
 from ..calls.call import Call
 from ..calls.trace_data import TraceData
 from ..version import __version__
 from .json_values import number, plain
 from .names import Names
+from .schema import CALL, CERTIFICATE, SITE, SKIPPED, to_entry
 from .writer import write_file
 
 
@@ -21,7 +21,7 @@ def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False) 
     """See :meth:`hookattn.Trace.save`."""
     names, tensors, calls = Names(), {}, []
     for call in trace.calls:
-        left_out = {f for f in ("scores", "weights") if compact and f in call.derivable}
+        left_out = {f for f in DERIVED if compact and f in call.derivable}
         entries: dict[str, str | None] = {}
         for field in (*FIELDS, *(f for f in call.fields if f not in FIELDS)):
             if field in call.fields and field not in left_out:
@@ -46,28 +46,8 @@ def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Te
             name = f"calls/{call.index:04d}/{call.site.path or 'model'}/scale"
             tensors[name] = scale
         scale = {"tensor": name}
-    later = {"keys": call.keys, "of_queries": call.of_queries}  # since 1.1 and 1.2, where there is something to say
-    return {
-        "site": asdict(call.site),
-        "step": call.step,
-        "tap": call.tap,
-        "dtype": str(call.dtype).removeprefix("torch."),
-        "scale": number(scale),
-        "softcap": call.softcap,
-        "causal": call.causal,
-        "window": call.window,
-        "dropout": call.dropout,
-        "heads": call.heads,
-        "own_scores": call.own_scores,
-        "mixed": call.mixed,
-        "kv_heads": call.kv_heads,
-        "queries": call.queries,
-        "notes": list(call.notes),
-        "fields": fields,
-        "derivable": list(call.derivable),
-        "certificate": {k: number(v) for k, v in call.certificate.to_json().items()},
-        **{k: n for k, n in later.items() if n is not None},
-    }
+    site, certificate = to_entry(SITE, call.site), to_entry(CERTIFICATE, call.certificate)
+    return to_entry(CALL, call, site=site, scale=number(scale), fields=fields, certificate=certificate)
 
 
 def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:
@@ -79,6 +59,6 @@ def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) ->
         "tokens": trace.tokens,
         "notes": trace.notes,
         "compact": compact,
-        "skipped": [asdict(s) for s in trace.skipped],
+        "skipped": [to_entry(SKIPPED, s) for s in trace.skipped],
         "calls": calls,
     }

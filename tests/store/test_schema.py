@@ -1,0 +1,89 @@
+"""The tables of a document: all that a call, a site and a certificate have, written and read back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hookattn
+from hookattn import Call, Certificate, Site, Skipped, Trace
+from hookattn.store import FORMAT_VERSION, LazyFile
+from hookattn.store.schema import CALL, CERTIFICATE, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
+
+OWNERS = [(CALL, Call, {"index"}), (SITE, Site, set()), (CERTIFICATE, Certificate, set()), (SKIPPED, Skipped, set())]
+
+
+@pytest.mark.parametrize(("table", "kind", "without"), OWNERS, ids=["call", "site", "certificate", "skipped"])
+def test_every_attribute_stands_in_its_table(table: tuple[Scalar, ...], kind: Any, without: set[str]) -> None:
+    attributes = {field.name: field for field in dataclasses.fields(kind)}
+    assert {scalar.name for scalar in table} == set(attributes) - without
+    later = [scalar for scalar in table if scalar.since != FIRST]
+    # A file that does not have it yet is read with the default, and null is what is left out.
+    assert all(attributes[scalar.name].default is None and scalar.kind.endswith("?") for scalar in later)
+    assert all(FIRST <= scalar.since <= FORMAT_VERSION for scalar in table)
+
+
+def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
+    given = Call(
+        Site("a.b", 3, "decoder", "cross", "Attention", "windows", 9),
+        step=2,
+        index=0,
+        tap="tap",
+        dtype=torch.bfloat16,
+        scale=0.5,
+        softcap=30.0,
+        causal=True,
+        window=7,
+        dropout=0.25,
+        heads=(1, 5),
+        kv_heads=(0, 0),
+        queries=(2, 4),
+        own_scores=True,
+        mixed=True,
+        notes=("one", "two"),
+        certificate=Certificate("unfaithful", math.nan, math.inf, 0.5, 1e-3, 1e-5, 4, 8, "what"),
+        derivable=("weights",),
+        keys=11,
+        of_queries=6,
+    )
+    back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
+    for field in dataclasses.fields(Call):
+        assert repr(getattr(back, field.name)) == repr(getattr(given, field.name)), field.name
+        default = field.default if field.default is not dataclasses.MISSING else None
+        assert field.name in ("index", "fields") or getattr(given, field.name) != default, field.name
+
+
+@pytest.mark.parametrize("name", ["softcap", "dropout", "scale"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_number_that_json_has_no_word_for_is_written_by_its_name(tmp_path: Path, name: str, value: float) -> None:
+    given = Call(Site("a"), 0, 0, "tap", torch.float32, 1.0)
+    setattr(given, name, value)
+    path = Trace(calls=[given]).save(tmp_path / "run.safetensors")
+    raw = Path(path).read_bytes()
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    document = json.loads(json.loads(header)["__metadata__"]["hookattn"], parse_constant=pytest.fail)
+    assert document["calls"][0][name] == repr(value)
+    assert repr(getattr(hookattn.load(path)[0], name)) == repr(value)
+
+
+def test_what_came_with_a_later_version_is_left_out_where_there_is_none_and_may_be_missing(tmp_path: Path) -> None:
+    path = Trace(calls=[Call(Site("a"), 0, 0, "tap", torch.float32, 1.0)]).save(tmp_path / "run.safetensors")
+    entry = LazyFile(path).document["calls"][0]
+    assert [s.name for s in CALL if s.since == FIRST] == list(entry)
+    assert {"keys", "of_queries"}.isdisjoint(from_entry(CALL, "call 0", entry))
+    assert from_entry(CALL, "call 0", {**entry, "keys": 3, "from_the_future": object()})["keys"] == 3
+
+
+def test_what_is_missing_or_of_another_kind_is_named() -> None:
+    entry = to_entry(SITE, Site("a", 1))
+    with pytest.raises(TypeError, match="call 3, site has no 'stack'"):
+        from_entry(SITE, "call 3, site", {k: v for k, v in entry.items() if k != "stack"})
+    with pytest.raises(TypeError, match="call 3, site: 'layer' is True, expected int or null"):
+        from_entry(SITE, "call 3, site", {**entry, "layer": True})
+    assert Site(**from_entry(SITE, "", {**entry, "layer": None})) == Site("a")
