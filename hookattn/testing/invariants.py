@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import FIELD_SPECS, FIELDS
 from ..calls.call import Call
-from ..calls.certificate import TOLERANCE
+from ..calls.certificate import tolerance
+from ..calls.extents import per_query_head
 from ..traces import Trace
 from .failure import Failure, require
+from .oracle import column, defined_output, defined_scores, defined_weights
 
-_LETTERS = {"q": "BHTD", "k": "BGSD", "v": "BGSE", "scores": "BHTS", "weights": "BHTS", "output": "BHTE"}
 _NOTHING = 1e-30  # what a masked entry may weigh: exp(-100) is not 0 in float32
 
 
@@ -59,8 +60,9 @@ def _dtype_failures(call: Call, values: Mapping[str, Tensor | None], trace: Trac
             continue
         if x.requires_grad:
             yield Failure(where, f"{name} is not detached")
-        if (x.dtype == torch.bool) is not (name == "mask"):
-            yield Failure(where, f"{name} is {x.dtype}", "torch.bool" if name == "mask" else "a floating dtype")
+        boolean = FIELD_SPECS[name].boolean
+        if (x.dtype == torch.bool) is not boolean:
+            yield Failure(where, f"{name} is {x.dtype}", "torch.bool" if boolean else "a floating dtype")
         elif not trace.selection.get("dtype") and x.dtype != product.get(name, x.dtype):
             yield Failure(where, f"{name} is {x.dtype}, its product {product[name]}")
 
@@ -68,14 +70,14 @@ def _dtype_failures(call: Call, values: Mapping[str, Tensor | None], trace: Trac
 def _shape_failures(
     call: Call, values: Mapping[str, Tensor | None], sizes: dict[str, int], where: str
 ) -> Iterator[Failure]:
-    for name, letters in _LETTERS.items():
+    for name, spec in FIELD_SPECS.items():
         x = values[name]
-        if x is None:
+        if x is None or spec.broadcast:
             continue
         if x.dim() != 4:
-            yield Failure(where, f"the shape of {name}", " ".join(letters), str(tuple(x.shape)))
+            yield Failure(where, f"the shape of {name}", " ".join(spec.axes), str(tuple(x.shape)))
             continue
-        for letter, n in zip(letters, x.shape, strict=True):
+        for letter, n in zip(spec.axes, x.shape, strict=True):
             known = sizes.setdefault(letter, n)
             if known != n:
                 yield Failure(where, f"{name} of shape {tuple(x.shape)} has {letter}={n}, others have {known}")
@@ -89,9 +91,9 @@ def _shape_failures(
             yield Failure(where, f"kv_heads={call.kv_heads} for {groups} key heads")
     if {"B", "H", "T", "S"} <= sizes.keys():
         full = [sizes[letter] for letter in "BHTS"]
-        for name, target in (("bias", full), ("mask", full), ("sinks", [*full[:3], 1])):
-            x = values[name]
-            if x is not None and not _broadcasts(_column(x) if name == "sinks" else x, target):
+        for name, spec in FIELD_SPECS.items():
+            x, target = values[name], [sizes.get(letter, 1) for letter in spec.axes]
+            if x is not None and spec.broadcast and not _broadcasts(column(x) if spec.is_column else x, target):
                 yield Failure(where, f"{name} of shape {tuple(x.shape)} for B H T S = {full}")
 
 
@@ -99,20 +101,14 @@ def _broadcasts(x: Tensor, full: list[int]) -> bool:
     return x.dim() == len(full) and all(n in (1, m) for n, m in zip(x.shape, full, strict=True))
 
 
-def _column(sinks: Tensor) -> Tensor:
-    return sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
-
-
 def _math_failures(
     call: Call, values: Mapping[str, Tensor | None], sizes: Mapping[str, int], where: str
 ) -> Iterator[Failure]:
-    q, k, v, bias, scores, mask, sinks, weights, output = (
-        x if x is None or x.dtype == torch.bool else x.double() for x in (values[name] for name in FIELDS)
-    )
-    unit = max(
-        TOLERANCE.get(x, TOLERANCE[torch.float16])
-        for x in (call.dtype, *(x.dtype for x in values.values() if x is not None and x.is_floating_point()))
-    )
+    wide = {name: x if x is None or FIELD_SPECS[name].boolean else x.double() for name, x in values.items()}
+    q, k, v, bias = (wide[name] for name in ("q", "k", "v", "bias"))
+    scores, mask, sinks, weights, output = (wide[name] for name in ("scores", "mask", "sinks", "weights", "output"))
+    floating = [x.dtype for x in values.values() if x is not None and x.is_floating_point()]
+    unit = max(map(tolerance, (call.dtype, *floating)))
     if scores is not None and not _finite(scores, q, k, call, sizes):
         yield Failure(where, "scores are not finite", mend="put what hides an entry into the mask")
     if bias is not None and not bias.isfinite().all():
@@ -125,20 +121,13 @@ def _math_failures(
     seen = scores.abs()[mask]
     size = max(1.0, seen.max().item()) if seen.numel() else 1.0
     if q is not None and k is not None and "scores" in call.derivable:
-        own = q @ _repeat(k, call, sizes).mT * call.scale
-        if call.softcap is not None:
-            own = call.softcap * torch.tanh(own / call.softcap)
-        own = own if bias is None else own + bias
+        own = defined_scores(q, per_query_head(call, k, sizes["H"]), call.scale, call.softcap, bias)
         mend = "look at the scale, the rotation and the norms of q and k, the order of the heads, and the bias"
         yield from _apart(own, scores, mask, unit * size, where, "scale·q·kᵀ, soft-capped, plus bias == scores", mend)
     if weights is None:
         return
     live = mask.any(-1, keepdim=True)
-    joined = torch.where(mask, scores, -torch.inf)
-    if sinks is not None:
-        joined = torch.cat([joined, _column(sinks).expand(*scores.shape[:3], 1)], -1)
-    mass = torch.exp(joined - joined.amax(-1, keepdim=True))
-    expected = (mass / mass.sum(-1, keepdim=True))[..., : scores.shape[-1]]
+    expected = defined_weights(scores, mask, sinks)
     what = "softmax(where(mask, scores, -inf), sinks) == weights"
     mend = "look at the mask (True = may attend), at causal, and at the sinks"
     yield from _apart(expected, weights, live.expand_as(mask), unit * max(1.0, size / 10), where, what, mend)
@@ -146,7 +135,7 @@ def _math_failures(
     if hidden.numel() and not hidden.max() <= _NOTHING:
         yield Failure(where, "a masked entry weighs", "0", f"{hidden.max().item():.3g}")
     if v is not None and output is not None and not call.dropout and not call.mixed:
-        mixed = weights @ _repeat(v, call, sizes)
+        mixed = defined_output(weights, per_query_head(call, v, sizes["H"]))
         finite = v[v.isfinite()].abs()  # the value of a key that nobody attends to may be anything
         bound = unit * max(finite.max().item() if finite.numel() else 0.0, 1e-3)
         mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"
@@ -185,14 +174,9 @@ def _finite(scores: Tensor, q: Tensor | None, k: Tensor | None, call: Call, size
     """Wherever q and k are: a model that makes NaN of a row with nothing to attend to goes on with it."""
     finite = scores.isfinite()
     if q is not None and k is not None and not bool(finite.all()):
-        finite |= ~q.isfinite().all(-1)[..., None] | ~_repeat(k, call, sizes).isfinite().all(-1)[..., None, :]
+        keys = per_query_head(call, k, sizes["H"]).isfinite().all(-1)
+        finite |= ~q.isfinite().all(-1)[..., None] | ~keys[..., None, :]
     return bool(finite.all())
-
-
-def _repeat(x: Tensor, call: Call, sizes: Mapping[str, int]) -> Tensor:
-    if call.kv_heads is not None:
-        return x[:, list(call.kv_heads)]
-    return x.repeat_interleave(sizes["H"] // sizes["G"], 1) if "H" in sizes else x
 
 
 def _apart(

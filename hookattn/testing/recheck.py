@@ -5,14 +5,16 @@ Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/k
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..calls.call import Call
-from ..calls.certificate import TOLERANCE
+from ..calls.certificate import tolerance
+from ..calls.extents import extents_of, per_query_head
+from .oracle import column, defined_output, defined_scores, defined_weights
 
 CHECKS = {
     "scores": "softcap(scale·q·kᵀ) + bias = scores, where the mask allows",
@@ -50,25 +52,28 @@ class _Recheck:
 
     def __init__(self, call: Call, stored: dict[str, Tensor | None]) -> None:
         self.call, self.stored = call, stored
-        self.unit = TOLERANCE.get(call.dtype, TOLERANCE[torch.float16])
+        self.unit = tolerance(call.dtype)
         self.scores, self.weights, self.v, self.output = (stored.get(n) for n in ("scores", "weights", "v", "output"))
         self.why: dict[str, str] = {}
         self.wide: dict[str, Tensor] = {}
-        self.products = self._has("q", "k", "bias")
+        of_scores, of_weights = (
+            [x for x in FIELD_SPECS[name].derived_from if x not in DERIVED] for name in ("scores", "weights")
+        )
+        self.products = self._has(*of_scores)
         opaque = call.own_scores
         if self.scores is None or not self.products or opaque:
             self.why["scores"] = (
-                "they are the model's own, and more than q·k" if opaque else self._missing("scores", "q", "k", "bias")
+                "they are the model's own, and more than q·k" if opaque else self._missing("scores", *of_scores)
             )
         formed = self.scores is not None or (self.products and not opaque)
-        if self.weights is None or not formed or not self._has("mask", "sinks"):
-            self.why["weights"] = self._missing(*(() if formed else ("scores",)), "weights", "mask", "sinks")
+        if self.weights is None or not formed or not self._has(*of_weights):
+            self.why["weights"] = self._missing(*(() if formed else ("scores",)), "weights", *of_weights)
         if self.weights is None or not self._has("mask"):
             self.why["masked"] = self._missing("weights", "mask")
-        if self.weights is None or not self._has("mask", "sinks"):
-            self.why["rows"] = self._missing("weights", "mask", "sinks")
+        if self.weights is None or not self._has(*of_weights):
+            self.why["rows"] = self._missing("weights", *of_weights)
         mixed = "; ".join(call.notes) or "the weights changed after the softmax" if call.mixed else ""
-        weighable = self.weights is not None or (formed and self._has("mask", "sinks"))
+        weighable = self.weights is not None or (formed and self._has(*of_weights))
         if call.dropout > 0:
             self.why["output"] = f"dropout of {call.dropout} came between"
         elif mixed:
@@ -80,8 +85,8 @@ class _Recheck:
             self.reach = _norm(q) * _norm(k) * _largest(torch.as_tensor(call.scale))
 
     def _has(self, *names: str) -> bool:
-        """Whether fields were kept; of ``bias`` and ``sinks`` a call may have none and still have kept that."""
-        return all(n in self.stored and (n in ("bias", "sinks") or self.stored[n] is not None) for n in names)
+        """Whether fields were kept; of an optional one a call may have none and still have kept that."""
+        return all(n in self.stored and (FIELD_SPECS[n].optional or self.stored[n] is not None) for n in names)
 
     def _missing(self, *names: str) -> str:
         gone = [name for name in names if not self._has(name)]
@@ -90,19 +95,10 @@ class _Recheck:
     def run(self, budget: int) -> dict[str, Check]:
         """All checks."""
         worst = {name: torch.zeros((), dtype=torch.float64) for name in CHECKS}
-        shaped = next((x for n in ("q", "output", "weights", "scores") if (x := self.stored.get(n)) is not None), None)
-        if shaped is not None and len(self.why) < len(CHECKS):
-            b, h, t = shaped.shape[:3]
-            keys = next(
-                (
-                    x.shape[d]
-                    for n, d in (("k", 2), ("weights", 3), ("scores", 3), ("v", 2))
-                    if (x := self.stored.get(n)) is not None
-                ),
-                1,
-            )
-            step = max(1, budget // max(1, b * h * keys))
-            for begin in range(0, t, step):
+        if len(self.why) < len(CHECKS):
+            found = extents_of(self.call)
+            step = max(1, budget // max(1, (found.b or 1) * (found.h or 1) * (found.s or 1)))
+            for begin in range(0, found.t or 0, step):
                 for name, error in self._errors(slice(begin, begin + step)).items():
                     worst[name] = torch.maximum(worst[name], error)  # keeps NaN
         return {
@@ -120,7 +116,7 @@ class _Recheck:
             found["scores"] = _most(gap if mask is None else torch.where(mask, gap, 0.0))
         formed = None
         if "weights" not in self.why or ("output" not in self.why and weights is None):
-            formed = self._softmax(self._formed(rows) if scores is None else scores.double(), mask, rows)
+            formed = defined_weights(self._formed(rows) if scores is None else scores, mask, self._sinks(rows))
         if "weights" not in self.why and weights is not None and formed is not None:
             found["weights"] = _most(torch.where(live, formed - weights.double(), 0.0))
         if weights is not None and mask is not None:
@@ -133,7 +129,8 @@ class _Recheck:
         used = formed if weights is None else weights.double()
         if "output" not in self.why and used is not None and self.v is not None and self.output is not None:
             v = self._spread("v", self.v, used.shape[1])
-            found["output"] = _most(torch.where(live, used @ v - self.output[:, :, rows].double(), 0.0))
+            gap = defined_output(used, v) - self.output[:, :, rows].double()
+            found["output"] = _most(torch.where(live, gap, 0.0))
         return found
 
     def _formed(self, rows: slice) -> Tensor:
@@ -141,39 +138,23 @@ class _Recheck:
         q, k = self.stored["q"], self.stored["k"]
         assert q is not None and k is not None
         scale = self.call.scale
-        scores = q[:, :, rows].double() @ self._spread("k", k, q.shape[1]).mT
         factor = _rows(scale, rows) if isinstance(scale, Tensor) else None
-        scores = scores * (scale if factor is None else factor.double())
-        if self.call.softcap is not None:
-            scores = self.call.softcap * torch.tanh(scores / self.call.softcap)
-        bias = _rows(self.stored["bias"], rows)
-        return scores if bias is None else scores + bias.double()
-
-    def _softmax(self, scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
-        """Softmax by its definition, the sink as one more column."""
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        sinks = self._sinks(rows)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.double().expand(*scores.shape[:3], 1)], -1)
-        top = scores.amax(-1, keepdim=True)
-        powers = torch.exp(scores - torch.where(top.isinf(), 0.0, top))
-        weights = powers / powers.sum(-1, keepdim=True)
-        return weights if sinks is None else weights[..., :-1]
+        return defined_scores(
+            q[:, :, rows],
+            self._spread("k", k, q.shape[1]),
+            scale if factor is None else factor,
+            self.call.softcap,
+            _rows(self.stored["bias"], rows),
+        )
 
     def _sinks(self, rows: slice) -> Tensor | None:
         sinks = self.stored.get("sinks")
-        return sinks.view(1, -1, 1, 1) if sinks is not None and sinks.dim() == 1 else _rows(sinks, rows)
+        return _rows(None if sinks is None else column(sinks), rows)
 
     def _spread(self, name: str, x: Tensor, heads: int) -> Tensor:
         """k or v with one entry for each query head, in float64; made once."""
         if name not in self.wide:
-            wide = x.double()
-            self.wide[name] = (
-                wide.repeat_interleave(heads // x.shape[1], 1)
-                if self.call.kv_heads is None
-                else wide[:, list(self.call.kv_heads)]
-            )
+            self.wide[name] = per_query_head(self.call, x.double(), heads)
         return self.wide[name]
 
     def _tolerance(self, name: str) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...api import tracing
 from ...attention.functional import compute_dtype
 from ...calls.call import Call
-from ...calls.certificate import TOLERANCE
+from ...calls.certificate import tolerance
 from ...recording.forward_inputs import arguments
 from .circuit import Circuit, Projection
 from .match_values import LEAST, Match, affine, equal, norms
@@ -155,7 +155,7 @@ def _same_dot_products(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor,
     q, q_before, k, k_before = (rearrange(x.double(), "n (h d) -> n h d", d=d) for x in (q, q_before, k, k_before))
     k, k_before = (repeat(x, "n g d -> n (g group) d", group=q.shape[1] // x.shape[1]) for x in (k, k_before))
     apart = ((q * k).sum(-1) - (q_before * k_before).sum(-1)).abs()
-    return bool((apart <= TOLERANCE[dtype] * q.norm(dim=-1) * k.norm(dim=-1)).all())
+    return bool((apart <= tolerance(dtype) * q.norm(dim=-1) * k.norm(dim=-1)).all())
 
 
 def _projection(p: Product, match: Match, heads: int, d: int) -> Projection:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...calls.certificate import TOLERANCE
+from ...calls.certificate import tolerance as tolerance_of
 
 LEAST = 8
 """Tokens below which a fit proves nothing."""
@@ -75,7 +75,7 @@ def affine(target: Tensor, source: Tensor, weight: Tensor, dtype: torch.dtype) -
     """
     if len(target) < LEAST:
         return None
-    t, y, tolerance = target.double(), source.double(), TOLERANCE[dtype]
+    t, y, tolerance = target.double(), source.double(), tolerance_of(dtype)
     tc, yc = t - t.mean(0), y - y.mean(0)
     size, sizes = _norm_of_varying(tc, t), _norm_of_varying(yc, y)
     if not bool(size.isfinite().all()):
@@ -150,7 +150,7 @@ def norms(target: Tensor, source: Tensor, heads: int, dtype: torch.dtype) -> Mat
     best = distance.topk(min(2, len(starts)), largest=False)
     at = best.indices[:, 0]
     # One norm is the root of a sum over a head: its rounding averages out.
-    bound = TOLERANCE[dtype] / 4
+    bound = tolerance_of(dtype) / 4
     clear = best.values[:, 0] <= bound
     if best.values.shape[1] > 1:
         clear &= best.values[:, 1] > _MARGIN * best.values[:, 0].clamp_min(torch.finfo(torch.float32).eps)

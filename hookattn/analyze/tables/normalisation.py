@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...calls.certificate import TOLERANCE
+from ...calls.certificate import tolerance as tolerance_of
 from ..call_view import View
 from ..frame import long_table, views
 
@@ -67,8 +67,7 @@ def _row_errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, 
     """For each check B H T, how far off a row is, and how far it may be."""
     w, call = view.weights, view.call
     if tolerance is None:
-        coarsest = max(TOLERANCE.values())
-        tolerance = max(TOLERANCE.get(dtype, coarsest) for dtype in (call.dtype, view.tensor("weights").dtype))
+        tolerance = max(map(tolerance_of, (call.dtype, view.tensor("weights").dtype)))
     bad = ~w.isfinite()
     w = w.masked_fill(bad, 0.0)
     masked = view.mask if call.has("mask") else None

@@ -1,0 +1,60 @@
+"""Attention by its definition, in float64: what every recorded field is held to.
+
+The conformance suite (:mod:`.invariants`) and ``hookattn verify`` (:mod:`.recheck`) share it. It shares nothing with
+:mod:`hookattn.attention`, which it is there to check: the softmax is spelled out, and a sink is one more column.
+
+Letters: B batch, H query heads, T queries, S keys, D query/key width, E value width; keys and values have one entry for
+each query head here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def defined_scores(
+    q: Tensor, k: Tensor, scale: float | Tensor, softcap: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """B H T S: scale·q·kᵀ, soft-capped, plus bias.
+
+    Args:
+        q: B H T D.
+        k: B H S D.
+        scale: a tensor is broadcastable to B H T S.
+        softcap: ``c`` of ``c·tanh(s/c)``.
+        bias: broadcastable to B H T S.
+    """
+    scores = q.double() @ k.double().mT * (scale.double() if isinstance(scale, Tensor) else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias.double()
+
+
+def defined_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+    """B H T S: softmax over S where the mask allows; NaN in a row that has neither a key to attend to nor a sink.
+
+    Args:
+        scores: B H T S.
+        mask: bool, broadcastable to B H T S.
+        sinks: H, or broadcastable to B H T 1.
+    """
+    joined = scores.double()
+    if mask is not None:
+        joined = joined.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        joined = torch.cat([joined, column(sinks).double().expand(*scores.shape[:3], 1)], -1)
+    top = joined.amax(-1, keepdim=True)
+    # A row that is hidden whole has no largest score, and −∞ less −∞ would be NaN where a sink is not.
+    powers = torch.exp(joined - torch.where(top.isinf(), 0.0, top))
+    return (powers / powers.sum(-1, keepdim=True))[..., : scores.shape[-1]]
+
+
+def defined_output(weights: Tensor, v: Tensor) -> Tensor:
+    """B H T E: weights @ v, of weights B H T S and v B H S E."""
+    return weights.double() @ v.double()
+
+
+def column(sinks: Tensor) -> Tensor:
+    """Sinks with four axes: of one number for each head 1 H 1 1."""
+    return sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
