@@ -17,6 +17,7 @@ from torch import nn
 from ..calls.site import Site
 from ..errors import BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
 from .adapter import Adapter
+from .moved import moved_to
 
 GROUP = "hookattn.adapters"
 _HERE = "register()"
@@ -209,9 +210,10 @@ def _read(point: EntryPoint) -> tuple[Adapter, ...]:
     try:
         found = point.load()
     except Exception as error:
+        place = moved_to(error)
         raise BrokenAdapterError(
             f"{who} in the group {GROUP!r} cannot be loaded: {type(error).__name__}: {error}. "
-            f"Mend or uninstall {_distribution(point)!r}."
+            f"{place + ' ' if place else ''}Mend or uninstall {_distribution(point)!r}."
         ) from error
     if isinstance(found, Adapter) or not isinstance(found, Iterable):
         raise BrokenAdapterError(f"{who} has to name an iterable of Adapter instances; got {type(found).__name__}.")
@@ -219,7 +221,8 @@ def _read(point: EntryPoint) -> tuple[Adapter, ...]:
         return tuple(found)
     except Exception as error:
         raise BrokenAdapterError(
-            f"{who} in the group {GROUP!r} failed while it was read: {type(error).__name__}: {error}."
+            f"{who} in the group {GROUP!r} failed while it was read: {type(error).__name__}: {error}. "
+            f"{moved_to(error)}".rstrip()
         ) from error
 
 

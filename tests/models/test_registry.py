@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from torch import nn
 
 import hookattn
 from hookattn import Adapter, AdapterError, BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
-from hookattn.models import registry
+from hookattn.models import moved, registry
 
 Install = Callable[..., None]
 
@@ -122,6 +124,59 @@ def test_a_broken_entry_point_names_its_distribution(
     assert "'broken-models'" in told and "'main'" in told
     for word in said:
         assert word in told
+
+
+@pytest.mark.parametrize(
+    ("source", "old", "new"),
+    [
+        ("from hookattn.adapter import Adapter", "hookattn.adapter", "hookattn.models.adapter"),
+        ("import hookattn.site", "hookattn.site", "hookattn.calls.site"),
+        ("from hookattn import registry", "hookattn.registry", "hookattn.models.registry"),
+        ("from hookattn.kernels.rows import strides", "hookattn.kernels", "hookattn.attention.kernels"),
+        ("from hookattn.analyze.words import words", "hookattn.analyze.words", "hookattn.tokens.words"),
+        ("from hookattn.render import tokens", "hookattn.render.tokens", "hookattn.tokens.display"),
+        ("import hookattn\nhookattn.byte_level.decoded", "hookattn.byte_level", "hookattn.tokens.byte_level"),
+        ("from hookattn.planning import observe", "hookattn.planning", "hookattn.planning.plan"),
+        (
+            "try:\n    import hookattn.record\nexcept ImportError as error:\n    raise RuntimeError('old') from error",
+            "hookattn.record",
+            "hookattn.attention.kernel_call",
+        ),
+    ],
+)
+def test_a_module_that_moved_is_named_with_its_new_place(install: Install, source: str, old: str, new: str) -> None:
+    install("broken-models", "broken_plugin", source)
+    told = complaint()
+    assert "'broken-models'" in told and "Mend or uninstall" in told
+    assert re.search(rf"(?<![\w.]){re.escape(old)} is [\w ;,]*(?:{re.escape(new)})", told), told
+    assert "from hookattn import Adapter, Site" in told
+
+
+def test_a_module_that_moved_is_named_where_adapters_are_made_late(install: Install) -> None:
+    source = "def made():\n    from hookattn.adapter import Adapter\n    yield Adapter()\nADAPTERS = made()"
+    install("broken-models", "broken_plugin", source)
+    assert "hookattn.adapter is hookattn.models.adapter now" in complaint()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import hookattn.nothing", "from hookattn import nothing", "import not_hookattn.adapter", "import adapter_"],
+)
+def test_nothing_is_said_of_what_did_not_move(install: Install, source: str) -> None:
+    install("broken-models", "broken_plugin", source)
+    assert " now." not in complaint()
+
+
+def test_modules_moved_to_where_they_are() -> None:
+    for old, new in (moved.MOVED | moved.BECAME_PACKAGES).items():
+        assert importlib.util.find_spec(new) is not None, f"{new}, where {old} is said to be, is not there"
+    for old in moved.MOVED:
+        parent, _, name = old.rpartition(".")
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(old)
+        assert name not in vars(importlib.import_module("hookattn")) or parent != "hookattn" or name in hookattn.__all__
+    version = tuple(map(int, hookattn.__version__.split(".")[:2]))
+    assert version < tuple(map(int, moved.GOES_IN.split("."))), "hookattn/models/moved.py goes with this version"
 
 
 @pytest.mark.parametrize(
