@@ -1,4 +1,9 @@
-"""``trace`` and ``tracing``: the two ways in."""
+"""``trace`` and ``tracing``: the two ways in.
+
+``trace`` is one forward inside ``tracing``, which puts together what a trace needs: what to watch
+(:mod:`hookattn.models.discovery`), what to keep (:mod:`hookattn.recording.selection`), who makes calls of kernels
+(:mod:`hookattn.recording.recorder`), and the session that runs it (:mod:`hookattn.recording.session`).
+"""
 
 from __future__ import annotations
 
@@ -76,7 +81,7 @@ def trace(
     """
     args, kwargs = arguments(inputs)
     if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
-        check_text(model, args, kwargs)  # which a forward may choke on much later
+        check_text(model, args, kwargs)  # before the run: a forward may choke on text deep inside
     with tracing(
         model,
         capture=capture,
@@ -89,13 +94,13 @@ def trace(
         tokens=tokens if tokens is not None else tokens_of(inputs),
         verify=verify,
         strict=strict,
-    ) as made:
+    ) as running:
         try:
-            made.output = model(*args, **kwargs)
+            running.output = model(*args, **kwargs)
         except TypeError:
             check_fit(model, args, kwargs)
             raise
-    return made
+    return running
 
 
 @contextmanager
@@ -120,28 +125,28 @@ def tracing(
     """
     if verify not in _VERIFY:
         raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
-    plain = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
-    if plain and all(x is None for x in (layers, heads, queries, dtype, device)):
-        selection = _fields_alone(capture)  # type: ignore[arg-type]
+    hashable = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
+    if hashable and all(x is None for x in (layers, heads, queries, dtype, device)):
+        selection = _selection_of_fields(capture)  # type: ignore[arg-type]
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_watch_plan(model)
-    made = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
+    trace = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
         from .store.stream import Stream
 
-        stream = Stream(to, made)
+        stream = Stream(to, trace)
     sink = None if stream is None else stream.add
     recorder = CallRecorder(selection, verify, batches=sink is None)
-    session = Session(plan, made, selection, recorder, strict, sink, RoomGuard(selection, to))
+    session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to))
     try:
         session.start()
         try:
-            yield made
+            yield trace
         except Exception as error:
             if not isinstance(error, HookattnError):
-                check_meta(model)  # the reason, then
+                check_meta(model)  # weights without values are the reason, where there are any
                 error.add_note(
                     "hookattn: raised by the model or the traced block itself; nothing is left on the model."
                 )
@@ -153,19 +158,21 @@ def tracing(
         if stream is not None:
             stream.finish()
     finally:
-        session.close()
+        session.close()  # before the stream: copies on their way from a GPU end in it
         if stream is not None:
             stream.close()
-    _warn(made)
+    _warn(trace)
 
 
 @functools.lru_cache(maxsize=64)
-def _fields_alone(capture: tuple[str, ...] | None) -> Selection:
+def _selection_of_fields(capture: tuple[str, ...] | None) -> Selection:
     return Selection.of(capture)
 
 
-def _warn(made: Trace) -> None:
-    bad = [c for c in made.calls if c.certificate.status == "unfaithful"]
+def _warn(trace: Trace) -> None:
+    """Say once, at the end, which calls are unfaithful and what could not be read."""
+    # The stack level is that of the with statement, or of the call of trace().
+    bad = [c for c in trace.calls if c.certificate.status == "unfaithful"]
     for call in bad[:3]:
         warnings.warn(
             f"{call.site.label} (step {call.step}, tap {call.tap}) is {call.certificate}",
@@ -174,10 +181,10 @@ def _warn(made: Trace) -> None:
         )
     if len(bad) > 3:
         warnings.warn(f"{len(bad) - 3} more calls are unfaithful", UnfaithfulWarning, stacklevel=4)
-    if made.skipped:
-        first = made.skipped[0]
+    if trace.skipped:
+        first = trace.skipped[0]
         warnings.warn(
-            f"{len(made.skipped)} attention site(s) could not be read, for example {first.path or '<model>'}: "
+            f"{len(trace.skipped)} attention site(s) could not be read, for example {first.path or '<model>'}: "
             f"{first.reason}; see trace.skipped",
             SkippedWarning,
             stacklevel=4,

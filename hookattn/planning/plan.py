@@ -62,7 +62,7 @@ def plan(
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
-    return memory_plan_of(observe(model, *arguments(inputs)), selection, to)
+    return plan_with_advice(calls_on_shapes(model, *arguments(inputs)), selection, to)
 
 
 class ShapeRecorder(Recorder):
@@ -76,7 +76,7 @@ class ShapeRecorder(Recorder):
 
     def __init__(self, seen: SeenCalls):
         self.seen = seen
-        self._once = TensorMemo()
+        self._memo = TensorMemo()
 
     def wants(self, field: str) -> bool:
         """Every field: what a selection leaves out is left out of the sizes later."""
@@ -84,13 +84,13 @@ class ShapeRecorder(Recorder):
 
     def forget(self) -> None:
         """A new forward begins."""
-        self._once.forget()
+        self._memo.forget()
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of a tensor whose values nobody knows: a bias and a mask, at most."""
         if not isinstance(additive, FakeTensor):
             with isolated(additive):
-                return self._once("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
+                return self._memo("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
         def guessed() -> tuple[Tensor, Tensor]:
             self.seen.note(
@@ -98,7 +98,7 @@ class ShapeRecorder(Recorder):
             )
             return additive, additive != 0
 
-        return self._once(("split", id(additive)), None, guessed)  # type: ignore[no-any-return]
+        return self._memo(("split", id(additive)), None, guessed)  # type: ignore[no-any-return]
 
     def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
         """Note a call."""
@@ -109,15 +109,15 @@ class ShapeRecorder(Recorder):
     def deliver(self, call: Call, sink: Sink) -> None:
         """Nothing is stored."""
 
-    def settle(self, calls: Sequence[Call]) -> None:
+    def complete(self, calls: Sequence[Call]) -> None:
         """Nothing waits."""
 
     def drop(self) -> None:
         """Let go of what was made of masks."""
-        self._once.forget()
+        self._memo.forget()
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCalls:
+def calls_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCalls:
     """The calls of a forward on shapes; raises as :func:`plan` does."""
     seen = SeenCalls()
     copy, args, kwargs = fake_copy(model, args, kwargs)
@@ -127,8 +127,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""
-        # A follower that runs outside of `observe` is that of the trace which asked for this plan.
-        guesses = innermost(Follower._try, observe) is Follower._try
+        # A follower that runs outside of `calls_on_shapes` is that of the trace which asked for this plan.
+        guesses = innermost(Follower._try, calls_on_shapes) is Follower._try
         if guesses:
             seen.note(
                 f"{session.where() or 'the model'}: masks and biases are told by values, so that these are guessed"
@@ -171,15 +171,15 @@ def _impossible(model: nn.Module, what: str, where: str | None) -> str:
     )
 
 
-def memory_plan_of(seen: SeenCalls, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
+def plan_with_advice(seen: SeenCalls, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
     """The plan of a trace that keeps a selection of these calls, with what would fit if it does not."""
-    made = _made(seen, selection, *field_bytes(seen, selection), to)
+    made = _plan_without_advice(seen, selection, *field_bytes(seen, selection), to)
     if not made.fits:
-        made.advice.extend(_advice(seen, selection, to is not None, "run.safetensors" if to is None else to))
+        made.advice.extend(_what_would_fit(seen, selection, to is not None, "run.safetensors" if to is None else to))
     return made
 
 
-def _made(
+def _plan_without_advice(
     seen: SeenCalls, selection: Selection, calls: list[PlannedCall], shared: int, to: str | PathLike[str] | None
 ) -> MemoryPlan:
     total, biggest = sum(c.total for c in calls), max((c.total for c in calls), default=0)
@@ -194,12 +194,12 @@ def _made(
     )
 
 
-def _advice(seen: SeenCalls, selection: Selection, streamed: bool, to: str | PathLike[str]) -> list[str]:
+def _what_would_fit(seen: SeenCalls, selection: Selection, streamed: bool, to: str | PathLike[str]) -> list[str]:
     """What of the smaller traces fits."""
     found = []
     for text, less, to_file in smaller(selection, streamed):
         calls, shared = field_bytes(seen, less)
-        one = _made(seen, less, calls, shared, to if to_file else None)
+        one = _plan_without_advice(seen, less, calls, shared, to if to_file else None)
         if one.fits:
             found.append(f"{text}: {size_of(one.total)}")
     return found or ["none of the usual selections fits; take layers= one at a time, or a shorter input"]

@@ -23,7 +23,7 @@ from ..taps.active import paused
 from ..torch_internals.isolation import isolated
 from .byte_counts import SeenCalls
 from .memory_plan import MemoryPlan, free_disk, free_memory, room_sentence, size_of
-from .plan import memory_plan_of, observe
+from .plan import calls_on_shapes, plan_with_advice
 
 
 class RoomGuard(RoomCheck):
@@ -50,7 +50,7 @@ class RoomGuard(RoomCheck):
         self._asked[site.module] = forward.step
         device = call.q.device
         count = self._count(forward.classes, site.module)
-        most = count * self._most(call)
+        most = count * self.upper_bound(call)
         disk = None if self.to is None else free_disk(self.to)
         if self._has_room(most, most, free_memory(self.selection.device or device), disk):
             return
@@ -75,7 +75,7 @@ class RoomGuard(RoomCheck):
         count = sum(cls.__name__ == kind for cls in classes)
         return max(1, count if self.selection.layers is None else min(count, len(self.selection.layers)))
 
-    def _most(self, call: KernelCall) -> int:
+    def upper_bound(self, call: KernelCall) -> int:
         """Bytes that are enough for all that can be kept of a call: no element is wider than 8."""
         b, h, t, _ = call.q.shape
         square = b * h * t * call.k.shape[2]
@@ -84,7 +84,7 @@ class RoomGuard(RoomCheck):
 
     def _expected(self, call: KernelCall, site: Site, device: torch.device, count: int) -> MemoryPlan:
         """A forward of so many calls that are all like this one."""
-        return memory_plan_of(
+        return plan_with_advice(
             SeenCalls([(call, site, 0)] * count, device=device), replace(self.selection, layers=None), self.to
         )
 
@@ -96,7 +96,7 @@ class RoomGuard(RoomCheck):
         generators = [device] if device.type == "cuda" else []
         try:
             with paused(), forward.aside(), torch.random.fork_rng(generators):
-                return memory_plan_of(observe(forward.model, *inputs), self.selection, self.to)
+                return plan_with_advice(calls_on_shapes(forward.model, *inputs), self.selection, self.to)
         except Exception:  # noqa: BLE001 - whatever it is, it is no fault of the trace, which can go on
             return None
 

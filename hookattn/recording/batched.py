@@ -133,13 +133,13 @@ class SmallCallRecorder:
 def small_shape(vectors: Vectors, scale: float) -> Shape | None:
     """What a call of q, k, v and output has in common with others; None: it is not small, or not plain."""
     q, k, v, output = vectors
+    # depth: function modes that are open, the user's own, would see our copies.
     if not (type(q) is type(k) is type(v) is type(output) is Tensor) or not scale or depth():
         return None
     shape = _shape(q.shape, k.shape, v.shape, output.shape, q.dtype, k.dtype, v.dtype, output.dtype)
     return None if shape is None or shape.size > SMALL else shape
 
 
-# A mode of the user's own would see our copies.
 # Cached, as the layers of a model mostly share one shape: looking it up takes a microsecond, finding it out five.
 @functools.lru_cache(maxsize=1024)
 def _shape(q: Size, k: Size, v: Size, output: Size, *dtypes: torch.dtype) -> Shape | None:
@@ -234,7 +234,7 @@ class PendingCalls:
                     call.fields[name] = Later(_given_up, call.site.label, name)
         self._calls.clear()
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Derive and measure what waits, and read the measurements into the calls' certificates."""
         self.flush()
         repeated: list[Sequence[PendingCall]] = []

@@ -14,7 +14,7 @@ from ..calls.site import Site
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from .selection import grouped, restrict
-from .verification import kept_rows
+from .verification import kept_row_indices
 
 
 def captured_statistics(
@@ -31,7 +31,7 @@ def captured_statistics(
     """
     s = call.k.shape[2]
     positions = query_positions(call, site.kind) if any(x.positional for x in statistics) else None
-    rows = kept_rows(call, queries)
+    rows = kept_row_indices(call, queries)
     if queries is not None and positions is not None:
         positions = positions[:, rows]
     notes = [p for p in (x.problem(s) for x in statistics) if p is not None]

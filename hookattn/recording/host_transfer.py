@@ -16,8 +16,8 @@ from ..errors import FieldNotCaptured
 from ..torch_internals import allocation
 
 # So many bytes may wait on the GPU; then the model waits for the oldest of them.
-_LIMIT = 1 << 30
-_BUFFER = 32 << 20
+_MOST_WAITING_BYTES = 1 << 30
+_BUFFER_BYTES = 32 << 20
 _BUFFERS = 2
 
 
@@ -42,11 +42,11 @@ class Transfer:
         limit: the bytes that may wait on the devices.
     """
 
-    def __init__(self, lane: Callable[[torch.device], Lane] | None = None, limit: int = _LIMIT):
+    def __init__(self, lane: Callable[[torch.device], Lane] | None = None, limit: int = _MOST_WAITING_BYTES):
         self._make, self._limit = lane or CudaLane, limit
         self._lanes: dict[torch.device, Lane] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._flying: deque[tuple[Future[Tensor], int]] = deque()
+        self._on_their_way: deque[tuple[Future[Tensor], int]] = deque()
         self._size = 0
         self._delivered: Future[None] | None = None
 
@@ -65,14 +65,14 @@ class Transfer:
             self._lanes[x.device] = self._make(x.device)
         lane = self._lanes[x.device]
         own = x.to(dtype, memory_format=torch.contiguous_format, copy=not (ours and x.is_contiguous()))
-        while self._flying and (self._flying[0][0].done() or self._size + own.nbytes > self._limit):
-            future, size = self._flying.popleft()
+        while self._on_their_way and (self._on_their_way[0][0].done() or self._size + own.nbytes > self._limit):
+            future, size = self._on_their_way.popleft()
             future.result()
             self._size -= size
         future = self._submit(lane.fetch, own, lane.mark())
-        self._flying.append((future, own.nbytes))
+        self._on_their_way.append((future, own.nbytes))
         self._size += own.nbytes
-        return Later(_arrived, future)
+        return Later(_copy_on_host, future)
 
     @property
     def used(self) -> bool:
@@ -89,12 +89,12 @@ class Transfer:
             self._delivered.result()
         self._delivered = self._submit(_deliver, call, sink)
 
-    def settle(self, calls: Sequence[Call]) -> None:
+    def complete(self, calls: Sequence[Call]) -> None:
         """Wait for everything, put the copies where they belong, and end the second thread."""
         if self._delivered is not None:
             self._delivered.result()
         for call in calls:
-            land(call)
+            wait_for_copies(call)
         self.close()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class Transfer:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
         self._thread, self._delivered, self._size = None, None, 0
-        self._flying.clear()
+        self._on_their_way.clear()
         self._lanes.clear()
 
     def _submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -111,14 +111,14 @@ class Transfer:
         return self._thread.submit(work, *args)
 
 
-def land(call: Call) -> None:
+def wait_for_copies(call: Call) -> None:
     """Wait for the copies of a call."""
     for name, value in call.fields.items():
         if isinstance(value, Later):
             call.fields[name] = value()
 
 
-def _arrived(copy: Future[Tensor]) -> Tensor:
+def _copy_on_host(copy: Future[Tensor]) -> Tensor:
     try:
         return copy.result()
     except CancelledError:
@@ -129,7 +129,7 @@ def _arrived(copy: Future[Tensor]) -> Tensor:
 
 
 def _deliver(call: Call, sink: Callable[[Call], None]) -> None:
-    land(call)
+    wait_for_copies(call)
     sink(call)
 
 
@@ -151,9 +151,9 @@ class CudaLane:
         out = allocation.empty(x.shape, x.dtype, torch.device("cpu"))
         with self.cuda.device(self.device), self.cuda.stream(self.stream):
             if not self.buffers:
-                self.buffers = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+                self.buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
             self.stream.wait_event(mark)
-            pump(x, out, self.buffers, self._copy)
+            copy_through_buffers(x, out, self.buffers, self._copy)
         return out
 
     def _copy(self, buffer: Tensor, part: Tensor) -> Callable[[], None]:
@@ -161,7 +161,7 @@ class CudaLane:
         return self.stream.record_event().synchronize  # type: ignore[no-any-return]
 
 
-def pump(
+def copy_through_buffers(
     x: Tensor, out: Tensor, buffers: Sequence[Tensor], copy: Callable[[Tensor, Tensor], Callable[[], None]]
 ) -> None:
     """Move the bytes of ``x`` to ``out`` by way of buffers: while one fills, another is emptied.

@@ -31,7 +31,7 @@ from .selection import Selection, grouped, restrict
 from .verification import (
     Measurement,
     checked_part,
-    kept_rows,
+    kept_row_indices,
     measurement,
     measurement_of_maxima,
     read_certificates,
@@ -116,11 +116,11 @@ class CallRecorder:
         if self._transfer is not None:
             self._transfer.close()
 
-    def settle(self, calls: Sequence[Call]) -> None:
+    def complete(self, calls: Sequence[Call]) -> None:
         """Derive what waits, read what was measured into the calls' certificates, wait for what comes from a GPU."""
-        self._pending.settle()
+        self._pending.complete()
         if self._transfer is not None and self._transfer.used:
-            self._transfer.settle(calls)
+            self._transfer.complete(calls)
         measured, self._measured = self._measured, []
         read = read_certificates([measurement for _, measurement in measured])
         for (call, _), certificates in zip(measured, read, strict=True):
@@ -148,7 +148,7 @@ class CallRecorder:
                 mask = mask._replace(complete=mask.complete._replace(mask=call.mask, real=real))
             measured, scores, weights = self._derive(grouped(call, groups), mask)
         else:
-            rows = kept_rows(call, queries) if self.verify != "off" else None
+            rows = kept_row_indices(call, queries) if self.verify != "off" else None
             groups = restrict(call, heads, queries)
             measured, scores, weights = self._measure_rows(grouped(call, groups), rows), None, None
         if isinstance(call.scale, Tensor):
@@ -171,7 +171,7 @@ class CallRecorder:
         """What hides keys in a whole call, whose ``mask`` becomes the complete one."""
         diagonal, rows = None, None
         if devices.on_gpu(call.q) and call.mask is None and call.diagonal.hides_any:
-            diagonal, rows = call.diagonal, None if queries is None else kept_rows(call, queries)
+            diagonal, rows = call.diagonal, None if queries is None else kept_row_indices(call, queries)
         complete = self._masks(call.mask, call.q.shape[2], call.k.shape[2], call.diagonal, call.q.device)
         call.mask = complete.mask
         return MaskOfCall(complete, diagonal, rows)

@@ -1,4 +1,8 @@
-"""One running trace: brackets, patches and the function mode around a model, and what becomes of each call seen."""
+"""One running trace: what is attached to a model while it runs, and what becomes of each kernel call that is seen.
+
+The taps see kernels and tell the :class:`Session` of the thread (:func:`hookattn.taps.active.current`); it finds the
+site of each call, asks the selection, and lets a :class:`Recorder` make a :class:`~hookattn.calls.call.Call` of it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,12 @@ Sink = Callable[[Call], None]
 
 
 class Recorder(Protocol):
-    """Makes Calls of the kernel calls that a trace sees."""
+    """Makes Calls of the kernel calls that a trace sees.
+
+    A Call is in the trace, and with the user, from :meth:`keep` on. Who may write to it afterwards: its recorder, up to
+    the end of :meth:`complete` (``certificate``, and what ``fields`` have later, in place of it); a sink that it was
+    handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``index``, as it finishes).
+    """
 
     @property
     def small_calls(self) -> SmallCallRecorder | None:
@@ -55,11 +64,11 @@ class Recorder(Protocol):
     def deliver(self, call: Call, sink: Sink) -> None:
         """Hand a kept call over to where it is stored."""
 
-    def settle(self, calls: Sequence[Call]) -> None:
-        """Finish what waits until the model has run."""
+    def complete(self, calls: Sequence[Call]) -> None:
+        """Finish what waits until the model has run: afterwards the calls are complete."""
 
     def drop(self) -> None:
-        """Let go of what waits."""
+        """Let go of what waits; after :meth:`complete` that is nothing, and else the block raised."""
 
 
 class Listener(Protocol):
@@ -118,24 +127,24 @@ class Session:
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._small_calls = recorder.small_calls if selection.layers is None else None
-        self._modes = ModeStack(lambda: self._watch)
-        self._brackets = ModuleHooks(
-            self.plan, self._enter_site, self._leave_site, self._next_step, self._note_ran, self._in_forward
+        self._modes = ModeStack(lambda: self._follower)
+        self._hooks = ModuleHooks(
+            self.plan, self._enter_site, self._leave_site, self._next_step, self._note_run, self._in_forward
         )
-        self._step = -1
-        self._seen: set[str] = set()  # paths of sites that a call was recorded or skipped at
-        self._ran: dict[int, nn.Module] = {}  # what sounds like attention, and ran
-        self._recorded = 0  # of the kernels heard, those that were this model's
+        self._step = -1  # the forward that runs, from 0
+        self._seen_paths: set[str] = set()  # of sites where a call was recorded or skipped
+        self._modules_run: dict[int, nn.Module] = {}  # by identity, those at sites or that sound like attention
+        self._own_kernels = 0  # of the kernels heard, those of this model
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
-        self._matched: set[int] = set()  # of the selected layers, those that are there
+        self._layers_found: set[int] = set()  # of the selected layers, those that are there
         self._numbering = RunningNumbers()
-        self._sites: list[tuple[Site, bool]] = []  # those entered, and whether each opened the mode
-        self._described: dict[str, Site] = {}
-        self._skipped: dict[tuple[str, str], set[int]] = {}
-        self._patched: list[Exchange] = []
+        self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
+        self._sites_by_path: dict[str, Site] = {}
+        self._skipped: dict[tuple[str, str], set[int]] = {}  # path and reason -> steps
+        self._exchanges: list[Exchange] = []
         self._running = False
 
-    # Life
+    # From its start to its end
 
     def start(self) -> None:
         """Attach everything.
@@ -145,11 +154,12 @@ class Session:
         """
         if current() is not None:
             raise ModelError("a trace is already running in this thread; finish it before starting another.")
+        # Before anything is attached: what is attached asks whose trace runs in its thread, and does nothing in others.
         set_current(self)
         self._running = True
         try:
-            self._patched = install(patches())
-            self._brackets.install()
+            self._exchanges = install(patches())
+            self._hooks.install()
             if self.plan.watch_all:
                 self._modes.push()
         except BaseException:
@@ -162,25 +172,27 @@ class Session:
             return
         self._running = False
         self._modes.close()
-        self._brackets.remove()
-        remove(self._patched)
-        self._patched = []
-        self._sites.clear()
+        self._hooks.remove()
+        remove(self._exchanges)
+        self._exchanges = []
+        self._entered.clear()
         if current() is self:
             set_current(None)
-        if "_watch" in vars(self):
-            self._watch.flush()
+        if "_follower" in vars(self):  # else the cached property would make one
+            self._follower.flush()  # attention that it has seen and that nobody has used says so now
 
     def close(self) -> None:
         """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
         self.stop()
         self._recorder.drop()
+        # The session, its hooks, its mode and its follower know each other; without this the circle would hold the
+        # trace, which may be most of the memory there is.
         vars(self).clear()
 
     # How a kernel is run
 
     @cached_property
-    def _watch(self) -> Follower:
+    def _follower(self) -> Follower:
         """The function mode, made when it is first needed."""
         return Follower(self, kernels())
 
@@ -206,11 +218,11 @@ class Session:
 
     def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation that dispatches to no function mode as if it had."""
-        return self._watch.follow(name, func, args, kwargs)
+        return self._follower.follow(name, func, args, kwargs)
 
     def seed(self, x: Tensor, roles: str) -> None:
         """Say what the axes of a tensor are."""
-        self._watch.set_origin(x, seeded(x.shape, tuple(roles)))
+        self._follower.set_origin(x, seeded(x.shape, tuple(roles)))
 
     # Where we are
 
@@ -221,48 +233,48 @@ class Session:
     def _next_step(self) -> None:
         """A forward of the whole model begins."""
         self._step += 1
-        self._sites.clear()
+        self._entered.clear()
         self._recorder.forget()
 
     def _enter_site(self, module: nn.Module) -> None:
-        self._note_ran(module)
+        self._note_run(module)
         # A site inside another must not open the mode a second time, or each operation would be seen twice; and only
         # the one that opened it may close it. So the answer is kept with the site.
         opened = not self._modes.open()
         if opened:
             self._modes.push()
-        site = self.plan.sites.get(id(module)) or self._describe(self.plan.paths[id(module)])
-        self._sites.append((site, opened))
+        site = self.plan.sites.get(id(module)) or self._site_at(self.plan.paths[id(module)])
+        self._entered.append((site, opened))
 
     def _leave_site(self) -> None:
-        if self._sites:
-            _, opened = self._sites.pop()
+        if self._entered:
+            _, opened = self._entered.pop()
             # With another mode on top, the module left one open: closing "the innermost" would take that one.
             if opened and self._modes.on_top():
                 self._modes.pop()
 
-    def _note_ran(self, module: nn.Module) -> None:
-        self._ran[id(module)] = module
+    def _note_run(self, module: nn.Module) -> None:
+        self._modules_run[id(module)] = module
 
     def where(self) -> str | None:
         """The path of the site that is running, or else of the innermost module; None outside the model."""
-        return self._sites[-1][0].path if self._sites and not self.plan.watch_all else self._brackets.running()
+        return self._entered[-1][0].path if self._entered and not self.plan.watch_all else self._hooks.running()
 
     def _site(self, call: KernelCall) -> Site | None:
         known = self.plan.sites.get(id(call.module))
         if known is not None:
             return known
-        if self._sites and not self.plan.watch_all:
-            return self._sites[-1][0]
-        running = self._brackets.running() if call.path is None else call.path
+        if self._entered and not self.plan.watch_all:
+            return self._entered[-1][0]
+        running = self._hooks.running() if call.path is None else call.path
         if running is None:
             return None
-        return self._describe(".".join(x for x in (running, call.within) if x))
+        return self._site_at(".".join(x for x in (running, call.within) if x))
 
-    def _describe(self, path: str) -> Site:
-        if path not in self._described:
-            self._described[path] = self._brackets.site(path)
-        return self._described[path]
+    def _site_at(self, path: str) -> Site:
+        if path not in self._sites_by_path:
+            self._sites_by_path[path] = self._hooks.site(path)
+        return self._sites_by_path[path]
 
     # What the taps report
 
@@ -300,7 +312,7 @@ class Session:
         path = self.where() if path is None else path
         if path is None:  # another model
             return
-        self._seen.add(path)
+        self._seen_paths.add(path)
         self._skipped.setdefault((path, reason), set()).add(max(self._step, 0))
         if self._listener is not None and not asked:
             self._listener.missed(path, reason)
@@ -317,7 +329,7 @@ class Session:
     def record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
         asked, self._asked = self._asked, False
-        if in_backward():
+        if in_backward():  # a checkpointed part runs again; its first run was recorded
             return
         if call.q.is_meta:
             check_meta(self.plan.model)
@@ -325,24 +337,25 @@ class Session:
         site = self._site(call)
         if site is None:  # another model, in the same thread
             return
-        self._recorded += 1
+        self._own_kernels += 1
         site = self._numbering.numbered(site)
-        self._seen.add(site.path)
+        self._seen_paths.add(site.path)
         if self._listener is not None and not asked:
             self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
         if self.selection.layers is not None:
             self._numbering.ran(site)
+        # None: layers are counted from an end that is not known yet. The call is kept; if need be it is dropped later.
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
         if self._room is not None and call.q.numel() * call.k.shape[2] > LARGE:
             plan = self.plan
-            forward = Forward(self._step, plan.model, plan.classes, self._brackets.inputs, self.aside)
+            forward = Forward(self._step, plan.model, plan.classes, self._hooks.inputs, self.aside)
             self._room.check(forward, call, site)
-        made = self._recorder.keep(call, site, max(self._step, 0), len(self.trace.calls))
-        self.trace.calls.append(made)
+        kept = self._recorder.keep(call, site, max(self._step, 0), len(self.trace.calls))
+        self.trace.calls.append(kept)
         if self._sink is not None and takes:
-            self._recorder.deliver(made, self._sink)
+            self._recorder.deliver(kept, self._sink)
 
     def record_small(
         self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
@@ -359,24 +372,24 @@ class Session:
         if self._room is not None and several[0].numel() * several[1].shape[2] > LARGE:
             return False
         calls = self.trace.calls
-        made = self._small_calls.keep_vectors(several, scale, causal, tap, site, max(self._step, 0), len(calls))
-        if made is None:
+        kept = self._small_calls.keep_vectors(several, scale, causal, tap, site, max(self._step, 0), len(calls))
+        if kept is None:
             return False
         self.heard += 1
-        self._recorded += 1
-        self._seen.add(site.path)
-        calls.append(made)
+        self._own_kernels += 1
+        self._seen_paths.add(site.path)
+        calls.append(kept)
         return True
 
     # The end
 
     def finish(self) -> None:
         """Read the certificates, drop what a selection could not drop earlier, list what was skipped."""
-        self._settle()
-        self._late_layers()
+        self._complete_calls()
+        self._drop_unselected_layers()
         sites = self.plan.sites
-        if not all(key in sites and sites[key].path in self._seen for key in self._ran):
-            for place in unread_sites(self.plan, self._ran, self._seen):
+        if not all(key in sites and sites[key].path in self._seen_paths for key in self._modules_run):
+            for place in unread_sites(self.plan, self._modules_run, self._seen_paths):
                 self._skipped.setdefault(place, set()).add(max(self._step, 0))
         self.trace.skipped = [
             Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
@@ -388,16 +401,16 @@ class Session:
         Raises:
             SelectionError: a selected layer is not there; NoAttentionError: no attention ran; ModelError: why not.
         """
-        absent = [i for i in self.selection.layers or () if i not in self._matched]
-        if self._recorded and absent:
+        absent = [i for i in self.selection.layers or () if i not in self._layers_found]
+        if self._own_kernels and absent:
             raise SelectionError(
-                f"layers={list(self.selection.layers or ())}: there is no layer {absent[0]}; of the {self._recorded} "
-                f"attention calls that ran, the last layers are {self._numbering}."
+                f"layers={list(self.selection.layers or ())}: there is no layer {absent[0]}; of the "
+                f"{self._own_kernels} attention calls that ran, the last layers are {self._numbering}."
             )
-        if self.trace.calls or self._recorded or self.trace.skipped:
+        if self.trace.calls or self._own_kernels or self.trace.skipped:
             return
         check_meta(self.plan.model)
-        if self._step < 0 and not self._ran:
+        if self._step < 0 and not self._modules_run:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(
             f"no attention ran in {type(self.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
@@ -405,8 +418,8 @@ class Session:
             "that attends can't be seen."
         )
 
-    def _settle(self) -> None:
-        self._recorder.settle(self.trace.calls)
+    def _complete_calls(self) -> None:
+        self._recorder.complete(self.trace.calls)
         bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]
         if bad and self._strict:
             raise UnfaithfulError(
@@ -414,15 +427,18 @@ class Session:
                 f"{bad[0].site.label} (tap {bad[0].tap}): {bad[0].certificate}. Trace with strict=False to look at it."
             )
 
-    def _late_layers(self) -> None:
-        """Layers counted from the end, where the number of layers is known only now."""
+    def _drop_unselected_layers(self) -> None:
+        """Drop the calls of layers that were not selected, where the number of layers is known only now.
+
+        The calls that stay are numbered anew: the one change of ``index`` after a call was handed out.
+        """
         if self.selection.layers is None:
             return
 
         def takes(site: Site) -> bool:
             n = self._numbering.count(site)
             fits = {i for i in self.selection.layers or () if site.layer == (i if i >= 0 else n + i)}
-            self._matched |= fits
+            self._layers_found |= fits
             return bool(fits)
 
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]

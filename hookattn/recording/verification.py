@@ -254,7 +254,7 @@ def max_abs(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:
     return most.reshape(1, -1)
 
 
-def kept_rows(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor:
+def kept_row_indices(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor:
     """T: which rows of a whole call a selection keeps."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]

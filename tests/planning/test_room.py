@@ -45,14 +45,14 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was planned while a forward ran."""
     made: list[Any] = []
-    observe = plan.observe
+    calls_on_shapes = plan.calls_on_shapes
 
     def counted(*given: Any) -> Any:
-        made.append(observe(*given))
+        made.append(calls_on_shapes(*given))
         return made[-1]
 
     for module in (plan, room_module):  # both know it by name
-        monkeypatch.setattr(module, "observe", counted)
+        monkeypatch.setattr(module, "calls_on_shapes", counted)
     return made
 
 
@@ -179,7 +179,7 @@ def test_the_bound_is_one(monkeypatch: pytest.MonkeyPatch, case: Any, options: d
     monkeypatch.setattr(session, "LARGE", 0)
 
     def check(self: room_module.RoomGuard, forward: Any, call: Any, site: Any) -> None:
-        most[len(most)] = self._most(call)  # asked once for each call, in their order
+        most[len(most)] = self.upper_bound(call)  # asked once for each call, in their order
 
     monkeypatch.setattr(room_module.RoomGuard, "check", check)
     inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.inputs()]
