@@ -131,7 +131,7 @@ def _walk(model: nn.Module, leaves: Sequence[bool]) -> tuple[list[nn.Module], _S
     names: list[str] = []
     for module, leaf in zip(modules, leaves, strict=False):
         if not leaf and (children := children_of(module)):
-            names.extend(children)
+            names.extend(children.keys())  # that of a scripted module is no dict and cannot be iterated over itself
             modules.extend([child for child in children.values() if child is not None])
     if len(modules) > _MANY:
         modules, names = list(model.modules()), [path for path, _ in model.named_modules()]
