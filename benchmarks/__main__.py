@@ -27,7 +27,7 @@ import torch
 from .bars import verdicts
 from .cases import LARGE, SMALL, Case, cases
 from .checkout import register_adapters
-from .clock import clock_of
+from .clock import Clock, clock_of
 from .derivation import derivation
 from .disk import streaming
 from .measure import Row, measure
@@ -42,18 +42,7 @@ _LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
-    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 180; cuda: 150)")
-    parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
-    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
-    parser.add_argument(
-        "--busy", action="store_true", help="count the time of this process on one core, not the wall's"
-    )
-    parser.add_argument("--json", help="write the numbers to this file")
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: no CUDA device is here; the rows of the GPU were not run.")
@@ -66,10 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [c for c in cases() if _chosen(c, options.cases, device)]
     if not chosen:
         parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
-    names = [name for name in options.rows.split(",") if name]
-    share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
     about = {**_about(device), "adapters": register_adapters(), "clock": clock.__name__}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
+    start = time.perf_counter()
+    rows, extra = _measured(chosen, device, clock, options)
+    for name, value in extra.items():
+        print(f"{name}: {value:.4g}")
+    bars = verdicts(rows, extra, device.type)
+    print(bar_table(bars))
+    print(f"took {time.perf_counter() - start:.0f} s")
+    if options.json:
+        report: dict[str, Any] = {
+            "about": about,
+            "cases": {name: [r.to_json() for r in several] for name, several in rows.items()},
+            "extra": extra,
+            "bars": [{"name": b.name, "sign": b.sign, "limit": b.limit, "measured": b.measured} for b in bars],
+        }
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
+    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 180; cuda: 150)")
+    parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
+    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
+    parser.add_argument(
+        "--busy", action="store_true", help="count the time of this process on one core, not the wall's"
+    )
+    parser.add_argument("--json", help="write the numbers to this file")
+    return parser
+
+
+def _measured(
+    chosen: list[Case], device: torch.device, clock: Clock, options: argparse.Namespace
+) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """The rows of each case, printed as they come, and what is measured beside the cases."""
+    names = [name for name in options.rows.split(",") if name]
+    share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
     start = time.perf_counter()
     rows: dict[str, list[Row]] = {}
     extra: dict[str, float] = {}
@@ -88,21 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for name, value in extra.items():
-        print(f"{name}: {value:.4g}")
-    told = verdicts(rows, extra, device.type)
-    print(bar_table(told))
-    print(f"took {time.perf_counter() - start:.0f} s")
-    if options.json:
-        report: dict[str, Any] = {
-            "about": about,
-            "cases": {name: [r.to_json() for r in several] for name, several in rows.items()},
-            "extra": extra,
-            "bars": [{"name": t.name, "sign": t.sign, "limit": t.limit, "measured": t.measured} for t in told],
-        }
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    return 0
+    return rows, extra
 
 
 def _chosen(case: Case, name: str | None, device: torch.device) -> bool:

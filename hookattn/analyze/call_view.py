@@ -16,7 +16,7 @@ from ..calls.query_positions import query_positions
 from ..errors import FieldNotCaptured, MeasureError
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
-from .score_inputs import problem_of
+from .score_inputs import score_inputs_of
 
 if TYPE_CHECKING:
     from ..calls.call import Call
@@ -135,7 +135,7 @@ class View:
             if statistic.key not in self.call.fields and statistic.key not in self._statistics:
                 missing[statistic.key] = statistic
         if missing:
-            problem = problem_of(self.call, self.positions)
+            problem = score_inputs_of(self.call, self.positions)
             if problem is None:
                 kept = ", ".join(self.call.fields) or "nothing"
                 raise FieldNotCaptured(
@@ -227,6 +227,7 @@ class View:
         if positions is None:
             return rows
         at = positions.expand(b, t)
+        # A query that is at no key (in a window that has moved on, say) cannot be padding among the keys.
         own = self.keys.gather(1, at.clamp(0, s - 1)) | (at < 0) | (at >= s)
         return rows & own
 
@@ -251,6 +252,7 @@ class View:
         call, (_, _, t, s) = self.call, self.shape
         if (call.of_queries or t) >= s or call.has("mask") or call.has("weights"):
             return None
+        # A cache of fixed size has as many keys in every step, the last of them empty. One that grows has none empty.
         steps = [c for c in self.trace.calls if c.site.path == call.site.path and c.step != call.step]
         if all(c.keys != call.keys for c in steps):
             return None

@@ -16,7 +16,7 @@ Rows = tuple[tuple[Any, ...], ...]
 PADDING = "[PAD]"
 
 
-def frozen(labels: Any, what: str) -> Rows:
+def as_label_rows(labels: Any, what: str) -> Rows:
     """Labels as tuples: one for each token, or one such list for each batch entry.
 
     Args:
@@ -42,7 +42,7 @@ def frozen(labels: Any, what: str) -> Rows:
     )
 
 
-def sequences(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:
+def key_labels(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:
     """B S: the labels of the keys of each batch entry; text: why there are none, or not of every key.
 
     Args:
@@ -78,7 +78,7 @@ def _labels_of_keys(view: View, labels: Rows | None, what: str, *, whole: bool) 
     return rows * b if len(rows) == 1 else rows
 
 
-def padded(view: View, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def with_padding_marked(view: View, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """The same, with :data:`PADDING` in place of every key that is no real token.
 
     Args:
@@ -94,7 +94,7 @@ def padded(view: View, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]
     ]
 
 
-def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
+def piece_labels(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
     """B S: labels of tokens as they are; labels of words (special tokens are none) given to each of their pieces.
 
     Args:
@@ -102,7 +102,7 @@ def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
         labels: for each batch entry one a token, or one a word.
         what: what they are called.
     """
-    direct = sequences(view, labels, what)
+    direct = key_labels(view, labels, what)
     tokens = view.trace.tokens
     if tokens is None or foreign_keys(view.call, view.trace) is not None or len(tokens) not in (1, len(labels)):
         return direct
@@ -117,4 +117,4 @@ def spread(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] | str:
             return f"{direct} and {len(ordinary)} words" if isinstance(direct, str) else direct
         of = dict(zip(ordinary, row, strict=True))
         made.append(tuple(of.get(word) for word in words.of))
-    return sequences(view, tuple(made), what)
+    return key_labels(view, tuple(made), what)

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .call_view import View
-from .labels import Rows, frozen, padded, sequences
+from .labels import Rows, as_label_rows, key_labels, with_padding_marked
 from .measures.base import Measure
 
 
@@ -99,7 +99,7 @@ class PairMass(Measure):
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            object.__setattr__(self, "tokens", frozen(self.tokens, f"{self.name}: tokens"))
+            object.__setattr__(self, "tokens", as_label_rows(self.tokens, f"{self.name}: tokens"))
 
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """2 P, int64: the related places in a sequence, query and key; no pair twice.
@@ -111,14 +111,14 @@ class PairMass(Measure):
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
-        found = super().problem(view) or sequences(view, self.tokens)
+        found = super().problem(view) or key_labels(view, self.tokens)
         return found if isinstance(found, str) else None
 
     def places(self, view: View) -> list[Tensor]:
         """What is related in each batch entry of a call."""
-        rows = sequences(view, self.tokens)
+        rows = key_labels(view, self.tokens)
         assert not isinstance(rows, str)
-        return [self.related(row) for row in padded(view, rows)]
+        return [self.related(row) for row in with_padding_marked(view, rows)]
 
     def pairs(self, view: View) -> Pairs:
         """What is related in a call."""
@@ -153,14 +153,14 @@ class KeyMass(Measure):
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
-        found = super().problem(view) or sequences(view)
+        found = super().problem(view) or key_labels(view)
         return found if isinstance(found, str) else None
 
     def _keys(self, view: View) -> list[list[int]]:
         def make() -> list[list[int]]:
-            rows = sequences(view)
+            rows = key_labels(view)
             assert not isinstance(rows, str)
-            every = [self.chosen(row) for row in padded(view, rows)]
+            every = [self.chosen(row) for row in with_padding_marked(view, rows)]
             return [[i for i in keys if own[i]] for keys, own in zip(every, view.keys.tolist(), strict=True)]
 
         return view.once(self, make)

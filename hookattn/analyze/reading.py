@@ -26,5 +26,6 @@ class Reading:
     def heads(self) -> Tensor:
         """H: the mean over the batch, each entry by its count; NaN where no row counts."""
         count = (self.count if self.count.dim() == 2 else self.count.unsqueeze(1)).expand(self.value.shape)
+        # NaN with a count is a value that is not finite, and is to be seen; NaN without one is an entry with no row.
         count = torch.where(self.value.isnan() & (count == 0), 0, count)
         return torch.where(count > 0, self.value * count, 0.0).sum(0) / count.sum(0)

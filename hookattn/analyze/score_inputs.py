@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..calls.call import Call
 
 
-def problem_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
-    """A call as a problem: of its scores, of its q and k, or of its weights; None: none of these was kept.
+def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
+    """What statistics of a call are computed of: its scores, its q and k, or its weights; None: none of these was kept.
 
     Of weights alone, scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the
     weights again, and every statistic but the log-sum-exp and the largest score is the same (these two are up to the
@@ -26,7 +26,7 @@ def problem_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     mask, sinks = (with_four_axes(call.get("mask")), call.get("sinks")) if masked else (None, None)
     sinks = None if sinks is None else sink_column(sinks)
     if masked and "scores" in call.fields:
-        return _of_scores(call.scores, mask, sinks, positions)
+        return _inputs_of_scores(call.scores, mask, sinks, positions)
     if call.has("scores") and masked:
         k = evenly_grouped(call, call.k)
         bias = with_four_axes(call.get("bias"))
@@ -34,16 +34,19 @@ def problem_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     if not call.has("weights"):
         return None
     weights = call.weights.float() if call.weights.dtype != torch.float64 else call.weights
+    # Weights alone tell scores up to a constant of each row, which the softmax does not see.
     # float16 and bfloat16 weights are rounded one by one, so that a row of them sums to 1 only so far.
     slack = 1e-4 if call.weights.dtype in (torch.float32, torch.float64) else 0.03
     rest = 1 - weights.sum(-1, keepdim=True)
     some = weights.any(-1, keepdim=True)
     lacking = some & (rest > slack)
     sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
-    return _of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
+    return _inputs_of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
 
 
-def _of_scores(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None) -> ScoreInputs:
+def _inputs_of_scores(
+    scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None
+) -> ScoreInputs:
     b, h, t, s = scores.shape
     return ScoreInputs(
         scores.new_empty(b, h, t, 0),

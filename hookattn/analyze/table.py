@@ -86,6 +86,8 @@ def readings(
             defined.append(m)
         else:
             reasons.setdefault(m.key, problem)
+    # One pass over a call computes the statistics of all measures. Should that fail, each measure asks for its own, so
+    # that one lacking field leaves the others be.
     shared = [s for m in defined for s in m.statistics if view.positions is not None or not s.positional]
     try:
         view.prepare(shared)

@@ -57,20 +57,13 @@ def command(
     """Show all heads of a trace FILE with their scores, and what a head is called where the evidence is clear."""
     if parquet is not None:
         import pyarrow  # noqa: F401 - before the work, as pandas asks for it after it
-    trace = load(file)
-    table = report(trace, measures)
-    units = table.attrs["units"]
+    table = report(load(file), measures)
     if sort is not None:
-        key = sort.removeprefix("-")
-        if key not in units:
-            why = table.attrs["left_out"].get(key)
-            said = f"it is not defined here: {why}" if why else f"there are {', '.join(units)}"
-            raise SelectionError(f"--sort {sort}: {said}.")
-        table = table.sort_values(key, ascending=sort.startswith("-"), kind="stable", na_position="last")
+        table = _sorted(table, sort)
     table = table.head(top) if top is not None else table
     if screen.as_json:
-        data = {"file": file, "units": units, "left_out": table.attrs["left_out"], "heads": _json_rows(table)}
-        screen.json(data)
+        units, left_out = table.attrs["units"], table.attrs["left_out"]
+        screen.json({"file": file, "units": units, "left_out": left_out, "heads": _json_rows(table)})
     if csv == "-":
         click.echo(table.to_csv(index=False), nl=False)
     for path, write in ((csv, table.to_csv), (parquet, table.to_parquet)):
@@ -83,6 +76,20 @@ def command(
     if not screen.as_json and csv is None and parquet is None:
         asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
         _print_heads(screen, table, asked or list(SHOWN), keep=len(asked))
+
+
+def _sorted(table: DataFrame, sort: str) -> DataFrame:
+    """The table, the largest of a measure first; ``-measure``: the smallest.
+
+    Raises:
+        SelectionError: it has no such measure; says why, or which it has.
+    """
+    key = sort.removeprefix("-")
+    if key not in table.attrs["units"]:
+        why = table.attrs["left_out"].get(key)
+        said = f"it is not defined here: {why}" if why else f"there are {', '.join(table.attrs['units'])}"
+        raise SelectionError(f"--sort {sort}: {said}.")
+    return table.sort_values(key, ascending=sort.startswith("-"), kind="stable", na_position="last")
 
 
 def _json_rows(table: DataFrame) -> list[dict[str, Any]]:
@@ -98,26 +105,35 @@ def _print_heads(screen: Screen, table: DataFrame, measures: list[str], keep: in
         measures: as many of these as leave room for the roles,
         keep: and the first so many in any case.
     """
-    units = table.attrs["units"]
-    measures = [m for m in dict.fromkeys(measures) if m in units]
     where = [c for c in ("step", "stack", "kind") if table[c].nunique() > 1] + ["layer", "head"]
-    heads = {m: [*m.replace("_", " ").split(), units[m]] for m in measures}
-    room = screen.out.width - _ROLES - sum(2 + max(map(len, [c, *map(str, table[c])])) for c in where)
-    while len(measures) > keep and sum(2 + max(map(len, heads[m])) for m in measures) > room:
-        measures.pop()
+    units = table.attrs["units"]
+    heads = {m: [*m.replace("_", " ").split(), units[m]] for m in measures if m in units}
+    left = screen.out.width - _ROLES - sum(2 + max(map(len, [c, *map(str, table[c])])) for c in where)
+    while len(heads) > keep and sum(2 + max(map(len, words)) for words in heads.values()) > left:
+        heads.popitem()
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in where:
         shown.add_column(name, justify="left" if name in ("stack", "kind") else "right", vertical="top")
-    for m in measures:
-        *words, unit = heads[m]
+    for *words, unit in heads.values():
         shown.add_column(Text("\n".join(words)).append(f"\n{unit}", "dim not bold"), justify="right", no_wrap=True)
     shown.add_column(Text("role").append("  and its evidence", "dim not bold"))
     for row in table.to_dict("records"):
-        numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in measures]
-        place = ["?" if row[c] is None or row[c] != row[c] else f"{row[c]:.0f}" if c == "layer" else str(row[c])
-                 for c in where]  # fmt: skip
+        numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in heads]  # NaN is not equal to itself
+        place = [_place_text(c, row[c]) for c in where]
         shown.add_row(*place, *numbers, _role_lines(str(row["role"]), str(row["evidence"])))
     screen.out.print(shown)
+    _print_left_out(screen, table)
+
+
+def _place_text(column: str, value: Any) -> str:
+    """Where a head is. A layer that is not known makes its column one of floats."""
+    if value is None or value != value:
+        return "?"
+    return f"{value:.0f}" if column == "layer" else str(value)
+
+
+def _print_left_out(screen: Screen, table: DataFrame) -> None:
+    """Which measures are not there, one line for each reason."""
     reasons: dict[str, list[str]] = {}
     for key, why in table.attrs["left_out"].items():
         reasons.setdefault(why, []).append(key)

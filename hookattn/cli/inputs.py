@@ -85,6 +85,7 @@ def encoded_texts(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise InputError(f"{loaded.name}: the tokenizer has no padding token, so several texts are no batch.")
+    # Without padding where there is one text: some tokenizers have no padding token, and need none for it.
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
     encoded = (
         tokenizer(*pair, return_tensors="pt", **cut)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -69,36 +69,7 @@ def is_factory(name: str) -> bool:
 
 def _from_factory(name: str) -> Loaded:
     where, _, path = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(where)
-    except Exception as error:
-        missing = (
-            isinstance(error, ModuleNotFoundError)
-            and error.name is not None
-            and (where == error.name or where.startswith(error.name + "."))
-        )
-        raise ModelError(
-            f"{name}: there is no module {where!r} in {os.getcwd()} or among the installed packages."
-            if missing
-            else f"{name}: importing {where!r} failed: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    found: Any = module
-    for part in path.split("."):
-        if not hasattr(found, part):
-            own = [
-                n
-                for n, v in vars(module).items()
-                if not n.startswith("_")
-                and not inspect.ismodule(v)
-                and (callable(v) or isinstance(v, nn.Module))
-                and getattr(v, "__module__", where) == where
-            ]
-            there = ", ".join(own) or "nothing callable"
-            raise ModelError(f"{name}: the module {where!r} has no {path!r}; it has {there}.")
-        found = getattr(found, part)
+    found = _member(name, _imported(name, where), path)
     if callable(found) and not isinstance(found, nn.Module):
         try:
             found = found()
@@ -113,6 +84,46 @@ def _from_factory(name: str) -> Loaded:
             f"{path} gave {type(found).__name__}."
         )
     return Loaded(found, name, inputs=inputs)
+
+
+def _imported(name: str, where: str) -> ModuleType:
+    """The module of MODEL, from the current directory or the installed packages."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()  # the file may have been written since the directory was last listed
+    try:
+        return importlib.import_module(where)
+    except Exception as error:
+        # A module that is not there is another mistake than one that cannot import something itself.
+        missing = (
+            isinstance(error, ModuleNotFoundError)
+            and error.name is not None
+            and (where == error.name or where.startswith(error.name + "."))
+        )
+        raise ModelError(
+            f"{name}: there is no module {where!r} in {os.getcwd()} or among the installed packages."
+            if missing
+            else f"{name}: importing {where!r} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _member(name: str, module: ModuleType, path: str) -> Any:
+    """What a dotted path leads to in a module."""
+    found: Any = module
+    for part in path.split("."):
+        if not hasattr(found, part):
+            there = ", ".join(n for n, v in vars(module).items() if _may_be_meant(n, v, module)) or "nothing callable"
+            raise ModelError(f"{name}: the module {module.__name__!r} has no {path!r}; it has {there}.")
+        found = getattr(found, part)
+    return found
+
+
+def _may_be_meant(name: str, value: Any, module: ModuleType) -> bool:
+    """Whether a member is a model or a factory of the module's own, and not something it imported."""
+    if name.startswith("_") or isinstance(value, ModuleType):
+        return False
+    own = getattr(value, "__module__", module.__name__) == module.__name__
+    return own and (callable(value) or isinstance(value, nn.Module))
 
 
 def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool) -> Loaded:

@@ -112,6 +112,7 @@ def _encoder(loaded: Loaded, device: str, limit: int | None) -> Encode:
         return Batch(to_device(inputs, device), len(ids), [[str(i) for i in row] for row in ids])
 
     def encoded(values: Sequence[Any]) -> Iterator[Batch]:
+        # Neighbours alone are put together, because examples have to come out in the order they went in.
         for kind, group in itertools.groupby(values, type):
             if kind is str:
                 yield of_texts(list(group))

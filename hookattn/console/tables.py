@@ -84,6 +84,7 @@ def trace_as_json(trace: Trace) -> dict[str, Any]:
 
 def share_of_tolerance(certificate: Certificate) -> float:
     """How much of what is allowed was used up: above 1 a call is unfaithful."""
+    # As a certificate judges: a row sum is of many roundings, and may be off by four times what a weight may.
     unit = certificate.weights_tolerance or 1.0
     return max(
         certificate.output_error / (certificate.tolerance or 1.0),
@@ -126,8 +127,8 @@ class CallRow:
         """The largest distance between what was rebuilt and what the kernel returned."""
         return "" if self.worst.status == "unverified" else f"{self.worst.max_error:.1e}"
 
-    def rows(self) -> str:
-        """Query rows checked."""
+    def checked_rows(self) -> str:
+        """How many query rows were checked."""
         worst = self.worst
         return (
             ""
@@ -147,7 +148,7 @@ COLUMNS: dict[str, Callable[[CallRow], str]] = {
     "shape": CallRow.shape,
     "tap": lambda row: row.first.tap,
     "dtype": lambda row: str(row.first.dtype).removeprefix("torch."),
-    "checked": CallRow.rows,
+    "checked": CallRow.checked_rows,
     "error": CallRow.error,
     "certificate": lambda row: row.worst.status,
 }

@@ -79,6 +79,7 @@ def _run_encoder(file: Path, console: Console, working: Working) -> dict[str, An
         before = model(**inputs)
         trace = api.trace(model, inputs, verify="full")
         after = model(**inputs)
+        # The same weights in the kernel that hands its attention out, as a witness that shares no code with ours.
         reference, _ = encoder.load(path, "eager")
         expected = reference(**inputs, output_attentions=True).attentions
     tokens = (trace.tokens or [[]])[0]

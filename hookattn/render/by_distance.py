@@ -20,6 +20,7 @@ def mean_by_distance(part: Part) -> tuple[Array, Array]:
     if part.places is None:
         raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
     found = drawn_values(part)
+    # Distances are counted from 0 on, so that bincount sums the weights and the entries of each in one pass.
     gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
     first, last = int(gaps.min()), int(gaps.max())
     flat = (gaps - first).ravel()

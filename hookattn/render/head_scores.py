@@ -59,7 +59,7 @@ def _scores_of_table(table: Any, trace: Trace) -> dict[str, Any]:
     made: dict[str, Any] = {
         name: {
             "unit": str(units.get(name, "")),
-            "description": _description(str(name)),
+            "description": _first_sentence(str(name)),
             "values": json_value([[row.get(name) for row in call] for call in heads], f"scores[{name!r}]"),
         }
         for name in (units or [c for c in table.columns if c not in _PLACE])
@@ -74,7 +74,7 @@ def _heads_of(call: Call, rows: Mapping[int, Mapping[int, Any]]) -> range | tupl
     return call.heads if call.heads is not None else range(max(rows.get(call.index, {-1: None})) + 1)
 
 
-def _description(name: str) -> str:
+def _first_sentence(name: str) -> str:
     from ..analyze import MEASURES
 
     found = MEASURES.get(name.partition("(")[0])

@@ -18,7 +18,7 @@ from ..store.partial import PartialFile, explained
 from .html_shell import content_policy, module_script, page_head, page_tail, viewer_module
 from .options import script_json, viewer_options
 from .page_size import LIMIT, Narrowed, narrowed
-from .trace_files import TraceLike, name_of, opened, title_of
+from .trace_files import TraceLike, as_trace, name_of, title_of
 
 BLOCK = 1 << 18
 """Bytes of one block, which is what is decoded at once: a head of 512 tokens in 8-bit codes."""
@@ -107,8 +107,8 @@ def page_pieces(
     **given: Any,
 ) -> Iterator[str]:
     """The text of :func:`page`, piece by piece; ``given`` is for the viewer."""
-    first = opened(trace)
-    second = None if compare is None else opened(compare)
+    first = as_trace(trace)
+    second = None if compare is None else as_trace(compare)
     options = viewer_options(trace=first, **given)
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:
@@ -155,7 +155,8 @@ def _narrowed_header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
 
 
 def _script_element(start: int, data: bytes, more: str = "") -> str:
-    # A fixed time, so that the same trace gives the same page.
+    # The viewer decodes the blocks that it shows, so that a page of 200 MB opens as fast as a small one. gzip's header
+    # has a fixed time, so that the same trace gives the same page.
     packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
     return (
         f'<script type="application/x-hookattn" data-start="{start}" data-end="{start + len(data)}" '

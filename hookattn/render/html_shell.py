@@ -61,6 +61,8 @@ def module_script(imports: str, body: str) -> str:
 
 def content_policy(text: str, *, module: str, connect: str) -> str:
     """A Content-Security-Policy: no script but this one and the module, and nothing fetched but from ``connect``."""
+    # Tokens and titles come from anywhere. Should one ever get into the page as HTML, the browser runs no script of it,
+    # as its hash is another, and sends nothing anywhere.
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'sha256-{digest}' {module}; worker-src blob: data:; connect-src {connect}; "

@@ -78,12 +78,12 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
         FieldNotCaptured: a field of ``fields`` that no call has.
         SelectionError: a field of ``fields`` that there is not.
     """
-    if fields is None and sum(_bytes(call, f) for call in trace for f in call.fields) <= ROOM:
+    if fields is None and sum(_bytes_of(call, f) for call in trace for f in call.fields) <= ROOM:
         return Narrowed(trace)
     there = [f for f in FIELDS if any(call.has(f) for call in trace)]
-    kept = _fitting(trace, there) if fields is None else _asked(trace, there, fields)
+    kept = _fields_that_fit(trace, there) if fields is None else _fields_asked_for(trace, there, fields)
     held = [*kept, *dict.fromkeys(f for call in trace for f in call.fields if f not in FIELDS)]
-    size = sum(_bytes(call, f, narrow=True) for call in trace for f in held if call.has(f))
+    size = sum(_bytes_of(call, f, narrow=True) for call in trace for f in held if call.has(f))
     if size > limit:
         raise PageTooLargeError(
             f"a page of this trace would take {size * 4 / 3 / 1e6:,.0f} MB for {', '.join(held)}, and at most "
@@ -94,11 +94,11 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
     made = Narrowed(trace)
     lost = [f for f in there if f not in kept and not _follows(trace, f, kept)]
     made.left_out = tuple(f for f in lost if any(call.fields.get(f, ...) is not None for call in trace))
-    made.trace = replace(trace, calls=[_call(call, i, kept, made) for i, call in enumerate(trace)])
+    made.trace = replace(trace, calls=[_narrowed_call(call, i, kept, made) for i, call in enumerate(trace)])
     return made
 
 
-def _asked(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[str]:
+def _fields_asked_for(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[str]:
     if isinstance(fields, str) or not fields or any(f not in FIELDS for f in fields):
         raise SelectionError(f"fields={fields!r}: expected a tuple of some of {', '.join(FIELDS)}.")
     for f in fields:
@@ -108,18 +108,19 @@ def _asked(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[st
                 f"again with {f!r} in capture=, or leave it out of fields=."
             )
     # What no call has any of (bias, sinks) costs nothing, and scores and weights follow only if that is known.
-    return [f for f in there if f in fields or not any(_bytes(call, f) for call in trace if call.has(f))]
+    return [f for f in there if f in fields or not any(_bytes_of(call, f) for call in trace if call.has(f))]
 
 
-def _fitting(trace: Trace, there: Sequence[str]) -> list[str]:
+def _fields_that_fit(trace: Trace, there: Sequence[str]) -> list[str]:
+    # A group is taken whole or not at all, and the first in any case. After one that has no room a smaller may fit.
     kept: list[str] = []
-    room = ROOM
+    left = ROOM
     for group in GROUPS:
         wanted = [f for f in group if f in there and not _follows(trace, f, kept)]
-        size = sum(_bytes(call, f, narrow=True) for call in trace for f in wanted if call.has(f))
-        if size <= room or (wanted and not kept):
+        size = sum(_bytes_of(call, f, narrow=True) for call in trace for f in wanted if call.has(f))
+        if size <= left or (wanted and not kept):
             kept += wanted
-            room -= size
+            left -= size
     return [f for f in FIELDS if f in kept]
 
 
@@ -138,7 +139,7 @@ def _derivable(call: Call, kept: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _bytes(call: Call, name: str, narrow: bool = False) -> int:
+def _bytes_of(call: Call, name: str, narrow: bool = False) -> int:
     """The bytes of a field that is there or follows, without reading a large one."""
     shape, itemsize = _shape_and_width(call, name)
     if narrow and name in FIELDS:
@@ -160,7 +161,7 @@ def _shape_and_width(call: Call, name: str) -> tuple[tuple[int, ...], int]:
     return tuple(known.get(x, 1) for x in axes), 4
 
 
-def _call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:
+def _narrowed_call(call: Call, place: int, kept: Sequence[str], made: Narrowed) -> Call:
     fields: dict[str, Field] = {}
     for name in kept:
         if call.has(name):
@@ -193,6 +194,8 @@ def sqrt8(weights: Tensor) -> Tensor | None:
     """
     if weights.numel() and not bool(((weights >= 0) & (weights <= 1 + 1e-2)).all()):
         return None
+    # A step of the code at w is 2·√w / 255: at most 0.008, so that a weight is off by at most 0.004, and small weights,
+    # which are most of a matrix, by far less. Codes of w itself would make 0 of all below 0.002.
     return weights.float().clamp(max=1).sqrt().mul(255).round().to(torch.uint8)
 
 

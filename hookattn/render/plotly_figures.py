@@ -180,7 +180,7 @@ def _add_heatmap(figure: Figure, data: Any, hover: Any, name: str, place: dict[s
 
 
 def _set_ticks(figure: Figure, which: str, labels: list[str], place: dict[str, int], more: dict[str, Any]) -> None:
-    every = max(1, math.ceil(len(labels) / 50))
+    every = max(1, math.ceil(len(labels) / 50))  # more than 50 labels on an axis cover each other
     at = list(range(0, len(labels), every))
     update = figure.update_xaxes if which == "x" else figure.update_yaxes
     update(tickvals=at, ticktext=_escaped([labels[i] for i in at]), showgrid=False, zeroline=False, **more, **place)

@@ -28,14 +28,14 @@ from ..optional import extra_named
 from ..store import LazyFile
 from . import html_shell
 from .options import viewer_options
-from .trace_files import TraceLike, opened, stored, title_of
+from .trace_files import TraceLike, as_trace, title_of, trace_file
 
 HOST = "127.0.0.1"
 PORT = 8765
 """The first port that is tried where none is asked for."""
 _TRIED = 100
 _BIN = "application/octet-stream"
-_CHUNK, _AT_ONCE = 1 << 20, 1 << 26
+_CHUNK, _AT_ONCE = 1 << 20, 1 << 26  # bytes of one read, and of an answer that is made before it is sent
 
 _OPEN = """
   const got = await fetch("options");
@@ -63,7 +63,7 @@ def application(path: str, *, compare: str | None = None, options: Mapping[str, 
     for name in files.values():
         LazyFile(name).close()
     text = html_shell.module_script(f'import {{ mount, served }} from "./{html_shell.MODULE}";', _OPEN)
-    page = html_shell.page_head(title_of(opened(path))) + html_shell.page_tail(text)
+    page = html_shell.page_head(title_of(as_trace(path))) + html_shell.page_tail(text)
     policy = {"content-security-policy": html_shell.content_policy(text, module="'self' blob:", connect="'self'")}
     routes = [
         Route("/", _text_endpoint(lambda: HTMLResponse(page, headers=policy))),
@@ -74,6 +74,8 @@ def application(path: str, *, compare: str | None = None, options: Mapping[str, 
         Route("/options", _text_endpoint(lambda: JSONResponse({**(options or {}), "compare": compare is not None}))),
         *(Route(route, _file_endpoint(name)) for route, name in files.items()),
     ]
+    # A page elsewhere may let its own name resolve to this machine (DNS rebinding), and is then of one origin with us.
+    # Its requests name that host, and are refused.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts])
 
@@ -86,6 +88,7 @@ def _text_endpoint(make: Callable[[], Response]) -> Callable[[Request], Response
 
 
 def _with_guards(response: Response) -> Response:
+    # The trace changes under one address; pages elsewhere may neither guess its type nor embed it.
     response.headers.update(
         {
             "cache-control": "no-store",
@@ -118,11 +121,14 @@ def _range_response(request: Request, file: FileIO, stack: ExitStack) -> Respons
     found = os.fstat(file.fileno())
     size, tag = found.st_size, f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
     headers = {"etag": tag, "accept-ranges": "bytes", "x-name": quote(os.path.basename(file.name))}
+    # The viewer holds the header of the file it opened. A part of another file would be decoded by that header, so that
+    # each request says which file it is of, by inode, size and time of change.
     wanted = request.headers.get("if-range") or request.headers.get("if-match") or tag
     changed = PlainTextResponse(f"{file.name} has changed since it was opened.", 412, headers)
     if wanted not in (tag, "*"):  # to the former the standard would answer with the whole, large as it may be
         return changed
     start, end, status = 0, size, 200
+    # One range with a start, which is all the viewer asks for; the standard lets a server answer others with the whole.
     asked = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", request.headers.get("range", ""))
     if asked is not None:
         start, end, status = int(asked[1]), min(size, int(asked[2] or size) + 1), 206
@@ -209,9 +215,9 @@ def serve(
         import uvicorn
 
     with ExitStack() as stack:
-        first = opened(trace)
-        path = stack.enter_context(stored(first))
-        second = None if compare is None else stack.enter_context(stored(compare))
+        first = as_trace(trace)
+        path = stack.enter_context(trace_file(first))
+        second = None if compare is None else stack.enter_context(trace_file(compare))
         options = viewer_options(state=state, scores=scores, images=images, theme=theme, trace=first)
         app = application(path, compare=second, options=options)
         listening = stack.enter_context(listen(port))

@@ -15,7 +15,7 @@ from ..traces import Trace, load
 TraceLike = Trace | str | PathLike[str]
 
 
-def opened(trace: TraceLike) -> Trace:
+def as_trace(trace: TraceLike) -> Trace:
     """A trace, or the one in a file.
 
     Raises:
@@ -40,13 +40,13 @@ def title_of(trace: Trace) -> str:
 
 
 @contextmanager
-def stored(trace: TraceLike) -> Iterator[str]:
+def trace_file(trace: TraceLike) -> Iterator[str]:
     """The path of a file that holds this trace; a temporary one is deleted after the block.
 
     Raises:
-        RenderError, TraceFileError: as :func:`opened`; TraceWriteError: no room for the temporary file.
+        RenderError, TraceFileError: as :func:`as_trace`; TraceWriteError: no room for the temporary file.
     """
-    found = opened(trace)
+    found = as_trace(trace)
     if found.path is not None and (found is not trace or _as_written(found, found.path)):
         yield os.path.abspath(fspath(found.path))
         return

@@ -117,6 +117,7 @@ def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.Ma
     if n == 1:
         return data, 1
     rows, columns = (np.arange(0, size, n) for size in data.shape[-2:])
+    # Hidden entries are −∞, which no maximum takes: a block is −∞ only where all of it is hidden.
     low = np.ma.filled(data.astype(float), -np.inf)
     made = np.maximum.reduceat(np.maximum.reduceat(low, rows, -2), columns, -1)
     return np.ma.masked_array(made, np.isneginf(made)), n

@@ -10,7 +10,7 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import anywidget
 import traitlets
@@ -21,7 +21,7 @@ from .html_page import page_pieces, save_page
 from .html_shell import viewer_module
 from .options import viewer_options
 from .page_size import ROOM
-from .trace_files import TraceLike, name_of, opened, stored
+from .trace_files import TraceLike, as_trace, name_of, trace_file
 
 _READ = 1 << 28
 """The most bytes of one message."""
@@ -102,11 +102,12 @@ class Widget(anywidget.AnyWidget):
             theme: ``"light"``, ``"dark"`` or ``"auto"``.
             page: whether the output carries the self-contained page too, up to some megabytes of the notebook.
         """
-        self._trace, self._page = opened(trace), page
+        self._trace, self._page = as_trace(trace), page
         given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
         options = viewer_options(state=state, trace=self._trace, **given)
-        shown = {"trace": self._trace} | ({} if compare is None else {"compare": opened(compare)})
+        shown = {"trace": self._trace} | ({} if compare is None else {"compare": as_trace(compare)})
         with ExitStack() as stack:
+            # If the second file cannot be opened, the first is closed; after that the finalizer owns both.
             self._files = {name: _open_file(stack, of) for name, of in shown.items()}
             kept = stack.pop_all()
         self._close = weakref.finalize(self, kept.close)
@@ -117,8 +118,8 @@ class Widget(anywidget.AnyWidget):
             state=options.pop("state", {}),
             options=options,
             _name=name_of(self._trace),
-            _size=self._files["trace"][1],
-            _compare={"name": name_of(shown["compare"]), "size": self._files["compare"][1]}
+            _size=self._files["trace"].size,
+            _compare={"name": name_of(shown["compare"]), "size": self._files["compare"].size}
             if "compare" in shown
             else {},
             _dom_classes=[self._class],
@@ -188,6 +189,8 @@ class Widget(anywidget.AnyWidget):
 def _answer_request(widget: Widget, content: Any, buffers: Any) -> None:
     if not isinstance(content, dict) or content.get("kind") != "read":
         return
+    # Messages come from the page and may hold anything: what is not asked well is answered with an error, and the page
+    # that sent it goes on. The id lets the viewer match answers to requests, of which several are under way.
     answer = {"id": content.get("id")}
     try:
         data = widget.read(content.get("start"), content.get("end"), content.get("of", "trace"))  # type: ignore[arg-type]
@@ -201,8 +204,20 @@ def _unique_name() -> str:
     return f"hookattn-{uuid.uuid4().hex[:12]}"
 
 
-def _open_file(stack: ExitStack, trace: Trace) -> tuple[int, int]:
-    """A descriptor of a trace's file, and its size: a file that is replaced under its name is read as it was."""
-    descriptor = os.open(stack.enter_context(stored(trace)), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+class _OpenFile(NamedTuple):
+    """A file by its descriptor: one that is replaced under its name is read as it was.
+
+    Attributes:
+        descriptor: of the operating system.
+        size: bytes.
+    """
+
+    descriptor: int
+    size: int
+
+
+def _open_file(stack: ExitStack, trace: Trace) -> _OpenFile:
+    """The file of a trace, until the stack is closed."""
+    descriptor = os.open(stack.enter_context(trace_file(trace)), os.O_RDONLY | getattr(os, "O_BINARY", 0))
     stack.callback(os.close, descriptor)
-    return descriptor, os.fstat(descriptor).st_size
+    return _OpenFile(descriptor, os.fstat(descriptor).st_size)

@@ -35,8 +35,11 @@ def is_byte_level(tokens: Sequence[str]) -> bool:
     text = whole[start:].decode(errors="replace")
     broken = text.removesuffix("\ufffd").count("\ufffd")
     others = len(tokens) - len(written)
+    # A few exceptions in a text with Ġ are what the docstring names. A quarter and more is another tokenizer's text,
+    # whose letters are in the alphabet by chance.
     if (broken or others) and (4 * (broken + others) > len(tokens) or not any(t.startswith("Ġ") for t in written)):
         return False
+    # Pure ASCII without a character above U+00FF would read the same either way, and is no evidence.
     return not text.isascii() or any(c > "\xff" for t in written for c in t)
 
 

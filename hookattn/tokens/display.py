@@ -34,6 +34,8 @@ def shown(tokens: Sequence[str]) -> list[str]:
             labels.append(visible(text.removeprefix("▁")))
             before = ""
             continue
+        # The space that every word begins with is left out. Any other is part of the text and is shown: after a line
+        # break, say, or the second of two.
         bare = text[1:] if text[:1] == " " and text[1:2].isalnum() and not before[-1:].isspace() else text
         joins = piece.joins and _spells(before[-1:]) and _spells(text[:1]) and not part
         labels.append((CONTINUES if joins else "") + (visible(bare) or "∅") + part)

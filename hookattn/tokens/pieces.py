@@ -114,6 +114,7 @@ def read_pieces(tokens: Sequence[str]) -> list[Piece]:
     Returns:
         S pieces.
     """
+    # The marks are those of the text: names of special tokens have an alphabet of their own, and would mislead.
     special = [is_special(token) for token in tokens]
     marks = _marks_of([token for token, own in zip(tokens, special, strict=True) if not own])
     made: list[Piece] = []

@@ -104,6 +104,8 @@ def is_punctuation(text: str) -> bool:
 
 def _whole_texts(pieces: Sequence[Piece]) -> list[str]:
     """The text of each piece, with the characters put together that a tokenizer took to pieces."""
+    # After decoding, a byte that is no whole character is a lone surrogate. Neighbours of such are joined and decoded
+    # anew, into the first of them.
     made: list[str] = []
     first = 0
     for i, piece in enumerate(pieces):

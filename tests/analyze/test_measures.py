@@ -290,3 +290,9 @@ def test_what_is_not_finite_is_nan_and_never_a_number() -> None:
     w[0, 0, 2, 1] = math.nan
     for trace in (given(w, mask=torch.ones(4, 4, dtype=torch.bool).tril()), given(w)):
         assert analyze.measure(trace, list(NAMES))[["entropy", "confidence", "first_token"]].isna().all().all()
+
+
+def test_every_measure_that_has_a_name_is_exported() -> None:
+    exported = [getattr(analyze, name) for name in analyze.__all__]
+    assert all(kind in exported for kind in analyze.MEASURES.values())
+    assert all(kind.name == name for name, kind in analyze.MEASURES.items())

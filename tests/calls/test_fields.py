@@ -21,7 +21,7 @@ from hookattn import Call, Trace, TraceFileError
 from hookattn.calls.fields import InFile, Later, dtype_of, shape_of, tensor_of
 from hookattn.errors import FieldNotCaptured
 from hookattn.generation.merge_statistics import merge
-from hookattn.render.trace_files import stored
+from hookattn.render.trace_files import trace_file
 from hookattn.store import LazyFile, StreamWriter, partial
 from tests.reference import draw, same_bits
 from tests.store.test_trace_file import Model, X
@@ -259,11 +259,11 @@ def test_a_field_that_is_made_later_is_not_in_the_file_of_its_trace(tmp_path: Pa
     """What draws from a trace's own file must not show what was there before a field was exchanged."""
     path = tmp_path / "x.safetensors"
     trace = hookattn.load(hookattn.trace(Model().eval(), X).save(path))
-    with stored(trace) as own:
+    with trace_file(trace) as own:
         assert own == str(path)
     zeros = torch.zeros_like(trace[0].weights)
     trace[0].fields["weights"] = Later(lambda: zeros)
-    with stored(trace) as other:
+    with trace_file(trace) as other:
         assert other != str(path) and not hookattn.load(other)[0].weights.any()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import hookattn
 from hookattn import analyze
 from hookattn.analyze.frame import views
-from hookattn.analyze.labels import named_keys, sequences
+from hookattn.analyze.labels import key_labels, named_keys
 from hookattn.calls.key_tokens import together
 from hookattn.calls.part import many
 from hookattn.calls.site import Site
@@ -570,8 +570,8 @@ def test_tokens_of_queries_are_those_of_their_keys() -> None:
 
 def test_measures_of_tokens_need_one_for_every_key() -> None:
     made = list(views(steps(WINDOW, words(5))))
-    assert sequences(made[0]) == [tuple(words(5))]
-    assert sequences(made[1]) == "the tokens don't fit: lists of 5 for 3 keys, which end at token 5"
+    assert key_labels(made[0]) == [tuple(words(5))]
+    assert key_labels(made[1]) == "the tokens don't fit: lists of 5 for 3 keys, which end at token 5"
     with pytest.raises(MeasureError, match="the vision stack reads none"):
         analyze.SameWord()(towers("vision_model", 6))
 
@@ -579,8 +579,8 @@ def test_measures_of_tokens_need_one_for_every_key() -> None:
 def test_labels_that_a_caller_gives_follow_the_window_too() -> None:
     tags = tuple("NVDNVDNV")
     made = list(views(steps(WINDOW, words(8))))
-    assert sequences(made[1], (tags,), "tags") == [tags[3:6]] and sequences(made[2], (tags,), "tags") == [tags[4:7]]
-    assert sequences(next(iter(views(towers("vision_model", 4)))), (tags[:4],)) == [tags[:4]]
+    assert key_labels(made[1], (tags,), "tags") == [tags[3:6]] and key_labels(made[2], (tags,), "tags") == [tags[4:7]]
+    assert key_labels(next(iter(views(towers("vision_model", 4)))), (tags[:4],)) == [tags[:4]]
 
 
 def test_padding_follows_the_same_rule() -> None:

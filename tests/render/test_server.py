@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 from hookattn.cli.commands import app as command_line
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
-from hookattn.render.trace_files import stored
+from hookattn.render.trace_files import trace_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,14 +196,14 @@ def test_ports() -> None:
 
 def test_a_trace_is_served_from_its_own_file_only_while_that_holds_it(path: Path) -> None:
     loaded = hookattn.load(path)
-    with stored(loaded) as own:
+    with trace_file(loaded) as own:
         assert own == str(path)
-    with stored(path) as own:
+    with trace_file(path) as own:
         assert own == str(path)
     renamed = hookattn.load(path)
     renamed.tokens = [["other"] * 8]
     for changed in (loaded[:1], renamed, hookattn.trace(load_pretrained(), example_tokens(0, length=8))):
-        with stored(changed) as other:
+        with trace_file(changed) as other:
             assert other != str(path) and hookattn.load(other).tokens == changed.tokens
             assert len(hookattn.load(other)) == len(changed)
         assert not Path(other).exists()

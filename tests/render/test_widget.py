@@ -47,7 +47,8 @@ def asked(widget: Widget, content: Any) -> list[tuple[dict[str, Any], list[bytes
 def test_the_kernel_answers_with_bytes(trace: hookattn.Trace, tmp_path: Path) -> None:
     path = Path(trace.save(tmp_path / "a.safetensors"))
     widget, data = Widget(path), path.read_bytes()
-    assert widget._size == len(data) and widget._name == "a.safetensors"
+    shown = widget.get_state()  # what the front end is handed
+    assert shown["_size"] == len(data) and shown["_name"] == "a.safetensors"
     for start, end in ((0, 8), (100, 5000), (len(data), len(data)), (0, len(data))):
         answer = asked(widget, {"kind": "read", "id": "x-1", "start": start, "end": end})
         assert answer == [({"id": "x-1", "kind": "bytes"}, [data[start:end]])]
@@ -71,7 +72,7 @@ def test_a_second_trace_is_read_beside_the_first(trace: hookattn.Trace, tmp_path
 def test_what_cannot_be_read_is_said(trace: hookattn.Trace, tmp_path: Path) -> None:
     path = Path(trace.save(tmp_path / "a.safetensors"))
     widget = Widget(path)
-    size = widget._size
+    size = path.stat().st_size
     for start, end in ((-1, 3), (3, 2), (0, size + 1), (None, 3), (0.5, 3), (0, 10**30)):
         ((content, buffers),) = asked(widget, {"kind": "read", "id": 1, "start": start, "end": end})
         assert content["kind"] == "error" and "there are none such" in content["message"] and not buffers
@@ -89,7 +90,7 @@ def test_a_trace_in_memory_is_in_a_temporary_file_as_long_as_the_widget(trace: h
     widget = Widget(trace)
     (held,) = [link for link in Path("/proc/self/fd").iterdir() if _target(link).endswith("trace.safetensors")]
     target = Path(_target(held))
-    assert target.exists() and widget.read(0, widget._size) == target.read_bytes()
+    assert target.exists() and widget.read(0, target.stat().st_size) == target.read_bytes()
     assert torch.equal(hookattn.load(target)[0].weights, trace[0].weights)
     widget.close()
     del widget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -27,6 +27,26 @@ _APART = (
     "the norms of its heads are there, but queries and keys at one place do not have the product of the projections'"
 )
 _READ = "no product with fixed weights reads the merged heads (a gate, a norm, or something else between)"
+
+
+class _Source(NamedTuple):
+    """The product that a kernel's argument is the result of.
+
+    Attributes:
+        product: the product.
+        match: which of its columns these are.
+        argument: the kernel's argument, n H·D.
+    """
+
+    product: Product
+    match: Match
+    argument: Tensor
+
+    @property
+    def result(self) -> Tensor:
+        """n H·D: the columns of the product, with their factors; the argument before it was turned."""
+        y = self.product.y[:, self.match.columns].to(self.argument)
+        return y if self.match.factor is None else y * self.match.factor.to(self.argument)
 
 
 @torch.no_grad()
@@ -68,7 +88,7 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
     before, after = [p for p in reversed(products) if p.seen <= i], [p for p in products if p.seen > i]
     found: dict[str, Projection] = {}
     missing: dict[str, str] = {}
-    turned: dict[str, tuple[Tensor, Tensor]] = {}
+    turned: dict[str, _Source] = {}
     for name in "qkv":
         value = getattr(call, name)
         source = _product_of_argument(value, before, i, turns=name != "v")
@@ -77,15 +97,13 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
             short = f"; {n} tokens are fewer than the {LEAST} that more than equality takes" if n < LEAST else ""
             missing[name] = (_LINEAR if name == "v" else _TURNED) + short
             continue
-        product, match, target = source
-        found[name] = _projection(product, match, *value.shape[1::2])
-        if match.basis == "norms":
-            y = product.y[:, match.columns].to(target)
-            turned[name] = target, y if match.factor is None else y * match.factor.to(target)
+        found[name] = _projection(source.product, source.match, *value.shape[1::2])
+        if source.match.basis == "norms":
+            turned[name] = source
     # Norms alone leave the order of the columns in a head open. Where q and k were both found so, their dot product at
     # one place tells whether the orders agree.
     if len(turned) == 2 and not _same_dot_products(
-        *turned["q"], *turned["k"], call.q.shape[3], _coarser(call.q.dtype, call.dtype)
+        turned["q"], turned["k"], call.q.shape[3], _coarser(call.q.dtype, call.dtype)
     ):
         for name in turned:
             del found[name]
@@ -107,10 +125,8 @@ def _merged_heads(x: Tensor) -> Iterator[Tensor]:
         yield rearrange(wide, "b h t d -> (t b) (h d)")
 
 
-def _product_of_argument(
-    value: Tensor, products: Iterable[Product], i: int, turns: bool
-) -> tuple[Product, Match, Tensor] | None:
-    """The product whose result is a kernel's argument, B H T D; which columns of it; and the argument, n H·D."""
+def _product_of_argument(value: Tensor, products: Iterable[Product], i: int, turns: bool) -> _Source | None:
+    """The product whose result is a kernel's argument, B H T D."""
     heads = value.shape[1]
     targets = list(_merged_heads(value))
     n, m = targets[0].shape
@@ -122,37 +138,38 @@ def _product_of_argument(
         for target in targets:
             match = equal(target, p.y, p.weight)
             if match is not None:
-                return p, match, target
+                return _Source(p, match, target)
     # The looser fits are tried on what ran since the call before alone: in a deep model some product of another layer
     # is close to anything.
     for p in near:
         for target in targets:
             match = affine(target, p.y, p.weight, _coarser_of_product(value, p))
             if match is not None:
-                return p, match, target
+                return _Source(p, match, target)
     # A rotation leaves the norm of a head as it is, and little else does.
     for p in near if turns else ():
         for target in targets:
             match = norms(target, p.y, heads, _coarser_of_product(value, p))
             if match is not None:
-                return p, match, target
+                return _Source(p, match, target)
     return None
 
 
-def _same_dot_products(q: Tensor, q_before: Tensor, k: Tensor, k_before: Tensor, d: int, dtype: torch.dtype) -> bool:
+def _same_dot_products(query: _Source, key: _Source, d: int, dtype: torch.dtype) -> bool:
     """Whether query and key of each token have the product that they have before they are turned.
 
     Two rotary positions that are the same cancel out of it; two orders of the columns, say, do not.
 
     Args:
-        q, q_before: n H·D.
-        k, k_before: n G·D.
+        query, key: where these come from.
         d: D.
         dtype: that they were computed in.
     """
-    if len(q) != len(k):  # of two sequences: nobody is in one place with anybody
+    if len(query.argument) != len(key.argument):  # of two sequences: nobody is in one place with anybody
         return True
-    q, q_before, k, k_before = (rearrange(x.double(), "n (h d) -> n h d", d=d) for x in (q, q_before, k, k_before))
+    q, q_before, k, k_before = (
+        rearrange(x.double(), "n (h d) -> n h d", d=d) for own in (query, key) for x in (own.argument, own.result)
+    )
     k, k_before = (repeat(x, "n g d -> n (g group) d", group=q.shape[1] // x.shape[1]) for x in (k, k_before))
     apart = ((q * k).sum(-1) - (q_before * k_before).sum(-1)).abs()
     return bool((apart <= tolerance(dtype) * q.norm(dim=-1) * k.norm(dim=-1)).all())

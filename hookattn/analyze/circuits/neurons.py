@@ -102,10 +102,10 @@ def neuron_decay(trace: Trace, *, longest: int = 64, real: Any = None) -> DataFr
 
     if type(longest) is not int or longest < 0:
         raise SelectionError(f"longest={longest!r}: expected an int from 0.")
-    return pd.concat([_decay_table(view, longest) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_neuron_decay_table(view, longest) for view in views(trace, real)], ignore_index=True)
 
 
-def _decay_table(view: View, longest: int) -> DataFrame:
+def _neuron_decay_table(view: View, longest: int) -> DataFrame:
     at, every = distance_places(view)
     some = view.pairs.any(1)
     allowed = torch.unique(at.expand(some.shape)[some]).tolist()

@@ -70,6 +70,7 @@ def _spelled(texts: list[str], letters: str) -> list[list[int]]:
 
 def _run(texts: list[str], at: int, letters: str) -> list[int]:
     """The words from ``at`` on that spell it, without function words where that goes; none: they don't."""
+    # A function word may be left out or spell a letter, so that both are tried, leaving it out first.
     text = texts[at].casefold() if at < len(texts) else ""
     if text in _SMALL or text == "-":
         without = _run(texts, at + 1, letters)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import MeasureError
 from ..call_view import View
 from ..frame import long_table, views
-from ..labels import Rows, frozen, spread
+from ..labels import Rows, as_label_rows, piece_labels
 from ..pairs import mass_on_keys
 from .base import Measure
 
@@ -47,11 +47,11 @@ class LabelMass(Measure):
     source: str | int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", frozen(self.labels, f"{self.name}: labels"))
+        object.__setattr__(self, "labels", as_label_rows(self.labels, f"{self.name}: labels"))
 
     def labelled(self, view: View) -> Labelled:
         """The labels of a call's keys."""
-        return spread(view, self.labels, "labels")
+        return piece_labels(view, self.labels, "labels")
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
@@ -98,8 +98,8 @@ def between_labels(trace: Trace, labels: Any, *, real: Any = None) -> DataFrame:
         MeasureError: the labels don't fit a call.
         FieldNotCaptured: the weights were not kept.
     """
-    rows = frozen(labels, "labels")
-    return label_table(trace, lambda view: spread(view, rows, "labels"), real)
+    rows = as_label_rows(labels, "labels")
+    return label_table(trace, lambda view: piece_labels(view, rows, "labels"), real)
 
 
 def label_table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> DataFrame:
@@ -119,6 +119,7 @@ def label_table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -
         marks = (ids.unsqueeze(-1) == torch.arange(len(names), device=ids.device)) & view.keys.unsqueeze(-1)
         to = einsum(view.weights, marks.to(view.weights.dtype), "b h t s, b s target -> b h t target")
         sources = torch.stack([_at_queries(view, marks[..., i]) for i in range(len(names))], -1)
+        # The first source is all queries, whose label is None.
         sources = torch.cat([torch.ones_like(sources[..., :1]), sources], -1) & view.rows.unsqueeze(-1)
         to = torch.where(view.rows[:, None, :, None], to, 0.0)
         total = einsum(sources.double(), to.double(), "b t source, b h t target -> h source target")

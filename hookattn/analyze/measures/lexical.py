@@ -119,6 +119,7 @@ def _brackets(tokens: tuple[str, ...]) -> Tensor:
         for c in "" if is_special(token) else piece:
             if c in _BRACKETS.values():
                 opened.append((c, place))
+            # A bracket closes the nearest that fits it; what was opened in between and never closed is given up.
             elif c in _BRACKETS and any(o == _BRACKETS[c] for o, _ in opened):
                 while opened[-1][0] != _BRACKETS[c]:
                     opened.pop()

@@ -51,13 +51,13 @@ class ListItems(WordPairs):
 def _related(tokens: tuple[str, ...], longest: int) -> Tensor:
     words = split_words(tokens)
     texts = ["\n" if own else text for text, own in zip(words.texts, words.special, strict=True)]
-    found = [*_inline(texts, longest), *_lines(texts)]
+    found = [*_inline_lists(texts, longest), *_line_lists(texts)]
     return piece_pairs(
         words, [(a, b) for items in found for one, two in permutations(items, 2) for a in one for b in two]
     )
 
 
-def _inline(texts: list[str], longest: int) -> Iterator[list[Item]]:
+def _inline_lists(texts: list[str], longest: int) -> Iterator[list[Item]]:
     """The lists within sentences."""
     for clause in _split(texts, range(len(texts)), lambda text: text not in _SEPARATORS and _breaks(text)):
         parts = _split(texts, clause, lambda text: text in _SEPARATORS or text.casefold() in _CONJUNCTIONS)
@@ -74,7 +74,7 @@ def _inline(texts: list[str], longest: int) -> Iterator[list[Item]]:
             at = stop + 1
 
 
-def _lines(texts: list[str]) -> Iterator[list[Item]]:
+def _line_lists(texts: list[str]) -> Iterator[list[Item]]:
     """The lists whose items are lines."""
     items: list[Item] = []
     for line in [*_split(texts, range(len(texts)), lambda text: "\n" in text), range(0)]:

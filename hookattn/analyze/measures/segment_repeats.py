@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import statistics as st
 from ...errors import MeasureError
 from ..call_view import View
-from ..labels import PADDING, Rows, frozen, padded, sequences
+from ..labels import PADDING, Rows, as_label_rows, key_labels, with_padding_marked
 from ..table import measure_table
 from .base import Measure
 
@@ -51,7 +51,7 @@ class RepeatedSegment(Measure):
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            object.__setattr__(self, "tokens", frozen(self.tokens, f"{self.name}: tokens"))
+            object.__setattr__(self, "tokens", as_label_rows(self.tokens, f"{self.name}: tokens"))
         if self.score not in KINDS:
             raise MeasureError(f"RepeatedSegment: {self.score!r}: expected one of {', '.join(KINDS)}.")
         if self.period is not None and (not isinstance(self.period, int) or self.period < 1):
@@ -70,7 +70,7 @@ class RepeatedSegment(Measure):
         why = super().problem(view) or view.lost
         if why is not None or (self.tokens is None and self.period is not None and view.trace.tokens is None):
             return why
-        found = sequences(view, self.tokens)
+        found = key_labels(view, self.tokens)
         if isinstance(found, str):
             return found
         if self.period is None and any(period == 0 for period, _ in self._runs(view)):
@@ -84,9 +84,9 @@ class RepeatedSegment(Measure):
             if self.tokens is None and self.period is not None and view.trace.tokens is None:
                 first = view.keys.byte().argmax(-1).tolist()  # of what is padded on the left, the period begins later
                 return [(self.period, range(start + self.period, view.shape[3])) for start in first]
-            rows = sequences(view, self.tokens)
+            rows = key_labels(view, self.tokens)
             assert not isinstance(rows, str)
-            return [_repeated_run(row, self.period) for row in padded(view, rows)]
+            return [_repeated_run(row, self.period) for row in with_padding_marked(view, rows)]
 
         return view.once((self.name, self.period, self.tokens), make)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...tokens.pieces import SEPARATORS
 from ..call_view import View
-from ..labels import PADDING, Rows, frozen, padded, sequences
+from ..labels import PADDING, Rows, as_label_rows, key_labels, with_padding_marked
 from .label_mass import Labelled, LabelMass, label_table
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def segment_of(tokens: tuple[str, ...]) -> tuple[int, ...]:
         if token == PADDING:
             made.append(-1)
             continue
+        # RoBERTa writes two separators between a pair, so that a run of them is one border. Before any text there is
+        # none to end: GPT-2's <|endoftext|> may begin a sequence.
         mark = token in SEPARATORS
         if ended and not mark:
             segment, ended = segment + 1, False
@@ -81,15 +83,15 @@ def between_segments(trace: Trace, segments: Any = None, *, real: Any = None) ->
         MeasureError: the segments don't fit a call, or there are no tokens to find them by.
         FieldNotCaptured: the weights were not kept.
     """
-    given = None if segments is None else frozen(segments, "segments")
+    given = None if segments is None else as_label_rows(segments, "segments")
     return label_table(trace, lambda view: _segments(view, given), real)
 
 
 def _segments(view: View, given: Rows | None) -> Labelled:
-    found = sequences(view, given, "tokens" if given is None else "segments")
+    found = key_labels(view, given, "tokens" if given is None else "segments")
     if isinstance(found, str):
         return found
-    numbers = [segment_of(row) for row in padded(view, found)] if given is None else found
+    numbers = [segment_of(row) for row in with_padding_marked(view, found)] if given is None else found
     return [tuple(_letter(x) for x in row) for row in numbers]
 
 

@@ -10,9 +10,9 @@ import torch
 
 from ...errors import MeasureError
 from ..call_view import View
-from ..labels import Rows, frozen
+from ..labels import Rows, as_label_rows
 from ..reading import Reading
-from ..tables.pool import pooled, words_of
+from ..tables.pool import word_weights, words_of
 from .base import Measure
 
 HOW = ("argmax", "mass")
@@ -40,7 +40,7 @@ class WordRelation(Measure):
 
     def __post_init__(self) -> None:
         if self.words is not None:
-            object.__setattr__(self, "words", frozen(self.words, f"{self.name}: words"))
+            object.__setattr__(self, "words", as_label_rows(self.words, f"{self.name}: words"))
         if self.how not in HOW:
             raise MeasureError(f"{self.name}: how={self.how!r}: expected one of {', '.join(HOW)}.")
 
@@ -60,7 +60,7 @@ class WordRelation(Measure):
     def read(self, view: View) -> Reading:
         """See :class:`~hookattn.analyze.Measure`."""
         words = words_of(view, self.words)
-        weights, mask = pooled(view, words)
+        weights, mask = word_weights(view, words)
         b, _, w, _ = weights.shape
         related = torch.zeros(b, w, w, dtype=torch.bool)
         other = torch.zeros(b, w, w, dtype=torch.bool)
@@ -69,6 +69,7 @@ class WordRelation(Measure):
             pairs = torch.tensor(self.related(i, b, len(ordinary)), dtype=torch.int64).view(-1, 2).T
             related[i, ordinary[pairs[0]], ordinary[pairs[1]]] = True
             other[i, ordinary.unsqueeze(1), ordinary] = True
+        # A word may not compete with itself: a head that rests on the word it is at would hide where it looks else.
         other &= ~torch.eye(w, dtype=torch.bool)
         other = other.to(weights.device) & mask.any(1)
         related = related.to(weights.device) & other
@@ -116,9 +117,9 @@ class Dependency(WordRelation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "heads", frozen(self.heads, "dependency: heads"))
+        object.__setattr__(self, "heads", as_label_rows(self.heads, "dependency: heads"))
         if self.relations is not None:
-            object.__setattr__(self, "relations", frozen(self.relations, "dependency: relations"))
+            object.__setattr__(self, "relations", as_label_rows(self.relations, "dependency: relations"))
         if any(isinstance(x, str) for row in self.heads for x in row):
             raise MeasureError("dependency: heads: expected the number of a word, or None, got text.")
         if self.direction not in ("head", "dependent"):

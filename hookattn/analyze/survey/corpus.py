@@ -59,15 +59,15 @@ class Corpus:
     def _read(self, path: str) -> Callable[[str], Iterator[Value]]:
         suffix = Path(path).suffix.lower()
         return {".jsonl": self._json_lines, ".ndjson": self._json_lines, ".parquet": self._parquet}.get(
-            suffix, self._lines
+            suffix, self._text_lines
         )
 
-    def _lines(self, path: str) -> Iterator[Value]:
-        for _, line in _lines(path):
+    def _text_lines(self, path: str) -> Iterator[Value]:
+        for _, line in _numbered_lines(path):
             yield line
 
     def _json_lines(self, path: str) -> Iterator[Value]:
-        for number, line in _lines(path):
+        for number, line in _numbered_lines(path):
             where = f"{path}, line {number}"
             try:
                 value = json.loads(line)
@@ -85,6 +85,7 @@ class Corpus:
         try:
             with pq.ParquetFile(path) as file:
                 column, row = self._column(file.schema_arrow.names, path), 0
+                # In batches of rows, so that a file larger than the memory is read like any other.
                 for batch in file.iter_batches(_ROWS, columns=[column]):
                     for value in batch.column(0).to_pylist():
                         yield _example(value, f"{path}, row {row}")
@@ -100,7 +101,7 @@ class Corpus:
         raise InputError(f"{where}: has no {' or '.join(map(repr, wanted))}; it has {', '.join(names) or 'nothing'}.")
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def _numbered_lines(path: str) -> Iterator[tuple[int, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -47,6 +47,7 @@ def cluster_heads(divergence: DataFrame, clusters: int, *, method: str = "averag
     if n < 2 or not np.isfinite(values).all():
         raise MeasureError(f"cluster_heads: {n} heads; expected two or more, and no NaN between them.")
     tree = linkage(squareform(np.sqrt(values), checks=False), method)
+    # Classical scaling: the divergence is the squared distance; centred twice, its eigenvectors are the coordinates.
     middle = np.eye(n) - 1 / n
     size, axes = np.linalg.eigh(-middle @ values @ middle / 2)
     places = axes[:, :-3:-1] * np.sqrt(size[:-3:-1].clip(0))

@@ -94,6 +94,7 @@ def _with_sink(weights: Tensor) -> Tensor:
 
 def _half_divergence(p: Tensor, q: Tensor) -> Tensor:
     """B H T: ``½ KL(p ‖ ½ (p + q))``."""
+    # xlogy is 0 where p is 0, whatever the ratio: a key that neither looks at adds nothing.
     ratio = 2 * p / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
     return torch.xlogy(p, ratio).sum(-1) / 2
 

@@ -71,6 +71,7 @@ def _row_errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, 
     bad = ~w.isfinite()
     w = w.masked_fill(bad, 0.0)
     masked = view.mask if call.has("mask") else None
+    # Kernels put anything into rows with nothing to attend to (zeros, or a uniform row), and nobody reads them.
     some = w.any(-1) if masked is None else masked.any(-1).expand(w.shape[:3])
     over = w.sum(-1) - 1
     sinks = call.get("sinks") if call.has("sinks") else None

@@ -15,7 +15,7 @@ from ...errors import MeasureError
 from ...tokens.words import Words, given_words, split_words
 from ..call_view import View
 from ..frame import views
-from ..labels import PADDING, Rows, frozen, sequences
+from ..labels import PADDING, Rows, as_label_rows, key_labels
 
 if TYPE_CHECKING:
     from ...traces import Trace
@@ -39,11 +39,11 @@ def pool_words(trace: Trace, words: Any = None) -> Trace:
         MeasureError: the words don't fit a call, or a call has not all queries and keys of one sequence.
         FieldNotCaptured: the weights were not kept.
     """
-    given = None if words is None else frozen(words, "words")
+    given = None if words is None else as_label_rows(words, "words")
     calls, texts = [], None
     for view in views(trace):
         found = words_of(view, given)
-        weights, mask = pooled(view, found)
+        weights, mask = word_weights(view, found)
         w = weights.shape[-1]
         texts = [[*x.texts, *[PADDING] * (w - len(x.texts))] for x in found]
         calls.append(
@@ -72,17 +72,17 @@ def words_of(view: View, given: Rows | None = None) -> list[Words]:
     Raises:
         MeasureError: there are no tokens, or they don't fit.
     """
-    found = sequences(view, given, "tokens" if given is None else "words")
+    found = key_labels(view, given, "tokens" if given is None else "words")
     if isinstance(found, str):
         raise MeasureError(f"words of {view.where}: {found}.")
     if given is None:
         return [split_words(row) for row in found]
-    tokens = sequences(view)
+    tokens = key_labels(view)
     texts: Sequence[Any] = [None] * len(found) if isinstance(tokens, str) else tokens
     return [given_words(text, row) for text, row in zip(texts, found, strict=True)]
 
 
-def pooled(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
+def word_weights(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
     """The weights of words, B H W W, and where they may attend, bool, B (1 or H) W W; W is that of the longest entry.
 
     Args:
@@ -102,6 +102,7 @@ def pooled(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
     weights = view.weights
     of = torch.tensor([x.of for x in words], device=weights.device)
     numbers = torch.arange(max(len(x.texts) for x in words), device=weights.device)
+    # To a word: the sum over its pieces; from a word: their mean. Both are products with which piece is of which word.
     member = (of.unsqueeze(-1) == numbers).to(weights.dtype)  # B S W
     mean = member / member.sum(1, keepdim=True).clamp_min(1)
     mask = view.mask.expand(b, -1, t, s).to(weights.dtype)

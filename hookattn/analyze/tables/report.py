@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MeasureError
@@ -49,12 +49,7 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     for view in views(trace, real):
         found = readings(view, chosen, missing=True, why=left_out)
         frame = pd.DataFrame(reading_columns(view, found, "head"))
-        levels = chance.of(view)
-        lines = zip(*(frame[key].tolist() for key in found), strict=True)
-        roles = [roles_of(dict(zip(found, line, strict=True)), levels) for line in lines]
-        place = list(frame.columns).index(chosen[0].key)
-        frame.insert(place, "role", ["; ".join(role.name for role, _ in several) for several in roles])
-        frame.insert(place + 1, "evidence", ["; ".join(why for _, why in several) for several in roles])
+        _insert_roles(frame, list(found), chance.of(view))
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
     empty = [m.key for m in chosen if table[m.key].isna().all()]
@@ -64,3 +59,18 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     table.attrs["units"] = {m.key: m.unit for m in chosen if m.key not in empty}
     table.attrs["left_out"] = {key: left_out.get(key, "no row that it is defined for") for key in empty}
     return table
+
+
+def _insert_roles(frame: DataFrame, keys: Sequence[str], chance: Mapping[str, float]) -> None:
+    """Put ``role`` and ``evidence`` in front of the measures of one call.
+
+    Args:
+        frame: a row for each head.
+        keys: the columns of its measures.
+        chance: what uniform attention has, by their keys.
+    """
+    lines = zip(*(frame[key].tolist() for key in keys), strict=True)
+    roles = [roles_of(dict(zip(keys, line, strict=True)), chance) for line in lines]
+    place = list(frame.columns).index(keys[0])
+    frame.insert(place, "role", ["; ".join(own.role.name for own in several) for several in roles])
+    frame.insert(place + 1, "evidence", ["; ".join(own.evidence for own in several) for several in roles])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..measures.base import Measure
 from ..measures.entropy import NormalisedEntropy
@@ -70,15 +71,27 @@ ROLES: tuple[Role, ...] = (
 """All roles, the most telling first."""
 
 
-def roles_of(scores: Mapping[str, float], chance: Mapping[str, float]) -> list[tuple[Role, str]]:
+class NamedRole(NamedTuple):
+    """A role that a head has.
+
+    Attributes:
+        role: the role.
+        evidence: the score, and that of uniform attention, as text.
+    """
+
+    role: Role
+    evidence: str
+
+
+def roles_of(scores: Mapping[str, float], chance: Mapping[str, float]) -> list[NamedRole]:
     """The roles of a head with their evidence, the most telling first.
 
     Args:
         scores, chance: see :meth:`Role.evidence`.
     """
-    found = [(role, why) for role in ROLES if (why := role.evidence(scores, chance)) is not None]
-    names = {role.name for role, _ in found}
-    return [(role, why) for role, why in found if not names & set(role.unless)]
+    found = [NamedRole(role, why) for role in ROLES if (why := role.evidence(scores, chance)) is not None]
+    names = {own.role.name for own in found}
+    return [own for own in found if not names & set(own.role.unless)]
 
 
 def evidence_measures() -> Iterable[Measure]:

@@ -73,6 +73,7 @@ def _query_rows(
     assert tokens is not None
     tokens = tuple(token for token in tokens if token is not None)  # a prompt's tokens name the first keys
     words = split_words(tokens)
+    # As the tokenizer has it, as the piece reads, or as the whole word that the piece is of.
     same = [of in (token, piece.strip(" "), words.texts[word]) for token, piece, word in
             zip(tokens, words.pieces, words.of, strict=True)]  # fmt: skip
     return [(row, place) for row, place in enumerate(at) if 0 <= place < len(same) and same[place]]

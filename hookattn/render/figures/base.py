@@ -89,6 +89,7 @@ class Sheet(Figure):
 
 def in_own_style(view: Callable[P, Figure]) -> Callable[P, Figure]:
     """Run a view in the style of all figures, and leave the settings as they were."""
+    # matplotlib reads its settings when an artist is made, and some again when it is saved: see Sheet.savefig.
 
     @functools.wraps(view)
     def run(*args: P.args, **kwargs: P.kwargs) -> Figure:

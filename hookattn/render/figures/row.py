@@ -136,6 +136,7 @@ def draw_bars(axes: Axes, found: QueryRow, values: Array, name: str, colour: str
     low, high = min(0.0, *listed[seen], 0.0), max(0.0, *listed[seen], 1e-9)
     digits = _digits(listed[seen])
     room_for_text = (0.2 + 0.05 * digits) / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
+    # Numbers stand beyond the ends of the bars, so that the axis is longer than the bars by the width of a number.
     span = (high - low) / (1 - min(0.6, room_for_text * (2 if low < 0 else 1)))
     left = low - (span * min(0.3, room_for_text) if low < 0 else 0)
     axes.set_xlim(left, left + span)
