@@ -91,10 +91,10 @@ def survey(
     parts = Parts(out, described)
     total = 0
     skip = None if parts.complete else parts.done
-    wanted = _Wanted(chosen)
-    for number, values in enumerate(_several(examples, batch)):
+    wanted = _Capture(chosen)
+    for number, values in enumerate(_batches_of(examples, batch)):
         if skip is not None and number >= skip:
-            parts.write(_measured(model, encode(values), total, len(values), chosen, wanted))
+            parts.write(_measured_table(model, encode(values), total, len(values), chosen, wanted))
         total += len(values)
         if progress is not None:
             progress(total)
@@ -103,14 +103,14 @@ def survey(
     return total
 
 
-def _several(examples: Iterable[Value], batch: int) -> Iterator[list[Value]]:
+def _batches_of(examples: Iterable[Value], batch: int) -> Iterator[list[Value]]:
     source = iter(examples)
     while values := list(itertools.islice(source, batch)):
         yield values
 
 
-def _measured(
-    model: nn.Module, batches: Iterable[Batch], first: int, count: int, measures: Sequence[Measure], wanted: _Wanted
+def _measured_table(
+    model: nn.Module, batches: Iterable[Batch], first: int, count: int, measures: Sequence[Measure], wanted: _Capture
 ) -> Table:
     import pyarrow as pa
 
@@ -126,22 +126,22 @@ def _measured(
                 f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             ) from error
         for call in trace.calls:
-            view = _view(call, trace, batch.real)
-            tables.append(_rows(view, seen, batch.count, readings(view, measures, missing=True)))
+            view = _padded_view(call, trace, batch.real)
+            tables.append(_example_table(view, seen, batch.count, readings(view, measures, missing=True)))
         seen += batch.count
     if seen - first != count:
         raise InputError(f"encode gave {seen - first} examples for {count}.")
     return pa.concat_tables(tables)
 
 
-def _view(call: Call, trace: Trace, real: Tensor | None) -> View:
+def _padded_view(call: Call, trace: Trace, real: Tensor | None) -> View:
     """A call with its padding, where that is of its keys; else its mask has to tell."""
     view = View(call, trace)
     padding = real is not None and view.of_inputs and real.shape[1] == view.shape[3]
     return View(call, trace, real) if padding else view
 
 
-class _Wanted:
+class _Capture:
     """What is captured: statistics where they are enough; else what weights are derived of, one call at a time."""
 
     def __init__(self, measures: Sequence[Measure]) -> None:
@@ -159,7 +159,7 @@ class _Wanted:
             return api.trace(model, batch.inputs, capture=self.lean, tokens=batch.tokens)
 
 
-def _rows(view: View, first: int, count: int, found: dict[str, Reading | None]) -> Table:
+def _example_table(view: View, first: int, count: int, found: dict[str, Reading | None]) -> Table:
     """Example, then head, then measure."""
     import numpy as np
     import pyarrow as pa
@@ -168,6 +168,7 @@ def _rows(view: View, first: int, count: int, found: dict[str, Reading | None]) 
     if b != count:
         raise InputError(f"{view.where}: has {b} batch entries for {count} examples, which cannot be told apart.")
     keys, site = list(found), view.call.site
+    # Columns are made of numbers and of codes into a few words, as a survey has millions of rows.
     missing = torch.full((b, h), torch.nan, dtype=torch.float64)
     values = torch.stack([missing if r is None else r.value.double().cpu() for r in found.values()], -1)
     n = values.numel()
