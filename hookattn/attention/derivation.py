@@ -47,14 +47,18 @@ def derive(
     if devices.on_gpu(q) and b * h * t * s:
         from .kernels import derive as fused  # what it needs is heavy
 
-        made = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, rows, want_scores, want_weights)
-        if not isinstance(made, str):
-            return made
+        derived = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, rows, want_scores, want_weights)
+        if not isinstance(derived, str):
+            return derived
         if notes is not None:
-            notes.append(f"scores and weights were derived by torch's own operations: {made}")
+            notes.append(f"scores and weights were derived by torch's own operations: {derived}")
+    # By blocks only where it pays: a call that fits into the cache needs none. Sinks and scales that are tensors are
+    # rare, and left to the whole.
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
     simple = simple and b * h * t * s > _BLOCK // 2
-    if not simple or not bool(torch.isfinite(q.sum() + k.sum())):  # −∞ is added below: to +∞ it would give NaN
+    # A block's mask is added as −∞, which is quicker than choosing; to a score of +∞ that would give NaN. The sum of
+    # q and k is finite only where both are; where it overflows, the safe way is taken for nothing.
+    if not simple or not bool(torch.isfinite(q.sum() + k.sum())):
         whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
         return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
     dtype = compute_dtype(q.dtype)
@@ -66,6 +70,7 @@ def derive(
     hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     for i, heads, at in _blocks(b, h, t, s, h // g):
         block = first[i, heads, at]
+        # The query heads of one key head are rows of one product, so that k is not repeated.
         keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
         query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
         flat = block.view(keys.shape[0], -1, s)

@@ -35,9 +35,10 @@ def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0, out: Tensor | 
         k = k.expand(b, g, s, d)
     q, k = q.to(dtype), k.to(dtype)
     alpha = scale if isinstance(scale, (int, float)) else 1.0
-    rows = (h // g) * t
+    rows = (h // g) * t  # the query heads of one key head are rows of one product, so that k is not repeated
     q3, k3 = q.reshape(b * g, rows, d), k.reshape(b * g, s, d)
     flat = None if out is None else out.view(b * g, rows, s)
+    # With beta=0 what is added is not read, and alpha scales in the same pass; bmm would need a second one.
     out = torch.baddbmm(q.new_empty(()), q3, k3.transpose(1, 2), beta=0, alpha=alpha, out=flat).view(b, h, t, s)
     if isinstance(scale, Tensor):
         out.mul_(scale.to(dtype))
@@ -45,7 +46,7 @@ def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0, out: Tensor | 
 
 
 def finish_scores(scores: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
-    """Soft-cap (``c·tanh(s/c)``, Gemma 2) and bias, in place. ``scores``: B H T S."""
+    """Soft-cap (``c·tanh(s/c)``; Gemma Team 2024, Gemma 2) and bias, in place. ``scores``: B H T S."""
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
@@ -56,6 +57,8 @@ def finish_scores(scores: Tensor, softcap: float | None, bias: Tensor | None) ->
 def softmax_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = None, empty: bool = True) -> Tensor:
     """Softmax over S of ``scores`` where ``mask``, else −inf; sinks join the denominator and are dropped.
 
+    Sinks are learned logits that have no key (after Xiao et al. 2023, StreamingLLM).
+
     Args:
         scores: B H T S, left untouched.
         mask: bool, broadcastable to B H T S, True = may attend; None: all may.
@@ -65,10 +68,13 @@ def softmax_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = 
     Returns:
         B H T S in the dtype of ``scores``.
     """
+    # −∞ and not a large negative number: a hidden key weighs exactly 0. A row of nothing else is NaN, and set to 0
+    # below.
     masked = scores if mask is None else torch.where(mask, scores, -torch.inf)
     if sinks is None:
         weights = torch.softmax(masked, -1)
     else:
+        # exp s / (Σ exp s + exp sink): one more column in the denominator alone.
         sinks = sink_column(sinks).to(scores.dtype)
         total = torch.logaddexp(torch.logsumexp(masked, -1, keepdim=True), sinks)
         weights = torch.exp(masked - total)
@@ -105,5 +111,5 @@ def with_four_axes(x: Tensor | None) -> Tensor | None: ...
 
 
 def with_four_axes(x: Tensor | None) -> Tensor | None:
-    """With all four axes."""
+    """B H T S from the right: ``x`` with axes of size 1 put before those it has, up to four."""
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]

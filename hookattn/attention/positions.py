@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernel_call import KernelCall
 
-# So many entries of a mask are looked at together.
+# So many entries of a mask are looked at together: what is made of them has the same size.
 _PART = 1 << 22
 
 
@@ -61,6 +61,8 @@ def last_allowed(mask: Tensor, queries: Tensor, s: int, room: tuple[int, int] | 
         found = s - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)  # argmax: the first of the largest
         parts.append(torch.where(seen.any(-1), found, -1))
     last = torch.cat(parts, 1)
+    # A query's last key is `ahead` keys beyond its row. On a diagonal that is one number, the offset, for all queries
+    # but those whose own key padding hides: these fall short of it. So the offset is the largest.
     ahead, some = last - queries, last >= 0
     if room is not None:
         some &= (ahead >= room[0]) & (ahead <= room[1])
@@ -70,6 +72,7 @@ def last_allowed(mask: Tensor, queries: Tensor, s: int, room: tuple[int, int] | 
     sure = on.sum(1) >= min(t, 2)  # one of several is there in a mask that hides nothing but padding, too
     if not bool(sure.any()):
         return None
+    # A batch entry of nothing but padding says nothing; the others stand for it.
     known = offset[sure][0]
     offset = torch.where(some.any(1, keepdim=True), offset, known)
     level = torch.where(on, last, -1).cummax(1).values  # what is behind the line stays where the line ended

@@ -64,8 +64,8 @@ class ScoreInputs:
             with_four_axes(call.mask),
             None if call.sinks is None else sink_column(call.sinks),
             call.scores,
-            *call.diagonal,
-            rows,
-            positions,
-            call.notes,
+            rows=rows,
+            positions=positions,
+            notes=call.notes,
+            **call.diagonal._asdict(),
         )

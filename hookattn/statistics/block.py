@@ -10,8 +10,8 @@ from torch import Tensor
 
 # What a masked score is replaced by: no score is near it, its exponential is 0, and 0 times it is no NaN as for −∞.
 HIDDEN = -1e30
-# Scores are kept times this and powers taken of 2, by torch's own vectors; those of e are left to a math library, 4
-# times slower on some processors and 30 times where scores are masked.
+# exp s = 2 to the power of s·log₂e. torch computes powers of 2 by its own vector code, and leaves those of e to a math
+# library that is 4 times slower on some processors, and 30 times where scores are masked.
 LOG2E = 1 / math.log(2)
 
 

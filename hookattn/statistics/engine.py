@@ -1,10 +1,14 @@
-"""All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys. What the kernels
-of a GPU take (:mod:`.fused`) is left to them.
+"""All statistics of a call in one pass over blocks of rows: memory is linear in the number of keys.
+
+A GPU's kernels compute what they can (:mod:`.fused`), and this pass the rest.
 
 A block of scores stays in the processor's cache from the product to the last sum over it. Beside that one product and
 the exponential, which a fused kernel computes too, there are only sums over it. Reusing a fused kernel, which returns
 its log-sum-exp and takes more columns along in v, would cost one forward for the entropy and another for what keys
 receive, and leave the largest score to a third pass.
+
+A block has whole rows: all the keys that any of its rows may see. So the softmax is the plain one, with the row's
+largest score taken off (no overflow), and not the online one of the GPU's kernels, which see a row tile by tile.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ from ..torch_internals import devices
 from .base import Out, Statistic
 from .block import HIDDEN, LOG2E, Block
 
-# How many scores make a block; on a GPU, where nothing stays in a cache for so long, so many that starting an operation
-# costs little beside it.
+# How many scores make a block: 4 MiB of float32 stay in the cache. On a GPU nothing does for so long: there so many
+# that starting an operation costs little beside it.
 _BLOCK = 1 << 20
 _BLOCK_ON_GPU = 1 << 26
+# Rows of a block. Fewer make a product slow, however many keys there are; with more, what is done around the diagonal,
+# which takes their square, costs as much as the rest.
 _LEAST = 16
-_WIDEST = 128  # rows; what is done around the diagonal takes their square
+_WIDEST = 128
 
 
 @torch.no_grad()
@@ -48,9 +54,9 @@ def compute(problem: ScoreInputs, statistics: Sequence[Statistic]) -> dict[str, 
     made: dict[str, Tensor | None] = dict.fromkeys(name for statistic in statistics for name in statistic.fields)
     defined = [x for x in statistics if problem.positions is not None or not x.positional]
     if devices.on_gpu(q) and 0 not in shape and defined:
-        from .fused import fused  # what it needs is heavy
+        from .fused import kernel_statistics  # what it needs is heavy
 
-        found, defined = fused(problem, defined)
+        found, defined = kernel_statistics(problem, defined)
         made.update(found)
     asked: list[tuple[Statistic, Out]] = []
     for statistic in defined:
@@ -58,7 +64,7 @@ def compute(problem: ScoreInputs, statistics: Sequence[Statistic]) -> dict[str, 
         made.update(out)
         asked.append((statistic, out))
     if asked and 0 not in shape:
-        asked.sort(key=lambda pair: pair[0].last)
+        asked.sort(key=lambda pair: pair[0].last)  # the one that writes over the scores comes after all who read them
         columns = _Columns([statistic for statistic, _ in asked], shape[3], dtype, q.device)
         for block in _Pass(problem, dtype, columns).blocks():
             for (statistic, out), span in zip(asked, columns.spans, strict=True):
@@ -67,7 +73,15 @@ def compute(problem: ScoreInputs, statistics: Sequence[Statistic]) -> dict[str, 
 
 
 class _Columns:
-    """The vectors that all statistics want products with, one beside the other; the first is for the sum of all."""
+    """The vectors over the keys that statistics want products with, as rows of one matrix: one product gives all sums.
+
+    The first is of ones: its product is the softmax's denominator.
+
+    Attributes:
+        spans: which rows are whose, in the order of the statistics.
+        all: N S.
+        sums: b h R N, the products of the block that was taken last.
+    """
 
     def __init__(self, statistics: Sequence[Statistic], s: int, dtype: torch.dtype, device: torch.device):
         self.statistics = statistics
@@ -83,13 +97,13 @@ class _Columns:
         self.fill(slice(0, s), None)
 
     def fill(self, keys: slice, reach: tuple[int, int] | None) -> None:
-        """Those that are other for other rows; see :meth:`Statistic.fill`."""
+        """Write the vectors that depend on the rows of a block; see :meth:`Statistic.fill`."""
         for statistic, span in zip(self.statistics, self.spans, strict=True):
             if span.stop > span.start:
                 statistic.fill(self.all[span, keys], keys, reach)
 
-    def take(self, mass: Tensor, keys: slice) -> Tensor:
-        """b h R 1: the sum of a block's rows; keeps the other products."""
+    def row_sums(self, mass: Tensor, keys: slice) -> Tensor:
+        """b h R 1: the sums of a block's rows; :attr:`sums` gets the other products."""
         if len(self.all) == 1:
             self.sums = mass.sum(-1, keepdim=True)
         else:
@@ -118,7 +132,16 @@ class _Span:
 
 
 class _Pass:
-    """One pass over a problem."""
+    """One pass over the scores of a call.
+
+    Attributes:
+        g: key heads; of the model's own scores as many as there are query heads, as no product is shared.
+        per: query heads of one key head. They go into one product, as so many more rows.
+        rows: T, int64, which queries of the whole call these are; ``row_numbers``: the same as ints.
+        least_and_most: for each row the least and the greatest key position of the batch; None: there are no positions.
+        mask: True where a key is hidden, where the mask is the same for all rows: inverted once and not in every block.
+        scratch: memory of a block, used again: fresh memory would not be in the cache.
+    """
 
     def __init__(self, problem: ScoreInputs, dtype: torch.dtype, columns: _Columns):
         self.problem, self.dtype, self.columns = problem, dtype, columns
@@ -145,6 +168,8 @@ class _Pass:
             self.columns.fill(span.keys, span.positions)
             hidden = self._hidden(span)
             scores = self._size(span)
+            # As many key heads as fit, and batch entries only where all heads of one do: a block is one piece of
+            # memory.
             groups = min(self.g, max(1, size // scores))
             batch = min(self.b, max(1, size // (scores * self.g))) if groups == self.g else 1
             for b in range(0, self.b, batch):
@@ -153,7 +178,10 @@ class _Pass:
                     yield self._block(slice(b, min(b + batch, self.b)), heads, span, hidden)
 
     def _spans(self, size: int) -> Iterator[_Span]:
-        """All rows, in spans of about as many scores, so that rows that see few keys are many."""
+        """All rows, in spans of about as many scores: of rows that see few keys a span has more.
+
+        Which keys a wider span sees is known only when it is made, so it grows by steps.
+        """
         least = max(_LEAST, size // (self.per * self.s))
         most = least if self.on_gpu else _WIDEST
         start = 0
@@ -181,8 +209,8 @@ class _Pass:
         least, most = self.least_and_most
         return _Span(rows, seen, (min(least[rows]), max(most[rows])))
 
-    def _empty(self, which: int, shape: tuple[int, ...]) -> Tensor:
-        """Memory that is used again for the next block."""
+    def _scratch(self, which: int, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised memory, the same for each block; ``which``: of several that are in use at once."""
         n = 1
         for size in shape:
             n *= size
@@ -198,23 +226,24 @@ class _Pass:
         if positions is not None:
             positions = (positions if positions.shape[0] == 1 else positions[batch])[:, None, span.rows, None]
         if self.mask is not None:
-            scores.masked_fill_(_cut(self.mask, place, span.keys), HIDDEN)
+            scores.masked_fill_(_part(self.mask, place, span.keys), HIDDEN)
         elif problem.mask is not None:
-            scores.masked_fill_(~_cut(problem.mask, place, span.keys).bool(), HIDDEN)
+            scores.masked_fill_(~_part(problem.mask, place, span.keys).bool(), HIDDEN)
         for columns, hides in hidden:
             scores[..., columns].masked_fill_(hides, HIDDEN)
         top = scores.amax(-1, keepdim=True)
+        # A dead row has nothing to attend to. Its shift is 0: with its own, HIDDEN, all its keys would weigh the same.
         dead = top <= HIDDEN / 2  # false for NaN, which shall be seen
         full = not self.on_gpu and not bool(dead.any())  # a GPU would have to be waited for
         shift = top if full else torch.where(dead, 0.0, top)
         shifted = scores.sub_(shift)
-        mass = torch.exp2(shifted, out=self._empty(1, tuple(scores.shape)))
-        own = self.columns.take(mass, span.keys)
+        mass = torch.exp2(shifted, out=self._scratch(1, tuple(scores.shape)))
+        own = self.columns.row_sums(mass, span.keys)
         lse = own.log2().add_(shift)
         if not full:
             top = torch.where(dead, -torch.inf, top)
-        if problem.sinks is not None:
-            lse = torch.logaddexp2(lse, _cut(problem.sinks, place, None).to(self.dtype) * LOG2E)
+        if problem.sinks is not None:  # one more column of the denominator, which nobody attends to
+            lse = torch.logaddexp2(lse, _part(problem.sinks, place, None).to(self.dtype) * LOG2E)
             factor = torch.exp2(shift - lse)
         else:
             factor = own.reciprocal()
@@ -228,7 +257,7 @@ class _Pass:
         problem, (batch, heads, rows) = self.problem, place
         b, h, r = (x.stop - x.start for x in place)
         n = keys.stop - keys.start
-        out = self._empty(0, (b, h, r, n))
+        out = self._scratch(0, (b, h, r, n))
         if problem.scores is not None:
             return out.copy_(problem.scores[batch, heads, rows, keys]).mul_(LOG2E)
         g = groups.stop - groups.start
@@ -241,9 +270,10 @@ class _Pass:
         else:
             torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=alpha, out=flat)
         if isinstance(problem.scale, Tensor):
-            out.mul_(_cut(with_four_axes(problem.scale), place, keys).to(self.dtype))
+            out.mul_(_part(with_four_axes(problem.scale), place, keys).to(self.dtype))
+        # With s' = s·log₂e and c' = c·log₂e, c'·tanh(s'/c') is c·tanh(s/c)·log₂e: the cap is scaled as the scores are.
         finish_scores(out, None if problem.softcap is None else LOG2E * problem.softcap, None)
-        return out if problem.bias is None else out.add_(_cut(problem.bias, place, keys), alpha=LOG2E)
+        return out if problem.bias is None else out.add_(_part(problem.bias, place, keys), alpha=LOG2E)
 
     def _hidden(self, span: _Span) -> list[tuple[slice, Tensor]]:
         """What the kernel hides by itself: some columns of a block, and R n, which of their scores it hides.
@@ -260,8 +290,8 @@ class _Pass:
         ]
 
 
-def _cut(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Tensor:
-    """Part of a tensor that is there by broadcasting in some axes."""
+def _part(x: Tensor, place: tuple[slice, slice, slice], keys: slice | None) -> Tensor:
+    """A block of what is broadcastable to B H T S, itself broadcastable to that block."""
     for dim, at in enumerate(place if keys is None else (*place, keys)):
         if x.shape[dim] > 1:
             x = x[(slice(None),) * dim + (at,)]

@@ -16,8 +16,8 @@ from .block import LOG2E, Block
 class Entropy(Statistic):
     """``−Σ_j w_j ln w_j`` in nats, B H T; the weight that sinks take has no part in the sum.
 
-    With ``w_j = 2^x_j · f``, as ``−ln 2 · Σ_j w_j x_j − ln f · Σ_j w_j``, which needs no logarithm of a weight. 0 for a
-    row with nothing to attend to.
+    With ``w_j = 2^x_j · f`` it is ``−ln 2 · Σ_j w_j x_j − ln f · Σ_j w_j``: no weight needs a logarithm, and a
+    weight of 0 is no case of its own. 0 for a row with nothing to attend to.
     """
 
     name: ClassVar[str] = "entropy"

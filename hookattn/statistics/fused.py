@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.kernels.statistics import MOST_SETS, Range, summed
+from ..attention.kernels.statistics import MOST_SETS, Range, kernel_sums
 from ..attention.score_inputs import ScoreInputs
 from .base import Statistic
 from .entropy import Entropy
@@ -23,7 +23,7 @@ from .previous_mass import PreviousMass
 from .received import Received
 from .segment_mass import SegmentMass
 
-# Exactly these classes: a subclass may write something else.
+# What each statistic is a sum of, looked up by its exact class: a subclass may write something else.
 _SUMS: dict[type[Statistic], str] = {
     Entropy: "entropy",
     LogSumExp: "lse",
@@ -32,27 +32,29 @@ _SUMS: dict[type[Statistic], str] = {
     Received: "received",
     FarMass: "total",
 }
-_FAR = 1 << 30  # more than there are keys
+_FAR = 1 << 30  # more than there are keys, and what is added to it stays an int32, as the kernels count
 
 
-def _near(first: int, last: int) -> Range:
+def _around_query(first: int, last: int) -> Range:
     return Range(max(min(first, _FAR), -_FAR), max(min(last, _FAR), -_FAR), True)
 
 
-def _window(x: Any) -> Range:
-    return _near(1 - x.window, x.window - 1)
+def _window_of(x: Any) -> Range:
+    return _around_query(1 - x.window, x.window - 1)
 
 
 _RANGES: dict[type[Statistic], Callable[..., Range]] = {
     FirstMass: lambda x: Range(0, min(x.n, _FAR) - 1, False),
-    LocalMass: _window,
-    FarMass: _window,
-    PreviousMass: lambda x: _near(-1, -1),
-    OffsetMass: lambda x: _near(x.offset, x.offset),
+    LocalMass: _window_of,
+    FarMass: _window_of,
+    PreviousMass: lambda x: _around_query(-1, -1),
+    OffsetMass: lambda x: _around_query(x.offset, x.offset),
 }
 
 
-def fused(problem: ScoreInputs, statistics: Sequence[Statistic]) -> tuple[dict[str, Tensor], list[Statistic]]:
+def kernel_statistics(
+    problem: ScoreInputs, statistics: Sequence[Statistic]
+) -> tuple[dict[str, Tensor], list[Statistic]]:
     """Some statistics of a call by kernels of :mod:`hookattn.attention.kernels`.
 
     Args:
@@ -62,7 +64,7 @@ def fused(problem: ScoreInputs, statistics: Sequence[Statistic]) -> tuple[dict[s
     Returns:
         Field name → tensor; and the statistics that are left.
     """
-    segments = _those_that_fit([x for x in statistics if type(x) is SegmentMass])
+    segments = _fitting([x for x in statistics if type(x) is SegmentMass])
     taken = [x for x in statistics if type(x) in _SUMS or type(x) in _RANGES or x in segments]
     left = [x for x in statistics if x not in taken]
     if left:
@@ -70,7 +72,7 @@ def fused(problem: ScoreInputs, statistics: Sequence[Statistic]) -> tuple[dict[s
     if not taken:
         return {}, left
     ranges = list(dict.fromkeys(_RANGES[type(x)](x) for x in taken if type(x) in _RANGES))
-    found = summed(problem, [_SUMS[type(x)] for x in taken if type(x) in _SUMS], ranges, _marks(problem, segments))
+    found = kernel_sums(problem, [_SUMS[type(x)] for x in taken if type(x) in _SUMS], ranges, _marks(problem, segments))
     if isinstance(found, str):
         _note(problem, taken, found)
         return {}, list(statistics)
@@ -84,14 +86,15 @@ def fused(problem: ScoreInputs, statistics: Sequence[Statistic]) -> tuple[dict[s
         value = found[_SUMS[kind]] if kind in _SUMS else None
         if kind in _RANGES:
             part = found["parts"][ranges.index(_RANGES[kind](statistic))]
+            # Far mass is what the window leaves of the row; rounding shall not make it negative.
             value = part.clone() if value is None else (value - part).clamp_min_(0)
         assert value is not None
         fields[statistic.key] = value
     return fields, left
 
 
-def _those_that_fit(segments: list[Statistic]) -> list[Statistic]:
-    """As many as have no more sets than a kernel sums up at once."""
+def _fitting(segments: list[Statistic]) -> list[Statistic]:
+    """The first of them that together have no more sets than a kernel sums up at once."""
     made, n = [], 0
     for statistic in segments:
         if n + statistic.columns() <= MOST_SETS:
@@ -101,7 +104,7 @@ def _those_that_fit(segments: list[Statistic]) -> list[Statistic]:
 
 
 def _marks(problem: ScoreInputs, segments: list[Statistic]) -> Tensor | None:
-    """N S: which keys are in each of their sets."""
+    """N S, bfloat16: 1 where a key is in a set of theirs, else 0; None without sets."""
     if not segments:
         return None
     s = problem.k.shape[2]

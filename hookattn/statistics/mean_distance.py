@@ -16,9 +16,12 @@ from .block import Block
 class MeanDistance(Statistic):
     """``Σ_j w_j |i − j| / Σ_j w_j`` of a query at key position i, B H T, in keys.
 
-    The divisor is 1 unless there are sinks. 0 for a row with nothing to attend to. Outside of the square around the
-    diagonal ``|i − j|`` is linear in j, so that products with two vectors do; counted from that square, so that nothing
-    cancels where distances are short and positions large.
+    The divisor is 1 unless there are sinks. 0 for a row with nothing to attend to.
+
+    For a key j before or after all queries of a block, ``|i − j|`` is ``|first − j| ± (i − first)``, where the first
+    query is at ``first``: products with two vectors give the sum, one of distances and one of signs. Only for keys
+    in between, a square around the diagonal, each pair is looked at. Distances are counted from ``first`` and not
+    from 0, so that nothing cancels where they are short and positions large.
     """
 
     name: ClassVar[str] = "mean_distance"
@@ -32,7 +35,7 @@ class MeanDistance(Statistic):
         """How far keys are from the first query, and on which side; 0 in the square."""
         if reach is None:
             return
-        first, last = reach
+        first, last = reach  # key positions of the block's queries
         away, side = columns
         torch.arange(first - keys.start, first - keys.stop, -1, out=away)
         torch.sign(away, out=side)

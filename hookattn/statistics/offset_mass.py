@@ -12,10 +12,11 @@ from .base import Out, Statistic
 from .block import Block
 
 
-def diagonal(block: Block, offset: int) -> Tensor:
+def mass_at_offset(block: Block, offset: int) -> Tensor:
     """b h R: the weight that each query of a block gives to the key ``offset`` places after it."""
     assert block.positions is not None
     n = block.mass.shape[-1]
+    # Gathered at a key that is there in any case, and set to 0 after it where the right one is none of the block's.
     at = block.positions + (offset - block.keys.start)
     found = block.mass.gather(-1, at.clamp(0, n - 1).expand(*block.mass.shape[:3], 1))
     return (found * block.factor).mul_((at >= 0) & (at < n)).squeeze(-1)
@@ -44,4 +45,4 @@ class OffsetMass(Statistic):
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        out[self.key][block.place] = diagonal(block, self.offset)
+        out[self.key][block.place] = mass_at_offset(block, self.offset)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Out, Statistic
 from .block import Block
-from .offset_mass import diagonal
+from .offset_mass import mass_at_offset
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,4 @@ class PreviousMass(Statistic):
 
     def write(self, block: Block, sums: Tensor, out: Out) -> None:
         """See :class:`Statistic`."""
-        out[self.key][block.place] = diagonal(block, -1)
+        out[self.key][block.place] = mass_at_offset(block, -1)

@@ -69,7 +69,7 @@ class SegmentMass(Statistic):
         return len(self.sets)
 
     def fill(self, columns: Tensor, keys: slice, reach: tuple[int, int] | None) -> None:
-        """Indicators."""
+        """1 for each key of a set: the product with the weights is their sum."""
         if reach is None:
             for row, (_, chosen) in zip(columns, self.sets, strict=True):
                 row[[i - keys.start for i in chosen if keys.start <= i < keys.stop]] = 1

@@ -29,15 +29,15 @@ __all__ = ["interpreted"]  # a fixture
 EXACT = 2e-5  # float32 sums, and scores of a few units
 
 
-def small_tiles(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
+def small_tiles(t: int, d: int, formed: bool) -> launch.Tile:
     """Several tiles also where a test is small."""
-    return 16, 16, 4, 2
+    return launch.Tile(16, 16, 4)
 
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_tile", small_tiles)
-    monkeypatch.setattr(launch, "_CHECK", (16, 16, 4, 2))
+    monkeypatch.setattr(launch, "_tile_of", small_tiles)
+    monkeypatch.setattr(launch, "_CHECK", launch.Tile(16, 16, 4))
 
 
 def expected(

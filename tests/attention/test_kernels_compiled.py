@@ -49,13 +49,14 @@ def compiled(
 
     named, kernel = given.split(), getattr(launch.kernels(), name)
     if name in ("derive_rows", "check_rows"):
-        tile = launch._CHECK if name == "check_rows" else launch._tile(4096, width, "product" in named)
-        options = dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
+        tile = launch._CHECK if name == "check_rows" else launch._tile_of(4096, width, "product" in named)
+        options = tile.options()
     else:
-        tiles = statistics._tiles(4096, 0 if "product" in named else width, dtype == "fp32" and "product" not in named)
+        exact = dtype == "fp32" and "product" not in named
+        tiles = statistics._tile_pair(4096, 0 if "product" in named else width, exact)
         options = tiles[name == "receive_keys"].options()
     sizes = {x: options.pop(x) for x in ("BM", "BN")}
-    power = launch.power(width)
+    power = launch.next_power_of_2(width)
     constants: dict[str, Any] = {"CAUSAL": causal, "WINDOWED": window, **sizes, "BD": power, "BE": power, "BC": 16}
     optional = (*"product scores weights scale bias mask sinks rows sets ranges places masses parts spans".split(),)
     constants |= dict.fromkeys((x for x in (*optional, *SUMS.split()) if x not in named), None)

@@ -35,8 +35,8 @@ few = settings(max_examples=10, deadline=None, phases=[Phase.generate])  # shrin
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles also where a test is small, and the engine is told that there is a GPU."""
-    tile = kernels._Tile(16, 16, 4)
-    monkeypatch.setattr(kernels, "_tiles", lambda *args: (tile, tile))
+    tile = launch.Tile(16, 16, 4)
+    monkeypatch.setattr(kernels, "_tile_pair", lambda *args: (tile, tile))
     monkeypatch.setattr(devices, "on_gpu", lambda x: True)
 
 
@@ -163,7 +163,7 @@ def test_spans_are_those_of_the_matrix() -> None:
         if not problem.causal and problem.window is None:
             continue
         seen = allowed(problem)[0, 0]
-        for c, (first, left, right, last) in enumerate(kernels._spans(problem, bm, bn).T.tolist()):
+        for c, (first, left, right, last) in enumerate(kernels._query_blocks(problem, bm, bn).T.tolist()):
             assert 0 <= first <= left <= right <= last <= -(-t // bn)
             column = seen[:, c * bm : (c + 1) * bm]
             assert not column[: first * bn].any() and not column[last * bn :].any()

@@ -1,4 +1,7 @@
-"""The GPU kernel of the certificate: what some rows of q, k and v give, against what the model's kernel returned.
+"""The GPU kernel of the certificate: the output that some rows of q, k and v give, against the model's own.
+
+Scores and weights are formed tile by tile and dropped: the output is summed in the same sweep that finds the softmax's
+denominator, and divided by it at the end (Dao et al. 2022, FlashAttention).
 
 Letters as in :mod:`hookattn.attention.kernels.rows`; E width of the values.
 """
@@ -8,12 +11,12 @@ Letters as in :mod:`hookattn.attention.kernels.rows`; E width of the values.
 import triton
 import triton.language as tl
 
-from .rows import finished, reach, seen_of
+from .rows import finished_scores, reach, seen_keys
 
 
 @triton.jit
-def _largest(x, live):
-    """The largest of |x|; infinite if one is no number, which a maximum on a GPU would pass over."""
+def _max_abs(x, live):
+    """The largest of |x|; infinite if one is NaN, which a maximum on a GPU would pass over: a check must not."""
     x = tl.where(live, tl.abs(x), 0.0)
     return tl.max(tl.max(tl.where(x == x, x, float("inf")), 1))
 
@@ -102,29 +105,32 @@ def check_rows(
     first, last, at, alive = 0, S, t, inside
     if CAUSAL or WINDOWED:
         at, first, last, alive = reach(rows, t, inside, offset, window, S, CAUSAL, WINDOWED, BM, BN)
-    if mask is not None:
+    if mask is not None:  # which rows see any, the sweep says
         alive = i < 0
 
     top, total = tl.full([BM], -float("inf"), tl.float32), tl.full([BM], 0, tl.float32)
     if sinks is not None:
         top = tl.load(sinks + b * sinks_b + h * sinks_h + t * sinks_t, mask=inside, other=0.0).to(tl.float32)
         total += 1
+    # `own` is the total without the sinks' share. Without sinks the two are one, and own / total is NaN if a weight is.
     own, made = tl.full([BM], 0, tl.float32), tl.full([BM, BE], 0, tl.float32)
     score, value = 0.0, 0.0
     for begin in range(first, last, BN):
         cols = begin + column
-        s = finished(query, k, None, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, 1, scale_s, bias_s, BD)
-        seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
+        s = finished_scores(
+            query, k, None, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, 1, scale_s, bias_s, BD
+        )
+        seen = seen_keys(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
         if mask is not None:
             alive |= tl.max(seen.to(tl.int32), 1) > 0
-        score = tl.maximum(score, _largest(s, seen))
+        score = tl.maximum(score, _max_abs(s, seen))
         s = tl.where(seen, s, -float("inf"))
         above = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(above == -float("inf"), 0.0, above)
         less, mass = tl.exp(top - shift), tl.exp(s - shift[:, None])
         values = v + cols.to(tl.int64)[:, None] * v_s + e[None, :] * v_e
         values = tl.load(values, mask=(cols < S)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
-        value = tl.maximum(value, _largest(values, values - values == 0))  # finite ones
+        value = tl.maximum(value, _max_abs(values, values - values == 0))  # finite ones
         made = made * less[:, None] + tl.dot(mass, values, input_precision="tf32x3")
         total, own, top = total * less + tl.sum(mass, 1), own * less + tl.sum(mass, 1), above
 
@@ -136,7 +142,7 @@ def check_rows(
         beyond = tl.where(beyond < 0, 0.0, beyond)
     place = found + (tl.program_id(0) % blocks).to(tl.int64) * (tl.num_programs(0) // blocks) + z
     size = tl.num_programs(0).to(tl.int64)
-    tl.store(place, _largest(beyond[:, None], alive[:, None]))
+    tl.store(place, _max_abs(beyond[:, None], alive[:, None]))
     tl.store(place + size, score)
-    tl.store(place + 2 * size, _largest(made / total[:, None] - real, both))
+    tl.store(place + 2 * size, _max_abs(made / total[:, None] - real, both))
     tl.store(place + 3 * size, value)

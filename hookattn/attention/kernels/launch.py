@@ -1,4 +1,8 @@
-"""From a call's tensors to the GPU kernels; or to a reason why the plain functions have to do."""
+"""Starts the GPU kernels of scores, weights and certificates; or says why torch's own operations have to do.
+
+What all kernels have in common stands here, too: what they are given, how they are cut up into tiles, and what becomes
+of one that cannot be built.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +22,35 @@ from ..masks import Diagonal
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Wider heads are multiplied by torch: their tiles leave no room in a processor's shared memory.
 WIDEST = 256
-# Rows and keys of a tile, warps, and stages of the pipeline, for a check: few rows, of which no more are wanted.
-_CHECK = 16, 64, 4, 2
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut up for the GPU.
+
+    Attributes:
+        rows: of a tile.
+        columns: of a tile; a program goes over the columns tile by tile.
+        warps: of a program, 32 threads each.
+        stages: of the pipeline that loads tiles ahead.
+        registers: the most a thread may have; None: as many as the compiler likes.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 2
+    registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """By the names of the kernels' parameters and Triton's options."""
+        names = "BM", "BN", "num_warps", "num_stages", "maxnreg"
+        return {name: value for name, value in zip(names, self, strict=True) if value is not None}
+
+
+# For a check: few rows, of which no more are wanted.
+_CHECK = Tile(16, 64, 4)
+# What could not be built or started, by the key of :func:`start_refusal`, and why: compiling takes seconds, and would
+# fail again in every layer.
 _refused: dict[tuple[Any, ...], str] = {}
 
 
@@ -52,24 +83,24 @@ def derive(
     """
     (b, h, t, d), s = q.shape, k.shape[2]
     key = "derive", q.device, q.dtype, k.dtype, d
-    reason = unfit(key, q)
+    reason = refusal(key, q)
     if reason is not None:
         return reason
     scores = q.new_empty(b, h, t, s, dtype=torch.float32) if want_scores else None
     weights = q.new_empty(b, h, t, s) if want_weights else None
     product = None
-    if not _multiplies(q, k):
+    if not _kernel_multiplies(q, k):
         whole = weights if weights is not None and weights.dtype == torch.float32 else None
         product = dot_scores(q, k, 1.0 if isinstance(scale, Tensor) else scale, scores if scores is not None else whole)
-    bm, bn, warps, stages = _tile(t, d, product is not None)
+    tile = _tile_of(t, d, product is not None)
 
     def launch() -> None:
-        kernels().derive_rows[(-(-t // bm) * b * h,)](
-            product=product, scores=scores, weights=weights, T=t, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        kernels().derive_rows[(-(-t // tile.rows) * b * h,)](
+            product=product, scores=scores, weights=weights, T=t, **tile.options(),
             **operands(q, k, scale, softcap, bias, None if diagonal else mask, sinks, diagonal or Diagonal(), rows),
         )  # fmt: skip
 
-    return attempt(key, q, launch) or (scores, weights)
+    return start_refusal(key, q, launch) or (scores, weights)
 
 
 def check(
@@ -92,22 +123,23 @@ def check(
         return None
     (b, h, t, d), (s, e) = q.shape, v.shape[2:]
     key = "check", q.device, q.dtype, d, e
-    if unfit(key, q) or not _multiplies(q, k) or v.dtype != q.dtype or e > WIDEST:
+    if refusal(key, q) or not _kernel_multiplies(q, k) or v.dtype != q.dtype or e > WIDEST:
         return None
-    n, (bm, bn, warps, stages) = len(range(*checked.indices(t))), _CHECK
-    blocks = -(-n // bm)
+    n, tile = len(range(*checked.indices(t))), _CHECK
+    blocks = -(-n // tile.rows)
     found = torch.empty(4, blocks, b * h, dtype=torch.float32, device=q.device)
     v = v.expand(b, -1, s, e)
-    beside = call.scale, call.softcap, call.bias, None if diagonal else mask, call.sinks, diagonal or Diagonal(), rows
+    # Where the diagonal says all of the mask, the mask need not be read: T·S bytes less.
+    terms = call.scale, call.softcap, call.bias, None if diagonal else mask, call.sinks
 
     def launch() -> None:
         kernels().check_rows[(blocks * b * h,)](
             v=v, output=output, found=found, start=checked.indices(t)[0], step=checked.indices(t)[2], N=n, E=e,
-            BM=bm, BN=bn, BE=power(e), num_warps=warps, num_stages=stages, **strides("v", v, "bgse"),
-            **strides("out", output, "bhte"), **operands(q, k, *beside),
+            BE=next_power_of_2(e), **tile.options(), **strides("v", v, "bgse"),
+            **strides("out", output, "bhte"), **operands(q, k, *terms, diagonal or Diagonal(), rows),
         )  # fmt: skip
 
-    if attempt(key, q, launch) is not None:
+    if start_refusal(key, q, launch) is not None:
         return None
     return found[:, 0] if blocks == 1 else found.amax(1)
 
@@ -155,7 +187,7 @@ def operands(
         "softcap": softcap,
         **diagonal.kernel_operands(),
         "enable_fp_fusion": True,  # a product and a sum in one instruction, also where a release's default is otherwise
-        **{"H": h, "per": h // g, "S": s, "D": d, "BD": power(d)},
+        **{"H": h, "per": h // g, "S": s, "D": d, "BD": next_power_of_2(d)},
         **strides("q", q, "bhtd"),
         **strides("k", k, "bgsd"),
         **strides("sinks", column, "bht"),
@@ -163,8 +195,8 @@ def operands(
     }
 
 
-def attempt(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
-    """Start a kernel; or the reason why that can't be, now and from now on for this ``key``."""
+def start_refusal(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
+    """Start a kernel: None; or the reason why that can't be, now and from now on for this ``key``."""
     try:
         with torch.cuda.device(q.get_device()):  # on the CPU there is none to choose
             launch()
@@ -174,8 +206,8 @@ def attempt(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str 
     return _refused.get(key)
 
 
-def unfit(key: tuple[Any, ...], q: Tensor) -> str | None:
-    """Why no kernel takes this tensor; ``key``: which kernel of what kind it would be, as in :func:`attempt`."""
+def refusal(key: tuple[Any, ...], q: Tensor) -> str | None:
+    """Why no kernel takes this tensor; ``key``: which kernel of what kind it would be, as in :func:`start_refusal`."""
     if key in _refused:
         return _refused[key]
     if type(q) is not Tensor:
@@ -190,24 +222,33 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _multiplies(q: Tensor, k: Tensor) -> bool:
+def _kernel_multiplies(q: Tensor, k: Tensor) -> bool:
     """Whether q·k is left to the kernel."""
     return q.dtype == k.dtype != torch.float32 and q.shape[3] <= WIDEST
 
 
-def _tile(t: int, d: int, formed: bool) -> tuple[int, int, int, int]:
-    """Rows and keys of a tile, warps, and stages of the pipeline."""
+def _tile_of(t: int, d: int, formed: bool) -> Tile:
+    """The tile of :func:`derive`.
+
+    Args:
+        t: queries.
+        d: how wide they are.
+        formed: whether torch has formed the product.
+    """
     if formed:
-        return 4, 1024, 8, 2  # nothing but memory to be read and written in its order
+        return Tile(4, 1024, 8)  # nothing but memory to be read and written in its order
     # Three of the larger ones fit on a processor: some write while others multiply.
-    return (16, 128, 4, 2) if t <= 16 else (64, 64, 4, 2)
+    return Tile(16, 128, 4) if t <= 16 else Tile(64, 64, 4)
 
 
-def power(n: int) -> int:
-    """The next power of 2; tensor cores multiply no less than 16."""
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is no less than ``n``, and 16 at least: tensor cores multiply no less.
+
+    Triton's ranges have powers of 2 for their lengths; what is beyond ``n`` is masked when it is loaded.
+    """
     return max(16, 1 << (n - 1).bit_length())
 
 
 def strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
-    """Strides by the names of a kernel's parameters; whatever they are where there is no tensor."""
+    """Strides by the names of a kernel's parameters; 0, which nobody reads, where there is no tensor."""
     return {f"{name}_{letter}": 0 if x is None else x.stride(i) for i, letter in enumerate(letters)}

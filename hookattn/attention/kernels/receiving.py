@@ -1,7 +1,9 @@
 """The GPU kernel of the statistic that is a number for each key: what it receives from all queries.
 
-Letters as in :mod:`.rows`. Keys are rows here, and queries columns: each program keeps some keys and
-goes over the queries, so that nobody else adds to the same sum.
+Letters as in :mod:`.rows`. The sweep is transposed: keys are rows here, and queries columns. Each program keeps some
+keys and goes over the queries, so that nobody else adds to the same sum. The other way round every program would add to
+all keys, by atomic additions, whose order, and with it the last digits, would be other in every run. A weight is known
+at once, as the denominators of all queries were written by :func:`.summing.sum_rows` before.
 """
 
 # mypy: ignore-errors
@@ -9,8 +11,8 @@ goes over the queries, so that nobody else adds to the same sum.
 import triton
 import triton.language as tl
 
-from .rows import near, shown
-from .summing import doubled
+from .rows import allows, unmasked
+from .summing import scores_in_log2
 
 
 @triton.jit
@@ -22,19 +24,21 @@ def _sweep(
     """Some more queries in the sums of BM keys; EDGE: there may be some among them that don't see some key."""
     for begin in range(first, last, BN):
         t = begin + tl.arange(0, BN)
-        log = tl.load(level + t, mask=t < T, other=float("inf"))  # no weights beyond the last query
-        x = doubled(
+        log = tl.load(
+            level + t, mask=t < T, other=float("inf")
+        )  # 2 to the power of −∞: no weights beyond the last query
+        x = scores_in_log2(
             keys, q, product, scale, bias, t, inside, factor, softcap, T, D, q_t, q_d, product_t, scale_t, bias_t, BD
         )
         mass = tl.exp2(x - log[None, :])
         if EDGE:
-            seen = shown(mask, t, inside, T, mask_t)
+            seen = unmasked(mask, t, inside, T, mask_t)
             if CAUSAL or WINDOWED:
                 at = t
                 if rows is not None:
                     at = tl.load(rows + t, mask=t < T, other=0)
                 at = (at + offset).to(tl.int32)
-                seen &= near(at[None, :] - key[:, None], window, CAUSAL, WINDOWED)
+                seen &= allows(at[None, :], key[:, None], window, CAUSAL, WINDOWED)
             mass = tl.where(seen, mass, 0.0)
         found += tl.sum(mass, 1)
     return found

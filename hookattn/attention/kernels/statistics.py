@@ -1,4 +1,4 @@
-"""From a problem of statistics to the GPU kernels that sum over it; or to a reason why the engine has to do."""
+"""Starts the GPU kernels of statistics, which sum over scores and weights; or says why the engine has to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..functional import with_four_axes
 from ..score_inputs import ScoreInputs
-from .launch import WIDEST, attempt, kernels, operands, power, strides, unfit
+from .launch import WIDEST, Tile, kernels, next_power_of_2, operands, refusal, start_refusal, strides
 
 # So many sets of keys, at most, are summed up at once: their sums stay in registers.
 MOST_SETS = 64
@@ -25,22 +25,7 @@ class Range(NamedTuple):
     relative: bool
 
 
-class _Tile(NamedTuple):
-    """Rows and columns, warps, stages of the pipeline, and the most registers of a thread."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 2
-    registers: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """By the names of the kernels' parameters and Triton's options."""
-        names = "BM", "BN", "num_warps", "num_stages", "maxnreg"
-        return {name: value for name, value in zip(names, self, strict=True) if value is not None}
-
-
-def summed(
+def kernel_sums(
     problem: ScoreInputs, wanted: Collection[str], ranges: Sequence[Range] = (), sets: Tensor | None = None
 ) -> dict[str, Tensor] | str:
     """Sums over the keys of each query and over the queries of each key, of one call.
@@ -60,7 +45,7 @@ def summed(
     (b, h, t, d), s = q.shape, k.shape[2]
     of = q if own is None else own
     key = "sum", q.device, of.dtype, d if own is None else 0
-    reason = unfit(key, of) or (_unmultiplied(q, k) if own is None else None)
+    reason = refusal(key, of) or (_product_refusal(q, k) if own is None else None)
     if reason is not None:
         return reason
     level = q.new_empty(b, h, t, dtype=torch.float32)
@@ -76,27 +61,27 @@ def summed(
     if "distance" in made or any(r.relative for r in ranges):
         assert problem.positions is not None
         places = problem.positions.expand(b, t)
-    given = _given(problem)
-    rows, keys = _tiles(t, key[3], own is None and q.dtype == torch.float32)
+    given = _call_operands(problem)
+    by_query, by_key = _tile_pair(t, key[3], own is None and q.dtype == torch.float32)
 
     def launch() -> None:
         sums = {name: made.get(name) for name in (*SUMS, "masses", "parts")}
         n = 0 if sets is None else len(sets)
-        kernels().sum_rows[(-(-t // rows.rows) * b * h,)](
-            level=level, sets=sets, ranges=table, places=places, R=len(ranges), N=n, T=t, BC=power(n),
-            **strides("places", places, "bt"), **sums, **given, **rows.options(),
+        kernels().sum_rows[(-(-t // by_query.rows) * b * h,)](
+            level=level, sets=sets, ranges=table, places=places, R=len(ranges), N=n, T=t, BC=next_power_of_2(n),
+            **strides("places", places, "bt"), **sums, **given, **by_query.options(),
         )  # fmt: skip
         if "received" in made:
-            spans = _spans(problem, keys.rows, keys.columns) if problem.diagonal.hides_any else None
+            spans = _query_blocks(problem, by_key.rows, by_key.columns) if problem.diagonal.hides_any else None
             mine = {name: x for name, x in given.items() if not name.startswith("sinks")}
-            kernels().receive_keys[(-(-s // keys.rows) * b * h,)](
-                level=level, spans=spans, received=made["received"], T=t, **mine, **keys.options()
+            kernels().receive_keys[(-(-s // by_key.rows) * b * h,)](
+                level=level, spans=spans, received=made["received"], T=t, **mine, **by_key.options()
             )
 
-    return attempt(key, of, launch) or made
+    return start_refusal(key, of, launch) or made
 
 
-def _unmultiplied(q: Tensor, k: Tensor) -> str | None:
+def _product_refusal(q: Tensor, k: Tensor) -> str | None:
     """Why no kernel forms the product."""
     if q.dtype != k.dtype:
         return f"no kernel multiplies {q.dtype} by {k.dtype}".replace("torch.", "")
@@ -106,7 +91,7 @@ def _unmultiplied(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _given(problem: ScoreInputs) -> dict[str, Any]:
+def _call_operands(problem: ScoreInputs) -> dict[str, Any]:
     """The call, by the names of the kernels' parameters."""
     q, k, own = problem.q, problem.k, problem.scores
     mask = None if problem.mask is None else problem.mask.bool()
@@ -120,7 +105,7 @@ def _given(problem: ScoreInputs) -> dict[str, Any]:
     return {**given, "product": own, **strides("product", own, "bhts")}
 
 
-def _tiles(t: int, d: int, exact: bool) -> tuple[_Tile, _Tile]:
+def _tile_pair(t: int, d: int, exact: bool) -> tuple[Tile, Tile]:
     """For sums over the keys, and for sums over the queries.
 
     By what the compiler makes of them for compute capabilities 8.0 and 9.0: the largest that keep nothing in local
@@ -132,17 +117,21 @@ def _tiles(t: int, d: int, exact: bool) -> tuple[_Tile, _Tile]:
         exact: whether float32 is multiplied, which takes several products on tensor cores.
     """
     if t <= 16:
-        return (_Tile(16, 16, 1) if exact else _Tile(16, 64, 4)), _Tile(64, 16, 4)
+        return (Tile(16, 16, 1) if exact else Tile(16, 64, 4)), Tile(64, 16, 4)
     if exact:
-        one = _Tile(128, 32, 8) if d <= 64 else _Tile(64, 16, 4)
+        one = Tile(128, 32, 8) if d <= 64 else Tile(64, 16, 4)
     else:
-        one = _Tile(128, 64, 8, 3, 128) if d <= 128 else _Tile(64, 64, 4, 2, 168)
+        one = Tile(128, 64, 8, 3, 128) if d <= 128 else Tile(64, 64, 4, 2, 168)
     return one, one
 
 
-def _spans(problem: ScoreInputs, bm: int, bn: int) -> Tensor:
-    """4, key blocks: of the blocks of ``bn`` queries the first that may see some of ``bm`` keys, the first from which
-    on all see all of them, and where the latter and the former end. Made on the device, which nobody waits for."""
+def _query_blocks(problem: ScoreInputs, bm: int, bn: int) -> Tensor:
+    """4, key blocks, int64: which blocks of ``bn`` queries may see the ``bm`` keys of each key block.
+
+    The first block of which some query may see some of the keys; the first from which on all queries see all of them;
+    where the latter end, and where the former do. Made on the device, which nobody waits for. Rows come in any order: a
+    search finds the first block from the largest row up to each one, and the last from the least row from each one on.
+    """
     t, s = problem.q.shape[2], problem.k.shape[2]
     device = problem.q.device
     rows = torch.arange(t, device=device) if problem.rows is None else problem.rows

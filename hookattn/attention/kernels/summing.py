@@ -1,7 +1,12 @@
 """The GPU kernels of statistics that are a number for each query: one sweep over the keys, nothing written but sums.
 
-Letters as in :mod:`.rows`; N sets of keys, R ranges of keys. Scores are counted in units of ln 2 here,
-so that 2 to their power is what the softmax takes, and the largest so far is taken off before.
+Letters as in :mod:`.rows`; N sets of keys, R ranges of keys. The softmax is the online one of :mod:`.rows`: all sums
+are relative to the largest score so far. Scores are counted in units of ln 2: exp s is then 2 to their power, which is
+one instruction on a GPU.
+
+The keys of a block of rows fall into three parts: those at the left edge, that a window hides from some of the rows;
+those that all rows see; those at the right edge, around the diagonal. Only at the edges a mask is made. Where the model
+gave a mask, everything is edge.
 """
 
 # mypy: ignore-errors
@@ -9,7 +14,7 @@ so that 2 to their power is what the softmax takes, and the largest so far is ta
 import triton
 import triton.language as tl
 
-from .rows import finished, reach, seen_of
+from .rows import finished_scores, reach, reach_of_all, seen_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -18,38 +23,22 @@ HIDDEN = tl.constexpr(-1e30)
 
 
 @triton.jit
-def doubled(
+def scores_in_log2(
     query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, product_s, scale_s, bias_s,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """BM BN: finished scores ÷ ln 2; see :func:`hookattn.attention.kernels.rows.finished`."""
+    """BM BN: finished scores ÷ ln 2; see :func:`hookattn.attention.kernels.rows.finished_scores`."""
     if product is None and softcap is None and bias is None:  # one multiplication does both
-        x = finished(
+        x = finished_scores(
             query, k, product, scale, bias, cols, inside, factor * LOG2E, softcap, S, D, k_s, k_d, product_s, scale_s,
             bias_s, BD,
         )  # fmt: skip
     else:
-        x = LOG2E * finished(
+        x = LOG2E * finished_scores(
             query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, product_s, scale_s,
             bias_s, BD,
         )  # fmt: skip
     return x
-
-
-@triton.jit
-def _whole(at, places, inside, first, last, window, S, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BN: tl.constexpr):
-    """Of the keys from first to last: from where to where every row sees all and comes before none, in whole tiles."""
-    least, most = tl.min(tl.where(inside, at, 2**31 - 1)), tl.max(tl.where(inside, at, -(2**31)))
-    left, right = first, S // BN * BN
-    if WINDOWED:
-        left = tl.minimum(tl.maximum(first, (tl.maximum(most - window + 1, 0) + BN - 1) // BN * BN), last)
-        if not CAUSAL:
-            right = tl.minimum(right, tl.maximum(least + window, 0) // BN * BN)
-    if CAUSAL:
-        right = tl.minimum(right, tl.maximum(least + 1, 0) // BN * BN)
-    if places is not None:
-        right = tl.minimum(right, (tl.maximum(tl.min(tl.where(inside, places, S)), -1) + 1).to(tl.int32) // BN * BN)
-    return left, tl.maximum(left, right)
 
 
 @triton.jit
@@ -62,12 +51,12 @@ def _sweep(
     """Some more keys in the sums of BM rows; EDGE: there may be some that some row doesn't see, or comes before."""
     for begin in range(first, last, BN):
         cols = begin + tl.arange(0, BN)
-        x = doubled(
+        x = scores_in_log2(
             query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, product_s, scale_s, bias_s,
             BD,
         )  # fmt: skip
         if EDGE:
-            x = tl.where(seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED), x, HIDDEN)
+            x = tl.where(seen_keys(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED), x, HIDDEN)
         above = tl.maximum(top, tl.max(x, 1))
         less = tl.exp2(top - above)
         x -= above[:, None]
@@ -169,7 +158,10 @@ def sum_rows(
         at, first, last, _ = reach(rows, t, inside, offset, window, S, CAUSAL, WINDOWED, BM, BN)
     left, right = last, last
     if mask is None:
-        left, right = _whole(at, afar, inside, first, last, window, S, CAUSAL, WINDOWED, BN)
+        left, right = reach_of_all(at, inside, first, last, window, S, CAUSAL, WINDOWED, BN)
+        if afar is not None:  # distances are linear in the key up to the query's own position: the middle ends there
+            ends = (tl.maximum(tl.min(tl.where(inside, afar, S)), -1) + 1).to(tl.int32) // BN * BN
+            right = tl.maximum(left, tl.minimum(right, ends))
 
     top, amount = tl.full([BM], HIDDEN, tl.float32), tl.full([BM], 0, tl.float32)
     moment, away, made = amount, amount, tl.full([BM, BC], 0, tl.float32)
@@ -191,10 +183,10 @@ def sum_rows(
             entropy is not None, True, CAUSAL, WINDOWED, BN, BD, BC,
         )  # fmt: skip
 
-    # A maximum on a GPU passes over what is no number; the sum does not.
+    # A row is dead that has seen no key. A maximum on a GPU passes over NaN, the sum does not: such a row is not dead.
     dead = (top <= HIDDEN / 2) & (amount == amount)
     log = tl.where(dead, -float("inf"), top + tl.log2(amount))
-    if sinks is not None:  # one more column
+    if sinks is not None:  # one more column: log₂(2^log + 2^sink), from the larger one, so that nothing overflows
         sink = tl.load(sinks + b * sinks_b + h * sinks_h + t * sinks_t, mask=inside, other=0.0).to(tl.float32) * LOG2E
         more = log > sink
         larger, smaller = tl.where(more, log, sink), tl.where(more, sink, log)
@@ -232,11 +224,11 @@ def sum_rows(
             part = tl.where(log == log, 0.0, log)
             for begin in range(start, stop, BN):
                 cols = begin + tl.arange(0, BN)
-                x = doubled(
+                x = scores_in_log2(
                     query, k, product, scale, bias, cols, inside, factor, softcap, S, D, k_s, k_d, product_s, scale_s,
                     bias_s, BD,
                 )  # fmt: skip
-                seen = seen_of(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
+                seen = seen_keys(mask, at, cols, inside, window, S, mask_s, CAUSAL, WINDOWED)
                 seen &= (cols[None, :] >= low[:, None]) & (cols[None, :] <= high[:, None])
                 part += tl.sum(tl.where(seen, tl.exp2(x - log[:, None]), 0.0), 1)
             tl.store(parts + r * size + row, part, mask=inside)
