@@ -1,1 +1,31 @@
-"""The tap of attention written out by hand: torch's operations followed from q·k to weights·v."""
+"""The tap of attention written out by hand: torch's operations followed from q·k to weights·v.
+
+No single function is attention here, so that none can be tapped. Instead a function mode (:mod:`.follower`) sees every
+torch operation of the model and keeps a **state** for each tensor that may be a part of an attention (:mod:`.states`):
+
+    q·k -> Scores -> (scaled, capped, masked) Scores -> softmax -> Weights -> (dropout) Weights -> Weights·v: a call
+
+- A product of two tensors is taken for scores until something shows that it is none. States cost nothing once their
+  tensor is gone: the queries, keys and masks of a product that nobody needs go with it.
+- A softmax may be taken in steps: ``Exponentials``, a ``RowStatistic`` (maximum, sum), ``LogWeights``.
+- Weights may be cut along the keys and multiplied slice by slice: ``PartialOutput`` until all slices are in.
+- Scores may be moved about before the softmax (a band, blocks in a buffer, a few keys for each query):
+  ``ScatteredScores -> ScatteredWeights -> ScatteredOutput``, each with its ``Entries`` (:mod:`.entries`,
+  :mod:`.entry_rules`): which score each entry is, told by running the same operations again on numbers.
+- What is not understood makes scores or weights *opaque*, and is no error: the values are then the model's own.
+
+**Which axis is what** is asked once a call is complete. For every tensor, attention or not, it is noted from which one
+it came and how (:mod:`.origins`, :mod:`.view_rules`), and only then worked out what its axes are made of
+(:mod:`.axis_history`). What the softmax runs over are the keys; heads are what was split from the same dimension as the
+width that q·k sums over (:mod:`.products`). Then :mod:`.assemble` brings everything into B H T S, or
+:mod:`.assemble_scattered` with :mod:`.scattered_layout`, where scores do not lie as queries by keys.
+
+**What an operation does** is said by its row in the table of :mod:`.operations`: what it makes of axes, of entries, and
+of each state. The rules of a row take an :class:`~.operation.Operation`; those that make scores are in
+:mod:`.score_rules` and :mod:`.concat_rules`, those that make weights in :mod:`.weight_rules`, and those for operations
+of any name in :mod:`.rules`. Products have two operands and are read by :mod:`.product_labels` and
+:mod:`.value_products`.
+
+To add an operation, add its name to a row of the table that fits, or write a row; a rule that is new goes to the file
+of the state that it makes. Then add a model to tests/zoo that uses it, with the attention that it computes.
+"""

@@ -62,61 +62,67 @@ class CallBuilder:
 
     def call(self) -> KernelCall:
         """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""
-        scores, product, state = self.scores, self.product, self.state
-        if not product.untouched:
-            raise LayoutError("q or k was written to between the score product and its use")
-        query_side, key_side = self.roles.queries, self.roles.keys
-        sides = {"a": product.a, "b": product.b}
-        if query_side == "batch" or key_side == "batch":
-            raise LayoutError("the operands of the score product can't be told apart")
-        q = arrange(sides[query_side], product.operand_factors(query_side, self.roles), "BHTD")
-        k = arrange(sides[key_side], product.operand_factors(key_side, self.roles), "BHSD", group=True)
+        scores = self.scores
+        q, k = self._queries_and_keys()
         v = _joined([self._values(use) for _, use in self.parts])
-        output = arrange(self.out, self._output_factors(), "BHTD")
-        applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
-        changed = any(w.own is not None for w, _ in self.parts)
-        weights = applied
-        if changed:
-            own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
-            weights = _cat([self._like_scores(x, origin.layout()) for x, origin in own])
-        b, h = weights.shape[:2]
-        q = q.expand(b, h, -1, -1)
+        own, applied = self._weights()
+        b, h = own.shape[:2]
         k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
         mixed = list(dict.fromkeys(name for w, _ in self.parts for name in w.mixed))
         call = KernelCall(
-            q=q,
+            q=q.expand(b, h, -1, -1),
             k=k,
             v=v,
-            output=output,
-            scale=self._scale(),
+            output=arrange(self.out, self._output_factors(), "BHTD"),
+            # Divided by the cap in here, multiplied by it outside: the contract's scale is that of q·k itself.
+            scale=self._scale() if scores.cap is None else self._scale() * scores.cap,
             tap=NAME,
             softcap=scores.cap,
-            weights=weights.to(v.dtype) if weights.dtype != v.dtype and not changed else weights,
+            weights=own.to(v.dtype) if own.dtype != v.dtype and applied is own else own,
             dropout=max(w.dropout for w, _ in self.parts),
-            softmax_dtype=state.dtype,
+            softmax_dtype=self.state.dtype,
             mixed=bool(mixed),
         )
-        if call.softcap is not None:
-            call.scale = call.scale * call.softcap
-        if changed:
+        if applied is not own:
             call.applied = applied
         if mixed:
-            call.notes.append(
-                f"weights changed after the softmax by {', '.join(mixed)}"
-                + (" (mixed across heads)" if _mixes(mixed) else "")
-            )
+            call.notes.append(f"weights changed after the softmax by {_operations(mixed)}")
         self._check(call)
         self._terms(call)
         if scores.sink is not None:
-            sink = self._aligned(Term(scores.sink, state.scores_origin or state.origin))
-            call.sinks = sink.reshape(-1) if sink.shape[0] == sink.shape[2] == 1 else sink
-            if call.sinks.dim() == 1 and call.sinks.shape[0] == 1:
-                call.sinks = call.sinks.expand(q.shape[1])
+            call.sinks = self._sinks(scores.sink, h)
         if scores.opaque:
             self._own_values(call)
-        elif not scores.shifts:
+        elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
             self._finite(call)
         return call
+
+    def _queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """B H T D, and B G S D."""
+        product, roles = self.product, self.roles
+        if not product.untouched:
+            raise LayoutError("q or k was written to between the score product and its use")
+        if roles.queries == "batch" or roles.keys == "batch":
+            raise LayoutError("the operands of the score product can't be told apart")
+        sides = {"a": product.a, "b": product.b}
+        q = arrange(sides[roles.queries], product.operand_factors(roles.queries, roles), "BHTD")
+        return q, arrange(sides[roles.keys], product.operand_factors(roles.keys, roles), "BHSD", group=True)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """B H T S, as the softmax made them and as the values met them: one tensor where nothing lies between."""
+        applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
+        if all(w.own is None for w, _ in self.parts):
+            return applied, applied
+        own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
+        return _cat([self._like_scores(x, origin.layout()) for x, origin in own]), applied
+
+    def _sinks(self, sink: Tensor, heads: int) -> Tensor:
+        """The sink's column: H where it is a parameter of each head, else B H T 1."""
+        column = self._aligned(Term(sink, self.state.scores_origin or self.state.origin))
+        if not column.shape[0] == column.shape[2] == 1:
+            return column
+        column = column.reshape(-1)
+        return column.expand(heads) if column.shape[0] == 1 else column
 
     def _scale(self) -> float | Tensor:
         scale: float | Tensor = self.scores.scale
@@ -125,6 +131,7 @@ class CallBuilder:
         return scale
 
     def _terms(self, call: KernelCall) -> None:
+        """What was joined to the scores, as the call's bias and mask."""
         biases, masks = [], []
         for term in self.scores.terms:
             if term.tensor.dtype == torch.bool:
@@ -135,6 +142,7 @@ class CallBuilder:
             if mask is not None:
                 masks.append(self._aligned(Term(mask, term.origin)))
         masks += [~self._aligned(fill) for fill in self.scores.fills]
+        # Joined in B H T S, where each is 1 where it broadcasts: the sum has no more extents than its parts.
         for bias in biases:
             call.bias = bias if call.bias is None else call.bias + bias
         for mask in masks:
@@ -152,26 +160,26 @@ class CallBuilder:
                 call.scores = self._like_scores(kept, origin.layout())
 
     def _own_values(self, call: KernelCall) -> None:
-        """Scores that went through something unknown: the model's own values, and a mask read off them."""
+        """Scores that went through something unknown: the model's own values, and a mask read off them.
+
+        What was unknown may have changed nothing (a custom copy, a mask by multiplication): then the call is as any.
+        """
         tensor, scores = self.state.scores_tensor, self.scores
         if tensor is None or self.state.scores_origin is None:
             raise LayoutError(f"the scores went through {', '.join(scores.opaque)}, and their values were not kept")
         own = self._like_scores(tensor, self.state.scores_origin.layout())
         if scores.sink is not None:
             raise LayoutError(f"a sink joined scores that went through {', '.join(scores.opaque)}")
+        # Where something is as low as masks usually are, that alone is masked, and a low score is a score.
         hidden = own <= (MASKED if bool((own <= MASKED).any()) else FILL)
         keep = ~hidden if call.mask is None else call.mask & ~hidden
         derived = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
         residual = torch.where(keep, own.to(derived.dtype) - derived, 0.0)
         call.mask = keep if bool(hidden.any()) or call.mask is not None else None
-        slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(own.dtype, 2e-2)
-        if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
+        if differs(residual, derived, own.dtype):
             call.opaque = True
             call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own
-            call.notes.append(
-                f"scores are the model's own: q·k went through {', '.join(scores.opaque)}"
-                + (" (mixed across heads)" if _mixes(scores.opaque) else "")
-            )
+            call.notes.append(f"scores are the model's own: q·k went through {_operations(scores.opaque)}")
 
     def _check(self, call: KernelCall) -> None:
         b, h, t, _ = call.q.shape
@@ -251,10 +259,27 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _same_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of equally many heads: a model may share the one among more query heads than the other."""
     g = max(k.shape[1], v.shape[1])
     k, v = (x if x.shape[1] == g else x.repeat_interleave(g // x.shape[1], 1) for x in (k, v))
     return k, v
 
 
-def _mixes(operations: Sequence[str]) -> bool:
-    return any(mixes_axis(x) for x in operations)
+def _operations(names: Sequence[str]) -> str:
+    """The operations that scores or weights went through, for a note."""
+    # One that sums over an axis and left scores or weights behind summed over heads; all else loses them.
+    return ", ".join(names) + (" (mixed across heads)" if any(mixes_axis(x) for x in names) else "")
+
+
+def differs(residual: Tensor, derived: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scores are more than rounding away from those that are derived from q and k.
+
+    Args:
+        residual: their difference, 0 where a key is masked.
+        derived: the derived scores.
+        dtype: that the model computed its scores in.
+    """
+    # q·k is a sum over the width, so that rounding adds up: 1e-5 is 84 units in the last place of float32, 2e-2 are 20
+    # of float16 and 3 of bfloat16. What a model does to scores on purpose changes them by more than that.
+    slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
+    return float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax()))

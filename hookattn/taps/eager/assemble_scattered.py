@@ -16,6 +16,7 @@ from torch import Tensor
 from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED
 from ...torch_internals.tensor_identity import version_of
+from .assemble import differs
 from .entries import Entries
 from .products import LayoutError
 from .scattered_layout import ScatteredLayout, rows_of, vectors_of
@@ -162,8 +163,7 @@ class _ScatteredCall:
         theirs = layout.spread(values.masked_fill(~seen, 0.0)).view(b, h, t, s)
         derived = q @ k.mT * root.scale
         residual = torch.where(mask, theirs.to(derived.dtype) - derived, 0.0)
-        slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(values.dtype, 2e-2)
-        if float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax())):
+        if differs(residual, derived, values.dtype):
             if root.opaque:
                 call.opaque, call.scores = True, torch.where(mask, theirs, derived.to(theirs.dtype))
                 call.notes.append("scores are the model's own: they are more than q·k")

@@ -14,7 +14,9 @@ from typing import Any
 Layout = tuple[tuple["Atom", ...], ...]
 Shape = Sequence[int]
 
-# Longest chain of views kept unevaluated: bounds recursion, and memory over a long generation.
+# Longest chain of views kept unevaluated. A layout is worked out by recursion, a call or two for each view, far below
+# Python's limit of 1000; and a state that is passed on for thousands of steps (a cache of keys in a generation) shall
+# not keep the history of all of them.
 _MAX_DEPTH = 48
 
 
@@ -73,6 +75,7 @@ class Origin:
     def layout(self) -> Layout:
         """The atoms of each dimension."""
         if self._layout is None:
+            # What it came from is let go afterwards: an origin would else keep all that were before it.
             if self.how is None:
                 self._layout = fresh(self.shape)
             elif self.parent is not None:
@@ -115,7 +118,7 @@ def refine(atoms: Sequence[Atom], other: Sequence[Atom]) -> list[tuple[Atom, Ato
     while left and right:
         a, b = left.pop(0), right.pop(0)
         n = math.gcd(a.size, b.size)
-        if n not in (a.size, b.size):
+        if n not in (a.size, b.size):  # 6 and 4, say: no factor of the one is a run of entries of the other
             return None
         if a.size > n:
             left.insert(0, Atom(a.size // n, a))
@@ -137,6 +140,8 @@ def same(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 
 def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """Row-major regrouping: view, reshape, flatten, unflatten, squeeze, unsqueeze."""
+    # Atoms are dealt out to the new dimensions in order. One that is too large for what a dimension still needs is
+    # split, and its parts are siblings: so that heads are told from the width they were split from.
     rest = [a for dim in layout for a in dim]
     if 0 in shape or any(a.size == 0 for a in rest):
         return fresh(shape)
@@ -238,6 +243,7 @@ def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]
 def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, int, bool]) -> Layout:
     """Equal pieces of one tensor joined along another dimension, an old one or a new: heads cut off the width, say."""
     dim, count, new = args
+    # The pieces were cut off one atom, whose parts share it as a parent: the number of pieces is their sibling.
     cut = next((a.parent for d in layout for a in d if a.parent is not None), None)
     head = Atom(count, cut)
     if new:

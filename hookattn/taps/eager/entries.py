@@ -1,4 +1,4 @@
-"""Where every entry of a tensor came from: scores and weights that are shifted, cut up, and poured into buffers.
+"""Where every entry of a tensor came from, for scores and weights that were moved about.
 
 Moving entries about does the same to their numbers: the operations that moved them run again on numbers instead, once a
 softmax and a product with values have shown that it is worth it.

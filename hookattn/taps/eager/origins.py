@@ -14,6 +14,8 @@ from .axis_history import Origin, same
 from .operation import OperationKind
 from .view_rules import same_axes
 
+# Entries of tensors that are gone are swept out when there are so many. A callback of each weak reference would do it
+# at once, and run for every tensor that a model makes.
 _PURGE = 4096
 _NONE: dict[str, Any] = {}
 _ref = weakref.ref
@@ -60,7 +62,7 @@ class Origins:
                     shape = out.shape
                 except RuntimeError:  # a nested tensor
                     return
-                if rule is same_axes:
+                if rule is same_axes:  # most operations: no function is called, and no origin is made
                     origin = source if shape == source.shape else Origin(shape)
                 else:
                     how = rule(x, out, args, kwargs or _NONE)

@@ -34,12 +34,13 @@ def next_state(c: Operation) -> State | None:
     return new if new is not None else scattered(c)
 
 
-def _opaque_in_place(c: Operation) -> State | None:
+def _opaque_unless_shuffled(c: Operation) -> State | None:
     return None if c.kind.shuffles else opaque_scores(c)
 
 
-# What an operation makes of a state that its row has no rule for.
-_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_in_place, Weights: mixed_weights}
+# What an operation makes of a state that its row has no rule for. A result of the scores' shape is taken for scores
+# that something was done to; of an operation that puts entries elsewhere, the shape proves nothing.
+_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_unless_shuffled, Weights: mixed_weights}
 
 
 def scattered(c: Operation) -> State | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .products import Label, LayoutError, Product, mixes_heads
 from .states import ScatteredSoftmax
 
-# Rows that are one in memory, for heads that share their keys, are one for each head all the same.
+# A row is told by its address. Heads that share their keys by broadcasting (a stride of 0) have the same addresses, and
+# keys of their own all the same: each such index counts as this many entries, more than any memory has.
 _SHARED = 1 << 44
 
 
@@ -138,6 +139,8 @@ class ScatteredLayout:
         """Rows that share keys are of one head of one batch entry; the axes along which they lie are the queries'."""
         live, key = self.live, self.key
         rows, keys = live.shape[0], self.count
+        # Connected components, by minimum labels: a row takes the least label of its keys, a key that of its rows, and
+        # a label the label of the key that it names, which halves the paths in every turn.
         group = torch.arange(keys, device=key.device)
         while True:
             row = torch.where(live, group[key], keys).amin(-1)
@@ -156,6 +159,7 @@ class ScatteredLayout:
             raise LayoutError("the heads of scores that were moved about have different numbers of queries or keys")
         place = torch.arange(rows, device=key.device).view(self.shape)
         along = []
+        # An axis is the queries' if rows of one head lie at different places of it.
         for i, extent in enumerate(self.shape):
             where = torch.arange(extent, device=key.device).view([-1 if j == i else 1 for j in range(place.dim())])
             where = where.expand(self.shape).flatten()

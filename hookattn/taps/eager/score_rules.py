@@ -80,6 +80,7 @@ def _joined(c: Operation, sign: int) -> State | None:
     other = c.other()
     factor = float(sign) * float(c.kwargs.get("alpha", 1))
     mine = c.look(other)
+    # A softmax in steps: scores minus their logsumexp, or minus their maximum, which leaves the softmax as it is.
     if isinstance(mine, RowStatistic) and sign < 0 and c.position == 0:
         if mine.kind == "lse":
             return LogWeights(c.origin, of=state, dim=mine.dim)
@@ -87,8 +88,10 @@ def _joined(c: Operation, sign: int) -> State | None:
             return state.but(origin=c.origin, shifts=[*state.shifts, other], finite=None)
     if c.position != 0 and sign < 0:
         return opaque_scores(c)
+    # Of two products one is q·k and the other a bias, made of q and a table of relative positions, say. Such a bias was
+    # gathered or shifted, and is opaque; q·k is the other, be it the second operand.
     if isinstance(mine, Scores) and mine.opaque and not state.opaque:
-        pass  # a second product, gathered or shifted: a bias to the first
+        pass
     elif isinstance(mine, Scores) and state.opaque and c.position == 0:
         return _joined(replace(c, state=mine, x=other, position=1), sign)
     value = number(other)

@@ -128,7 +128,10 @@ def _note_followed(watch: KnownTensors, product: _Product, state: State | None) 
 
 
 def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor) -> None:
-    """Every product of two tensors may be q·k, and is taken for it until something else is done with it."""
+    """Every product of two tensors may be q·k, and is taken for it until something else is done with it.
+
+    Nothing is worked out here: axes are, once a softmax over them has met values.
+    """
     a, b = _autocast(parsed.a, out), _autocast(parsed.b, out)
     product = Product(a, b, parsed.labels, watch.origin(parsed.a), watch.origin(parsed.b))
     product.shape = tuple(out.shape)
