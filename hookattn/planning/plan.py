@@ -20,9 +20,7 @@ from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
-from ..taps.eager.follower import Follower
 from ..torch_internals.fake_tensors import IMPOSSIBLE, FakeTensor
-from ..torch_internals.frames import innermost
 from ..torch_internals.isolation import isolated
 from ..torch_internals.tensor_memo import TensorMemo
 from .byte_counts import SeenCalls, field_bytes
@@ -127,8 +125,8 @@ def calls_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     def may_guess() -> bool:
         """A tap may, where it looks for masks in what the model computed; the model may not."""
-        # A follower that runs outside of `calls_on_shapes` is that of the trace which asked for this plan.
-        guesses = innermost(Follower._try, calls_on_shapes) is Follower._try
+        # Of this session alone: the follower of a trace that asked for this plan may be at work further out.
+        guesses = session.interpreting
         if guesses:
             seen.note(
                 f"{session.where() or 'the model'}: masks and biases are told by values, so that these are guessed"

@@ -220,6 +220,11 @@ class Session:
         """Run one operation that dispatches to no function mode as if it had."""
         return self._follower.follow(name, func, args, kwargs)
 
+    @property
+    def interpreting(self) -> bool:
+        """Whether the follower looks at what the model did right now; False: the model itself is at work."""
+        return "_follower" in vars(self) and self._follower.interpreting
+
     def seed(self, x: Tensor, roles: str) -> None:
         """Say what the axes of a tensor are."""
         self._follower.set_origin(x, seeded(x.shape, tuple(roles)))
