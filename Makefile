@@ -18,6 +18,8 @@ install = $(BIN)/python -m pip install --quiet --no-compile $(if $(UNLOCKED),--u
 	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
 alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOCKED),--upgrade,\
 	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
+# Each worker takes most tests of a file together, so that a model or a kernel that a file sets up is set up once.
+workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
 .PHONY: demo test lint test-slow test-browser test-field test-gpu test-latest check-all bench bench-gpu train coverage \
@@ -52,7 +54,7 @@ lint: $(VENV)/.dev ## ruff, its format, and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## linter, types and the tests
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser"
 
 test-slow: $(VENV)/.dev ## what takes long
 	$(BIN)/python -m pytest -m "slow" -n 1
@@ -80,7 +82,7 @@ test-latest: ## the newest of everything, in an environment of its own: the test
 	@$(MAKE) LOCK=none newest
 
 newest: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser"
 
 check-all: ## every target, one after the other, and a table of what is red at the end; TARGETS="demo lint" runs these
 	@bash .ci/all "$(MAKE)" $(TARGETS)
