@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.functional import compute_dtype, softmax_weights, with_four_axes
 from ..calls.extents import extents_of, per_query_head
-from ..calls.key_tokens import key_positions, of_inputs, stitched
+from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
 from ..errors import FieldNotCaptured, MeasureError
 from ..statistics.base import Statistic
@@ -55,14 +55,14 @@ class View:
 
     @cached_property
     def of_inputs(self) -> bool:
-        """Whether padding of the inputs is of its keys; see :func:`hookattn.calls.key_tokens.of_inputs`."""
-        return of_inputs(self.call, self.trace)
+        """Whether padding of the inputs is of its keys; see :func:`hookattn.calls.key_tokens.padding_is_of_keys`."""
+        return padding_is_of_keys(self.call, self.trace)
 
     @cached_property
     def grows(self) -> bool:
         """Whether it is of a sequence that got longer, so that it may have fewer keys than there are tokens."""
         call, of_all = self.call, [c for c in self.trace.calls if c.site.path == self.call.site.path]
-        return any(c.step != call.step for c in of_all) or stitched(call)
+        return any(c.step != call.step for c in of_all) or is_stitched(call)
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:

@@ -6,18 +6,18 @@ import operator
 from typing import Unpack
 
 from ..errors import SelectionError
-from .part import Part, Where, listed, many
+from .part import Part, Where, listed, parts_of
 from .trace_data import TraceData
 
 
-def one(trace: TraceData, view: str, **where: Unpack[Where]) -> Part:
+def part_of_one_call(trace: TraceData, view: str, **where: Unpack[Where]) -> Part:
     """The part of a view of one call.
 
     Raises:
         SelectionError: no call fits, or several; says what there is.
         FieldNotCaptured: nothing that was captured tells the extents.
     """
-    found = many(trace, **where)
+    found = parts_of(trace, **where)
     if len(found) > 1:
         calls = [part.call for part in found]
         given = {name: list(dict.fromkeys(of(c) for c in calls)) for name, of in _NAMED.items()}
@@ -41,13 +41,13 @@ _NAMED = {
 }
 
 
-def one_stack(trace: TraceData, view: str, **where: Unpack[Where]) -> list[Part]:
+def parts_of_one_stack(trace: TraceData, view: str, **where: Unpack[Where]) -> list[Part]:
     """The parts of a view of many layers.
 
     Raises:
         SelectionError: several stacks, kinds or steps fit; says which.
     """
-    parts = many(trace, **where)
+    parts = parts_of(trace, **where)
     for name, of in (
         ("stack", [p.call.site.stack for p in parts]),
         ("kind", [p.call.site.kind for p in parts]),

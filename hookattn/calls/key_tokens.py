@@ -28,12 +28,12 @@ _TOGETHER = "put together from "
 _NO_TEXT = frozenset({"vision", "audio"})
 
 
-def together(steps: int) -> str:
+def stitching_note(steps: int) -> str:
     """The note of a call that several steps were put together in; a file keeps it."""
     return f"{_TOGETHER}{steps} steps"
 
 
-def stitched(call: Call) -> bool:
+def is_stitched(call: Call) -> bool:
     """Whether several steps were put together in a call."""
     return any(note.startswith(_TOGETHER) for note in call.notes)
 
@@ -46,7 +46,7 @@ def foreign_keys(call: Call, trace: TraceData) -> str | None:
     return _foreign(call.site, _kinds(trace))
 
 
-def of_inputs(call: Call, trace: TraceData) -> bool:
+def padding_is_of_keys(call: Call, trace: TraceData) -> bool:
     """Whether padding of the inputs (an ``attention_mask``) is of its keys.
 
     It is of the keys that the tokens are of. A trace that has none of these is taken to be measured with padding of
@@ -126,10 +126,10 @@ def _place(call: Call, trace: TraceData, s: int) -> _Place | None:
     whole = _Place(0, False, s)
     if call.site.crosses:
         return whole
-    if stitched(call):
+    if is_stitched(call):
         return _Place(0, True, s)
     steps = _steps(call, trace)
-    sizes = [_sizes(c) for c in steps] if len(steps) > 1 else []
+    sizes = [_kernel_extents(c) for c in steps] if len(steps) > 1 else []
     known = [size for size in sizes if size is not None]
     if len(steps) == 1 or len(known) < len(sizes):
         return whole
@@ -170,7 +170,7 @@ def _steps(call: Call, trace: TraceData) -> list[Call]:
     return [call] if own is None else [c for c, n in zip(of_site, nth, strict=True) if n == own]
 
 
-def _sizes(call: Call) -> tuple[int, int] | None:
+def _kernel_extents(call: Call) -> tuple[int, int] | None:
     """How many queries the kernel of a call had, and S; None: nothing that was kept tells."""
     t, s = kernel_queries(call), extents_of(call, "S").s
     if t is None and call.queries is not None:

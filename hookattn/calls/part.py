@@ -128,7 +128,7 @@ class Part:
         return "" if found.faithful else "not verified"
 
 
-def many(
+def parts_of(
     trace: TraceData,
     *,
     layer: int | None = None,
@@ -159,16 +159,16 @@ def many(
         if not -b <= batch < b:
             raise SelectionError(f"batch={batch}: {call.site.label} has {b} batch entries.")
         numbers = call.heads or tuple(range(h))
-        chosen = numbers if heads is None else tuple(_numbers(heads, numbers, call))
-        at = _places(call, batch % b, t, s)
+        chosen = numbers if heads is None else tuple(_head_numbers(heads, numbers, call))
+        at = _query_places(call, batch % b, t, s)
         names = labels(trace, call, batch % b, b, t, s, at, tokens, key_tokens)
         own = call.queries or tuple(range(t))
         made.append(
             Part(
-                _cut(call, batch % b, [numbers.index(n) for n in chosen], chosen, h),
+                _restricted_call(call, batch % b, [numbers.index(n) for n in chosen], chosen, h),
                 chosen,
-                tuple(own.index(i) for i in _positions("queries", queries, own, call)),
-                tuple(_positions("keys", keys, tuple(range(s)), call)),
+                tuple(own.index(i) for i in _selected_positions("queries", queries, own, call)),
+                tuple(_selected_positions("keys", keys, tuple(range(s)), call)),
                 at,
                 *names,
             )
@@ -196,14 +196,15 @@ def _extents(call: Call) -> tuple[int, int, int, int]:
     return known["B"], known["H"], known["T"], known["S"]
 
 
-def _places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
+def _query_places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
     found = query_positions(call, t, s)
     return None if found is None else tuple(found[batch if len(found) > 1 else 0].tolist())
 
 
-def _cut(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: int) -> Call:
+def _restricted_call(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: int) -> Call:
     """One batch entry and some heads of a call; read, and derived, when they are asked for."""
 
+    # Closures, not tensors: a figure of one head shall not read the others, and a page reads call by call.
     def take(x: Tensor, among: Sequence[int] = index) -> Tensor:
         x = with_four_axes(x)
         x = x[batch : batch + 1] if x.shape[0] > 1 else x
@@ -225,7 +226,7 @@ def _cut(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: in
     return replace(call, fields=fields, scale=scale, heads=heads, kv_heads=None)
 
 
-def _numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) -> list[int]:
+def _head_numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) -> list[int]:
     asked = [wanted] if isinstance(wanted, int) else list(wanted)
     whole = call.heads is None
     found = [n + len(numbers) if whole and n < 0 else n for n in asked]
@@ -238,7 +239,7 @@ def _numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) 
     return found
 
 
-def _positions(name: str, wanted: Positions, there: tuple[int, ...], call: Call) -> list[int]:
+def _selected_positions(name: str, wanted: Positions, there: tuple[int, ...], call: Call) -> list[int]:
     """Positions among those that are there; negative ones from the last one on."""
     if wanted is None:
         return list(there)

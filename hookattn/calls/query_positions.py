@@ -36,6 +36,7 @@ def query_positions(call: Call, kept: int, s: int) -> Tensor | None:
     mask = call.get("mask") if call.has("mask") else None
     if t is None:
         return _of_unknown(call, rows, mask, s)
+    # With as many keys as queries and no diagonal, a mask of padding must not be taken for one.
     found = None
     if mask is not None and (call.causal or t != s):
         # Rows that were left out need room, too; a row that leaves them none is padding, or looks ahead.

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..calls.part import many
+from ..calls.part import parts_of
 from ..console.screen import Screen, decimal_size
 from ..errors import SelectionError
 from ..render.figures import VIEWS
@@ -101,7 +101,7 @@ def _write_page(file: str, out: str, view: str, asked: dict[str, Any]) -> None:
 
     trace = load(file)
     where = {name: value for name, value in asked.items() if name not in ("field", "scale", "sink")}
-    part = many(trace, **where)[0]
+    part = parts_of(trace, **where)[0]
     site = part.call.site
     state: dict[str, Any] = {
         **{name: asked[name] for name in ("field", "scale", "sink") if name in asked},

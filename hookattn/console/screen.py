@@ -17,7 +17,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.text import Text
 
 from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
-from ..store.json_values import plain
+from ..store.json_values import json_value
 
 PIPED_WIDTH = 200
 """Columns that a table may take where no terminal limits it: nothing is folded in a file."""
@@ -38,7 +38,7 @@ class Screen:
 
     def json(self, data: Any) -> None:
         """Write a JSON document to stdout."""
-        click.echo(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(json_value(data), indent=2, ensure_ascii=False, allow_nan=False))
 
     def say(self, message: str, style: str = "") -> None:
         """Write one line to stderr."""

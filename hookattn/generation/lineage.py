@@ -19,7 +19,7 @@ _EXACT = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CallPositions:
     """One call among the positions of the final sequence.
 
     Attributes:
@@ -73,7 +73,7 @@ class Lineage:
         self.length = 0
         self.batch = 0
         self.exact = True  # whether cached keys come back as they were stored
-        self.places: list[list[Place]] = []
+        self.places: list[list[CallPositions]] = []
         self.reorder: list[Tensor] = []
         self._known: dict[int, Tensor] = {}
 
@@ -103,10 +103,10 @@ class Lineage:
         places = []
         for i, (_, s) in enumerate(sizes):
             if i not in filled:
-                places.append(Place(t, first, s, 0, s))
+                places.append(CallPositions(t, first, s, 0, s))
             else:
                 offset = 0 if filled[i] < s else first + t - s
-                places.append(Place(t, first, filled[i], offset, s))
+                places.append(CallPositions(t, first, filled[i], offset, s))
         batch = extents_of(calls[0], "B").b or 1
         self.reorder.append(self._continued(step, batch, calls, places, own))
         self.places.append(places)
@@ -117,6 +117,8 @@ class Lineage:
         if s <= t:
             return s
         if call.has("mask"):
+            # A static cache has room for the whole generation; what is not written yet is hidden from every query, and
+            # of these the last one sees the most.
             last = call.mask[:, :, -1].flatten(0, -2).any(0).expand(s).nonzero()
             return int(last[-1]) + 1 if len(last) and int(last[-1]) + 1 >= t else s
         if s > self.length + t:
@@ -136,6 +138,8 @@ class Lineage:
                     "select afterwards."
                 )
             return self.length
+        # Each layer says how many keys stand before its queries. One with a sliding window has dropped some, so that
+        # the layer with the most of them is nearest to the truth.
         before = {i: end - t for i, (end, _) in filled.items()}
         most = max(before.values())
         if most > self.length:
@@ -145,6 +149,7 @@ class Lineage:
                 f"queries of {self.length} of them: a step is missing, the trace was begun with a filled cache, or "
                 f"the keys are not the queries' own tokens (kind={worst.site.kind!r})."
             )
+        # A cache with an empty end has dropped nothing, and a step without a cache feeds all from its beginning.
         certain = most == self.length or any(end < s for end, s in filled.values())
         if certain or all(s == t for _, s in filled.values()):
             return most
@@ -167,18 +172,23 @@ class Lineage:
         n = filled[site][0] - t
         cached, known = calls[site].k[:, :, :n], self._known[site]
         gaps: dict[int, float] = {}
+        # The number of keys is the same either way: the cached ones are compared with those that stood there, for each
+        # place where they might be.
         for at in range(self.length, most - 1, -1):  # nothing was taken back; one token was; …
             gaps[at] = _distance(cached, known[:, :, at - n : at]).amin(1).max().item()
             if gaps[at] <= _EXACT:
                 return at
         return min(gaps, key=lambda at: gaps[at])
 
-    def _continued(self, step: int, batch: int, calls: Sequence[Call], places: list[Place], own: list[int]) -> Tensor:
+    def _continued(
+        self, step: int, batch: int, calls: Sequence[Call], places: list[CallPositions], own: list[int]
+    ) -> Tensor:
         """For each batch row the row of the step before that it continues; its keys are remembered."""
         same = torch.arange(batch)
         if isinstance(self.beams, Tensor):
             self.exact = False  # not looked at
             return same
+        # The first and the last layer tell rows apart; to remember the keys of all would take the trace's memory again.
         watched = [i for i in dict.fromkeys((*own[:1], *own[-1:], *self._known)) if calls[i].has("k")]
         total, order = None, same
         if self.length:
@@ -217,6 +227,7 @@ class Lineage:
 
     def _match(self, step: int, gap: Tensor) -> Tensor:
         """B_now B_before distances -> for each row the row before; its own place wherever that fits as well."""
+        # Beams that have the same tokens so far have the same keys: a row keeps its place wherever it may.
         n = min(gap.shape)
         gap[range(n), range(n)] -= 1e-6
         best = gap.min(1)

@@ -56,15 +56,15 @@ def merge(traces: Merged | Sequence[Merged], over: str = "steps") -> Merged:
             count[place] += 1
         if over == "batches" and any(len(calls) != i + 1 for calls in groups.values()):
             raise StitchError(f"trace {i} has other calls than the ones before; batches merge call by call.")
-    join = _steps if over == "steps" else _batches
+    join = _over_steps if over == "steps" else _over_batches
     return replace(several[0], calls=[_merged(calls, i, join) for i, calls in enumerate(groups.values())])
 
 
 def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Call]], Tensor | None]) -> Call:
     first = calls[0]
-    names = [n for n in first.fields if _plain(n).removesuffix("_keys") in STATISTICS]
+    names = [n for n in first.fields if _plain_name(n).removesuffix("_keys") in STATISTICS]
     for call in calls:
-        others = [n for n in call.fields if _plain(n).removesuffix("_keys") in STATISTICS]
+        others = [n for n in call.fields if _plain_name(n).removesuffix("_keys") in STATISTICS]
         if others != names or not names:
             raise StitchError(f"{call.site.label} has the statistics {others}, another call of it has {names}.")
         if call.heads != first.heads:
@@ -77,15 +77,15 @@ def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Cal
     return made
 
 
-def _steps(name: str, calls: Sequence[Call]) -> Tensor | None:
+def _over_steps(name: str, calls: Sequence[Call]) -> Tensor | None:
     parts = [call.get(name) for call in calls]
     given = [x for x in parts if x is not None]
     if len(given) < len(parts):
         return None
-    if _plain(name) in _OF_KEYS:
+    if _plain_name(name) in _OF_KEYS:
         _check_keys(name, calls)
-    if _plain(name) != Received.name:
-        return _cat(name, given, 2, calls)
+    if _plain_name(name) != Received.name:
+        return _appended(name, given, 2, calls)
     out = given[0].new_zeros(*given[0].shape[:2], max(x.shape[2] for x in given))
     for x in given:
         if x.shape[:2] != out.shape[:2]:
@@ -94,13 +94,13 @@ def _steps(name: str, calls: Sequence[Call]) -> Tensor | None:
     return out
 
 
-def _batches(name: str, calls: Sequence[Call]) -> Tensor | None:
+def _over_batches(name: str, calls: Sequence[Call]) -> Tensor | None:
     parts = [call.get(name) for call in calls]
     given = [x for x in parts if x is not None]
-    return _cat(name, given, 0, calls) if len(given) == len(parts) else None
+    return _appended(name, given, 0, calls) if len(given) == len(parts) else None
 
 
-def _cat(name: str, parts: Sequence[Tensor], dim: int, calls: Sequence[Call]) -> Tensor:
+def _appended(name: str, parts: Sequence[Tensor], dim: int, calls: Sequence[Call]) -> Tensor:
     shapes = {tuple(n for i, n in enumerate(x.shape) if i != dim) for x in parts}
     if len(shapes) > 1:
         raise StitchError(
@@ -122,9 +122,10 @@ def _check_keys(name: str, calls: Sequence[Call]) -> None:
         if len(set(known)) > 1:
             raise StitchError(f"{site.label}: {name} is of {known[:4]}… keys, which are not the same sequence.")
         return
-    seen = _seen(calls[0], known[0])
+    # A key keeps its index from step to step only as long as nothing has fallen out of the cache.
+    seen = _tokens_among_keys(calls[0], known[0])
     for call, n in zip(calls[1:], known[1:], strict=True):
-        t = _rows(call)
+        t = _kernel_rows(call)
         if seen is None or t is None:
             raise StitchError(f"{site.label}: queries were left out, so which keys {name} counts is not known.")
         seen += t
@@ -135,27 +136,28 @@ def _check_keys(name: str, calls: Sequence[Call]) -> None:
             )
 
 
-def _seen(call: Call, s: int) -> int | None:
+def _tokens_among_keys(call: Call, s: int) -> int | None:
     """How many of its S keys are tokens: not the empty end of a static cache, which is hidden from all queries.
 
     None where the last query, which sees them all, was left out.
     """
-    names = [n for n in call.fields if _plain(n) == Received.name]
+    names = [n for n in call.fields if _plain_name(n) == Received.name]
     got = call.get(names[0]) if names else None
-    t = _rows(call)
+    t = _kernel_rows(call)
     if got is None or t == s:
         return s
     if call.queries is not None and (t is None or t - 1 not in call.queries):
         return None
+    # What nobody may attend to has received nothing at all, not even rounding.
     used = (got != 0).flatten(0, 1).any(0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
 
 
-def _rows(call: Call) -> int | None:
+def _kernel_rows(call: Call) -> int | None:
     """T of a call, before any selection."""
     t = kernel_queries(call)
     return call.certificate.of_rows or None if t is None and call.queries is None else t
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     return name.partition("(")[0]

@@ -16,10 +16,10 @@ from ..calls.call import Call
 from ..calls.certificate import Certificate
 from ..calls.extents import evenly_grouped
 from ..calls.fields import Later
-from ..calls.key_tokens import together
+from ..calls.key_tokens import stitching_note
 from ..calls.trace_data import TraceData
 from ..errors import StitchError
-from .lineage import Lineage, Place, query_and_key_counts
+from .lineage import CallPositions, Lineage, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)
 
@@ -63,7 +63,7 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
         raise StitchError(f"beams={beams!r}: expected beam_indices (sequences × steps), False or None.")
     made: list[Call] = []
     for stack, sites in _stacks(trace).items():
-        made += _stack(stack, sites, beams, length)
+        made += _stitched_stack(stack, sites, beams, length)
     made.sort(key=lambda c: c.index)
     for i, call in enumerate(made):
         call.index = i
@@ -84,13 +84,13 @@ def _stacks(trace: TraceData) -> dict[str, list[list[Call]]]:
     return stacks
 
 
-def _stack(stack: str, sites: list[list[Call]], beams: Any, length: int | None) -> list[Call]:
+def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int | None) -> list[Call]:
     steps = sorted({c.step for calls in sites for c in calls})
     once: list[list[Call]] = []
     rest: list[list[Call]] = []
     for calls in sites:
         alone = len(calls) == 1 and calls[0].step == steps[0]
-        (once if alone and (len(steps) > 1 or not _cached(calls[0])) else rest).append(calls)
+        (once if alone and (len(steps) > 1 or not _has_cache(calls[0])) else rest).append(calls)
     made = [replace(calls[0], step=0) for calls in once]
     if not rest:
         return made
@@ -107,13 +107,13 @@ def _stack(stack: str, sites: list[list[Call]], beams: Any, length: int | None) 
     end = lineage.length if length is None else length
     if not 0 < end <= lineage.length:
         raise StitchError(f"length={length}: the {stack} stack has {lineage.length} positions.")
-    spans, rows = _spans(lineage, end), _rows(lineage, beams, stack)
+    spans, rows = _spans(lineage, end), _rows_of_steps(lineage, beams, stack)
     for n, calls in enumerate(rest):
         made.append(_Site(calls, [p[n] for p in lineage.places], spans, rows, end, lineage.exact).call())
     return made
 
 
-def _cached(call: Call) -> bool:
+def _has_cache(call: Call) -> bool:
     """Whether a call of a trace of one step has keys beside those of its own tokens (a static cache)."""
     if call.site.crosses or call.queries is not None:
         return False
@@ -126,12 +126,13 @@ def _spans(lineage: Lineage, end: int) -> list[tuple[int, int, int]]:
     spans: list[tuple[int, int, int]] = []
     for i, places in enumerate(lineage.places):
         first = places[0].first
+        # Assisted decoding goes back over rejected candidates: what the earlier steps have from there on is dropped.
         spans = [(j, a, min(b, first)) for j, a, b in spans if a < first]
         spans.append((i, first, first + places[0].queries))
     return [(i, a, min(b, end)) for i, a, b in spans if a < end]
 
 
-def _rows(lineage: Lineage, beams: Any, stack: str) -> list[Tensor]:
+def _rows_of_steps(lineage: Lineage, beams: Any, stack: str) -> list[Tensor]:
     """For each step the batch rows that the final rows have there; −1: none."""
     n = len(lineage.places)
     if isinstance(beams, Tensor):
@@ -144,6 +145,7 @@ def _rows(lineage: Lineage, beams: Any, stack: str) -> list[Tensor]:
             raise StitchError(f"beams names row {high}, and the {stack} stack ran with {lineage.batch} rows.")
         return found
     rows = [torch.arange(lineage.batch)]
+    # From the last step back: the rows that are left at the end say which rows of the step before they continue.
     for order in reversed(lineage.reorder[1:]):
         rows.insert(0, order[rows[0]])
     return rows
@@ -154,7 +156,7 @@ class _Site:
     """One site through all steps."""
 
     calls: Sequence[Call]
-    places: Sequence[Place]
+    places: Sequence[CallPositions]
     spans: Sequence[tuple[int, int, int]]
     rows: Sequence[Tensor]
     end: int
@@ -173,9 +175,9 @@ class _Site:
             dropout=max(c.dropout for c in self.calls),
             notes=(
                 *dict.fromkeys(n for c in self.calls for n in c.notes),
-                together(len(self.calls)),
+                stitching_note(len(self.calls)),
             ),
-            certificate=_worst([c.certificate for c in self.calls]),
+            certificate=_joint_certificate([c.certificate for c in self.calls]),
             derivable=first.derivable if self.exact else (),
             fields={},
         )
@@ -214,6 +216,7 @@ class _Site:
         width = self._width() if columns else given[0].shape[3]
         heads = max(x.shape[1] for x in given)
         ended = any(bool((r < 0).any()) for r in self.rows)
+        # A mask that all rows have in common stays one; a row that has ended attends to nothing, so that it differs.
         shared = not ended and all(x.shape[0] == 1 for x in given)
         n = 1 if shared else len(self.rows[0])
         out = given[0].new_zeros(n, heads, self.end, width)
@@ -224,7 +227,7 @@ class _Site:
             x = x.expand(-1, heads, place.queries, place.keys if columns else -1)
             x = x[:, :, start - place.first : stop - place.first]
             if not shared:
-                x = _take(x, self.rows[i])
+                x = _taken_rows(x, self.rows[i])
             if not columns:
                 out[:, :, start:stop] = x
                 continue
@@ -236,12 +239,12 @@ class _Site:
 
     def _keys(self, name: str) -> Tensor:
         if self._crosses:
-            return _take(self.calls[0].get(name), self.rows[0])
+            return _taken_rows(self.calls[0].get(name), self.rows[0])
         parts = []
         for i, start, stop in self.spans:
             x, offset = self.calls[i].get(name), self.places[i].offset
             assert x is not None
-            parts.append(_take(x[:, :, start - offset : stop - offset], self.rows[i]))
+            parts.append(_taken_rows(x[:, :, start - offset : stop - offset], self.rows[i]))
         return torch.cat(parts, 2)
 
     def _fill(self, scores: Tensor) -> Tensor:
@@ -263,7 +266,7 @@ class _Site:
         return self.calls[0].site.crosses
 
 
-def _take(x: Tensor | None, rows: Tensor) -> Tensor:
+def _taken_rows(x: Tensor | None, rows: Tensor) -> Tensor:
     """Batch rows by index; −1: zeros."""
     assert x is not None
     if x.shape[0] == 1:
@@ -274,7 +277,7 @@ def _take(x: Tensor | None, rows: Tensor) -> Tensor:
     return taken
 
 
-def _worst(certificates: Sequence[Certificate]) -> Certificate:
+def _joint_certificate(certificates: Sequence[Certificate]) -> Certificate:
     """What holds for all of them."""
     states = {c.status for c in certificates}
     status = next(s for s in ("unfaithful", "unverified", "faithful") if s in states)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from ..calls.choose import one_stack
+from ..calls.choose import parts_of_one_stack
 from ..calls.part import Where
 from ..calls.trace_data import TraceData
 from ..errors import SelectionError
@@ -44,7 +44,7 @@ def to_circuitsvis(trace: TraceData, **where: Unpack[Where]) -> dict[str, Any]:
         SelectionError: several stacks, kinds or steps, layers of different lengths, or queries that are not the keys.
         FieldNotCaptured: the weights were not kept.
     """
-    parts = one_stack(trace, "CircuitsVis", **where)
+    parts = parts_of_one_stack(trace, "CircuitsVis", **where)
     sizes = {(len(part.rows), len(part.columns)) for part in parts}
     if len(sizes) > 1 or any(part.places is None or part.rows != part.columns for part in parts):
         raise SelectionError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
-from ..store.partial import PartialFile, explained
+from ..store.partial import PartialFile, explaining_os_errors
 from .html_shell import content_policy, module_script, page_head, page_tail, viewer_module
 from .options import script_json, viewer_options
 from .page_size import LIMIT, Narrowed, narrowed
@@ -87,10 +87,10 @@ def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> st
     try:
         for piece in page_pieces(trace, **options):
             data = piece.encode("utf-8")
-            with explained(target, "write the page", size + len(data)):
+            with explaining_os_errors(target, "write the page", size + len(data)):
                 file.write(size, data)
             size += len(data)
-        with explained(target, "finish the page", size):
+        with explaining_os_errors(target, "finish the page", size):
             file.commit(size)
     finally:
         file.discard()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
-from ..calls.choose import one, one_stack
+from ..calls.choose import part_of_one_call, parts_of_one_stack
 from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
@@ -72,7 +72,7 @@ def plotly(
 
 
 def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
-    part = one(trace, "matrix", **where)
+    part = part_of_one_call(trace, "matrix", **where)
     found = drawn_values(part, field, sink)
     data, block = block_maxima(found.data, _MOST)
     heads = part.heads
@@ -94,7 +94,7 @@ def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) 
 
 
 def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
-    parts = one_stack(trace, "model", **where)
+    parts = parts_of_one_stack(trace, "model", **where)
     numbers = sorted({head for part in parts for head in part.heads})
     figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
@@ -124,7 +124,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
 def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
     import plotly.graph_objects as go
 
-    parts = one_stack(trace, "distance", **where)
+    parts = parts_of_one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     figure = _subplots([part.title for part in parts], columns)
     numbers = sorted({head for part in parts for head in part.heads})

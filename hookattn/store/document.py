@@ -11,7 +11,7 @@ from ..attention.kernel_call import DERIVED, FIELDS
 from ..calls.call import Call
 from ..calls.trace_data import TraceData
 from ..version import __version__
-from .json_values import number, plain
+from .json_values import json_number, json_value
 from .names import Names
 from .schema import CALL, CERTIFICATE, SITE, SKIPPED, to_entry
 from .writer import write_file
@@ -47,15 +47,15 @@ def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Te
             tensors[name] = scale
         scale = {"tensor": name}
     site, certificate = to_entry(SITE, call.site), to_entry(CERTIFICATE, call.certificate)
-    return to_entry(CALL, call, site=site, scale=number(scale), fields=fields, certificate=certificate)
+    return to_entry(CALL, call, site=site, scale=json_number(scale), fields=fields, certificate=certificate)
 
 
 def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:
     """The document of a trace with these entries of its calls."""
     versions = {**trace.model.get("versions", {}), "hookattn": __version__}
     return {
-        "model": plain({**trace.model, "versions": versions}),
-        "selection": plain(trace.selection),
+        "model": json_value({**trace.model, "versions": versions}),
+        "selection": json_value(trace.selection),
         "tokens": trace.tokens,
         "notes": trace.notes,
         "compact": compact,

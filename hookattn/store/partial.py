@@ -32,7 +32,7 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def explained(path: Path, doing: str, needed: int | None = None) -> Iterator[None]:
+def explaining_os_errors(path: Path, doing: str, needed: int | None = None) -> Iterator[None]:
     """Turn an :class:`OSError` into a :class:`TraceWriteError` that says where, what for, how much, and what to do."""
     try:
         yield
@@ -61,7 +61,7 @@ class PartialFile:
         self.path = path
         # Through a link to the file that it names, as any open() would write.
         self._final = Path(os.path.realpath(path))
-        with explained(path, "create the file"):
+        with explaining_os_errors(path, "create the file"):
             if self._final.exists() and not self._final.is_file():
                 # A rename would put the trace in the place of a device or a pipe.
                 code = errno.EISDIR if self._final.is_dir() else errno.EINVAL

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .json_values import number
+from .json_values import json_number
 
 FIRST = (1, 0)
 
@@ -52,7 +52,7 @@ _KINDS: dict[str, Kind] = {
     "str": Kind(_is(str)),
     "object": Kind(_is(dict)),
     # JSON has no word for a number that is not finite: its name stands there.
-    "number": Kind(_is_number, number, lambda x: float(x) if type(x) is str else x),
+    "number": Kind(_is_number, json_number, lambda x: float(x) if type(x) is str else x),
     "ints": Kind(_is_list_of(_is(int)), list, tuple),
     "strs": Kind(_is_list_of(_is(str)), list, tuple),
     "objects": Kind(_is_list_of(_is(dict))),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import TraceFileError, TraceWriteError
 from .format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
-from .partial import CHUNK, PartialFile, explained
+from .partial import CHUNK, PartialFile, explaining_os_errors
 from .rawbytes import byte_blocks, check_storable, memory_of
 
 RESERVE = 1 << 20
@@ -221,7 +221,7 @@ class StreamWriter:
     @contextlib.contextmanager
     def _aborting_on_error(self, doing: str, needed: int) -> Iterator[None]:
         try:
-            with explained(self.path, doing, needed):
+            with explaining_os_errors(self.path, doing, needed):
                 yield
         except TraceWriteError as error:
             if isinstance(error.__cause__, OSError):  # deleted after the free space was measured

@@ -13,7 +13,7 @@ from torch import Tensor
 import hookattn
 from hookattn import Call, Site, Trace, analyze
 from hookattn.attention.positions import last_allowed
-from hookattn.calls.part import many
+from hookattn.calls.part import parts_of
 from hookattn.calls.query_positions import query_positions
 from tests import tiny_models
 from tests.analyze.build import case
@@ -72,7 +72,7 @@ def test_one_row_of_a_first_forward_may_be_anywhere_in_an_older_file() -> None:
     for call in made.trace:
         call.of_queries = None
     view = analyze.View(made.trace[0], made.trace)
-    assert view.positions is None and many(made.trace)[0].places is None
+    assert view.positions is None and parts_of(made.trace)[0].places is None
     with pytest.raises(hookattn.errors.MeasureError, match="previous_token of call 0"):
         analyze.PreviousToken()(made.trace)
 
@@ -185,7 +185,7 @@ def test_selected_rows_of_models(name: str, queries: Any, tmp_path: Path) -> Non
         assert expected is not None and found is not None
         assert found.expand(2, -1).tolist() == expected.expand(2, -1)[:, rows].tolist(), call
         for batch in (0, 1):
-            part = many(Trace([call]), batch=batch)[0]
+            part = parts_of(Trace([call]), batch=batch)[0]
             assert part.places == tuple(found.expand(2, -1)[batch].tolist())
 
 

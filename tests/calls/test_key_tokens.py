@@ -23,8 +23,8 @@ import hookattn
 from hookattn import analyze
 from hookattn.analyze.frame import views
 from hookattn.analyze.labels import key_labels, named_keys
-from hookattn.calls.key_tokens import together
-from hookattn.calls.part import many
+from hookattn.calls.key_tokens import stitching_note
+from hookattn.calls.part import parts_of
 from hookattn.calls.site import Site
 from hookattn.errors import MeasureError
 
@@ -419,7 +419,7 @@ def two_forwards_of_other_lengths() -> tuple[hookattn.Trace, Expected]:
 @case
 def put_together() -> tuple[hookattn.Trace, Expected]:
     """The last token never was a key."""
-    return trace([call(6, notes=(together(3),))], words(7)), [[words(6)]]
+    return trace([call(6, notes=(stitching_note(3),))], words(7)), [[words(6)]]
 
 
 @case
@@ -471,7 +471,7 @@ def of_tables(made: hookattn.Trace) -> Expected:
 def of_figures(made: hookattn.Trace) -> Expected:
     """What is no number is a name."""
     batches = [view.shape[0] for view in views(made)]
-    drawn = [many(made, batch=i) if i < min(batches) else [] for i in range(max(batches))]
+    drawn = [parts_of(made, batch=i) if i < min(batches) else [] for i in range(max(batches))]
     assert min(batches) == max(batches)
     return [[[None if k.isdigit() else k for k in drawn[i][n].keys] for i in range(b)] for n, b in enumerate(batches)]
 
@@ -564,7 +564,7 @@ def test_tokens_of_queries_are_those_of_their_keys() -> None:
     assert table[table["step"] == 2]["token"].tolist() == [None]
     table = analyze.measure(towers("vision_model", 6), "entropy", by="query")
     assert table[table["stack"] == "vision"]["token"].isna().all()
-    drawn = many(steps(WINDOW, words(6)))
+    drawn = parts_of(steps(WINDOW, words(6)))
     assert [part.queries for part in drawn[1:]] == [(words(6)[5],), ("6",)]
 
 

@@ -17,11 +17,11 @@ import torch
 import hookattn
 from benchmarks import __main__ as command
 from benchmarks import bars, checkout, clock, measure, memory, table, variants
-from benchmarks.cases import LONG, TOY, Case, cases, bytes_taken
+from benchmarks.cases import LONG, TOY, Case, bytes_taken, cases
 from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
 from benchmarks.disk import streaming
-from benchmarks.models import gpt2, unknown_model, sibling
+from benchmarks.models import gpt2, sibling, unknown_model
 from benchmarks.statistics_cost import statistics_cost
 from hookattn.testing import check_clean
 

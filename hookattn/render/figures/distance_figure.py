@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...calls.choose import one_stack
+from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...traces import Trace
@@ -43,7 +43,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     """
     if scale not in SCALES:
         raise SelectionError(f"scale={scale!r}: expected one of {', '.join(SCALES)}.")
-    parts = one_stack(trace, "distance", **where)
+    parts = parts_of_one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     rows = math.ceil(len(parts) / columns)
     heading = Heading.of(parts, parts[0].stack, [UNKNOWN for part in parts if part.hidden is None])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ...store.partial import PartialFile, explained
+from ...store.partial import PartialFile, explaining_os_errors
 
 
 def save(figure: Figure, path: str | PathLike[str], kind: str, dpi: int = 300) -> None:
@@ -28,7 +28,7 @@ def save(figure: Figure, path: str | PathLike[str], kind: str, dpi: int = 300) -
     data = made.getvalue()
     target = Path(path)
     file = PartialFile(target)
-    with explained(target, "write the figure", len(data)):
+    with explaining_os_errors(target, "write the figure", len(data)):
         try:
             file.write(0, data)
             file.commit(len(data))

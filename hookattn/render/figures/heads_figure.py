@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ...calls.choose import one
+from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...tokens.display import shortened
@@ -48,7 +48,7 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     """
     if not 0 < least <= 1:
         raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
-    part = one(trace, "heads", **where)
+    part = part_of_one_call(trace, "heads", **where)
     found = drawn_values(part, "weights", sink)
     level = _levels(part, found.rows, found.columns)
     lowest, highest = min(map(min, level)), max(map(max, level))

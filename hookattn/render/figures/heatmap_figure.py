@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from ...calls.choose import one
+from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import FAINT, MAY
@@ -60,7 +60,7 @@ def heatmap(
         InputError: ``tokens`` of another length.
     """
     check_options(field, scale, sink)
-    part = one(trace, "heatmap", **where)
+    part = part_of_one_call(trace, "heatmap", **where)
     found = drawn_values(part, field, sink)
     return _panels(part, found, field, scale, columns)
 

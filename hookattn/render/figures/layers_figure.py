@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from ...calls.choose import one_stack
+from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import GRID
@@ -49,7 +49,7 @@ def layers(
         FieldNotCaptured: the field is not in the trace; names the ``capture=``.
     """
     check_options(field, scale, sink)
-    parts = one_stack(trace, "layers", **where)
+    parts = parts_of_one_stack(trace, "layers", **where)
     grid = _thumbnails(parts, field, sink)
     numbers = sorted({head for part in parts for head in part.heads})
     cell = max(_LEAST, min(_LARGEST, (_WIDEST - 1.5) / len(numbers)))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...calls.choose import one
+from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...tokens.display import shortened
@@ -83,7 +83,7 @@ def query_row(trace: Trace, view: str, **where: Unpack[Where]) -> QueryRow:
     """
     if where.get("queries") is None:
         where["queries"] = -1
-    part = one(trace, view, **where)
+    part = part_of_one_call(trace, view, **where)
     if len(part.heads) > 1:
         raise SelectionError(f"{view} draws one head; give heads= of {', '.join(map(str, part.heads))}.")
     if len(part.rows) > 1:
