@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from hookattn.planning.memory_plan import free_memory, size_of
+from hookattn.planning.memory_plan import size_of
+from hookattn.torch_internals.devices import free_memory
 
 from .cases import Case, bytes_taken
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all
@@ -93,7 +94,8 @@ def too_large(case: Case, variant: Variant, device: torch.device) -> str | None:
         if size > most:
             return f"left out: {size_of(size)} to {where} would take the time of all else"
     for where, size, place in (("", need, device), (" of the host", variant.host, torch.device("cpu"))):
-        free = int(_SPARE * free_memory(place))
+        known = free_memory(place)
+        free = size if known is None else int(_SPARE * known)
         if size > free:
             return f"left out: needs about {size_of(size)} of {size_of(free)}{where}"
     return None

@@ -52,6 +52,8 @@ def derive(
             return derived
         if notes is not None:
             notes.append(f"scores and weights were derived by torch's own operations: {derived}")
+    elif notes is not None and (why := devices.plain_reason(q.device)):
+        notes.append(f"scores and weights were derived by torch's own operations: {why}")
     # By blocks only where it pays: a call that fits into the cache needs none. Sinks and scales that are tensors are
     # rare, and left to the whole.
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..console.screen import Screen, counted, quiet_transformers
 from ..errors import ModelError
+from ..torch_internals.devices import absent
 from .command import first_line
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -50,8 +50,8 @@ def load_model(
     Raises:
         ModelError: there is no such thing, or it cannot be loaded; says what to do.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"--device {device}: this torch sees no CUDA device.")
+    if why := absent(device):
+        raise ModelError(f"--device {device}: {why}.")
     if is_factory(name):
         if attn is not None:
             raise ModelError(f"--attn chooses a kernel of a transformers model; {name} is made by its own factory.")

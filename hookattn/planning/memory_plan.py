@@ -50,7 +50,8 @@ class MemoryPlan:
         calls: one for each attention call, in execution order.
         total: bytes of all fields: in memory, or in the file of ``to``.
         in_memory: bytes that are held at once: all, or with ``to`` those of three calls.
-        free_memory: bytes that are free on the device where the fields are kept.
+        free_memory: bytes that are free on the device where the fields are kept; None: nobody says, as on devices that
+            torch cannot ask.
         free_disk: bytes that are free where the file will be; None without ``to``.
         advice: arguments of a trace that would fit, the least loss first; empty if this one fits.
         notes: what could not be told exactly.
@@ -60,7 +61,7 @@ class MemoryPlan:
     calls: list[PlannedCall]
     total: int
     in_memory: int
-    free_memory: int
+    free_memory: int | None
     free_disk: int | None = None
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -68,26 +69,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for it."""
-        return self.in_memory <= self.free_memory and (self.free_disk is None or self.total <= self.free_disk)
+        """Whether there is room for it, as far as that is known."""
+        held = self.free_memory is None or self.in_memory <= self.free_memory
+        return held and (self.free_disk is None or self.total <= self.free_disk)
 
     def __repr__(self) -> str:
         return table(self)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_disk(path: str | PathLike[str]) -> int:
@@ -134,12 +121,14 @@ def table(plan: MemoryPlan) -> str:
 def room_sentence(plan: MemoryPlan) -> str:
     """What it takes of what is free, as text."""
     says = "fits" if plan.fits else "does not fit"
+    if plan.free_memory is None:
+        says = "fits, as far as is known" if plan.fits else says
+        memory = f"{size_of(plan.in_memory)} of memory, of which nobody says how much is free"
+    else:
+        memory = f"{size_of(plan.in_memory)} of {size_of(plan.free_memory)} of free memory"
     if plan.free_disk is None:
-        return f"{says}: {size_of(plan.in_memory)} of {size_of(plan.free_memory)} of free memory"
-    return (
-        f"{says}: {size_of(plan.total)} of {size_of(plan.free_disk)} of free disk, "
-        f"{size_of(plan.in_memory)} of {size_of(plan.free_memory)} of free memory at once"
-    )
+        return f"{says}: {memory}"
+    return f"{says}: {size_of(plan.total)} of {size_of(plan.free_disk)} of free disk, {memory} at once"
 
 
 def smaller(selection: Selection, streamed: bool) -> Iterator[tuple[str, Selection, bool]]:

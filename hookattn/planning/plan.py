@@ -20,12 +20,13 @@ from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
+from ..torch_internals.devices import free_memory, plain_reason
 from ..torch_internals.fake_tensors import IMPOSSIBLE, FakeTensor
 from ..torch_internals.isolation import isolated
 from ..torch_internals.tensor_memo import TensorMemo
 from .byte_counts import SeenCalls, field_bytes
 from .fake_model import Rules, fake_copy
-from .memory_plan import MemoryPlan, PlannedCall, free_disk, free_memory, size_of, smaller
+from .memory_plan import MemoryPlan, PlannedCall, free_disk, size_of, smaller
 
 
 def plan(
@@ -159,6 +160,8 @@ def calls_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             raise ModelError(_impossible(model, reason, path))
     if not seen.calls and not seen.skipped:
         raise NoAttentionError(f"no attention ran in {type(model).__name__}, so there is nothing to plan.")
+    if why := plain_reason(seen.device):
+        seen.note(f"scores, weights and statistics are derived by torch's own operations on {seen.device.type}: {why}")
     return seen
 
 

@@ -20,9 +20,10 @@ from ..errors import TraceTooLargeError, TraceTooLargeWarning
 from ..recording.room_check import Forward, RoomCheck
 from ..recording.selection import Selection
 from ..taps.active import paused
+from ..torch_internals.devices import free_memory, random_state_kept
 from ..torch_internals.isolation import isolated
 from .byte_counts import SeenCalls
-from .memory_plan import MemoryPlan, free_disk, free_memory, room_sentence, size_of
+from .memory_plan import MemoryPlan, free_disk, room_sentence, size_of
 from .plan import calls_on_shapes, plan_with_advice
 
 
@@ -93,15 +94,15 @@ class RoomGuard(RoomCheck):
         inputs = forward.inputs()
         if inputs is None:
             return None
-        generators = [device] if device.type == "cuda" else []
         try:
-            with paused(), forward.aside(), torch.random.fork_rng(generators):
+            with paused(), forward.aside(), random_state_kept(device):
                 return plan_with_advice(calls_on_shapes(forward.model, *inputs), self.selection, self.to)
         except Exception:  # noqa: BLE001 - whatever it is, it is no fault of the trace, which can go on
             return None
 
-    def _has_room(self, total: int, largest: int, memory: int, disk: int | None) -> bool:
-        return (total if disk is None else largest) <= memory and (disk is None or total <= disk)
+    def _has_room(self, total: int, largest: int, memory: int | None, disk: int | None) -> bool:
+        held = total if disk is None else largest
+        return (memory is None or held <= memory) and (disk is None or total <= disk)
 
 
 def _shapes(call: KernelCall) -> KernelCall:

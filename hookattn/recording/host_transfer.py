@@ -14,6 +14,7 @@ from ..calls.call import Call
 from ..calls.fields import Later
 from ..errors import FieldNotCaptured
 from ..torch_internals import allocation
+from ..torch_internals.devices import SideStream, pinned
 
 # So many bytes may wait on the GPU; then the model waits for the oldest of them.
 _MOST_WAITING_BYTES = 1 << 30
@@ -138,27 +139,25 @@ class CudaLane:
     is moved on to ordinary memory, as much as it takes and no more."""
 
     def __init__(self, device: torch.device):
-        cuda: Any = torch.cuda  # whose types are not all there
-        self.cuda, self.device, self.stream = cuda, device, cuda.Stream(device)
+        self.stream = SideStream(device)
         self.buffers: list[Tensor] = []
 
     def mark(self) -> Any:
         """See :class:`Lane`."""
-        return self.cuda.current_stream(self.device).record_event()
+        return self.stream.mark()
 
     def fetch(self, x: Tensor, mark: Any) -> Tensor:
         """See :class:`Lane`."""
         out = allocation.empty(x.shape, x.dtype, torch.device("cpu"))
-        with self.cuda.device(self.device), self.cuda.stream(self.stream):
+        with self.stream.after(mark):
             if not self.buffers:
-                self.buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
-            self.stream.wait_event(mark)
+                self.buffers = [pinned(_BUFFER_BYTES) for _ in range(_BUFFERS)]
             copy_through_buffers(x, out, self.buffers, self._copy)
         return out
 
     def _copy(self, buffer: Tensor, part: Tensor) -> Callable[[], None]:
         buffer.copy_(part, non_blocking=True)
-        return self.stream.record_event().synchronize  # type: ignore[no-any-return]
+        return self.stream.waiter()
 
 
 def copy_through_buffers(

@@ -1,4 +1,4 @@
-"""The frames of this thread's stack and the code of functions, read: which module runs, and who asked.
+"""The frames of this thread's stack and the code of functions, read: which module runs, and what its code asks for.
 
 Public are hooks on modules, and a hook changes a model: torch's fused encoder layers leave their fast path as soon as
 one is attached anywhere in them, and a hook on each of many modules costs more than the small model they make. A frame
@@ -9,7 +9,7 @@ says the same without touching anything. ``nn.Module.__call__`` leads to ``_call
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -65,17 +65,6 @@ def call_arguments(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] 
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             return frame.f_locals["args"], frame.f_locals["kwargs"]
-        frame = frame.f_back
-    return None
-
-
-def innermost(*functions: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Which of some Python functions is the innermost on this thread's stack; None: none of them runs."""
-    codes = {function.__code__: function for function in functions}
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in codes:
-            return codes[frame.f_code]
         frame = frame.f_back
     return None
 

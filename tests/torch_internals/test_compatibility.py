@@ -246,17 +246,6 @@ def test_the_module_that_runs_is_found_in_the_frames(hooked: bool) -> None:
     assert frames.running_path(paths, model) is None
 
 
-def test_the_innermost_of_several_functions_is_told() -> None:
-    def outer(inside: Callable[[], Any]) -> Any:
-        return inside()
-
-    def inner() -> Any:
-        return frames.innermost(outer, inner)
-
-    assert outer(inner) is inner and outer(lambda: frames.innermost(outer, inner)) is outer
-    assert frames.innermost(outer, inner) is None
-
-
 # ------------------------------------------------------------------------------------------------ tensors and modules
 
 

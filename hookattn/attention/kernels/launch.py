@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...torch_internals.devices import made_current
 from ..functional import dot_scores, sink_column
 from ..kernel_call import KernelCall
 from ..masks import Diagonal
@@ -198,7 +199,7 @@ def operands(
 def start_refusal(key: tuple[Any, ...], q: Tensor, launch: Callable[[], None]) -> str | None:
     """Start a kernel: None; or the reason why that can't be, now and from now on for this ``key``."""
     try:
-        with torch.cuda.device(q.get_device()):  # on the CPU there is none to choose
+        with made_current(q):
             launch()
     except Exception as error:  # noqa: BLE001 - compilers and drivers fail in many ways, and the plain functions do not
         text = str(error).strip().partition("\n")[0]
