@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
+import inspect
 import weakref
 from collections import UserDict
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookattn
 from hookattn import FieldNotCaptured, InputError, ModelError, NoAttentionError, SelectionError
+from hookattn.recording.selection import Selection
 from hookattn.testing import check_clean
 from tests.reference import assert_untouched, draw, paths, same_bits, snapshot
 
@@ -391,3 +394,19 @@ def test_an_attention_in_parts_is_at_the_module_around_them() -> None:
         ("a.0", 0, "Parts"),
         ("a.1", 1, "Parts"),
     ]
+
+
+def test_the_ways_in_take_the_same_keywords() -> None:
+    """``trace``, ``tracing``, ``plan`` and the selection that they make of it spell out the same list."""
+
+    def keywords(function: Any) -> dict[str, Any]:
+        given = list(inspect.signature(function).parameters.values())
+        return {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY or function is of}
+
+    of = Selection.of
+    whole, told, chosen = keywords(hookattn.trace), keywords(hookattn.plan), keywords(of)
+    assert keywords(hookattn.tracing) == whole
+    # No bytes depend on who checks a call, or on what its tokens are called.
+    assert told == {n: default for n, default in whole.items() if n not in ("tokens", "verify", "strict")}
+    assert chosen == {n: default for n, default in told.items() if n != "to"}
+    assert list(chosen) == [f.name for f in dataclasses.fields(Selection) if f.name != "statistics"]

@@ -17,6 +17,13 @@ from ..errors import SelectionError
 from ..statistics.base import Statistic
 from ..statistics.registry import STATISTICS, named
 
+# Asked of the table once, and not for each of a call's tensors.
+_COLUMNS = tuple(name for name, spec in TENSOR_SPECS.items() if spec.is_column)
+_OF_KEY_HEADS = tuple(name for name, spec in TENSOR_SPECS.items() if spec.per_key_head)
+_OF_HEADS = tuple(name for name in TENSOR_SPECS if name not in _OF_KEY_HEADS)
+_OF_QUERIES = tuple(name for name, spec in TENSOR_SPECS.items() if spec.per_query)
+_BROADCAST = frozenset(name for name, spec in TENSOR_SPECS.items() if spec.broadcast)
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -187,34 +194,38 @@ def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[in
         For each kept head the index of its group among the kept ``k`` and ``v``; None if no head was left out.
     """
     groups = None
+    device = call.q.device
     if heads is not None:
         per_group = call.q.shape[1] // call.k.shape[1]
         wanted = sorted({h // per_group for h in heads})
         groups = [wanted.index(h // per_group) for h in heads]
-        for name, spec in TENSOR_SPECS.items():
-            if spec.is_column and (x := getattr(call, name)) is not None:
+        for name in _COLUMNS:
+            if (x := getattr(call, name)) is not None:
                 setattr(call, name, sink_column(x))  # a number for each head has no axis of queries yet
-            _cut(call, name, 1, wanted if spec.per_key_head else list(heads))
+        _cut(call, _OF_HEADS, 1, _index(heads, device))
+        _cut(call, _OF_KEY_HEADS, 1, _index(wanted, device))
     if queries is not None:
-        for name, spec in TENSOR_SPECS.items():
-            if spec.per_query:
-                _cut(call, name, 2, queries)
+        _cut(call, _OF_QUERIES, 2, queries if isinstance(queries, slice) else _index(queries, device))
     return groups
 
 
-def _cut(call: KernelCall, name: str, dim: int, index: list[int] | slice | Sequence[int]) -> None:
-    """Keep some positions of an axis of one tensor of a call, unless it has the same for all of them."""
-    x = getattr(call, name)
-    if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or not TENSOR_SPECS[name].broadcast):
-        setattr(call, name, _take(x, dim, index))
+def _index(positions: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Positions as what tensors are indexed with; made once for all tensors of a call. One alone gives a view."""
+    if len(positions) == 1:
+        return slice(positions[0], positions[0] + 1)
+    return torch.tensor(positions, device=device)
 
 
-def _take(x: Tensor, dim: int, index: Sequence[int] | slice) -> Tensor:
-    if isinstance(index, slice):
-        return x[(slice(None),) * dim + (index,)]
-    if len(index) == 1:
-        return x.narrow(dim, index[0], 1)
-    return x.index_select(dim, torch.tensor(index, device=x.device))
+def _cut(call: KernelCall, names: Sequence[str], dim: int, index: slice | Tensor) -> None:
+    """Keep some positions of an axis of some tensors of a call; those that have the same for all positions stay."""
+    for name in names:
+        x = getattr(call, name)
+        if isinstance(x, Tensor) and x.dim() == 4 and (x.shape[dim] > 1 or name not in _BROADCAST):
+            if isinstance(index, slice):
+                x = x[(slice(None),) * dim + (index,)]
+            else:
+                x = x.index_select(dim, index if index.device == x.device else index.to(x.device))
+            setattr(call, name, x)
 
 
 def grouped(call: KernelCall, groups: Sequence[int] | None) -> KernelCall:
