@@ -1,4 +1,4 @@
-"""What of a model has to be watched how: the sites that adapters name, and whether the rest must be watched as a whole.
+"""Finds the attention sites of a model: those that adapters name, and whether the rest must be watched as a whole.
 
 Looking at every module costs as much as a layer of a small model runs, so what was found is remembered for as long as
 the model lives, and used again while it still has the same modules under the same names. What depends on a
@@ -34,7 +34,7 @@ _ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_
 
 @dataclass
 class WatchPlan:
-    """What of a model has to be watched how.
+    """Which modules of a model are watched, and how.
 
     Attributes:
         sites: the sites that adapters named, by module identity.

@@ -1,4 +1,4 @@
-"""Which number the layer has that an entry of a container is, where no adapter says so."""
+"""Layer numbers: an entry of a container is a layer, and this finds its number where no adapter says so."""
 
 from __future__ import annotations
 

@@ -75,7 +75,8 @@ class ModuleHooks:
     def _before(self, module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> None:
         """What ``register_forward_pre_hook`` does, without a handle for each of a model's many modules."""
         hooks = pre_hooks_of(module)
-        key = ("hookattn", id(self), len(self._hooked))  # plain data: a model may be copied while it runs
+        # Plain data, and no handle's number: a model may be copied while it runs, with its hooks.
+        key = ("hookattn", id(self), len(self._hooked))
         hooks[key] = hook
         self._hooked.append((hooks, key))
 

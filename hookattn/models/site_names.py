@@ -10,6 +10,7 @@ from torch import nn
 from ..calls.site import Site
 from .layer_numbers import number
 
+# The first that fits wins: in a path such as vision_model.encoder the modality says more than the encoder.
 _STACKS = (
     ("vision", re.compile(r"vision|visual|image|pixel|vit(?=_|$)")),
     ("audio", re.compile(r"audio|speech|wav")),

@@ -1,4 +1,4 @@
-"""What ran, sounds like attention, and was not seen attending."""
+"""Modules that ran, sound like attention by name, and were not seen attending."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .registry import owner
 
 
 def unread_sites(plan: WatchPlan, ran: Mapping[int, nn.Module], seen: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Path and reason of what was silent, and so was everything around it and in it.
+    """Path and reason of each module that was not seen attending, nor was any module around it or in it.
 
     Args:
         plan: of the model.

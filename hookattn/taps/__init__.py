@@ -1,4 +1,29 @@
-"""Taps: each knows one attention kernel and nothing of models. This list is their registry."""
+"""Taps: each knows one attention kernel and nothing of models. :data:`TAPS` is their registry.
+
+===============  =====================================================================================================
+compiled         ``torch.compile``: runs what was compiled as plain Python where a trace watches
+flash_attn       flash-attn 2, 3 and 4, batched, packed and with a cache
+flex             ``torch.nn.attention.flex_attention``
+hf_interface     the attention interface of transformers, whatever runs in it
+nn_attention     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, fast path included
+script           functions of ``torch.jit.script``, seen as one operation
+sdpa             ``scaled_dot_product_attention``
+varlen           ``torch.nn.attention.varlen``
+xformers         ``memory_efficient_attention``
+eager/           attention written out by hand: the function mode that runs the other taps' handlers, too
+===============  =====================================================================================================
+
+A new kernel gets a file with a ``TAP``, and a line in :data:`TAPS`. What the file holds depends on how torch sees it:
+
+- A function that dispatches to function modes: ``Tap(name, kernels={"its_name": handle})``, as in sdpa.py. ``handle``
+  runs it, makes a KernelCall of its arguments and result, and gives that to ``watch.recorder.record``.
+- A Python function of another package that dispatches to nothing: a reader ``(arguments by name, output) ->
+  KernelCall`` and the arguments it understands, as in xformers.py. packed_kernels.py does the rest: it finds, exchanges
+  and runs the function.
+- Anything else: ``patches`` of its own, as in flex.py, which ask :func:`~hookattn.taps.active.current` for the trace.
+
+What cannot be read is listed by ``skip`` with its reason, never guessed.
+"""
 
 from __future__ import annotations
 

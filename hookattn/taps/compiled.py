@@ -19,6 +19,7 @@ NOTE = "compiled code ran uncompiled while it was traced, so outputs may differ 
 
 def body(original: Callable[..., Any], callback: Any) -> Any:
     """No compiling callback where a trace watches; what torch would do anyway elsewhere."""
+    # None and False are torch's own answers for "nothing is compiled here".
     found = original(callback)
     tracing = current()
     if tracing is None or found is None or found is False:

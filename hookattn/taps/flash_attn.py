@@ -116,6 +116,8 @@ def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
     n = len(queries.lengths)
     if table is not None:
         k, v = pages(k, table), pages(v, table)
+    # The cache has rows for more sequences than the call, in any order, and some begin behind padding: each sequence is
+    # cut out of the rows laid end to end.
     room = k.shape[1]
     before = _integers(given.get("cache_seqlens"), n, room)
     rows = _integers(given.get("cache_batch_idx"), n, 0) if given.get("cache_batch_idx") is not None else list(range(n))

@@ -145,7 +145,8 @@ def _glanced(
 ) -> KernelCall:
     """The fused kernel's call, with k and v as the implementation was given them: B G S D."""
     call = sdpa.plain(tracing, original, given, out, module)
-    if call.k.shape[1] != key.shape[1]:  # repeated for grouped queries
+    # The implementation repeated k and v for grouped queries before the kernel; the contract has them once a group.
+    if call.k.shape[1] != key.shape[1]:
         keys = call.k.shape[2]
         key, value = (x[:, :, :keys].to(call.k.dtype) for x in (key, value))
         call.q, call.k, call.v = sdpa.full(call.q, key, value, out)

@@ -163,6 +163,7 @@ class Sequences:
         longest = max(self.lengths, default=0)
         if longest == 0:
             raise UnreadableError("there is no token in any sequence")
+        # A shorter sequence reads past its end into the next one; what it finds there is set to zero below.
         step = torch.arange(longest, device=x.device)
         at = torch.tensor(self.starts, device=x.device)[:, None] + step
         rows = x[at.clamp(max=x.shape[0] - 1)]
@@ -237,6 +238,7 @@ def hide(
     t, s, device = call.q.shape[2], call.k.shape[2], call.q.device
     left, right = window
     offsets = [b - a for a, b in zip(queries.lengths, keys.lengths, strict=True)]
+    # Where all sequences with queries have one offset, the kernel's own rule says it; else only a mask can.
     alike = sorted({o for o, n in zip(offsets, queries.lengths, strict=True) if n})
     if len(alike) == 1:
         offsets = alike

@@ -194,7 +194,9 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         raise LayoutError(f"q, k, v of {n}, {k.dim()} and {v.dim()} dimensions")
     first_is_batch = n == 4
     origins = {x: _known(watch.origin(given[x]), given[x]) for x in ("query", "key", "value")}
-    if given["enable_gqa"] and n > 2 and k.shape[-3] != q.shape[-3]:  # the kernel groups by itself: spell it out
+    # With enable_gqa the kernel groups by itself: the groups become a dimension of their own, so that q and k have the
+    # same dimensions below.
+    if given["enable_gqa"] and n > 2 and k.shape[-3] != q.shape[-3]:
         groups = k.shape[-3]
         q = _split_heads(q, groups)
         k, v = k.unsqueeze(-3), v.unsqueeze(-3)
