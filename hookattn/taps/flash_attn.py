@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from .base import Tap
-from .packed_kernels import Kernel, Sequences, UnreadableError, find, hide, lay_out, pages, window_of
+from .packed_kernels import Kernel, Sequences, UnreadableError, add_masks, find, lay_out, paged_as_batch, window_of
 
 _NAME = "flash_attn"
 # The module of the functions of versions 2 and 3, wherever a package keeps it; version 4 has its own.
@@ -97,7 +97,7 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     queries = Sequences.of(q, given.get("cu_seqlens_q") if both is None else both, given.get("seqused_q"))
     ends, used, table = given.get("cu_seqlens_k") if both is None else both, given.get("seqused_k"), _table(given)
     if table is not None:
-        k, v = pages(k, table), pages(v, table)
+        k, v = paged_as_batch(k, table), paged_as_batch(v, table)
         used, ends = ends.diff() if used is None and ends is not None else used, None
     keys = Sequences.of(k, ends, used)
     return _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
@@ -115,7 +115,7 @@ def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
     queries = Sequences.of(q, given.get("cu_seqlens_q"))
     n = len(queries.lengths)
     if table is not None:
-        k, v = pages(k, table), pages(v, table)
+        k, v = paged_as_batch(k, table), paged_as_batch(v, table)
     # The cache has rows for more sequences than the call, in any order, and some begin behind padding: each sequence is
     # cut out of the rows laid end to end.
     room = k.shape[1]
@@ -143,7 +143,7 @@ def _finish(call: KernelCall, given: dict[str, Any], queries: Sequences, keys: S
     """Soft-cap, sinks, masks and ALiBi."""
     call.softcap = float(given.get("softcap") or 0.0) or None
     call.sinks = given.get("learnable_sink") if given.get("s_aux") is None else given.get("s_aux")
-    hide(
+    add_masks(
         call,
         queries,
         keys,

@@ -47,13 +47,17 @@ def patches() -> Iterable[Patch]:
     if interface is None:
         return
     if "get_interface" in vars(interface):
-        yield Patch(interface, "get_interface", look_up)
+        yield Patch(interface, "get_interface", wrapped_implementation)
     else:  # before 5.1 a model that is not eager takes an item; other mappings share the method
-        yield Patch(next(kind for kind in interface.__mro__ if "__getitem__" in vars(kind)), "__getitem__", take)
+        yield Patch(
+            next(kind for kind in interface.__mro__ if "__getitem__" in vars(kind)), "__getitem__", wrapped_item
+        )
     yield Patch(torch.nn.functional, "scaled_dot_product_attention", kernel)
 
 
-def look_up(original: Callable[..., Any], interface: Any, attn_implementation: Any, *default: Any) -> Any:
+def wrapped_implementation(
+    original: Callable[..., Any], interface: Any, attn_implementation: Any, *default: Any
+) -> Any:
     """The implementation the model asked for, wrapped in a traced thread."""
     found = original(interface, attn_implementation, *default)
     if current() is None:
@@ -61,10 +65,10 @@ def look_up(original: Callable[..., Any], interface: Any, attn_implementation: A
     return functools.partial(run, found, str(attn_implementation))
 
 
-def take(original: Callable[..., Any], mapping: Any, key: Any) -> Any:
+def wrapped_item(original: Callable[..., Any], mapping: Any, key: Any) -> Any:
     """The same, if the mapping is one of implementations."""
     interface = isinstance(mapping, sys.modules[_MODULE].AttentionInterface)
-    return look_up(original, mapping, key) if interface else original(mapping, key)
+    return wrapped_implementation(original, mapping, key) if interface else original(mapping, key)
 
 
 def run(

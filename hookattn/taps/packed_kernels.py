@@ -168,16 +168,16 @@ class Sequences:
         at = torch.tensor(self.starts, device=x.device)[:, None] + step
         rows = x[at.clamp(max=x.shape[0] - 1)]
         if self.padded:
-            rows = torch.where(inside(self.lengths, longest, x.device)[..., None, None], rows, 0.0)
+            rows = torch.where(real_positions(self.lengths, longest, x.device)[..., None, None], rows, 0.0)
         return rows.transpose(1, 2)
 
 
-def inside(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
+def real_positions(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
     """B L: which positions of a padded batch hold a token."""
     return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def pages(pool: Tensor, table: Tensor) -> Tensor:
+def paged_as_batch(pool: Tensor, table: Tensor) -> Tensor:
     """A paged cache as B L H D, each sequence's pages in order.
 
     Args:
@@ -190,7 +190,7 @@ def pages(pool: Tensor, table: Tensor) -> Tensor:
 def lay_out(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, keys: Sequences, scale: Any, tap: str
 ) -> KernelCall:
-    """A call of batched or packed tensors, masks still to come (:func:`hide`)."""
+    """A call of batched or packed tensors, masks still to come (:func:`add_masks`)."""
     if len(queries.lengths) != len(keys.lengths):
         raise UnreadableError(f"{len(queries.lengths)} sequences of queries and {len(keys.lengths)} of keys")
     call = KernelCall(
@@ -217,7 +217,7 @@ def window_of(size: Any, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def hide(
+def add_masks(
     call: KernelCall,
     queries: Sequences,
     keys: Sequences,
@@ -247,9 +247,9 @@ def hide(
     keys_at = torch.arange(s, device=device)
     masks = []
     if queries.padded:
-        masks.append(inside(queries.lengths, t, device)[:, None, :, None])
+        masks.append(real_positions(queries.lengths, t, device)[:, None, :, None])
     if keys.padded:
-        masks.append(inside(keys.lengths, s, device)[:, None, None, :])
+        masks.append(real_positions(keys.lengths, s, device)[:, None, None, :])
     if right == 0:  # with sequences that differ, the widest; the mask has the rest
         call.causal, call.offset = True, max(alike)
     if len(alike) == 1 and (right == 0 or left == right):

@@ -82,7 +82,7 @@ def ask(
     call.causal, call.module, call.dropout = bool(given["is_causal"]), module, float(given["dropout_p"])
     if mask is not None:
         call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else recorder.split(mask)
-        call.bias, call.mask = _four(call.bias), _four(call.mask)
+        call.bias, call.mask = _with_four_dimensions(call.bias), _with_four_dimensions(call.mask)
     change = recorder.before(call, CHANGEABLE)
     if change is None:
         return given, k, v
@@ -140,7 +140,7 @@ def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, 
         else:
             call.bias, call.mask = recorder.split(mask)
         if q.dim() == 4:
-            call.bias, call.mask = _four(call.bias), _four(call.mask)
+            call.bias, call.mask = _with_four_dimensions(call.bias), _with_four_dimensions(call.mask)
     return call
 
 
@@ -155,7 +155,7 @@ def full(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, 
     return q, k, v
 
 
-def _four(x: Tensor | None) -> Tensor | None:
+def _with_four_dimensions(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from .base import Tap
-from .packed_kernels import Kernel, Sequences, find, hide, lay_out, pages, window_of
+from .packed_kernels import Kernel, Sequences, add_masks, find, lay_out, paged_as_batch, window_of
 
 _MODULE = "torch.nn.attention.varlen"
 _KNOWN = frozenset(
@@ -45,10 +45,10 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
     """
     q, k, v, ends = given["query"], given["key"], given["value"], given["cu_seq_k"]
     if given.get("block_table") is not None:
-        k, v, ends = pages(k, given["block_table"]), pages(v, given["block_table"]), None
+        k, v, ends = paged_as_batch(k, given["block_table"]), paged_as_batch(v, given["block_table"]), None
     queries, keys = Sequences.of(q, given["cu_seq_q"]), Sequences.of(k, ends, given.get("seqused_k"))
     call = lay_out(q, k, v, out, queries, keys, given.get("scale"), "varlen_attn")
-    hide(call, queries, keys, window_of(given.get("window_size"), bool(given.get("is_causal"))))
+    add_masks(call, queries, keys, window_of(given.get("window_size"), bool(given.get("is_causal"))))
     return call
 
 
