@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from einops import repeat
 from torch import Tensor
@@ -11,10 +11,19 @@ from torch import Tensor
 from ..attention.kernel_call import FIELD_SPECS, FieldSpec
 from ..errors import FieldNotCaptured
 from ..statistics.received import Received
-from .fields import Later, shape_of
+from .fields import Field, Later, shape_of
 
-if TYPE_CHECKING:
-    from .call import Call
+
+class KeptCall(Protocol):
+    """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module how large it is, so that the
+    module must not ask for the class."""
+
+    fields: dict[str, Field]
+    heads: tuple[int, ...] | None
+    kv_heads: tuple[int, ...] | None
+    queries: tuple[int, ...] | None
+    of_queries: int | None
+    keys: int | None
 
 
 class Extents(NamedTuple):
@@ -43,7 +52,7 @@ class Extents(NamedTuple):
         return {x: n for x in letters if (n := getattr(self, x.lower())) is not None}
 
 
-def extents_of(call: Call, letters: str = "BHGTSDE") -> Extents:
+def extents_of(call: KeptCall, letters: str = "BHGTSDE") -> Extents:
     """The extents of a call, from whatever was kept of it. What is in a file is not read for it.
 
     Args:
@@ -79,7 +88,7 @@ def extents_of(call: Call, letters: str = "BHGTSDE") -> Extents:
     return Extents(*(found.get(x) for x in "BHGTSDE"))
 
 
-def _fields(call: Call) -> Iterator[tuple[str, FieldSpec]]:
+def _fields(call: KeptCall) -> Iterator[tuple[str, FieldSpec]]:
     """Each field that was kept, vectors first, as they are smaller, and what tells for sure before the others."""
     for name, spec in sorted(FIELD_SPECS.items(), key=lambda item: (item[1].broadcast, not item[1].is_vectors)):
         if name in call.fields:
@@ -89,12 +98,12 @@ def _fields(call: Call) -> Iterator[tuple[str, FieldSpec]]:
             yield name, FieldSpec(name, "BHS" if name == Received.name else "BHT")
 
 
-def kernel_queries(call: Call) -> int | None:
+def kernel_queries(call: KeptCall) -> int | None:
     """How many query rows the kernel had, of which some or all were kept; None: nothing that was kept tells."""
     return extents_of(call, "T").t if call.queries is None else call.of_queries
 
 
-def key_heads(call: Call, h: int, g: int) -> list[int]:
+def key_heads(call: KeptCall, h: int, g: int) -> list[int]:
     """H: for each query head that was kept the index in ``k`` and ``v`` of the head that it reads.
 
     Args:
@@ -104,13 +113,13 @@ def key_heads(call: Call, h: int, g: int) -> list[int]:
     return [i // (h // g) for i in range(h)] if call.kv_heads is None else list(call.kv_heads)
 
 
-def per_query_head(call: Call, x: Tensor, h: int) -> Tensor:
+def per_query_head(call: KeptCall, x: Tensor, h: int) -> Tensor:
     """``k`` or ``v`` of each query head: B G S D -> B H S D."""
     if call.kv_heads is None:
         return repeat(x, "b g s d -> b (g group) s d", group=h // x.shape[1])
     return x[:, list(call.kv_heads)]
 
 
-def evenly_grouped(call: Call, x: Tensor) -> Tensor:
+def evenly_grouped(call: KeptCall, x: Tensor) -> Tensor:
     """``k`` or ``v`` so that query head h reads head h // (H / G): as it is, or with one for each query head."""
     return x if call.kv_heads is None else x[:, list(call.kv_heads)]

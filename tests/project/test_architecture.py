@@ -152,9 +152,8 @@ def circles(found: Iterator[Import] | list[Import]) -> list[list[str]]:
     """Sets of modules that import each other, directly or not (Tarjan's components of more than one module)."""
     graph: dict[str, set[str]] = {}
     for x in found:
-        if not x.types_only:
-            graph.setdefault(x.source, set()).add(x.target)
-            graph.setdefault(x.target, set())
+        graph.setdefault(x.source, set()).add(x.target)
+        graph.setdefault(x.target, set())
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
