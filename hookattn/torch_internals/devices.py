@@ -1,7 +1,7 @@
 """What a device can do, decided here alone, so that one that nobody has tried goes the plain way everywhere.
 
 The plain way is torch's own operations and copies that wait. It is right on every device; what goes another way was
-written for CUDA and has run there alone.
+written for CUDA, and is tested in Triton's interpreter and compiler until it has run on one.
 """
 
 from __future__ import annotations
