@@ -8,6 +8,7 @@ from typing import Any, Self, overload
 
 from ..errors import SelectionError
 from .call import Call, Skipped
+from .layer_counts import LayerCounts
 
 
 @dataclass(eq=False)
@@ -80,17 +81,10 @@ class TraceData:
         Raises:
             SelectionError: nothing fits; says what there is.
         """
-
-        def fits(wanted: int | Sequence[int] | None, n: int | None, last: int) -> bool:
-            return wanted is None or n in {
-                i if i >= 0 else last + 1 + i for i in ([wanted] if isinstance(wanted, int) else wanted)
-            }
-
+        layers = [layer] if isinstance(layer, int) else layer
+        steps = {step} if isinstance(step, int) else step
         last_step = max((c.step for c in self.calls), default=0)
-        last: dict[tuple[str, str], int] = {}
-        for c in self.calls:
-            place = (c.site.stack, c.site.kind)
-            last[place] = max(last.get(place, 0), c.site.layer or 0)
+        counts = LayerCounts(c.site for c in self.calls)
         kept = [
             c
             for c in self.calls
@@ -98,8 +92,8 @@ class TraceData:
             and (kind is None or c.site.kind == kind)
             and (path is None or c.site.path == path)
             and (tap is None or c.tap == tap)
-            and fits(step, c.step, last_step)
-            and fits(layer, c.site.layer, last[(c.site.stack, c.site.kind)])
+            and (steps is None or c.step in {i if i >= 0 else last_step + 1 + i for i in steps})
+            and (layers is None or counts.naming(layers, c.site))
         ]
         if not kept:
             asked = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention.functional import compute_dtype
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, KernelCall
 from ..attention.positions import query_positions
+from ..calls.layer_counts import LayerCounts
 from ..calls.site import Site
 from ..errors import SelectionError
 from ..recording.selection import Selection, restrict
@@ -38,14 +39,12 @@ class SeenCalls:
 
 def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall], int]:
     """What a selection keeps of the calls, and how many bytes of it several calls share."""
-    last: dict[tuple[str, str], int] = {}
-    for _, site, _ in seen.calls:
-        last[site.stack, site.kind] = max(last.get((site.stack, site.kind), 0), site.layer or 0)
+    counts = LayerCounts(site for _, site, _ in seen.calls)
     masks: dict[Any, Tensor] = {}
     known: dict[Any, Tensor] = {}
     rows = []
     for given, site, step in seen.calls:
-        numbered = replace(site, layers=site.layers or last[site.stack, site.kind] + 1)
+        numbered = replace(site, layers=counts.of(site))
         if not selection.takes_layer(numbered):
             continue
         call = replace(given, mask=_complete(given, step, masks))
@@ -66,15 +65,13 @@ def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall
                 taken[name] = 0 if key in known else taken[name]
                 known[key] = x
         rows.append(PlannedCall(site, step, call.tap, shapes, taken))
-    absent = [i for i in selection.layers or () if not any(i in (s.layer, _back(s, last)) for _, s, _ in seen.calls)]
+    asked = selection.layers or ()
+    absent = set(asked).difference(*(counts.naming(asked, site) for _, site, _ in seen.calls))
     if absent:
-        raise SelectionError(f"layers={list(selection.layers or ())}: there is no layer {absent[0]}; last: {last}.")
+        first = next(i for i in asked if i in absent)
+        raise SelectionError(f"layers={list(asked)}: there is no layer {first}; the last layers are {counts}.")
     shared = sum(x.numel() * x.element_size() for x in known.values())
     return rows, shared
-
-
-def _back(site: Site, last: dict[tuple[str, str], int]) -> int:
-    return (site.layer or 0) - (site.layers or last[site.stack, site.kind] + 1)
 
 
 def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:

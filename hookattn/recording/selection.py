@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELDS, SOURCES, TENSOR_SPECS, KernelCall
+from ..calls.layer_counts import names_layer
 from ..calls.site import Site
 from ..errors import SelectionError
 from ..statistics.base import Statistic
@@ -83,11 +84,8 @@ class Selection:
             return True
         if site.layer is None:
             return None
-        if site.layer in self.layers:
-            return True
-        if any(i < 0 for i in self.layers):
-            return None if site.layers is None else site.layer - site.layers in self.layers
-        return False
+        named = {names_layer(i, site.layer, site.layers) for i in self.layers}
+        return True if True in named else None if None in named else False
 
     def head_index(self, heads: int, where: str) -> list[int] | None:
         """The selected heads of a call that has ``heads``; None: all."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
 from ..calls.call import Call, Skipped
+from ..calls.layer_counts import LayerCounts
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import ModelError, NoAttentionError, SelectionError, UnfaithfulError
@@ -138,6 +139,7 @@ class Session:
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
         self._numbering = RunningNumbers()
+        self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
         self._sites_by_path: dict[str, Site] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}  # path and reason -> steps
@@ -348,7 +350,7 @@ class Session:
         if self._listener is not None and not asked:
             self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
         if self.selection.layers is not None:
-            self._numbering.ran(site)
+            self._layer_counts.note(site)
         # None: layers are counted from an end that is not known yet. The call is kept; if need be it is dropped later.
         takes = self.selection.takes_layer(site)
         if takes is False:
@@ -410,7 +412,7 @@ class Session:
         if self._own_kernels and absent:
             raise SelectionError(
                 f"layers={list(self.selection.layers or ())}: there is no layer {absent[0]}; of the "
-                f"{self._own_kernels} attention calls that ran, the last layers are {self._numbering}."
+                f"{self._own_kernels} attention calls that ran, the last layers are {self._layer_counts}."
             )
         if self.trace.calls or self._own_kernels or self.trace.skipped:
             return
@@ -441,10 +443,9 @@ class Session:
             return
 
         def takes(site: Site) -> bool:
-            n = self._numbering.count(site)
-            fits = {i for i in self.selection.layers or () if site.layer == (i if i >= 0 else n + i)}
-            self._layers_found |= fits
-            return bool(fits)
+            named = self._layer_counts.naming(self.selection.layers or (), site)
+            self._layers_found |= named
+            return bool(named)
 
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
