@@ -25,6 +25,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(line)
     if red:
         terminalreporter.write_line(
-            f"{len(red)} red with these. What is green with the known versions (`make test` in a fresh clone) is red "
-            "because of what is new."
+            f"{len(red)} red with these. Those of them that are green with the known versions (`make test` in a fresh "
+            "clone) are red because of what is new."
         )

@@ -13,17 +13,9 @@ from .layer_counts import LayerCounts
 
 @dataclass(eq=False)
 class TraceData:
-    """Calls in execution order, and what is needed to read them; a part of it is of the class that it was taken of.
+    """The data of a :class:`hookattn.Trace`, whose docstring says what the attributes are, and what reads it in memory.
 
-    Attributes:
-        calls: the calls.
-        skipped: attention that ran and could not be read, with the reason.
-        tokens: one list of token strings per batch entry, or None.
-        output: what the traced forward returned (of the last one; not saved).
-        model: class name of the model, its configuration, and the versions of the libraries that ran it.
-        notes: what holds for the whole trace.
-        selection: what was asked for.
-        path: the file it is in, if it is in one.
+    What is taken of it (a slice, a selection) is of the class that it was taken of.
     """
 
     calls: list[Call] = field(default_factory=list)

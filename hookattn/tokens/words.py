@@ -1,8 +1,8 @@
 """The words that a tokenizer's pieces make up.
 
 A piece begins a word where its tokenizer says so (see :mod:`hookattn.tokens.pieces`); beside that punctuation, a line
-break and an ideograph are words of their own, as BERT's tokenizer has it, so that ``Ġcat`` and ``,`` are two. Where no
-piece is marked, each is a word.
+break and an ideograph are words of their own, as word-piece tokenizers have it, so that ``Ġcat`` and ``,`` are two.
+Where no piece is marked, each is a word.
 """
 
 from __future__ import annotations
