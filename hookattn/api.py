@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import HookattnError, SelectionError, SkippedWarning, UnfaithfulWarning
+from .errors import HookattnError, SelectionError, SkippedWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
@@ -45,6 +45,7 @@ def trace(
     tokens: Sequence[Any] | None = None,
     verify: str = "sample",
     strict: bool = False,
+    copy: bool = False,
 ) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
@@ -66,7 +67,10 @@ def trace(
         tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them.
         verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all rows,
             ``"off"`` none.
-        strict: raise if a call is not faithful, instead of warning.
+        strict: raise if a call is not faithful, instead of warning. All calls are measured as soon as the model has
+            run; else each when it is first read.
+        copy: copy what is kept at once, and not when somebody writes to it: for a model whose tensors are written to by
+            their raw addresses (by way of an array that numpy made of one before, say).
 
     Returns:
         A Trace.
@@ -94,6 +98,7 @@ def trace(
         tokens=tokens if tokens is not None else tokens_of(inputs),
         verify=verify,
         strict=strict,
+        copy=copy,
     ) as running:
         try:
             running.output = model(*args, **kwargs)
@@ -117,6 +122,7 @@ def tracing(
     tokens: Sequence[Any] | None = None,
     verify: str = "sample",
     strict: bool = False,
+    copy: bool = False,
 ) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
@@ -138,7 +144,7 @@ def tracing(
 
         stream = Stream(to, trace)
     sink = None if stream is None else stream.add
-    recorder = CallRecorder(selection, verify, batches=sink is None)
+    recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
     session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to))
     try:
         session.start()
@@ -171,17 +177,8 @@ def _selection_of_fields(capture: tuple[str, ...] | None) -> Selection:
 
 
 def _warn(trace: Trace) -> None:
-    """Say once, at the end, which calls are unfaithful and what could not be read."""
+    """Say once, at the end, what could not be read."""
     # The stack level is that of the with statement, or of the call of trace().
-    bad = [c for c in trace.calls if c.certificate.status == "unfaithful"]
-    for call in bad[:3]:
-        warnings.warn(
-            f"{call.site.label} (step {call.step}, tap {call.tap}) is {call.certificate}",
-            UnfaithfulWarning,
-            stacklevel=4,
-        )
-    if len(bad) > 3:
-        warnings.warn(f"{len(bad) - 3} more calls are unfaithful", UnfaithfulWarning, stacklevel=4)
     if trace.skipped:
         first = trace.skipped[0]
         warnings.warn(

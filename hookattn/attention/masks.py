@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_internals.tensor_memo import TensorMemo
-
 
 class Reach(NamedTuple):
     """Which keys a run of queries may attend to, as far as the kernel says it by itself.
@@ -174,8 +172,8 @@ class CompleteMask(NamedTuple):
     """The complete mask of a call, and what it does.
 
     Attributes:
-        mask: bool, broadcastable to B H T S; for the call, and nobody else's.
-        real: the same values, never written to; None if nothing is hidden.
+        mask: bool, broadcastable to B H T S, True = may attend.
+        real: the same; None if nothing is hidden.
         empty: whether it has rows with nothing to attend to.
         hidden: 0 where it is True and −∞ elsewhere, float32; None if nobody has made it yet.
     """
@@ -186,41 +184,34 @@ class CompleteMask(NamedTuple):
     hidden: Tensor | None = None
 
 
-class CompleteMasks:
-    """The complete masks of calls: one for all layers that are given the same.
+def complete_mask(
+    given: Tensor | None,
+    t: int,
+    s: int,
+    diagonal: Diagonal,
+    device: torch.device,
+    rows: Tensor | None = None,
+) -> CompleteMask:
+    """The complete mask of a call, or of some of its queries.
 
     Args:
-        once: remembers them.
-    """
-
-    def __init__(self, once: TensorMemo):
-        self._once = once
-
-    def __call__(self, given: Tensor | None, t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
-        """As :func:`complete_mask`, whatever the dtype of ``given``."""
-        if given is not None and given.dtype != torch.bool:
-            given = given.bool()
-        shape = t, s, diagonal, device
-        return self._once(shape, given, lambda: complete_mask(given, *shape))  # type: ignore[no-any-return]
-
-
-def complete_mask(given: Tensor | None, t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
-    """The complete mask.
-
-    Args:
-        given: bool, broadcastable to B H T S, what the kernel was given; or None.
+        given: bool, broadcastable to B H T S, what the kernel was given, and nobody writes to it; or None.
         t: queries.
         s: keys.
         diagonal: what the kernel hides by itself.
         device: where the mask is made.
+        rows: T, int64, which queries of the whole call these are; None: all, in their order.
     """
     if not diagonal.hides_any:
         if given is None:
             return CompleteMask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), None, False)
-        mask = given.clone(memory_format=torch.contiguous_format)
+        mask = given
+    elif rows is not None:
+        mask = diagonal.allows(rows, slice(0, s))[None, None]
+        mask = mask if given is None else given & mask
     elif given is None and t * s <= _SMALL:
         known = _by_shape(t, s, diagonal, device)
-        return known._replace(mask=known.mask.clone())
+        return known._replace(mask=known.mask.clone())  # the reader may write to it, and other traces have the same
     else:
         mask = diagonal.mask(t, s, device)
         mask = mask if given is None else given & mask

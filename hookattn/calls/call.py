@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ..attention.functional import dot_scores, finish_scores, softmax_weights
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
 from ..errors import FieldNotCaptured, HookattnError
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
-from .extents import evenly_grouped, extents_of
-from .fields import Field, tensor_of
+from .derived_cache import DERIVED_CACHE
+from .deriving import derive_field
+from .extents import extents_of
+from .fields import Derived, Field, tensor_of
+from .parts import CallPart, part_of_scale
 from .site import Site
 
 if TYPE_CHECKING:
@@ -35,6 +38,28 @@ class Skipped:
     path: str
     reason: str
     steps: tuple[int, ...] = (0,)
+
+
+class Unmeasured(Protocol):
+    """Stands for the certificate of a call that nobody has asked for yet."""
+
+    def certificate(self, call: Call) -> Certificate:
+        """Measure it."""
+
+
+class LazyCertificate:
+    """The attribute ``certificate`` of a :class:`Call`, measured when it is first read."""
+
+    def __get__(self, call: Call | None, owner: type[Call]) -> Certificate:
+        if call is None:
+            return UNVERIFIED  # what a call has that is made without one
+        found = call.__dict__["_certificate"]
+        if not isinstance(found, Certificate):
+            found = call.__dict__["_certificate"] = found.certificate(call)
+        return found
+
+    def __set__(self, call: Call, value: Certificate | Unmeasured) -> None:
+        call.__dict__["_certificate"] = value
 
 
 @dataclass(eq=False)
@@ -60,8 +85,10 @@ class Call:
         own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
         notes: what a reader has to know.
-        certificate: how faithful it is.
+        certificate: how faithful it is. Measured when it is first asked for, and before any field of the call is read.
         fields: the captured fields by name, each as where it is: see :mod:`hookattn.calls.fields`.
+        beside: fields that were not asked for and that others follow from; likewise.
+        made: what was derived and is held; see :mod:`hookattn.calls.derived_cache`.
     """
 
     site: Site
@@ -80,11 +107,13 @@ class Call:
     own_scores: bool = False
     mixed: bool = False
     notes: tuple[str, ...] = ()
-    certificate: Certificate = UNVERIFIED
+    certificate: LazyCertificate = LazyCertificate()  # noqa: RUF009 - a descriptor: one for all calls
     derivable: tuple[str, ...] = ()
     fields: dict[str, Field] = field(default_factory=dict, repr=False)
     keys: int | None = None
     of_queries: int | None = None
+    beside: dict[str, Field] = field(default_factory=dict, repr=False)
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, call: KernelCall, site: Site, step: int, index: int) -> Call:
@@ -117,10 +146,12 @@ class Call:
         """
         if not isinstance(name, str):
             name = name.key
+        _ = self.certificate  # before any number of the call is handed out
         if name in self.fields:
-            return tensor_of(self.fields[name])
+            place = self.fields[name]
+            return self._derived(name) if isinstance(place, Derived) else tensor_of(place)
         if name in self.derivable:
-            return self._derive(name)
+            return self._derived(name)
         if name not in FIELDS:
             return self._statistic(name)
         kept = [f for f in FIELDS if f in self.fields or f in self.derivable]
@@ -151,16 +182,54 @@ class Call:
             raise HookattnError(f"{self.site.label} has no {name}.")
         return value
 
-    def _derive(self, name: str) -> Tensor:
-        q, k = self._tensor("q"), evenly_grouped(self, self._tensor("k"))
-        with torch.no_grad():
-            if name == "scores" or "scores" not in self.fields:
-                scores = finish_scores(dot_scores(q, k, self.scale), self.softcap, self.get("bias"))
-                if name == "scores":
-                    return scores
-            else:
-                scores = self._tensor("scores")
-            return softmax_weights(scores, self.get("mask"), self.get("sinks")).to(self.dtype)
+    def _derived(self, name: str) -> Tensor:
+        return DERIVED_CACHE.get(self, name, lambda: derive_field(self, name))
+
+    def place(self, name: str) -> Field:
+        """Where a field is, be it one that was not asked for; nothing is derived, read or measured for it.
+
+        Raises:
+            KeyError: it was not kept.
+        """
+        return self.fields[name] if name in self.fields else self.beside[name]
+
+    def at(
+        self,
+        *,
+        heads: int | Sequence[int] | slice | None = None,
+        queries: int | Sequence[int] | slice | None = None,
+        batch: int | Sequence[int] | slice | None = None,
+    ) -> Self:
+        """A part of the call, as a Call: what is derived or read of it takes the time and memory of that part alone.
+
+        Args:
+            heads: query heads, by their numbers in the model; by default all that were kept.
+            queries: query rows, by their own places in the call; by default all that were kept.
+            batch: batch entries; by default all.
+
+        Returns:
+            A call of the same site, step and certificate. Axes stay: B is 1 where ``batch`` is an int, and so on. A field
+            that has the same values for all heads, queries or batch entries (a mask, say) may have size 1 there.
+
+        Raises:
+            SelectionError: there is no such head, query or batch entry; says which there are.
+            FieldNotCaptured: nothing that was captured tells how many there are.
+        """
+        part = CallPart.of(self, heads, queries, batch)
+        return replace(
+            self,
+            scale=part_of_scale(self.scale, part),
+            fields={name: part.field(name, place) for name, place in self.fields.items()},
+            beside={name: part.field(name, place) for name, place in self.beside.items()},
+            heads=part.heads,
+            kv_heads=part.kv_heads,
+            queries=part.queries,
+            of_queries=part.of_queries,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        _ = self.certificate  # what it would be measured by is of this process
+        return {**self.__dict__, "made": {}}  # a copy and a pickle derive anew
 
     @property
     def q(self) -> Tensor:

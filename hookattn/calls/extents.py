@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention.kernel_call import FIELD_SPECS, FieldSpec
 from ..errors import FieldNotCaptured
 from ..statistics.received import Received
-from .fields import Field, Later, shape_of
+from .fields import Derived, Field, Later, shape_of
 
 
 class KeptCall(Protocol):
@@ -70,7 +70,8 @@ def extents_of(call: KeptCall, letters: str = "BHGTSDE") -> Extents:
     for later in (False, True):
         for name, spec in _fields(call):
             value = call.fields[name]
-            if value is None or isinstance(value, Later) is not later:
+            # What it would be derived of was kept, and tells as much.
+            if value is None or isinstance(value, Derived) or isinstance(value, Later) is not later:
                 continue
             if later and not any(x in spec.axes and x not in found for x in letters):
                 continue

@@ -71,8 +71,6 @@ class ShapeRecorder(Recorder):
         seen: gets the calls.
     """
 
-    small_calls = None
-
     def __init__(self, seen: SeenCalls):
         self.seen = seen
         self._memo = TensorMemo()

@@ -31,7 +31,6 @@ from ..taps.eager.follower import Follower
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
-from .batched import SmallCallRecorder
 from .room_check import LARGE, Forward, RoomCheck
 from .selection import Selection
 
@@ -42,13 +41,9 @@ class Recorder(Protocol):
     """Makes Calls of the kernel calls that a trace sees.
 
     A Call is in the trace, and with the user, from :meth:`keep` on. Who may write to it afterwards: its recorder, up to
-    the end of :meth:`complete` (``certificate``, and what ``fields`` have later, in place of it); a sink that it was
+    the end of :meth:`complete` (what ``fields`` have later, in place of it), and ``certificate`` ever after; a sink that it was
     handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``index``, as it finishes).
     """
-
-    @property
-    def small_calls(self) -> SmallCallRecorder | None:
-        """Makes those of small calls; None: they are made as all others are."""
 
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""
@@ -127,7 +122,6 @@ class Session:
         self.plan, self.trace, self.selection = plan, trace, selection
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
-        self._small_calls = recorder.small_calls if selection.layers is None else None
         self._modes = ModeStack(lambda: self._follower)
         self._hooks = ModuleHooks(
             self.plan, self._enter_site, self._leave_site, self._next_step, self._note_run, self._in_forward
@@ -364,30 +358,6 @@ class Session:
         if self._sink is not None and takes:
             self._recorder.deliver(kept, self._sink)
 
-    def record_small(
-        self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
-    ) -> bool:
-        """Take one call of a kernel that was given nothing but q, k, v, a scale and ``causal``, if it is small.
-
-        Args:
-            module: the one that the kernel runs in.
-            several: q, k, v and output, B H T D.
-        """
-        site = self.plan.sites.get(id(module))
-        if site is None or site.layer is None or self._small_calls is None or in_backward():
-            return False
-        if self._room is not None and several[0].numel() * several[1].shape[2] > LARGE:
-            return False
-        calls = self.trace.calls
-        kept = self._small_calls.keep_vectors(several, scale, causal, tap, site, max(self._step, 0), len(calls))
-        if kept is None:
-            return False
-        self.heard += 1
-        self._own_kernels += 1
-        self._seen_paths.add(site.path)
-        calls.append(kept)
-        return True
-
     # The end
 
     def finish(self) -> None:
@@ -427,8 +397,10 @@ class Session:
 
     def _complete_calls(self) -> None:
         self._recorder.complete(self.trace.calls)
+        if not self._strict:
+            return
         bad = [c for c in self.trace.calls if c.certificate.status == "unfaithful"]
-        if bad and self._strict:
+        if bad:
             raise UnfaithfulError(
                 f"{len(bad)} of {len(self.trace.calls)} calls are not what the model's kernel returned; the first is "
                 f"{bad[0].site.label} (tap {bad[0].tap}): {bad[0].certificate}. Trace with strict=False to look at it."

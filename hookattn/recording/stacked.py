@@ -1,4 +1,4 @@
-"""Plain calls of one shape, derived and measured at once.
+"""Plain calls of one shape, measured at once.
 
 A small model spends more time between its kernels than in them: what costs is the number of operations, and N calls
 that are stacked take as many as one.
@@ -25,8 +25,8 @@ class StackedCalls:
     Attributes:
         q: N·B H T D.
         k: N·B G S D.
-        v: N·B G S E; None where nothing is measured.
-        output: N·B H T E; None likewise.
+        v: N·B G S E.
+        output: N·B H T E.
         n: how many calls.
         scale: the kernels' own.
         mask: bool, broadcastable to B H T S, of every call; None where nothing is hidden.
@@ -36,8 +36,8 @@ class StackedCalls:
 
     q: Tensor
     k: Tensor
-    v: Tensor | None
-    output: Tensor | None
+    v: Tensor
+    output: Tensor
     n: int
     scale: float
     mask: Tensor | None
@@ -46,22 +46,21 @@ class StackedCalls:
 
     @classmethod
     def of(cls, several: Sequence[Sequence[Tensor]], masked: CompleteMask, scale: float) -> StackedCalls:
-        """From q, k and, where they are to be measured, v and output of each call, and what they have in common."""
+        """From q, k, v and output of each call, and what they have in common."""
         # One call needs no copy.
         parts = [torch.cat(same) for same in zip(*several, strict=True)] if len(several) > 1 else several[0]
         wide = compute_dtype(parts[0].dtype)
         if parts[0].dtype != wide:
             parts = [x.to(wide) for x in parts]
-        v, output = parts[2:] if len(parts) > 2 else (None, None)
-        return cls(parts[0], parts[1], v, output, len(several), scale, masked.real, masked.hidden, masked.empty)
+        q, k, v, output = parts
+        return cls(q, k, v, output, len(several), scale, masked.real, masked.hidden, masked.empty)
 
     def of_rows(self, rows: slice) -> StackedCalls:
         """Some query rows of the calls."""
         if rows == slice(0, self.q.shape[2], 1):
             return self
         mask, additive = (x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (self.mask, self.additive))
-        output = None if self.output is None else self.output[:, :, rows]
-        return replace(self, q=self.q[:, :, rows], output=output, mask=mask, additive=additive)
+        return replace(self, q=self.q[:, :, rows], output=self.output[:, :, rows], mask=mask, additive=additive)
 
     def scores(self) -> Tensor:
         """N B H T S: scale·q·kᵀ."""
@@ -76,21 +75,20 @@ class StackedCalls:
         seen = scores if self.mask is None else torch.where(self.mask, scores, 0.0)
         return seen.abs().view(self.n, -1).amax(1, keepdim=True)
 
-    def weights(self, scores: Tensor, careful: bool, in_place: bool) -> Tensor:
+    def weights(self, scores: Tensor, careful: bool) -> Tensor:
         """N B H T S: softmax over S where the mask lets through.
 
         Args:
-            scores: of these calls.
+            scores: of these calls; may be written to.
             careful: choose scores by the mask; else it is added to them as −∞, which is quicker, and gives NaN where a
                 hidden score is +∞.
-            in_place: whether ``scores`` may be written to.
         """
         masked = scores
         if self.mask is not None and careful:
             masked = torch.where(self.mask, scores, -torch.inf)
         elif self.mask is not None:
             additive = additive_mask(self.mask) if self.additive is None else self.additive
-            masked = scores.add_(additive) if in_place else scores + additive
+            masked = scores.add_(additive)
         weights = torch.softmax(masked, -1)
         if self.empty and self.mask is not None:
             weights.masked_fill_(~self.mask.any(-1, keepdim=True), 0.0)
@@ -103,11 +101,10 @@ class StackedCalls:
             weights: of these calls and rows.
             largest_scores: N 1, of :meth:`largest_scores`; None: nothing shall be allowed for them.
         """
-        assert self.v is not None and self.output is not None
         n, (nb, h, t, _), (g, s, e) = self.n, self.q.shape, self.v.shape[1:]
-        v = self.v.view(nb * g, s, e)
+        v = self.v.reshape(nb * g, s, e)
         gap = torch.bmm(weights.reshape(nb * g, -1, s), v).view(n, -1, h, t, e)
-        gap, excess = gap.sub_(self.output.view_as(gap)), weights.sum(-1).sub_(1)
+        gap, excess = gap.sub_(self.output.reshape(gap.shape)), weights.sum(-1).sub_(1)
         if self.empty and self.mask is not None:
             # A row that sees nothing has no weights that sum to 1, and its output is whatever the kernel likes.
             live = self.mask.any(-1, keepdim=True)
@@ -117,5 +114,5 @@ class StackedCalls:
             weights=None,
             scores=largest_scores,
             outputs=gap.abs_().view(n, nb // n * h, -1).amax(2),
-            values=v.abs().view(n, nb // n * g, -1).amax(2),
+            values=v.abs().reshape(n, nb // n * g, -1).amax(2),
         )

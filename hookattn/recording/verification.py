@@ -1,8 +1,7 @@
 """How a certificate is measured: some rows of a call are rebuilt and held against what the model's kernel returned.
 
-Nothing is read from the device while the model runs, since reading waits for all that is queued there. What was
-measured stays a tensor (:class:`Measurement`) until the forward is over; then :func:`read_certificates` reads all at
-once.
+Reading from a device waits for all that is queued there. So what was measured stays a tensor (:class:`Measurement`)
+until somebody asks; :func:`read_certificates` reads many at once.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, weighted_values
+from ..attention.functional import compute_dtype, dot_scores, finish_scores, softmax_weights, weighted_values
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import CompleteMask
 from ..calls.certificate import Certificate, tolerance
+from ..calls.mask_rule import MaskRule
+from ..torch_internals import devices
 from .selection import restrict
 
 # How many query rows a sample has at most. A wrong mask, scale or head order is wrong in nearly every row, so that a
@@ -145,39 +146,65 @@ def rows_to_check(t: int, full: bool, scores: int | None = None) -> slice:
     return slice((t - 1) % step, t, step)
 
 
-def measurement(call: KernelCall, rows: slice, mask: Tensor | None, derived: Tensor, scores: Tensor) -> Measurement:
-    """What was rebuilt of one call, compared with what the kernel returned.
+def measure(call: KernelCall, mask: MaskRule, full: bool) -> Measurement:
+    """Rebuild some rows of a call, and hold them against what the model's kernel returned.
 
     Args:
-        call: the call, restricted to what is captured.
-        rows: the query rows that are checked.
-        mask: the complete mask, broadcastable to B H T S; None where no row is without keys.
-        derived: B H rows S, weights derived from q, k, bias, mask and sinks.
-        scores: B H rows S, the scores that they were derived from; 0 where the mask hides them.
+        call: the call, restricted to what is captured; heads are grouped evenly. Its own ``mask`` is not looked at.
+        mask: its complete mask.
+        full: whether all rows are checked.
     """
-    own = None if call.weights is None else call.weights[:, :, rows]
-    wide = compute_dtype(call.q.dtype)
-    live = None if mask is None else (mask[:, :, rows] if mask.shape[2] > 1 else mask).any(-1, keepdim=True)
-    used = derived if own is None else own if call.applied is None else call.applied[:, :, rows]
-    outputs, basis = _output_errors(call, rows, used.to(wide), live)
+    b, h, t = call.q.shape[:3]
+    rows = rows_to_check(t, full, b * h * t * call.k.shape[2])
+    if call.scores is call.weights is None and devices.on_gpu(call.q):
+        from ..attention.kernels import check  # what it needs is heavy
+
+        ruled = mask.given is None and mask.diagonal.hides_any
+        real = None if ruled else mask.complete().real
+        if (found := check(call, rows, real, mask.diagonal if ruled else None, mask.rows)) is not None:
+            return measurement_of_maxima(call, rows, found)
+    if rows == slice(0, t, 1):
+        return _measurement(call, mask.complete(), t)
+    every, part = slice(None), replace(call, mask=None)
+    restrict(part, None, rows)
+    return _measurement(part, mask.of(every, every, rows).complete(), t)
+
+
+def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurement:
+    """The same of the rows that a call has, all of which are checked.
+
+    Args:
+        call: the rows of a call that are checked.
+        mask: their complete mask.
+        of_rows: how many rows the whole call has.
+    """
+    own, wide = call.weights, compute_dtype(call.q.dtype)
+    if call.opaque and call.scores is not None:
+        scores = call.scores.to(compute_dtype(call.scores.dtype))
+    else:  # scores that the model formed prove nothing about q and k: these are multiplied again
+        scores = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
+    derived = softmax_weights(scores, mask.real, call.sinks, mask.empty)
+    live = mask.real.any(-1, keepdim=True) if mask.empty and mask.real is not None else None
+    used = derived if own is None else own if call.applied is None else call.applied
+    outputs, basis = _output_errors(call, used.to(wide), live)
     total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
     if not derived.shape[-1]:
         total = total.new_zeros((1,) * 4)  # no keys: no row has anything to attend to
     v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
     finite = torch.nan_to_num(v.to(wide), 0.0, 0.0, 0.0)  # the value of a key that nobody attends to may be anything
+    seen = scores if mask.real is None else torch.where(mask.real, scores, 0.0)
     maxima = Maxima(
         row_sums=max_abs(total if call.sinks is None else total.clamp_min(0), live),
         weights=None if own is None else max_abs(derived - own, live).to(wide),
-        scores=max_abs(scores, None).to(wide),
+        scores=max_abs(seen, None).to(wide),
         outputs=outputs.to(wide),
         values=max_abs(finite, None, 2),
     )
-    t = call.q.shape[2]
-    checked, rounding = len(range(*rows.indices(t))), score_rounding(call.dtype, own is not None)
-    return Measurement.of(maxima, tolerance_of(call), checked, t, basis, rounding)
+    rounding = score_rounding(call.dtype, own is not None)
+    return Measurement.of(maxima, tolerance_of(call), call.q.shape[2], of_rows, basis, rounding)
 
 
-def _output_errors(call: KernelCall, rows: slice, used: Tensor, live: Tensor | None) -> tuple[Tensor, str]:
+def _output_errors(call: KernelCall, used: Tensor, live: Tensor | None) -> tuple[Tensor, str]:
     """How far ``used · v`` is from what the kernel returned, 1 B·H, or 1 1 of all heads; and what that was."""
     if call.outer_error is not None:
         return call.outer_error.reshape(1, 1), "what the fused layer returned"
@@ -186,7 +213,7 @@ def _output_errors(call: KernelCall, rows: slice, used: Tensor, live: Tensor | N
         reference, basis = call.undropped, "the kernel rerun without dropout"
     if reference is None:
         return used.new_zeros(1, 1), "nothing: the kernel's output was not seen"
-    return max_abs(weighted_values(used, call.v) - reference[:, :, rows], live, 2), basis
+    return max_abs(weighted_values(used, call.v) - reference, live, 2), basis
 
 
 def measurement_of_maxima(call: KernelCall, rows: slice, found: Tensor) -> Measurement:
@@ -258,24 +285,3 @@ def kept_row_indices(call: KernelCall, queries: Sequence[int] | slice | None) ->
     """T: which rows of a whole call a selection keeps."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]
-
-
-def checked_part(call: KernelCall, kept: Tensor, full: bool) -> tuple[KernelCall, CompleteMask]:
-    """The rows of a call that are checked, with the complete mask of these rows alone.
-
-    Args:
-        call: restricted to what is kept; its mask is what the kernel was given.
-        kept: T, the query rows that it was restricted to.
-        full: whether all rows are checked.
-    """
-    own, device = replace(call), call.q.device
-    rows = rows_to_check(call.q.shape[2], full)
-    restrict(own, None, rows)
-    mask = own.mask
-    if call.diagonal.hides_any:
-        seen = call.diagonal.allows(kept[rows], slice(0, call.k.shape[2]))[None, None]
-        mask = seen if mask is None else mask.bool() & seen
-    elif mask is not None:
-        mask = mask.bool()
-    whole = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device) if mask is None else mask
-    return own, CompleteMask(whole, mask, mask is not None and not bool(mask.any(-1).all()))

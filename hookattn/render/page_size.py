@@ -12,7 +12,8 @@ from torch import Tensor
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS
 from ..calls.call import Call
 from ..calls.extents import extents_of
-from ..calls.fields import Field, Later, dtype_of, shape_of
+from ..calls.deriving import shape_and_dtype
+from ..calls.fields import Field, Later
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..traces import Trace
 
@@ -151,11 +152,9 @@ def _bytes_of(call: Call, name: str, narrow: bool = False) -> int:
 
 
 def _shape_and_width(call: Call, name: str) -> tuple[tuple[int, ...], int]:
-    value = call.fields.get(name)
-    if value is not None:
-        return tuple(shape_of(value)), dtype_of(value).itemsize
-    if name in call.fields:
-        return (0,), 1
+    if name in call.fields or (name in call.derivable and extents_of(call, "BHTS").known("BHTS").keys() >= set("BHTS")):
+        shape, dtype = shape_and_dtype(call, name)
+        return tuple(shape), dtype.itemsize
     axes = FIELD_SPECS[name].axes
     known = extents_of(call, axes).known()
     return tuple(known.get(x, 1) for x in axes), 4

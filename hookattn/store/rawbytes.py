@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TraceWriteError
+from ..torch_internals.tensor_identity import address_of
 from .format import DTYPE_NAMES, TORCH_DTYPES
 
 BLOCK = 16 << 20
@@ -74,7 +75,7 @@ def memory_of(tensor: Tensor) -> memoryview:
     """
     # Not by way of numpy, which torch can be without, and which has no bfloat16 or float8.
     try:
-        address = tensor.data_ptr()
+        address = address_of(tensor)
     except RuntimeError as error:
         raise TraceWriteError(f"a {type(tensor).__name__} has no bytes to write: {error}") from error
     if address == 0:

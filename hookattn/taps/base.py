@@ -126,11 +126,6 @@ class ActiveTrace(Protocol):
     def record(self, call: KernelCall) -> None:
         """Take one call."""
 
-    def record_small(
-        self, module: nn.Module, several: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, causal: bool, tap: str
-    ) -> bool:
-        """Take one call of nothing but q, k, v and output, a scale and ``causal``; False: it has to be recorded."""
-
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read; ``path`` None: the module that is running now."""
 

@@ -9,7 +9,6 @@ tells whether that reading is right.
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -122,16 +121,6 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if tracing.listened:
         return _changeable(tracing, original, sdpa.bind(args, kwargs), running)
     out = original(*args, **kwargs)
-    scale = kwargs.get("scale")
-    if (
-        type(scale) is float
-        and len(args) == 3
-        and all(map(operator.is_, args, (query, key, value)))
-        and kwargs.get("attn_mask") is None
-        and not kwargs.get("dropout_p")
-        and tracing.record_small(module, (query, key, value, out), scale, bool(kwargs.get("is_causal")), "sdpa")
-    ):
-        return out
     given = sdpa.bind(args, kwargs)
     if given["query"] is query:  # else grouped heads were packed into the rows of one query: read from outside
         tracing.record(_glanced(tracing, original, given, out, module, key, value))

@@ -79,3 +79,18 @@ def names_used(function: Any) -> tuple[str, ...]:
     """The global names and attributes that the body of a Python function asks for; () for what has no code to read."""
     code: CodeType | None = getattr(function, "__code__", None)
     return () if code is None else code.co_names
+
+
+def level_outside(package: str) -> int:
+    """The ``stacklevel`` of a warning that the calling function gives, for it to name the code that called a package.
+
+    Args:
+        package: its name; also left out is what enters and leaves its ``with`` blocks.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] != package and module != "contextlib":
+            break
+        level, frame = level + 1, frame.f_back
+    return level

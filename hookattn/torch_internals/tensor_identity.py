@@ -1,14 +1,19 @@
 """Where a tensor's memory is, and how often it was written to.
 
-``data_ptr()`` is public, and 0 for every tensor without values; autograd's counter of writes has no public name.
+``data_ptr()`` is public and not asked: it is 0 for every tensor without values, and it gives a tensor that shares its
+memory with a lazy copy a memory of its own, since whoever has an address may write to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .private import missing
+from .private import missing, private
+
+_storage_address: Callable[[Tensor], int] = private("torch._C", "_data_address", "reads of a tensor's memory")
 
 
 def _check() -> None:
@@ -17,7 +22,7 @@ def _check() -> None:
     if not hasattr(x, "_version"):
         missing("torch.Tensor._version", "checks for writes to a tensor")()
     if not hasattr(x.untyped_storage(), "_cdata"):
-        missing("torch.UntypedStorage._cdata", "comparisons of tensors without values")()
+        missing("torch.UntypedStorage._cdata", "comparisons of tensors' memory")()
 
 
 def version_of(x: Tensor) -> int:
@@ -30,12 +35,17 @@ def version_of(x: Tensor) -> int:
 
 
 def storage_of(x: Tensor) -> int:
-    """What tells a tensor's memory from others': its address, or a number where it has no values; 0 if it has none."""
+    """A number that tells a tensor's storage from others', for as long as it lives; 0 if it has none."""
     try:
-        storage = x.untyped_storage()
-        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
+        return x.untyped_storage()._cdata
     except AttributeError:
         _check()
         raise
     except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own (vmap)
         return 0
+
+
+def address_of(x: Tensor) -> int:
+    """Where the first element of a tensor is, for who only reads it; 0 for one without values."""
+    found = _storage_address(x)
+    return found and found + x.storage_offset() * x.element_size()

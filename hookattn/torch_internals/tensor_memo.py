@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .tensor_identity import version_of
+from .tensor_identity import storage_of, version_of
 
 
 class TensorMemo:
@@ -20,7 +20,8 @@ class TensorMemo:
     def __call__(self, key: Any, tensor: Tensor | None, make: Callable[[], Any]) -> Any:
         """What ``make`` returned when it was first called for this key and tensor, as it is now."""
         if tensor is not None:
-            key = (key, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version_of(tensor))
+            place = storage_of(tensor), tensor.storage_offset()
+            key = (key, place, tuple(tensor.shape), tensor.stride(), tensor.dtype, version_of(tensor))
         known = self._known.get(key)
         if known is not None and tensor is not None and known[2] is not None and not known[2].equal(tensor):
             known = None  # written to since

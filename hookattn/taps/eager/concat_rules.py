@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...torch_internals.tensor_identity import address_of
 from .axis_history import Atom, Layout, Origin, known
 from .operation import Operation
 from .products import Label, LayoutError, Product, ProductLabels
@@ -112,7 +113,7 @@ def _operand(product: Product, x: Tensor, labels: Sequence[Label], origin: Origi
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
-    same = x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.shape == y.shape
+    same = address_of(x) == address_of(y) and x.stride() == y.stride() and x.shape == y.shape
     return same or (x.shape == y.shape and torch.equal(x, y))
 
 

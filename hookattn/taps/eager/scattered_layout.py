@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...torch_internals.tensor_identity import address_of
 from .products import Label, LayoutError, Product, mixes_heads
 from .states import ScatteredSoftmax
 
@@ -28,7 +29,7 @@ def rows_of(x: Tensor, labels: Sequence[Label], over: Sequence[Label], shape: Se
         number = number + place.view(view) * step
         address = address + place.view(view) * (x.stride(i) or _SHARED * (i + 1))
         step *= x.shape[i]
-    address = address + x.data_ptr() // x.element_size()
+    address = address + address_of(x) // x.element_size()
     return number.expand(tuple(shape)), address.expand(tuple(shape))
 
 

@@ -1,0 +1,198 @@
+"""What a fused kernel never forms, derived of a recorded call when it is read: its scores and weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Size, Tensor
+
+from ..attention.derivation import derive
+from ..attention.functional import compute_dtype, softmax_weights
+from ..attention.masks import CompleteMask, Diagonal
+from ..errors import FieldNotCaptured, TraceTooLargeError
+from ..torch_internals import devices
+from ..torch_internals.isolation import isolated
+from .extents import evenly_grouped, extents_of
+from .fields import DERIVED, Derived, Field, dtype_of, shape_of, tensor_of
+from .mask_rule import MaskRule
+from .site import Site
+
+# Up to so many bytes nobody asks how much memory is free.
+_LARGE = 1 << 28
+
+
+class SourceCall(Protocol):
+    """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module, so that the module must not ask
+    for the class."""
+
+    site: Site
+    dtype: torch.dtype
+    scale: float | Tensor
+    softcap: float | None
+    heads: tuple[int, ...] | None
+    kv_heads: tuple[int, ...] | None
+    queries: tuple[int, ...] | None
+    of_queries: int | None
+    keys: int | None
+    fields: dict[str, Field]
+    notes: tuple[str, ...]
+
+    def place(self, name: str) -> Field:
+        """Where a field is."""
+
+
+def derive_field(call: SourceCall, name: str) -> Tensor:
+    """The scores, B H T S in float32 (float64 of a kernel in that), or the weights, B H T S in the kernel's dtype.
+
+    Args:
+        call: its q and k were kept, and for weights mask, bias and sinks as well; or its own scores, mask and sinks.
+        name: ``"scores"`` or ``"weights"``.
+
+    Raises:
+        FieldNotCaptured: one of these was not kept.
+        TraceTooLargeError: there is no memory for it; says which part would fit.
+    """
+    own = _own_scores(call) if name == "weights" else None
+    try:
+        if own is not None:
+            with isolated(own):
+                mask, _ = _mask(call, own)
+                weights = softmax_weights(own, mask.real, _source(call, "sinks"), mask.empty)
+                return weights.to(call.dtype)
+        q, k = _tensor(call, "q"), evenly_grouped(call, _tensor(call, "k"))
+        _check_room(call, name, q, k)
+        with isolated(q):
+            return _of_q_and_k(call, name, q, k)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TraceTooLargeError(f"{call.site.label}: memory ran out while its {name} were derived. {_ADVICE}") from error
+        raise
+
+
+def shape_and_dtype(call: SourceCall, name: str) -> tuple[Size, torch.dtype]:
+    """Those of a field that a call has or that follows from others; nothing is read or derived for it.
+
+    Raises:
+        FieldNotCaptured: it follows from what was not kept.
+    """
+    place = call.fields.get(name, DERIVED)
+    if place is None or not isinstance(place, Derived):
+        return (Size((0,)), torch.uint8) if place is None else (shape_of(place), dtype_of(place))
+    known = extents_of(call, "BHTS").known("BHTS")
+    if len(known) < 4:
+        raise FieldNotCaptured(f"{call.site.label}: nothing that was captured tells the extents of its {name}.")
+    return Size(known.values()), compute_dtype(call.dtype) if name == "scores" else call.dtype
+
+
+_ADVICE = "Read a part of it: call.at(heads=0), call.at(queries=slice(-1, None))."
+
+
+def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
+    notes: list[str] = []
+    wants_weights = name == "weights"
+    mask, diagonal, rows, sinks = CompleteMask(q, None, False), None, None, None
+    if wants_weights:
+        mask, rule = _mask(call, q)
+        sinks = _source(call, "sinks")
+        if devices.on_gpu(q) and rule is not None and rule.given is None and rule.diagonal.hides_any:
+            diagonal, rows = rule.diagonal, rule.rows
+    scores, weights = derive(
+        q,
+        k,
+        call.scale,
+        softcap=call.softcap,
+        bias=_source(call, "bias"),
+        mask=mask.real,
+        sinks=sinks,
+        empty=mask.empty,
+        want_scores=not wants_weights,
+        want_weights=wants_weights,
+        diagonal=diagonal,
+        rows=rows,
+        notes=notes,
+    )
+    call.notes = (*call.notes, *(n for n in notes if n not in call.notes))
+    made = weights if wants_weights else scores
+    assert made is not None
+    return made.to(call.dtype) if wants_weights else made
+
+
+def _mask(call: SourceCall, x: Tensor) -> tuple[CompleteMask, MaskRule | None]:
+    """The complete mask of a call, and the rule that it follows from, if it does."""
+    place = call.place("mask") if _kept(call, "mask") else None
+    if isinstance(place, MaskRule):
+        return place.complete(), place
+    mask = _source(call, "mask")
+    if mask is None or (mask.numel() == 1 and bool(mask)):
+        return CompleteMask(x, None, False), None
+    return CompleteMask(mask, mask, True), None
+
+
+def _own_scores(call: SourceCall) -> Tensor | None:
+    """The scores that were kept as the model formed them; None: they were not."""
+    if not _kept(call, "scores") or isinstance(call.place("scores"), Derived):
+        return None
+    return _source(call, "scores")
+
+
+def _kept(call: SourceCall, name: str) -> bool:
+    try:
+        call.place(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _source(call: SourceCall, name: str) -> Tensor | None:
+    try:
+        place = call.place(name)
+    except KeyError:
+        raise FieldNotCaptured(
+            f"{call.site.label}: what is read follows from {name!r}, which was not captured; trace again with it in "
+            "capture=."
+        ) from None
+    assert not isinstance(place, Derived)
+    return tensor_of(place)
+
+
+def _tensor(call: SourceCall, name: str) -> Tensor:
+    found = _source(call, name)
+    if found is None:
+        raise FieldNotCaptured(f"{call.site.label} has no {name}, so that nothing can be derived of it.")
+    return found
+
+
+def _check_room(call: SourceCall, name: str, q: Tensor, k: Tensor) -> None:
+    """Whether there is memory for what is about to be derived.
+
+    Raises:
+        TraceTooLargeError: there is not; says which part would fit.
+    """
+    (b, h, t), s = q.shape[:3], k.shape[2]
+    one = t * s * compute_dtype(q.dtype).itemsize
+    if b * h * one <= _LARGE:
+        return
+    # What is not derived block by block is formed once more on the way, and so is what is narrowed at the end.
+    plain = q.device.type == "cpu" and isinstance(call.scale, int | float) and not _has_sinks(call)
+    per_head = one if plain and (name == "scores" or call.dtype == compute_dtype(q.dtype)) else 2 * one
+    free = devices.free_memory(q.device)
+    if free is None or b * h * per_head <= free:
+        return
+    fits = free // per_head
+    if fits:
+        part = f"call.at(heads=range({min(fits, h)}))" if fits >= b else "call.at(batch=0, heads=0)"
+    else:
+        part = f"call.at(heads=0, batch=0, queries=slice({-max(1, free * t // per_head)}, None))"
+    raise TraceTooLargeError(
+        f"{call.site.label}: its {name} ({b} batch entries, {h} heads, {t} queries, {s} keys) would take "
+        f"{_gigabytes(b * h * per_head)}, and {_gigabytes(free)} of memory are free. What would fit: {part}."
+    )
+
+
+def _has_sinks(call: SourceCall) -> bool:
+    return _kept(call, "sinks") and call.place("sinks") is not None
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

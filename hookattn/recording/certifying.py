@@ -1,0 +1,291 @@
+"""When the certificates of a trace are measured: a call's when it is first asked for, with those of small calls like it.
+
+Measuring takes several operations a call. A model of a few layers spends more time between its kernels than in them,
+and small calls of one shape take as many operations together as one alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+from ..attention.kernel_call import KernelCall
+from ..calls.call import Call
+from ..calls.certificate import Certificate, tolerance
+from ..calls.extents import evenly_grouped
+from ..calls.fields import Derived, Field, Place, dtype_of, shape_of, tensor_of
+from ..calls.mask_rule import MaskRule
+from ..errors import UnfaithfulWarning
+from ..torch_internals.frames import level_outside
+from ..torch_internals.isolation import isolated
+from .stacked import StackedCalls
+from .verification import Measurement, measure, read_certificates, rows_to_check, score_rounding
+
+# Up to this many scores and elements of q, k and v a call is small: Python takes longer than its arithmetic.
+SMALL = 1 << 18
+# So many scores are measured together at most.
+_MOST_SCORES = 1 << 23
+
+_VECTORS = ("q", "k", "v", "output")
+
+
+class Extras(NamedTuple):
+    """What a certificate is made of beside the fields of a call, where the kernel is no plain one.
+
+    Attributes: those of a :class:`~hookattn.attention.kernel_call.KernelCall`.
+    """
+
+    applied: Tensor | None
+    undropped: Tensor | None
+    outer_error: Tensor | None
+    softmax_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, call: KernelCall) -> Extras | None:
+        """Those of a call; None: it has none."""
+        if call.applied is call.undropped is call.outer_error is None and call.softmax_dtype in (None, call.q.dtype):
+            return None
+        return cls(call.applied, call.undropped, call.outer_error, call.softmax_dtype)
+
+
+@dataclass(slots=True)
+class Evidence:
+    """Stands for the certificate of a call, from whose fields it will be measured.
+
+    Attributes:
+        certifier: who measures.
+        extras: what else is needed for it.
+    """
+
+    certifier: Certifier
+    extras: Extras | None
+
+    def certificate(self, call: Call) -> Certificate:
+        """Measured now, with those of small calls of the same shape."""
+        return self.certifier.measured(call, self)
+
+
+@dataclass(slots=True)
+class Measured:
+    """Stands for the certificate of a call that was measured, and not read from its device yet.
+
+    Attributes:
+        certifier: who measured it.
+        measurement: what.
+    """
+
+    certifier: Certifier
+    measurement: Measurement
+
+    def certificate(self, call: Call) -> Certificate:
+        """Read now."""
+        return self.certifier.told(call, read_certificates([self.measurement])[0][0])
+
+
+class Certifier:
+    """Measures the calls of one trace.
+
+    Args:
+        full: check all rows, not a sample.
+        warns: whether unfaithful calls are warned of, each path once.
+    """
+
+    def __init__(self, full: bool, warns: bool = True):
+        self.full, self._warns = full, warns
+        # Weak references: a call that nobody holds needs no certificate, and holds its fields no longer.
+        self._waiting: list[weakref.ref[Call]] = []
+        self._by_shape: dict[Shape, list[weakref.ref[Call]]] = {}
+        self._warned: set[str] = set()
+
+    def wait(self, call: Call, extras: Extras | None) -> None:
+        """A call whose fields will not change; it is measured when somebody asks."""
+        call.certificate = Evidence(self, extras)
+        self._waiting.append(weakref.ref(call))
+
+    def take(self, call: Call, kernel: KernelCall, mask: MaskRule) -> None:
+        """A call that is measured now, as what it is measured by is not kept.
+
+        Args:
+            call: gets the certificate.
+            kernel, mask: as :func:`~hookattn.recording.verification.measure` takes them.
+        """
+        call.certificate = Measured(self, measure(kernel, mask, self.full))
+
+    def read(self, calls: Sequence[Call]) -> None:
+        """Read what was measured of some calls, from each device at once."""
+        waiting = [(call, found) for call in calls if isinstance(found := _pending(call), Measured)]
+        read = read_certificates([found.measurement for _, found in waiting])
+        for (call, _), certificates in zip(waiting, read, strict=True):
+            call.certificate = self.told(call, certificates[0])
+
+    def told(self, call: Call, certificate: Certificate) -> Certificate:
+        """The certificate, once its reader is warned where it says that the call is unfaithful."""
+        if certificate.status == "unfaithful" and self._warns and call.site.path not in self._warned:
+            self._warned.add(call.site.path)
+            warnings.warn(
+                f"{call.site.label} (step {call.step}, tap {call.tap}) is {certificate}",
+                UnfaithfulWarning,
+                stacklevel=level_outside(__package__.partition(".")[0]),
+            )
+        return certificate
+
+    def measured(self, call: Call, evidence: Evidence) -> Certificate:
+        """The certificate of a call that waits; others like it get theirs, too."""
+        shape = small_shape(call)
+        if shape is None:
+            with isolated(_tensor(call, "q")):
+                found = measure(_kernel_call(call, evidence), _mask_rule(call), self.full)
+            call.beside.pop("output", None)  # nothing follows from it
+            return self.told(call, read_certificates([found])[0][0])
+        several = [call, *self._alike(call, shape)]
+        with isolated(_tensor(call, "q")):
+            certificates = self._measured_together(several, shape)
+        for other, certificate in zip(several[1:], certificates[1:], strict=True):
+            other.certificate = self.told(other, certificate)
+        for one in several:
+            one.beside.pop("output", None)
+        return self.told(call, certificates[0])
+
+    def _alike(self, call: Call, shape: Shape) -> list[Call]:
+        """Other calls that wait and can be measured together with this one."""
+        new, self._waiting = self._waiting, []
+        for ref in new:
+            other = ref()
+            if other is not None and (found := small_shape(other)) is not None:
+                self._by_shape.setdefault(found, []).append(ref)
+        several: list[Call] = []
+        alike = self._by_shape.get(shape, [])
+        while alike and len(several) < _MOST_SCORES // shape.scores - 1:
+            other = alike.pop()()
+            # Fields of a call may have been exchanged since.
+            if other is not None and other is not call and small_shape(other) == shape:
+                several.append(other)
+        return several
+
+    def _measured_together(self, several: Sequence[Call], shape: Shape) -> list[Certificate]:
+        """N calls of one shape at once, with as few operations as will do.
+
+        The mask is added to the scores as −∞, which is quicker than choosing, and the size of the scores is not looked
+        at. Where that finds a call unfaithful, the quick way may be at fault: then the careful one has the last word.
+        """
+        certificates = read_certificates([self._measure_together(several, shape, False)])[0]
+        if all(c.faithful for c in certificates):
+            return certificates
+        return read_certificates([self._measure_together(several, shape, True)])[0]
+
+    def _measure_together(self, several: Sequence[Call], shape: Shape, careful: bool) -> Measurement:
+        masked = _mask_rule(several[0]).complete()
+        t, rows = shape.t, rows_to_check(shape.t, self.full, shape.scores)
+        stacked = StackedCalls.of([[_tensor(c, n) for n in _VECTORS] for c in several], masked, shape.scale)
+        calls = stacked.of_rows(rows)
+        scores = calls.scores()
+        largest = calls.largest_scores(scores) if careful else None
+        maxima = calls.maxima(calls.weights(scores, careful), largest)
+        rounding = score_rounding(shape.dtype, False) if careful else 0.0
+        return Measurement.of(maxima, tolerance(shape.dtype), calls.q.shape[2], t, rounding=rounding)
+
+
+class Shape(NamedTuple):
+    """What small calls that are measured together have in common.
+
+    Attributes:
+        dtype, device: of q, k, v and output.
+        shapes: theirs.
+        scale: the kernel's own.
+        mask: what tells it from others.
+        t: queries.
+        scores: how many there are.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    shapes: tuple[Size, ...]
+    scale: float
+    mask: tuple[object, ...]
+    t: int
+    scores: int
+
+
+def small_shape(call: Call) -> Shape | None:
+    """What a call has in common with others; None: it is not small, or not plain. Nothing is read for it."""
+    evidence = _pending(call)
+    if not isinstance(evidence, Evidence) or evidence.extras is not None or call.softcap is not None:
+        return None
+    if type(call.scale) is not float or not call.scale or call.kv_heads is not None or call.own_scores:
+        return None
+    if any(_place(call, name) is not None for name in ("bias", "sinks")):
+        return None
+    if any(not isinstance(_place(call, name), Derived | None) for name in ("scores", "weights")):
+        return None
+    places = [_place(call, name) for name in _VECTORS]
+    if any(x is None or isinstance(x, Derived) for x in places):
+        return None
+    kept: list[Place] = places  # type: ignore[assignment]
+    shapes = tuple(map(shape_of, kept))
+    dtypes = tuple(map(dtype_of, kept))
+    if (found := _scores_of(shapes, dtypes)) is None or not isinstance(rule := _place(call, "mask"), MaskRule):
+        return None
+    mask = (rule.diagonal, rule.t, rule.s, id(rule.given), None if rule.rows is None else id(rule))
+    return Shape(dtypes[0], rule.device, shapes, call.scale, mask, shapes[0][2], found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scores_of(shapes: tuple[Size, Size, Size, Size], dtypes: tuple[torch.dtype, ...]) -> int | None:
+    """How many scores a call of q, k, v and output of these shapes has; None: it is not small or not plain."""
+    q, k, v, output = shapes
+    if len(set(dtypes)) > 1 or not len(q) == len(k) == len(v) == len(output) == 4:
+        return None
+    (b, h, t, d), s, e = q, k[2], v[3]
+    good = output == (b, h, t, e) and k[0] == b and k[3] == d and v[:3] == k[:3] and k[1] and h % k[1] == 0
+    sizes = k.numel(), v.numel(), q.numel(), b * h * t * s
+    return sizes[3] if good and all(sizes) and max(sizes) <= SMALL else None
+
+
+def _pending(call: Call) -> object:
+    """What stands for a call's certificate, without measuring it."""
+    return call.__dict__["_certificate"]
+
+
+def _place(call: Call, name: str) -> Field:
+    try:
+        return call.place(name)
+    except KeyError:
+        return None
+
+
+def _tensor(call: Call, name: str) -> Tensor:
+    place = call.place(name)
+    assert place is not None and not isinstance(place, Derived)
+    found = tensor_of(place)
+    assert found is not None
+    return found
+
+
+def _own(call: Call, name: str) -> Tensor | None:
+    """A field as it was kept; None: the call has none, or it is derived."""
+    place = _place(call, name)
+    return None if place is None or isinstance(place, Derived) else tensor_of(place)
+
+
+def _mask_rule(call: Call) -> MaskRule:
+    rule = call.place("mask")
+    assert isinstance(rule, MaskRule)
+    return rule
+
+
+def _kernel_call(call: Call, evidence: Evidence) -> KernelCall:
+    """A kept call as its kernel's, its heads grouped evenly."""
+    k, v = (evenly_grouped(call, _tensor(call, name)) for name in ("k", "v"))
+    own = {name: _own(call, name) for name in ("bias", "sinks", "scores", "weights", "output")}
+    made = KernelCall(_tensor(call, "q"), k, v, own.pop("output"), call.scale, call.tap, **own)
+    made.softcap, made.opaque = call.softcap, call.own_scores
+    if evidence.extras is not None:
+        made.applied, made.undropped, made.outer_error, made.softmax_dtype = evidence.extras
+    return made
