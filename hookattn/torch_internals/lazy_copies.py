@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import allocation
 from .private import private
+from .tensor_identity import address_of, version_of
 
 _lazy_clone: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
 _transforms_active: Callable[[], bool] = private(
@@ -50,30 +51,74 @@ def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = Fa
     """
     if copy or _lazy_clone is None or _transforms_active():
         return allocation.copies(several)
-    storages: list[Any] = []
     covered: dict[int, int] = {}
+    storages: list[Any] = []
     for x in several:
-        # A wrapper without a storage of its own has none to ask.
+        # A tensor of another class may have no storage of its own.
         storage = x.untyped_storage() if type(x) is Tensor else None
         storages.append(storage)
         if storage is not None:
             covered[storage._cdata] = covered.get(storage._cdata, 0) + _bytes(x)
     made: list[Tensor] = []
     for x, cache, storage in zip(several, caches, storages, strict=True):
-        if (
-            storage is None
-            or 2 * covered[storage._cdata] < storage.nbytes()
-            or not storage.resizable()  # numpy's arrays forbid that memory moves
-            or (cache and _written(x))
-            or (x._is_view() and type(x._base) is nn.Parameter)
-        ):
-            made += allocation.copies([x])
-            continue
-        try:
-            made.append(_lazy_clone(x))
-        except RuntimeError:  # memory that torch does not own: an array of numpy's, or shared between processes
-            made += allocation.copies([x])
+        own = None
+        if storage is not None and 2 * covered[storage._cdata] >= storage.nbytes() and not _outlives(x, cache):
+            own = _lazily(x)
+        made.append(allocation.copies([x])[0] if own is None else own)
     return made
+
+
+class WriteWatch:
+    """Tells whether a tensor was written to since this was made, by any operation, alias or view.
+
+    A lazy copy is the witness: the first write parts the two. Where there can be none the writes that autograd counts
+    are seen, and those to a tensor without a count by comparison.
+    """
+
+    __slots__ = ("_before", "_lazy", "_version")
+
+    def __init__(self, x: Tensor):
+        self._version = version_of(x)
+        before = _lazily(x)
+        self._lazy = before is not None
+        self._before = x.clone() if before is None and self._version < 0 else before
+
+    def written(self, x: Tensor) -> bool:
+        """Whether it was.
+
+        Args:
+            x: the same tensor, or one that is the same elements of the same memory.
+        """
+        if version_of(x) != self._version:
+            return True
+        if self._before is None:
+            return False
+        return address_of(x) != address_of(self._before) if self._lazy else not self._before.equal(x)
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Whether a tensor may still share its memory with a copy that nobody has written to."""
+    found: Callable[[Tensor], bool] = private("torch._C", "_is_cow_tensor", "looks at lazy copies")
+    return found(x)
+
+
+def _lazily(x: Tensor) -> Tensor | None:
+    """A lazy copy of a tensor, where one can be made and follows all writes."""
+    if _lazy_clone is None or type(x) is not Tensor or _transforms_active():
+        return None
+    if not x.untyped_storage().resizable():  # numpy made an array of it, which writes unseen, and must not lose it
+        return None
+    try:
+        return _lazy_clone(x)
+    except RuntimeError:  # memory that torch does not own: an array of numpy's, or shared between processes
+        return None
+
+
+def _outlives(x: Tensor, cache: bool) -> bool:
+    """Whether the memory of a tensor outlives the call that it was recorded of."""
+    if cache and not x.is_inference() and x._version > 0:
+        return True
+    return type(x) is nn.Parameter or (x._is_view() and type(x._base) is nn.Parameter)
 
 
 def _bytes(x: Tensor) -> int:
@@ -82,14 +127,3 @@ def _bytes(x: Tensor) -> int:
     if 0 not in strides:
         return x.nbytes
     return x.element_size() * math.prod(n for n, stride in zip(x.shape, strides, strict=True) if stride)
-
-
-def _written(x: Tensor) -> bool:
-    """Whether a tensor or one that shares its memory was written to in place, as far as torch counts it."""
-    return not x.is_inference() and x._version > 0
-
-
-def is_lazy(x: Tensor) -> bool:
-    """Whether a tensor may still share its memory with a copy that nobody has written to."""
-    found: Callable[[Tensor], bool] = private("torch._C", "_is_cow_tensor", "looks at lazy copies")
-    return found(x)
