@@ -292,7 +292,7 @@ def test_captured_tensors_are_copies(way: str, grad: Any) -> None:
         first, second = trace.select(path="0")  # one module, called twice
         assert trace.faithful and not same_bits(first.k, second.k) and same_bits(second.k, attn.cache[1])
         assert int((~first.mask).sum()) == T - 1 and int((~second.mask).sum()) == 2 * T - 3
-        mine = [x for x in second.fields.values() if x is not None]
+        mine = [x for name in second.fields if (x := second.get(name)) is not None]
         kept, one = [x.clone() for x in mine], first.k.clone()
         attn.cache.fill_(7.0), attn.mask.fill_(7.0)
         assert same_bits(mine, kept)

@@ -53,7 +53,7 @@ class LazyCertificate:
     def __get__(self, call: Call | None, owner: type[Call]) -> Certificate:
         if call is None:
             return UNVERIFIED  # what a call has that is made without one
-        found = call.__dict__["_certificate"]
+        found: Certificate | Unmeasured = call.__dict__["_certificate"]
         if not isinstance(found, Certificate):
             found = call.__dict__["_certificate"] = found.certificate(call)
         return found
@@ -107,7 +107,7 @@ class Call:
     own_scores: bool = False
     mixed: bool = False
     notes: tuple[str, ...] = ()
-    certificate: LazyCertificate = LazyCertificate()  # noqa: RUF009 - a descriptor: one for all calls
+    certificate: LazyCertificate = LazyCertificate()
     derivable: tuple[str, ...] = ()
     fields: dict[str, Field] = field(default_factory=dict, repr=False)
     keys: int | None = None
@@ -208,8 +208,8 @@ class Call:
             batch: batch entries; by default all.
 
         Returns:
-            A call of the same site, step and certificate. Axes stay: B is 1 where ``batch`` is an int, and so on. A field
-            that has the same values for all heads, queries or batch entries (a mask, say) may have size 1 there.
+            A call of the same site, step and certificate. Axes stay: B is 1 where ``batch`` is an int, and so on. A
+            field that has the same values for all heads, queries or batch entries (a mask, say) may have size 1 there.
 
         Raises:
             SelectionError: there is no such head, query or batch entry; says which there are.

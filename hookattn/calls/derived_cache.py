@@ -25,8 +25,8 @@ class Owner(Protocol):
 class DerivedCache:
     """Derived values, each with the object that it is of; of these the ones that were used least recently go first.
 
-    The cache knows an owner by a weak reference alone: a trace that nobody holds is gone with all that was derived of it.
-    Safe to use from several threads, which may derive the same twice.
+    The cache knows an owner by a weak reference alone: a trace that nobody holds is gone with all that was derived of
+    it. Safe to use from several threads, which may derive the same twice.
 
     Args:
         limit: bytes.

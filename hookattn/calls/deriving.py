@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from ..attention.derivation import derive
 from ..attention.functional import compute_dtype, softmax_weights
-from ..attention.masks import CompleteMask, Diagonal
+from ..attention.masks import CompleteMask
 from ..errors import FieldNotCaptured, TraceTooLargeError
 from ..torch_internals import devices
 from ..torch_internals.isolation import isolated
@@ -23,8 +23,8 @@ _LARGE = 1 << 28
 
 
 class SourceCall(Protocol):
-    """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module, so that the module must not ask
-    for the class."""
+    """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module, so that the module must not
+    ask for the class."""
 
     site: Site
     dtype: torch.dtype
@@ -66,7 +66,9 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
             return _of_q_and_k(call, name, q, k)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise TraceTooLargeError(f"{call.site.label}: memory ran out while its {name} were derived. {_ADVICE}") from error
+            raise TraceTooLargeError(
+                f"{call.site.label}: memory ran out while its {name} were derived. {_ADVICE}"
+            ) from error
         raise
 
 

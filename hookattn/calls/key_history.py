@@ -1,8 +1,8 @@
 """The keys, or the values, of one site through the steps of a generation, each kept once.
 
-A step of a generation has the keys of the step before and a few of its own. :class:`KeyHistory` holds the own ones of all
-steps in one run, and each step's keys are a stretch of it (:class:`Continued`), which reading gives as a whole. That a
-step begins with the keys of the one before is compared, never assumed; where it does not, it is kept whole.
+A step of a generation has the keys of the step before and a few of its own. :class:`KeyHistory` holds the own ones of
+all steps in one run, and each step's keys are a stretch of it (:class:`Continued`), which reading gives as a whole. That
+a step begins with the keys of the one before is compared, never assumed; where it does not, it is kept whole.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class Continued:
 
 
 def joined(first: Tensor, parts: Sequence[tuple[Link, Tensor]]) -> KeyHistory:
-    """The history of the keys of a first step, B G S D, and of the links and own keys, B G n D, of those that follow."""
+    """The history of the keys of a first step, B G S D, and of the links and own keys, B G n D, of the others."""
     made = KeyHistory(first)
     for link, own in parts:
         made.extend(link, own)
@@ -272,7 +272,7 @@ class KeptCall(Protocol):
 
 
 class KeyHistories:
-    """Finds the steps of a generation among the calls of a trace, and puts their keys and values into one history each."""
+    """Finds the steps of a generation among the calls of a trace, and puts their keys and values into histories."""
 
     def __init__(self) -> None:
         # Weak references: keys that nobody holds any more are compared with nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,22 +71,23 @@ class CallPart:
         every = slice(None)
         chosen_batch: Index = every
         if batch is not None:
-            chosen_batch = _index(_positions("batch", batch, range(extent("B", "batch entries")), call, "batch entries"))
-        chosen_rows, numbers, of_queries = every, call.queries, call.of_queries
+            entries = range(extent("B", "batch entries"))
+            chosen_batch = _index(_positions("batch", batch, entries, call, "batch entries"))
+        chosen_rows: Index = every
+        numbers, of_queries = call.queries, call.of_queries
         if queries is not None:
             own = call.queries or tuple(range(extent("T", "queries")))
             numbers = _positions("queries", queries, own, call, "queries")
             chosen_rows = _index([own.index(i) for i in numbers] if call.queries else numbers)
             of_queries = call.of_queries if call.queries is not None else len(own)
         if heads is None:
-            return cls(
-                chosen_batch, every, chosen_rows, every, call.heads, call.kv_heads, numbers, of_queries
-            )
+            return cls(chosen_batch, every, chosen_rows, every, call.heads, call.kv_heads, numbers, of_queries)
         h = extent("H", "heads")
         there = call.heads or tuple(range(h))
         named = _positions("heads", heads, there, call, "heads" if call.heads is None else "kept heads")
         at = [there.index(n) for n in named]
-        groups, kv_heads = every, None
+        groups: Index = every
+        kv_heads: tuple[int, ...] | None = None
         if "G" in known:
             of = key_heads(call, h, known["G"])
             needed = sorted({of[i] for i in at})
@@ -158,7 +160,7 @@ def _index(positions: Sequence[int]) -> Index:
     if len(positions) == 1:
         return slice(positions[0], positions[0] + 1)
     step = positions[1] - positions[0] if positions else 0
-    if step > 0 and all(b - a == step for a, b in zip(positions, positions[1:], strict=False)):
+    if step > 0 and all(b - a == step for a, b in itertools.pairwise(positions)):
         return slice(positions[0], positions[-1] + 1, step)
     return tuple(positions)
 

@@ -37,8 +37,14 @@ class SeenCalls:
             self.notes.append(text)
 
 
-def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall], int]:
-    """What a selection keeps of the calls, and how many bytes of it several calls share."""
+def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[list[PlannedCall], int]:
+    """What a selection keeps of the calls, and how many bytes of it several calls share.
+
+    Args:
+        seen: the calls.
+        selection: what is kept of each.
+        streamed: whether it goes to a file, which holds what follows from other fields as well.
+    """
     counts = LayerCounts(site for _, site, _ in seen.calls)
     masks: dict[Any, Tensor] = {}
     known: dict[Any, Tensor] = {}
@@ -47,10 +53,14 @@ def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall
         numbered = replace(site, layers=counts.of(site))
         if not selection.takes_layer(numbered):
             continue
+        lazy = not streamed and selection.keeps_as_it_is(seen.device)
         call = replace(given, mask=_complete(given, step, masks))
         h, t = call.q.shape[1:3]
-        restrict(call, selection.head_index(h, site.label), selection.query_index(t, site.label))
-        shapes, taken = {}, {}
+        chosen = selection.head_index(h, site.label), selection.query_index(t, site.label)
+        own_mask, whole_mask = replace(given), call.mask
+        restrict(own_mask, *chosen)
+        restrict(call, *chosen)
+        shapes, taken, later = {}, {}, 0
         entries = {name: _entry(call, name) for name in FIELDS if name in selection.capture}
         for name, entry in {**entries, **_statistics(given, call, site, selection)}.items():
             if entry is None:
@@ -60,11 +70,20 @@ def field_bytes(seen: SeenCalls, selection: Selection) -> tuple[list[PlannedCall
                 dtype = selection.dtype
             shapes[name] = shape
             taken[name] = torch.Size(shape).numel() * dtype.itemsize
+            follows = name == "mask" or (name in DERIVED and getattr(given, name) is None and not given.opaque)
+            if lazy and follows:
+                later += taken[name]
+                # Of a mask, what the kernel was given is held.
+                taken[name] = 0 if name != "mask" or own_mask.mask is None else own_mask.mask.numel()
             if x is not None:
-                key = name, step, storage_of(x), x.storage_offset(), x.shape, x.stride()
+                # Layers that are given one mask keep one, of the same heads and queries.
+                of = whole_mask if lazy and name == "mask" else x
+                key = name, step, storage_of(of), of.storage_offset(), of.shape, of.stride()
                 taken[name] = 0 if key in known else taken[name]
                 known[key] = x
-        rows.append(PlannedCall(site, step, call.tap, shapes, taken))
+        if lazy and "output" not in taken and call.output is not None:
+            taken["certificate"] = call.output.numel() * call.output.element_size()  # held until it is measured
+        rows.append(PlannedCall(site, step, call.tap, shapes, taken, later))
     asked = selection.layers or ()
     absent = set(asked).difference(*(counts.naming(asked, site) for _, site, _ in seen.calls))
     if absent:

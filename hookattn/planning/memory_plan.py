@@ -27,7 +27,10 @@ class PlannedCall:
         site: where it happens.
         step, tap: as in :class:`hookattn.Call`.
         shapes: of each field that is kept and that the call has.
-        bytes: of each field; 0 for a mask, bias or sinks that an earlier call keeps already.
+        bytes: of each field; 0 for one that follows from others and is derived when it is read, and for a mask, bias or
+            sinks that an earlier call keeps already. ``certificate``: an output that was not asked for, held until the
+            certificate is measured.
+        derived: bytes of the fields that are derived when they are read.
     """
 
     site: Site
@@ -35,6 +38,7 @@ class PlannedCall:
     tap: str
     shapes: dict[str, tuple[int, ...]]
     bytes: dict[str, int]
+    derived: int = 0
 
     @property
     def total(self) -> int:
@@ -48,7 +52,7 @@ class MemoryPlan:
 
     Attributes:
         calls: one for each attention call, in execution order.
-        total: bytes of all fields: in memory, or in the file of ``to``.
+        total: bytes of all that is kept: held in memory, or in the file of ``to``.
         in_memory: bytes that are held at once: all, or with ``to`` those of three calls.
         free_memory: bytes that are free on the device where the fields are kept; None: nobody says, as on devices that
             torch cannot ask.
@@ -93,7 +97,7 @@ def size_of(count: float) -> str:
 
 def table(plan: MemoryPlan) -> str:
     """One line for each run of calls that take the same, and the totals."""
-    names = list(dict.fromkeys(name for call in plan.calls for name in call.bytes))
+    names = list(dict.fromkeys(name for call in plan.calls for name in (*call.shapes, *call.bytes)))
     fields = [f for f in FIELDS if f in names] + [f for f in names if f not in FIELDS]
     lines = [("site", "kind", "calls", *fields, "bytes")]
 
@@ -112,6 +116,9 @@ def table(plan: MemoryPlan) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.append(room_sentence(plan))
+    if later := sum(c.derived for c in plan.calls):
+        most = max(c.derived for c in plan.calls)
+        text.append(f"derived when read, and not held: {size_of(later)} in all, {size_of(most)} of the largest call")
     text.extend(f"would fit: {x}" for x in plan.advice)
     text.extend(f"note: {x}" for x in plan.notes)
     text.extend(f"skipped: {path}: {reason}" for path, reason in plan.skipped)

@@ -44,8 +44,9 @@ def plan(
     """Predict what ``hookattn.trace`` with the same arguments will keep, without running attention.
 
     One forward runs on shapes alone, in a copy of the model without weights; the model itself is not touched, and may
-    be on the meta device. Hooks that somebody put on it are left out. The bytes are those of the trace's tensors, each
-    counted once; a file also has a header of 1 MiB or more, and stores masks of equal content once.
+    be on the meta device. Hooks that somebody put on it are left out. The bytes are those of what the trace holds, each
+    tensor counted once; what is derived when it is read is told apart. A file holds all that was asked for, has a
+    header of 1 MiB or more, and stores masks of equal content once.
 
     Args:
         model, inputs, capture, layers, heads, queries, dtype, device, to: as in :func:`hookattn.trace`.
@@ -172,7 +173,7 @@ def _impossible(model: nn.Module, what: str, where: str | None) -> str:
 
 def plan_with_advice(seen: SeenCalls, selection: Selection, to: str | PathLike[str] | None) -> MemoryPlan:
     """The plan of a trace that keeps a selection of these calls, with what would fit if it does not."""
-    made = _plan_without_advice(seen, selection, *field_bytes(seen, selection), to)
+    made = _plan_without_advice(seen, selection, *field_bytes(seen, selection, to is not None), to)
     if not made.fits:
         made.advice.extend(_what_would_fit(seen, selection, to is not None, "run.safetensors" if to is None else to))
     return made
@@ -197,7 +198,7 @@ def _what_would_fit(seen: SeenCalls, selection: Selection, streamed: bool, to: s
     """What of the smaller traces fits."""
     found = []
     for text, less, to_file in smaller(selection, streamed):
-        calls, shared = field_bytes(seen, less)
+        calls, shared = field_bytes(seen, less, to_file)
         one = _plan_without_advice(seen, less, calls, shared, to if to_file else None)
         if one.fits:
             found.append(f"{text}: {size_of(one.total)}")

@@ -1,4 +1,4 @@
-"""When the certificates of a trace are measured: a call's when it is first asked for, with those of small calls like it.
+"""When certificates are measured: a call's when it is first asked for, together with those of small calls like it.
 
 Measuring takes several operations a call. A model of a few layers spends more time between its kernels than in them,
 and small calls of one shape take as many operations together as one alone.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +34,8 @@ SMALL = 1 << 18
 # So many scores are measured together at most.
 _MOST_SCORES = 1 << 23
 
+# So many paths of unfaithful calls are named in warnings.
+_NAMED = 3
 _VECTORS = ("q", "k", "v", "output")
 
 
@@ -94,14 +97,14 @@ class Certifier:
 
     Args:
         full: check all rows, not a sample.
-        warns: whether unfaithful calls are warned of, each path once.
+        warns: whether unfaithful calls are warned of: the first few paths, each once.
     """
 
     def __init__(self, full: bool, warns: bool = True):
         self.full, self._warns = full, warns
         # Weak references: a call that nobody holds needs no certificate, and holds its fields no longer.
         self._waiting: list[weakref.ref[Call]] = []
-        self._by_shape: dict[Shape, list[weakref.ref[Call]]] = {}
+        self._by_shape: dict[Shape, deque[weakref.ref[Call]]] = {}
         self._warned: set[str] = set()
 
     def wait(self, call: Call, extras: Extras | None) -> None:
@@ -127,13 +130,14 @@ class Certifier:
 
     def told(self, call: Call, certificate: Certificate) -> Certificate:
         """The certificate, once its reader is warned where it says that the call is unfaithful."""
-        if certificate.status == "unfaithful" and self._warns and call.site.path not in self._warned:
-            self._warned.add(call.site.path)
-            warnings.warn(
-                f"{call.site.label} (step {call.step}, tap {call.tap}) is {certificate}",
-                UnfaithfulWarning,
-                stacklevel=level_outside(__package__.partition(".")[0]),
-            )
+        path = call.site.path
+        if certificate.status == "unfaithful" and self._warns and path not in self._warned:
+            text = f"{call.site.label} (step {call.step}, tap {call.tap}) is {certificate}"
+            if len(self._warned) == _NAMED:
+                self._warns = False
+                text = "more calls are unfaithful; trace.certify() measures all, and each says so in its certificate"
+            self._warned.add(path)
+            warnings.warn(text, UnfaithfulWarning, stacklevel=level_outside(__package__.partition(".")[0]))
         return certificate
 
     def measured(self, call: Call, evidence: Evidence) -> Certificate:
@@ -147,11 +151,10 @@ class Certifier:
         several = [call, *self._alike(call, shape)]
         with isolated(_tensor(call, "q")):
             certificates = self._measured_together(several, shape)
-        for other, certificate in zip(several[1:], certificates[1:], strict=True):
-            other.certificate = self.told(other, certificate)
-        for one in several:
+        for one, certificate in sorted(zip(several, certificates, strict=True), key=lambda pair: pair[0].index):
+            one.certificate = self.told(one, certificate)
             one.beside.pop("output", None)
-        return self.told(call, certificates[0])
+        return certificates[0]
 
     def _alike(self, call: Call, shape: Shape) -> list[Call]:
         """Other calls that wait and can be measured together with this one."""
@@ -159,11 +162,11 @@ class Certifier:
         for ref in new:
             other = ref()
             if other is not None and (found := small_shape(other)) is not None:
-                self._by_shape.setdefault(found, []).append(ref)
+                self._by_shape.setdefault(found, deque()).append(ref)
         several: list[Call] = []
-        alike = self._by_shape.get(shape, [])
+        alike = self._by_shape.get(shape, deque())
         while alike and len(several) < _MOST_SCORES // shape.scores - 1:
-            other = alike.pop()()
+            other = alike.popleft()()
             # Fields of a call may have been exchanged since.
             if other is not None and other is not call and small_shape(other) == shape:
                 several.append(other)
@@ -283,8 +286,9 @@ def _mask_rule(call: Call) -> MaskRule:
 def _kernel_call(call: Call, evidence: Evidence) -> KernelCall:
     """A kept call as its kernel's, its heads grouped evenly."""
     k, v = (evenly_grouped(call, _tensor(call, name)) for name in ("k", "v"))
-    own = {name: _own(call, name) for name in ("bias", "sinks", "scores", "weights", "output")}
-    made = KernelCall(_tensor(call, "q"), k, v, own.pop("output"), call.scale, call.tap, **own)
+    made = KernelCall(_tensor(call, "q"), k, v, _own(call, "output"), call.scale, call.tap)
+    for name in ("bias", "sinks", "scores", "weights"):
+        setattr(made, name, _own(call, name))
     made.softcap, made.opaque = call.softcap, call.own_scores
     if evidence.extras is not None:
         made.applied, made.undropped, made.outer_error, made.softmax_dtype = evidence.extras

@@ -1,9 +1,9 @@
 """From a kernel's arguments to what is kept of the call.
 
-:meth:`CallRecorder.keep` is where a kernel call becomes a :class:`~hookattn.calls.call.Call`. Its tensors are copied, so
-that nobody but the trace writes to them, and mostly nothing more is done: what else was asked for follows from them,
-and so does the certificate. Only where that will not be so, since q, k and v are not kept, or not as they are, it is all
-derived and measured at once.
+:meth:`CallRecorder.keep` is where a kernel call becomes a :class:`~hookattn.calls.call.Call`. Its tensors are copied,
+so that nobody but the trace writes to them, and mostly nothing more is done: what else was asked for follows from them,
+and so does the certificate. Only where that will not be so, since q, k and v are not kept, or not as they are, it is
+all derived and measured at once.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ class CallRecorder:
         self._copy = copy
         self._fields = tuple(f for f in FIELDS if f in selection.capture)
         self._certifier = Certifier(verify == "full", warns)
-        # What is kept as it is proves itself later, and the rest follows from it.
         self._whole = not (selection.heads or selection.queries)
-        self._as_it_is = not streamed and selection.dtype is None and selection.capture.issuperset(("q", "k", "v"))
+        self._streamed = streamed
         to_host = streamed or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if to_host else None
         self._memo = TensorMemo()
@@ -101,7 +100,8 @@ class CallRecorder:
                 made.heads = None if heads is None else tuple(heads)
                 made.kv_heads = None if groups is None else tuple(groups)
                 if queries is not None:
-                    made.queries, made.of_queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries), t
+                    made.queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries)
+                    made.of_queries = t
             if not call.opaque:
                 made.derivable = self.selection.derivable
             self._hold(call)
@@ -195,7 +195,8 @@ class CallRecorder:
 
     def _stays(self, call: KernelCall) -> bool:
         """Whether the call's tensors are kept as they are and where they are."""
-        return self._as_it_is and self.selection.device in (None, call.q.device)
+        leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.q))
+        return not leaves and self.selection.keeps_as_it_is(call.q.device)
 
     def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""

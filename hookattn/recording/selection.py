@@ -78,6 +78,11 @@ class Selection:
         """The fields that can be derived from those that are kept."""
         return DERIVED if self.capture.issuperset(SOURCES) else ()
 
+    def keeps_as_it_is(self, device: torch.device) -> bool:
+        """Whether a call on a device is kept as it is: then what else was asked for follows when somebody reads it."""
+        unchanged = self.dtype is None and self.device in (None, device)
+        return unchanged and self.capture.issuperset(("q", "k", "v"))
+
     def takes_layer(self, site: Site) -> bool | None:
         """Whether a site's layer is selected; None if that isn't known until the forward is over."""
         if self.layers is None:

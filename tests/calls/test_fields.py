@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Call, Trace, TraceFileError
-from hookattn.calls.fields import InFile, Later, dtype_of, shape_of, tensor_of
+from hookattn.calls.fields import DERIVED, InFile, Later, dtype_of, shape_of, tensor_of
 from hookattn.errors import FieldNotCaptured
 from hookattn.generation.merge_statistics import merge
 from hookattn.render.trace_files import trace_file
@@ -210,15 +210,13 @@ def test_another_thread_reads_while_the_model_runs(tmp_path: Path) -> None:
         assert same_bits(a.q, b.q) and same_bits(a.mask, b.mask)
 
 
-def test_small_calls_that_wait_are_derived_when_they_are_read() -> None:
-    def look(trace: Trace) -> None:
-        assert isinstance(trace[0].fields["weights"], Later)
-        assert shape_of(trace[0].fields["weights"]) == (2, 4, T, T) and isinstance(trace[0].fields["weights"], Tensor)
-
+def test_what_follows_from_other_fields_is_derived_when_it_is_read() -> None:
     torch.manual_seed(0)
     with hookattn.tracing(model := Turns()) as trace:
         model(draw(2, 4, T, 8, seed=3), 2)
-        look(trace)
+        assert trace[0].fields["weights"] is DERIVED and trace[0].shape == f"B2 H4 T{T} S{T}"
+        assert trace[0].weights.shape == (2, 4, T, T) and trace[0].weights is trace[0].weights
+        assert trace[0].fields["weights"] is DERIVED
     assert trace.faithful
 
 

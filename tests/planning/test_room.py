@@ -74,7 +74,9 @@ def test_to_the_byte(room: Any, planned: list[Any], how: str, generic: bool) -> 
         assert len(planned) > seen
     message = str(caught.value)
     assert "the trace does not fit: " in message and "of its 4 calls, transformer.h.0.attn alone takes" in message
-    for way in ('to="run.safetensors"', "capture=('q', 'k'", "dtype=torch.float16", "queries=slice(-1, None)"):
+    # Of a fused kernel nothing of the size T·S is held, so that a file and another dtype, which take it, help little.
+    formed = ('to="run.safetensors"', "capture=('q', 'k'", "dtype=torch.float16") if how == "eager" else ()
+    for way in (*formed, "queries=slice(-1, None)"):
         assert way in message
     assert not ran  # the first layer was not over
     assert state_of(model) == before
@@ -82,7 +84,7 @@ def test_to_the_byte(room: Any, planned: list[Any], how: str, generic: bool) -> 
 
 
 def test_what_is_said_to_fit_fits(room: Any) -> None:
-    model, lean = tiny.gpt2(n_layer=4), ("q", "k", "v", "bias", "mask", "sinks", "output")
+    model, lean = tiny.gpt2("eager", n_layer=4), ("q", "k", "v", "bias", "mask", "sinks", "output")
     room(hookattn.plan(model, tiny.ids(64), capture=lean).total)
     with pytest.raises(TraceTooLargeError, match=r"capture=\('q', 'k', 'v', 'bias', 'mask', 'sinks', 'output'\) \(sco"):
         hookattn.trace(model, tiny.ids(64))
@@ -92,7 +94,7 @@ def test_what_is_said_to_fit_fits(room: Any) -> None:
 
 def test_a_file(room: Any, tmp_path: Path) -> None:
     model, path = tiny.gpt2(n_layer=6), tmp_path / "t.safetensors"
-    told = hookattn.plan(model, tiny.ids(64))
+    told = hookattn.plan(model, tiny.ids(64), to=path)
     largest = max(call.total for call in told.calls)
     room(largest, told.total)
     assert len(hookattn.trace(model, tiny.ids(64), to=path)) == 6
@@ -131,7 +133,9 @@ def test_a_generation_that_outgrows_the_memory(room: Any) -> None:
 
 @pytest.mark.parametrize("make", [tiny.gpt2, tiny.llama, tiny.bert, tiny.t5])
 def test_a_plan_in_the_middle_of_a_forward_changes_nothing(room: Any, planned: list[Any], make: Any) -> None:
-    model, inputs = make().train(), {"input_ids": tiny.ids(24)}
+    # Padding, so that layers have a mask in common: what one call takes tells too much for all.
+    padding = (torch.arange(24) > 2).long().expand(2, 24)
+    model, inputs = make().train(), {"input_ids": tiny.ids(24), "attention_mask": padding}
     if make is tiny.t5:
         inputs["decoder_input_ids"] = tiny.ids(24)
     for module in model.modules():

@@ -115,7 +115,7 @@ def test_a_wrong_record_is_found(monkeypatch: pytest.MonkeyPatch, what: str, ver
     assert hookattn.trace(model, qkv(), strict=True, verify=verify).faithful
     wrong(monkeypatch, WRONG[what])
     with pytest.warns(UnfaithfulWarning, match=r"layers\.[01] \(step 0, tap sdpa\) is unfaithful: output .* of .* row"):
-        found = hookattn.trace(model, qkv(), verify=verify)
+        found = hookattn.trace(model, qkv(), verify=verify).certify()
     assert not found.faithful and [c.certificate.status for c in found] == ["unfaithful"] * 2
     assert "2 unfaithful" in repr(found) and "unfaithful" in repr(found[0])
     assert not found[0].certificate.max_error <= found[0].certificate.tolerance
@@ -314,9 +314,13 @@ def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warnings_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong(monkeypatch, WRONG["scale"])
     with pytest.warns(UnfaithfulWarning) as caught:
-        hookattn.trace(Layers(6), qkv())
+        with hookattn.tracing(model := Layers(6)) as found:
+            model(*qkv()), model(*qkv())
+        assert not caught, "nobody has read anything"
+        found.certify()
     texts = [str(w.message) for w in caught]
-    assert [t.split()[0] for t in texts] == ["layers.0", "layers.1", "layers.2", "3"] and "3 more" in texts[-1]
+    assert [t.split()[0] for t in texts] == ["layers.0", "layers.1", "layers.2", "more"] and "certify()" in texts[-1]
+    assert all(w.filename == __file__ for w in caught), "the code that read it is named"
 
 
 @pytest.mark.parametrize("t", [12, 600])
