@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,21 +26,33 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
+# So many weights are derived together, where more heads than one have as many: 16 MiB of float32.
+_BLOCK = 1 << 22
+
 
 class View:
-    """One call of a trace. What is expensive is computed once, when it is first asked for.
+    """One call of a trace, or some heads of one. What is expensive is computed once, when it is first asked for, and
+    held as long as the view.
 
     Args:
         call: the call.
         trace: the trace it is of; its tokens are used.
         real: bool or 0/1, B S (as an ``attention_mask``): True = a real token, no padding. Without it a key is real
             that some query may attend to.
+        whole: the view of all heads, of which ``call`` has some; its mask is the same for all of them.
+
+    Attributes:
+        call: the call, as one that nobody else holds.
+        traced: the same call as the trace has it, with all its heads.
     """
 
-    def __init__(self, call: Call, trace: Trace, real: Tensor | None = None):
-        self.call, self.trace, self._real = call, trace, real
+    def __init__(self, call: Call, trace: Trace, real: Tensor | None = None, *, whole: View | None = None):
+        # A call of its own: what is derived of it goes with the view, and the trace's keeps what it has.
+        self.call = replace(call)
+        self.traced: Call = call if whole is None else whole.traced
+        self.trace, self._real, self._whole = trace, real, whole
         self._statistics: dict[str, Tensor | None] = {}
-        self._made: dict[Hashable, Any] = {}
+        self._made: dict[Hashable, Any] = {} if whole is None else whole._made
 
     # What it is of
 
@@ -56,7 +69,7 @@ class View:
     @cached_property
     def of_inputs(self) -> bool:
         """Whether padding of the inputs is of its keys; see :func:`hookattn.calls.key_tokens.padding_is_of_keys`."""
-        return padding_is_of_keys(self.call, self.trace)
+        return padding_is_of_keys(self.traced, self.trace)
 
     @cached_property
     def grows(self) -> bool:
@@ -166,17 +179,48 @@ class View:
         return value
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` returns, called once for each key."""
+        """What ``make`` returns, called once for each key; the same for all heads of a call."""
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
         return made
+
+    # Some heads at a time
+
+    @cached_property
+    def _block_size(self) -> int | None:
+        """How many heads make a block; None: all of them are looked at together.
+
+        So it is where heads have masks of their own, which tell what counts only as a whole; and where neither weights
+        nor scores were kept, and so nothing large.
+        """
+        call = self.call
+        if not (call.has("weights") or call.has("scores")) or not call.has("mask") or self.mask.shape[1] > 1:
+            return None
+        b, _, t, s = self.shape
+        return max(1, _BLOCK // max(1, b * t * s))
+
+    def part(self, heads: Sequence[int]) -> View:
+        """A view of some heads (numbers in the model), which holds what is derived of these as long as it is there."""
+        call = self.call if len(heads) == len(self.heads) else self.call.at(heads=heads)
+        return View(call, self.trace, self._real, whole=self)
+
+    def of_query(self, row: int, example: int | None = None) -> View:
+        """A view of one query row, counted from 0 among those that were kept, of all batch entries or of one."""
+        queries, batch = self.queries[row], example if example is None or self.shape[0] > 1 else None
+        return View(self.call.at(queries=queries, batch=batch), self.trace)
+
+    def parts(self) -> Iterator[View]:
+        """The heads block by block, in their order: what is made of weights holds no more of them than a block has."""
+        return map(self.part, blocks_of([self]))
 
     # Which rows and keys count
 
     @cached_property
     def mask(self) -> Tensor:
         """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
+        if self._whole is not None:
+            return self._whole.mask
         if self.call.has("mask"):
             return with_four_axes(self.tensor("mask"))
         if self.call.has("weights"):
@@ -201,11 +245,13 @@ class View:
         Raises:
             MeasureError: ``real`` is of another shape.
         """
+        if self._whole is not None:
+            return self._whole.keys
         b, _, _, s = self.shape
         if self._real is None:
             return self.mask.any(1).any(1).expand(b, s)
         real = torch.as_tensor(self._real).bool().to(self.mask.device)
-        at = key_positions(self.call, self.trace, s, [real.shape[1]]) if real.dim() == 2 else None
+        at = key_positions(self.traced, self.trace, s, [real.shape[1]]) if real.dim() == 2 else None
         if at is None or at.stop > real.shape[1] or real.shape[0] not in (1, b) or not self.of_inputs:
             stack = self.call.site.stack
             whose = "decoder alone (it is taken to be the encoder's)"
@@ -221,6 +267,8 @@ class View:
     @cached_property
     def rows(self) -> Tensor:
         """bool, B T: which queries count: those with something to attend to that are no padding themselves."""
+        if self._whole is not None:
+            return self._whole.rows
         b, _, t, s = self.shape
         rows = self.mask.any(-1).any(1).expand(b, t)
         positions = self.positions
@@ -243,6 +291,8 @@ class View:
     @cached_property
     def positions(self) -> Tensor | None:
         """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
+        if self._whole is not None:
+            return self._whole.positions
         positions = query_positions(self.call, *self.shape[2:])
         return None if positions is None else positions.to(self.mask.device)
 
@@ -280,3 +330,12 @@ class View:
         rows = (rows if rows.dim() == 3 else rows.unsqueeze(1)).expand(values.shape)
         total = torch.where(rows, values, 0.0).sum(-1, dtype=torch.float64)
         return total / rows.sum(-1)
+
+
+def blocks_of(several: Sequence[View]) -> list[Sequence[int]]:
+    """The numbers of the heads whose weights are derived together: as many as make a block in each of some calls, which
+    have the same heads; one at least."""
+    heads = several[0].heads
+    sizes = [view._block_size for view in several]
+    size = len(heads) if None in sizes else min(size for size in sizes if size is not None)
+    return [heads[start : start + size] for start in range(0, len(heads), max(1, size))]

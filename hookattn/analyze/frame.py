@@ -32,6 +32,15 @@ def views(trace: Trace, real: Any = None) -> Iterator[View]:
         yield View(call, trace, real)
 
 
+def views_of_heads(trace: Trace, real: Any = None) -> Iterator[View]:
+    """The heads of each call in their order, a block of them at a time, for tables that look at each head alone.
+
+    Args, Raises: as :func:`views`.
+    """
+    for view in views(trace, real):
+        yield from view.parts()
+
+
 def call_columns(view: View) -> dict[str, Any]:
     """The columns that say which call a row is of."""
     call = view.call

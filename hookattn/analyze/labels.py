@@ -59,17 +59,21 @@ def named_keys(view: View) -> list[tuple[str | None, ...]] | str:
 
 
 def _labels_of_keys(view: View, labels: Rows | None, what: str, *, whole: bool) -> list[tuple[Any, ...]] | str:
+    return view.once(("labels of keys", labels, what, whole), lambda: _found_labels(view, labels, what, whole))
+
+
+def _found_labels(view: View, labels: Rows | None, what: str, whole: bool) -> list[tuple[Any, ...]] | str:
     given = view.trace.tokens if labels is None else labels
     if given is None:
         return "it needs tokens; trace again with tokens=, or set trace.tokens"
-    foreign = foreign_keys(view.call, view.trace) if labels is None else None
+    foreign = foreign_keys(view.traced, view.trace) if labels is None else None
     if foreign is not None:
         return foreign
     b, _, _, s = view.shape
     if len(given) not in (1, b):
         return f"the {what} don't fit: {len(given)} lists for {b} batch entries"
     lengths = {len(row) for row in given}
-    at = key_positions(view.call, view.trace, s, lengths)
+    at = key_positions(view.traced, view.trace, s, lengths)
     if at is None or at.start >= min(lengths) or (whole and at.stop > min(lengths)):
         counts = ", ".join(map(str, sorted(lengths)))
         last = f", which end at token {at.stop - 1}" if at is not None and at.start else ""
@@ -104,7 +108,7 @@ def piece_labels(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] |
     """
     direct = key_labels(view, labels, what)
     tokens = view.trace.tokens
-    if tokens is None or foreign_keys(view.call, view.trace) is not None or len(tokens) not in (1, len(labels)):
+    if tokens is None or foreign_keys(view.traced, view.trace) is not None or len(tokens) not in (1, len(labels)):
         return direct
     owned = list(tokens) * (len(labels) if len(tokens) == 1 else 1)
     if [len(row) for row in labels] == [len(own) for own in owned]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,17 @@ class Reading:
     value: Tensor
     count: Tensor
     rows: Tensor | None = None
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Reading]) -> Reading:
+        """That of all heads, of those of some heads each, in their order."""
+        first = blocks[0]
+        rows = [block.rows for block in blocks if block.rows is not None]
+        return cls(
+            torch.cat([block.value for block in blocks], 1),
+            first.count if first.count.dim() == 1 else torch.cat([block.count for block in blocks], 1),
+            torch.cat(rows, 1) if len(rows) == len(blocks) else None,
+        )
 
     @property
     def heads(self) -> Tensor:

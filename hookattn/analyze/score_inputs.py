@@ -10,27 +10,27 @@ from torch import Tensor
 from ..attention.functional import sink_column, with_four_axes
 from ..attention.score_inputs import ScoreInputs
 from ..calls.extents import evenly_grouped
+from ..calls.fields import DERIVED, Derived
+from ..calls.mask_rule import MaskRule
 
 if TYPE_CHECKING:
     from ..calls.call import Call
 
 
 def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
-    """What statistics of a call are computed of: its scores, its q and k, or its weights; None: none of these was kept.
+    """What statistics of a call are computed of: the scores that were kept, its q and k, or its weights; None: none of
+    these was kept. Scores that are not there are not derived: a pass over q and k forms a block of them at a time.
 
     Of weights alone, scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the
     weights again, and every statistic but the log-sum-exp and the largest score is the same (these two are up to the
     same constant).
     """
-    masked = call.has("mask") and call.has("sinks")
-    mask, sinks = (with_four_axes(call.get("mask")), call.get("sinks")) if masked else (None, None)
-    sinks = None if sinks is None else sink_column(sinks)
-    if masked and "scores" in call.fields:
-        return _inputs_of_scores(call.scores, mask, sinks, positions)
-    if call.has("scores") and masked:
-        k = evenly_grouped(call, call.k)
-        bias = with_four_axes(call.get("bias"))
-        return ScoreInputs(call.q, k, call.scale, call.softcap, bias, mask, sinks, positions=positions)
+    if call.has("scores") and call.has("mask") and call.has("sinks"):
+        sinks = call.get("sinks")
+        sinks = None if sinks is None else sink_column(sinks)
+        if isinstance(call.fields.get("scores", DERIVED), Derived):
+            return _inputs_of_q_and_k(call, sinks, positions)
+        return _inputs_of_scores(call.scores, with_four_axes(call.mask), sinks, positions)
     if not call.has("weights"):
         return None
     weights = call.weights.float() if call.weights.dtype != torch.float64 else call.weights
@@ -42,6 +42,18 @@ def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     lacking = some & (rest > slack)
     sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
     return _inputs_of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
+
+
+def _inputs_of_q_and_k(call: Call, sinks: Tensor | None, positions: Tensor | None) -> ScoreInputs:
+    k, bias = evenly_grouped(call, call.k), with_four_axes(call.get("bias"))
+    made = ScoreInputs(call.q, k, call.scale, call.softcap, bias, sinks=sinks, positions=positions)
+    rule = call.fields.get("mask")
+    if isinstance(rule, MaskRule):  # the pass leaves out what a diagonal hides, which a mask only hides again
+        made.mask, made.rows = with_four_axes(rule.given), rule.rows
+        made.causal, made.offset, made.window = rule.diagonal
+    else:
+        made.mask = with_four_axes(call.mask)
+    return made
 
 
 def _inputs_of_scores(

@@ -66,7 +66,8 @@ def measure_table(
 def readings(
     view: View, measures: Sequence[TabledMeasure], missing: bool = False, why: dict[str, str] | None = None
 ) -> dict[str, Reading | None]:
-    """Each measure of one call by its key; None where it is not defined and may be missing.
+    """Each measure of one call by its key; None where it is not defined and may be missing. No more weights are formed
+    at once than a block of heads has.
 
     Args:
         view: the call.
@@ -78,6 +79,21 @@ def readings(
         HookattnError: see :func:`measure_table`.
     """
     reasons = {} if why is None else why
+    blocks = [_readings_of_heads(part, measures, missing, reasons) for part in view.parts()]
+    return {key: _of_all_heads([block[key] for block in blocks]) for key in blocks[0]}
+
+
+def _of_all_heads(blocks: Sequence[Reading | None]) -> Reading | None:
+    """One reading of those of blocks of heads."""
+    found = [reading for reading in blocks if reading is not None]
+    if len(found) < len(blocks):
+        return None
+    return found[0] if len(found) == 1 else Reading.joined(found)
+
+
+def _readings_of_heads(
+    view: View, measures: Sequence[TabledMeasure], missing: bool, reasons: dict[str, str]
+) -> dict[str, Reading | None]:
     found: dict[str, Reading | None] = dict.fromkeys(m.key for m in measures)
     defined = []
     for m in measures:

@@ -211,9 +211,9 @@ def test_calls_are_held_one_at_a_time(measured: Any, monkeypatch: pytest.MonkeyP
     most = 0
     init = analyze.View.__init__
 
-    def watched(self: analyze.View, *given: Any) -> None:
+    def watched(self: analyze.View, *given: Any, **more: Any) -> None:
         nonlocal most
-        init(self, *given)
+        init(self, *given, **more)
         held.append(weakref.ref(self))
         most = max(most, sum(one() is not None for one in held))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views, views_of_heads
 from ..tables.decay import distance_places
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def neuron_contributions(
     if query is None and key is not None:
         raise SelectionError(f"key={key} without query=: expected a query too, or neither.")
     frames = []
-    for view in views(trace, real):
+    for view in views_of_heads(trace, real):
         made = _contributions(view, query, key)
         axes = {"head": view.heads, "example": range(len(made)), "neuron": range(made.shape[-1])}
         frames.append(long_table(view, axes, {"contribution": rearrange(made, "b h d -> h b d")}))
@@ -63,7 +63,8 @@ def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
         at = _kept_index(view, "key", key, range(s))
         return scale[:, :, row, at, None] * q[:, :, row] * k[:, :, at]
     if row is not None:
-        mean_key = einsum(view.weights[:, :, row] * scale[:, :, row], k, "b h s, b h s d -> b h d")
+        weights = view.of_query(row).weights[:, :, 0]
+        mean_key = einsum(weights * scale[:, :, row], k, "b h s, b h s d -> b h d")
         return q[:, :, row] * mean_key
     each = q * einsum(view.weights * scale, k, "b h t s, b h s d -> b h t d")
     rows = view.rows[:, None, :, None]

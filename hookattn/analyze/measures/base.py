@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ class Measure:
     positional: ClassVar[bool] = False
     """Whether queries and keys have to be places in one sequence."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The column's name: the name, and the parameters that are not the defaults, as in ``local_mass(window=8)``."""
         given = [f for f in fields(self) if f.repr and getattr(self, f.name) != f.default]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views_of_heads
 from ..labels import Rows, as_label_rows, piece_labels
 from ..pairs import mass_on_keys
 from .base import Measure
@@ -107,7 +107,7 @@ def label_table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -
     import pandas as pd
 
     frames = []
-    for view in views(trace, real):
+    for view in views_of_heads(trace, real):
         if view.positions is None:
             raise MeasureError(f"labels of {view.where}: queries and keys are not places in one sequence.")
         found = labelled(view)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
-from ..call_view import View
+from ..call_view import View, blocks_of
 from ..frame import views
 
 if TYPE_CHECKING:
     from ...traces import Trace
 
-Reduction = str | Callable[[Tensor, tuple[int, ...]], Tensor]
 
-HOW: dict[str, Reduction] = {
-    "mean": "mean",
-    "max": "max",
-    "min": "min",
-    "norm": lambda x, axes: torch.linalg.vector_norm(x, dim=axes),
+class _Reduction(NamedTuple):
+    """How several matrices become one, a few of them at a time.
+
+    Attributes:
+        reduce: … over one axis, which goes.
+        combine: of what was reduced of some, and of some more.
+        share: whether the result is divided by how many there were.
+    """
+
+    reduce: Callable[[Tensor, int], Tensor]
+    combine: Callable[[Tensor, Tensor], Tensor]
+    share: bool = False
+
+
+HOW: dict[str, _Reduction] = {
+    "mean": _Reduction(torch.sum, torch.add, share=True),
+    "max": _Reduction(torch.amax, torch.maximum),
+    "min": _Reduction(torch.amin, torch.minimum),
+    "norm": _Reduction(lambda x, axis: torch.linalg.vector_norm(x, dim=axis), torch.hypot),
 }
 """What ``how=`` may be; ``norm`` is the Euclidean one. Rows sum to 1 for ``mean`` alone."""
 
@@ -42,8 +55,14 @@ def aggregate(trace: Trace, how: str = "mean") -> list[Tensor]:
         FieldNotCaptured: the weights were not kept.
         MeasureError: the trace has no calls.
     """
-    reduction = _reduction(how)
-    return [reduce(view.weights, "b h t s -> b t s", reduction) for view in views(trace)]
+    how_to = _reduction(how)
+    return [_over_heads(view, how_to) for view in views(trace)]
+
+
+def _over_heads(view: View, how: _Reduction) -> Tensor:
+    """B T S."""
+    made = functools.reduce(how.combine, (how.reduce(part.weights, 1) for part in view.parts()))
+    return made / view.shape[1] if how.share else made
 
 
 def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
@@ -60,7 +79,7 @@ def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
         MeasureError: no calls, or calls that differ in shape or in the heads that were kept.
         SelectionError, FieldNotCaptured: see :func:`aggregate`.
     """
-    reduction, several = _reduction(how), list(views(trace))
+    how_to, several = _reduction(how), list(views(trace))
     check_alike(several, "layers can be aggregated")
     first = several[0]
     for view in several:
@@ -69,11 +88,19 @@ def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
                 f"layers can be aggregated where they have the same heads: {first.where} has heads "
                 f"{list(first.heads)}, {view.where} has {list(view.heads)}. Trace again with the same heads= for all."
             )
-    layers: Tensor = reduce([view.weights for view in several], "layer b h t s -> b h t s", reduction)
-    return layers
+    # Block by block of heads, and in each layer by layer: no more than two of them are there beside the result.
+    made = [_over_layers(several, heads, how_to) for heads in blocks_of(several)]
+    return torch.cat(made, 1)
 
 
-def _reduction(how: str) -> Reduction:
+def _over_layers(several: Sequence[View], heads: Sequence[int], how: _Reduction) -> Tensor:
+    """B h T S of some heads."""
+    weights = (view.part(heads).weights.unsqueeze(0) for view in several)
+    made = functools.reduce(how.combine, (how.reduce(x, 0) for x in weights))
+    return made / len(several) if how.share else made
+
+
+def _reduction(how: str) -> _Reduction:
     if how not in HOW:
         raise SelectionError(f"how={how!r}: expected one of {', '.join(HOW)}.")
     return HOW[how]

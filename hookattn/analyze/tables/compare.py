@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import MeasureError
 from ...traces import Trace
-from ..call_view import View
+from ..call_view import View, blocks_of
 from ..frame import long_table, ranked_table, views
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
     frames = []
     for one, other in zip(views(a, real), views(b, real), strict=True):
         _check_fit(one, other)
-        frames.append(long_table(one, {"head": one.heads}, _head_distances(one, other)))
+        for heads in blocks_of([one, other]):
+            apart = _head_distances(one.part(heads), other.part(heads))
+            frames.append(long_table(one, {"head": heads}, apart))
     return ranked_table(frames, "total_variation")
 
 

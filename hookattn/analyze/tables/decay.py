@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views_of_heads
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,7 +36,7 @@ def distance_decay(trace: Trace, *, real: Any = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_decay_table(view) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_decay_table(view) for view in views_of_heads(trace, real)], ignore_index=True)
 
 
 def _decay_table(view: View) -> DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...errors import MeasureError
+from ..call_view import View
 from ..frame import views
 from .aggregate import check_alike
 
@@ -48,26 +50,47 @@ def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
     rows = torch.stack([view.rows for view in several]).all(0)
     if not bool(rows.any()):
         raise MeasureError("heads can be compared over queries that count in all calls, and there are none.")
-    weights = torch.cat([rearrange(view.weights, "b h t s -> h b t s")[:, rows] for view in several])
     labels = [(view.call.index, view.call.site.layer, head) for view in several for head in view.heads]
     index = pd.MultiIndex.from_tuples(labels, names=["call", "layer", "head"])
-    return pd.DataFrame(_divergences(weights).numpy(), index, index)
+    return pd.DataFrame(_divergences(_weights_by_rows(several, rows), len(labels)).numpy(), index, index)
 
 
-def _divergences(weights: Tensor) -> Tensor:
-    """N N, float64, from N R S: the mean over R."""
-    n, r, _ = weights.shape
-    rest = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
-    flat = torch.cat([weights, rest], -1).view(n, -1)
-    flat = flat[:, flat.any(0)]  # a key that no head looks at adds nothing to any entropy; causal masks leave many
-    one, two = torch.triu_indices(n, n, 1, device=flat.device)
-    own, both = flat.new_zeros(n, dtype=torch.float64), flat.new_zeros(len(one), dtype=torch.float64)
-    for part in torch.split(flat, max(1, _PART // max(len(one), 1)), 1):
-        own += torch.special.entr(part).sum(-1)
-        both += torch.special.entr(part[one].add_(part[two])).sum(-1)
+def _weights_by_rows(several: Sequence[View], rows: Tensor) -> Iterator[Tensor]:
+    """N R S: the weights of all heads of all calls, a few of the rows that count at a time.
+
+    Args:
+        several: the calls.
+        rows: bool, B T: those that count.
+    """
+    b, _, t, s = several[0].shape
+    step = max(1, _PART // max(1, b * s * sum(view.shape[1] for view in several)))
+    for start in range(0, t, step):
+        some = slice(start, start + step)
+        if bool(rows[:, some].any()):
+            yield torch.cat([_weights_of_rows(view, some, rows[:, some]) for view in several])
+
+
+def _weights_of_rows(view: View, some: slice, rows: Tensor) -> Tensor:
+    part = View(view.call.at(queries=view.queries[some]), view.trace)
+    return rearrange(part.weights, "b h t s -> h b t s")[:, rows]
+
+
+def _divergences(parts: Iterable[Tensor], n: int) -> Tensor:
+    """N N, float64, from parts of R, N R S: the mean over R."""
+    one, two = torch.triu_indices(n, n, 1)
+    own = both = total = torch.zeros((), dtype=torch.float64)
+    r = 0
+    for weights in parts:
+        r += weights.shape[1]
+        rest = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
+        flat = torch.cat([weights, rest], -1).view(n, -1)
+        flat = flat[:, flat.any(0)]  # a key that no head looks at adds nothing to any entropy; causal masks leave many
+        for part in torch.split(flat, max(1, _PART // max(len(one), 1)), 1):
+            own = own + torch.special.entr(part).sum(-1).double().cpu()
+            both = both + torch.special.entr(part[one].add_(part[two])).sum(-1).double().cpu()
+        total = total + flat.sum(-1, dtype=torch.float64).cpu()
     # H((p + q) / 2) of what H(p + q) is of, which sums to twice what each of them does.
-    total = flat.sum(-1, dtype=torch.float64)
     middle = (both + math.log(2) * (total[one] + total[two])) / 2
     made = own.new_zeros(n, n)
     made[one, two] = ((middle - (own[one] + own[two]) / 2) / r).clamp_min(0)
-    return (made + made.t()).cpu()
+    return made + made.t()

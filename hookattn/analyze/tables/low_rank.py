@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import SelectionError
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views, views_of_heads
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,7 +49,7 @@ def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real:
 
     if not 0 < energy <= 1:
         raise SelectionError(f"energy={energy!r}: expected a share above 0, up to 1.")
-    return pd.concat([_rank_table(view, masked, energy) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_rank_table(view, masked, energy) for view in views_of_heads(trace, real)], ignore_index=True)
 
 
 def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> list[Tensor]:
@@ -61,7 +61,7 @@ def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> 
     Raises:
         FieldNotCaptured, MeasureError: see :func:`score_rank`.
     """
-    return [_singular_values(view, masked) for view in views(trace, real)]
+    return [torch.cat([_singular_values(part, masked) for part in view.parts()], 1) for view in views(trace, real)]
 
 
 def _rank_table(view: View, masked: bool, energy: float) -> DataFrame:

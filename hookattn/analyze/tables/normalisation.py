@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ...calls.certificate import tolerance as tolerance_of
+from ...calls.deriving import shape_and_dtype
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views_of_heads
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,7 +44,7 @@ def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_failures(view, tolerance) for view in views(trace)], ignore_index=True)
+    return pd.concat([_failures(view, tolerance) for view in views_of_heads(trace)], ignore_index=True)
 
 
 def _failures(view: View, tolerance: float | None) -> DataFrame:
@@ -67,7 +68,7 @@ def _row_errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, 
     """For each check B H T, how far off a row is, and how far it may be."""
     w, call = view.weights, view.call
     if tolerance is None:
-        tolerance = max(map(tolerance_of, (call.dtype, view.tensor("weights").dtype)))
+        tolerance = max(map(tolerance_of, (call.dtype, shape_and_dtype(call, "weights")[1])))
     bad = ~w.isfinite()
     w = w.masked_fill(bad, 0.0)
     masked = view.mask if call.has("mask") else None

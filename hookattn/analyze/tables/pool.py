@@ -10,6 +10,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from ...attention.functional import compute_dtype
 from ...calls.certificate import UNVERIFIED
 from ...errors import MeasureError
 from ...tokens.words import Words, given_words, split_words
@@ -99,16 +100,18 @@ def word_weights(view: View, words: Sequence[Words]) -> tuple[Tensor, Tensor]:
             f"words of {view.where}: its {t} queries are not the tokens of its {s} keys; trace self-attention with all "
             "queries, and put a generation together with trace.stitch() first."
         )
-    weights = view.weights
-    of = torch.tensor([x.of for x in words], device=weights.device)
-    numbers = torch.arange(max(len(x.texts) for x in words), device=weights.device)
+    of = torch.tensor([x.of for x in words], device=view.mask.device)
+    numbers = torch.arange(max(len(x.texts) for x in words), device=of.device)
     # To a word: the sum over its pieces; from a word: their mean. Both are products with which piece is of which word.
-    member = (of.unsqueeze(-1) == numbers).to(weights.dtype)  # B S W
+    member = (of.unsqueeze(-1) == numbers).to(compute_dtype(view.call.dtype))  # B S W
     mean = member / member.sum(1, keepdim=True).clamp_min(1)
-    mask = view.mask.expand(b, -1, t, s).to(weights.dtype)
-    to_words, may = (
-        einsum(weights, member, "b h t s, b s w -> b h t w"),
-        einsum(mask, member, "b h t s, b s w -> b h t w"),
-    )
-    of_words = "b t source, b h t target -> b h source target"
-    return einsum(mean, to_words, of_words), einsum(member, may, of_words) > 0
+    mask = view.mask.expand(b, -1, t, s).to(member.dtype)
+    weights = torch.cat([_between_words(part.weights, member, mean) for part in view.parts()], 1)
+    return weights, _between_words(mask, member, member) > 0
+
+
+def _between_words(x: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    """B H W W of B H T S, by which piece is of which word, B S W, and B T W."""
+    to_words = einsum(x, to.to(x.dtype), "b h t s, b s w -> b h t w")
+    made: Tensor = einsum(of.to(x.dtype), to_words, "b t source, b h t target -> b h source target")
+    return made

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import statistics as st
 from ..call_view import View
-from ..frame import long_table, views
+from ..frame import long_table, views_of_heads
 from ..labels import named_keys
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def received(trace: Trace, *, real: Any = None) -> DataFrame:
     """
     import pandas as pd
 
-    return pd.concat([_received_table(view) for view in views(trace, real)], ignore_index=True)
+    return pd.concat([_received_table(view) for view in views_of_heads(trace, real)], ignore_index=True)
 
 
 def _received_table(view: View) -> DataFrame:

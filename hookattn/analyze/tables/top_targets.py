@@ -102,7 +102,7 @@ def _target_columns(
 def _largest_weights(view: View, example: int, row: int, k: int) -> tuple[Tensor, Tensor]:
     """H k: the largest weights of a row, and their keys."""
     if view.call.has("weights"):
-        weights, keys = view.weights[example, :, row].topk(min(k, view.shape[3]), -1)
+        weights, keys = view.of_query(row, example).weights[0, :, 0].topk(min(k, view.shape[3]), -1)
         return weights.cpu(), keys.cpu()
     top = st.TopK(k)
     return view.stat(top)[example, :, row].cpu(), view.stat(top, field=top.fields[1])[example, :, row].cpu()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
-from ..call_view import View
+from ..call_view import View, blocks_of
 from ..frame import long_table, views
 
 if TYPE_CHECKING:
@@ -69,11 +69,17 @@ def _variability_table(calls: Sequence[View], tokens: int | None) -> DataFrame:
             f"variability of {first.where}: it has one input; expected two or more, as a batch or as several traces."
         )
     rows, keys = (_compared_length(own, tokens, first) for own in ([v.rows for v in calls], [v.keys for v in calls]))
-    w = torch.cat([_first_counting(view, rows, keys) for view in calls]).double()
-    apart = (w - w.mean(0)).abs().sum((0, 2, 3)) / (2 * w.sum((0, 2, 3)))
+    blocks = blocks_of(calls)
+    apart = torch.cat([_apart([_first_counting(view.part(heads), rows, keys) for view in calls]) for heads in blocks])
     return long_table(
         first, {"head": first.heads}, {"variability": apart, "examples": torch.full_like(apart, n).long()}
     )
+
+
+def _apart(weights: Sequence[Tensor]) -> Tensor:
+    """H: how far heads are from their mean, of b H rows keys for each trace."""
+    w = torch.cat(list(weights)).double()
+    return (w - w.mean(0)).abs().sum((0, 2, 3)) / (2 * w.sum((0, 2, 3)))
 
 
 def _compared_length(counting: Sequence[Tensor], tokens: int | None, view: View) -> int:
