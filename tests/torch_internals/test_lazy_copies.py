@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hookattn.torch_internals import allocation, lazy_copies
-from hookattn.torch_internals.lazy_copies import is_lazy, snapshots
+from hookattn.torch_internals.lazy_copies import WriteWatch, is_lazy, snapshots
 from tests.reference import draw, same_bits
 from tests.writes import WRITES, Write
 
@@ -344,3 +344,33 @@ def test_threads_write_while_others_copy() -> None:
     for thread in threads:
         thread.join()
     assert all(bool((x == i % 24).all()) for i, x in enumerate(made))
+
+
+# ------------------------------------------------------------------------------------------------ who writes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", [own, third], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", WRITES)
+def test_a_watch_sees_every_write(name: str, layout: Callable[[], dict[str, Tensor]], mode: str) -> None:
+    with MODES[mode]():
+        tensors = layout()
+        x = tensors["x"]
+        with torch.no_grad():
+            watch = WriteWatch(x)
+        assert repr(x) and torch.equal(x @ x.mT, x.clone() @ x.mT) and not watch.written(x)
+        assert not watch.written(x.view(x.shape)), "another tensor of the same elements"
+        if name in ("set_", ".data =", "freed storage"):
+            return  # what is no write to the memory
+        WRITES[name](x)
+        assert watch.written(x)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference"])
+def test_a_watch_where_no_lazy_copy_can_be_made(mode: str) -> None:
+    with MODES[mode]():
+        for x in (torch.from_numpy(np.ones(3)), torch.ones(3).share_memory_(), torch.ones(3).as_subclass(Kin)):
+            watch = WriteWatch(x)
+            assert not watch.written(x)
+            x[1] = 5
+            assert watch.written(x) and not WriteWatch(x).written(x)
