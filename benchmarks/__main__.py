@@ -1,5 +1,7 @@
 """``python -m benchmarks``: measure, print one table a case and one of the bars, write JSON.
 
+On the CPU all is measured with the allocator as it is, and what bars are about once more with freed memory kept.
+
 python -m benchmarks                                  # the CPU's cases
 python -m benchmarks --device cuda --json out.json    # the GPU's
 python -m benchmarks --cases toy --rounds 50
@@ -12,7 +14,6 @@ import gc
 import json
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,26 +25,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from .bars import verdicts
-from .cases import LARGE, SMALL, Case, cases
+from . import allocator
+from .bars import Verdict, verdicts
+from .cases import GENERATION, LARGE, LLAMA, LONG, SMALL, Case, cases
 from .checkout import register_adapters
-from .clock import Clock, clock_of
+from .clock import Clock, Variant, clock_of
 from .derivation import derivation
 from .disk import streaming
+from .held import held_bytes, long_generation
 from .measure import Row, measure
+from .models import llama
+from .reading import one_head, report
 from .statistics_cost import statistics_cost
 from .table import bar_table, case_table
 
 # Seconds after which no further case of a GPU begins: those that bars are about come first.
 _LATEST = 300
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
-_LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens")
+_SECONDS = {"cpu": 160.0, "cuda": 150.0}
+_KEEPING = 0.45  # of the time, once more with freed memory kept
+_LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens", "attnread")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.bars |= options.again
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: no CUDA device is here; the rows of the GPU were not run.")
         return 0
@@ -52,28 +59,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = clock_of(device, options.busy)
     if options.busy:
         torch.set_num_threads(1)
-    chosen = [c for c in cases() if _chosen(c, options.cases, device)]
+    chosen = [c for c in cases() if _chosen(c, options.cases, device) and (c.has_bars or not options.bars)]
     if not chosen:
         parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
     about = {**_about(device), "adapters": register_adapters(), "clock": clock.__name__}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     start = time.perf_counter()
-    rows, extra = _measured(chosen, device, clock, options)
+    seconds = options.seconds or _SECONDS[device.type]
+    rows, extra = _measured(chosen, device, clock, seconds, options)
     for name, value in extra.items():
         print(f"{name}: {value:.4g}")
     bars = verdicts(rows, extra, device.type)
-    print(bar_table(bars))
-    print(f"took {time.perf_counter() - start:.0f} s")
+    found: dict[str, Any] = {
+        "about": about,
+        "cases": {name: [r.to_json() for r in several] for name, several in rows.items()},
+        "extra": extra,
+        "bars": [{"name": b.name, "sign": b.sign, "limit": b.limit, "measured": b.measured} for b in bars],
+    }
+    if (
+        not (options.once or options.again)
+        and device.type == "cpu"
+        and allocator.can_keep()
+        and any(c.has_bars for c in chosen)
+    ):
+        print(f"\nOnce more with freed memory kept, {_KEEPING:g} of the time: the rows that bars are about.")
+        found["freed memory kept"] = allocator.run_keeping(_once_more(options, _KEEPING * seconds))
+    if not options.again:
+        print(_bar_table(bars, found.get("freed memory kept")))
+        print(f"took {time.perf_counter() - start:.0f} s")
     if options.json:
-        report: dict[str, Any] = {
-            "about": about,
-            "cases": {name: [r.to_json() for r in several] for name, several in rows.items()},
-            "extra": extra,
-            "bars": [{"name": b.name, "sign": b.sign, "limit": b.limit, "measured": b.measured} for b in bars],
-        }
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(options.json).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     return 0
+
+
+def _once_more(options: argparse.Namespace, seconds: float) -> list[str]:
+    """The arguments of the run that measures the rows that bars are about once more."""
+    given = ["--again", "--seconds", str(seconds), "--rounds", str(options.rounds), "--rows", options.rows]
+    return [*given, *(("--cases", options.cases) if options.cases else ()), *(("--busy",) if options.busy else ())]
+
+
+def _bar_table(bars: list[Verdict], kept: dict[str, Any] | None) -> str:
+    if kept is None:
+        return bar_table(bars)
+    return bar_table(bars, {bar["name"]: bar["measured"] for bar in kept["bars"]}, "freed memory kept")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,25 +111,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
-    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 180; cuda: 150)")
+    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 160; cuda: 150)")
     parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
     parser.add_argument(
         "--busy", action="store_true", help="count the time of this process on one core, not the wall's"
     )
+    parser.add_argument("--once", action="store_true", help="with the allocator as it is alone")
+    parser.add_argument("--bars", action="store_true", help="only cases and rows that bars are about, and nothing else")
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # the second part of a run
     parser.add_argument("--json", help="write the numbers to this file")
     return parser
 
 
 def _measured(
-    chosen: list[Case], device: torch.device, clock: Clock, options: argparse.Namespace
+    chosen: list[Case], device: torch.device, clock: Clock, seconds: float, options: argparse.Namespace
 ) -> tuple[dict[str, list[Row]], dict[str, float]]:
     """The rows of each case, printed as they come, and what is measured beside the cases."""
     names = [name for name in options.rows.split(",") if name]
-    share = (options.seconds or (150 if device.type == "cuda" else 180)) / sum(c.weight for c in chosen)
+    share = seconds / sum(c.weight for c in chosen)
     start = time.perf_counter()
     rows: dict[str, list[Row]] = {}
     extra: dict[str, float] = {}
+
+    def wanted(variant: Variant) -> bool:
+        return not (options.bars and variant.context) and (not names or any(n in variant.name for n in names))
+
     if device.type == "cuda":
         chosen.sort(key=lambda case: case.name not in (LARGE, SMALL))
         extra.update(derivation(device))
@@ -109,14 +145,31 @@ def _measured(
         if device.type == "cuda" and time.perf_counter() - start > _LATEST:
             print(f"\n{case.name}\nleft out: there was no time for it")
             continue
-        rows[case.name] = measure(case, device, share * case.weight, options.rounds, clock, names=names)
-        print(case_table(case.name, rows[case.name]), flush=True)
-        if case.name == SMALL and not names:
-            extra.update(streaming(case.make(device), case.inputs(device), clock))
+        rows[case.name] = measure(case, device, share * case.weight, options.rounds, clock, wanted=wanted)
+        print(case_table(f"{case.name}; {allocator.name()}", rows[case.name]), flush=True)
+        if not (names or options.bars):
+            extra.update(_beside(case, device, clock))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows, extra
+
+
+def _beside(case: Case, device: torch.device, clock: Clock) -> dict[str, float]:
+    """What is measured with a case and is no ratio to its untraced forward."""
+    found: dict[str, float] = {}
+    if case.name == SMALL:
+        found.update(streaming(case.make(device), case.inputs(device), clock))
+    if case.name == LLAMA:
+        found.update(held_bytes(case.make(device), case.inputs(device)))
+    if case.name == LONG:
+        found.update(one_head(clock=clock))
+        found.update(report(clock=clock))
+    if case.name == GENERATION:
+        toy = llama(12, 128, 4, 2, 512, 344, 1000, device, torch.float32)
+        prompt = torch.arange(64, device=device)[None]
+        found.update(long_generation(toy, prompt))
+    return found
 
 
 def _chosen(case: Case, name: str | None, device: torch.device) -> bool:
@@ -127,8 +180,7 @@ def _about(device: torch.device) -> dict[str, str]:
     found = {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-    kept = _ALLOCATOR.items() <= os.environ.items()
-    found["freed memory"] = "kept by the process" if kept else "given back to the system"
+    found["memory"] = allocator.name()
     for name in _LIBRARIES:
         try:
             found[name] = version(name)
@@ -137,17 +189,5 @@ def _about(device: torch.device) -> dict[str, str]:
     return found
 
 
-def _keep_freed_memory() -> None:
-    """Begin again with an allocator (glibc's) that keeps what is freed for what is allocated next, for everybody here.
-
-    Else most of what is measured is the system handing out pages: whether a run gets those of the one before or new
-    ones is chance, and new ones take from nothing to more than the forward, most of all on virtual machines.
-    """
-    if sys.platform == "linux" and not _ALLOCATOR.keys() <= os.environ.keys():
-        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**_ALLOCATOR, **os.environ})
-
-
 if __name__ == "__main__":
-    _keep_freed_memory()
     raise SystemExit(main())

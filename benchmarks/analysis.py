@@ -40,6 +40,11 @@ class Layers(nn.Module):
         return x
 
 
+def words(tokens: int) -> list[str]:
+    """So many words and marks, as a tokenizer might give them."""
+    return [WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(tokens)]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -50,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the numbers to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    tokens = [[WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(options.tokens)]]
+    tokens = [words(options.tokens)]
     with torch.no_grad():
         model, x = Layers(options.layers, options.heads), torch.randn(1, options.tokens, 64 * options.heads)
         trace = hookattn.trace(model, x, tokens=tokens)

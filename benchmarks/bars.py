@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import variants as v
-from .cases import LARGE, LONG, SMALL, TOY
+from .cases import GENERATION, LARGE, LLAMA, LONG, SMALL, SMALL_EAGER, TOY
 from .measure import Row
 
 Rows = Mapping[str, Sequence[Row]]
@@ -41,8 +41,12 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
         return None if found is None else found.ratio
 
     def over(case: str, name: str, other: str) -> float | None:
-        a, b = row(case, name), row(case, other)
-        return None if a is None or b is None else a.milliseconds / b.milliseconds
+        a, b = ratio(case, name), ratio(case, other)
+        return None if a is None or b is None else a / b
+
+    def more(case: str, name: str, other: str) -> float | None:
+        a, b = ratio(case, name), ratio(case, other)
+        return None if a is None or b is None else a - b
 
     def per_call(case: str, name: str) -> float | None:
         found = row(case, name)
@@ -55,25 +59,40 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
         Verdict("peak of a streamed trace beyond the untraced forward, in calls", 3, extra.get("stream peak in calls")),
     ]
     if device == "cuda":
-        full, eager = row(LARGE, v.FULL), row(LARGE, v.OUTPUT_ATTENTIONS)
+        full, eager = row(LARGE, v.READ), row(LARGE, v.OUTPUT_ATTENTIONS)
         compared = None if full is None or eager is None else full.added / eager.added
         peak = None if full is None or not full.peak or not full.kept else full.peak / full.kept
         return [
-            Verdict("8B-shaped, 2k tokens, bfloat16: q k v ÷ untraced", 1.03, ratio(LARGE, v.QKV)),
-            Verdict("the same: time added by everything ÷ by output_attentions", 0.5, compared),
-            Verdict("the same: peak memory of everything ÷ bytes kept", 1.1, peak),
+            Verdict(
+                "8B-shaped, 2k tokens, bfloat16: q k v and certificates ÷ untraced", 1.03, ratio(LARGE, v.QKV_READ)
+            ),
+            Verdict("the same: time added by a trace and all fields read ÷ by output_attentions", 0.5, compared),
+            Verdict("the same: peak memory of that ÷ bytes held", 1.1, peak),
             Verdict("scores and weights written ÷ bandwidth of a copy", 0.8, extra.get("derive ÷ copy"), "≥"),
             Verdict("statistics at 131k tokens: time added ÷ flash forward", 3, extra.get("statistics ÷ forward")),
             *both,
         ]
+    megabytes = {name: extra[name] / 1e6 for name in extra if name.startswith("generated, ")}
     return [
-        Verdict("toy: everything ÷ untraced", 1.25, ratio(TOY, v.FULL)),
-        Verdict("toy: q k v ÷ untraced", 1.08, ratio(TOY, v.QKV)),
-        Verdict("small: everything ÷ untraced", 1.03, ratio(SMALL, v.FULL)),
-        Verdict("small: everything ÷ TransformerBridge, same fields", 1.0, over(SMALL, v.FULL, BRIDGE)),
-        Verdict("long: everything ÷ eager output_attentions", 1.15, over(LONG, v.FULL, v.OUTPUT_ATTENTIONS)),
-        Verdict("long: weights ÷ eager output_attentions", 1.0, over(LONG, v.WEIGHTS, v.OUTPUT_ATTENTIONS)),
-        Verdict("µs a call: q k v, one trace()", 40, per_call(TOY, v.QKV)),
-        Verdict("µs a call: q k v, inside one tracing() block", 40, per_call(TOY, v.QKV_BLOCK)),
+        Verdict("Llama: trace ÷ untraced", 1.03, ratio(LLAMA, v.TRACE)),
+        Verdict("small: trace ÷ untraced", 1.02, ratio(SMALL, v.TRACE)),
+        Verdict("long: trace ÷ untraced", 1.01, ratio(LONG, v.TRACE)),
+        Verdict("toy: trace ÷ untraced", 1.30, ratio(TOY, v.TRACE)),
+        Verdict("toy: trace ÷ untraced, in a block", 1.15, ratio(TOY, v.BLOCK)),
+        Verdict("toy: µs a call, one trace()", 45, per_call(TOY, v.TRACE)),
+        Verdict("toy: µs a call, in a block", 20, per_call(TOY, v.BLOCK)),
+        Verdict("small, eager: trace less q k v, in forwards", 0.03, more(SMALL_EAGER, v.TRACE, v.QKV)),
+        Verdict("generation: trace ÷ untraced", 1.10, ratio(GENERATION, v.TRACE)),
+        Verdict("Llama: trace + all weights ÷ output_attentions", 1.25, over(LLAMA, v.ALL, v.OUTPUT_ATTENTIONS)),
+        Verdict("long: trace + all weights ÷ output_attentions", 1.05, over(LONG, v.ALL, v.OUTPUT_ATTENTIONS)),
+        Verdict("long: weights alone ÷ output_attentions", 1.0, over(LONG, v.WEIGHTS_READ, v.OUTPUT_ATTENTIONS)),
+        Verdict("small: trace + all fields ÷ TransformerBridge, same fields", 1.0, over(SMALL, v.READ, BRIDGE)),
+        Verdict("Llama: held by a trace ÷ bytes of q k v output", 1.1, extra.get("held ÷ q k v output")),
+        Verdict("300 generated tokens: megabytes of the file", 60, megabytes.get("generated, bytes of the file")),
+        Verdict("300 generated tokens: megabytes in memory", 60, megabytes.get("generated, bytes in memory")),
+        Verdict("one head's weights ÷ all 12, 4,096 tokens: time", 0.1, extra.get("one head ÷ all heads, time")),
+        Verdict("one head's weights ÷ all 12, 4,096 tokens: memory", 0.1, extra.get("one head ÷ all heads, memory")),
+        Verdict("report on 12 × 12 × 512: seconds", 0.6, extra.get("report, seconds")),
+        Verdict("report on 12 × 12 × 512: peak in calls", 2, extra.get("report, peak in calls")),
         *both,
     ]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import models
+from .clock import Variant
+from .variants import eager_rows, fused_rows, generation_rows
 
 TOY = "toy (4 layers, width 64, 32 tokens)"
 SMALL = "small (12 layers, width 768, 512 tokens)"
+LLAMA = "Llama (8 layers, 8 heads on 4 key heads, width 512, 512 tokens)"
+SMALL_EAGER = "small, eager (12 layers, width 768, 512 tokens)"
 LONG = "long (4 layers, width 768, 2048 tokens, no vocabulary head)"
+GENERATION = "generation (Llama of 12 layers, 16 tokens and 64 new ones)"
 LARGE = "8B-shaped (32 layers, width 4096, 2048 tokens, bfloat16)"
+
+Rows = Callable[[nn.Module, Tensor], list[Variant]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,10 @@ class Case:
         width: of the input, where it is no token ids.
         places: the devices that it is measured on unless it is asked for by name.
         weight: its share of the time.
+        rows: the rows of its table.
+        steps: forwards of one run of a row.
+        context_every: rows that no bar is about are measured in every such round alone.
+        has_bars: whether any bar is about it.
     """
 
     name: str
@@ -40,6 +53,15 @@ class Case:
     width: int = 0
     places: tuple[str, ...] = ("cpu", "cuda")
     weight: float = 1.0
+    rows: Rows = fused_rows
+    steps: int = 1
+    context_every: int = 1
+    has_bars: bool = False
+
+    @property
+    def calls(self) -> int:
+        """Attention calls of one run of a row."""
+        return self.layers * self.steps
 
     def inputs(self, device: torch.device) -> Tensor:
         """Token ids, or vectors."""
@@ -55,23 +77,31 @@ def _gpt2(
     width: int,
     heads: int,
     tokens: int,
-    batch: int = 1,
-    dtype: torch.dtype = torch.float32,
     vocabulary: int = models.VOCABULARY,
-    places: tuple[str, ...] = ("cpu", "cuda"),
-    weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "sdpa",
+    **of_case: Any,
 ) -> Case:
     def make(device: torch.device) -> nn.Module:
-        return models.gpt2(layers, width, heads, tokens, vocabulary, device, dtype)
+        return models.gpt2(layers, width, heads, tokens, vocabulary, device, dtype, implementation)
 
-    return Case(name, make, tokens, layers, heads, batch, dtype, places=places, weight=weight)
+    return Case(name, make, tokens, layers, heads, dtype=dtype, **of_case)
 
 
-def _llama(name: str, layers: int, tokens: int, batch: int = 1, weight: float = 1.0) -> Case:
+def llama_of(layers: int, device: torch.device) -> nn.Module:
+    """The Llama of the CPU's cases: 8 heads on 4 key heads, width 512, up to 512 tokens."""
+    return models.llama(layers, 512, 8, 4, 512, 1408, 1000, device, torch.float32)
+
+
+def _llama(name: str, layers: int, tokens: int, **of_case: Any) -> Case:
+    return Case(name, partial(llama_of, layers), tokens, layers, 8, places=("cpu",), has_bars=True, **of_case)
+
+
+def _llama_8b(name: str, layers: int, tokens: int, **of_case: Any) -> Case:
     def make(device: torch.device) -> nn.Module:
-        return models.llama(layers, tokens, device, torch.bfloat16)
+        return models.llama(layers, 4096, 32, 8, tokens, 14336, models.VOCABULARY, device, torch.bfloat16)
 
-    return Case(name, make, tokens, layers, 32, batch, torch.bfloat16, places=("cuda",), weight=weight)
+    return Case(name, make, tokens, layers, 32, dtype=torch.bfloat16, places=("cuda",), **of_case)
 
 
 def _unknown_case(name: str, layers: int, width: int, heads: int, tokens: int, weight: float = 1.0) -> Case:
@@ -84,19 +114,25 @@ def _unknown_case(name: str, layers: int, width: int, heads: int, tokens: int, w
 def cases() -> Iterator[Case]:
     """From the smallest to the largest."""
     half = torch.bfloat16
-    yield _gpt2(TOY, 4, 64, 4, 32, vocabulary=1000, weight=1.5)
-    yield _gpt2("toy, batch 16", 4, 64, 4, 32, batch=16, vocabulary=1000, weight=0.5)
-    yield _unknown_case("plain toy, no adapter (4 layers, width 64, 32 tokens)", 4, 64, 4, 32, weight=0.5)
-    yield _gpt2("small, 128 tokens, batch 16", 12, 768, 12, 128, batch=16)
-    yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.5)
-    yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2)
-    yield _gpt2(LONG, 4, 768, 12, 2048, weight=2)
+    large = partial(fused_rows, ends=False)  # of a forward that takes far longer than a trace's two ends
+    yield _gpt2(TOY, 4, 64, 4, 32, vocabulary=1000, weight=1.5, has_bars=True)
+    yield _gpt2("toy, batch 16", 4, 64, 4, 32, batch=16, vocabulary=1000, weight=0.4)
+    yield _unknown_case("plain toy, no adapter (4 layers, width 64, 32 tokens)", 4, 64, 4, 32, weight=0.4)
+    yield _gpt2("small, 128 tokens, batch 16", 12, 768, 12, 128, batch=16, places=("cuda",))
+    yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.4, context_every=3)
+    yield _llama(LLAMA, 8, 512, weight=2, rows=large, context_every=4)
+    yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2.5, rows=large, context_every=5, has_bars=True)
+    yield _gpt2(SMALL_EAGER, 12, 768, 12, 512, vocabulary=50257, implementation="eager", rows=eager_rows, has_bars=True)
+    yield _gpt2(LONG, 4, 768, 12, 2048, weight=3, rows=large, context_every=8, has_bars=True)
+    steps = 64
+    rows = partial(generation_rows, steps=steps)
+    yield _llama(GENERATION, 12, 16, weight=1.5, rows=rows, steps=steps, context_every=3)
     yield _gpt2("longer (4 layers, width 768, 8192 tokens)", 4, 768, 12, 8192, places=("cuda",))
     yield _gpt2("longest (1 layer, width 768, 32768 tokens)", 1, 768, 12, 32768, places=("cuda",))
-    yield _llama(LARGE, 32, 2048, weight=2)
-    yield _llama("8B-shaped, 512 tokens, batch 16", 32, 512, batch=16)
-    yield _llama("8B-shaped (8 layers), 8192 tokens", 8, 8192)
-    yield _llama("8B-shaped (2 layers), 32768 tokens", 2, 32768)
+    yield _llama_8b(LARGE, 32, 2048, weight=2, has_bars=True)
+    yield _llama_8b("8B-shaped, 512 tokens, batch 16", 32, 512, batch=16)
+    yield _llama_8b("8B-shaped (8 layers), 8192 tokens", 8, 8192)
+    yield _llama_8b("8B-shaped (2 layers), 32768 tokens", 2, 32768)
 
 
 def bytes_taken(case: Case, eager: bool, kept: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 MOST, LEAST = 100, 3
+_LONG = 0.5  # seconds of a run that is not repeated before the rounds
 _SHORT = 0.1  # seconds of a run before which an untraced forward runs
 _SAMPLE, _OFTEN = 0.02, 20  # seconds that one measurement takes, in so many runs at most
 _SLOW = 8  # a variant that takes so many untraced forwards runs in some rounds alone
@@ -37,6 +38,8 @@ class Variant:
         kept: bytes that it keeps on the model's device, if they are known.
         host, disk: bytes that it puts into host memory or into a file.
         peer: whether it is somebody else's.
+        forwards: of the model, that it runs.
+        context: whether no bar is about it: it may run in fewer rounds.
     """
 
     name: str
@@ -47,15 +50,18 @@ class Variant:
     host: int = 0
     disk: int = 0
     peer: bool = False
+    forwards: int = 1
+    context: bool = False
 
 
 @dataclass
 class Timed:
-    """The seconds of one variant, by round."""
+    """The seconds of one variant, by round, and the most memory that one run took, if somebody looked."""
 
     variant: Variant
     seconds: dict[int, float] = field(default_factory=dict)
     failed: str | None = None
+    peak: int | None = None
 
 
 Clock = Callable[[Callable[[], Any]], float]
@@ -117,7 +123,14 @@ def _times(seconds: float) -> int:
     return max(1, min(_OFTEN, int(_SAMPLE / max(seconds, 1e-9))))
 
 
-def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: int = 0) -> list[Timed]:
+def time_all(
+    variants: Sequence[Variant],
+    clock: Clock,
+    seconds: float,
+    rounds: int = 0,
+    context_every: int = 1,
+    peak: Callable[[Variant], int | None] | None = None,
+) -> list[Timed]:
     """Time every variant against the first.
 
     Args:
@@ -126,10 +139,13 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
         seconds: about how long the rounds may take; 3 to 100 of them. A variant that takes an eighth of
             that at once runs in one round alone, and after twice the time no further round begins.
         rounds: exactly so many rounds instead.
+        context_every: what no bar is about runs in every such round alone.
+        peak: the most memory that a run takes; runs each variant once more, before the rounds.
     """
     found = [Timed(v) for v in variants]
-    first = [_warm(timed, clock, math.inf if rounds else seconds / 8) for timed in found]
+    first = [_warm(timed, clock, math.inf if rounds else seconds / 8, peak) for timed in found]
     strides = [max(1, min(20, int(s / (_SLOW * first[0])))) for s in first]
+    strides = [max(n, context_every) if v.context else n for v, n in zip(variants, strides, strict=True)]
     if not rounds:
         strides = [MOST if s > seconds / 8 and i else n for i, (s, n) in enumerate(zip(first, strides, strict=True))]
     warming = first[0] if first[0] < _SHORT else 0.0
@@ -150,10 +166,14 @@ def time_all(variants: Sequence[Variant], clock: Clock, seconds: float, rounds: 
     return found
 
 
-def _warm(timed: Timed, clock: Clock, long: float) -> float:
-    """Seconds of the second run, or of the first if it took ``long``; 0 where a peer cannot run this."""
+def _warm(timed: Timed, clock: Clock, long: float, peak: Callable[[Variant], int | None] | None) -> float:
+    """Seconds of a later run, or of the first if it took ``long``; 0 where a peer cannot run this."""
     try:
         spent = once(timed.variant, clock)
+        if peak is not None:
+            timed.peak = peak(timed.variant)
+            # A run of half a second is warm enough after two.
+            long = min(long, _LONG)
         return spent if spent > long else once(timed.variant, clock)
     except Exception as error:
         if not timed.variant.peer:

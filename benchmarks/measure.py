@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -13,9 +14,10 @@ from hookattn.torch_internals.devices import free_memory
 from .cases import Case, bytes_taken
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all
 from .memory import peak
-from .variants import BASE, EAGER, variants
+from .variants import BASE, EAGER
 
 _SPARE = 0.8  # of the free memory
+_MOST_FORWARDS = 40  # of one run
 # Bytes that a run may write elsewhere: more would take the time of all other rows.
 _TO_DISK, _TO_HOST = 3 << 30, 32 << 30
 
@@ -58,15 +60,14 @@ def measure(
     rounds: int = 0,
     clock: Clock | None = None,
     memory: bool = True,
-    names: Sequence[str] = (),
+    wanted: Callable[[Variant], bool] = lambda _: True,
 ) -> list[Row]:
-    """Every row of a case, or those whose name contains one of ``names``, beside the first; what does not fit into
-    memory is a row that says so."""
+    """Every row of a case that is wanted, beside the first; what does not fit into memory is a row that says so."""
     clock = clock or clock_of(device)
     model, x = case.make(device), case.inputs(device)
     with torch.no_grad():
-        every = variants(model, x)
-        every = [v for v in every if v is every[0] or not names or any(n in v.name for n in names)]
+        every = case.rows(model, x)
+        every = [v for v in every if v is every[0] or wanted(v)]
         fit, rows = [], {}
         for variant in every:
             reason = too_large(case, variant, device)
@@ -74,11 +75,10 @@ def measure(
                 fit.append(variant)
             else:
                 rows[variant.name] = Row(variant.name, left_out=reason)
-        found = time_all(fit, clock, seconds, rounds)
+        look = partial(peak, device=device) if memory else None
+        found = time_all(fit, clock, seconds, rounds, case.context_every, look)
         for timed in found:
-            rows[timed.variant.name] = _row(timed, found[0], case.layers)
-            if memory and timed.failed is None:
-                rows[timed.variant.name].peak = peak(timed.variant, device)
+            rows[timed.variant.name] = _row(timed, found[0], case.calls)
     return [rows[v.name] for v in every]
 
 
@@ -90,6 +90,8 @@ def too_large(case: Case, variant: Variant, device: torch.device) -> str | None:
     if variant.peer:
         kept = case.layers * scores * case.dtype.itemsize * (1 if "output_attentions" in variant.name else 2)
     need = 0 if variant.name == BASE else bytes_taken(case, eager, kept)
+    if variant.forwards > _MOST_FORWARDS:
+        return f"left out: it runs the model {variant.forwards} times"
     for where, size, most in (("disk", variant.disk, _TO_DISK), ("the host", variant.host, _TO_HOST)):
         if size > most:
             return f"left out: {size_of(size)} to {where} would take the time of all else"
@@ -114,5 +116,6 @@ def _row(timed: Timed, base: Timed, calls: int) -> Row:
         high,
         more,
         1e6 * more / calls,
-        kept=timed.variant.kept,
+        timed.peak,
+        timed.variant.kept,
     )

@@ -38,9 +38,16 @@ def unknown_model(layers: int, width: int, heads: int, device: torch.device, dty
 
 
 def gpt2(
-    layers: int, width: int, heads: int, tokens: int, vocabulary: int, device: torch.device, dtype: torch.dtype
+    layers: int,
+    width: int,
+    heads: int,
+    tokens: int,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    implementation: str = "sdpa",
 ) -> nn.Module:
-    """A GPT-2 of transformers, in sdpa."""
+    """A GPT-2 of transformers."""
     from transformers import GPT2Config
 
     config = GPT2Config(
@@ -52,30 +59,43 @@ def gpt2(
         bos_token_id=0,
         eos_token_id=0,
     )
-    return _made("GPT2LMHeadModel", config, device, dtype)
+    return _made("GPT2LMHeadModel", config, device, dtype, implementation)
 
 
-def llama(layers: int, tokens: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A stack of layers of Llama 3 8B's shape, in sdpa."""
+def llama(
+    layers: int,
+    width: int,
+    heads: int,
+    key_heads: int,
+    tokens: int,
+    inner: int,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A Llama of transformers, in sdpa; ``inner``: the width between the two maps of its MLPs."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         num_hidden_layers=layers,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         max_position_embeddings=tokens,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     return _made("LlamaForCausalLM", config, device, dtype)
 
 
-def _made(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _made(name: str, config: Any, device: torch.device, dtype: torch.dtype, implementation: str = "sdpa") -> nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = implementation
     config.use_cache = False  # it would keep what a trace keeps
     torch.manual_seed(0)
     before = torch.get_default_dtype()

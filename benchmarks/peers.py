@@ -5,8 +5,9 @@ A library that is not installed gives no row.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -16,15 +17,32 @@ from torch import Tensor, nn
 from .clock import Variant
 from .models import sibling
 
+OUTPUT_ATTENTIONS = "eager, output_attentions=True (weights)"
 HOOKS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern")
 
 
-def peers(eager: nn.Module, x: Tensor) -> Iterator[Variant]:
-    """Every peer that is installed, on the weights of a causal model of transformers that runs in eager."""
-    yield Variant("eager, output_attentions=True (weights)", lambda: eager(x, output_attentions=True), peer=True)
+def peers(fused: nn.Module, eager: nn.Module, x: Tensor) -> Iterator[Variant]:
+    """Every peer that is installed, on the weights of a causal model of transformers.
+
+    Args:
+        fused, eager: the model in sdpa and in eager, which nobody else runs.
+        x: token ids.
+    """
+    yield Variant(OUTPUT_ATTENTIONS, lambda: eager(x, output_attentions=True), peer=True)
     for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight), ("torchlens", _torchlens)):
         if find_spec(library) is not None:
             yield makes(eager, x)
+    if find_spec("attnread") is not None:
+        yield _attnread(fused, x)
+
+
+def generating_peer(generate: Callable[..., Any]) -> Variant:
+    """A whole generation of a model that runs in eager, with the weights of its steps.
+
+    Args:
+        generate: takes further arguments of ``generate()``.
+    """
+    return Variant(OUTPUT_ATTENTIONS, lambda: generate(output_attentions=True, return_dict_in_generate=True), peer=True)
 
 
 def _bridge(eager: nn.Module, x: Tensor) -> Variant:
@@ -67,6 +85,21 @@ def _torchlens(eager: nn.Module, x: Tensor) -> Variant:
     model, wanted = sibling(eager), torchlens.func("matmul") | torchlens.func("softmax")
     return Variant(
         "torchlens (products and softmax)", lambda: torchlens.trace(model, x, save=wanted), _wrapped, peer=True
+    )
+
+
+def _attnread(fused: nn.Module, x: Tensor) -> Variant:
+    """It has the kernel multiply its weights by the identity, as many keys at a time as a value has numbers."""
+    from attnread import extract_attention
+
+    config: Any = fused.config
+    heads = [(0, 0), (config.num_hidden_layers - 1, 0)]
+    width = config.hidden_size // config.num_attention_heads
+    return Variant(
+        "attnread (weights of two heads)",
+        lambda: extract_attention(fused, {"input_ids": x}, heads=heads),
+        peer=True,
+        forwards=len(heads) * (1 + math.ceil(x.shape[1] / width)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hookattn.planning.memory_plan import size_of
 
@@ -32,12 +32,24 @@ def case_table(name: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def bar_table(verdicts: Sequence[Verdict]) -> str:
-    """What was to be reached, and what was."""
+def bar_table(verdicts: Sequence[Verdict], beside: Mapping[str, float | None] | None = None, name: str = "") -> str:
+    """What was to be reached, and what was.
+
+    Args:
+        verdicts: the bars.
+        beside: of the same bars by their names, what was measured in another way; ``name`` says which.
+        name: the column's.
+    """
     width = max(len(v.name) for v in verdicts)
-    lines = ["", f"{'what has to be reached':<{width}}{'bar':>10}{'measured':>10}"]
+    column = "" if beside is None else f"{name:>{len(name) + 3}}"
+    lines = ["", f"{'what has to be reached':<{width}}{'bar':>10}{'measured':>10}{'':10}{column}".rstrip()]
     for v in verdicts:
-        measured = "not run" if v.measured is None else f"{v.measured:.3g}"
         said = "" if v.measured is None else "   reached" if v.reached else "   missed"
-        lines.append(f"{v.name:<{width}}{v.sign + ' ' + format(v.limit, 'g'):>10}{measured:>10}{said}")
+        also = "" if beside is None or (other := beside.get(v.name)) is None else f"{other:>{len(column)}.3g}"
+        line = f"{v.name:<{width}}{v.sign + ' ' + format(v.limit, 'g'):>10}{_measured(v.measured):>10}{said:10}{also}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _measured(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.3g}"

@@ -1,12 +1,17 @@
-"""What hookattn does with a forward, from the least to the most."""
+"""What hookattn does with a forward, and what is read of it afterwards, from the least to the most.
+
+A trace keeps q, k, v and output; what is asked for is derived and measured then. So each row that captures has one
+beside it in which everything that was captured is read, and held.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
+from hookattn import Trace, analyze
 from hookattn.taps.active import paused
 
 from .clock import Variant
 from .models import sibling
-from .peers import peers
+from .peers import OUTPUT_ATTENTIONS, generating_peer, peers
 
 BASE = "untraced, sdpa"
 EAGER = "untraced, eager"
@@ -26,68 +32,193 @@ IDLE = "hooks installed, idle"
 TAP = "tap only, in a block"
 TAP_ONCE = "tap only"
 QKV_BLOCK = "q k v, in a block"
+BLOCK = "trace, in a block"
 QKV_OFF = "q k v, no certificate"
-QKV = "q k v, certificate"
+QKV = "q k v"
+QKV_READ = "q k v + read"
 WEIGHTS = "weights"
-FULL = "everything"
-HOST = "everything, to the host"
-DISK = "everything, to disk"
+WEIGHTS_READ = "weights + read"
+TRACE = "trace"
+CERTIFIED = "trace + certificates"
+ONE_HEAD = "trace + one head"
+ALL = "trace + all weights"
+READ = "trace + all fields"
+REPORT = "trace + report"
+SAVED = "trace + save"
+COMPACT = "trace + save, compact"
+HOST = "trace, to the host"
+DISK = "trace, to disk"
 AFTER = "untraced, after all of these"
-OUTPUT_ATTENTIONS = "eager, output_attentions=True (weights)"
+
+__all__ = ["OUTPUT_ATTENTIONS"]
 _QKV = ("q", "k", "v")
+_BARS = {BASE, BLOCK, TRACE, ALL, AFTER, OUTPUT_ATTENTIONS}
 
 
-def variants(model: nn.Module, x: Tensor) -> list[Variant]:
+def fused_rows(model: nn.Module, x: Tensor, ends: bool = True) -> list[Variant]:
     """Every row of a case. The first runs a model of the same weights that is never traced; the last the traced one.
 
     *Idle* is a forward inside an open ``tracing()`` block whose hooks and patches are all in place and find, each, that
     nothing is traced. *Tap only* sees every kernel's arguments and makes a call of them that keeps nothing (``sinks``,
     which these models have none of). *In a block* leaves out what it costs to begin and end a trace.
+
+    Args:
+        ends: whether there are these rows, which tell where the time of a small forward goes.
     """
     fresh = sibling(model)
     rows = [Variant(BASE, lambda: fresh(x))]
     eager = sibling(model, "eager") if hasattr(model, "set_attn_implementation") else None
     if eager is not None:
         rows.append(Variant(EAGER, lambda: eager(x)))
+    if ends:
+        rows += [
+            Variant(IDLE, lambda: model(x), lambda: _idle(model)),
+            Variant(TAP, lambda: model(x), lambda: _block(model, x, capture="sinks", verify="off"), kept=0),
+            Variant(QKV_BLOCK, lambda: model(x), lambda: _block(model, x, capture=_QKV)),
+            Variant(BLOCK, lambda: model(x), lambda: _block(model, x)),
+            _traced(TAP_ONCE, model, x, capture="sinks", verify="off"),
+        ]
     rows += [
-        Variant(IDLE, lambda: model(x), lambda: _idle(model)),
-        Variant(TAP, lambda: model(x), lambda: _block(model, x, capture="sinks", verify="off"), kept=0),
-        Variant(QKV_BLOCK, lambda: model(x), lambda: _block(model, x, capture=_QKV)),
-        _traced(TAP_ONCE, model, x, capture="sinks", verify="off"),
         _traced(QKV_OFF, model, x, capture=_QKV, verify="off"),
         _traced(QKV, model, x, capture=_QKV),
+        _traced(QKV_READ, model, x, every_field, capture=_QKV),
         _traced(WEIGHTS, model, x, capture="weights"),
-        _traced(FULL, model, x),
+        _traced(WEIGHTS_READ, model, x, every_field, capture="weights"),
+        *_traces(model, x),
     ]
     if x.is_cuda:
         rows.append(_traced(HOST, model, x, device="cpu"))
-    rows += [_streamed(model, x), Variant(AFTER, lambda: model(x))]
+    rows += [_to_disk(model, x), Variant(AFTER, lambda: model(x))]
     if eager is not None:
-        rows += peers(eager, x)
-    return rows
+        rows += peers(sibling(model), eager, x)
+    return _with_context(rows)
 
 
-def _traced(name: str, model: nn.Module, x: Tensor, **options: Any) -> Variant:
-    kept = hookattn.plan(model, x, **{k: v for k, v in options.items() if k != "verify"}).total
+def eager_rows(model: nn.Module, x: Tensor) -> list[Variant]:
+    """Those of a model that writes its attention out by hand: its scores and weights are its own."""
+    fresh = sibling(model)
+    return [
+        Variant(EAGER, lambda: fresh(x)),
+        _traced(QKV, model, x, capture=_QKV),
+        _traced(TRACE, model, x),
+        _traced(ALL, model, x, all_weights),
+        Variant(AFTER, lambda: model(x)),
+        Variant(OUTPUT_ATTENTIONS, lambda: fresh(x, output_attentions=True), peer=True, context=True),
+    ]
+
+
+def generation_rows(model: nn.Module, x: Tensor, steps: int) -> list[Variant]:
+    """Those of greedy generation after a prompt, each a whole ``generate()``."""
+    fresh, eager = sibling(model), sibling(model, "eager")
+
+    def run(model: Any, **options: Any) -> Any:
+        return model.generate(x, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=True, **options)
+
+    def traced(then: Callable[[Trace], Any] = lambda trace: trace, **options: Any) -> Any:
+        with hookattn.tracing(model, **options) as trace:
+            run(model)
+        return trace, then(trace)
+
+    rows = [
+        Variant(BASE, lambda: run(fresh)),
+        Variant(QKV_OFF, lambda: traced(capture=_QKV, verify="off")),
+        Variant(QKV, lambda: traced(capture=_QKV)),
+        Variant(TRACE, traced),
+        Variant(CERTIFIED, lambda: traced(certificates)),
+        Variant(ONE_HEAD, lambda: traced(one_head)),
+        Variant(ALL, lambda: traced(all_weights)),
+        Variant(READ, lambda: traced(every_field)),
+        Variant(AFTER, lambda: run(model)),
+        generating_peer(lambda **options: run(eager, **options)),
+    ]
+    return _with_context(rows)
+
+
+# What is read of a trace; each returns what is held of it
+
+
+def certificates(trace: Trace) -> Any:
+    """That of every call."""
+    return [call.certificate for call in trace]
+
+
+def one_head(trace: Trace) -> Tensor:
+    """The weights of one head of the last call."""
+    return trace[-1].at(heads=0).weights
+
+
+def all_weights(trace: Trace) -> Any:
+    """What ``output_attentions=True`` returns."""
+    return [call.weights for call in trace]
+
+
+def every_field(trace: Trace) -> Any:
+    """Every field that was captured, scores and weights included."""
+    return [[call.get(name) for name in call.fields] for call in trace]
+
+
+def _traces(model: nn.Module, x: Tensor) -> list[Variant]:
+    """The default trace, and what is done with it next."""
+    weights = hookattn.plan(model, x, capture="weights").total
+    derived = sum(call.derived for call in hookattn.plan(model, x).calls)
+    return [
+        _traced(TRACE, model, x),
+        _traced(CERTIFIED, model, x, certificates),
+        _traced(ONE_HEAD, model, x, one_head),
+        _traced(ALL, model, x, all_weights, weights),
+        _traced(READ, model, x, every_field, derived),
+        _traced(REPORT, model, x, analyze.report),
+        _saved(SAVED, model, x, compact=False),
+        _saved(COMPACT, model, x, compact=True),
+    ]
+
+
+def _traced(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    then: Callable[[Trace], Any] = lambda trace: trace,
+    held: int = 0,
+    **options: Any,
+) -> Variant:
+    """A trace, and something that is done with it, of which ``held`` more bytes are held."""
+    kept = hookattn.plan(model, x, **{k: v for k, v in options.items() if k != "verify"}).in_memory + held
     there = x.is_cuda and options.get("device") == "cpu"
-    return Variant(name, lambda: hookattn.trace(model, x, **options), kept=0 if there else kept, host=there * kept)
+
+    def run() -> Any:
+        trace = hookattn.trace(model, x, **options)
+        return trace, then(trace)
+
+    return Variant(name, run, kept=0 if there else kept, host=there * kept)
 
 
-def _streamed(model: nn.Module, x: Tensor) -> Variant:
-    folder = tempfile.TemporaryDirectory()  # goes with the variant
+def _saved(name: str, model: nn.Module, x: Tensor, compact: bool) -> Variant:
+    path, gone = _file()
+    size = 0 if compact else hookattn.plan(model, x, to=path).total
+    made = _traced(name, model, x, lambda trace: trace.save(path, compact=compact))
+    return replace(made, after=gone, disk=size)
+
+
+def _to_disk(model: nn.Module, x: Tensor) -> Variant:
+    path, gone = _file()
+    size = hookattn.plan(model, x, to=path).total
+    return Variant(DISK, lambda: hookattn.trace(model, x, to=path), after=gone, kept=0, disk=size)
+
+
+def _file() -> tuple[str, Callable[[], None]]:
+    """A path, and a function that removes the file; its folder goes with the function."""
+    folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "trace.safetensors")
 
     def gone() -> None:
         assert folder.name
         path.unlink(missing_ok=True)
 
-    return Variant(
-        DISK,
-        lambda: hookattn.trace(model, x, to=os.fspath(path)),
-        after=gone,
-        kept=0,
-        disk=hookattn.plan(model, x).total,
-    )
+    return os.fspath(path), gone
+
+
+def _with_context(rows: list[Variant]) -> list[Variant]:
+    return [replace(row, context=row.name not in _BARS) for row in rows]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,19 +16,23 @@ import torch
 
 import hookattn
 from benchmarks import __main__ as command
-from benchmarks import bars, checkout, clock, measure, memory, table, variants
-from benchmarks.cases import LONG, TOY, Case, bytes_taken, cases
+from benchmarks import allocator, bars, checkout, clock, held, measure, memory, peers, reading, table, variants
+from benchmarks.cases import GENERATION, LONG, SMALL_EAGER, TOY, Case, bytes_taken, cases
 from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
 from benchmarks.disk import streaming
-from benchmarks.models import gpt2, sibling, unknown_model
+from benchmarks.models import gpt2, llama, sibling, unknown_model
 from benchmarks.statistics_cost import statistics_cost
 from hookattn.testing import check_clean
 
 pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
-TINY = Case("tiny", lambda device: unknown_model(2, 16, 2, device, torch.float32), 8, 2, 2, width=16)
+TINY = Case("tiny", lambda device: unknown_model(2, 16, 2, device, torch.float32), 8, 2, 2, width=16, has_bars=True)
+
+
+def tiny_llama() -> torch.nn.Module:
+    return llama(2, 32, 4, 2, 64, 48, 10, CPU, torch.float32)
 
 
 class Hands:
@@ -68,6 +72,33 @@ def test_around_and_after_are_not_timed_and_slow_rows_run_in_fewer_rounds() -> N
     _, watched, slow = clock.time_all(rows, Hands(), 0.0, rounds=10)
     assert heard == ["in", "run", "out", "after"] * 12
     assert sorted(watched.seconds) == list(range(10)) and sorted(slow.seconds) == [0, 5]
+
+
+def test_what_no_bar_is_about_runs_in_fewer_rounds() -> None:
+    rows = [Variant("base", lambda: 1.0), Variant("other", lambda: 1.0), Variant("told", lambda: 1.0, context=True)]
+    _, other, told = clock.time_all(rows, Hands(), 0.0, rounds=7, context_every=3)
+    assert list(other.seconds) == list(range(7)) and list(told.seconds) == [0, 3, 6]
+
+
+def test_memory_is_looked_at_once_before_the_rounds() -> None:
+    looked: list[str] = []
+
+    def look(variant: Variant) -> int:
+        looked.append(variant.name)
+        if variant.peer:
+            raise ValueError("no memory")
+        return 7
+
+    ran: list[float] = []
+
+    def takes(seconds: float) -> Callable[[], float]:
+        return lambda: ran.append(seconds) or seconds  # type: ignore[func-returns-value]
+
+    rows = [Variant("short", takes(0.2)), Variant("long", takes(0.6)), Variant("theirs", takes(0.3), peer=True)]
+    short, long, theirs = clock.time_all(rows, Hands(), 0.0, rounds=2, peak=look)
+    assert looked == ["short", "long", "theirs"] and (short.peak, long.peak, theirs.peak) == (7, 7, None)
+    assert theirs.failed == "ValueError: no memory" and not theirs.seconds
+    assert (ran.count(0.2), ran.count(0.6), ran.count(0.3)) == (4, 3, 1)
 
 
 def test_what_is_short_runs_several_times_in_a_row_and_counts_as_their_mean() -> None:
@@ -115,28 +146,117 @@ def test_a_case_of_ours() -> None:
     assert next(iter(rows)) == variants.BASE and list(rows)[-1] == variants.AFTER
     assert all(row.left_out is None and row.milliseconds > 0 for row in rows.values())
     assert rows[variants.BASE].ratio == 1
-    assert rows[variants.QKV].kept == 3 * 2 * 8 * 16 * 4
+    assert rows[variants.TRACE].kept == 4 * 2 * 8 * 16 * 4  # q, k, v and output
+    more = (rows[variants.ALL].kept or 0) - (rows[variants.TRACE].kept or 0)
+    assert more == 2 * 2 * 8 * 8 * 4  # the weights alone
     model, x = TINY.make(CPU), TINY.inputs(CPU)
-    for variant in variants.variants(model, x):
+    for variant in variants.fused_rows(model, x):
         with variant.around():
             kept = variant.run()
         variant.after()
-        if variant.name in (variants.FULL, variants.WEIGHTS):
-            assert all(call.has("weights") for call in kept)
+        if variant.name in (variants.TRACE, variants.ALL, variants.WEIGHTS):
+            assert all(call.has("weights") for call in kept[0])
         check_clean(model)
+
+
+def test_what_is_read_of_a_trace() -> None:
+    model, x = gpt2(2, 32, 2, 8, 10, CPU, torch.float32), torch.arange(8)[None]
+    rows = {v.name: v for v in variants.fused_rows(model, x, ends=False)}
+    assert variants.IDLE not in rows and variants.BLOCK not in rows
+    weights = rows[variants.OUTPUT_ATTENTIONS].run().attentions
+    _, read = rows[variants.ALL].run()
+    assert torch.allclose(torch.stack(read), torch.stack(weights), atol=1e-5)
+    assert torch.allclose(rows[variants.ONE_HEAD].run()[1], weights[-1][:, :1], atol=1e-5)
+    _, fields = rows[variants.READ].run()
+    assert len(fields) == 2 and sum(t.shape == (1, 2, 8, 8) for t in fields[0] if t is not None) == 2
+    assert all(c.faithful for c in rows[variants.CERTIFIED].run()[1])
+    assert len(rows[variants.REPORT].run()[1]) == 4  # a row for each head
+    for name, has_weights in ((variants.SAVED, True), (variants.COMPACT, False)):
+        _, path = rows[name].run()
+        with open(path, "rb") as file:
+            assert (b"/weights" in file.read()) is has_weights  # the names of tensors are in the header
+        rows[name].after()
+        assert not Path(path).exists()
+    told = [v.name for v in rows.values() if not v.context]
+    assert told == [variants.BASE, variants.TRACE, variants.ALL, variants.AFTER, variants.OUTPUT_ATTENTIONS]
+
+
+def test_rows_of_a_model_that_writes_its_attention_out() -> None:
+    model, x = gpt2(2, 32, 2, 8, 10, CPU, torch.float32, "eager"), torch.arange(8)[None]
+    rows = {v.name: v for v in variants.eager_rows(model, x)}
+    weights = rows[variants.OUTPUT_ATTENTIONS].run().attentions
+    assert all(torch.equal(a, b) for a, b in zip(rows[variants.ALL].run()[1], weights, strict=True))
+    assert rows[variants.TRACE].run()[0][0].tap == "eager"
+    check_clean(model)
+
+
+def test_rows_of_a_generation() -> None:
+    model, x = tiny_llama(), torch.arange(4)[None]
+    rows = {v.name: v for v in variants.generation_rows(model, x, 3)}
+    out = rows[variants.OUTPUT_ATTENTIONS].run()
+    assert torch.equal(rows[variants.BASE].run(), out.sequences) and out.sequences.shape == (1, 7)
+    trace, read = rows[variants.ALL].run()
+    assert len(trace) == 2 * 3
+    expected = [layer for step in out.attentions for layer in step]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(read, expected, strict=True))
+    assert torch.allclose(rows[variants.ONE_HEAD].run()[1], expected[-1][:, :1], atol=1e-5)
+    check_clean(model)
+
+
+def test_a_peer_that_runs_the_model_often_is_left_out_of_long_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    often = Variant("theirs", lambda: None, peer=True, forwards=66)
+    assert measure.too_large(TINY, often, CPU) == "left out: it runs the model 66 times"
+    fused = gpt2(2, 32, 2, 40, 10, CPU, torch.float32)
+    monkeypatch.setitem(sys.modules, "attnread", type(sys)("attnread"))
+    monkeypatch.setattr(sys.modules["attnread"], "extract_attention", lambda *args, **kwargs: kwargs, raising=False)
+    row = peers._attnread(fused, torch.zeros(1, 40, dtype=torch.long))
+    assert row.forwards == 2 * (1 + 3) and row.run() == {"heads": [(0, 0), (1, 0)]}  # 40 keys, 16 at a time
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is Linux's")
+def test_bytes_that_are_held() -> None:
+    size = 64 << 20
+    made, more = memory.growth(lambda: torch.ones(size // 4))
+    assert more is not None and 0.9 * size < more < 1.2 * size and len(made) == size // 4
+    model, x = gpt2(2, 256, 4, 512, 10, CPU, torch.float32), torch.zeros(1, 512, dtype=torch.long)
+    found = held.held_bytes(model, x)
+    assert found["held ÷ q k v output"] * 4 * 2 * 512 * 256 * 4 == pytest.approx(
+        found["held by a default trace, bytes"]
+    )
+    assert found["held ÷ q k v output"] < 2  # of T×S the weights and scores alone would be four times that
+    found = held.long_generation(tiny_llama(), torch.arange(4)[None], tokens=3)
+    # q and output, the keys and values of the last step at least, and the scores and weights of all steps.
+    least = 2 * 4 * (6 * 2 * 32 + 6 * 2 * 16 + 2 * 4 * (4 * 4 + 5 + 6))
+    assert least < found["generated, bytes of the file"] < least + 100_000
+
+
+def test_reading_a_part_and_the_report() -> None:
+    found = reading.one_head(tokens=64, heads=4, rounds=1)
+    assert found["all heads of a call, seconds"] > 0 and 0 < found["one head ÷ all heads, time"] < 50
+    found = reading.report(2, 2, 32, rounds=1)
+    assert 0 < found["report, seconds"] < 60
+    made: list[int] = []
+    read: list[tuple[str, int]] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    ways = {name: lambda x, name=name: read.append((name, x)) or 2.0 for name in ("a", "b")}  # type: ignore[misc]
+    spent, _ = reading._read(make, ways, 2, Hands(), CPU)
+    assert read == [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4), ("b", 5)]  # none is read twice
+    assert spent == {"a": 2.0, "b": 2.0}
 
 
 def test_idle_blocks_see_nothing_and_tap_only_keeps_nothing() -> None:
     model = gpt2(2, 32, 2, 8, 10, CPU, torch.float32)
     x = torch.zeros(1, 8, dtype=torch.long)
-    rows = {v.name: v for v in variants.variants(model, x)}
+    rows = {v.name: v for v in variants.fused_rows(model, x)}
     with rows[variants.IDLE].around():
         model(x)
     with hookattn.tracing(model, capture="sinks", verify="off") as trace:
         rows[variants.TAP].run()
     assert len(trace) == 2 and all(value is None for call in trace for value in call.fields.values())
-    eager = rows[variants.OUTPUT_ATTENTIONS].run()
-    assert torch.allclose(eager.attentions[1], rows[variants.FULL].run()[1].weights, atol=1e-5)
 
 
 def test_siblings_share_weights_and_nothing_else() -> None:
@@ -151,7 +271,7 @@ def test_what_does_not_fit_is_left_out_with_a_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "free_memory", lambda device: 4096)
     rows = {row.name: row for row in measure.measure(TINY, CPU, 0.0, rounds=1, memory=False)}
     assert rows[variants.BASE].left_out is None
-    assert (rows[variants.FULL].left_out or "").startswith("left out: needs about")
+    assert (rows[variants.TRACE].left_out or "").startswith("left out: needs about")
     assert "left out: needs about" in table.case_table("tiny", list(rows.values()))
     far = Variant("far", lambda: None, kept=0, host=1 << 20)
     assert (measure.too_large(TINY, far, CPU) or "").endswith("of the host")
@@ -171,7 +291,7 @@ def test_peak_memory() -> None:
 def test_streaming_and_derivation() -> None:
     model = gpt2(3, 64, 4, 128, 10, CPU, torch.float32)
     found = streaming(model, torch.zeros(1, 128, dtype=torch.long), clock.cpu_clock, rounds=1)
-    assert found["stream bytes"] == hookattn.plan(model, torch.zeros(1, 128, dtype=torch.long)).total
+    assert found["stream bytes"] == hookattn.plan(model, torch.zeros(1, 128, dtype=torch.long), to="t").total
     assert found["stream ÷ trace then write"] > 0 and 0.05 < found["stream ÷ plain write"] < 50
     speed = derivation(CPU, heads=2, tokens=64, width=16, dtype=torch.float32, rounds=2)
     assert 0 < speed["derive ÷ copy"] < 10
@@ -184,16 +304,31 @@ def test_the_bars() -> None:
         return measure.Row(name, milliseconds, ratio, ratio, ratio, per_call=7.0)
 
     rows = {
-        TOY: [row(variants.FULL, 1, 1.2), row(variants.QKV, 1, 1.3), row(variants.AFTER, 1, 0.99)],
-        LONG: [row(variants.FULL, 3, 2), row(variants.OUTPUT_ATTENTIONS, 2, 1)],
+        TOY: [row(variants.TRACE, 1, 1.2), row(variants.BLOCK, 1, 1.3), row(variants.AFTER, 1, 0.99)],
+        LONG: [row(variants.ALL, 3, 1.5), row(variants.OUTPUT_ATTENTIONS, 2, 1.2)],
+        SMALL_EAGER: [row(variants.TRACE, 1, 1.25), row(variants.QKV, 1, 1.21)],
+        GENERATION: [row(variants.TRACE, 1, 1.1)],
     }
-    told = {v.name: v for v in bars.verdicts(rows, {}, "cpu")}
-    assert told["toy: everything ÷ untraced"].reached and not told["toy: q k v ÷ untraced"].reached
-    assert told["long: everything ÷ eager output_attentions"].measured == 1.5
-    assert told["small: everything ÷ untraced"].measured is None
+    extra = {"generated, bytes of the file": 41e6, "generated, bytes in memory": 61e6, "report, peak in calls": 1.5}
+    told = {v.name: v for v in bars.verdicts(rows, extra, "cpu")}
+    assert told["toy: trace ÷ untraced"].reached and not told["toy: trace ÷ untraced, in a block"].reached
+    assert told["toy: µs a call, one trace()"].measured == 7.0
+    assert told["long: trace + all weights ÷ output_attentions"].measured == 1.25
+    assert told["small, eager: trace less q k v, in forwards"].measured == pytest.approx(0.04)
+    assert told["generation: trace ÷ untraced"].reached and told["report on 12 × 12 × 512: peak in calls"].reached
+    assert told["300 generated tokens: megabytes of the file"].measured == 41
+    assert not told["300 generated tokens: megabytes in memory"].reached
+    assert told["small: trace ÷ untraced"].measured is None
     assert told["untraced after tracing: furthest median ratio from 1"].reached
     text = table.bar_table(list(told.values()))
     assert "not run" in text and "missed" in text
+    text = table.bar_table(
+        list(told.values()), {"toy: trace ÷ untraced": 1.125, "small: trace ÷ untraced": None}, "kept"
+    )
+    lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert lines["what has to be reached"][-1] == "kept"
+    assert lines["toy: trace ÷ untraced"][-3:] == ["1.2", "reached", "1.12"]
+    assert lines["small: trace ÷ untraced"][-2:] == ["not", "run"]
     gpu = bars.verdicts({}, {"derive ÷ copy": 0.9, "statistics ÷ forward": 3.5}, "cuda")
     assert [v.reached for v in gpu if v.measured is not None] == [True, False]
 
@@ -202,15 +337,42 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(command, "cases", lambda: iter([TINY]))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     path = tmp_path / "out" / "bench.json"
-    assert (
-        command.main(["--cases", "tiny", "--rounds", "1", "--busy", "--json", str(path), "--rows", "everyt,q k"]) == 0
-    )
+    given = ["--cases", "tiny", "--rounds", "1", "--busy", "--json", str(path), "--rows", "all w,q k", "--once"]
+    assert command.main(given) == 0
     report = json.loads(path.read_text(encoding="utf-8"))
     assert len(report["cases"]["tiny"]) == 6
     assert report["cases"]["tiny"][0]["name"] == variants.BASE and report["about"]["torch"]
-    assert "everything" in capsys.readouterr().out
+    assert report["about"]["memory"] == allocator.name() and "freed memory kept" not in report
+    assert f"tiny; {allocator.name()}" in (out := capsys.readouterr().out)
+    assert "trace + all weights" in out and "toy: trace ÷ untraced" in out
     with pytest.raises(SystemExit):
         command.main(["--cases", "nothing"])
+
+
+def test_the_command_measures_both_allocators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "cases", lambda: iter([TINY]))
+    asked: list[list[str]] = []
+
+    def run_keeping(arguments: list[str]) -> dict[str, Any]:
+        asked.append(arguments)
+        assert command.main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
+        found = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
+        return {**found, "bars": [{**bar, "measured": 0.123} for bar in found["bars"]]}
+
+    monkeypatch.setattr(allocator, "can_keep", lambda: True)
+    monkeypatch.setattr(allocator, "run_keeping", run_keeping)
+    path = tmp_path / "bench.json"
+    assert command.main(["--cases", "tiny", "--rounds", "1", "--rows", "trace,after", "--json", str(path)]) == 0
+    assert len(asked) == 1 and "--cases" in asked[0] and "--busy" not in asked[0]
+    out = capsys.readouterr().out
+    assert out.count("what has to be reached") == 1 and "freed memory kept\n" in out and "0.123" in out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    again = report["freed memory kept"]["cases"]["tiny"]
+    told = [variants.BASE, variants.BLOCK, variants.TRACE, variants.ALL, variants.AFTER]
+    assert [row["name"] for row in again] == told
+    assert len(report["cases"]["tiny"]) > len(again)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -238,15 +400,22 @@ def test_from_a_checkout_the_adapters_are_its_own(monkeypatch: pytest.MonkeyPatc
     assert {"gpt2", "bert", "llama"} <= set(added)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_stays_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[dict[str, str]] = []
-    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: begun.append(environment))
-    for name in command._ALLOCATOR:
+def test_freed_memory_is_kept_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*allocator.KEEPING, "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
-    command._keep_freed_memory()
-    assert len(begun) == 1 and command._ALLOCATOR.items() <= begun[0].items()
-    for name in command._ALLOCATOR:
-        monkeypatch.setenv(name, "1")  # somebody's own choice
-    command._keep_freed_memory()
-    assert len(begun) == 1
+    assert allocator.name() == "the allocator's defaults" and allocator.can_keep() is (sys.platform == "linux")
+    begun: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> None:
+        begun.append((command, env))
+        assert check
+        Path(command[-1]).write_text('{"bars": []}', encoding="utf-8")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert allocator.run_keeping(["--again"]) == {"bars": []}
+    assert "--again" in begun[0][0] and allocator.KEEPING.items() <= begun[0][1].items()
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "1")  # somebody's own choice
+    assert allocator.name() == "an allocator of your choice" and not allocator.can_keep()
+    for name, value in allocator.KEEPING.items():
+        monkeypatch.setenv(name, value)
+    assert allocator.name() == "freed memory kept" and not allocator.can_keep()
