@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor
 
-from ..attention.kernel_call import DERIVED, FIELDS
+from ..attention.kernel_call import DERIVED
 from ..calls.call import Call
+from ..calls.certificate import UNVERIFIED, Certificate
+from ..calls.key_history import Continued
 from ..calls.trace_data import TraceData
+from ..errors import TraceTooLargeError
 from ..version import __version__
+from .call_writer import CallWriter, WrittenCall
+from .format import encode_document
 from .json_values import json_number, json_value
-from .names import Names
-from .schema import CALL, CERTIFICATE, SITE, SKIPPED, to_entry
-from .writer import write_file
+from .names import own_name
+from .schema import CALL, CERTIFICATE, LINK, SITE, SKIPPED, to_entry
+from .writer import StreamWriter
+
+# What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
+# its batch entries; in the numbers of a certificate beyond zeros; beside the document and the tensors.
+_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 160, 200, 256, 128
 
 
-def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False) -> str:
-    """See :meth:`hookattn.Trace.save`."""
-    names, tensors, calls = Names(), {}, []
-    for call in trace.calls:
-        left_out = {f for f in DERIVED if compact and f in call.derivable}
-        entries: dict[str, str | None] = {}
-        for field in (*FIELDS, *(f for f in call.fields if f not in FIELDS)):
-            if field in call.fields and field not in left_out:
-                value = call.get(field)
-                entries[field] = None
-                if value is not None:
-                    name, new = names.name(call, field, value)
-                    entries[field] = name
-                    if new:
-                        tensors[name] = value
-        calls.append(call_entry(call, entries, tensors, compact))
-    return fspath(write_file(path, tensors, document_of(trace, calls, compact)))
+def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, linked: bool = True) -> str:
+    """See :meth:`hookattn.Trace.save`. Each call's fields are derived, written and let go before those of the next.
+
+    Args:
+        trace, path, compact: as there.
+        linked: whether keys and values may go on from those of an earlier call; else each call has them whole, for a
+            reader that does not put them together.
+    """
+    entries = []
+    with StreamWriter(path, reserve=_header_size(trace, compact)) as file:
+        writer = CallWriter(file, linked)
+        for call in trace.calls:
+            certificate = call.certificate  # before any number of the call is written
+            try:
+                written = writer.write(call, _left_out(call, compact))
+            except TraceTooLargeError as error:
+                error.add_note("hookattn: save(..., compact=True) leaves out scores and weights that can be derived.")
+                raise
+            entries.append(call_entry(call, written, certificate))
+        return fspath(file.finish(document_of(trace, entries, compact)))
 
 
-def call_entry(call: Call, entries: dict[str, str | None], tensors: dict[str, Tensor], compact: bool) -> dict[str, Any]:
-    """A call in the document; a scale that is a tensor and has no name yet is named, and put to ``tensors``."""
-    fields = {f: n for f, n in entries.items() if f != "scale"}
-    scale: Any = call.scale
-    if isinstance(scale, Tensor):
-        name = entries.get("scale")
-        if name is None:
-            name = f"calls/{call.index:04d}/{call.site.path or 'model'}/scale"
-            tensors[name] = scale
-        scale = {"tensor": name}
-    site, certificate = to_entry(SITE, call.site), to_entry(CERTIFICATE, call.certificate)
-    return to_entry(CALL, call, site=site, scale=json_number(scale), fields=fields, certificate=certificate)
+def _left_out(call: Call, compact: bool) -> set[str]:
+    return {f for f in DERIVED if compact and f in call.derivable}
+
+
+def _header_size(trace: TraceData, compact: bool) -> int:
+    """How many bytes the header may take, before anything is derived or read: enough, and little more."""
+    size = _text_size(encode_document(document_of(trace, [], compact))) + _OF_FILE
+    for i, call in enumerate(trace.calls):
+        names = {f: own_name(i, call.site.path, f) for f in call.fields if f not in _left_out(call, compact)}
+        scale = own_name(i, call.site.path, "scale") if isinstance(call.scale, Tensor) else None
+        size += _text_size(json.dumps(call_entry(call, WrittenCall(i, {**names}, scale=scale), UNVERIFIED)))
+        size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*names.values(), scale) if n)
+        for place in call.fields.values():
+            size += _OF_LINK + 8 * place.shape[0] if isinstance(place, Continued) else 0
+        size += _OF_NUMBERS
+    return size
+
+
+def _text_size(text: str) -> int:
+    """The bytes of a text as a string of JSON."""
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+def call_entry(
+    call: Call, written: WrittenCall, certificate: Certificate, places: Mapping[int, int] | None = None
+) -> dict[str, Any]:
+    """A call in the document.
+
+    Args:
+        call: the call.
+        written: where its tensors are.
+        certificate: its certificate.
+        places: the place of a call in the trace by its number, where these differ.
+    """
+    scale: Any = call.scale if written.scale is None else {"tensor": written.scale}
+    links = {
+        name: to_entry(LINK, link if places is None else link._replace(continues=places[link.continues]))
+        for name, link in written.links.items()
+    }
+    return to_entry(
+        CALL,
+        call,
+        site=to_entry(SITE, call.site),
+        scale=json_number(scale),
+        fields=written.fields,
+        certificate=to_entry(CERTIFICATE, certificate),
+        continued=links or None,
+    )
 
 
 def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) -> dict[str, Any]:

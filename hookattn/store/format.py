@@ -16,7 +16,7 @@ from ..errors import TraceWriteError
 
 METADATA_KEY = "hookattn"
 FORMAT = "hookattn-trace"
-FORMAT_VERSION: tuple[int, int] = (1, 2)
+FORMAT_VERSION: tuple[int, int] = (1, 3)
 
 LENGTH_BYTES = 8
 """The size of the header's length, which precedes the header."""

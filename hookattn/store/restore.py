@@ -5,14 +5,18 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
+from ..attention.kernel_call import FIELDS
 from ..calls.call import Call, Skipped
 from ..calls.certificate import Certificate
-from ..calls.fields import InFile
+from ..calls.fields import Field, InFile
+from ..calls.key_history import Continued
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import CorruptFileError
+from .links import LINKED
 from .reader import LazyFile
-from .schema import CALL, CERTIFICATE, DOCUMENT, SITE, SKIPPED, from_entry
+from .schema import CALL, CERTIFICATE, DOCUMENT, LINK, SITE, SKIPPED, from_entry
+from .stored_history import StoredHistory
 
 Made = TypeVar("Made", bound=TraceData)
 
@@ -34,7 +38,8 @@ def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
         skipped, calls = values.pop("skipped"), values.pop("calls")
         trace = kind(**{**values, "notes": list(values["notes"])}, path=path)
         trace.skipped = [Skipped(**from_entry(SKIPPED, "skipped", entry)) for entry in skipped]
-        trace.calls = [_call_of(file, i, entry) for i, entry in enumerate(calls)]
+        for i, entry in enumerate(calls):
+            trace.calls.append(_call_of(file, i, entry, trace.calls))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptFileError(
             f"{path}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file "
@@ -43,8 +48,12 @@ def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
     return trace
 
 
-def _call_of(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
-    """One call of an open file. Raises TypeError, ValueError or CorruptFileError where its entry is no call's."""
+def _call_of(file: LazyFile, index: int, entry: dict[str, Any], before: list[Call]) -> Call:
+    """One call of an open file, in which those ``before`` it are.
+
+    Raises:
+        TypeError, ValueError, CorruptFileError: its entry is no call's.
+    """
     where = f"call {index}"
     values = from_entry(CALL, where, entry)
     queries, of_queries = values["queries"], values.get("of_queries")
@@ -53,14 +62,48 @@ def _call_of(file: LazyFile, index: int, entry: dict[str, Any]) -> Call:
     if of_queries is not None and of_queries <= max(queries, default=-1):
         raise ValueError(f"{where}: 'of_queries' is {of_queries}, and query row {max(queries)} was kept")
     names: dict[str, str | None] = values["fields"]
-    missing = [n for n in names.values() if n is not None and n not in file]
+    links = {f: from_entry(LINK, f"{where}, continued {f}", x) for f, x in (values.pop("continued", {}) or {}).items()}
+    missing = [n for n in (*names.values(), *(x["tensor"] for x in links.values())) if n is not None and n not in file]
     if missing:
         raise CorruptFileError(f"{file.path}: {where} names the tensor {missing[0]!r}, which is not in the file.")
     scale = values["scale"]
+    fields: dict[str, Field] = {f: None if n is None else InFile(file, n) for f, n in names.items()}
+    for field, link in links.items():
+        if field not in LINKED or field in fields:
+            why = "'fields' has it, too" if field in fields else f"expected {' or '.join(LINKED)}"
+            raise ValueError(f"{where}, continued {field}: {why}")
+        try:
+            fields[field] = _continued(field, link, before)
+        except ValueError as error:
+            raise ValueError(f"{where}, continued {field}: {error}") from None
+    if links:
+        fields = {f: fields[f] for f in (*FIELDS, *fields) if f in fields}
     values |= {
         "site": Site(**from_entry(SITE, f"{where}, site", values["site"])),
         "scale": file.tensor(scale["tensor"]) if isinstance(scale, dict) else float(scale),
         "certificate": Certificate(**from_entry(CERTIFICATE, f"{where}, certificate", values["certificate"])),
-        "fields": {f: None if n is None else InFile(file, n) for f, n in names.items()},
+        "fields": fields,
     }
     return Call(index=index, **values)
+
+
+def _continued(field: str, link: dict[str, Any], before: list[Call]) -> Continued:
+    """The step of a history that a field is which goes on from that of a call before it.
+
+    Raises:
+        ValueError: there is no such field, or it does not go on from it; says why.
+    """
+    number = link.pop("continues")
+    if not 0 <= number < len(before):
+        raise ValueError(f"'continues' is {number}, expected the number of a call before it")
+    earlier = before[number].fields.get(field)
+    if isinstance(earlier, InFile):
+        earlier = before[number].fields[field] = Continued(StoredHistory(earlier.file, earlier.name), 0)
+    if not isinstance(earlier, Continued):
+        raise ValueError(f"call {number} has no {field}")
+    history = earlier.history
+    assert isinstance(history, StoredHistory)
+    if earlier.step != len(history) - 1:
+        raise ValueError(f"another call continues that of call {number} already")
+    history.add(**link)
+    return Continued(history, len(history) - 1)

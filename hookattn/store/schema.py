@@ -63,6 +63,7 @@ _KINDS: dict[str, Kind] = {
         lambda x: getattr(torch, x),
     ),
     "names": Kind(lambda x: type(x) is dict and all(type(n) in (str, type(None)) for n in x.values())),
+    "links": Kind(lambda x: type(x) is dict and all(type(link) is dict for link in x.values())),
     "scale": Kind(lambda x: _is_number(x) or (type(x) is dict and type(x.get("tensor")) is str)),
 }
 
@@ -112,6 +113,14 @@ CALL = (
     Scalar("certificate", "object"),
     Scalar("keys", "int?", since=(1, 1)),
     Scalar("of_queries", "int?", since=(1, 2)),
+    Scalar("continued", "links?", since=(1, 3)),
+)
+LINK = (
+    Scalar("continues", "int"),
+    Scalar("batch", "ints?"),
+    Scalar("dropped", "int"),
+    Scalar("at", "int"),
+    Scalar("tensor", "str?"),
 )
 SITE = (
     Scalar("path", "str"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
@@ -11,14 +12,22 @@ import torch
 from torch import Size, Tensor
 
 from ..calls.call import Call
-from ..calls.fields import InFile, tensor_of
+from ..calls.fields import Field, InFile, Later
+from ..calls.key_history import Continued, KeyHistories
+from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import TraceFileError
+from ..torch_internals.isolation import isolated
+from .call_writer import CallWriter, WrittenCall
 from .document import call_entry, document_of
-from .names import Names
+from .indexing import Index
+from .links import LINKED
 from .reader import LazyFile
 from .restore import trace_of
+from .stored_history import StoredHistory
 from .writer import StreamWriter
+
+_ANY = torch.empty(0)
 
 
 class GrowingFile:
@@ -36,9 +45,13 @@ class GrowingFile:
         self._lock = threading.RLock()
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read anew. Raises as :meth:`StreamWriter.tensor` or :meth:`LazyFile.tensor`."""
+        """One tensor, read anew. Raises as :meth:`slice`."""
+        return self.slice(name, ())
+
+    def slice(self, name: str, index: Index) -> Tensor:
+        """A part of a tensor, read anew. Raises as :meth:`StreamWriter.slice` or :meth:`LazyFile.slice`."""
         with self._lock:  # between the writer's end and the opening of the finished file nobody could read
-            return (self.writer if self._finished is None else self._finished).tensor(name)
+            return (self.writer if self._finished is None else self._finished).slice(name, index)
 
     def shape(self, name: str) -> Size:
         """Its shape, without reading it. Raises KeyError."""
@@ -63,40 +76,84 @@ class GrowingFile:
             return self._finished
 
 
+@dataclass(eq=False)
+class _Keys:
+    """The keys and values of a call, for the next step to be compared with.
+
+    Attributes:
+        site, step: of the call.
+        fields: in memory where they go on from others, so that there is one run of them a site; else in the file.
+        number: of the call, from 0.
+        stored: what the call's fields are in the file.
+    """
+
+    site: Site
+    step: int
+    fields: dict[str, Field]
+    number: int = 0
+    stored: dict[str, Field] = field(default_factory=dict)
+
+
 class Stream:
-    """Writes the calls of a running trace as they come; the fields leave memory."""
+    """Writes the calls of a running trace as they come; the fields leave memory, but for one run of keys a site."""
 
     def __init__(self, path: str | PathLike[str], trace: TraceData):
         self.path, self.trace = fspath(path), trace
         self.file = GrowingFile(path)
-        self.names = Names()
-        self.written: dict[int, dict[str, str | None]] = {}
+        self.written: dict[int, WrittenCall] = {}
+        self._writer = CallWriter(self.file.writer)
+        self._histories = KeyHistories()
+        # Of each site the step that it ran in last, what it had then, and what it had in the one before.
+        self._last: dict[tuple[str, str], tuple[int, list[_Keys], list[_Keys]]] = {}
 
     def add(self, call: Call) -> None:
         """Write one call's fields and drop them: they are read from the file from now on."""
-        entries: dict[str, str | None] = {}
-        for field, value in list(call.fields.items()):
-            entries[field] = None
-            tensor = tensor_of(value)
+        with isolated(_ANY):
+            keys, before = self._compared(call)
+            written = self.written[id(call)] = self._writer.write(call)
+        keys.number = written.number
+        for name, tensor in written.fields.items():
             if tensor is not None:
-                name, new = self.names.name(call, field, tensor)
-                if new:
-                    self.file.writer.add(name, tensor)
-                entries[field] = name
-                call.fields[field] = InFile(self.file, name)
-        if isinstance(call.scale, Tensor):
-            name, _ = self.names.name(call, "scale", call.scale)
-            self.file.writer.add(name, call.scale)
-            entries["scale"] = name
-        self.written[id(call)] = entries
+                call.fields[name] = InFile(self.file, tensor)
+        for name, link in written.links.items():
+            earlier = next(k for k in before if k.number == link.continues)
+            place = earlier.stored[name]
+            if isinstance(place, InFile):
+                place = Continued(StoredHistory(place.file, place.name), 0)
+            assert isinstance(place, Continued) and isinstance(place.history, StoredHistory)
+            place.history.add(link.batch, link.dropped, link.at, link.tensor)
+            call.fields[name] = Continued(place.history, place.step + 1)
+        for name, place in keys.fields.items():
+            stored = keys.stored[name] = call.fields[name]
+            if not isinstance(place, Continued):
+                assert isinstance(stored, InFile)
+                keys.fields[name] = Later(self.file.tensor, stored.name)
+
+    def _compared(self, call: Call) -> tuple[_Keys, list[_Keys]]:
+        """The keys and values of a call, which has them as the steps of a history now where they go on from those of
+        its site in the forward before; and all of these."""
+        place = call.site.path, call.site.kind
+        step, now, before = self._last.get(place, (-1, [], []))
+        if call.step != step:
+            now, before = [], now if call.step > step else []
+        keys = _Keys(call.site, call.step, {f: x for f in LINKED if isinstance(x := call.fields.get(f), Tensor)})
+        self._last[place] = call.step, [*now, keys], before
+        self._histories.take(keys)
+        for name, found in keys.fields.items():
+            if isinstance(found, Continued):
+                call.fields[name] = found
+                if found.step == 1:  # what it goes on from was written before anybody knew
+                    first = next(k for k in before if k.fields.get(name) == Continued(found.history, 0))
+                    self._writer.steps.whole(Continued(found.history, 0), first.number)
+        return keys, before
 
     def finish(self) -> None:
         """Complete the file and let the trace read its fields from it."""
         for call in self.trace.calls:
             if id(call) not in self.written:
                 self.add(call)
-        extra: dict[str, Tensor] = {}
-        calls = [call_entry(c, self.written[id(c)], extra, False) for c in self.trace.calls]
+        places = {self.written[id(c)].number: i for i, c in enumerate(self.trace.calls)}
+        calls = [call_entry(c, self.written[id(c)], c.certificate, places) for c in self.trace.calls]
         stored = trace_of(self.file.finish(document_of(self.trace, calls, False)), self.path, TraceData)
         for call, on_disk in zip(self.trace.calls, stored.calls, strict=True):
             call.fields = on_disk.fields  # so that nothing of the writer is kept for them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..errors import TraceFileError, TraceWriteError
 from .format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
+from .indexing import Index, select
 from .partial import CHUNK, PartialFile, explaining_os_errors
 from .rawbytes import byte_blocks, check_storable, memory_of
 
@@ -53,16 +55,19 @@ class _Lane:
         # Only now, and in one step: what an interrupt leaves half written is overwritten by the next tensor.
         self.entries[name] = entry._replace(begin=begin, end=begin + entry.end)
 
-    def read(self, name: str) -> Tensor:
-        """A copy of a tensor: the bytes of the file are moved at the end, so that it can't be mapped before."""
+    def read(self, name: str, index: Index) -> Tensor:
+        """A copy of a part: the bytes of the file are moved at the end, so that it can't be mapped before."""
         entry = self.entries[name]
-        made = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        if made.nbytes:
-            bytes_of_it = memory_of(made)
-            for first in range(0, made.nbytes, CHUNK):
-                size = min(CHUNK, made.nbytes - first)
-                bytes_of_it[first : first + size] = self.file.read(self.start + entry.begin + first, size)
-        return made
+        selection = select(entry.shape, index)
+        run = torch.empty(selection.span, dtype=entry.dtype, device="cpu")
+        if run.nbytes:
+            bytes_of_it, begin = memory_of(run), entry.begin + selection.offset * run.itemsize
+            for first in range(0, run.nbytes, CHUNK):
+                size = min(CHUNK, run.nbytes - first)
+                bytes_of_it[first : first + size] = self.file.read(self.start + begin + first, size)
+        if run.numel() == math.prod(selection.shape):
+            return run.view(selection.shape)
+        return run.as_strided(selection.shape, selection.strides).clone(memory_format=torch.contiguous_format)
 
 
 class StreamWriter:
@@ -105,9 +110,16 @@ class StreamWriter:
             self._append(name, tensor)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one of the tensors that were written back, before the file is finished.
+        """Read one of the tensors that were written back, before the file is finished. Raises as :meth:`slice`."""
+        return self.slice(name, ())
+
+    def slice(self, name: str, index: Index) -> Tensor:
+        """What ``tensor(name)[index]`` is, of which no more is read than from its first to its last element.
+
+        ``index`` is an integer, a slice, or a tuple of these for the leading dimensions.
 
         Raises:
+            IndexError, TypeError, ValueError: the index does not fit the shape, or is of another kind.
             KeyError: there is no tensor of this name.
             TraceFileError: it cannot be read back; or the writer is finished, or aborted and its file deleted.
         """
@@ -121,7 +133,7 @@ class StreamWriter:
                     "writing. Trace again; in memory (without to=), fields outlive an error."
                 )
             try:
-                return lane.read(name)
+                return lane.read(name, index)
             except OSError as error:
                 raise TraceFileError(
                     f"{self.path}: cannot read {name!r} back: {error.strerror or error}. Read it once the file is "

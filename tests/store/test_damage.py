@@ -92,7 +92,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "document not text": (framed(b'{"__metadata__":{"hookattn":1}}'), "to be a string, and got a number"),
     "document not json": (described("{"), "metadata 'hookattn' is not JSON"),
     "document not an object": (described("[]"), "to be a JSON object, and got an array"),
-    "no version": (described('{"format":"hookattn-trace"}'), r"as \[1, 2\], and got None"),
+    "no version": (described('{"format":"hookattn-trace"}'), r"as \[1, 3\], and got None"),
     "version of three": (described({"format_version": [1, 0, 0]}), "got .1, 0, 0"),
     "version of bools": (described({"format_version": [True, False]}), "got .True, False"),
     "version nought": (described({"format_version": [0, 9]}), "and got 0.9"),
@@ -179,7 +179,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
 def test_newer_formats(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(described({"format_version": [2, 3]}, x="of a shape to come"))
-    with pytest.raises(NewerFormatError, match=r"format 2\.3, and this .* reads 1\.2.*Upgrade hookattn"):
+    with pytest.raises(NewerFormatError, match=r"format 2\.3, and this .* reads 1\.3.*Upgrade hookattn"):
         LazyFile(path)
     path.write_bytes(described({"format_version": [1, 7], "later": 1}, b" " * 8, x=entry(later=2)))
     assert read_all(path).document["later"] == 1

@@ -83,7 +83,7 @@ def test_every_dtype_bit_for_bit(tmp_path: Path, write: Any, code: str) -> None:
     bare, document = plain_read(path)
     assert list(document)[:2] == ["format", "format_version"] and document["format_version"] == list(FORMAT_VERSION)
     with LazyFile(path) as file, safe_open(path, "pt") as theirs:
-        assert file.document == document == {"format": "hookattn-trace", "format_version": [1, 2], **DOCUMENT}
+        assert file.document == document == {"format": "hookattn-trace", "format_version": [1, 3], **DOCUMENT}
         assert theirs.metadata()["format"] == "pt" and json.loads(theirs.metadata()["hookattn"]) == document
         assert set(file.keys()) == set(tensors) == set(theirs.keys()) == set(bare) and len(file) == len(tensors)
         for name, tensor in tensors.items():
