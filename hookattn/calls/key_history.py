@@ -1,8 +1,8 @@
 """The keys, or the values, of one site through the steps of a generation, each kept once.
 
 A step of a generation has the keys of the step before and a few of its own. :class:`KeyHistory` holds the own ones of
-all steps in one run, and each step's keys are a stretch of it (:class:`Continued`), which reading gives as a whole. That
-a step begins with the keys of the one before is compared, never assumed; where it does not, it is kept whole.
+all steps in one run, and each step's keys are a stretch of it (:class:`Continued`), which reading gives as a whole.
+That a step begins with the keys of the one before is compared, never assumed; where it does not, it is kept whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _GROWTH = 1.5
 _ANY = torch.empty(0)
 
 
-class Link(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Link:
     """How the keys of one step go on from those of the step before.
 
     Attributes:
@@ -110,15 +111,16 @@ class KeyHistory:
         if not self._reordered:
             return snapshots([self._run[:, :, found.start : found.stop]], [False])[0]
         # From this step back: which batch entry of the run each of its keys is of.
-        entries = torch.arange(self._run.shape[0])
-        index = torch.empty(len(entries), found.stop, dtype=torch.int64)
+        entries: Sequence[int] = range(self._run.shape[0])
+        of_steps, counts = [], []
         for i in range(step, -1, -1):
-            link, stop = self._steps[i].link, self._steps[i].stop
-            first = 0 if link is None else stop - link.count
-            index[:, first:stop] = entries.unsqueeze(1)
+            link = self._steps[i].link
+            of_steps.append(entries)
+            counts.append(self._steps[i].stop if link is None else link.count)
             if link is not None and link.batch is not None:
-                entries = torch.tensor(link.batch)[entries]
-        index = index[:, found.start :].to(self._run.device)
+                entries = [link.batch[entry] for entry in entries]
+        of_keys = torch.tensor(of_steps[::-1]).repeat_interleave(torch.tensor(counts[::-1]), 0)
+        index = of_keys.T[:, found.start :].to(self._run.device)
         places = torch.arange(found.start, found.stop, device=self._run.device)
         return self._run[index, :, places].transpose(1, 2)
 
@@ -278,17 +280,27 @@ class KeyHistories:
         # Weak references: keys that nobody holds any more are compared with nothing.
         self._last: dict[tuple[str, str, int], weakref.ref[KeptCall]] = {}
         self._new: list[weakref.ref[KeptCall]] = []
+        self._due = False
         self._step, self._runs = -1, Counter[tuple[str, str]]()
 
-    def note(self, call: KeptCall) -> None:
-        """A call whose keys and values will be looked at."""
+    def note(self, call: KeptCall, goes_on: bool) -> None:
+        """A call whose keys and values will be looked at.
+
+        Args:
+            call: the call.
+            goes_on: whether it may have keys of a step before. A sequence that has a query for every key has none.
+        """
         self._new.append(weakref.ref(call))
+        self._due |= goes_on
 
     def look(self) -> None:
         """Look at the calls that were noted since the last time, in their order.
 
         Comparing reads from the device, and so waits for it: between two steps that costs the least.
         """
+        if not self._due:  # the first step of a generation is remembered for the second
+            return
+        self._due = False
         new, self._new = self._new, []
         with isolated(_ANY):
             for ref in new:

@@ -1,4 +1,4 @@
-"""The mask of a call as what its kernel hides by itself and the mask that it was given; T×S is formed when it is read."""
+"""The mask of a call as what its kernel hides by itself and the mask that it was given; formed when it is read."""
 
 from __future__ import annotations
 

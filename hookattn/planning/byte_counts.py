@@ -57,7 +57,7 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
         call = replace(given, mask=_complete(given, step, masks))
         h, t = call.q.shape[1:3]
         chosen = selection.head_index(h, site.label), selection.query_index(t, site.label)
-        own_mask, whole_mask = replace(given), call.mask
+        own_mask, whole_mask = replace(given), _complete(given, step, masks)
         restrict(own_mask, *chosen)
         restrict(call, *chosen)
         shapes, taken, later = {}, {}, 0

@@ -8,6 +8,7 @@ all derived and measured at once.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
-from ..attention.masks import split_additive
+from ..attention.masks import Diagonal, split_additive
 from ..calls.call import Call
 from ..calls.deriving import derive_field
 from ..calls.fields import DERIVED, Derived, Field, Later
@@ -32,8 +33,10 @@ from .host_transfer import Transfer
 from .selection import Selection, grouped, restrict
 from .verification import kept_row_indices
 
-_RARE = ("scale", "sinks", "scores", "weights", "applied", "undropped", "outer_error")
-_MAY_BE_CACHES = frozenset({"k", "v"})
+_RARE = ("sinks", "scores", "weights", "applied", "undropped", "outer_error", "bias")
+_rare = operator.attrgetter(*_RARE)
+_CACHES = (False, True, True, False)
+"""Of q, k, v and output, which may be the memory of a cache."""
 
 
 class CallRecorder:
@@ -59,12 +62,14 @@ class CallRecorder:
         to_host = streamed or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if to_host else None
         self._memo = TensorMemo()
+        self._last_rule: tuple[MaskRule, int, int, Diagonal, torch.device] | None = None
         # What is streamed is put into histories where it is written, once it is there.
         self._histories = None if streamed or selection.capture.isdisjoint(("k", "v")) else KeyHistories()
 
     def forget(self) -> None:
         """A new forward begins: nothing is shared with the one before, but keys and values that go on."""
         self._memo.forget()
+        self._last_rule = None
         if self._histories is not None:
             self._histories.look()
 
@@ -107,15 +112,16 @@ class CallRecorder:
             self._hold(call)
             made.scale = call.scale
             self._place_fields(made, call, mask)
+            stays = self._stays(call)
             if self.verify != "off":
-                self._certify(made, call, mask, groups)
-            if not self._stays(call):
+                self._certify(made, call, mask, groups, stays)
+            if not stays:
                 self._settle(made)
             if statistics:
                 made.keys = call.k.shape[2]
                 made.fields.update((n, None if x is None else self._kept(x)) for n, x in statistics.items())
             if self._histories is not None:
-                self._histories.note(made)
+                self._histories.note(made, call.q.shape[2] < call.k.shape[2] or site.crosses)
             return made
 
     def deliver(self, call: Call, sink: Callable[[Call], None]) -> None:
@@ -146,6 +152,9 @@ class CallRecorder:
     ) -> MaskRule:
         """What hides keys in a whole call, of the heads and queries that are kept: one for all calls with the same."""
         t, s, diagonal, device = call.q.shape[2], call.k.shape[2], call.diagonal, call.q.device
+        last = self._last_rule
+        if call.mask is None and last is not None and last[1:] == (t, s, diagonal, device):
+            return last[0]
 
         def make() -> MaskRule:
             given = call.mask
@@ -159,18 +168,24 @@ class CallRecorder:
             rows = queries if isinstance(queries, slice) else kept_row_indices(call, queries)
             return whole.of(every, index, every if queries is None else rows)
 
-        return self._memo(("mask", t, s, diagonal, device), call.mask, make)  # type: ignore[no-any-return]
+        found: MaskRule = self._memo(("mask", t, s, diagonal, device), call.mask, make)
+        self._last_rule = (found, t, s, diagonal, device) if call.mask is None else None
+        return found
 
     def _hold(self, call: KernelCall) -> None:
         """Put copies in the place of a call's tensors, since the model may write to these."""
-        names = ["q", "k", "v"] if call.output is None else ["q", "k", "v", "output"]
-        for name in _RARE:
-            if isinstance(getattr(call, name), Tensor):
-                names.append(name)
-        held = snapshots([getattr(call, n) for n in names], [n in _MAY_BE_CACHES for n in names], self._copy)
-        for name, x in zip(names, held, strict=True):
+        q, k, v, output, scale = call.q, call.k, call.v, call.output, call.scale
+        rare = _rare(call)
+        if output is not None and type(scale) is float and all(x is None for x in rare):
+            call.q, call.k, call.v, call.output = snapshots((q, k, v, output), _CACHES, self._copy)
+            return
+        several = {"q": q, "k": k, "v": v, "output": output, "scale": scale, **dict(zip(_RARE, rare, strict=True))}
+        several["bias"] = None  # many layers share one
+        held = {name: x for name, x in several.items() if isinstance(x, Tensor)}
+        caches = [name in ("k", "v") for name in held]
+        for name, x in zip(held, snapshots(list(held.values()), caches, self._copy), strict=True):
             setattr(call, name, x)
-        if (bias := call.bias) is not None:  # many layers share one
+        if (bias := call.bias) is not None:
             call.bias = self._memo(("kept", "bias"), bias, lambda: snapshots([bias], [False], self._copy)[0])
 
     def _place_fields(self, made: Call, call: KernelCall, mask: MaskRule) -> None:
@@ -198,12 +213,14 @@ class CallRecorder:
         leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.q))
         return not leaves and self.selection.keeps_as_it_is(call.q.device)
 
-    def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None) -> None:
+    def _certify(
+        self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool
+    ) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""
         extras = Extras.of(call)
         # A matrix that nobody asked for shall not be held until somebody asks.
         held = call.applied is None and (call.weights is None or "weights" in made.fields)
-        if held and self._stays(call):
+        if held and stays:
             self._certifier.wait(made, extras)
         else:
             self._certifier.take(made, grouped(call, groups), mask)

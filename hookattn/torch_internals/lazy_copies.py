@@ -29,6 +29,9 @@ _transforms_active: Callable[[], bool] = private(
     "torch._C", "_are_functorch_transforms_active", "copies of tensors inside vmap and its kin"
 )
 
+SMALL = 1 << 15
+"""Bytes of a tensor that is small."""
+
 
 def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = False) -> list[Tensor]:
     """What several tensors are now; to be called without gradients, see :class:`~.isolation.isolated`.
@@ -37,6 +40,7 @@ def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = Fa
 
     Real copies are made where torch refuses a lazy one, and where it would cost more than it saves:
 
+    - of small tensors, which are copied in the time that it takes to ask all this;
     - of a tensor of another class, or inside ``vmap`` and its kin;
     - of what covers less than half of its storage together with the others, as a later write would copy all of it;
     - of memory that outlives the call: a parameter's, and a cache's that was written to before, so that it will be
@@ -51,6 +55,11 @@ def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = Fa
     """
     if copy or _lazy_clone is None or _transforms_active():
         return allocation.copies(several)
+    for x in several:
+        if x.nbytes > SMALL or type(x) is not Tensor:
+            break
+    else:
+        return [x.clone() for x in several]
     covered: dict[int, int] = {}
     storages: list[Any] = []
     for x in several:

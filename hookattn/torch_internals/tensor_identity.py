@@ -37,7 +37,8 @@ def version_of(x: Tensor) -> int:
 def storage_of(x: Tensor) -> int:
     """A number that tells a tensor's storage from others', for as long as it lives; 0 if it has none."""
     try:
-        return x.untyped_storage()._cdata
+        found: int = x.untyped_storage()._cdata
+        return found
     except AttributeError:
         _check()
         raise
@@ -48,4 +49,4 @@ def storage_of(x: Tensor) -> int:
 def address_of(x: Tensor) -> int:
     """Where the first element of a tensor is, for who only reads it; 0 for one without values."""
     found = _storage_address(x)
-    return found and found + x.storage_offset() * x.element_size()
+    return found and found + int(x.storage_offset()) * x.element_size()
