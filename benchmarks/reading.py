@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,15 +74,20 @@ def report(
 def _read(
     make: Callable[[], Any], ways: dict[str, Callable[[Any], Any]], rounds: int, clock: Clock, device: torch.device
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds (medians, in turn) and the most memory of each way to read what is made; the first round warms up."""
+    """Seconds (medians, in turn) and the most memory of each way to read what is made.
+
+    The first round imports what reading needs and counts for nothing, the second looks at memory, the others at time.
+    """
     spent: dict[str, list[float]] = {name: [] for name in ways}
     most: dict[str, int] = {}
-    for i in range(rounds + 1):
+    for i in range(rounds + 2):
         for name, read in ways.items():
-            made = make()
-            if i:
-                spent[name].append(clock(lambda read=read, made=made: read(made)))  # type: ignore[misc]
-            elif (found := peak(Variant(name, lambda read=read, made=made: read(made)), device)) is not None:  # type: ignore[misc]
-                most[name] = found
-            del made
+            run = partial(read, make())
+            if i == 1:
+                found = peak(Variant(name, run), device)
+                if found is not None:
+                    most[name] = found
+            else:
+                took = clock(run)
+                spent[name] += [took] if i else []
     return {name: statistics.median(several) for name, several in spent.items()}, most

@@ -242,9 +242,16 @@ def test_reading_a_part_and_the_report() -> None:
         made.append(len(made))
         return made[-1]
 
-    ways = {name: lambda x, name=name: read.append((name, x)) or 2.0 for name in ("a", "b")}  # type: ignore[misc]
+    def reads(name: str) -> Callable[[Any], float]:
+        def way(made: Any) -> float:
+            read.append((name, made))
+            return 2.0
+
+        return way
+
+    ways = {"a": reads("a"), "b": reads("b")}
     spent, _ = reading._read(make, ways, 2, Hands(), CPU)
-    assert read == [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4), ("b", 5)]  # none is read twice
+    assert read == [(name, i) for i, name in enumerate("ab" * 4)]  # none is read twice
     assert spent == {"a": 2.0, "b": 2.0}
 
 
