@@ -6,7 +6,8 @@ import operator
 from typing import Unpack
 
 from ..errors import SelectionError
-from .part import Part, Where, listed, parts_of
+from .part import Part, Where, parts_of
+from .parts import listed
 from .trace_data import TraceData
 
 

@@ -5,19 +5,19 @@ Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from torch import Tensor
 
-from ..attention.functional import sink_column, with_four_axes
+from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
 from .call import Call
-from .extents import extents_of, key_heads
-from .fields import Field, Later
+from .extents import extents_of, per_query_head
 from .labels import labels
+from .parts import chosen_positions
 from .query_positions import query_positions
 from .trace_data import TraceData
 
@@ -54,7 +54,7 @@ class Part:
     """One batch entry of one call, with the heads that are drawn.
 
     Attributes:
-        call: the call, cut down: B is 1, H the heads drawn, and G is H.
+        call: the call, cut down to the batch entry and the heads: what is read of it is read, or derived, of these.
         heads: H, their numbers in the model.
         rows: which of its T queries are drawn.
         columns: which of its S keys are drawn.
@@ -71,29 +71,53 @@ class Part:
     queries: tuple[str, ...]
     keys: tuple[str, ...]
 
-    def field(self, name: str) -> Tensor | None:
+    def field(self, name: str, query: int | None = None) -> Tensor | None:
         """A field of the call without its batch axis: on the CPU in float64, H T S, or H T D and H S D; None: none.
+
+        Args:
+            name: of the field.
+            query: one of the T queries, of which alone it is read or derived: T is 1 then.
 
         Raises:
             FieldNotCaptured: it was not kept; names the ``capture=``.
         """
-        value = self.call.get(name)
-        if value is None:
-            return None
-        if FIELD_SPECS[name].is_pairs:
-            value = value.expand(1, len(self.heads), len(self.queries), len(self.keys))
-        return value[0].detach().cpu().double()
+        value = self._value(name, query)
+        return None if value is None else value.double()
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, query: int | None = None) -> Tensor:
         """As :meth:`field`, of a field that every call has."""
-        found = self.field(name)
+        found = self.field(name, query)
         assert found is not None
         return found
 
-    @property
-    def hidden(self) -> Tensor | None:
-        """H T S, bool, True where the mask hides a key; None where the mask was not captured."""
-        return self.tensor("mask") == 0 if self.call.has("mask") else None
+    def hidden(self, query: int | None = None) -> Tensor | None:
+        """H T S, bool, True where the mask hides a key; None where the mask was not captured. Of a query: H 1 S."""
+        mask = self._value("mask", query) if self.call.has("mask") else None
+        return None if mask is None else ~mask.bool()
+
+    def _value(self, name: str, query: int | None) -> Tensor | None:
+        call, spec = self.call, FIELD_SPECS[name]
+        if query is not None:
+            call = call.at(queries=(call.queries or range(len(self.queries)))[query])
+        value = call.get(name)
+        if value is None:
+            return None
+        if spec.is_pairs:
+            rows = len(self.queries) if query is None else 1
+            value = value.expand(1, len(self.heads), rows, len(self.keys))
+        elif spec.per_key_head:
+            value = per_query_head(call, value, len(self.heads))
+        elif spec.is_column:
+            value = sink_column(value)
+        return value[0].detach().cpu()
+
+    def each_head(self) -> Iterator[Part]:
+        """A part for each head, so that what is made of matrices one by one holds one of them."""
+        if len(self.heads) == 1:
+            yield self
+            return
+        for head in self.heads:
+            yield replace(self, call=self.call.at(heads=head), heads=(head,))
 
     @property
     def row_labels(self) -> list[str]:
@@ -156,23 +180,18 @@ def parts_of(
     made = []
     for call in calls:
         b, h, t, s = _extents(call)
-        if not -b <= batch < b:
-            raise SelectionError(f"batch={batch}: {call.site.label} has {b} batch entries.")
+        (entry,) = chosen_positions("batch", batch, range(b), call, "batch entries")
         numbers = call.heads or tuple(range(h))
-        chosen = numbers if heads is None else tuple(_head_numbers(heads, numbers, call))
-        at = _query_places(call, batch % b, t, s)
-        names = labels(trace, call, batch % b, b, t, s, at, tokens, key_tokens)
-        own = call.queries or tuple(range(t))
-        made.append(
-            Part(
-                _restricted_call(call, batch % b, [numbers.index(n) for n in chosen], chosen, h),
-                chosen,
-                tuple(own.index(i) for i in _selected_positions("queries", queries, own, call)),
-                tuple(_selected_positions("keys", keys, tuple(range(s)), call)),
-                at,
-                *names,
-            )
-        )
+        what = "heads" if call.heads is None else "kept heads"
+        chosen = numbers if heads is None else chosen_positions("heads", heads, numbers, call, what)
+        at = _query_places(call, entry, t, s)
+        names = labels(trace, call, entry, b, t, s, at, tokens, key_tokens)
+        own, every = call.queries or tuple(range(t)), range(s)
+        rows = own if queries is None else chosen_positions("queries", queries, own, call, "queries")
+        columns = tuple(every) if keys is None else chosen_positions("keys", keys, every, call, "keys")
+        # What is asked for whole needs no number, which a call that is nothing but a mask may not have.
+        part = call.at(batch=None if b == 1 else entry, heads=None if chosen == numbers else chosen)
+        made.append(Part(part, chosen, tuple(own.index(i) for i in rows), columns, at, *names))
     return made
 
 
@@ -199,69 +218,3 @@ def _extents(call: Call) -> tuple[int, int, int, int]:
 def _query_places(call: Call, batch: int, t: int, s: int) -> tuple[int, ...] | None:
     found = query_positions(call, t, s)
     return None if found is None else tuple(found[batch if len(found) > 1 else 0].tolist())
-
-
-def _restricted_call(call: Call, batch: int, index: list[int], heads: tuple[int, ...], h: int) -> Call:
-    """One batch entry and some heads of a call; read, and derived, when they are asked for."""
-
-    # Closures, not tensors: a figure of one head shall not read the others, and a page reads call by call.
-    def take(x: Tensor, among: Sequence[int] = index) -> Tensor:
-        x = with_four_axes(x)
-        x = x[batch : batch + 1] if x.shape[0] > 1 else x
-        return x[:, list(among)] if x.shape[1] > 1 else x
-
-    def read(name: str) -> Tensor:
-        value = call.get(name)
-        assert value is not None
-        spec = FIELD_SPECS[name]
-        if not spec.per_key_head:
-            return take(sink_column(value) if spec.is_column else value)
-        of = key_heads(call, h, value.shape[1])
-        return take(value, [of[i] for i in index]).expand(-1, len(index), -1, -1)
-
-    fields: dict[str, Field] = {
-        n: Later(read, n) if call.fields[n] is not None else None for n in FIELD_SPECS if n in call.fields
-    }
-    scale = take(call.scale) if isinstance(call.scale, Tensor) else call.scale
-    return replace(call, fields=fields, scale=scale, heads=heads, kv_heads=None)
-
-
-def _head_numbers(wanted: Sequence[int] | int, numbers: tuple[int, ...], call: Call) -> list[int]:
-    asked = [wanted] if isinstance(wanted, int) else list(wanted)
-    whole = call.heads is None
-    found = [n + len(numbers) if whole and n < 0 else n for n in asked]
-    missing = [a for a, n in zip(asked, found, strict=True) if n not in numbers]
-    if missing or not asked:
-        raise SelectionError(
-            f"heads={asked}: {call.site.label} has {'' if whole else 'kept '}heads {listed(numbers)}"
-            + (f", so there is no head {missing[0]}." if missing else ", and none is selected.")
-        )
-    return found
-
-
-def _selected_positions(name: str, wanted: Positions, there: tuple[int, ...], call: Call) -> list[int]:
-    """Positions among those that are there; negative ones from the last one on."""
-    if wanted is None:
-        return list(there)
-    end = there[-1] + 1
-    asked = (
-        list(range(*wanted.indices(end)))
-        if isinstance(wanted, slice)
-        else ([wanted] if isinstance(wanted, int) else list(wanted))
-    )
-    if isinstance(wanted, slice):
-        asked = [i for i in asked if i in there]
-    found = [i + end if i < 0 else i for i in asked]
-    missing = [a for a, i in zip(asked, found, strict=True) if i not in there]
-    if missing or not asked:
-        raise SelectionError(
-            f"{name}={wanted}: {call.site.label} has {name} {listed(there)}"
-            + (f", so there is none at {missing[0]}." if missing else ", and none is selected.")
-        )
-    return found
-
-
-def listed(values: Sequence[object]) -> str:
-    """Values for a message, some left out where they are many."""
-    shown = [repr(v) for v in values]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:10], "…", shown[-1]])

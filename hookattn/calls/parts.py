@@ -72,19 +72,19 @@ class CallPart:
         chosen_batch: Index = every
         if batch is not None:
             entries = range(extent("B", "batch entries"))
-            chosen_batch = _index(_positions("batch", batch, entries, call, "batch entries"))
+            chosen_batch = _index(chosen_positions("batch", batch, entries, call, "batch entries"))
         chosen_rows: Index = every
         numbers, of_queries = call.queries, call.of_queries
         if queries is not None:
             own = call.queries or tuple(range(extent("T", "queries")))
-            numbers = _positions("queries", queries, own, call, "queries")
+            numbers = chosen_positions("queries", queries, own, call, "queries")
             chosen_rows = _index([own.index(i) for i in numbers] if call.queries else numbers)
             of_queries = call.of_queries if call.queries is not None else len(own)
         if heads is None:
             return cls(chosen_batch, every, chosen_rows, every, call.heads, call.kv_heads, numbers, of_queries)
         h = extent("H", "heads")
         there = call.heads or tuple(range(h))
-        named = _positions("heads", heads, there, call, "heads" if call.heads is None else "kept heads")
+        named = chosen_positions("heads", heads, there, call, "heads" if call.heads is None else "kept heads")
         at = [there.index(n) for n in named]
         groups: Index = every
         kv_heads: tuple[int, ...] | None = None
@@ -130,7 +130,7 @@ def part_of_scale(scale: float | Tensor, part: CallPart) -> float | Tensor:
     return x
 
 
-def _positions(name: str, wanted: Chosen, there: Sequence[int], call: WholeCall, what: str) -> tuple[int, ...]:
+def chosen_positions(name: str, wanted: Chosen, there: Sequence[int], call: WholeCall, what: str) -> tuple[int, ...]:
     """Those of the numbers that are there; negative ones from the last one on.
 
     Raises:

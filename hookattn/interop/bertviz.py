@@ -83,14 +83,14 @@ def to_bertviz(trace: TraceData, *, batch: int = 0) -> dict[str, Any]:
 
 def _layers(parts: list[Part], square: bool = True) -> list[Tensor]:
     """The weights of each layer, all of one shape."""
-    weights = [part.call.weights.detach().float().cpu() for part in parts]
-    shapes = {tuple(w.shape) for w in weights}
+    shapes = {(1, len(part.heads), len(part.queries), len(part.keys)) for part in parts}
     if len(shapes) > 1:
         raise SelectionError(f"BertViz stacks all layers, and these are of shapes {sorted(shapes)}; select some first.")
-    if square and weights[0].shape[2] != weights[0].shape[3]:
-        t, s = weights[0].shape[2:]
+    t, s = next(iter(shapes))[2:]
+    if square and t != s:
         raise SelectionError(
             f"BertViz has one list of tokens for queries and keys, and there are {t} queries and {s} keys; "
             "trace without queries=, or put the steps of a generation together with trace.stitch()."
         )
-    return weights
+    # Of a call of its own each time, so that what was derived is held in the result alone.
+    return [part.call.at().weights.detach().float().cpu() for part in parts]

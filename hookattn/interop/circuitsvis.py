@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from ..calls.choose import parts_of_one_stack
-from ..calls.part import Where
+from ..calls.part import Part, Where
 from ..calls.trace_data import TraceData
 from ..errors import SelectionError
 
@@ -51,13 +51,22 @@ def to_circuitsvis(trace: TraceData, **where: Unpack[Where]) -> dict[str, Any]:
             f"CircuitsVis has one list of tokens for queries and keys, and queries × keys are {sorted(sizes)}; give "
             "one layer, no queries or keys, or put the steps of a generation together with trace.stitch()."
         )
-    shown = [part.tensor("weights").numpy()[np.ix_(range(len(part.heads)), part.rows, part.columns)] for part in parts]
-    hidden = [None if part.hidden is None else part.hidden.numpy() for part in parts]
-    upper = [h is not None and bool(h[np.broadcast_to(np.triu(np.ones(h.shape[1:], bool), 1), h.shape)].all())
-             for h in hidden]  # fmt: skip
+    shown = [
+        one.tensor("weights").float().numpy()[0][np.ix_(part.rows, part.columns)]
+        for part in parts
+        for one in part.each_head()
+    ]
     return {
-        "attention": np.concatenate(shown).astype(np.float32),
+        "attention": np.stack(shown),
         "tokens": parts[0].column_labels,
         "attention_head_names": [f"L{part.call.site.layer}H{head}" for part in parts for head in part.heads],
-        "mask_upper_tri": all(upper),
+        "mask_upper_tri": all(map(_hides_later_keys, parts)),
     }
+
+
+def _hides_later_keys(part: Part) -> bool:
+    if not part.call.has("mask"):
+        return False
+    mask = part.call.mask
+    whole = mask.expand(1, mask.shape[1], len(part.queries), len(part.keys))
+    return not bool(whole.triu(1).any())

@@ -127,6 +127,7 @@ def activation(call: Call, field: str) -> Tensor:
     Raises:
         FieldNotCaptured: the field (for scores: or the mask) was not kept.
     """
+    call = call.at()  # what is derived of it is held by nobody but the caller
     if field == "scores":
         return torch.where(call.mask, call.scores, -torch.inf)
     value: Tensor = getattr(call, field)

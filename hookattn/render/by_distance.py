@@ -19,16 +19,15 @@ def mean_by_distance(part: Part) -> tuple[Array, Array]:
     """
     if part.places is None:
         raise SelectionError(f"{part.title} has no distances: its queries and keys are places in different sequences.")
-    found = drawn_values(part)
     # Distances are counted from 0 on, so that bincount sums the weights and the entries of each in one pass.
-    gaps = np.array(part.places)[list(found.rows)][:, None] - np.array(found.columns)[None]
+    gaps = np.array(part.places)[list(part.rows)][:, None] - np.array(part.columns)[None]
     first, last = int(gaps.min()), int(gaps.max())
     flat = (gaps - first).ravel()
     size = last - first + 1
-    allowed = ~np.ma.getmaskarray(found.data).reshape(len(part.heads), -1)
-    weights = np.ma.filled(found.data, 0.0).reshape(len(part.heads), -1)
-    total = np.array([np.bincount(flat, w, size) for w in weights])
-    count = np.array([np.bincount(flat, a, size) for a in allowed])
+    found = (drawn_values(one).data[0] for one in part.each_head())
+    sums = [(np.bincount(flat, x.filled(0.0).ravel(), size), np.bincount(flat, ~np.ma.getmaskarray(x).ravel(), size))
+            for x in found]  # fmt: skip
+    total, count = (np.array(x) for x in zip(*sums, strict=True))
     with np.errstate(invalid="ignore"):
         means = np.where(count > 0, total / count, np.nan)
     there = np.flatnonzero((count > 0).any(0))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS
 from ..calls.call import Call
-from ..calls.extents import extents_of
 from ..calls.deriving import shape_and_dtype
+from ..calls.extents import extents_of
 from ..calls.fields import Field, Later
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..traces import Trace
@@ -172,18 +172,24 @@ def _narrowed_call(call: Call, place: int, kept: Sequence[str], made: Narrowed) 
 
 
 def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
-    value = call.get(name)
+    # Of a call of its own: what is derived for the page is held by nobody once it is in there.
+    value = replace(call).get(name)
     assert value is not None
     if name == "weights":
         codes = sqrt8(value)
         if codes is not None:
-            error = float((codes.double().div(255).square() - value).abs().max()) if codes.numel() else 0.0
-            made.coding[place, name] = {"kind": "sqrt8", "error": error}
+            errors = [_largest_error(*head) for head in zip(codes.flatten(0, 1), value.flatten(0, 1), strict=True)]
+            made.coding[place, name] = {"kind": "sqrt8", "error": max(errors, default=0.0)}
             return codes
     half, error = half_floats(value)
     if error:
         made.rounded[name] = max(error, made.rounded.get(name, 0.0))
     return half
+
+
+def _largest_error(codes: Tensor, weights: Tensor) -> float:
+    """How far codes of :func:`sqrt8` are from the weights of a head, T S, at the most."""
+    return float((codes.double().div(255).square() - weights).abs().max()) if codes.numel() else 0.0
 
 
 def sqrt8(weights: Tensor) -> Tensor | None:

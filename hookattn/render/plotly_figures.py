@@ -16,7 +16,7 @@ from ..optional import extra_named
 from ..traces import Trace
 from .by_distance import highest, mean_by_distance
 from .palette import INK, MASKED, PAPER, head_style
-from .values import FLOOR, UNKNOWN, Field, Scale, Sink, block_maxima, check_options, drawn_values
+from .values import FLOOR, UNKNOWN, Field, Scale, Sink, check_options, drawn_values
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -73,8 +73,8 @@ def plotly(
 
 def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
     part = part_of_one_call(trace, "matrix", **where)
-    found = drawn_values(part, field, sink)
-    data, block = block_maxima(found.data, _MOST)
+    found = drawn_values(part, field, sink, most=_MOST)
+    data, block = found.data, found.block
     heads = part.heads
     columns = min(len(heads), 4, math.ceil(math.sqrt(len(heads))))
     figure = _subplots([f"head {head}" for head in heads], columns)
@@ -99,8 +99,8 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
     figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
     for row, part in enumerate(parts, 1):
-        found = drawn_values(part, field, sink)
-        data, block = block_maxima(found.data, _PIXELS)
+        found = drawn_values(part, field, sink, most=_PIXELS)
+        data, block = found.data, found.block
         notes += [f"{part.title}: {part.doubt}" if part.doubt else "", *found.notes]
         queries, keys = (
             [labels[i] for i in at[::block]] for labels, at in _labels_and_places(part, found.rows, found.columns)
@@ -141,7 +141,7 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
     top = highest(curves)
     floor = [math.log10(FLOOR), math.log10(top)] if scale == "log" else [-0.02 * top, top]
     figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
-    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + [UNKNOWN for p in parts if p.hidden is None]
+    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + [UNKNOWN for p in parts if not p.call.has("mask")]
     title = _title("mean weight against distance back to the key", notes)
     figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
     return figure

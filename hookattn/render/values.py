@@ -33,12 +33,18 @@ class DrawnValues:
         data: H rows columns, float64; masked where the mask hides a key, or where nothing is left to divide by.
         rows, columns: which queries and keys these are.
         notes: what a reader has to know.
+        block: so many rows and columns make one of ``data``, their largest.
+        masked: whether any entry is masked, in a block or alone.
+        largest: the largest magnitude of what is finite and not masked; 0 where nothing is.
     """
 
     data: np.ma.MaskedArray[Any, Any]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    block: int
+    masked: bool
+    largest: float
 
 
 def check_options(field: str, scale: str, sink: str) -> None:
@@ -56,52 +62,79 @@ def check_options(field: str, scale: str, sink: str) -> None:
         raise SelectionError(f"sink='renormalise' is for weights; drop the first key of {field} with sink='drop'.")
 
 
-def drawn_values(part: Part, field: str = "weights", sink: str = "show") -> DrawnValues:
-    """A field of the drawn heads, queries and keys.
+def drawn_values(
+    part: Part, field: str = "weights", sink: str = "show", *, most: int | None = None, first: int | None = None
+) -> DrawnValues:
+    """A field of the drawn heads, queries and keys; beside what is returned it holds one head at a time.
 
     Args:
         part: what is drawn.
         field: ``weights``, ``scores``, or ``mask`` (1: may attend).
-        sink: ``drop`` leaves out :func:`first_key`, where models park attention that has nowhere to go; ``renormalise``
+        sink: ``drop`` leaves out the first key, where models park attention that has nowhere to go; ``renormalise``
             also divides each row by what is left without it.
+        most: of more rows or columns than these each block's largest is taken, see :func:`block_maxima`.
+        first: the first key; None: :func:`first_key`.
 
     Raises:
         FieldNotCaptured: the field was not kept.
         SelectionError: without the first key there is none left.
     """
-    data, hidden = part_array(part, field), hidden_keys(part)
-    notes = [UNKNOWN] if hidden is None else []
-    hidden = np.zeros(data.shape, bool) if hidden is None else hidden
-    first = first_key(part)
-    columns = part.columns if sink == "show" else tuple(j for j in part.columns if j != first)
+    notes = [] if part.call.has("mask") else [UNKNOWN]
+    columns = part.columns
+    if sink != "show":
+        first = first_key(part) if first is None else first
+        columns = tuple(j for j in columns if j != first)
+        notes.append("first key left out" + (", rows divided by the rest" if sink == "renormalise" else ""))
     if not columns:
         raise SelectionError(f"sink={sink!r}: the first key is the only one that is drawn.")
-    if sink != "show":
-        notes.append("first key left out" + (", rows divided by the rest" if sink == "renormalise" else ""))
-    if sink == "renormalise":
-        left = np.delete(data, first, -1).sum(-1, keepdims=True)
+    most = max(len(part.rows), len(columns)) if most is None else most
+    images, block, masked, largest = [], 1, False, 0.0
+    for one in part.each_head():
+        data = _drawn_head(one, field, columns, first if sink == "renormalise" else None)
+        masked = masked or bool(np.ma.getmaskarray(data).any())
+        largest = max(largest, largest_magnitude(data))
+        image, block = block_maxima(data, most)
+        images.append(image)
+    whole = np.ma.masked_array(np.concatenate([x.data for x in images]), np.concatenate([x.mask for x in images]))
+    return DrawnValues(whole, part.rows, columns, tuple(notes), block, masked, largest)
+
+
+def _drawn_head(
+    part: Part, field: str, columns: tuple[int, ...], shared_out: int | None
+) -> np.ma.MaskedArray[Any, Any]:
+    """1 rows columns of a part of one head; ``shared_out``: the key without which its rows sum to 1, if any."""
+    data, hidden = part_array(part, field), hidden_keys(part)
+    hidden = np.zeros(data.shape, bool) if hidden is None else hidden
+    if shared_out is not None:
+        left = np.delete(data, shared_out, -1).sum(-1, keepdims=True)
         hidden = hidden | (left <= 0)
         data = np.divide(data, left, out=np.zeros_like(data), where=left > 0)
     cut = np.ix_(range(len(data)), part.rows, columns)
-    made = np.ma.masked_array(data[cut], hidden[cut])
-    return DrawnValues(made, part.rows, columns, tuple(notes))
+    return np.ma.masked_array(data[cut], hidden[cut])
 
 
-def part_array(part: Part, name: str) -> Array:
+def largest_magnitude(data: np.ma.MaskedArray[Any, Any]) -> float:
+    """The largest magnitude of what is finite and not masked; 0 where nothing is."""
+    finite = np.ma.masked_invalid(data).compressed()
+    return float(np.abs(finite).max()) if finite.size else 0.0
+
+
+def part_array(part: Part, name: str, query: int | None = None) -> Array:
     """:meth:`Part.tensor` as numpy takes it."""
-    return part.tensor(name).numpy()
+    return part.tensor(name, query).numpy()
 
 
-def hidden_keys(part: Part) -> Flags | None:
-    """:attr:`Part.hidden` as numpy takes it."""
-    return None if part.hidden is None else part.hidden.numpy()
+def hidden_keys(part: Part, query: int | None = None) -> Flags | None:
+    """:meth:`Part.hidden` as numpy takes it."""
+    hidden = part.hidden(query)
+    return None if hidden is None else hidden.numpy()
 
 
 def first_key(part: Part) -> int:
     """The first key that any query may attend to: what padding stands before it is no sink."""
-    hidden = hidden_keys(part)
-    seen = None if hidden is None else ~hidden.all((0, 1))
-    return 0 if seen is None else int(seen.argmax())
+    if not part.call.has("mask"):
+        return 0
+    return int(part.call.mask[0].flatten(0, 1).any(0).byte().argmax())
 
 
 def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:

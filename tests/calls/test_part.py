@@ -62,7 +62,7 @@ def test_grouped_heads_that_were_captured_alone() -> None:
         assert part.heads == (1,)
         torch.testing.assert_close(part.tensor("k")[0], call.k[0, 0].double())
         torch.testing.assert_close(part.tensor("weights")[0], call.weights[0, 1].double())
-    with pytest.raises(SelectionError, match=r"kept heads 3, 1, so there is no head 0"):
+    with pytest.raises(SelectionError, match=r"kept heads 3, 1, so there is none at 0"):
         parts_of(few, heads=[0])
 
 
@@ -164,9 +164,9 @@ def test_queries_before_and_behind_all_keys(first: int, queries: tuple[int, ...]
 @pytest.mark.parametrize(("where", "message"), [
     ({"layer": 9}, r"no call fits \{'layer': 9\}"),
     ({}, r"x draws one call, and 2 fit; give layer= of 0, 1\."),
-    ({"layer": 0, "heads": [4]}, r"heads=\[4\]: .* has heads 0, 1, 2, 3, so there is no head 4"),
+    ({"layer": 0, "heads": [4]}, r"heads=\[4\]: .* has heads 0, 1, 2, 3, so there is none at 4"),
     ({"layer": 0, "heads": []}, "none is selected"),
-    ({"layer": 0, "batch": 2}, "batch=2: .* has 2 batch entries"),
+    ({"layer": 0, "batch": 2}, r"batch=2: .* has batch entries 0, 1, so there is none at 2"),
     ({"layer": 0, "queries": [7]}, "so there is none at 7"),
     ({"layer": 0, "keys": slice(7, 9)}, "none is selected"),
 ])  # fmt: skip

@@ -96,7 +96,7 @@ def test_a_page(trace: Path, tmp_path: Path) -> None:
     (("-o", "none/x.svg", "--layer", "0"), 1, "Create the directory first"),
     (("-o", "x.html", "--view", "distance"), 2, "a page has no such thing"),
     (("-o", "x.html", "--dpi", "100"), 2, "a page has no such thing"),
-    (("-o", "x.html", "--heads", "9"), 1, "there is no head 9"),
+    (("-o", "x.html", "--heads", "9"), 1, "there is none at 9"),
 ])  # fmt: skip
 def test_errors(
     args: tuple[str, ...], code: int, message: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

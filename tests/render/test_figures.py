@@ -46,6 +46,12 @@ def traced(model: str = "gpt2", length: int = 8, **options: Any) -> hookattn.Tra
     return hookattn.trace(getattr(tiny, model)(), inputs, tokens=[tokens, tokens], **options)
 
 
+def measured(trace: hookattn.Trace) -> hookattn.Trace:
+    """The trace, whose fields may be exchanged now: its certificates are of those that it has had."""
+    assert trace.faithful
+    return trace
+
+
 def named(figure: Figure, gid: str) -> Any:
     found = figure.findobj(lambda artist: artist.get_gid() == gid)
     assert len(found) == 1, f"{len(found)} artists are named {gid!r}"
@@ -116,7 +122,7 @@ def test_heatmap_logarithmic_and_without_the_sink() -> None:
 
 
 def test_heatmap_of_very_many_tokens_is_pooled_and_says_so() -> None:
-    trace = traced(length=5)
+    trace = measured(traced(length=5))
     call = trace[0]
     weights = torch.zeros(1, 4, 2100, 2100)
     weights[0, 0, 1203, 7] = 1.0
@@ -210,7 +216,7 @@ def test_neuron_adds_up(model: str, stack: str | None) -> None:
 
 def test_small_numbers_are_told_apart() -> None:
     """Two digits that count for the largest, and no zero with a sign."""
-    trace = traced(length=5)
+    trace = measured(traced(length=5))
     call = trace[0]
     scores = torch.tensor([-0.004, 0.0, 1.0, 2.0, 3.0]).view(1, 1, 1, 5).expand(1, 4, 5, 5)
     weights = torch.tensor([0.0193, 0.0187, 0.01, 0.0, 0.0]).view(1, 1, 1, 5).expand(1, 4, 5, 5)
@@ -224,7 +230,7 @@ def test_small_numbers_are_told_apart() -> None:
 
 def test_lens_gives_the_reason() -> None:
     """Four keys and a masked one, with weights made for each of the words."""
-    trace = traced(length=5)
+    trace = measured(traced(length=5))
     call = trace[0]
     scores = torch.log(torch.tensor([0.70, 0.24, 0.05, 0.01, 0.9])).view(1, 1, 1, 5).repeat(1, 4, 5, 1)
     mask = torch.tensor([True, True, True, True, False]).view(1, 1, 1, 5)
@@ -245,14 +251,14 @@ def test_lens_gives_the_reason() -> None:
 @pytest.mark.parametrize("n", [3, 7, 11, 41, 49])
 def test_equal_weights_are_attended_to(n: int) -> None:
     """1/n in float32 may be less than 1/n."""
-    trace = traced(length=5)
+    trace = measured(traced(length=5))
     scores, weights = torch.zeros(1, 4, 5, n), torch.full((1, 4, 5, n), 1 / n)
     trace[0].fields = {"scores": scores, "mask": torch.ones(1, 1, 1, 1).bool(), "weights": weights, "sinks": None}
     assert texts(render.lens(trace, layer=0, heads=0)).count("attended") == n
 
 
 def test_lens_of_a_row_with_nothing_to_attend_to() -> None:
-    trace = traced(length=5)
+    trace = measured(traced(length=5))
     trace[0].fields["mask"] = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
     assert "nothing to attend to" in texts(render.lens(trace, layer=0, heads=0))
 

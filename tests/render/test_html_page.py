@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import Trace
+from hookattn.calls import deriving
 from hookattn.errors import (
     FieldNotCaptured,
     ForeignFileError,
@@ -247,7 +248,7 @@ def test_a_trace_too_large_says_its_size_before_anything_is_derived(
     wide = torch.zeros(1, 3, 1, 64).expand(1, 3, t, 64)
     fields: Any = {"q": wide, "k": wide, "mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
     trace = replace(trace, calls=[replace(call, fields=fields, derivable=("scores", "weights"))])
-    monkeypatch.setattr(hookattn.Call, "_derive", lambda self, name: pytest.fail("derived a matrix of 5 GB"))
+    monkeypatch.setattr(deriving, "derive", lambda *given, **more: pytest.fail("derived a matrix of 5 GB"))
     with pytest.raises(PageTooLargeError, match=r"1,600 MB .*hookattn view.*trace\.select"):
         page(trace)
     target = tmp_path / "a.html"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.patches import Patch
 
@@ -25,14 +24,12 @@ class ColourScale(NamedTuple):
     norm: Normalize
 
 
-def colour_scale(data: np.ma.MaskedArray[Any, Any], field: str, scale: str) -> ColourScale:
-    """Colours of values: weights from 0 to 1, scores about 0, what may be attended to in one."""
+def colour_scale(largest: float, field: str, scale: str) -> ColourScale:
+    """Colours of values up to this magnitude: weights from 0 to 1, scores about 0, what may be attended to in one."""
     if field == "mask":
         return ColourScale(ListedColormap([MAY]), Normalize(0, 1))
     if field == "scores":
-        finite = np.ma.masked_invalid(data).compressed()
-        top = float(np.abs(finite).max()) if finite.size else 1.0
-        return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-(top or 1.0), top or 1.0))
+        return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-(largest or 1.0), largest or 1.0))
     norm = LogNorm(FLOOR, 1, clip=True) if scale == "log" else Normalize(0, 1)
     return ColourScale(matplotlib.colormaps[SEQUENTIAL], norm)
 

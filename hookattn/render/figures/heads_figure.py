@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple, Unpack
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import head_style
-from ..values import Array, Sink, drawn_values
+from ..values import Array, Sink, drawn_values, first_key
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
 from .ticks import LONGEST, font_size, label_width, stride
 
@@ -49,7 +50,9 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     if not 0 < least <= 1:
         raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
     part = part_of_one_call(trace, "heads", **where)
-    found = drawn_values(part, "weights", sink)
+    first = first_key(part) if sink != "show" else None
+    drawn = (drawn_values(one, "weights", sink, first=first) for one in part.each_head())
+    found = next(drawn)
     level = _levels(part, found.rows, found.columns)
     lowest, highest = min(map(min, level)), max(map(max, level))
     keys = [part.keys[j] for j in found.columns]
@@ -75,8 +78,8 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
         for i in range(0, len(labels), stride(row) if len(labels) == slots else 1):
             label = shortened(labels[i], LONGEST)
             axes.text(x, at[i], label, ha=align, va="center", fontsize=font_size(row), clip_on=False)
-    for n, head in enumerate(part.heads):
-        lines = _lines(n, np.ma.filled(found.data[n], 0.0), level, least)
+    for n, (head, own) in enumerate(zip(part.heads, itertools.chain([found], drawn), strict=True)):
+        lines = _lines(n, np.ma.filled(own.data[0], 0.0), level, least)
         name_artist(lines, f"head-{head}")
         axes.add_collection(lines)
     return figure

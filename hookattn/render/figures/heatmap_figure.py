@@ -14,7 +14,7 @@ from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import FAINT, MAY
-from ..values import DrawnValues, Field, Scale, Sink, block_maxima, check_options, drawn_values
+from ..values import DrawnValues, Field, Scale, Sink, check_options, drawn_values
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
 from .colours import ColourScale, colour_scale, show_masked
 from .ticks import label_axis, label_depth, label_width
@@ -61,13 +61,12 @@ def heatmap(
     """
     check_options(field, scale, sink)
     part = part_of_one_call(trace, "heatmap", **where)
-    found = drawn_values(part, field, sink)
+    found = drawn_values(part, field, sink, most=_MOST)
     return _panels(part, found, field, scale, columns)
 
 
 def _panels(part: Part, found: DrawnValues, field: str, scale: str, columns: int | None) -> Figure:
-    h, t, s = found.data.shape
-    data, block = block_maxima(found.data, _MOST)
+    h, t, s, block = len(part.heads), len(found.rows), len(found.columns), found.block
     notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
     down, across = [part.queries[i] for i in found.rows], [part.keys[j] for j in found.columns]
     columns = min(h, columns or min(4, math.ceil(math.sqrt(h))))
@@ -80,13 +79,13 @@ def _panels(part: Part, found: DrawnValues, field: str, scale: str, columns: int
     top, step = heading.height, height + title + _GAP
     figure = empty_sheet(left + columns * (width + _GAP) + 0.9, top + lines * step + below + 0.1)
     heading.draw(figure)
-    mapped = colour_scale(found.data, field, scale)
+    mapped = colour_scale(found.largest, field, scale)
     for n, head in enumerate(part.heads):
         row, column = divmod(n, columns)
         axes = axes_at(figure, left + column * (width + _GAP), top + row * step + title, width, height)
         if h > 1:
             axes.set_title(f"head {head}", pad=3)
-        mesh = draw_mesh(axes, data[n], block, mapped)
+        mesh = draw_mesh(axes, found.data[n], block, mapped)
         name_artist(mesh, f"head-{head}")
         last = n + columns >= h
         label_axis(axes, "y", down, height / t, shown=column == 0)
@@ -95,9 +94,7 @@ def _panels(part: Part, found: DrawnValues, field: str, scale: str, columns: int
             axes.set_ylabel("query", labelpad=3)
         if last:
             axes.set_xlabel("key", labelpad=3)
-    draw_legend(
-        figure, left + columns * (width + _GAP), top + title + 0.12, mapped, field, scale, bool(found.data.mask.any())
-    )
+    draw_legend(figure, left + columns * (width + _GAP), top + title + 0.12, mapped, field, scale, found.masked)
     return figure
 
 

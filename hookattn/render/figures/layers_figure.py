@@ -16,7 +16,7 @@ from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import GRID
-from ..values import Field, Scale, Sink, block_maxima, check_options, drawn_values
+from ..values import Field, Scale, Sink, check_options, drawn_values, largest_magnitude
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
 from .colours import ColourScale, colour_scale, show_masked
 from .heatmap_figure import draw_legend
@@ -64,7 +64,7 @@ def layers(
     for row, (part, small) in enumerate(zip(parts, grid.images, strict=True)):
         layer = row if part.call.site.layer is None else part.call.site.layer
         for n, head in enumerate(part.heads):
-            mapped = colour_scale(small[n], field, scale)
+            mapped = colour_scale(largest_magnitude(small[n]), field, scale)
             name_artist(_draw_thumbnail(axes, row, numbers.index(head), small[n], mapped), f"layer-{layer}-head-{head}")
     # A picture moves the limits of its axes to itself, so they are set again.
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0), xlabel="head", ylabel="layer")
@@ -89,12 +89,12 @@ class _Thumbnails:
 
 
 def _thumbnails(parts: Sequence[Part], field: str, sink: str) -> _Thumbnails:
-    found = [drawn_values(part, field, sink) for part in parts]
-    images, blocks = zip(*(block_maxima(own.data, _PIXELS) for own in found), strict=True)
+    found = [drawn_values(part, field, sink, most=_PIXELS) for part in parts]
+    block = max(own.block for own in found)
     notes = [note for own in found for note in own.notes]
-    if max(blocks) > 1:
-        notes.append(f"each pixel is the largest of up to {max(blocks)} × {max(blocks)} entries")
-    return _Thumbnails(list(images), any(bool(own.data.mask.any()) for own in found), notes)
+    if block > 1:
+        notes.append(f"each pixel is the largest of up to {block} × {block} entries")
+    return _Thumbnails([own.data for own in found], any(own.masked for own in found), notes)
 
 
 def _draw_thumbnail(axes: Axes, row: int, column: int, image: Any, mapped: ColourScale) -> AxesImage:

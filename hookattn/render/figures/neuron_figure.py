@@ -43,7 +43,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
     q, k = part_array(part, "q")[0, i], part_array(part, "k")[0]
     product = q * k
     dots = _scaled_dots(product, part.call.scale, i)
-    finished = part.call.softcap is not None or part.field("bias") is not None or part.call.own_scores
+    finished = part.call.softcap is not None or part.field("bias", i) is not None or part.call.own_scores
     heading = Heading.of([part], found.title, found.notes)
     left = 0.1 + key_label_width(found)
     top = heading.height + 0.62

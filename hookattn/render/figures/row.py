@@ -89,13 +89,15 @@ def query_row(trace: Trace, view: str, **where: Unpack[Where]) -> QueryRow:
     if len(part.rows) > 1:
         raise SelectionError(f"{view} draws one query, and {len(part.rows)} are selected; give queries= with one.")
     i = part.rows[0]
-    weights, scores, hidden = part_array(part, "weights")[0, i], part_array(part, "scores")[0, i], hidden_keys(part)
+    # Of this query alone: the other rows of a long call are many times as much.
+    weights, scores = (part_array(part, name, i)[0, 0] for name in ("weights", "scores"))
+    hidden = hidden_keys(part, i)
     keys, notes = part.columns, [UNKNOWN] if hidden is None else []
     if len(keys) > _MOST and where.get("keys") is None:
         heaviest = np.argsort(-weights, kind="stable")[:_MOST]
         notes = [*notes, f"the {_MOST} keys of {len(keys)} that weigh most"]
         keys = tuple(sorted(int(j) for j in heaviest))
-    return QueryRow(part, i, keys, None if hidden is None else hidden[0, i], scores, weights, tuple(notes))
+    return QueryRow(part, i, keys, None if hidden is None else hidden[0, 0], scores, weights, tuple(notes))
 
 
 def label_keys(figure: Figure, x: float, y: float, found: QueryRow) -> None:
