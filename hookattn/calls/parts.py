@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,14 +77,15 @@ class CallPart:
         chosen_rows: Index = every
         numbers, of_queries = call.queries, call.of_queries
         if queries is not None:
-            own = call.queries or tuple(range(extent("T", "queries")))
+            own = call.queries or range(extent("T", "queries"))
             numbers = chosen_positions("queries", queries, own, call, "queries")
-            chosen_rows = _index([own.index(i) for i in numbers] if call.queries else numbers)
+            place = {number: i for i, number in enumerate(own)}
+            chosen_rows = _index([place[i] for i in numbers])
             of_queries = call.of_queries if call.queries is not None else len(own)
         if heads is None:
             return cls(chosen_batch, every, chosen_rows, every, call.heads, call.kv_heads, numbers, of_queries)
         h = extent("H", "heads")
-        there = call.heads or tuple(range(h))
+        there = call.heads or range(h)
         named = chosen_positions("heads", heads, there, call, "heads" if call.heads is None else "kept heads")
         at = [there.index(n) for n in named]
         groups: Index = every
@@ -95,7 +97,7 @@ class CallPart:
             reads = tuple(needed.index(of[i]) for i in at)
             even = len(at) % len(needed) == 0 and reads == tuple(i // (len(at) // len(needed)) for i in range(len(at)))
             kv_heads = None if even else reads
-        whole = call.heads is None and named == there
+        whole = call.heads is None and named == tuple(there)
         return cls(
             chosen_batch, _index(at), chosen_rows, groups, None if whole else named, kv_heads, numbers, of_queries
         )
@@ -137,16 +139,20 @@ def chosen_positions(name: str, wanted: Chosen, there: Sequence[int], call: Whol
         SelectionError: one is not there, or none is asked for.
     """
     end = max(there, default=-1) + 1
+    known = there if isinstance(there, range) else frozenset(there)
     if isinstance(wanted, slice):
-        known = set(there)
         found = [i for i in range(*wanted.indices(end)) if i in known]
         asked: list[int] = found
     else:
-        asked = [wanted] if isinstance(wanted, int) else list(wanted if isinstance(wanted, Iterable) else ())
+        several = wanted if isinstance(wanted, Iterable) else (wanted,)
+        try:
+            asked = [operator.index(i) for i in several]  # type: ignore[arg-type]
+        except TypeError:
+            raise SelectionError(f"{name}={wanted!r}: expected an int, a slice or several ints.") from None
         found = [i + end if i < 0 else i for i in asked]
     if len(set(found)) < len(found):
         raise SelectionError(f"{name}={wanted}: expected each of the {what} once.")
-    missing = [a for a, i in zip(asked, found, strict=True) if i not in there]
+    missing = [a for a, i in zip(asked, found, strict=True) if i not in known]
     if missing or not found:
         raise SelectionError(
             f"{name}={wanted}: {call.site.label} has {what} {listed(there)}"
