@@ -22,7 +22,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.checkpoint import checkpoint
 
 import hookattn
-from hookattn.torch_internals import allocation
+from hookattn.torch_internals import allocation, lazy_copies
 from hookattn.torch_internals.lazy_copies import is_lazy
 from tests import tiny_models
 from tests.reference import draw, merge, reference_attention, same_bits
@@ -38,6 +38,12 @@ X = draw(B, T, E, seed=1)
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 FIELDS = ("q", "k", "v", "bias", "scores", "mask", "weights", "output")
 Live = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are copied at once; here they stand for large ones."""
+    monkeypatch.setattr(lazy_copies, "SMALL", -1)
 
 
 def nothing(live: Live) -> None:

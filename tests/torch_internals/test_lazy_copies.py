@@ -25,6 +25,12 @@ B, H, T, D = 2, 3, 4, 5
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are copied at once; here they stand for large ones."""
+    monkeypatch.setattr(lazy_copies, "SMALL", -1)
+
+
 def snapshot(x: Tensor, cache: bool = False, copy: bool = False) -> Tensor:
     with torch.no_grad():
         return snapshots([x], [cache], copy)[0]
@@ -86,6 +92,16 @@ def test_what_has_its_storage_to_itself_is_copied_lazily(dtype: torch.dtype) -> 
         x.zero_()
         assert torch.equal(made.to(torch.float64), before.to(torch.float64))
         x.copy_(draw(B, H, T, D).to(dtype))
+
+
+def test_small_tensors_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    few, more = draw(lazy_copies.SMALL // 4), draw(lazy_copies.SMALL // 4 + 1)
+    assert not is_lazy(snapshot(few)) and is_lazy(snapshot(more))
+    assert not any(map(is_lazy, snapshots([few, few[::2]], [False] * 2)))
+    made, before = snapshot(few), few.clone()
+    few.zero_()
+    assert torch.equal(made, before)
 
 
 def test_expanded_axes_count_once() -> None:
