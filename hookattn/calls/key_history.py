@@ -202,6 +202,8 @@ class KeyHistory:
         last = self._steps[-1]
         places = (keys != before).flatten(0, 1).any(0).any(-1).nonzero().flatten()
         at, end = int(places[0]), int(places[-1]) + 1
+        if not at:  # all is new
+            return None
         # What was written before is written to no more, so that the run has it for all steps.
         behind = self._rest is None or at >= last.stop - last.start
         if not behind or (self._rest is None and len(self._steps) > 1):

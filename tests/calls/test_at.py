@@ -1,4 +1,4 @@
-"""``call.at``: a part of a call has the numbers of that part, in its time and memory, wherever the call's fields are."""
+"""``call.at``: a part of a call has the numbers of that part, in its time and memory, wherever the fields are."""
 
 from __future__ import annotations
 
