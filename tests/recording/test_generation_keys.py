@@ -14,10 +14,9 @@ import hookattn
 from hookattn.calls.fields import Place
 from hookattn.calls.key_history import Continued
 from hookattn.calls.mask_rule import MaskRule
+from tests import tiny_models as tiny
 
 transformers = pytest.importorskip("transformers")
-
-from tests import tiny_models as tiny
 
 
 def held(trace: hookattn.Trace) -> int:
