@@ -72,7 +72,7 @@ def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Cal
     notes = (*dict.fromkeys(n for c in calls for n in c.notes), f"statistics of {len(calls)} calls put together")
     whole = len({c.keys for c in calls}) == 1
     keys = first.keys if whole else None
-    made = replace(first, index=index, notes=notes, derivable=(), keys=keys, queries=None, of_queries=None)
+    made = replace(first, index=index, notes=notes, derivable=(), beside={}, keys=keys, queries=None, of_queries=None)
     made.fields = {name: join(name, calls) for name in names}
     return made
 

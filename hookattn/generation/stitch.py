@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-from ..attention.functional import dot_scores, finish_scores
-from ..attention.kernel_call import FIELD_SPECS, FIELDS
+from ..attention.functional import dot_scores, finish_scores, with_four_axes
+from ..attention.kernel_call import FIELD_SPECS, FIELDS, SOURCES
 from ..calls.call import Call
 from ..calls.certificate import Certificate
-from ..calls.extents import evenly_grouped
-from ..calls.fields import Later
+from ..calls.deriving import derive_field, shape_and_dtype
+from ..calls.extents import per_query_head
+from ..calls.fields import DERIVED, Derived, Field, InFile, tensor_of
+from ..calls.key_history import Continued
 from ..calls.key_tokens import stitching_note
 from ..calls.trace_data import TraceData
 from ..errors import StitchError
@@ -31,9 +34,10 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
 
     T is every token that was fed and kept, S the same (for cross-attention: the keys of the other sequence). Each row
     is taken from the step that computed it. What that step could not see is masked and weighs 0; its ``bias`` is 0
-    there, and its ``scores`` are scale·q·kᵀ (0 where q or k was not captured). The last generated token was never fed,
-    so it is not there. What ran in the first step alone (an encoder, a vision tower) stays as it is. Fields are put
-    together when they are read.
+    there, and its ``scores`` are scale·q·kᵀ (0 where q or k was not captured). Scores and weights that no step formed
+    follow from the fields that are put together. The last generated token was never fed, so it is not there. What ran
+    in the first step alone (an encoder, a vision tower) stays as it is. Fields are put together when they are read, and
+    of a part (``call.at``) that part alone.
 
     The empty end of a static cache is left out; keys that fell out of a sliding window are taken from the steps that
     had them; candidates that assisted decoding took back are dropped. Rows that beam search reordered are followed back
@@ -109,7 +113,8 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
         raise StitchError(f"length={length}: the {stack} stack has {lineage.length} positions.")
     spans, rows = _spans(lineage, end), _rows_of_steps(lineage, beams, stack)
     for n, calls in enumerate(rest):
-        made.append(_Site(calls, [p[n] for p in lineage.places], spans, rows, end, lineage.exact).call())
+        followed = beams is None and lineage.exact
+        made.append(_Site(calls, [p[n] for p in lineage.places], spans, rows, end, lineage.exact, followed).call())
     return made
 
 
@@ -151,9 +156,20 @@ def _rows_of_steps(lineage: Lineage, beams: Any, stack: str) -> list[Tensor]:
     return rows
 
 
-@dataclass
+@dataclass(eq=False)
 class _Site:
-    """One site through all steps."""
+    """One site through all steps; a source of fields (:class:`~hookattn.calls.fields.File`), of which a part is put
+    together of the parts of the steps that it needs.
+
+    Attributes:
+        calls: of each step.
+        places: where each is among the positions of the sequence.
+        spans: which positions' rows are taken of which step.
+        rows: for each step the batch rows that the final rows have there.
+        end: how many positions there are.
+        exact: whether cached keys come back as they were stored.
+        followed: whether the keys have told, too, which rows continue which.
+    """
 
     calls: Sequence[Call]
     places: Sequence[CallPositions]
@@ -161,6 +177,8 @@ class _Site:
     rows: Sequence[Tensor]
     end: int
     exact: bool
+    followed: bool
+    _known_shapes: dict[str, list[Size | None]] = field(default_factory=dict, init=False)
 
     def call(self) -> Call:
         first = self.calls[0]
@@ -180,23 +198,94 @@ class _Site:
             certificate=_joint_certificate([c.certificate for c in self.calls]),
             derivable=first.derivable if self.exact else (),
             fields={},
+            beside={},
         )
         for name in FIELDS:
             if all(c.has(name) for c in self.calls):
-                none = all(name in c.fields and c.fields[name] is None for c in self.calls)
-                made.fields[name] = None if none else Later(self._field, name)
+                made.fields[name] = self._whole_field(name)
         return made
 
-    def _field(self, name: str) -> Tensor:
-        spec = FIELD_SPECS[name]
+    def _whole_field(self, name: str) -> Field:
+        """Where a field of all steps is."""
+        places = [self._place(i, name) for i in range(len(self.calls))]
+        if all(place is None for place in places):
+            return None
+        sources = self.followed and all(source in c.fields for c in self.calls for source in SOURCES)
+        if sources and all(isinstance(place, Derived) for place in places):
+            return DERIVED  # what follows from the fields of each step follows from those of all of them
+        return InFile(self, name)
+
+    def _place(self, i: int, name: str) -> Field:
+        return self.calls[i].fields.get(name, DERIVED)
+
+    # As a source of fields
+
+    def shape(self, name: str) -> Size:
+        """B H T S of all steps, and so on; nothing is put together for it."""
+        shapes = self._shapes(name)
+        first = next(shape for shape in shapes if shape is not None)
+        if len(first) == 1:
+            return first
+        spec, n = FIELD_SPECS[name], len(self.rows[0])
         if spec.per_key_head:
-            return self._keys(name)
-        values = [c.get(name) for c in self.calls]
-        given = next(x for x in values if x is not None)
-        if spec.is_column and given.dim() == 1:
-            return given  # a number for each head, which is learned: the same in every step
-        whole = self._by_row(values, columns=spec.is_pairs)
-        return self._fill(whole) if name == "scores" else whole
+            keys = first[2] if self._crosses else self.end - self.spans[0][1]
+            return Size((n, first[1], keys, first[3]))
+        width = self._width() if spec.is_pairs else first[3]
+        heads = max(shape[1] for shape in shapes if shape is not None)
+        return Size((1 if self._shared(shapes) else n, heads, self.end, width))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of the first step that has the field."""
+        i = next(i for i in range(len(self.calls)) if self._place(i, name) is not None)
+        return shape_and_dtype(self.calls[i], name)[1]
+
+    def tensor(self, name: str) -> Tensor:
+        """The field of all steps."""
+        return self.slice(name, ())
+
+    def slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """Of the field of all steps what ``index`` says of its first axes; of the steps no more is derived."""
+        shape = self.shape(name)
+        if len(shape) == 1:  # a number for each head, which is learned: the same in every step
+            one = next(x for i in range(len(self.calls)) if (x := self._of_step(i, name, None, None)) is not None)
+            return one[index]
+        if FIELD_SPECS[name].per_key_head:
+            return self._keys(name)[index]
+        batch, heads, rows = (*index, *[slice(None)] * 3)[:3]
+        first, stop, step = rows.indices(self.end)
+        chosen = range(*heads.indices(shape[1]))
+        made = self._by_row(name, None if len(chosen) == shape[1] else chosen, range(first, stop))
+        return made[batch, :, ::step]
+
+    def _shapes(self, name: str) -> list[Size | None]:
+        """Those of the field in each step; None: the step has none."""
+        if name not in self._known_shapes:
+            self._known_shapes[name] = [
+                None if self._place(i, name) is None else shape_and_dtype(call, name)[0]
+                for i, call in enumerate(self.calls)
+            ]
+        return self._known_shapes[name]
+
+    def _shared(self, shapes: Sequence[Size | None]) -> bool:
+        """Whether a field is the same for all batch rows."""
+        # A mask that all rows have in common stays one; a row that has ended attends to nothing, so that it differs.
+        return not self._ended and all(shape[0] == 1 for shape in shapes if shape is not None)
+
+    @cached_property
+    def _ended(self) -> bool:
+        """Whether some batch row is in none of the rows of some step."""
+        return any(bool((r < 0).any()) for r in self.rows)
+
+    def _of_step(self, i: int, name: str, heads: Sequence[int] | None, rows: range | None) -> Tensor | None:
+        """The field of one step: of these of its heads and query rows, None: of all."""
+        call = self.calls[i]
+        if heads is not None or rows is not None:
+            numbers = None if heads is None else [h if call.heads is None else call.heads[h] for h in heads]
+            call = call.at(heads=numbers, queries=rows)
+        place = call.fields.get(name, DERIVED)
+        return derive_field(call, name) if isinstance(place, Derived) else tensor_of(place)
+
+    # Put together
 
     def _scale(self) -> float | Tensor:
         values = [c.scale for c in self.calls]
@@ -204,59 +293,120 @@ class _Site:
             first: Any = values[0]
             if all(torch.equal(first, x) for x in values):  # type: ignore[arg-type]
                 return first  # type: ignore[no-any-return]
-            full = [x[(None,) * (4 - x.dim())] for x in values if isinstance(x, Tensor)]
-            return self._by_row(full, columns=any(x.shape[3] > 1 for x in full))
+            full = [with_four_axes(x) for x in values if isinstance(x, Tensor)]
+            columns = any(x.shape[3] > 1 for x in full)
+
+            def read(i: int, rows: range | None) -> Tensor:
+                return full[i] if rows is None or full[i].shape[2] == 1 else full[i][:, :, rows.start : rows.stop]
+
+            heads = max(x.shape[1] for x in full)
+            return self._in_rows([x.shape for x in full], read, heads, range(self.end), columns)
         if any(x != values[0] for x in values):
             raise StitchError(f"{self.calls[0].site.label}: the scale differs between the steps: {values[:4]}…")
         return values[0]
 
-    def _by_row(self, values: Sequence[Tensor | None], columns: bool = False) -> Tensor:
-        """Fields with a row for each query; with ``columns`` the last axis counts keys, which are put in place."""
-        given = [x for x in values if x is not None]
-        width = self._width() if columns else given[0].shape[3]
-        heads = max(x.shape[1] for x in given)
-        ended = any(bool((r < 0).any()) for r in self.rows)
-        # A mask that all rows have in common stays one; a row that has ended attends to nothing, so that it differs.
-        shared = not ended and all(x.shape[0] == 1 for x in given)
-        n = 1 if shared else len(self.rows[0])
-        out = given[0].new_zeros(n, heads, self.end, width)
+    def _by_row(self, name: str, heads: Sequence[int] | None, rows: range) -> Tensor:
+        """A field with a row for each query, of these heads (None: all) and positions."""
+        shapes, columns = self._shapes(name), FIELD_SPECS[name].is_pairs
+
+        def read(i: int, own: range | None) -> Tensor | None:
+            return self._of_step(i, name, heads, own)
+
+        h = max(shape[1] for shape in shapes if shape is not None) if heads is None else len(heads)
+        whole = self._in_rows(shapes, read, h, rows, columns)
+        return self._fill(whole, heads, rows) if name == "scores" else whole
+
+    def _in_rows(
+        self,
+        shapes: Sequence[Size | None],
+        read: Callable[[int, range | None], Tensor | None],
+        heads: int,
+        rows: range,
+        columns: bool,
+    ) -> Tensor:
+        """Rows of the steps, each in its place.
+
+        Args:
+            shapes: in each step; None: it has none, and its rows stay 0.
+            read: what a step has in these of its rows (None: in all), with H or one head.
+            heads: H.
+            rows: which positions.
+            columns: whether the last axis counts keys, which are put in place, too.
+        """
+        shared, out = self._shared(shapes), None
         for i, start, stop in self.spans:
-            x, place = values[i], self.places[i]
-            if x is None:
+            place, shape = self.places[i], shapes[i]
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            if shape is None or first >= last:
                 continue
-            x = x.expand(-1, heads, place.queries, place.keys if columns else -1)
-            x = x[:, :, start - place.first : stop - place.first]
+            own = range(first - place.first, last - place.first)
+            x = read(i, None if len(own) == place.queries else own)
+            assert x is not None
+            x = x.expand(-1, heads, len(own), place.keys if columns else -1)
             if not shared:
                 x = _taken_rows(x, self.rows[i])
+            if out is None:
+                n = 1 if shared else len(self.rows[0])
+                out = x.new_zeros(n, heads, len(rows), self._width() if columns else x.shape[3])
+            where = slice(first - rows.start, last - rows.start)
             if not columns:
-                out[:, :, start:stop] = x
+                out[:, :, where] = x
                 continue
-            last = min(place.offset + place.slots, width)
+            reach = min(place.offset + place.slots, out.shape[3])
             if stop < place.first + place.queries and not self._crosses:
-                last = min(last, stop)  # the keys behind it were taken back
-            out[:, :, start:stop, place.offset : last] = x[..., : last - place.offset]
+                reach = min(reach, stop)  # the keys behind it were taken back
+            out[:, :, where, place.offset : reach] = x[..., : reach - place.offset]
+        assert out is not None
         return out
 
     def _keys(self, name: str) -> Tensor:
         if self._crosses:
-            return _taken_rows(self.calls[0].get(name), self.rows[0])
+            return _taken_rows(self._of_step(0, name, None, None), self.rows[0])
         parts = []
-        for i, start, stop in self.spans:
-            x, offset = self.calls[i].get(name), self.places[i].offset
+        for i, positions in self._stretches(name):
+            x, offset = self._of_step(i, name, None, None), self.places[i].offset
             assert x is not None
-            parts.append(_taken_rows(x[:, :, start - offset : stop - offset], self.rows[i]))
+            parts.append(_taken_rows(x[:, :, positions.start - offset : positions.stop - offset], self.rows[i]))
         return torch.cat(parts, 2)
 
-    def _fill(self, scores: Tensor) -> Tensor:
+    def _stretches(self, name: str) -> list[tuple[int, range]]:
+        """The step of which the keys of each run of positions are taken: the last that has them as they were stored."""
+        found: list[tuple[int, range]] = []
+        for i, start, stop in reversed(self.spans):
+            later, positions = found[-1] if found else (i, range(stop, stop))
+            if found and self.places[later].offset <= start and self._goes_on(i, later, name):
+                found[-1] = later, range(start, positions.stop)
+            else:
+                found.append((i, range(start, stop)))
+        return found[::-1]
+
+    def _goes_on(self, earlier: int, later: int, name: str) -> bool:
+        """Whether the keys of a later step are known to be those of an earlier one and some more."""
+        one, other = self._place(earlier, name), self._place(later, name)
+        same = isinstance(one, Continued) and isinstance(other, Continued) and one.history is other.history
+        return self.followed and same and not bool((self.rows[later] < 0).any())
+
+    def _fill(self, scores: Tensor, heads: Sequence[int] | None, rows: range) -> Tensor:
         """The scores of queries and keys that never met in one step."""
         first = self.calls[0]
         if self._crosses or first.own_scores or not all(c.has("q") and c.has("k") for c in self.calls):
             return scores
-        k = evenly_grouped(first, self._keys("k"))
-        ones = [torch.ones(1, 1, 1, 1, dtype=torch.bool, device=scores.device)] * len(self.calls)
-        met = self._by_row(ones, columns=True)
-        rest = finish_scores(dot_scores(self._field("q"), k, self._scale()), first.softcap, None)
+        q, k = self._by_row("q", heads, rows), per_query_head(first, self._keys("k"), self.shape("q")[1])
+        if heads is not None:
+            k = k[:, list(heads)]
+        one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=scores.device)
+        met = self._in_rows([one.shape] * len(self.calls), lambda i, own: one, 1, rows, columns=True)
+        rest = finish_scores(dot_scores(q, k, self._part_of_scale(heads, rows)), first.softcap, None)
         return torch.where(met, scores, rest.to(scores.dtype))
+
+    def _part_of_scale(self, heads: Sequence[int] | None, rows: range) -> float | Tensor:
+        scale = self._scale()
+        if not isinstance(scale, Tensor):
+            return scale
+        scale = with_four_axes(scale)
+        if heads is not None and scale.shape[1] > 1:
+            scale = scale[:, list(heads)]
+        return scale[:, :, rows.start : rows.stop] if scale.shape[2] > 1 else scale
 
     def _width(self) -> int:
         return self.places[0].slots if self._crosses else self.end

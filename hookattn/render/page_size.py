@@ -168,7 +168,7 @@ def _narrowed_call(call: Call, place: int, kept: Sequence[str], made: Narrowed) 
             fields[name] = None if absent else Later(_encoded, call, place, name, made)
     # Statistics are small, and are what is left of an attention too large to keep.
     fields |= {name: value for name, value in call.fields.items() if name not in FIELDS}
-    return replace(call, fields=fields, derivable=_derivable(call, kept))
+    return replace(call, fields=fields, beside={}, derivable=_derivable(call, kept))
 
 
 def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:

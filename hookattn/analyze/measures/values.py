@@ -146,6 +146,14 @@ def _reweighted(trace: Trace, size: Callable[[View], Tensor], normalise: bool) -
             fields["mask"] = call.mask
         notes = (*call.notes, _WEIGHED + (", each row divided by its sum" if normalise else ""))
         calls.append(
-            replace(call, dtype=weights.dtype, certificate=UNVERIFIED, derivable=(), fields=fields, notes=notes)
+            replace(
+                call,
+                dtype=weights.dtype,
+                certificate=UNVERIFIED,
+                derivable=(),
+                fields=fields,
+                beside={},
+                notes=notes,
+            )
         )
     return replace(trace, calls=calls, path=None)

@@ -51,6 +51,7 @@ def pool_words(trace: Trace, words: Any = None) -> Trace:
             replace(
                 view.call,
                 fields={"weights": weights, "mask": mask},
+                beside={},
                 derivable=(),
                 kv_heads=None,
                 queries=None,
