@@ -208,21 +208,8 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", ["mask", "bias"])
-@pytest.mark.parametrize("name", ["item assignment", "out="])
+@pytest.mark.parametrize("name", ["item assignment", "out=", ".data", "storage.fill_", "numpy"])
 def test_a_mask_that_layers_share_is_recorded_as_each_saw_it(kernel: str, name: str, mode: str) -> None:
-    written_between(kernel, name, mode)
-
-
-@pytest.mark.xfail(strict=True, reason="what was made of a mask is remembered until autograd counts a write to it")
-@pytest.mark.parametrize("mode", ["grad", "no_grad"])
-@pytest.mark.parametrize("kernel", ["mask", "bias"])
-@pytest.mark.parametrize("name", [".data", "storage.fill_", "numpy"])
-def test_a_mask_that_layers_share_is_recorded_as_each_saw_it_whoever_writes(kernel: str, name: str, mode: str) -> None:
-    written_between(kernel, name, mode)
-
-
-def written_between(kernel: str, name: str, mode: str) -> None:
-    """Layers whose mask or bias is written to after the second one; each call has what its own layer saw."""
     model = Layers(kernel, (MASKED if kernel == "mask" else WRITES)[name])
     expected = outputs(model, mode)
     for layer in model.layers:
