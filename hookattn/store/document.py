@@ -19,13 +19,13 @@ from ..version import __version__
 from .call_writer import CallWriter, WrittenCall
 from .format import encode_document
 from .json_values import json_number, json_value
-from .names import own_name
+from .names import SHARED, own_name
 from .schema import CALL, CERTIFICATE, LINK, SITE, SKIPPED, to_entry
 from .writer import StreamWriter
 
 # What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
 # its batch entries; in the numbers of a certificate beyond zeros; beside the document and the tensors.
-_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 160, 200, 256, 128
+_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 110, 110, 160, 128
 
 
 def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, linked: bool = True) -> str:
@@ -57,14 +57,16 @@ def _left_out(call: Call, compact: bool) -> set[str]:
 def _header_size(trace: TraceData, compact: bool) -> int:
     """How many bytes the header may take, before anything is derived or read: enough, and little more."""
     size = _text_size(encode_document(document_of(trace, [], compact))) + _OF_FILE
+    common: set[int] = set()  # which fields that calls have in common were counted
     for i, call in enumerate(trace.calls):
-        names = {f: own_name(i, call.site.path, f) for f in call.fields if f not in _left_out(call, compact)}
+        kept = {f: x for f, x in call.fields.items() if f not in _left_out(call, compact)}
+        names = {f: None if x is None else own_name(i, call.site.path, f) for f, x in kept.items()}
         scale = own_name(i, call.site.path, "scale") if isinstance(call.scale, Tensor) else None
-        size += _text_size(json.dumps(call_entry(call, WrittenCall(i, {**names}, scale=scale), UNVERIFIED)))
-        size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*names.values(), scale) if n)
-        for place in call.fields.values():
-            size += _OF_LINK + 8 * place.shape[0] if isinstance(place, Continued) else 0
-        size += _OF_NUMBERS
+        size += _text_size(json.dumps(call_entry(call, WrittenCall(i, names, scale=scale), UNVERIFIED))) + _OF_NUMBERS
+        own = [n for f, n in names.items() if n is not None and id(kept[f]) not in common]
+        size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*own, scale or ""))
+        common |= {id(x) for f, x in kept.items() if f in SHARED}
+        size += sum(_OF_LINK + 8 * x.shape[0] for x in kept.values() if isinstance(x, Continued))
     return size
 
 

@@ -8,6 +8,7 @@ one, so that whatever is in a file can be read by :class:`~.stored_history.Store
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 from ..calls.key_history import Continued, KeyHistory, Link
@@ -78,8 +79,8 @@ class WrittenSteps:
     """The steps of histories that were written to a file, of which the next one may go on."""
 
     def __init__(self) -> None:
-        # With its history, since the identity of one that is gone may be another's.
-        self._written: dict[tuple[int, int], tuple[KeyHistory, int, Chain]] = {}
+        # With its history, since the identity of one that is gone may be another's; weakly, as a history may be large.
+        self._written: dict[tuple[int, int], tuple[weakref.ref[KeyHistory], int, Chain]] = {}
 
     def whole(self, place: Continued, number: int) -> None:
         """A step was written whole.
@@ -90,7 +91,7 @@ class WrittenSteps:
         """
         b, _, s, _ = shape = place.shape
         if 0 not in shape:  # a file says of an empty tensor that it is empty, and no more
-            self._written[id(place.history), place.step] = place.history, number, Chain(b, s)
+            self._written[id(place.history), place.step] = weakref.ref(place.history), number, Chain(b, s)
 
     def linked(self, place: Continued, number: int) -> tuple[int, Link] | None:
         """What a step that is written now goes on from, the number of a call, and how; None: it has to be whole."""
@@ -99,9 +100,9 @@ class WrittenSteps:
         if link is None or key not in self._written:
             return None
         history, before, chain = self._written[key]
-        if chain.problem(link) is not None:
+        if history() is not place.history or chain.problem(link) is not None:
             return None
         del self._written[key]  # nothing else goes on from it
         chain.add(link)
-        self._written[id(history), place.step] = history, number, chain
+        self._written[id(place.history), place.step] = history, number, chain
         return before, link

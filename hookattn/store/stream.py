@@ -12,6 +12,7 @@ import torch
 from torch import Size, Tensor
 
 from ..calls.call import Call
+from ..calls.extents import extents_of
 from ..calls.fields import Field, InFile, Later
 from ..calls.key_history import Continued, KeyHistories
 from ..calls.site import Site
@@ -130,13 +131,15 @@ class Stream:
                 keys.fields[name] = Later(self.file.tensor, stored.name)
 
     def _compared(self, call: Call) -> tuple[_Keys, list[_Keys]]:
-        """The keys and values of a call, which has them as the steps of a history now where they go on from those of
-        its site in the forward before; and all of these."""
+        """The keys and values of a call, which has them as steps of a history now where they go on from those of its
+        site in the step before; and all of these."""
         place = call.site.path, call.site.kind
         step, now, before = self._last.get(place, (-1, [], []))
         if call.step != step:
             now, before = [], now if call.step > step else []
         keys = _Keys(call.site, call.step, {f: x for f in LINKED if isinstance(x := call.fields.get(f), Tensor)})
+        if not _may_go_on(call):
+            before = []
         self._last[place] = call.step, [*now, keys], before
         self._histories.take(keys)
         for name, found in keys.fields.items():
@@ -162,3 +165,9 @@ class Stream:
     def close(self) -> None:
         """Remove what is unfinished."""
         self.file.writer.abort()
+
+
+def _may_go_on(call: Call) -> bool:
+    """Whether a call may have keys of a step before; a sequence that has a query for every key has none."""
+    known = extents_of(call, "TS")
+    return call.site.crosses or known.t is None or known.s is None or known.t < known.s
