@@ -70,7 +70,8 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
                 dtype = selection.dtype
             shapes[name] = shape
             taken[name] = torch.Size(shape).numel() * dtype.itemsize
-            follows = name == "mask" or (name in DERIVED and getattr(given, name) is None and not given.opaque)
+            own = name == "scores" and given.opaque
+            follows = name == "mask" or (name in DERIVED and getattr(given, name) is None and not own)
             if lazy and follows:
                 later += taken[name]
                 # Of a mask, what the kernel was given is held.

@@ -8,7 +8,6 @@ all derived and measured at once.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,8 +32,7 @@ from .host_transfer import Transfer
 from .selection import Selection, grouped, restrict
 from .verification import kept_row_indices
 
-_RARE = ("sinks", "scores", "weights", "applied", "undropped", "outer_error", "bias")
-_rare = operator.attrgetter(*_RARE)
+_RARE = ("sinks", "scores", "weights", "applied", "undropped", "outer_error")
 _CACHES = (False, True, True, False)
 """Of q, k, v and output, which may be the memory of a cache."""
 
@@ -159,7 +157,7 @@ class CallRecorder:
         def make() -> MaskRule:
             given = call.mask
             if given is not None:
-                (given,) = snapshots([given], [False], self._copy)
+                (given,) = snapshots([given], [True], self._copy)
             whole = MaskRule(given, t, s, diagonal, device)
             if heads is None and queries is None:
                 return whole
@@ -175,18 +173,18 @@ class CallRecorder:
     def _hold(self, call: KernelCall) -> None:
         """Put copies in the place of a call's tensors, since the model may write to these."""
         q, k, v, output, scale = call.q, call.k, call.v, call.output, call.scale
-        rare = _rare(call)
-        if output is not None and type(scale) is float and all(x is None for x in rare):
+        plain = call.bias is call.sinks is call.scores is call.weights is call.applied is None
+        if plain and output is not None and type(scale) is float and call.undropped is call.outer_error is None:
             call.q, call.k, call.v, call.output = snapshots((q, k, v, output), _CACHES, self._copy)
             return
-        several = {"q": q, "k": k, "v": v, "output": output, "scale": scale, **dict(zip(_RARE, rare, strict=True))}
-        several["bias"] = None  # many layers share one
+        several = {"q": q, "k": k, "v": v, "output": output, "scale": scale}
+        several |= {name: getattr(call, name) for name in _RARE}
         held = {name: x for name, x in several.items() if isinstance(x, Tensor)}
         caches = [name in ("k", "v") for name in held]
         for name, x in zip(held, snapshots(list(held.values()), caches, self._copy), strict=True):
             setattr(call, name, x)
-        if (bias := call.bias) is not None:
-            call.bias = self._memo(("kept", "bias"), bias, lambda: snapshots([bias], [False], self._copy)[0])
+        if (bias := call.bias) is not None:  # many layers share one
+            call.bias = self._memo(("kept", "bias"), bias, lambda: snapshots([bias], [True], self._copy)[0])
 
     def _place_fields(self, made: Call, call: KernelCall, mask: MaskRule) -> None:
         """Say where each field of a call is, and where those are that others follow from."""
@@ -206,6 +204,10 @@ class CallRecorder:
             made.fields = places
             return
         made.fields = {name: places.pop(name) for name in self._fields}
+        # Of a matrix that nobody asked for no more is held than has to be: scores that do not follow from q and k.
+        places.pop("weights", None)
+        if not opaque:
+            places.pop("scores", None)
         made.beside = places
 
     def _stays(self, call: KernelCall) -> bool:
@@ -213,17 +215,16 @@ class CallRecorder:
         leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.q))
         return not leaves and self.selection.keeps_as_it_is(call.q.device)
 
-    def _certify(
-        self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool
-    ) -> None:
+    def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""
-        extras = Extras.of(call)
-        # A matrix that nobody asked for shall not be held until somebody asks.
-        held = call.applied is None and (call.weights is None or "weights" in made.fields)
-        if held and stays:
-            self._certifier.wait(made, extras)
-        else:
-            self._certifier.take(made, grouped(call, groups), mask)
+        formed = call.weights is not None and "weights" not in made.fields
+        formed |= call.opaque and "scores" not in made.fields
+        if stays and not formed and call.applied is None:
+            self._certifier.wait(made, Extras.of(call))
+            return
+        self._certifier.take(made, grouped(call, groups), mask)
+        if not made.derivable and not any(isinstance(x, Derived) for x in made.fields.values()):
+            made.beside = {}
 
     def _settle(self, made: Call) -> None:
         """Derive what follows, bring everything into its dtype and to its device, and let go of the rest."""

@@ -42,7 +42,8 @@ class Recorder(Protocol):
 
     A Call is in the trace, and with the user, from :meth:`keep` on. Who may write to it afterwards: its recorder, up to
     the end of :meth:`complete` (what ``fields`` have later, in place of it), and ``certificate`` ever after; a sink
-    that it was handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``index``, as it finishes).
+    that it was handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``index``, as it
+    finishes).
     """
 
     def wants(self, field: str) -> bool:

@@ -80,17 +80,17 @@ def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = Fa
 class WriteWatch:
     """Tells whether a tensor was written to since this was made, by any operation, alias or view.
 
-    A lazy copy is the witness: the first write parts the two. Where there can be none the writes that autograd counts
-    are seen, and those to a tensor without a count by comparison.
+    A lazy copy is the witness: the first write parts the two. Where there can be none a real copy is, which takes a
+    comparison each time.
     """
 
     __slots__ = ("_before", "_lazy", "_version")
 
     def __init__(self, x: Tensor):
         self._version = version_of(x)
-        before = _lazily(x)
+        before = None if _outlives(x, True) else _lazily(x)
         self._lazy = before is not None
-        self._before = x.clone() if before is None and self._version < 0 else before
+        self._before = x.clone() if before is None else before
 
     def written(self, x: Tensor) -> bool:
         """Whether it was.
@@ -100,8 +100,6 @@ class WriteWatch:
         """
         if version_of(x) != self._version:
             return True
-        if self._before is None:
-            return False
         return address_of(x) != address_of(self._before) if self._lazy else not self._before.equal(x)
 
 

@@ -1,4 +1,4 @@
-"""When certificates are measured: no earlier than they are needed, small calls together, and before any number is read."""
+"""Certificates are measured no earlier than they are needed, small calls together, and before any number is read."""
 
 from __future__ import annotations
 
@@ -180,3 +180,14 @@ def test_what_is_no_plain_call() -> None:
     assert scores(q[1:], grouped[1:], wide[1:], (4, 3, 6)) is None
     assert scores(q, grouped, wide, (2, 4, 3, 6), dtypes=mixed) is None
     assert scores((2, 4, 300, 8), (2, 2, 300, 8), (2, 2, 300, 6), (2, 4, 300, 6)) is None, "too many scores"
+
+
+def test_matrices_that_nobody_asked_for_are_not_held() -> None:
+    model, x = tiny.gpt2("eager"), tiny.ids(7)
+    for capture in (("q", "k", "v"), ("q", "k", "v", "output"), ("v",), ("output",)):
+        for call in hookattn.trace(model, x, capture=capture):
+            held = [*call.fields.values(), *call.beside.values()]
+            assert all(not isinstance(y, Tensor) or y.shape[-1] != 7 for y in held), capture
+            assert call.certificate.faithful and call.certificate.weights_error is not None
+    kept = hookattn.trace(model, x, capture=("q", "k", "v"))[0].certificate
+    assert kept == hookattn.trace(model, x)[0].certificate, "nothing is lost by it"
