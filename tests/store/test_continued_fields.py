@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -22,8 +25,11 @@ from hookattn import Call, CorruptFileError, Site, Trace
 from hookattn.calls.derived_cache import DerivedCache
 from hookattn.calls.fields import InFile
 from hookattn.calls.key_history import Continued, KeyHistory, Link
-from hookattn.store import LazyFile, stored_history
+from hookattn.store import LazyFile, StreamWriter, stored_history, write_file
 from hookattn.store.document import save
+from hookattn.store.links import Chain
+from hookattn.store.stored_history import StoredHistory
+from tests import tiny_models
 from tests.reference import draw, same_bits
 from tests.store.test_trace_file import changed, check_same
 
@@ -265,6 +271,48 @@ def test_selected_layers_of_a_stream(tmp_path: Path) -> None:
     assert rows(tmp_path / "f", "k") == 2 * ROWS["growing"]
 
 
+def test_what_a_stream_compares_with_goes_when_its_generation_ends(tmp_path: Path) -> None:
+    """One run of keys a site is held, and of forwards that are no generation none, nor is anything read back."""
+    made: list[weakref.ref[KeyHistory]] = []
+    own, back = KeyHistory.__init__, StreamWriter.slice
+
+    def watched(self: KeyHistory, first: Tensor) -> None:
+        made.append(weakref.ref(self))
+        own(self, first)
+
+    reads: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeyHistory, "__init__", watched)
+        patch.setattr(StreamWriter, "slice", lambda self, name, i: (reads.append(name), back(self, name, i))[1])
+        model = Decoder("growing")
+        with hookattn.tracing(model, to=tmp_path / "f"):
+            for _ in range(3):
+                model.layers[0].cache = None
+                for _ in model.generate():
+                    assert sum(ref() is not None for ref in made) <= 2
+            assert len(made) == 6 and len(reads) == 6  # keys and values of each first step, once
+            before = len(reads)
+            for seed in range(3):
+                model.layers[0].cache = None
+                model(draw(B, PROMPT, WIDTH, seed=seed))
+            assert len(reads) == before and not any(ref() is not None for ref in made)
+    assert rows(tmp_path / "f", "k") == 3 * ROWS["growing"] + 3 * PROMPT
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_how_large_the_file_of_a_generation_is(tmp_path: Path, streamed: bool) -> None:
+    """12 layers of width 128: beside scores, weights and a header it grows with the tokens, not with their square."""
+    model = tiny_models.gpt2(n_layer=12, n_embd=128, n_head=4, n_positions=64)
+    path, tokens = tmp_path / "f", 40
+    with hookattn.tracing(model, to=path if streamed else None) as trace:
+        model.generate(tiny_models.ids(8, 1), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    if not streamed:
+        trace.save(path)
+    with LazyFile(path) as file:
+        sizes = {f: sum(file.tensor(n).nbytes for n in file if n.endswith(f"/{f}")) for f in ("q", "k", "v", "output")}
+    assert set(sizes.values()) == {12 * (8 + tokens - 1) * 128 * 4}  # a row for each token, and no more
+
+
 # What reading costs
 
 
@@ -356,6 +404,57 @@ def test_a_long_chain_is_read_in_linear_time(tmp_path: Path) -> None:
     assert seconds(5000) < 5
     copies = pickle.loads(pickle.dumps(hookattn.load(tmp_path / "f")[4999]))
     assert copies.k.shape[2] == 5000 and copy.deepcopy(copies).k.shape[2] == 5000
+
+
+def naive(x: Tensor, link: Link, own: Tensor) -> Tensor:
+    """What the page on the format says of a link."""
+    rest = (x if link.batch is None else x[list(link.batch)])[:, :, link.dropped :]
+    return torch.cat([rest[:, :, : link.at], own, rest[:, :, link.at + link.count :]], 2)
+
+
+LINKS = st.builds(
+    Link, st.none() | st.lists(st.integers(-1, 2), min_size=1, max_size=3).map(tuple), *[st.integers(-1, 9)] * 3
+)
+LIKELY = st.tuples(st.sampled_from(["grow", "beams", "window", "same", "fill", "first"]), st.integers(0, 3))
+
+
+@settings(deadline=None, max_examples=300)
+@given(size=st.integers(1, 6), wanted=st.lists(LINKS | LIKELY, max_size=8))
+def test_what_may_be_in_a_file_is_read_right(tmp_path_factory: pytest.TempPathFactory, size: int, wanted: Any) -> None:
+    """Any links that are taken, likely ones and others: every step is what the page says."""
+    whole, tensors = [draw(2, 1, size, 2, seed=1)], {"0": draw(2, 1, size, 2, seed=1)}
+    taken: list[Link] = []
+    known, end = Chain(2, size), 0
+    for x in wanted:
+        s = whole[-1].shape[2]
+        if isinstance(x, tuple):
+            kind, n = x
+            x = {
+                "grow": Link(None, 0, s, n),
+                "beams": Link((1, n % 2), 0, s, n),
+                "window": Link(None, min(n, s), s - min(n, s), n),
+                "same": Link(None, 0, s, 0),
+                "fill": Link(None, 0, end, 1),
+                "first": Link(None, 0, min(n, s - 1), 1),
+            }[kind]
+        if x.count < 0 or known.problem(x) is not None:
+            continue
+        own = draw(2, 1, x.count, 2, seed=10 + len(taken))
+        known.add(x)
+        taken.append(x)
+        whole.append(naive(whole[-1], x, own))
+        end = x.at + x.count
+        assert known.s == whole[-1].shape[2]
+        if x.count:
+            tensors[str(len(taken))] = own
+    path = write_file(tmp_path_factory.mktemp("links") / "f", tensors, {})
+    history = StoredHistory(LazyFile(path), "0")
+    for i, x in enumerate(taken):
+        history.add(x.batch, x.dropped, x.at, str(i + 1) if x.count else None)
+    for order in (range(len(whole)), range(len(whole))[::-1]):
+        for i in order:
+            assert history.shape(i) == whole[i].shape and same_bits(history.keys(i), whole[i]), (taken, i)
+            assert history.link(i) == (taken[i - 1] if i else None)
 
 
 # Damage

@@ -203,6 +203,45 @@ def test_stream_and_one_shot_hold_the_same(
         assert set(theirs.keys()) == set(tensors)
 
 
+INDICES: list[Any] = [
+    (),
+    (slice(1, 2),),
+    (slice(None), slice(0, 5, 2)),
+    (slice(2, None), slice(3, 4)),
+    (slice(5, 9),),
+    2,
+    (-1, slice(None)),
+]
+
+
+@pytest.mark.parametrize("index", INDICES)
+@pytest.mark.parametrize("chunk", [8 << 20, 12])
+def test_a_part_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: Any, chunk: int) -> None:
+    """Of an unfinished file as of a finished one, and no more bytes than from its first to its last element."""
+    monkeypatch.setattr(writer, "CHUNK", chunk)
+    read: list[int] = []
+    own = partial.PartialFile.read
+    monkeypatch.setattr(partial.PartialFile, "read", lambda self, at, n: (read.append(n), own(self, at, n))[1])
+    tensors = {"mask": torch.rand(3, 5) > 0.5, "x": torch.randn(4, 6), "wide": torch.randn(3, 5, 7).bfloat16()}
+    with StreamWriter(tmp_path / "f") as out:
+        for name, x in tensors.items():
+            out.add(name, x)
+        for name, x in tensors.items():
+            read.clear()
+            got = out.slice(name, index)
+            assert got.dtype == x.dtype and got.is_contiguous() and torch.equal(got, x[index])
+            assert max(read, default=0) <= chunk
+            part = x[index]
+            span = 1 + sum((n - 1) * d for n, d in zip(part.shape, part.stride(), strict=True)) if part.numel() else 0
+            assert sum(read) == span * x.itemsize
+        with pytest.raises(IndexError, match="index 9 is out of range"):
+            out.slice("x", 9)
+        with pytest.raises(KeyError, match="no tensor 'y' was written"):
+            out.slice("y", index)
+        file = LazyFile(out.finish({}))
+    assert all(torch.equal(file.slice(name, index), x[index]) for name, x in tensors.items())
+
+
 def test_threads_write(tmp_path: Path) -> None:
     with StreamWriter(tmp_path / "f") as writer:
         with ThreadPoolExecutor(4) as pool:
