@@ -26,6 +26,7 @@ from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
 from .statistics.base import Statistic
+from .torch_internals.lazy_copies import LAZY_COPIES
 from .traces import Trace
 
 _VERIFY = ("sample", "full", "off")
@@ -156,6 +157,11 @@ def tracing(
                 error.add_note(
                     "hookattn: raised by the model or the traced block itself; nothing is left on the model."
                 )
+                if LAZY_COPIES in str(error):
+                    error.add_note(
+                        "hookattn: memory was resized after it was recorded, and torch writes to none that is shared with "
+                        "a lazy copy; trace with copy=True."
+                    )
             raise
         finally:
             session.stop()

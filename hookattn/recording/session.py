@@ -31,10 +31,16 @@ from ..taps.eager.follower import Follower
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
+from ..torch_internals.transforms import stands_for_others
 from .room_check import LARGE, Forward, RoomCheck
 from .selection import Selection
 
 Sink = Callable[[Call], None]
+
+_TRANSFORMED = (
+    "it runs inside torch.vmap or functionalize, where a tensor stands for several and is gone when these end; call "
+    "the module itself, on a batch"
+)
 
 
 class Recorder(Protocol):
@@ -342,6 +348,9 @@ class Session:
         self._own_kernels += 1
         site = self._numbering.numbered(site)
         self._seen_paths.add(site.path)
+        if stands_for_others(call.q):
+            self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(max(self._step, 0))
+            return
         if self._listener is not None and not asked:
             self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
         if self.selection.layers is not None:

@@ -29,6 +29,8 @@ _transforms_active: Callable[[], bool] = private(
     "torch._C", "_are_functorch_transforms_active", "copies of tensors inside vmap and its kin"
 )
 
+LAZY_COPIES = "COW.cpp"
+"""What is in the message of an error that torch raises as it cannot write to memory that a lazy copy shares."""
 SMALL = 1 << 15
 """Bytes of a tensor that is small."""
 
@@ -36,7 +38,7 @@ SMALL = 1 << 15
 def snapshots(several: Sequence[Tensor], caches: Sequence[bool], copy: bool = False) -> list[Tensor]:
     """What several tensors are now; to be called without gradients, see :class:`~.isolation.isolated`.
 
-    Lazy copies keep the strides of what they are copies of; real ones are contiguous.
+    Lazy copies, and those of small tensors, keep the strides of what they are copies of; the others are contiguous.
 
     Real copies are made where torch refuses a lazy one, and where it would cost more than it saves:
 
