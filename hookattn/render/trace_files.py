@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
 
-from ..calls.fields import InFile
+from ..calls.fields import Field, InFile
+from ..calls.key_history import Continued
 from ..errors import RenderError, TraceFileError
+from ..store import LazyFile
+from ..store.stored_history import StoredHistory
 from ..traces import Trace, load
 
 TraceLike = Trace | str | PathLike[str]
@@ -39,6 +42,13 @@ def title_of(trace: Trace) -> str:
     return " · ".join(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x)
 
 
+def _is_stored(place: Field) -> bool:
+    """Whether a field of a trace that has a file is read from there, or is none."""
+    if isinstance(place, Continued):
+        return isinstance(place.history, StoredHistory)
+    return place is None or (isinstance(place, InFile) and isinstance(place.file, LazyFile))
+
+
 @contextmanager
 def trace_file(trace: TraceLike) -> Iterator[str]:
     """The path of a file that holds this trace; a temporary one is deleted after the block.
@@ -65,7 +75,7 @@ def _as_written(trace: Trace, path: str) -> bool:
         and (there.tokens, there.notes) == (trace.tokens, trace.notes)
         and all(
             (a.site, a.step, a.certificate, list(a.fields)) == (b.site, b.step, b.certificate, list(b.fields))
-            and all(value is None or isinstance(value, InFile) for value in b.fields.values())
+            and all(map(_is_stored, b.fields.values()))
             for a, b in zip(there.calls, trace.calls, strict=True)
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def trace_failures(trace: Trace) -> Iterator[Failure]:
         yield Failure("the trace", "holds no calls", mend="name the modules that attend in `attention`")
     for call in trace:
         where = f"{call.site.label} (call {call.index}, step {call.step}, {call.tap})"
-        values = {name: call.get(name) if call.has(name) else None for name in FIELDS}
+        own = replace(call)  # what is derived for the check goes with it
+        values = {name: own.get(name) if own.has(name) else None for name in FIELDS}
         sizes: dict[str, int] = {}
         bad = [*_shape_failures(call, values, sizes, where), *_dtype_failures(call, values, trace, where)]
         yield from bad

@@ -5,7 +5,7 @@ Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ class Check:
 
 def recheck(call: Call, budget: int = BUDGET) -> dict[str, Check]:
     """Check all of :data:`CHECKS` that the stored fields allow, a few query rows at a time."""
-    stored = {name: call.get(name) for name in call.fields}
-    return _Recheck(call, stored).run(budget)
+    own = replace(call)  # what is derived for the check goes with it
+    return _Recheck(own, {name: own.get(name) for name in own.fields}).run(budget)
 
 
 class _Recheck:

@@ -23,6 +23,7 @@ from hookattn.cli import main
 from hookattn.cli.commands import app
 from hookattn.cli.options import positions
 from hookattn.demo.induction import example_tokens, load_pretrained
+from hookattn.store import FORMAT_VERSION
 from hookattn.testing.recheck import CHECKS, recheck
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -462,7 +463,7 @@ def test_info(traced: Path) -> None:
 
 def test_info_json(traced: Path) -> None:
     made = json.loads(run("info", traced, "--json").stdout)
-    assert made["format_version"] == [1, 2] and made["versions"]["torch"] == torch.__version__
+    assert made["format_version"] == list(FORMAT_VERSION) and made["versions"]["torch"] == torch.__version__
     assert made["tokens"][0][0] == "0" and made["bytes_of_fields"]["weights"] == 2 * 4 * 17 * 17 * 4
     assert [c["path"] for c in made["calls"]] == ["blocks.0.attn", "blocks.1.attn"]
 

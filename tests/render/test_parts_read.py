@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ pytest.importorskip("matplotlib")
 import hookattn
 from hookattn import render
 from hookattn.calls.choose import part_of_one_call
+from hookattn.calls.fields import InFile
 from hookattn.render.by_distance import mean_by_distance
+from hookattn.render.trace_files import trace_file
 from hookattn.render.values import drawn_values
 from tests.derivations import Derived, derivations
 
@@ -86,3 +89,32 @@ def test_what_is_drawn_is_not_held(trace: hookattn.Trace) -> None:
     render.heatmap(trace, layer=1)
     render.layers(trace)
     assert all(call.made == {} for call in trace)
+
+
+class Elsewhere:
+    """A source of fields that is not the trace's file."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.x.clone()
+
+    def slice(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        return self.x[index].clone()
+
+    def shape(self, name: str) -> torch.Size:
+        return self.x.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.x.dtype
+
+
+def test_a_trace_whose_fields_are_elsewhere_is_not_taken_for_its_file(trace: hookattn.Trace, tmp_path: Path) -> None:
+    loaded = hookattn.load(trace.save(tmp_path / "x.safetensors"))
+    with trace_file(loaded) as path:
+        assert path == loaded.path
+    changed = InFile(Elsewhere(2 * loaded[0].q), "q")
+    loaded.calls[0] = replace(loaded[0], fields={**loaded[0].fields, "q": changed})
+    with trace_file(loaded) as path:
+        assert path != loaded.path and torch.equal(hookattn.load(path)[0].q, 2 * trace[0].q)

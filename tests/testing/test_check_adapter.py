@@ -169,7 +169,10 @@ def trace() -> hookattn.Trace:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True)
     x = torch.randn(2, 5, 16)
-    return hookattn.trace(model, (x, torch.ones(5, 5).triu(1).bool()), verify="full")
+    made = hookattn.trace(model, (x, torch.ones(5, 5).triu(1).bool()), verify="full")
+    # Each field with numbers of its own, as in a file: what is derived would follow what is changed.
+    calls = [dataclasses.replace(call, fields={name: call.get(name) for name in call.fields}) for call in made]
+    return dataclasses.replace(made, calls=calls)
 
 
 def edit(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[hookattn.Call], None]:
