@@ -62,7 +62,8 @@ def _header_size(trace: TraceData, compact: bool) -> int:
         kept = {f: x for f, x in call.fields.items() if f not in _left_out(call, compact)}
         names = {f: None if x is None else own_name(i, call.site.path, f) for f, x in kept.items()}
         scale = own_name(i, call.site.path, "scale") if isinstance(call.scale, Tensor) else None
-        size += _text_size(json.dumps(call_entry(call, WrittenCall(i, names, scale=scale), UNVERIFIED))) + _OF_NUMBERS
+        entry = call_entry(call, WrittenCall(i, names, scale=scale), UNVERIFIED)
+        size += _text_size(encode_document(entry)) + _OF_NUMBERS
         own = [n for f, n in names.items() if n is not None and id(kept[f]) not in common]
         size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*own, scale or ""))
         common |= {id(x) for f, x in kept.items() if f in SHARED}

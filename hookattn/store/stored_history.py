@@ -38,15 +38,18 @@ class StoredHistory(KeyHistory):
         file: where the rows are.
         name: of the tensor of the first step, B G S D, none of them 0.
 
+    Attributes:
+        file: where the rows are.
+
     Raises:
-        ValueError: it has other axes.
+        ValueError: the tensor has other axes.
     """
 
     def __init__(self, file: File, name: str):
         shape, self._dtype = file.shape(name), file.dtype(name)
         if len(shape) != 4 or 0 in shape:
             raise ValueError(f"{name!r} is {list(shape)}, expected four axes, none of them empty")
-        self._file = file
+        self.file = file
         self._names: list[str | None] = [name]  # of the rows of each step
         self._links: list[Link | None] = [None]
         self._b, self._g, first, self._d = shape
@@ -67,7 +70,7 @@ class StoredHistory(KeyHistory):
         """
         count = 0
         if tensor is not None:
-            shape, dtype = self._file.shape(tensor), self._file.dtype(tensor)
+            shape, dtype = self.file.shape(tensor), self.file.dtype(tensor)
             if len(shape) != 4 or not shape[2] or (shape[0], shape[1], shape[3]) != (self._b, self._g, self._d):
                 raise ValueError(f"{tensor!r} is {list(shape)}, expected {[self._b, self._g, 'n', self._d]}")
             if dtype != self.dtype:
@@ -96,7 +99,7 @@ class StoredHistory(KeyHistory):
         name = self._names[step]
         if name is None:
             return torch.empty(self._b, self._g, 0, self._d, dtype=self.dtype)
-        return self._file.tensor(name)
+        return self.file.tensor(name)
 
     def shape(self, step: int) -> Size:
         """See :meth:`KeyHistory.shape`; nothing is read for it."""
