@@ -332,10 +332,15 @@ class View:
         return total / rows.sum(-1)
 
 
-def blocks_of(several: Sequence[View]) -> list[Sequence[int]]:
-    """The numbers of the heads whose weights are derived together: as many as make a block in each of some calls, which
-    have the same heads; one at least."""
+def blocks_of(several: Sequence[View], matrices: int = 1) -> list[Sequence[int]]:
+    """The numbers of the heads whose weights are derived together, one at least.
+
+    Args:
+        several: calls that have the same heads.
+        matrices: how many of the size of the weights whoever asks will hold; so many fewer heads make a block.
+    """
     heads = several[0].heads
     sizes = [view._block_size for view in several]
-    size = len(heads) if None in sizes else min(size for size in sizes if size is not None)
-    return [heads[start : start + size] for start in range(0, len(heads), max(1, size))]
+    known = [size for size in sizes if size is not None]
+    size = max(1, len(heads) if len(known) < len(sizes) else min(known) // matrices)
+    return [heads[start : start + size] for start in range(0, len(heads), size)]

@@ -89,7 +89,7 @@ BY_HEADS: dict[str, Callable[[hookattn.Trace], Any]] = {
 def test_no_more_is_derived_at_once_than_a_block_of_heads(name: str, trace: hookattn.Trace) -> None:
     with derivations() as found:
         BY_HEADS[name](trace)
-    assert found and max(one.h for one in found) == 2 and {one.h for one in found} == {2}
+    assert {one.h for one in found} == {1 if name in ("compare", "variability") else 2}  # these hold several matrices
     assert sum(one.h for one in found) % HEADS == 0
     assert all(call.made == {} for call in trace), "the trace keeps nothing of it"
 

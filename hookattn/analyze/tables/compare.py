@@ -15,6 +15,9 @@ from ..frame import long_table, ranked_table, views
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# Weights of both, with their sinks, their distance, and what their divergence is made of.
+_MATRICES = 8
+
 
 def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
     """How far each head of one trace is from the same head of another: two prompts, two checkpoints, two kernels.
@@ -48,7 +51,7 @@ def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
     frames = []
     for one, other in zip(views(a, real), views(b, real), strict=True):
         _check_fit(one, other)
-        for heads in blocks_of([one, other]):
+        for heads in blocks_of([one, other], _MATRICES):
             apart = _head_distances(one.part(heads), other.part(heads))
             frames.append(long_table(one, {"head": heads}, apart))
     return ranked_table(frames, "total_variation")

@@ -69,7 +69,7 @@ def _variability_table(calls: Sequence[View], tokens: int | None) -> DataFrame:
             f"variability of {first.where}: it has one input; expected two or more, as a batch or as several traces."
         )
     rows, keys = (_compared_length(own, tokens, first) for own in ([v.rows for v in calls], [v.keys for v in calls]))
-    blocks = blocks_of(calls)
+    blocks = blocks_of(calls, 4 * len(calls))  # in float64, together, and how far they are apart
     apart = torch.cat([_apart([_first_counting(view.part(heads), rows, keys) for view in calls]) for heads in blocks])
     return long_table(
         first, {"head": first.heads}, {"variability": apart, "examples": torch.full_like(apart, n).long()}
