@@ -9,6 +9,7 @@ import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +184,34 @@ def test_a_part_of_a_trace_is_written_with_what_it_needs(tmp_path: Path, kind: s
         "one layer": range(1, n, 2),
         "backwards": range(n)[::-1],
         "twice": [*range(n), *range(n)],
+        "doubled": [i for i in range(n) for _ in (0, 1)],
         "one call": [9],
         "a gap": [*range(8), *range(10, n)],
     }
     for name, chosen in parts.items():
         path = Trace([trace[i] for i in chosen]).save(tmp_path / "part")
         check(hookattn.load(path), [expected[i] for i in chosen])
-        few = {"later steps", "one layer", "twice", "a gap"}
+        few = {"later steps", "one layer", "twice", "doubled", "a gap"}
         assert any("continued" in e for e in document(path)["calls"]) == (name in few), name
     part = trace[4:].select(layer=1)
     check(hookattn.load(part.save(tmp_path / "selected")), expected[5::2])
+
+
+def test_a_static_cache_that_is_cut_off_before_a_step_without_rows(tmp_path: Path) -> None:
+    """Which rows were put to its end cannot be told any more, so that the next step is written whole."""
+    first, new = draw(1, 2, 9, 4, seed=1), draw(1, 2, 3, 4, seed=2)
+    history, expected = KeyHistory(first), [first]
+    for at, count in ((5, 1), (9, 0), (6, 1), (7, 1)):
+        history.extend(Link(None, 0, at, count), new[:, :, at - 5 :][:, :, :count])
+        expected.append(naive(expected[-1], Link(None, 0, at, count), new[:, :, at - 5 :][:, :, :count]))
+    calls = [
+        Call(Site("attn"), i, i, "t", torch.float32, 1.0, fields={"k": Continued(history, i)})
+        for i in range(len(expected))
+    ]
+    for start, linked in ((0, [0, 1, 1, 1, 1]), (1, [0, 1, 0, 1]), (2, [0, 1, 1])):
+        path = Trace(calls[start:]).save(tmp_path / "f")
+        assert ["continued" in e for e in document(path)["calls"]] == list(map(bool, linked))
+        assert all(same_bits(c.k, x) for c, x in zip(hookattn.load(path), expected[start:], strict=True))
 
 
 @kinds
@@ -375,6 +394,17 @@ def test_what_a_reader_writes_to_stays_with_the_reader(tmp_path: Path) -> None:
     for i in range(len(trace)):
         loaded[i].k.zero_()
     check(loaded, expected)
+
+
+def test_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In different orders, with a cache that has room for some of what is read."""
+    trace, expected = run("beams")
+    loaded = hookattn.load(trace.save(tmp_path / "f"))
+    monkeypatch.setattr(stored_history, "DERIVED_CACHE", DerivedCache(3 * B * G * (PROMPT + STEPS) * D * 4))
+    orders = [[(i * step + start) % 16 for i in range(16)] for step in (1, 3, 5, 15) for start in (0, 7)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(lambda order: check(loaded, expected, order), orders))
 
 
 def chain(path: Path, count: int) -> Trace:
