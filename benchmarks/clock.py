@@ -136,8 +136,8 @@ def time_all(
     Args:
         variants: the first is what the others are compared with.
         clock: measures one run.
-        seconds: about how long the rounds may take; 3 to 100 of them. A variant that takes an eighth of
-            that at once runs in one round alone, and after twice the time no further round begins.
+        seconds: about how long the rounds may take; 3 to 100 of them. What no bar is about and takes an
+            eighth of that at once runs in one round alone, and after twice the time no further round begins.
         rounds: exactly so many rounds instead.
         context_every: what no bar is about runs in every such round alone.
         peak: the most memory that a run takes; runs each variant once more, before the rounds.
@@ -147,7 +147,8 @@ def time_all(
     strides = [max(1, min(20, int(s / (_SLOW * first[0])))) for s in first]
     strides = [max(n, context_every) if v.context else n for v, n in zip(variants, strides, strict=True)]
     if not rounds:
-        strides = [MOST if s > seconds / 8 and i else n for i, (s, n) in enumerate(zip(first, strides, strict=True))]
+        long = [v.context and s > seconds / 8 for v, s in zip(variants, first, strict=True)]
+        strides = [MOST if one else n for one, n in zip(long, strides, strict=True)]
     warming = first[0] if first[0] < _SHORT else 0.0
     times = [_times(s) for s in first]
     one_round = sum((k * s + warming) / n for s, n, k in zip(first, strides, times, strict=True))

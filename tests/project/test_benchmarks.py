@@ -136,8 +136,10 @@ def test_a_peer_that_fails_is_a_row_and_ours_is_an_error() -> None:
 def test_the_rounds_fit_the_time() -> None:
     rows = [Variant("base", lambda: 1.0), Variant("other", lambda: 1.0)]
     assert len(clock.time_all(rows, Hands(), 20.0)[0].seconds) == 10
-    long = clock.time_all([*rows, Variant("long", lambda: 5.0)], Hands(), 30.0)
+    long = clock.time_all([*rows, Variant("long", lambda: 5.0, context=True)], Hands(), 30.0)
     assert len(long[1].seconds) > 3 and list(long[2].seconds) == [0]
+    told = clock.time_all([*rows, Variant("long", lambda: 5.0)], Hands(), 30.0)  # a bar is about it
+    assert len(told[2].seconds) == len(told[1].seconds) == 4
     assert len(clock.time_all(rows, Hands(), 0.0)[0].seconds) == 1  # time is up after the first
 
 
