@@ -122,7 +122,18 @@ def cases() -> Iterator[Case]:
     yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.4, context_every=3)
     yield _llama(LLAMA, 8, 512, weight=2, rows=large, context_every=4)
     yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2.5, rows=large, context_every=5, has_bars=True)
-    yield _gpt2(SMALL_EAGER, 12, 768, 12, 512, vocabulary=50257, implementation="eager", rows=eager_rows, has_bars=True)
+    yield _gpt2(
+        SMALL_EAGER,
+        12,
+        768,
+        12,
+        512,
+        vocabulary=50257,
+        implementation="eager",
+        weight=1.5,
+        rows=eager_rows,
+        has_bars=True,
+    )
     yield _gpt2(LONG, 4, 768, 12, 2048, weight=3, rows=large, context_every=8, has_bars=True)
     steps = 64
     rows = partial(generation_rows, steps=steps)
