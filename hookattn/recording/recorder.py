@@ -67,7 +67,6 @@ class CallRecorder:
     def forget(self) -> None:
         """A new forward begins: nothing is shared with the one before, but keys and values that go on."""
         self._memo.forget()
-        self._last_rule = None
         if self._histories is not None:
             self._histories.look()
 

@@ -144,7 +144,7 @@ def test_the_nan_that_falcon_makes_of_padding_is_shown_as_it_is() -> None:
     with torch.no_grad():
         own = model(**left(), output_attentions=True)
         with using(BY_NAME["falcon"], SHARED), pytest.warns(hookattn.UnfaithfulWarning, match=r"h\.1\.self_attention"):
-            trace = hookattn.trace(model, left(), verify="full")
+            trace = hookattn.trace(model, left(), verify="full").certify()
     assert same(own[0], trace.output[0]) and own[0].isnan()[1].all() and not own[0].isnan()[0].any()
     first, second = trace
     for call, weights in zip(trace, own.attentions, strict=True):

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hookattn
 from hookattn.recording import certifying
+from hookattn.recording.recorder import CallRecorder
 
 pytest.importorskip("transformers")
 
 from tests import tiny_models as tiny
-from tests.reference import reference_attention
+from tests.reference import draw, reference_attention
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {
     # model, inputs, whether its calls are measured together
@@ -188,6 +189,42 @@ def test_matrices_that_nobody_asked_for_are_not_held() -> None:
         for call in hookattn.trace(model, x, capture=capture):
             held = [*call.fields.values(), *call.beside.values()]
             assert all(not isinstance(y, Tensor) or y.shape[-1] != 7 for y in held), capture
-            assert call.certificate.faithful and call.certificate.weights_error is not None
+            assert call.certificate.faithful and call.certificate.weights_error is not None and not call.beside
     kept = hookattn.trace(model, x, capture=("q", "k", "v"))[0].certificate
     assert kept == hookattn.trace(model, x)[0].certificate, "nothing is lost by it"
+
+
+def test_where_the_quick_way_finds_fault_the_careful_one_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attends(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    ways: list[bool] = []
+    together = certifying.Certifier._measure_together
+
+    def noted(self: Any, several: Any, shape: Any, careful: bool) -> Any:
+        ways.append(careful)
+        return together(self, several, shape, careful)
+
+    monkeypatch.setattr(certifying.Certifier, "_measure_together", noted)
+    q, k = draw(2, 2, 60, 8, seed=1), draw(2, 2, 60, 8, seed=2)
+    assert hookattn.trace(Attends(), (q, k)).faithful and ways == [False]
+    for size in (30, 100, 300, 1000):  # scores so large that float32 rounds them by more than weights may be off
+        assert hookattn.trace(Attends(), (q * size, k * size), verify="full").faithful, size
+        if ways[-1]:
+            break
+    assert ways[-2:] == [False, True]
+
+
+def test_scores_of_the_model_prove_nothing_about_q_and_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = CallRecorder.keep
+
+    def wrong(self: Any, call: Any, *args: Any) -> Any:
+        call.q = call.q * 1.05
+        return keep(self, call, *args)
+
+    monkeypatch.setattr(CallRecorder, "keep", wrong)
+    model, x = tiny.gpt2("eager"), tiny.ids(7)
+    with pytest.warns(hookattn.UnfaithfulWarning):
+        trace = hookattn.trace(model, x).certify()
+    assert not any(c.certificate.faithful for c in trace)
