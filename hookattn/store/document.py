@@ -25,7 +25,7 @@ from .writer import StreamWriter
 
 # What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
 # its batch entries; in the numbers of a certificate beyond zeros; beside the document and the tensors.
-_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 110, 110, 160, 128
+_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 100, 80, 160, 128
 
 
 def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, linked: bool = True) -> str:

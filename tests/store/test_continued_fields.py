@@ -27,6 +27,7 @@ from hookattn.calls.derived_cache import DerivedCache
 from hookattn.calls.fields import InFile
 from hookattn.calls.key_history import Continued, KeyHistory, Link
 from hookattn.store import LazyFile, StreamWriter, stored_history, write_file
+from hookattn.store import document as document_module
 from hookattn.store.document import save
 from hookattn.store.links import Chain
 from hookattn.store.stored_history import StoredHistory
@@ -169,6 +170,18 @@ def test_the_same_file_is_written_at_once_and_as_it_comes(tmp_path: Path, kind: 
     assert set(one) == set(two) and all(same_bits(one.tensor(n), two.tensor(n)) for n in one)
     entries = [document(tmp_path / n)["calls"] for n in "fg"]
     assert [e.get("continued") for e in entries[0]] == [e.get("continued") for e in entries[1]]
+
+
+@kinds
+def test_the_header_of_a_generation_has_the_room_that_was_left_for_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    own = document_module._header_size
+    monkeypatch.setattr(document_module, "_header_size", lambda *a: (found.append(own(*a)), found[0])[1])
+    raw = Path(run(kind)[0].save(tmp_path / "f")).read_bytes()
+    used = 8 + len(raw[8 : 8 + int.from_bytes(raw[:8], "little")].rstrip())
+    assert used <= found[0] < used + 900 * 2 * (STEPS + 1)
 
 
 @kinds
