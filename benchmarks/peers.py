@@ -1,6 +1,7 @@
 """The same fields, or what comes nearest, as other libraries hand them out: each as its own documentation says.
 
-A library that is not installed gives no row.
+A library that is not installed gives no row. That of nnsight is written for its 0.8; attnread asks for other versions
+of torch, transformers and nnsight than it needs: ``pip install --no-deps attnread`` takes it without them.
 """
 
 from __future__ import annotations
