@@ -30,6 +30,15 @@ Made = TypeVar("Made")
 _BLOCK = 1 << 22
 
 
+class _of_all_heads(cached_property[Made]):
+    """A value that is the same for all heads: a view of some of them has it from the view of all."""
+
+    def __get__(self, view: Any, owner: Any = None) -> Made:  # type: ignore[override]
+        whole = None if view is None else view._whole
+        made: Made = super().__get__(view if whole is None else whole, owner)
+        return made
+
+
 class View:
     """One call of a trace, or some heads of one. What is expensive is computed once, when it is first asked for, and
     held as long as the view.
@@ -202,7 +211,11 @@ class View:
 
     def part(self, heads: Sequence[int]) -> View:
         """A view of some heads (numbers in the model), which holds what is derived of these as long as it is there."""
-        call = self.call if len(heads) == len(self.heads) else self.call.at(heads=heads)
+        call = self.call
+        if len(heads) < len(self.heads):
+            call = call.at(heads=heads)
+            if "mask" in call.fields:  # it is the same for all heads, and formed once for all of them
+                call.fields["mask"] = self.call.fields["mask"]
         return View(call, self.trace, self._real, whole=self)
 
     def of_query(self, row: int, example: int | None = None) -> View:
@@ -216,11 +229,9 @@ class View:
 
     # Which rows and keys count
 
-    @cached_property
+    @_of_all_heads
     def mask(self) -> Tensor:
         """bool, broadcastable to B H T S: True = may attend; where the mask was not kept, what has weight."""
-        if self._whole is not None:
-            return self._whole.mask
         if self.call.has("mask"):
             return with_four_axes(self.tensor("mask"))
         if self.call.has("weights"):
@@ -228,7 +239,7 @@ class View:
         held = next((x for x in map(self.call.get, self.call.fields) if x is not None), None)
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=None if held is None else held.device)
 
-    @cached_property
+    @_of_all_heads
     def allowed(self) -> Tensor:
         """int64, broadcastable to B H T: how many keys each query may attend to.
 
@@ -238,15 +249,13 @@ class View:
         mask = with_four_axes(self.tensor("mask"))
         return mask.expand(*mask.shape[:3], self.shape[3]).sum(-1)
 
-    @cached_property
+    @_of_all_heads
     def keys(self) -> Tensor:
         """bool, B S: which keys are real tokens.
 
         Raises:
             MeasureError: ``real`` is of another shape.
         """
-        if self._whole is not None:
-            return self._whole.keys
         b, _, _, s = self.shape
         if self._real is None:
             return self.mask.any(1).any(1).expand(b, s)
@@ -264,11 +273,9 @@ class View:
             )
         return real[:, at.start : at.stop].expand(b, s)
 
-    @cached_property
+    @_of_all_heads
     def rows(self) -> Tensor:
         """bool, B T: which queries count: those with something to attend to that are no padding themselves."""
-        if self._whole is not None:
-            return self._whole.rows
         b, _, t, s = self.shape
         rows = self.mask.any(-1).any(1).expand(b, t)
         positions = self.positions
@@ -279,7 +286,7 @@ class View:
         own = self.keys.gather(1, at.clamp(0, s - 1)) | (at < 0) | (at >= s)
         return rows & own
 
-    @cached_property
+    @_of_all_heads
     def pairs(self) -> Tensor:
         """bool, B (1 or H) T S: which real keys each query that counts may attend to.
 
@@ -288,11 +295,9 @@ class View:
         """
         return self.tensor("mask") & self.rows[:, None, :, None] & self.keys[:, None, None]
 
-    @cached_property
+    @_of_all_heads
     def positions(self) -> Tensor | None:
         """(B or 1) T, int64: the key position of each query; None where there is no such thing."""
-        if self._whole is not None:
-            return self._whole.positions
         positions = query_positions(self.call, *self.shape[2:])
         return None if positions is None else positions.to(self.mask.device)
 
@@ -308,7 +313,7 @@ class View:
             return None
         return "only the mask tells where its queries are in the cache; trace again with 'mask' in capture= too"
 
-    @cached_property
+    @_of_all_heads
     def distance(self) -> Tensor:
         """(B or 1) T S, int64: query position − key position.
 
