@@ -159,8 +159,8 @@ def tracing(
                 )
                 if LAZY_COPIES in str(error):
                     error.add_note(
-                        "hookattn: memory was resized after it was recorded, and torch writes to none that is shared with "
-                        "a lazy copy; trace with copy=True."
+                        "hookattn: memory was resized after it was recorded, and torch writes to none that a lazy copy "
+                        "shares; trace with copy=True."
                     )
             raise
         finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ def derive(
     writes the weights in the dtype of ``q``.
 
     Args:
-        diagonal: what ``mask`` consists of, if that says all of it: a GPU then need not read it.
+        diagonal: what hides keys, where that is no mask but this alone: no mask has to be formed.
         rows: T, int64, which queries of the whole call these are, for ``diagonal``; None: all, in their order.
         notes: gets a line where a GPU's kernel does not take the call, and these functions do.
     """
@@ -58,48 +56,68 @@ def derive(
     # rare, and left to the whole.
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
     simple = simple and b * h * t * s > _BLOCK // 2
+    hides = diagonal is not None and diagonal.hides_any and mask is None
+    numbers = (torch.arange(t, device=q.device) if rows is None else rows) if hides else None
     # A block's mask is added as −∞, which is quicker than choosing; to a score of +∞ that would give NaN. The sum of
     # q and k is finite only where both are; where it overflows, the safe way is taken for nothing.
     if not simple or not bool(torch.isfinite(q.sum() + k.sum())):
         whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
-        return whole, softmax_weights(whole, mask, sinks, empty) if want_weights else None
+        if not want_weights:
+            return whole, None
+        if diagonal is not None and numbers is not None:
+            mask = diagonal.allows(numbers, slice(0, s))[None, None]
+        return whole, softmax_weights(whole, mask, sinks, empty)
     dtype = compute_dtype(q.dtype)
     scores = allocation.empty((b, h, t, s), dtype, q.device) if want_scores else None
     weights = allocation.empty((b, h, t, s), dtype, q.device) if want_weights else None
     first = scores if scores is not None else weights
     if first is None:
         return None, None
-    hidden = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    for i, heads, at in _blocks(b, h, t, s, h // g):
-        block = first[i, heads, at]
-        # The query heads of one key head are rows of one product, so that k is not repeated.
-        keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
-        query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
-        flat = block.view(keys.shape[0], -1, s)
-        torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
-        finish_scores(block, softcap, None if bias is None else _part(bias, i, heads, at))
-        if weights is not None:
-            out = weights[i, heads, at]
-            if hidden is not None:
-                block = torch.add(block, _part(hidden, i, heads, at), out=out)
-            torch.softmax(block, -1, out=out)
-    if weights is not None and empty and mask is not None:
-        weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+    heads_together, rows_together = _block_size(t, s, h // g)
+    for start in range(0, t, rows_together):
+        # Rows outermost, so that of a mask no more is formed than of the rows of one block.
+        at = slice(start, min(start + rows_together, t))
+        seen = None
+        if diagonal is not None and numbers is not None:
+            seen = diagonal.allows(numbers[at], slice(0, s))[None, None]
+        elif mask is not None:
+            seen = mask[:, :, at] if mask.shape[2] > 1 else mask
+        hidden = blind = None
+        if seen is not None and weights is not None:
+            hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+            blind = ~seen.any(-1, keepdim=True) if empty else None
+        for i in range(b):
+            for j in range(0, h, heads_together):
+                heads = slice(j, min(j + heads_together, h))
+                block = first[i, heads, at]
+                # The query heads of one key head are rows of one product, so that k is not repeated.
+                keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
+                query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
+                if block.is_contiguous():
+                    flat = block.view(keys.shape[0], -1, s)
+                    torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
+                else:
+                    flat = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=float(scale))
+                    block.copy_(flat.view(block.shape))
+                finish_scores(block, softcap, None if bias is None else _part(bias, i, heads, at))
+                if weights is not None:
+                    out = weights[i, heads, at]
+                    if hidden is not None:
+                        block = torch.add(block, _part(hidden, i, heads), out=out)
+                    torch.softmax(block, -1, out=out)
+                    if blind is not None:
+                        out.masked_fill_(_part(blind, i, heads), 0.0)
     return scores, weights
 
 
-def _part(x: Tensor, i: int, heads: slice, at: slice) -> Tensor:
+def _part(x: Tensor, i: int, heads: slice, at: slice = slice(None)) -> Tensor:
     """A block of what is broadcastable to B H T S."""
     every = slice(None)
     return x[i if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else every, at if x.shape[2] > 1 else every]
 
 
-def _blocks(b: int, h: int, t: int, s: int, groups: int) -> Iterator[tuple[int, slice, slice]]:
-    """A batch entry, heads and rows of B H T S, of at most a block of scores where a row is not more: as many whole
-    groups of heads as go together, or else one head by rows."""
+def _block_size(t: int, s: int, groups: int) -> tuple[int, int]:
+    """How many heads and rows make at most a block of scores where a row is not more: as many whole groups of heads as
+    go together, or else one head by rows."""
     heads = _BLOCK // max(1, groups * t * s) * groups
-    rows = t if heads else max(16, _BLOCK // s)
-    for i in range(b):
-        for j in range(0, h, heads or 1):
-            for start in range(0, t, rows):
-                yield i, slice(j, min(j + (heads or 1), h)), slice(start, min(start + rows, t))
+    return (heads, t) if heads else (1, max(16, _BLOCK // s))

@@ -73,13 +73,25 @@ class Diagonal(NamedTuple):
             rows: R, int64, in any order.
             keys: n keys, from ``start`` to ``stop``.
         """
-        distance = (rows + self.offset).unsqueeze(-1) - torch.arange(keys.start, keys.stop, device=rows.device)
-        if self.causal:
-            allowed = distance >= 0
-            return allowed if self.window is None else allowed & (distance < self.window)
+        # Compared, not subtracted: distances would take eight times the memory of what is asked for.
+        at, key = (rows + self.offset).unsqueeze(-1), torch.arange(keys.start, keys.stop, device=rows.device)
+        if not self.hides_any:
+            return torch.ones(len(rows), len(key), dtype=torch.bool, device=rows.device)
         if self.window is None:
-            return torch.ones_like(distance, dtype=torch.bool)
-        return distance.abs_() < self.window
+            return key <= at
+        return (key > at - self.window).logical_and_(key <= at if self.causal else key < at + self.window)
+
+    def sees_any(self, rows: Tensor, s: int) -> Tensor:
+        """Whether each of some queries may see any key, in their shape.
+
+        Args:
+            rows: int64.
+            s: S.
+        """
+        at = rows + self.offset
+        if self.window is None:
+            return at >= 0 if self.causal else torch.ones_like(at, dtype=torch.bool)
+        return (at if self.causal else at + self.window - 1).ge(0).logical_and_(at - self.window < s - 1)
 
     def hides(self, rows: Tensor, keys: slice) -> Tensor:
         """R n, bool: the contrary of :meth:`allows`."""

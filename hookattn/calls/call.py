@@ -215,6 +215,8 @@ class Call:
             SelectionError: there is no such head, query or batch entry; says which there are.
             FieldNotCaptured: nothing that was captured tells how many there are.
         """
+        if heads is queries is batch is None:
+            return replace(self)
         part = CallPart.of(self, heads, queries, batch)
         return replace(
             self,

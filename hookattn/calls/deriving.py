@@ -57,7 +57,7 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
     try:
         if own is not None:
             with isolated(own):
-                mask, _ = _mask(call, own)
+                mask = _mask(call, own)
                 weights = softmax_weights(own, mask.real, _source(call, "sinks"), mask.empty)
                 return weights.to(call.dtype)
         q, k = _tensor(call, "q"), evenly_grouped(call, _tensor(call, "k"))
@@ -95,10 +95,12 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     wants_weights = name == "weights"
     mask, diagonal, rows, sinks = CompleteMask(q, None, False), None, None, None
     if wants_weights:
-        mask, rule = _mask(call, q)
         sinks = _source(call, "sinks")
-        if devices.on_gpu(q) and rule is not None and rule.given is None and rule.diagonal.hides_any:
-            diagonal, rows = rule.diagonal, rule.rows
+        rule = call.place("mask") if _kept(call, "mask") else None
+        if isinstance(rule, MaskRule) and rule.given is None and rule.diagonal.hides_any:
+            diagonal, rows, mask = rule.diagonal, rule.rows, mask._replace(empty=rule.leaves_empty())
+        else:
+            mask = _mask(call, q)
     scores, weights = derive(
         q,
         k,
@@ -120,15 +122,15 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     return made.to(call.dtype) if wants_weights else made
 
 
-def _mask(call: SourceCall, x: Tensor) -> tuple[CompleteMask, MaskRule | None]:
-    """The complete mask of a call, and the rule that it follows from, if it does."""
+def _mask(call: SourceCall, x: Tensor) -> CompleteMask:
+    """The complete mask of a call."""
     place = call.place("mask") if _kept(call, "mask") else None
     if isinstance(place, MaskRule):
-        return place.complete(), place
+        return place.complete()
     mask = _source(call, "mask")
     if mask is None or (mask.numel() == 1 and bool(mask)):
-        return CompleteMask(x, None, False), None
-    return CompleteMask(mask, mask, True), None
+        return CompleteMask(x, None, False)
+    return CompleteMask(mask, mask, True)
 
 
 def _own_scores(call: SourceCall) -> Tensor | None:

@@ -13,6 +13,9 @@ from ..errors import FieldNotCaptured
 from ..statistics.received import Received
 from .fields import Derived, Field, Later, shape_of
 
+# Vectors first, as they are smaller, and what tells for sure before what may be the same for all.
+_TELLING = sorted(FIELD_SPECS.items(), key=lambda item: (item[1].broadcast, not item[1].is_vectors))
+
 
 class KeptCall(Protocol):
     """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module how large it is, so that the
@@ -91,7 +94,7 @@ def extents_of(call: KeptCall, letters: str = "BHGTSDE") -> Extents:
 
 def _fields(call: KeptCall) -> Iterator[tuple[str, FieldSpec]]:
     """Each field that was kept, vectors first, as they are smaller, and what tells for sure before the others."""
-    for name, spec in sorted(FIELD_SPECS.items(), key=lambda item: (item[1].broadcast, not item[1].is_vectors)):
+    for name, spec in _TELLING:
         if name in call.fields:
             yield name, spec
     for name in call.fields:

@@ -179,6 +179,8 @@ class KeyHistory:
             return None
         more = keys.shape[2] - last[2]
         before = self._last()
+        if more > 0 and self._steps[-1].tail:
+            return None  # a static cache that became longer while its end was still empty
         if more > 0:
             if torch.equal(keys[:, :, : last[2]], before):
                 return Link(None, 0, last[2], more)
@@ -283,7 +285,8 @@ class KeyHistories:
         self._last: dict[tuple[str, str, int], weakref.ref[KeptCall]] = {}
         self._new: list[weakref.ref[KeptCall]] = []
         self._due = False
-        self._step, self._runs = -1, Counter[tuple[str, str]]()
+        self._step = -1
+        self._runs: Counter[tuple[str, str]] = Counter()
 
     def note(self, call: KeptCall, goes_on: bool) -> None:
         """A call whose keys and values will be looked at.

@@ -58,16 +58,28 @@ class MaskRule:
             given = with_four_axes(given if given.dtype == torch.bool else given.bool())
         return complete_mask(given, self.t, self.s, self.diagonal, self.device, self.rows)
 
+    def leaves_empty(self) -> bool:
+        """Whether there are queries that may attend to no key, where no mask was given; none is formed for it."""
+        return not bool(self.diagonal.sees_any(self.numbers(), self.s).all())
+
+    def numbers(self) -> Tensor:
+        """T, int64: which queries of the whole call these are."""
+        return torch.arange(self.t, device=self.device) if self.rows is None else self.rows
+
     def of(self, batch: slice | Tensor, heads: slice | Tensor, rows: slice | Tensor) -> MaskRule:
         """That of some batch entries, heads and queries."""
         given = self.given
+        every = slice(None)
+        axes = (1, 1, 1) if given is None else with_four_axes(given).shape
+        whole = [isinstance(index, slice) and index == every for index in (batch, heads, rows)]
+        if whole[2] and all(n == 1 or all_of_it for n, all_of_it in zip(axes, whole[:2], strict=False)):
+            return self  # and so the mask is formed once for all
         if given is not None:
             given = with_four_axes(given)
             for dim, index in enumerate((batch, heads, rows)):
                 if given.shape[dim] > 1:
                     given = _indexed(given, dim, index)
-        numbers = torch.arange(self.t, device=self.device) if self.rows is None else self.rows
-        numbers = _indexed(numbers, 0, rows)
+        numbers = _indexed(self.numbers(), 0, rows)
         return MaskRule(given, len(numbers), self.s, self.diagonal, self.device, numbers)
 
 

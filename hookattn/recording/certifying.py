@@ -102,6 +102,7 @@ class Certifier:
 
     def __init__(self, full: bool, warns: bool = True):
         self.full, self._warns = full, warns
+        self._taken = False  # whether anything was measured and not read yet
         # Weak references: a call that nobody holds needs no certificate, and holds its fields no longer.
         self._waiting: list[weakref.ref[Call]] = []
         self._by_shape: dict[Shape, deque[weakref.ref[Call]]] = {}
@@ -119,10 +120,14 @@ class Certifier:
             call: gets the certificate.
             kernel, mask: as :func:`~hookattn.recording.verification.measure` takes them.
         """
+        self._taken = True
         call.certificate = Measured(self, measure(kernel, mask, self.full))
 
     def read(self, calls: Sequence[Call]) -> None:
         """Read what was measured of some calls, from each device at once."""
+        if not self._taken:
+            return
+        self._taken = False
         waiting = [(call, found) for call in calls if isinstance(found := _pending(call), Measured)]
         read = read_certificates([found.measurement for _, found in waiting])
         for (call, _), certificates in zip(waiting, read, strict=True):

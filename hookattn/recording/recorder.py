@@ -106,17 +106,18 @@ class CallRecorder:
                     made.of_queries = t
             if not call.opaque:
                 made.derivable = self.selection.derivable
-            self._hold(call)
+            stays = self._stays(call)
+            if stays:
+                self._hold(call)
             made.scale = call.scale
             self._place_fields(made, call, mask)
-            stays = self._stays(call)
             if self.verify != "off":
                 self._certify(made, call, mask, groups, stays)
             if not stays:
                 self._settle(made)
             if statistics:
                 made.keys = call.k.shape[2]
-                made.fields.update((n, None if x is None else self._kept(x)) for n, x in statistics.items())
+                made.fields.update((n, None if x is None else self._kept(x, True)) for n, x in statistics.items())
             if self._histories is not None:
                 self._histories.note(made, call.q.shape[2] < call.k.shape[2] or site.crosses)
             return made
@@ -230,20 +231,32 @@ class CallRecorder:
         derived = {name: derive_field(made, name) for name, x in made.fields.items() if isinstance(x, Derived)}
         for name, place in made.fields.items():
             if name in derived:
-                made.fields[name] = self._kept(derived[name])
+                made.fields[name] = self._kept(derived[name], True)
             elif isinstance(place, MaskRule):
-                made.fields[name] = self._memo(("settled", id(place)), None, partial(self._kept, place()))
+                made.fields[name] = self._memo(("settled", id(place)), None, partial(self._settled_mask, place))
             elif isinstance(place, Tensor):
                 shared = FIELD_SPECS[name].shared
-                kept = partial(self._kept, place)
+                kept = partial(self._kept, place, False, name in ("k", "v"))
                 made.fields[name] = self._memo(("settled", name), place, kept) if shared else kept()
         made.beside = {}
-        if isinstance(made.scale, Tensor) and self.selection.device is not None:
-            made.scale = made.scale.to(self.selection.device)
+        if isinstance(made.scale, Tensor):
+            made.scale = made.scale.to(self.selection.device or made.scale.device, copy=True)
 
-    def _kept(self, x: Tensor) -> Tensor | Later:
-        """A tensor of the trace's own as it is stored, in the dtype and on the device that were selected."""
+    def _settled_mask(self, rule: MaskRule) -> Tensor | Later:
+        mask = rule()
+        return self._kept(mask, mask is not rule.given)
+
+    def _kept(self, x: Tensor, fresh: bool, cache: bool = False) -> Tensor | Later:
+        """A tensor as it is stored, in the dtype and on the device that were selected.
+
+        Args:
+            fresh: whether it is the trace's own, so that nobody writes to it.
+            cache: whether it may be the memory of a cache.
+        """
         dtype = self.selection.dtype if x.is_floating_point() and self.selection.dtype is not None else x.dtype
         if self._transfer is not None and devices.on_gpu(x):
-            return self._transfer.send(x, dtype, True)
-        return x.to(device=self.selection.device or x.device, dtype=dtype)
+            return self._transfer.send(x, dtype, fresh)
+        device = self.selection.device or x.device
+        if dtype != x.dtype or device != x.device:
+            return x.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
+        return x if fresh else snapshots([x], [cache], self._copy)[0]

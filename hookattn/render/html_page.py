@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..store.document import save
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
 from ..store.partial import PartialFile, explaining_os_errors
 from .html_shell import content_policy, module_script, page_head, page_tail, viewer_module
@@ -130,7 +131,7 @@ def page_pieces(
 def _trace_elements(made: Narrowed, name: str) -> Iterator[str]:
     """The bytes of a trace file, header first, as ``<script>`` elements of base64, which holds nothing that is HTML."""
     with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
-        path = made.trace.save(os.path.join(folder, "page.safetensors"))
+        path = save(made.trace, os.path.join(folder, "page.safetensors"), linked=False)  # as the viewer reads it
         with open(path, "rb") as file:
             header, start = _narrowed_header(file, made)
             yield _script_element(0, header, f' data-name="{html.escape(name)}"')

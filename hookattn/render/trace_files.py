@@ -12,7 +12,7 @@ from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
 from ..errors import RenderError, TraceFileError
 from ..store import LazyFile
-from ..store.stored_history import StoredHistory
+from ..store.document import save
 from ..traces import Trace, load
 
 TraceLike = Trace | str | PathLike[str]
@@ -44,24 +44,24 @@ def title_of(trace: Trace) -> str:
 
 def _is_stored(place: Field) -> bool:
     """Whether a field of a trace that has a file is read from there, or is none."""
-    if isinstance(place, Continued):
-        return isinstance(place.history, StoredHistory)
     return place is None or (isinstance(place, InFile) and isinstance(place.file, LazyFile))
 
 
 @contextmanager
 def trace_file(trace: TraceLike) -> Iterator[str]:
-    """The path of a file that holds this trace; a temporary one is deleted after the block.
+    """The path of a file that holds this trace, each call with its keys whole; a temporary one is deleted after the block.
 
     Raises:
         RenderError, TraceFileError: as :func:`as_trace`; TraceWriteError: no room for the temporary file.
     """
     found = as_trace(trace)
-    if found.path is not None and (found is not trace or _as_written(found, found.path)):
+    linked = any(isinstance(place, Continued) for call in found.calls for place in call.fields.values())
+    if found.path is not None and not linked and (found is not trace or _as_written(found, found.path)):
         yield os.path.abspath(fspath(found.path))
         return
     with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
-        yield found.save(os.path.join(folder, "trace.safetensors"))
+        # The viewer reads one tensor for each field: it knows nothing of keys that go on from those of other calls.
+        yield save(found, os.path.join(folder, "trace.safetensors"), linked=False)
 
 
 def _as_written(trace: Trace, path: str) -> bool:
