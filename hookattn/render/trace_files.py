@@ -49,7 +49,7 @@ def _is_stored(place: Field) -> bool:
 
 @contextmanager
 def trace_file(trace: TraceLike) -> Iterator[str]:
-    """The path of a file that holds this trace, each call with its keys whole; a temporary one is deleted after the block.
+    """The path of a file of this trace, each call with its keys whole; a temporary one is deleted after the block.
 
     Raises:
         RenderError, TraceFileError: as :func:`as_trace`; TraceWriteError: no room for the temporary file.
