@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hookattn
 from benchmarks.models import unknown_model
+from hookattn.calls.mask_rule import MaskRule
 from hookattn.testing import check_clean
 from tests import tiny_models as tiny
 from tests.reference import as_sinks, masked_softmax, repeat_heads, run
@@ -139,6 +140,10 @@ def test_what_is_kept_and_what_was_planned(name: str, device: str) -> None:
     model, x, _ = made(name, device)
     choices: list[dict[str, Any]] = [{}, {"capture": ("q", "k", "v")}, {"capture": "weights", "heads": [1]}]
     for options in choices:
-        fields = [call.get(name) for call in traced(model, x, **options) for name in call.fields]
-        kept = {field.data_ptr(): field.nbytes for field in fields if field is not None}
-        assert hookattn.plan(model, x, **options).total == sum(kept.values())
+        held: dict[int, int] = {}
+        for call in traced(model, x, **options):
+            for place in (*call.fields.values(), *call.beside.values()):
+                y = place.given if isinstance(place, MaskRule) else place
+                if isinstance(y, torch.Tensor):
+                    held[id(y)] = y.nbytes
+        assert hookattn.plan(model, x, **options).total == sum(held.values())

@@ -1,4 +1,4 @@
-"""The file that a viewer reads: the trace's own where it is as it was written, else a temporary one that has all whole."""
+"""The file that a viewer reads: the trace's own where it is as it was written, else one that has all keys whole."""
 
 from __future__ import annotations
 

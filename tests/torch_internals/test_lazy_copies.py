@@ -308,26 +308,26 @@ def resident(page: int = 4096) -> Iterator[Callable[[], float]]:
 
 
 def test_memory_is_held_once_and_given_back() -> None:
-    # So large that the allocator asks the system for each, and gives it back at once.
+    # So large that the allocator asks the system for each, and gives it back at once: glibc keeps up to 64 MiB.
     with resident() as more:
-        x = torch.ones(10 << 20)
+        x = torch.ones(20 << 20)
         made = snapshot(x)
-        assert 35 < more() < 45, "a lazy copy takes no memory"
+        assert 75 < more() < 85, "a lazy copy takes no memory"
         x.zero_()
-        assert 75 < more() < 85, "until somebody writes"
+        assert 155 < more() < 165, "until somebody writes"
         del x
-        assert 35 < more() < 45
+        assert 75 < more() < 85
         del made
         assert more() < 5
-        x = torch.ones(10 << 20)
+        x = torch.ones(20 << 20)
         made = snapshot(x)
         del x
-        assert 35 < more() < 45, "the copy holds the memory when the other is gone"
+        assert 75 < more() < 85, "the copy holds the memory when the other is gone"
         made.add_(1)
-        assert 35 < more() < 45, "which is then its own: nothing is copied"
+        assert 75 < more() < 85, "which is then its own: nothing is copied"
         del made
         assert more() < 5
-        x = torch.ones(10 << 20)
+        x = torch.ones(20 << 20)
         small = snapshot(x[:16])
         del x
         assert more() < 5 and small.sum() == 16, "a small view holds nothing but itself"
