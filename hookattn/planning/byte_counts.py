@@ -82,8 +82,8 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
                 key = name, step, storage_of(of), of.storage_offset(), of.shape, of.stride()
                 taken[name] = 0 if key in known else taken[name]
                 known[key] = x
-        if lazy and "output" not in taken and call.output is not None:
-            taken["certificate"] = call.output.numel() * call.output.element_size()  # held until it is measured
+        if lazy and (beside := _certificate_bytes(replace(call, mask=own_mask.mask), given, selection, step, known)):
+            taken["certificate"] = beside
         rows.append(PlannedCall(site, step, call.tap, shapes, taken, later))
     asked = selection.layers or ()
     absent = set(asked).difference(*(counts.naming(asked, site) for _, site, _ in seen.calls))
@@ -92,6 +92,25 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
         raise SelectionError(f"layers={list(asked)}: there is no layer {first}; the last layers are {counts}.")
     shared = sum(x.numel() * x.element_size() for x in known.values())
     return rows, shared
+
+
+def _certificate_bytes(
+    call: KernelCall, given: KernelCall, selection: Selection, step: int, known: dict[Any, Tensor]
+) -> int:
+    """What is held for a certificate that is measured later, beside the fields that were asked for."""
+    if (given.weights is not None and "weights" not in selection.capture) or given.applied is not None:
+        return 0  # measured at once: a matrix that nobody asked for is not held for it
+    size = 0
+    for name in ("bias", "mask", "sinks", "output"):
+        x: Tensor | None = getattr(call, name)
+        if name in selection.capture or x is None:
+            continue
+        of: Tensor = getattr(given, name)
+        key = "beside", name, step, storage_of(of), of.storage_offset(), of.shape, of.stride()
+        if name == "output" or key not in known:
+            size += x.numel() * x.element_size()
+            known[key] = x
+    return size
 
 
 def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:

@@ -28,8 +28,8 @@ class PlannedCall:
         step, tap: as in :class:`hookattn.Call`.
         shapes: of each field that is kept and that the call has.
         bytes: of each field; 0 for one that follows from others and is derived when it is read, and for a mask, bias or
-            sinks that an earlier call keeps already. ``certificate``: an output that was not asked for, held until the
-            certificate is measured.
+            sinks that an earlier call keeps already. ``certificate``: fields that were not asked for, held for
+            the certificate and for what follows from them.
         derived: bytes of the fields that are derived when they are read.
     """
 
