@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
-from ..attention.masks import Diagonal, split_additive
+from ..attention.masks import split_additive
 from ..calls.call import Call
 from ..calls.deriving import derive_field
 from ..calls.fields import DERIVED, Derived, Field, Later
@@ -60,7 +60,7 @@ class CallRecorder:
         to_host = streamed or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if to_host else None
         self._memo = TensorMemo()
-        self._last_rule: tuple[MaskRule, int, int, Diagonal, torch.device] | None = None
+        self._last_rule: tuple[MaskRule, int, int, bool, int, int | None, torch.device] | None = None
         # What is streamed is put into histories where it is written, once it is there.
         self._histories = None if streamed or selection.capture.isdisjoint(("k", "v")) else KeyHistories()
 
@@ -149,10 +149,12 @@ class CallRecorder:
         self, call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None
     ) -> MaskRule:
         """What hides keys in a whole call, of the heads and queries that are kept: one for all calls with the same."""
-        t, s, diagonal, device = call.q.shape[2], call.k.shape[2], call.diagonal, call.q.device
-        last = self._last_rule
-        if call.mask is None and last is not None and last[1:] == (t, s, diagonal, device):
-            return last[0]
+        t, s, device = call.q.shape[2], call.k.shape[2], call.q.device
+        if call.mask is None and self._last_rule is not None:
+            rule, *of = self._last_rule
+            if of == [t, s, call.causal, call.offset, call.window, device]:
+                return rule
+        diagonal = call.diagonal
 
         def make() -> MaskRule:
             given = call.mask
@@ -167,7 +169,8 @@ class CallRecorder:
             return whole.of(every, index, every if queries is None else rows)
 
         found: MaskRule = self._memo(("mask", t, s, diagonal, device), call.mask, make)
-        self._last_rule = (found, t, s, diagonal, device) if call.mask is None else None
+        if call.mask is None:
+            self._last_rule = found, t, s, *diagonal, device
         return found
 
     def _hold(self, call: KernelCall) -> None:
