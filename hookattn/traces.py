@@ -63,6 +63,8 @@ class Trace(TraceData):
 
         Raises:
             TraceWriteError: the file could not be written; nothing is left under its name.
+            TraceTooLargeError: there is no memory to derive one call's scores or weights; likewise. ``compact=True``
+                derives none.
         """
         from .store.document import save
 
