@@ -27,12 +27,13 @@ from ..torch_internals.isolation import isolated
 from ..torch_internals.lazy_copies import snapshots
 from ..torch_internals.tensor_memo import TensorMemo
 from .call_statistics import captured_statistics
-from .certifying import Certifier, Extras
+from .certifying import SMALL, Certifier, Extras
 from .host_transfer import Transfer
 from .selection import Selection, grouped, restrict
 from .verification import kept_row_indices
 
 _RARE = ("sinks", "scores", "weights", "applied", "undropped", "outer_error")
+_ANY = torch.empty(0)
 _CACHES = (False, True, True, False)
 """Of q, k, v and output, which may be the memory of a cache."""
 
@@ -59,6 +60,7 @@ class CallRecorder:
         self._streamed = streamed
         to_host = streamed or (selection.device is not None and selection.device.type == "cpu")
         self._transfer = Transfer() if to_host else None
+        self._waiting: list[Call] = []
         self._memo = TensorMemo()
         self._last_rule: tuple[MaskRule, int, int, bool, int, int | None, torch.device] | None = None
         # What is streamed is put into histories where it is written, once it is there.
@@ -66,6 +68,7 @@ class CallRecorder:
 
     def forget(self) -> None:
         """A new forward begins: nothing is shared with the one before, but keys and values that go on."""
+        self._settle_waiting()
         self._memo.forget()
         if self._histories is not None:
             self._histories.look()
@@ -107,14 +110,17 @@ class CallRecorder:
             if not call.opaque:
                 made.derivable = self.selection.derivable
             stays = self._stays(call)
-            if stays:
+            waits = not stays and self._waits(call)
+            if stays or waits:
                 self._hold(call)
             made.scale = call.scale
             self._place_fields(made, call, mask)
             if self.verify != "off":
-                self._certify(made, call, mask, groups, stays)
-            if not stays:
-                self._settle(made)
+                self._certify(made, call, mask, groups, stays or waits)
+            if waits:
+                self._waiting.append(made)
+            elif not stays:
+                self._settle(made, False)
             if statistics:
                 made.keys = call.k.shape[2]
                 made.fields.update((n, None if x is None else self._kept(x, True)) for n, x in statistics.items())
@@ -131,12 +137,14 @@ class CallRecorder:
 
     def drop(self) -> None:
         """Let go of what waits."""
+        self._waiting.clear()
         self._memo.forget()
         if self._transfer is not None:
             self._transfer.close()
 
     def complete(self, calls: Sequence[Call]) -> None:
-        """Read the certificates of what was measured at once, wait for what comes from a GPU."""
+        """Derive what waits, read the certificates of what was measured at once, wait for what comes from a GPU."""
+        self._settle_waiting()
         if self._histories is not None:
             self._histories.look()
         if self._transfer is not None and self._transfer.used:
@@ -218,6 +226,24 @@ class CallRecorder:
         leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.q))
         return not leaves and self.selection.keeps_as_it_is(call.q.device)
 
+    def _waits(self, call: KernelCall) -> bool:
+        """Whether a call that is not kept as it is waits for the end of the forward: a small one, as several of these
+        are measured in the time of one."""
+        selection, q = self.selection, call.q
+        elsewhere = self._streamed or selection.dtype is not None or selection.device not in (None, q.device)
+        if elsewhere or selection.statistics:
+            return False
+        sizes = q.numel(), call.k.numel(), call.v.numel(), q.shape[0] * q.shape[1] * q.shape[2] * call.k.shape[2]
+        return q.device.type == "cpu" and not devices.on_gpu(q) and max(sizes) <= SMALL
+
+    def _settle_waiting(self) -> None:
+        """Measure and derive the calls that waited for the end of their forward."""
+        waiting, self._waiting = self._waiting, []
+        for made in waiting:
+            _ = made.certificate  # together with those of the others
+            with isolated(_ANY):
+                self._settle(made, True)
+
     def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""
         formed = call.weights is not None and "weights" not in made.fields
@@ -229,8 +255,13 @@ class CallRecorder:
         if not made.derivable and not any(isinstance(x, Derived) for x in made.fields.values()):
             made.beside = {}
 
-    def _settle(self, made: Call) -> None:
-        """Derive what follows, bring everything into its dtype and to its device, and let go of the rest."""
+    def _settle(self, made: Call, held: bool) -> None:
+        """Derive what follows, bring everything into its dtype and to its device, and let go of the rest.
+
+        Args:
+            made: the call.
+            held: whether its tensors are the trace's own.
+        """
         derived = {name: derive_field(made, name) for name, x in made.fields.items() if isinstance(x, Derived)}
         for name, place in made.fields.items():
             if name in derived:
@@ -239,10 +270,10 @@ class CallRecorder:
                 made.fields[name] = self._memo(("settled", id(place)), None, partial(self._settled_mask, place))
             elif isinstance(place, Tensor):
                 shared = FIELD_SPECS[name].shared
-                kept = partial(self._kept, place, False, name in ("k", "v"))
+                kept = partial(self._kept, place, held, name in ("k", "v"))
                 made.fields[name] = self._memo(("settled", name), place, kept) if shared else kept()
         made.beside = {}
-        if isinstance(made.scale, Tensor):
+        if isinstance(made.scale, Tensor) and not held:
             made.scale = made.scale.to(self.selection.device or made.scale.device, copy=True)
 
     def _settled_mask(self, rule: MaskRule) -> Tensor | Later:

@@ -225,3 +225,16 @@ def test_scores_of_the_model_prove_nothing_about_q_and_k(monkeypatch: pytest.Mon
     with pytest.warns(hookattn.UnfaithfulWarning):
         trace = hookattn.trace(model, x).certify()
     assert not any(c.certificate.faithful for c in trace)
+
+
+def test_small_calls_without_q_k_and_v_wait_for_the_end_of_their_forward(measured: list[int]) -> None:
+    model, x = tiny.gpt2(), tiny.ids(7)
+    with hookattn.tracing(model, capture="weights") as trace:
+        model(x)
+        assert not measured and trace[0].weights.shape[-1] == 7 and measured == [2]
+        model(x)
+        assert measured == [2] and all(isinstance(c.fields["weights"], Tensor) and not c.beside for c in trace[:2])
+    assert measured == [2, 2], "together, and as the forward ends"
+    assert all(isinstance(c.fields["weights"], Tensor) and not c.beside for c in trace) and trace.faithful
+    whole = hookattn.trace(model, x)
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(trace[2:], whole, strict=True))
