@@ -93,12 +93,8 @@ def derive(
                 # The query heads of one key head are rows of one product, so that k is not repeated.
                 keys = k[i, heads.start * g // h : (heads.stop - 1) * g // h + 1].to(dtype)
                 query = q[i, heads, at].to(dtype).reshape(keys.shape[0], -1, q.shape[3])
-                if block.is_contiguous():
-                    flat = block.view(keys.shape[0], -1, s)
-                    torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
-                else:
-                    flat = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=float(scale))
-                    block.copy_(flat.view(block.shape))
+                flat = block.view(keys.shape[0], -1, s)  # all rows of some heads, or some rows of one: contiguous
+                torch.baddbmm(flat, query, keys.transpose(1, 2), beta=0, alpha=float(scale), out=flat)
                 finish_scores(block, softcap, None if bias is None else _part(bias, i, heads, at))
                 if weights is not None:
                     out = weights[i, heads, at]

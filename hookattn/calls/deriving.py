@@ -9,11 +9,10 @@ from torch import Size, Tensor
 
 from ..attention.derivation import derive
 from ..attention.functional import compute_dtype, softmax_weights
-from ..attention.masks import CompleteMask
 from ..errors import FieldNotCaptured, TraceTooLargeError
 from ..torch_internals import devices
 from ..torch_internals.isolation import isolated
-from .extents import evenly_grouped, extents_of
+from .extents import KeptCall, evenly_grouped, extents_of
 from .fields import DERIVED, Derived, Field, dtype_of, shape_of, tensor_of
 from .mask_rule import MaskRule
 from .site import Site
@@ -22,20 +21,13 @@ from .site import Site
 _LARGE = 1 << 28
 
 
-class SourceCall(Protocol):
-    """What is asked of a :class:`~hookattn.calls.call.Call` here. A Call asks this module, so that the module must not
-    ask for the class."""
+class SourceCall(KeptCall, Protocol):
+    """What else is asked of a :class:`~hookattn.calls.call.Call` here."""
 
     site: Site
     dtype: torch.dtype
     scale: float | Tensor
     softcap: float | None
-    heads: tuple[int, ...] | None
-    kv_heads: tuple[int, ...] | None
-    queries: tuple[int, ...] | None
-    of_queries: int | None
-    keys: int | None
-    fields: dict[str, Field]
     notes: tuple[str, ...]
 
     def place(self, name: str) -> Field:
@@ -57,8 +49,8 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
     try:
         if own is not None:
             with isolated(own):
-                mask = _mask(call, own)
-                weights = softmax_weights(own, mask.real, _source(call, "sinks"), mask.empty)
+                mask, empty = _mask(call)
+                weights = softmax_weights(own, mask, _source(call, "sinks"), empty)
                 return weights.to(call.dtype)
         q, k = _tensor(call, "q"), evenly_grouped(call, _tensor(call, "k"))
         _check_room(call, name, q, k)
@@ -93,23 +85,23 @@ _ADVICE = "Read a part of it: call.at(heads=0), call.at(queries=slice(-1, None))
 def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     notes: list[str] = []
     wants_weights = name == "weights"
-    mask, diagonal, rows, sinks = CompleteMask(q, None, False), None, None, None
+    mask, empty, diagonal, rows, sinks = None, False, None, None, None
     if wants_weights:
         sinks = _source(call, "sinks")
         rule = call.place("mask") if _kept(call, "mask") else None
         if isinstance(rule, MaskRule) and rule.given is None and rule.diagonal.hides_any:
-            diagonal, rows, mask = rule.diagonal, rule.rows, mask._replace(empty=rule.leaves_empty())
+            diagonal, rows, empty = rule.diagonal, rule.rows, rule.leaves_empty()
         else:
-            mask = _mask(call, q)
+            mask, empty = _mask(call)
     scores, weights = derive(
         q,
         k,
         call.scale,
         softcap=call.softcap,
         bias=_source(call, "bias"),
-        mask=mask.real,
+        mask=mask,
         sinks=sinks,
-        empty=mask.empty,
+        empty=empty,
         want_scores=not wants_weights,
         want_weights=wants_weights,
         diagonal=diagonal,
@@ -122,15 +114,15 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     return made.to(call.dtype) if wants_weights else made
 
 
-def _mask(call: SourceCall, x: Tensor) -> CompleteMask:
-    """The complete mask of a call."""
+def _mask(call: SourceCall) -> tuple[Tensor | None, bool]:
+    """The complete mask of a call, None if it hides nothing; and whether it may have rows with nothing to attend to."""
     place = call.place("mask") if _kept(call, "mask") else None
     if isinstance(place, MaskRule):
-        return place.complete()
+        complete = place.complete()
+        return complete.real, complete.empty
     mask = _source(call, "mask")
-    if mask is None or (mask.numel() == 1 and bool(mask)):
-        return CompleteMask(x, None, False)
-    return CompleteMask(mask, mask, True)
+    hides = mask is not None and not (mask.numel() == 1 and bool(mask))
+    return (mask, True) if hides else (None, False)
 
 
 def _own_scores(call: SourceCall) -> Tensor | None:

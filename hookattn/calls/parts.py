@@ -15,7 +15,7 @@ from ..attention.functional import sink_column, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
 from ..statistics.received import Received
-from .extents import extents_of, key_heads
+from .extents import KeptCall, extents_of, key_heads
 from .fields import Derived, Field, Index, PartOf, shape_of, taken
 from .mask_rule import MaskRule
 from .site import Site
@@ -23,17 +23,10 @@ from .site import Site
 Chosen = int | Sequence[int] | slice | None
 
 
-class WholeCall(Protocol):
-    """What is asked of a :class:`~hookattn.calls.call.Call` here; see :class:`~hookattn.calls.extents.KeptCall`."""
+class WholeCall(KeptCall, Protocol):
+    """What else is asked of a :class:`~hookattn.calls.call.Call` here."""
 
     site: Site
-    fields: dict[str, Field]
-    beside: dict[str, Field]
-    heads: tuple[int, ...] | None
-    kv_heads: tuple[int, ...] | None
-    queries: tuple[int, ...] | None
-    of_queries: int | None
-    keys: int | None
 
 
 @dataclass(frozen=True, slots=True)

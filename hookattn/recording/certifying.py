@@ -252,8 +252,13 @@ def _scores_of(shapes: tuple[Size, Size, Size, Size], dtypes: tuple[torch.dtype,
         return None
     (b, h, t, d), s, e = q, k[2], v[3]
     good = output == (b, h, t, e) and k[0] == b and k[3] == d and v[:3] == k[:3] and k[1] and h % k[1] == 0
-    sizes = k.numel(), v.numel(), q.numel(), b * h * t * s
-    return sizes[3] if good and all(sizes) and max(sizes) <= SMALL else None
+    scores = b * h * t * s
+    return scores if good and scores and k.numel() and v.numel() and q.numel() and is_small(q, k, v) else None
+
+
+def is_small(q: Size, k: Size, v: Size) -> bool:
+    """Whether a call of these shapes, B H T D, B G S D and B G S E, has no more than :data:`SMALL` of anything."""
+    return max(q.numel(), k.numel(), v.numel(), q[0] * q[1] * q[2] * k[2]) <= SMALL
 
 
 def _pending(call: Call) -> object:

@@ -27,7 +27,7 @@ from ..torch_internals.isolation import isolated
 from ..torch_internals.lazy_copies import snapshots
 from ..torch_internals.tensor_memo import TensorMemo
 from .call_statistics import captured_statistics
-from .certifying import SMALL, Certifier, Extras
+from .certifying import Certifier, Extras, is_small
 from .host_transfer import Transfer
 from .selection import Selection, grouped, restrict
 from .verification import kept_row_indices
@@ -233,8 +233,7 @@ class CallRecorder:
         elsewhere = self._streamed or selection.dtype is not None or selection.device not in (None, q.device)
         if elsewhere or selection.statistics:
             return False
-        sizes = q.numel(), call.k.numel(), call.v.numel(), q.shape[0] * q.shape[1] * q.shape[2] * call.k.shape[2]
-        return q.device.type == "cpu" and not devices.on_gpu(q) and max(sizes) <= SMALL
+        return q.device.type == "cpu" and not devices.on_gpu(q) and is_small(q.shape, call.k.shape, call.v.shape)
 
     def _settle_waiting(self) -> None:
         """Measure and derive the calls that waited for the end of their forward."""
