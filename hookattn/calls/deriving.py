@@ -45,7 +45,7 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
         FieldNotCaptured: one of these was not kept.
         TraceTooLargeError: there is no memory for it; says which part would fit.
     """
-    own = _own_scores(call) if name == "weights" else None
+    own = own_field(call, "scores") if name == "weights" else None
     try:
         if own is not None:
             with isolated(own):
@@ -88,7 +88,7 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     mask, empty, diagonal, rows, sinks = None, False, None, None, None
     if wants_weights:
         sinks = _source(call, "sinks")
-        rule = call.place("mask") if _kept(call, "mask") else None
+        rule = placed(call, "mask")
         if isinstance(rule, MaskRule) and rule.given is None and rule.diagonal.hides_any:
             diagonal, rows, empty = rule.diagonal, rule.rows, rule.leaves_empty()
         else:
@@ -116,7 +116,7 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
 
 def _mask(call: SourceCall) -> tuple[Tensor | None, bool]:
     """The complete mask of a call, None if it hides nothing; and whether it may have rows with nothing to attend to."""
-    place = call.place("mask") if _kept(call, "mask") else None
+    place = placed(call, "mask")
     if isinstance(place, MaskRule):
         complete = place.complete()
         return complete.real, complete.empty
@@ -125,19 +125,18 @@ def _mask(call: SourceCall) -> tuple[Tensor | None, bool]:
     return (mask, True) if hides else (None, False)
 
 
-def _own_scores(call: SourceCall) -> Tensor | None:
-    """The scores that were kept as the model formed them; None: they were not."""
-    if not _kept(call, "scores") or isinstance(call.place("scores"), Derived):
-        return None
-    return _source(call, "scores")
-
-
-def _kept(call: SourceCall, name: str) -> bool:
+def placed(call: SourceCall, name: str) -> Field:
+    """Where a field is; None: the call has none, or it was not kept."""
     try:
-        call.place(name)
+        return call.place(name)
     except KeyError:
-        return False
-    return True
+        return None
+
+
+def own_field(call: SourceCall, name: str) -> Tensor | None:
+    """A field as it was kept; None: the call has none, it was not kept, or it is derived."""
+    place = placed(call, name)
+    return None if isinstance(place, Derived) else tensor_of(place)
 
 
 def _source(call: SourceCall, name: str) -> Tensor | None:
@@ -170,7 +169,7 @@ def _check_room(call: SourceCall, name: str, q: Tensor, k: Tensor) -> None:
     if b * h * one <= _LARGE:
         return
     # What is not derived block by block is formed once more on the way, and so is what is narrowed at the end.
-    plain = q.device.type == "cpu" and isinstance(call.scale, int | float) and not _has_sinks(call)
+    plain = q.device.type == "cpu" and isinstance(call.scale, int | float) and placed(call, "sinks") is None
     per_head = one if plain and (name == "scores" or call.dtype == compute_dtype(q.dtype)) else 2 * one
     free = devices.free_memory(q.device)
     if free is None or b * h * per_head <= free:
@@ -184,10 +183,6 @@ def _check_room(call: SourceCall, name: str, q: Tensor, k: Tensor) -> None:
         f"{call.site.label}: its {name} ({b} batch entries, {h} heads, {t} queries, {s} keys) would take "
         f"{_gigabytes(b * h * per_head)}, and {_gigabytes(free)} of memory are free. What would fit: {part}."
     )
-
-
-def _has_sinks(call: SourceCall) -> bool:
-    return _kept(call, "sinks") and call.place("sinks") is not None
 
 
 def _gigabytes(count: int) -> str:

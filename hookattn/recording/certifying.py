@@ -20,8 +20,9 @@ from torch import Size, Tensor
 from ..attention.kernel_call import KernelCall
 from ..calls.call import Call
 from ..calls.certificate import Certificate, tolerance
+from ..calls.deriving import own_field, placed
 from ..calls.extents import evenly_grouped
-from ..calls.fields import Derived, Field, Place, dtype_of, shape_of, tensor_of
+from ..calls.fields import Derived, Place, dtype_of, shape_of
 from ..calls.mask_rule import MaskRule
 from ..errors import UnfaithfulWarning
 from ..torch_internals.frames import level_outside
@@ -228,17 +229,17 @@ def small_shape(call: Call) -> Shape | None:
         return None
     if type(call.scale) is not float or not call.scale or call.kv_heads is not None or call.own_scores:
         return None
-    if any(_place(call, name) is not None for name in ("bias", "sinks")):
+    if any(placed(call, name) is not None for name in ("bias", "sinks")):
         return None
-    if any(not isinstance(_place(call, name), Derived | None) for name in ("scores", "weights")):
+    if any(not isinstance(placed(call, name), Derived | None) for name in ("scores", "weights")):
         return None
-    places = [_place(call, name) for name in _VECTORS]
+    places = [placed(call, name) for name in _VECTORS]
     if any(x is None or isinstance(x, Derived) for x in places):
         return None
     kept: list[Place] = places  # type: ignore[assignment]
     shapes = tuple(map(shape_of, kept))
     dtypes = tuple(map(dtype_of, kept))
-    if (found := _scores_of(shapes, dtypes)) is None or not isinstance(rule := _place(call, "mask"), MaskRule):
+    if (found := _scores_of(shapes, dtypes)) is None or not isinstance(rule := placed(call, "mask"), MaskRule):
         return None
     mask = (rule.diagonal, rule.t, rule.s, id(rule.given), None if rule.rows is None else id(rule))
     return Shape(dtypes[0], rule.device, shapes, call.scale, mask, shapes[0][2], found)
@@ -266,25 +267,10 @@ def _pending(call: Call) -> object:
     return call.__dict__["_certificate"]
 
 
-def _place(call: Call, name: str) -> Field:
-    try:
-        return call.place(name)
-    except KeyError:
-        return None
-
-
 def _tensor(call: Call, name: str) -> Tensor:
-    place = call.place(name)
-    assert place is not None and not isinstance(place, Derived)
-    found = tensor_of(place)
+    found = own_field(call, name)
     assert found is not None
     return found
-
-
-def _own(call: Call, name: str) -> Tensor | None:
-    """A field as it was kept; None: the call has none, or it is derived."""
-    place = _place(call, name)
-    return None if place is None or isinstance(place, Derived) else tensor_of(place)
 
 
 def _mask_rule(call: Call) -> MaskRule:
@@ -296,9 +282,9 @@ def _mask_rule(call: Call) -> MaskRule:
 def _kernel_call(call: Call, evidence: Evidence) -> KernelCall:
     """A kept call as its kernel's, its heads grouped evenly."""
     k, v = (evenly_grouped(call, _tensor(call, name)) for name in ("k", "v"))
-    made = KernelCall(_tensor(call, "q"), k, v, _own(call, "output"), call.scale, call.tap)
+    made = KernelCall(_tensor(call, "q"), k, v, own_field(call, "output"), call.scale, call.tap)
     for name in ("bias", "sinks", "scores", "weights"):
-        setattr(made, name, _own(call, name))
+        setattr(made, name, own_field(call, name))
     made.softcap, made.opaque = call.softcap, call.own_scores
     if evidence.extras is not None:
         made.applied, made.undropped, made.outer_error, made.softmax_dtype = evidence.extras
