@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from hookattn.planning.memory_plan import size_of
-from hookattn.torch_internals.devices import free_memory
+from hookattn.torch_internals.devices import free_memory, size_of
 
 from .cases import Case, bytes_taken
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hookattn.planning.memory_plan import size_of
+from hookattn.torch_internals.devices import size_of
 
 from .bars import Verdict
 from .measure import Row

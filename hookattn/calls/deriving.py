@@ -181,9 +181,5 @@ def _check_room(call: SourceCall, name: str, q: Tensor, k: Tensor) -> None:
         part = f"call.at(heads=0, batch=0, queries=slice({-max(1, free * t // per_head)}, None))"
     raise TraceTooLargeError(
         f"{call.site.label}: its {name} ({b} batch entries, {h} heads, {t} queries, {s} keys) would take "
-        f"{_gigabytes(b * h * per_head)}, and {_gigabytes(free)} of memory are free. What would fit: {part}."
+        f"{devices.size_of(b * h * per_head)}, and {devices.size_of(free)} of memory are free. What would fit: {part}."
     )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -15,6 +15,7 @@ from ..attention.kernel_call import FIELDS, STORED
 from ..calls.site import Site
 from ..recording.selection import Selection
 from ..statistics.registry import named
+from ..torch_internals.devices import size_of
 
 _FEW = ("entropy", "top_k", "received")
 
@@ -84,15 +85,6 @@ class MemoryPlan:
 def free_disk(path: str | PathLike[str]) -> int:
     """Bytes that are free where a file will be."""
     return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-
-
-def size_of(count: float) -> str:
-    """Bytes as text."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def table(plan: MemoryPlan) -> str:

@@ -20,13 +20,13 @@ from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
-from ..torch_internals.devices import free_memory, plain_reason
+from ..torch_internals.devices import free_memory, plain_reason, size_of
 from ..torch_internals.fake_tensors import IMPOSSIBLE, FakeTensor
 from ..torch_internals.isolation import isolated
 from ..torch_internals.tensor_memo import TensorMemo
 from .byte_counts import SeenCalls, field_bytes
 from .fake_model import Rules, fake_copy
-from .memory_plan import MemoryPlan, PlannedCall, free_disk, size_of, smaller
+from .memory_plan import MemoryPlan, PlannedCall, free_disk, smaller
 
 
 def plan(

@@ -20,10 +20,10 @@ from ..errors import TraceTooLargeError, TraceTooLargeWarning
 from ..recording.room_check import Forward, RoomCheck
 from ..recording.selection import Selection
 from ..taps.active import paused
-from ..torch_internals.devices import free_memory, random_state_kept
+from ..torch_internals.devices import free_memory, random_state_kept, size_of
 from ..torch_internals.isolation import isolated
 from .byte_counts import SeenCalls
-from .memory_plan import MemoryPlan, free_disk, room_sentence, size_of
+from .memory_plan import MemoryPlan, free_disk, room_sentence
 from .plan import calls_on_shapes, plan_with_advice
 
 

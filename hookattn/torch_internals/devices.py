@@ -108,6 +108,15 @@ _FREE: dict[str, Callable[[torch.device], int]] = {
 }
 
 
+def size_of(count: float) -> str:
+    """Bytes as text."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 # ------------------------------------------------------------------------------------------------ generators, streams
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.calls.mask_rule import MaskRule
-from hookattn.planning import memory_plan, plan
+from hookattn.planning import plan
 from hookattn.testing import check_clean
 from hookattn.testing.clean import state_of
+from hookattn.torch_internals.devices import size_of
 from tests import tiny_models as tiny
 from tests.routed import Routed
 from tests.zoo import CASES
@@ -201,7 +202,7 @@ def test_one_that_is_too_large_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     told = hookattn.plan(model, inputs)
     assert not told.fits
     assert [x.split(" ")[0].split("=")[0] for x in told.advice] == ["capture", "capture", "queries", "capture"]
-    assert "does not fit" in repr(told) and memory_plan.size_of(last.total) in told.advice[-2]
+    assert "does not fit" in repr(told) and size_of(last.total) in told.advice[-2]
     streamed = hookattn.plan(model, inputs, to="x.safetensors")
     assert not streamed.fits and streamed.free_disk == whole.total - 1
     monkeypatch.setattr(plan, "free_disk", lambda path: whole.total)
