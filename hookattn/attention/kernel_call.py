@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -97,6 +99,12 @@ SOURCES: tuple[str, ...] = tuple(name for name in STORED if name in _NEEDED)
 """What has to be kept for all of :data:`DERIVED` to follow."""
 
 
+BASES = ("kernel", "adapter", "followed", "guessed")
+"""How it can be known which axis of a call is which, from what is surest: see ``basis`` of :class:`KernelCall`."""
+KERNEL_BASIS: Mapping[str, str] = MappingProxyType(dict.fromkeys("BHTSG", "kernel"))
+"""The basis of a call whose kernel documents the place of every axis."""
+
+
 @dataclass(slots=True)
 class KernelCall:
     """One attention call as its tap saw it; nothing in it is selected, copied or derived yet.
@@ -123,6 +131,10 @@ class KernelCall:
         mixed: the model changed the weights after the softmax, beyond dropout (heads mixed, renormalised).
         softmax_dtype: the dtype the softmax ran in, where it is known and may differ from that of ``q``.
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
+        score: what the scores are: ``dot`` (q·k), or what was seen instead (``additive``, ``distance``, …).
+        normalizer: what made weights of the scores: ``softmax``, or what was seen instead (``sigmoid``, ``none``, …).
+        basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
+            ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention).
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
         module: the module that the kernel itself was told it runs in.
         path: the module around all that the call is made of, where its parts ran in several; None: the running one.
@@ -150,6 +162,9 @@ class KernelCall:
     undropped: Tensor | None = None
     opaque: bool = False
     mixed: bool = False
+    score: str = "dot"
+    normalizer: str = "softmax"
+    basis: Mapping[str, str] = field(default_factory=lambda: KERNEL_BASIS)
     softmax_dtype: torch.dtype | None = None
     outer_error: Tensor | None = None
     module: nn.Module | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -84,6 +84,12 @@ class Call:
         keys: S, where statistics were captured.
         own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
+        score: what the scores are: ``dot`` (q·k), or what was seen instead (``additive``, ``distance``, …).
+        normalizer: what made weights of the scores: ``softmax``, or what was seen instead (``sigmoid``, ``none``, …).
+        basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
+            ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
+            file that does not say it.
+        entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
         notes: what a reader has to know.
         certificate: how faithful it is. Measured when it is first asked for, and before any field of the call is read.
         fields: the captured fields by name, each as where it is: see :mod:`hookattn.calls.fields`.
@@ -113,6 +119,10 @@ class Call:
     keys: int | None = None
     of_queries: int | None = None
     beside: dict[str, Field] = field(default_factory=dict, repr=False)
+    score: str = "dot"
+    normalizer: str = "softmax"
+    basis: Mapping[str, str] = field(default_factory=dict)
+    entry: str = ""
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -132,6 +142,9 @@ class Call:
             own_scores=call.opaque,
             mixed=call.mixed,
             notes=tuple(call.notes),
+            score=call.score,
+            normalizer=call.normalizer,
+            basis=dict(call.basis),
         )
 
     def get(self, name: str | Statistic) -> Tensor | None:

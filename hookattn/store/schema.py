@@ -63,6 +63,7 @@ _KINDS: dict[str, Kind] = {
         lambda x: getattr(torch, x),
     ),
     "names": Kind(lambda x: type(x) is dict and all(type(n) in (str, type(None)) for n in x.values())),
+    "words": Kind(lambda x: type(x) is dict and all(type(word) is str for word in x.values()), dict),
     "links": Kind(lambda x: type(x) is dict and all(type(link) is dict for link in x.values())),
     "scale": Kind(lambda x: _is_number(x) or (type(x) is dict and type(x.get("tensor")) is str)),
 }
@@ -114,6 +115,10 @@ CALL = (
     Scalar("keys", "int?", since=(1, 1)),
     Scalar("of_queries", "int?", since=(1, 2)),
     Scalar("continued", "links?", since=(1, 3)),
+    Scalar("basis", "words?", since=(1, 3)),
+    Scalar("entry", "str?", since=(1, 3)),
+    Scalar("score", "str?", since=(1, 3)),
+    Scalar("normalizer", "str?", since=(1, 3)),
 )
 LINK = (
     Scalar("continues", "int"),
