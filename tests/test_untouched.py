@@ -8,6 +8,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -201,18 +202,20 @@ def test_a_thread_that_is_not_traced(way: str, kind: str, shared: bool) -> None:
     assert_untouched(other, before[1])
 
 
-@pytest.mark.parametrize("how", ["module", "in place", "root", "forward"])
-def test_compiled_parts(way: str, how: str) -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["module", "in place", "root", "forward", "nested"])
+def test_compiled_parts(way: str, how: str, fullgraph: bool) -> None:
+    compiled = partial(torch.compile, backend="eager", fullgraph=fullgraph)
     model: Any = net()
     plain, layer = model(X), model.layers[1]
-    if how == "module":
-        model.layers[1] = torch.compile(layer, backend="eager")
+    if how in ("module", "nested"):
+        model.layers[1] = compiled(layer)
     elif how == "in place":
-        layer.compile(backend="eager")
+        layer.compile(backend="eager", fullgraph=fullgraph)
     elif how == "forward":
-        layer.forward = torch.compile(layer.forward, backend="eager")
-    else:
-        model = torch.compile(model, backend="eager")
+        layer.forward = compiled(layer.forward)
+    if how in ("root", "nested"):
+        model = compiled(model)
     for _ in range(2):  # before and after it was compiled
         trace = hookattn.trace(model, X)
         assert [p.replace("_orig_mod", "").strip(".") for p in paths(trace.calls)] == LAYERS and trace.faithful

@@ -27,6 +27,7 @@ def body(original: Callable[..., Any], callback: Any) -> Any:
     if tracing.compiling and not tracing.shapes_only:
         return found
     tracing.note(NOTE)
+    compilation.count_no_frames()
     return None
 
 

@@ -19,6 +19,7 @@ _PIECE = "taps of compiled code"
 _EVALUATOR = "torch._dynamo.eval_frame"
 STANCE = "_callback_from_stance"
 """The evaluator's function that is asked, call by call, for the callback that compiles."""
+COUNT = "set_fullgraph_compiled_frame_count"
 
 
 def evaluator() -> ModuleType | None:
@@ -49,3 +50,16 @@ def set_callback(callback: Any) -> Any:
 
 
 _set_callback = private("torch._C", "_dynamo.eval_frame.set_eval_frame", _PIECE)
+
+
+def count_no_frames() -> None:
+    """Say that nobody counts which frames are compiled in the compiled function that runs.
+
+    One of ``torch.compile(..., fullgraph=True)`` counts them, and raises where there was none, unless the stance of the
+    whole process says that nothing is to be compiled. A single thread that compiles nothing has to say so here. The
+    count is of the process, too: another thread's function that ends at this moment does not complain, and no more.
+    """
+    # A torch that does not count does not complain, either.
+    count: Any = getattr(sys.modules.get(_EVALUATOR), COUNT, None)
+    if count is not None:
+        count(-1)

@@ -200,6 +200,26 @@ def test_a_compiled_function_is_compiled_where_torch_asks_for_the_callback() -> 
     torch.compiler.reset()
 
 
+def test_a_function_that_has_to_be_compiled_complains_only_where_frames_are_counted() -> None:
+    def nothing(original: Any, callback: Any) -> None:
+        original(callback)
+        if counted.pop():
+            compilation.count_no_frames()
+
+    function = torch.compile(lambda x: x.exp() + 1, backend="eager", fullgraph=True)
+    evaluator, counted = compilation.evaluator(), [False, True]
+    assert evaluator is not None
+    exchanges = code_patching.install([code_patching.Patch(evaluator, compilation.STANCE, nothing)])
+    try:
+        assert function(torch.zeros(1)).item() == 2
+        if hasattr(evaluator, compilation.COUNT):
+            with pytest.raises(RuntimeError, match="no compiled frames"):
+                function(torch.zeros(1))
+    finally:
+        code_patching.remove(exchanges)
+        torch.compiler.reset()
+
+
 def test_a_scripted_function_is_called_by_its_class() -> None:
     @torch.jit.script
     def double(x: Tensor) -> Tensor:
