@@ -257,7 +257,7 @@ def _value_factors(v: Tensor, origin: Origin, layout: Layout, roles: Roles) -> l
     for i, extent in enumerate(v.shape[:-2]):
         pairs = refine(layout[i], own[i]) if extent != 1 and len(own) == v.dim() else None
         atoms = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in layout[i]]
-        out.append([Factor(a.size, roles.of(a), broadcast=extent == 1, repeated=r) for a, r in atoms])
+        out.append([roles.factor(a, broadcast=extent == 1, repeated=r) for a, r in atoms])
     return [*out, [Factor(v.shape[-2], "S")], [Factor(v.shape[-1], "D")]]
 
 

@@ -25,7 +25,7 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
     if state.scores is None or state.scores_origin is None:
         return len(contracted) == 1 and labels.index(contracted[0]) == state.dim
     dims = dict(zip(labels, origin.layout(), strict=True))
-    roles = state.scores.product.roles(state.scores_origin.layout()[state.dim])
+    roles = state.scores.product.roles_over(state.scores_origin, state.dim)
     summed = [a for x in contracted for a in dims[x]]
     kept = [a for x in labels if x not in contracted for a in dims[x]]
     try:
@@ -58,7 +58,7 @@ class CallBuilder:
         assert self.state.scores is not None and self.state.scores_origin is not None
         self.scores = self.state.scores
         self.product = self.scores.product
-        self.roles = self.product.roles(self.state.scores_origin.layout()[self.state.dim])
+        self.roles = self.product.roles_over(self.state.scores_origin, self.state.dim)
 
     def call(self) -> KernelCall:
         """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""
@@ -82,6 +82,7 @@ class CallBuilder:
             dropout=max(w.dropout for w, _ in self.parts),
             softmax_dtype=self.state.dtype,
             mixed=bool(mixed),
+            basis=self.roles.basis,
         )
         if applied is not own:
             call.applied = applied
@@ -214,7 +215,7 @@ class CallBuilder:
         # In the order of the weights' dimensions, with those that all values share.
         for label, atoms in dims.items():
             if label not in layout:
-                mine = [Factor(a.size, self.roles.of(a), broadcast=True) for a in atoms]
+                mine = [self.roles.factor(a, broadcast=True) for a in atoms]
                 pieces.append([p for p in mine if p.role in "BH"])
                 continue
             order.append(use.v_labels.index(label))
@@ -224,7 +225,9 @@ class CallBuilder:
                 continue
             pairs = refine(atoms, layout[label]) if extent != 1 else None
             own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
-            pieces.append([Factor(a.size, self.roles.of(a), broadcast=extent == 1, repeated=r) for a, r in own])
+            mine = [self.roles.factor(a, broadcast=extent == 1, repeated=r) for a, r in own]
+            # Values that are shared by all queries have no axis of them, but an extent of 1.
+            pieces.append([p for p in mine if not (p.broadcast and p.role == "T")])
         for i, label in enumerate(use.v_labels):
             if label not in dims:
                 order.append(i)
@@ -236,12 +239,12 @@ class CallBuilder:
             use = self.parts[0][1]
             dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
             return [
-                [Factor(a.size, self.roles.of(a)) for a in dims[label]] if label in dims else [Factor(extent, "D")]
+                [self.roles.factor(a) for a in dims[label]] if label in dims else [Factor(extent, "D")]
                 for label, extent in zip(use.out_labels, use.out.shape, strict=True)
             ]
         width = {a for _, use in self.parts for a in use.width}
         return [
-            [Factor(a.size, "D" if a in width or width & {*a.lineage()} else self.roles.of(a)) for a in dim]
+            [Factor(a.size, "D") if a in width or width & {*a.lineage()} else self.roles.factor(a) for a in dim]
             for dim in self.out_origin.layout()
         ]
 

@@ -2,16 +2,26 @@
 
 A fused projection, heads folded into the batch, grouped heads repeated for the product: afterwards only the history of
 a tensor tells which part of a dimension is heads. Every dimension is a product of :class:`Atom`; a view splits and
-joins atoms. Two atoms split from one parent are siblings: the heads are what shares a parent with the head width.
+joins atoms. Two things are evidence of what an atom is:
+
+- **Siblings.** Two atoms split from one parent are siblings: the heads are what shares a parent with the head width.
+- **Birth.** What a learned map makes are features, and so is every part that is split from them: heads and widths.
+  Positions and batch entries are there before, and go through a learned map as they are. Where an operation is not
+  followed the axes of its result are *lost*: they may be anything, and whoever names them guesses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 Layout = tuple[tuple["Atom", ...], ...]
+# data: an axis of something given to the model, or kept through it: batch entries, positions.
+# feature: what a learned map made, or sums over.
+# parameter: an axis of a parameter that no map has run over: rows of learned queries, say.
+# lost: of an operation that is not followed.
+Birth = Literal["data", "feature", "parameter", "lost"]
 Shape = Sequence[int]
 
 # Longest chain of views kept unevaluated. A layout is worked out by recursion, a call or two for each view, far below
@@ -28,15 +38,44 @@ class Atom:
         parent: the atom it was split from.
         role: ``B``, ``H``, ``T``, ``S`` or ``D`` where that is known for certain, inherited by its parts.
         repeated: its entries are copies of one another (``expand``, ``repeat_interleave``).
+        birth: where its line began; inherited by its parts.
+        root: the atom that its line began with, through all that kept the axis: two axes of one sequence have one root.
+        step: how many entries of the parent's line lie between two of its own: of two parts of one atom, the outer has
+            the larger.
+        maps: what identifies the learned maps that made it.
     """
 
-    __slots__ = ("parent", "repeated", "role", "size")
+    __slots__ = ("birth", "maps", "parent", "repeated", "role", "root", "size", "step")
 
-    def __init__(self, size: int, parent: Atom | None = None, role: str | None = None, repeated: bool = False):
+    def __init__(
+        self,
+        size: int,
+        parent: Atom | None = None,
+        role: str | None = None,
+        repeated: bool = False,
+        *,
+        of: Atom | None = None,
+        birth: Birth = "data",
+        step: int | None = None,
+        maps: frozenset[Any] = frozenset(),
+    ):
+        before = parent if parent is not None else of
         self.size = size
         self.parent = parent
-        self.role: str | None = role if role is not None else (parent.role if parent is not None else None)
-        self.repeated: bool = repeated or (parent.repeated if parent is not None else False)
+        self.role: str | None = role
+        self.repeated: bool = repeated
+        if before is None:
+            self.birth: Birth = birth
+            self.root: Atom = self
+            self.step: int = 1
+            self.maps: frozenset[Any] = maps
+        else:
+            self.birth, self.root, self.maps = before.birth, before.root, before.maps
+            self.step = before.step if step is None else step
+            if role is None:
+                self.role = before.role
+        if parent is not None and parent.repeated:
+            self.repeated = True
 
     def __repr__(self) -> str:
         return f"{self.role or '?'}{self.size}{'*' if self.repeated else ''}"
@@ -52,7 +91,7 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("_layout", "args", "depth", "how", "parent", "piece_of", "shape")
+    __slots__ = ("_entry_of", "_layout", "args", "birth", "depth", "how", "parent", "piece_of", "shape")
 
     def __init__(
         self,
@@ -60,8 +99,13 @@ class Origin:
         how: Callable[..., Layout] | None = None,
         parent: Origin | None = None,
         args: Any = None,
+        birth: Birth = "data",
     ):
         self.shape = shape
+        #: Of the axes, where nothing is known of what they came from; ``parameter``: all of it is made of parameters.
+        self.birth = birth if parent is None else parent.birth
+        # What this is one entry of (``unbind``, ``select``, ``x[:, 0]``): an origin, and its dimension.
+        self._entry_of: tuple[Origin, int] | None = None
         self.how = how
         self.parent = parent
         self.args = args
@@ -72,12 +116,21 @@ class Origin:
         if self.depth > _MAX_DEPTH:
             self.layout()
 
+    @property
+    def dropped(self) -> tuple[Atom, ...] | None:
+        """The atoms of the dimension that this is one entry of; None: of none."""
+        return None if self._entry_of is None else self._entry_of[0].layout()[self._entry_of[1]]
+
+    def entry_of(self, origin: Origin, dim: int) -> None:
+        """Say of which dimension of a tensor this is one entry."""
+        self._entry_of = origin, dim
+
     def layout(self) -> Layout:
         """The atoms of each dimension."""
         if self._layout is None:
             # What it came from is let go afterwards: an origin would else keep all that were before it.
             if self.how is None:
-                self._layout = fresh(self.shape)
+                self._layout = fresh(self.shape, self.birth)
             elif self.parent is not None:
                 self._layout = self.how(self.parent.layout(), self.shape, self.args)
             else:
@@ -94,6 +147,19 @@ def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
     return origin
 
 
+def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
+    """An atom as the product of two: the outer of extent ``outer``, and the inner."""
+    inner = atom.size // outer
+    return Atom(outer, atom, step=atom.step * inner), Atom(inner, atom)
+
+
+def cut(atom: Atom, extent: int) -> Atom:
+    """An axis of another extent: a part of its entries, or more of them."""
+    made = Atom(extent, of=atom)
+    made.repeated = atom.repeated
+    return made
+
+
 def known(layout: Layout) -> Origin:
     """An origin whose layout is known."""
     origin = Origin(sizes(layout))
@@ -101,9 +167,9 @@ def known(layout: Layout) -> Origin:
     return origin
 
 
-def fresh(shape: Shape) -> Layout:
-    """Nothing is known: one atom a dimension (none for an extent of 1)."""
-    return tuple((Atom(n),) if n != 1 else () for n in shape)
+def fresh(shape: Shape, birth: Birth = "lost") -> Layout:
+    """Nothing is known of what the axes came from: one atom a dimension (none for an extent of 1)."""
+    return tuple((Atom(n, birth=birth),) if n != 1 else () for n in shape)
 
 
 def sizes(layout: Layout) -> tuple[int, ...]:
@@ -121,11 +187,11 @@ def refine(atoms: Sequence[Atom], other: Sequence[Atom]) -> list[tuple[Atom, Ato
         if n not in (a.size, b.size):  # 6 and 4, say: no factor of the one is a run of entries of the other
             return None
         if a.size > n:
-            left.insert(0, Atom(a.size // n, a))
-            a = Atom(n, a)
+            a, rest = split(a, n)
+            left.insert(0, rest)
         if b.size > n:
-            right.insert(0, Atom(b.size // n, b))
-            b = Atom(n, b)
+            b, rest = split(b, n)
+            right.insert(0, rest)
         pairs.append((a, b))
     return pairs if not left and not right else None
 
@@ -156,12 +222,13 @@ def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
                 dim.append(atom)
                 extent //= atom.size
             elif atom.size % extent == 0:
-                dim.append(Atom(extent, atom))
-                rest.insert(0, Atom(atom.size // extent, atom))
+                outer, inner = split(atom, extent)
+                dim.append(outer)
+                rest.insert(0, inner)
                 extent = 1
             else:
                 return fresh(shape)
-        out.append(tuple(dim) if extent == 1 else (Atom(extent),))
+        out.append(tuple(dim) if extent == 1 else (Atom(extent, birth="lost"),))
     return tuple(out) if not rest else fresh(shape)
 
 
@@ -177,9 +244,29 @@ def transpose(layout: Layout, shape: tuple[int, ...], dims: tuple[int, int]) -> 
     return tuple(out)
 
 
-def mapped(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
-    """A linear map: the last dimension is another."""
-    return (*layout[:-1], *fresh(shape[-1:]))
+def mapped(layout: Layout, shape: tuple[int, ...], args: tuple[int, Any]) -> Layout:
+    """A learned map of one dimension, to as many features as it now has; ``args``: the dimension, and the map."""
+    if len(layout) != len(shape):
+        return fresh(shape)
+    dim, map_ = args[0] % len(shape), args[1]
+    birth = mapped_birth(layout[dim], [a for i, d in enumerate(layout) if i != dim for a in d])
+    new = (Atom(shape[dim], birth=birth, maps=frozenset((map_,))),) if shape[dim] != 1 else ()
+    return tuple(new if i == dim else _resize(d, shape[i]) for i, d in enumerate(layout))
+
+
+def embedded(layout: Layout, shape: tuple[int, ...], map_: Any) -> Layout:
+    """A row of features for each entry."""
+    return (*layout, (Atom(shape[-1], birth="feature", maps=frozenset((map_,))),) if shape[-1] != 1 else ())
+
+
+def mapped_birth(summed: Iterable[Atom], others: Iterable[Atom]) -> Birth:
+    """What a learned map makes of the axes that it sums over: features of features.
+
+    A map over positions makes new positions: that is one which leaves an axis of features alone, and sums over another.
+    """
+    if any(a.birth == "feature" for a in summed):
+        return "feature"
+    return "data" if any(a.birth == "feature" for a in others) else "feature"
 
 
 def expand(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
@@ -189,6 +276,21 @@ def expand(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
         dim if math.prod(a.size for a in dim) == n else (Atom(n, repeated=True),)
         for dim, n in zip(old, shape, strict=True)
     )
+
+
+def broadcast(layout: Layout, shape: tuple[int, ...], parts: Sequence[Origin]) -> Layout:
+    """Several tensors broadcast against each other: each axis is of the first that has its extent."""
+    aligned = [((),) * (len(shape) - len(p.shape)) + p.layout() for p in parts]
+    out = []
+    for i, n in enumerate(shape):
+        having = [one[i] for one in aligned if math.prod(a.size for a in one[i]) == n]
+        out.append(having[0] if having else fresh((n,))[0])
+    return tuple(out)
+
+
+def surrounded(layout: Layout, shape: tuple[int, ...], where: Sequence[int | None]) -> Layout:
+    """A tensor in a larger one: for each dimension that of the tensor, or None for one that it is one entry of."""
+    return tuple(_resize(layout[i], n) if i is not None else fresh((n,))[0] for i, n in zip(where, shape, strict=True))
 
 
 def repeat(layout: Layout, shape: tuple[int, ...], counts: Sequence[int]) -> Layout:
@@ -216,7 +318,7 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
     if math.prod(a.size for a in dim) == extent:
         return dim
     if extent == 0:
-        return (Atom(0),)
+        return (Atom(0, of=dim[0]) if dim else Atom(0, birth="lost"),)
     out: list[Atom] = []
     for i, atom in reversed(list(enumerate(dim))):
         if extent == 1:
@@ -228,8 +330,8 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
             out.insert(0, atom)
             extent //= atom.size
         else:
-            return (Atom(extent * math.prod(a.size for a in out)),)
-    return tuple(out) if extent == 1 else (Atom(extent), *out)
+            return (Atom(extent * math.prod(a.size for a in out), birth="lost"),)
+    return tuple(out) if extent == 1 else (Atom(extent, birth="lost"), *out)
 
 
 def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]) -> Layout:
@@ -240,12 +342,90 @@ def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]
     )
 
 
-def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, int, bool]) -> Layout:
-    """Equal pieces of one tensor joined along another dimension, an old one or a new: heads cut off the width, say."""
-    dim, count, new = args
-    # The pieces were cut off one atom, whose parts share it as a parent: the number of pieces is their sibling.
-    cut = next((a.parent for d in layout for a in d if a.parent is not None), None)
-    head = Atom(count, cut)
+def picked(layout: Layout, shape: tuple[int, ...], args: Sequence[int | tuple[int, ...] | None]) -> Layout:
+    """Entries picked by numbers: for each new dimension the old one that its entries are of, several, or None."""
+    out = []
+    for source, n in zip(args, shape, strict=True):
+        if source is None:
+            out.append(fresh((n,))[0])
+        elif isinstance(source, int):
+            out.append(_resize(layout[source], n))
+        else:  # entries of several dimensions, one after the other
+            atoms = [a for i in source for a in layout[i]]
+            out.append((Atom(n, of=atoms[0]),) if atoms and n != 1 else fresh((n,))[0])
+    return tuple(out)
+
+
+def windowed(layout: Layout, shape: tuple[int, ...], dim: int) -> Layout:
+    """``x.unfold``: a dimension becomes the number of windows, and a last one the places in a window."""
+    inside = tuple(Atom(shape[-1], of=layout[dim][0]) for _ in (0,) if layout[dim] and shape[-1] != 1)
+    return (*(_resize(d, n) for d, n in zip(layout, shape[:-1], strict=True)), inside)
+
+
+def pairs_as_numbers(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
+    """``view_as_complex``: the last dimension, of two, is a number now."""
+    return layout[:-1]
+
+
+def numbers_as_pairs(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
+    """``view_as_real``: a last dimension of two, which is a part of the width."""
+    inner = next((d[-1] for d in reversed(layout) if d), None)
+    return (*layout, (Atom(2, inner),) if inner is not None else (Atom(2, birth="lost"),))
+
+
+def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, bool, Sequence[Origin]]) -> Layout:
+    """Tensors laid end to end along a dimension, or stacked along a new one.
+
+    Args:
+        layout: of the one whose axes the result has.
+        shape: of the result.
+        args: the dimension, whether it is new, and the origins of the tensors.
+    """
+    dim, new, parts = args
+    count, whole = len(parts), parts[0].piece_of
+    extent = shape[dim] // count if not new and shape[dim] % count == 0 else 0
+    alike = new or all(p.shape == parts[0].shape and p.shape[dim] == extent for p in parts)
+    if whole is not None and alike and all(p.piece_of is whole for p in parts):
+        # Equal pieces of one tensor, cut along another dimension: heads that were cut off the width. The pieces' atoms
+        # share one as a parent, and the number of pieces is their sibling.
+        if new or shape[dim] != whole.shape[dim]:
+            from_one = next((a.parent for d in layout for a in d if a.parent is not None), None)
+            step = from_one.step * (from_one.size // count) if from_one is not None else None
+            return _with(layout, dim, new, Atom(count, from_one, step=step, birth="lost"), shape)
+    elif alike and count > 1:
+        made = _number_of(parts)
+        if made is not None:
+            return _with(layout, dim, new, made, shape)
     if new:
-        return (*layout[:dim], (head,), *layout[dim:])
-    return tuple((head, *d) if i == dim else d for i, d in enumerate(layout))
+        return _with(layout, dim, new, Atom(count, birth="lost"), shape)
+    return tuple(_resize(d, n) for d, n in zip(layout, shape, strict=True))
+
+
+def _with(layout: Layout, dim: int, new: bool, atom: Atom, shape: tuple[int, ...]) -> Layout:
+    head = (atom,) if atom.size != 1 else ()
+    if new:
+        return (*layout[:dim], head, *layout[dim:])
+    return tuple((*head, *d) if i == dim else d for i, d in enumerate(layout))
+
+
+def _number_of(parts: Sequence[Origin]) -> Atom | None:
+    """What the number of some tensors of one shape counts; None where nothing tells.
+
+    The entries of a dimension that they were taken from one by one; or the heads, where each was made from the same by
+    a map of its own.
+    """
+    dropped = [p.dropped for p in parts]
+    first = dropped[0]
+    if first is not None and all(d is not None and d == first for d in dropped):
+        if len(first) == 1 and first[0].size == len(parts):
+            return first[0]
+        return None
+    layouts = [p.layout() for p in parts]
+    same_axes = all(
+        tuple(a for d in one for a in d if a.birth != "feature")
+        == tuple(a for d in layouts[0] for a in d if a.birth != "feature")
+        for one in layouts[1:]
+    )
+    maps = [frozenset[Any]().union(*(a.maps for d in one for a in d)) for one in layouts]
+    own = [m.difference(*maps[:i], *maps[i + 1 :]) for i, m in enumerate(maps)]
+    return Atom(len(parts), birth="feature", maps=frozenset().union(*own)) if same_axes and all(own) else None

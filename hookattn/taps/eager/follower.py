@@ -202,7 +202,7 @@ class Follower(TorchFunctionMode):
         """An operation on a part of an attention ran, and made a new tensor or several."""
         out = ran.out
         result: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
-        args = (found.x, *ran.args[1:]) if found.position == 0 else ran.args
+        args = (found.x, *ran.args[1:]) if found.position == 0 and not ran.kind.joins else ran.args
         origin = self.origins.derive(ran.kind, args, ran.kwargs, out, found.x, found.state.origin)
         with torch.no_grad():
             if ran.kind.splits and isinstance(out, (tuple, list)):

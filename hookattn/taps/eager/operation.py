@@ -33,6 +33,8 @@ class OperationKind:
         product: it multiplies two tensors and sums over an axis of both.
         softmax: it is a softmax over one dimension.
         drops_out: it sets entries to 0 at random.
+        operand: the place of the argument whose axes the result has; None: whichever has the shape of the result.
+        pours: it writes its last argument into its first.
         joins: its first argument is a sequence of tensors that are laid end to end.
         splits: its result is a sequence of pieces of its first argument.
         ignored: its result is nothing worth following.
@@ -48,6 +50,8 @@ class OperationKind:
     product: bool = False
     softmax: bool = False
     drops_out: bool = False
+    operand: int | None = None
+    pours: bool = False
     joins: bool = False
     splits: bool = False
     ignored: bool = False

@@ -41,7 +41,7 @@ _EVERY_VIEW: dict[type[State], Rule] = dict.fromkeys(
 
 def _view(axes: view_rules.AxesRule) -> Row:
     """Views of the whole: every state goes through them."""
-    return Row(axes=axes, entries=entry_rules.replayed, moves_scores=True, rules=_EVERY_VIEW)
+    return Row(axes=axes, operand=0, entries=entry_rules.replayed, moves_scores=True, rules=_EVERY_VIEW)
 
 
 _COPY = Row(entries=entry_rules.same_places, moves_scores=True, rules=_EVERY_VIEW)
@@ -91,7 +91,6 @@ _CLAMP = Row(
 _WHERE = Row(entries=entry_rules.chosen, moves_scores=True, rules={Scores: score_rules.where_filled})
 _DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.weights_after_dropout})
 _CAT = Row(
-    axes=view_rules.resized,
     joins=True,
     entries=entry_rules.concatenated,
     moves_scores=True,
@@ -102,53 +101,66 @@ _CAT = Row(
 _ROWS: dict[str, Row] = {
     # ---- views of the whole
     "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": _view(view_rules.reshaped),
-    "ravel _unsafe_view": Row(axes=view_rules.reshaped),
+    "ravel _unsafe_view": Row(operand=0, axes=view_rules.reshaped),
     "transpose swapaxes swapdims": _view(view_rules.transposed),
-    "transpose_": Row(axes=view_rules.transposed, entries=entry_rules.replayed),
+    "transpose_": Row(operand=0, axes=view_rules.transposed, entries=entry_rules.replayed),
     "t mT": _view(view_rules.transposed_matrix),
-    "adjoint": Row(axes=view_rules.transposed_matrix),
+    "adjoint": Row(operand=0, axes=view_rules.transposed_matrix),
     "T": _view(view_rules.reversed_dims),
     "permute": _view(view_rules.permuted),
     "movedim moveaxis": _view(view_rules.dims_moved),
     "expand expand_as": _view(view_rules.expanded),
-    "broadcast_to": Row(axes=view_rules.expanded),
+    "broadcast_to": Row(operand=0, axes=view_rules.expanded),
     # ---- copies and casts
     "contiguous clone detach to float half double bfloat16 type type_as alias nan_to_num nan_to_num_": _COPY,
-    "copy_": Row(entries=entry_rules.written, moves_scores=True),
-    "__setitem__": Row(entries=entry_rules.written, moves_scores=True, rules={Scores: score_rules.item_filled}),
+    "copy_": Row(pours=True, entries=entry_rules.written, moves_scores=True),
+    "__setitem__": Row(
+        pours=True, entries=entry_rules.written, moves_scores=True, rules={Scores: score_rules.item_filled}
+    ),
     # ---- a part of a tensor
     "__getitem__": Row(
         axes=view_rules.indexed,
+        operand=0,
         entries=entry_rules.replayed,
         moves_scores=True,
         rules={Scores: same_state, ScoresSlice: same_state, Weights: weight_rules.sliced_weights},
     ),
     "narrow": Row(
         axes=view_rules.resized,
+        operand=0,
         entries=entry_rules.replayed,
         moves_scores=True,
         rules={Scores: same_state, Weights: weight_rules.sliced_weights},
     ),
     "select": Row(
-        axes=view_rules.dim_dropped, entries=entry_rules.replayed, moves_scores=True, rules={Scores: same_state}
+        axes=view_rules.dim_dropped,
+        operand=0,
+        entries=entry_rules.replayed,
+        moves_scores=True,
+        rules={Scores: same_state},
     ),
-    "unbind": Row(axes=view_rules.dim_dropped, moves_scores=True),
-    "chunk split": Row(axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: same_state}),
-    "split_with_sizes tensor_split hsplit": Row(axes=view_rules.resized, splits=True),
-    "diagonal unfold": Row(entries=entry_rules.replayed, moves_scores=True),
-    "as_strided masked_select take": Row(moves_scores=True),
+    "unbind": Row(operand=0, axes=view_rules.dim_dropped, moves_scores=True),
+    "chunk split": Row(operand=0, axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: same_state}),
+    "split_with_sizes tensor_split hsplit": Row(operand=0, axes=view_rules.resized, splits=True),
+    "diagonal": Row(entries=entry_rules.replayed, moves_scores=True),
+    "unfold": Row(operand=0, axes=view_rules.windowed, entries=entry_rules.replayed, moves_scores=True),
+    "as_strided": Row(operand=0, axes=view_rules.strided, moves_scores=True),
+    "masked_select take": Row(moves_scores=True),
+    "view_as_complex": Row(operand=0, axes=view_rules.complex_pairs),
+    "view_as_real": Row(operand=0, axes=view_rules.real_pairs),
     # ---- copies of a tensor, and several tensors in one
-    "repeat": Row(axes=view_rules.repeated, moves_scores=True),
-    "tile": Row(axes=view_rules.repeated),
-    "repeat_interleave": Row(axes=view_rules.interleaved, moves_scores=True),
-    "pad": Row(axes=view_rules.resized, entries=entry_rules.padded, moves_scores=True),
+    "repeat": Row(operand=0, axes=view_rules.repeated, moves_scores=True),
+    "tile": Row(operand=0, axes=view_rules.repeated),
+    "repeat_interleave": Row(operand=0, axes=view_rules.interleaved, moves_scores=True),
+    "pad": Row(operand=0, axes=view_rules.resized, entries=entry_rules.padded, moves_scores=True),
     "constant_pad_nd": Row(entries=entry_rules.padded),
     "cat concat concatenate": _CAT,
-    "stack": Row(axes=view_rules.stacked, joins=True, moves_scores=True),
+    "stack": Row(joins=True, moves_scores=True),
     "hstack vstack": Row(moves_scores=True),
     # ---- entries in other places
-    "flip roll gather take_along_dim": _SHUFFLED,
-    "index_select": replace(_SHUFFLED, axes=view_rules.resized),
+    "flip roll": _SHUFFLED,
+    "gather take_along_dim": replace(_SHUFFLED, operand=0, axes=view_rules.gathered),
+    "index_select": replace(_SHUFFLED, operand=0, axes=view_rules.resized),
     "sort msort cumsum rot90": Row(moves_scores=True, shuffles=True),
     "fliplr flipud": Row(shuffles=True),
     "scatter scatter_ index_add index_copy index_copy_ index_put index_put_": Row(moves_scores=True),
@@ -193,12 +205,15 @@ _ROWS: dict[str, Row] = {
     "feature_dropout alpha_dropout native_dropout": Row(rules={Weights: weight_rules.weights_after_dropout}),
     # ---- products, and other sums over an axis
     "matmul __matmul__ __rmatmul__ bmm mm baddbmm baddbmm_ einsum": Row(product=True),
-    "linear": Row(axes=view_rules.mapped, sums_axis=True),
-    "bilinear addmm addmv addbmm addr conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": Row(
-        sums_axis=True
+    "linear": Row(operand=0, axes=view_rules.mapped, sums_axis=True),
+    "addmm": Row(operand=1, axes=view_rules.mapped_and_added, sums_axis=True),
+    "conv1d conv2d conv3d": Row(operand=0, axes=view_rules.convolved, sums_axis=True),
+    "embedding": Row(operand=0, axes=view_rules.embedded, sums_axis=True),
+    "bilinear addmv addbmm addr conv_transpose1d conv_transpose2d conv_transpose3d": Row(
+        axes=view_rules.unknown, sums_axis=True
     ),
-    "embedding embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward": Row(
-        sums_axis=True
+    "embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward": Row(
+        axes=view_rules.unknown, sums_axis=True
     ),
     # ---- what makes no tensor worth following, and everything that only asks
     "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "

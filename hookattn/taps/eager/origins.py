@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import axis_history
 from .axis_history import Origin, same
 from .operation import OperationKind
-from .view_rules import same_axes
+from .view_rules import dim_dropped, indexed, same_axes
 
 # Entries of tensors that are gone are swept out when there are so many. A callback of each weak reference would do it
 # at once, and run for every tensor that a model makes.
@@ -41,7 +41,7 @@ class Origins:
         known = self._known.get(id(x))
         if known is not None and known[0]() is x and known[1].shape == x.shape:
             return known[1]
-        return self.set(x, Origin(x.shape))
+        return self.set(x, Origin(x.shape, birth="parameter" if isinstance(x, nn.Parameter) else "data"))
 
     def set(self, x: Tensor, origin: Origin) -> Origin:
         """Say where the axes of a tensor come from."""
@@ -63,12 +63,16 @@ class Origins:
                 except RuntimeError:  # a nested tensor
                     return
                 if rule is same_axes:  # most operations: no function is called, and no origin is made
-                    origin = source if shape == source.shape else Origin(shape)
-                else:
+                    if shape == source.shape and source.birth != "parameter":
+                        self._known[id(out)] = (_ref(out), source)
+                        return
+                elif kind.operand == 0:
                     how = rule(x, out, args, kwargs or _NONE)
-                    origin = Origin(shape) if how is None else Origin(shape, how[0], source, how[1])
-                self._known[id(out)] = (_ref(out), origin)
-                return
+                    origin = Origin(shape, birth="lost") if how is None else Origin(shape, how[0], source, how[1])
+                    if rule is dim_dropped or rule is indexed:
+                        _one_entry(rule, origin, source, x, args, kwargs or _NONE)
+                    self._known[id(out)] = (_ref(out), origin)
+                    return
         self.derive(kind, args, kwargs or _NONE, out)
 
     def derive(
@@ -90,8 +94,10 @@ class Origins:
             x: the argument whose axes count; None: found among the arguments.
             source: the origin of ``x`` if it is known better than :meth:`of` would.
         """
+        if kind.pours:
+            return self._poured(args)
         if x is None:
-            x = args[0] if args and id(args[0]) in self._known else self._source(args, kwargs, out)
+            x = self._source(kind, args, kwargs, out)
             if x is None:
                 return Origin(())
         if source is None:
@@ -100,46 +106,118 @@ class Origins:
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if one is x or not strided(one):
                 return source
-            how = kind.axes(x, one, args, kwargs)
-            if how is None:
-                origin = Origin(one.shape)
-            elif how[0] is same:
-                origin = source if one.shape == source.shape else Origin(one.shape)
-            else:
+            if kind.joins:
+                origin = self._joined(one, args, kwargs)
+            elif (how := kind.axes(x, one, args, kwargs)) is None:
+                origin = Origin(one.shape, birth="lost")
+            elif how[0] is not same:
                 origin = Origin(one.shape, how[0], source, how[1])
-            if kind.splits:
+            elif one.shape != source.shape:
+                origin = self._broadcast(one, x, source, args, kwargs)
+            else:
+                origin = source
+            if kind.axes is dim_dropped or kind.axes is indexed:
+                _one_entry(kind.axes, origin, source, x, args, kwargs)
+            elif kind.splits:
                 origin.piece_of = source
-            elif kind.joins:
-                origin = self._joined(origin, one, args, kwargs)
             self.set(one, origin)
         return origin
 
-    def _joined(self, origin: Origin, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
-        """Tensors laid end to end, maybe pieces of one tensor along another dimension than they were cut."""
-        parts = [self.of(t) for t in args[0] if strided(t)]
-        whole = parts[0].piece_of if parts else None
-        if origin is parts[0]:
-            origin = Origin(out.shape, same, origin)
-        if whole is None or len(parts) != len(args[0]) or any(p.piece_of is not whole for p in parts):
-            return origin
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-        stacked = out.dim() > len(parts[0].shape)
-        if not stacked and (out.shape[dim] != parts[0].shape[dim] * len(parts) or out.shape[dim] == whole.shape[dim]):
-            return origin
-        return Origin(out.shape, axis_history.joined, parts[0], (dim, len(parts), stacked))
+    def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+        """Tensors laid end to end; the axes are those of the first that is not made of parameters alone."""
+        tensors = args[0] if args else kwargs["tensors"]
+        parts = [self.of(t) for t in tensors if strided(t)]
+        dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        if len(parts) != len(tensors) or not parts or not isinstance(dim, int):
+            return Origin(out.shape, birth="lost")
+        new = out.dim() > len(parts[0].shape)
+        first = next((p for p in parts if p.birth != "parameter"), parts[0])
+        return Origin(out.shape, axis_history.joined, first, (dim % out.dim(), new, parts))
 
-    def _source(self, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
-        """The argument whose axes the result has: the first that is followed, else the first there is."""
-        n = out.dim() if strided(out) else None
-        first = None
+    def _broadcast(self, out: Tensor, x: Tensor, source: Origin, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
+        """Several tensors, none of which has the shape of the result: each axis is of one that has its extent."""
+        others = [self.of(t) for t in (*args, *kwargs.values()) if strided(t) and t is not x and t.dim() <= out.dim()]
+        parts = [source, *others] if len(source.shape) <= out.dim() else others
+        parts.sort(key=lambda p: p.birth == "parameter")  # what is given counts before what was learned
+        fit = all(n in (1, m) for p in parts for n, m in zip(p.shape[::-1], out.shape[::-1], strict=False))
+        if not parts or not fit:
+            return Origin(out.shape, birth="lost")
+        return Origin(out.shape, axis_history.broadcast, parts[0], parts)
+
+    def _poured(self, args: Sequence[Any]) -> Origin:
+        """A tensor was written into another: a buffer that nothing is known of has the axes of what is in it."""
+        target, value = args[0], args[-1]
+        if not strided(target):
+            return Origin(())
+        if not strided(value) or value.dim() == 0 or not self.knows(value) or self.knows(target):
+            return self.of(target)
+        index = args[1] if len(args) > 2 else ...
+        kept = _dims_that_stay(index, target)
+        if kept is not None and len(kept) == value.dim():
+            where = {dim: i for i, dim in enumerate(kept)}
+            return self.set(
+                target,
+                Origin(
+                    target.shape,
+                    axis_history.surrounded,
+                    self.of(value),
+                    [where.get(dim) for dim in range(target.dim())],
+                ),
+            )
+        return self.of(target)
+
+    def _source(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
+        """The argument whose axes the result has.
+
+        The one that the operation's row names; else one that is followed and has the shape of the result, of those one
+        that is not made of parameters alone; else the first there is.
+        """
+        if kind.operand is not None and len(args) > kind.operand and strided(args[kind.operand]):
+            return args[kind.operand]  # type: ignore[no-any-return]
+        shape = out.shape if strided(out) else None
+        best, rank = None, -1
         for arg in (*args, *kwargs.values()) if kwargs else args:
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if strided(one):
-                    if id(one) in self._known and (n is None or one.dim() == n or first is None):
-                        return one  # type: ignore[no-any-return]
-                    if first is None:
-                        first = one
-        return first
+                if not strided(one):
+                    continue
+                known = self._known.get(id(one))
+                followed = known is not None and known[0]() is one and known[1].birth != "parameter"
+                mine = 4 * (shape is None or one.shape == shape) + 2 * followed + (known is not None)
+                if mine > rank:
+                    best, rank = one, mine
+        return best
+
+
+def _one_entry(
+    rule: Any, origin: Origin, source: Origin, x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Note of which dimension a tensor is one entry."""
+    if rule is dim_dropped:
+        origin.entry_of(source, kwargs.get("dim", args[1] if len(args) > 1 else 0) % x.dim())
+        return
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    numbers = [place for place, i in enumerate(index) if isinstance(i, int) and not isinstance(i, bool)]
+    if len(numbers) == 1 and all(isinstance(i, (int, slice)) or i is Ellipsis for i in index):
+        place = numbers[0]
+        origin.entry_of(source, place if Ellipsis not in index[:place] else x.dim() - len(index) + place)
+
+
+def _dims_that_stay(index: Any, x: Tensor) -> list[int] | None:
+    """The dimensions of a tensor that an index of numbers and slices leaves; None: another kind of index."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not (i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool))) for i in index):
+        return None
+    kept: list[int] = []
+    dim = 0
+    for i in index:
+        if i is Ellipsis:
+            n = x.dim() - (len(index) - 1)
+            kept.extend(range(dim, dim + n))
+            dim += n
+        else:
+            kept.extend([dim] if isinstance(i, slice) else [])
+            dim += 1
+    return [*kept, *range(dim, x.dim())]
 
 
 def strided(x: Any) -> bool:

@@ -8,14 +8,15 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ...torch_internals.tensor_identity import storage_of, version_of
-from .axis_history import Atom, Layout, Origin, fresh, refine
+from .axis_history import Atom, Birth, Layout, Origin, fresh, mapped_birth, refine
+from .view_rules import map_of
 
 Label = int | str
 Side = Literal["batch", "a", "b"]
@@ -42,12 +43,14 @@ class Factor:
         role: ``B``, ``H``, ``T``, ``S`` or ``D``.
         broadcast: it is there only by broadcasting; the tensor's own extent is 1.
         repeated: its entries are copies of one another.
+        place: among those of its role, from the outermost on: the same in every tensor of a call, however it lies.
     """
 
     size: int
     role: str
     broadcast: bool = False
     repeated: bool = False
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True)
@@ -56,13 +59,15 @@ class Axis:
 
     Attributes:
         side: the operand that it comes from; ``batch``: both.
-        head: whether it was split from the same parent as the width that the product sums over.
+        head: whether it has its line, or the learned map that made it, in common with the width that is summed over.
         source: the operand's atom.
+        sources: of both operands, those that have it.
     """
 
     side: Side
     head: bool
     source: Atom
+    sources: tuple[Atom, ...] = ()
 
 
 class MatchedAtoms(NamedTuple):
@@ -84,6 +89,8 @@ class Product:
         contracted: the labels that are summed over.
         axes: what is known of each atom of the result; filled by :meth:`layout`.
         matched: for each label of the result, its atoms beside the operands'; filled by :meth:`layout`.
+        widths: the atoms that are summed over, of either operand; filled by :meth:`layout`.
+        given: what the user said of the axes of the queries, a letter for each; None: nothing.
     """
 
     def __init__(self, a: Tensor, b: Tensor, labels: ProductLabels, origin_a: Origin, origin_b: Origin):
@@ -95,6 +102,8 @@ class Product:
         self.axes: dict[Atom, Axis] = {}
         self.matched: dict[Label, list[MatchedAtoms]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+        self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
+        self.given: str | None = None
         # Asked for by every term, mask and operand of one call, and by all uses of one softmax: made once.
         self._roles: tuple[tuple[Atom, ...], Roles] | None = None
 
@@ -125,20 +134,26 @@ class Product:
         """
         layout_a, layout_b = (_valid(o.layout(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
         dims_a, dims_b = dict(zip(self.la, layout_a, strict=True)), dict(zip(self.lb, layout_b, strict=True))
-        # Heads and the width of a head were split from one dimension of a projection: what shares a parent with the
-        # width that is summed over is heads.
-        width_a, width_b = ({p for x in self.contracted for a in d[x] for p in a.lineage()} for d in (dims_a, dims_b))
+        width_a, width_b = ([a for x in self.contracted for a in d[x]] for d in (dims_a, dims_b))
+        self.widths = {"a": width_a, "b": width_b}
+        heads_a, heads_b = _HeadTest(width_a), _HeadTest(width_b)
+        made = self._made()
         out = []
         for label, extent in zip(self.lo, shape, strict=True):
-            in_a, in_b = label in dims_a, label in dims_b
-            side: Side = "batch" if in_a and in_b else "a" if in_a else "b"
             atoms = []
             for x, y in _matched(dims_a.get(label, ()), dims_b.get(label, ())):
-                source = x if x is not None else y
-                assert source is not None
-                atom = Atom(source.size, role=source.role)
-                head = _shares_parent(x, width_a) or _shares_parent(y, width_b)
-                self.axes[atom] = Axis(side, head, source)
+                sources = tuple(s for s in (x, y) if s is not None)
+                source = min(sources, key=_unsure)
+                # An extent of 1 that is broadcast against more is no axis of that operand.
+                own: Side = "batch" if len(sources) == 2 else "a" if x is not None else "b"
+                atom = Atom(source.size, of=source)
+                if made is not None and (own == made.side or (own == "batch" and atom.birth == "feature")):
+                    # A map: the axes that it alone has are new; those that it shares are its own for each head.
+                    birth = atom.birth if own == "batch" else made.birth
+                    atom = Atom(source.size, birth=birth, maps=made.maps | atom.maps)
+                if len(sources) == 2 and atom.role is None:
+                    atom.role = x.role or y.role if x is not None and y is not None else None
+                self.axes[atom] = Axis(own, heads_a(x) or heads_b(y), source, sources)
                 self.matched.setdefault(label, []).append(MatchedAtoms(atom, x, y))
                 atoms.append(atom)
             if math.prod(a.size for a in atoms) != extent:
@@ -147,15 +162,43 @@ class Product:
             out.append(tuple(atoms))
         return tuple(out)
 
+    def _made(self) -> _Made | None:
+        """What a learned map makes, where one operand is made of parameters alone and the other is not."""
+        learned_a, learned_b = self.origin_a.birth == "parameter", self.origin_b.birth == "parameter"
+        if learned_a == learned_b:
+            return None
+        side: Side = "a" if learned_a else "b"
+        data = self.origin_b if learned_a else self.origin_a
+        labels, layout = (self.lb if learned_a else self.la), data.layout()
+        if len(layout) != len(labels):
+            return _Made(side, "feature", frozenset((self.map_of(side),)))
+        summed = [a for x, d in zip(labels, layout, strict=True) if x in self.contracted for a in d]
+        others = [a for x, d in zip(labels, layout, strict=True) if x not in self.contracted for a in d]
+        return _Made(side, mapped_birth(summed, others), frozenset((self.map_of(side),)))
+
+    def map_of(self, side: Side) -> object:
+        """What tells the learned map on one side from others."""
+        return map_of(self.a if side == "a" else self.b)
+
     def atoms_of(self, label: Label) -> list[Atom]:
         """The atoms of one axis of the result; none where its extent is 1."""
         return [m.out for m in self.matched.get(label, ())]
 
-    def roles(self, softmax_atoms: tuple[Atom, ...]) -> Roles:
-        """The roles of the axes of the result, given those that the softmax runs over."""
+    def roles(self, softmax_atoms: tuple[Atom, ...], label: Label | None = None) -> Roles:
+        """The roles of the axes of the result, given those that are summed with the values.
+
+        Args:
+            softmax_atoms: the atoms of the keys.
+            label: the keys' axis, where it is known: a single key leaves no atom.
+        """
         if self._roles is None or self._roles[0] != softmax_atoms:
-            self._roles = softmax_atoms, Roles(self, softmax_atoms)
+            self._roles = softmax_atoms, Roles(self, softmax_atoms, label)
         return self._roles[1]
+
+    def roles_over(self, origin: Origin, dim: int) -> Roles:
+        """The same, given the dimension of scores with these axes that the keys lie along."""
+        whole = origin.how == self.layout  # the product's own result, whose axes nobody changed
+        return self.roles(origin.layout()[dim], self.lo[dim] if whole else None)
 
     def operand_factors(self, which: Literal["a", "b"], roles: Roles) -> list[list[Factor]]:
         """The factors of each dimension of an operand of the score product (``D``: those that are summed over)."""
@@ -168,66 +211,168 @@ class Product:
             factors = []
             for matched in self.matched.get(label, ()):
                 own = matched.a if which == "a" else matched.b
-                repeated = own is not None and own.repeated
-                factors.append(
-                    Factor(matched.out.size, roles.of(matched.out), broadcast=extent == 1, repeated=repeated)
-                )
+                if own is not None:
+                    factors.append(roles.factor(matched.out, broadcast=extent == 1, repeated=own.repeated))
             out.append(factors)
         return out
 
 
 class Roles:
-    """The role of each atom of a score product, given the atoms that the softmax runs over.
+    """The role of each atom of a score product, given the atoms of the keys.
 
-    What the softmax runs over are the keys; the side they are on is ``k``, and the other is ``q``. Of what is left,
-    heads are told from queries and batch entries by what is known of them, and by convention where nothing is.
+    What is summed with the values are the keys; the side they are on is ``k``, and the other is ``q``. Of what is left,
+    in this order:
+
+    1. what a tap or the user said of an axis;
+    2. queries: what is on their side alone, and of one line with the keys (self-attention);
+    3. heads: what has its line, or the learned map that made it, in common with the width that q·k sums over. Where
+       keys are features and the sum runs over positions (attention across channels), features on the queries' side are
+       queries;
+    4. by elimination: what is on the queries' side alone are queries, and all else are batch entries.
+
+    The last step holds if the widths of q and k are known to be features, so that heads would have been seen. Where
+    they are not, it is convention that names the axes, and they are *guessed*.
 
     Attributes:
         keys: the side of the keys.
-        softmaxed: the atoms that the softmax runs over.
+        softmaxed: the atoms of the keys.
         heads: the atoms that are heads.
+        guessed: the letters of the axes that are guessed.
+        given: the letters that the user named.
     """
 
-    def __init__(self, product: Product, softmax_atoms: Sequence[Atom]):
+    def __init__(self, product: Product, softmax_atoms: Sequence[Atom], label: Label | None = None):
         self.product = product
         self._known: dict[Atom, str] = {}
         self.softmaxed = {self.root(a) for a in softmax_atoms}
-        self.keys = self._side_of_keys()
+        self.keys = self._side_of_keys(label)
+        self.guessed: set[str] = set()
+        self.given: set[str] = set()
+        self.heads: set[Atom] = set()
+        self._places = {a: i for i, a in enumerate(product.axes)}
         free = [a for a in product.axes if a not in self.softmaxed]
-        queries = [a for a in free if product.axes[a].side == self.queries]
-        batch = [a for a in free if product.axes[a].side != self.queries]
-        self.heads: set[Atom] = {a for a in free if a.role == "H" or (a.role is None and product.axes[a].head)}
-        known = bool(self.heads)
-        if queries and self._all_guessed_heads(queries) and not self._packed_groups(queries, batch):
-            # A call has queries: what is innermost on their side is them,
-            # although its history looks like that of heads.
-            self.heads.discard(queries[-1])
-        if not known and not any(a.role for a in batch):
-            self.heads.update(self._heads_by_convention())
+        named = self._named_by_user(free)
+        self._find([a for a in free if a not in named])
+        self._order_heads()
 
-    def _side_of_keys(self) -> Side:
-        sides = {self.product.axes[a].side for a in self.softmaxed}
+    def _side_of_keys(self, label: Label | None) -> Side:
+        product = self.product
+        sides = {product.axes[a].side for a in self.softmaxed}
         if "batch" in sides or len(sides) > 1:
             raise LayoutError("the softmax runs over an axis that is not the keys' alone")
         if sides:
             return sides.pop()
-        # One single key leaves no atom: its side is that of the last axis of the product, where keys usually are.
-        last = self.product.lo[-1]
-        return "b" if last in self.product.lb and last not in self.product.la else "a"
+        if label is not None and (label in product.la) != (label in product.lb):
+            return "a" if label in product.la else "b"
+        # One single key leaves no atom. It is on the side that has no extent of its own, if one has; else its side is
+        # that of the last axis of the product, where keys usually are.
+        own = {s: any(x.side == s for x in product.axes.values()) for s in ("a", "b")}
+        if own["a"] != own["b"]:
+            return "b" if own["a"] else "a"
+        last = product.lo[-1]
+        return "b" if last in product.lb and last not in product.la else "a"
 
-    def _all_guessed_heads(self, atoms: Sequence[Atom]) -> bool:
-        """Whether all these were taken for heads because of their history, and none because its role is known."""
-        return all(a in self.heads and a.role is None for a in atoms)
+    def _named_by_user(self, free: Sequence[Atom]) -> set[Atom]:
+        """Take over what the user said of the queries' axes."""
+        product, given = self.product, self.product.given
+        if given is None:
+            return set()
+        labels = product.la if self.queries == "a" else product.lb
+        if len(labels) != len(given):
+            raise LayoutError(f"layout= names {len(given)} axes ({given}), and the queries have {len(labels)}")
+        named: set[Atom] = set()
+        for label, letter in zip(labels, given, strict=True):
+            if (label in product.contracted) != (letter == "D"):
+                raise LayoutError(f"layout= ({given}) does not have D where the product of queries and keys sums")
+            for atom in product.atoms_of(label):
+                if atom in free:
+                    self._known[atom] = letter
+                    named.add(atom)
+                    if letter == "H":
+                        self.heads.add(atom)
+        self.given = set("BHTSG")
+        return named
 
-    def _packed_groups(self, queries: Sequence[Atom], batch: Sequence[Atom]) -> bool:
-        """Whether the query heads of a group are the rows of one query.
+    def _find(self, free: Sequence[Atom]) -> None:
+        axes = self.product.axes
+        mine = [a for a in free if axes[a].side == self.queries]
+        shared = [a for a in free if axes[a].side != self.queries]
+        lines = {a.root for a in self.softmaxed} | {s.root for a in self.softmaxed for s in axes[a].sources}
+        known_queries = {a for a in mine if a.role is None and any(s.root in lines for s in axes[a].sources)}
+        across = self._attends_across_features()
+        rest = [a for a in free if a not in known_queries]
+        if across:
+            self.heads.update(a for a in rest if a.role == "H" or (a in shared and self._feature(a)))
+        else:
+            self.heads.update(a for a in rest if a.role == "H" or (a.role is None and axes[a].head))
+            if not self.heads and not self.given:
+                # Features of another line: heads whose width went through one more map, or tokens made of features.
+                others = [a for a in rest if a.role is None and self._feature(a)]
+                self.heads.update(others)
+                if others:
+                    self.guessed.update("BHTG")
+        if self.given:
+            return
+        self._doubts(mine, shared, known_queries)
 
-        Grouped attention over one new token may fold the heads that share a key into the rows of the product. They
-        were then split from the same parent as the groups, which are on both sides.
+    def _doubts(self, mine: Sequence[Atom], shared: Sequence[Atom], known_queries: set[Atom]) -> None:
+        """Say which letters are guessed, and go by convention where nothing tells of heads."""
+        told = all(a.role is not None for a in (*mine, *shared)) and bool(mine or shared)
+        rest_mine = [a for a in mine if a not in self.heads and a not in known_queries and a.role is None]
+        rest_shared = [a for a in shared if a not in self.heads and a.role is None]
+        if told or not (rest_mine or rest_shared):
+            return
+        sure = all(self._operand_known(side) for side in ("a", "b")) and not any(
+            a.birth == "lost" for a in (*rest_mine, *rest_shared)
+        )
+        if sure and not self.heads and _groups(self._lines(rest_shared, but=mine)) > 1:
+            sure = False  # several axes that both have, and none of them was split from a width: heads, perhaps
+        if not sure:
+            if rest_shared and (not self.heads or any(a.birth == "lost" for a in rest_shared)):
+                self.guessed.update("BHG")
+            if len(rest_mine) > 1 or (rest_mine and not self.heads and not rest_shared):
+                self.guessed.update("HTG")
+            if not self.heads and not any(a.role for a in shared):
+                self.heads.update(a for a in self._heads_by_convention() if a not in known_queries)
+        # Queries of several lines beside keys without a batch: the outermost may be batch entries as well.
+        if not rest_shared and not known_queries and _groups(self._lines(rest_mine)) > 1:
+            first = self._labels(rest_mine)[0]
+            if all(a not in self.heads for a in first):
+                self._known.update(dict.fromkeys(first, "B"))
+                self.guessed.update("BT")
+
+    def _lines(self, atoms: Sequence[Atom], but: Sequence[Atom] = ()) -> list[set[Atom]]:
+        """For each axis of the result that has some of the atoms: the lines that these are of.
+
+        Those that have a line in common with ``but`` are left out: windows of positions, say, beside positions.
         """
         axes = self.product.axes
-        groups = {axes[a].source.parent for a in batch} - {None}
-        return all(axes[a].source.parent in groups for a in queries)
+        lines = [{s.root for a in label for s in axes[a].sources} for label in self._labels(atoms)]
+        others = {s.root for a in but for s in axes[a].sources}
+        return [line for line in lines if not line & others]
+
+    def _labels(self, atoms: Sequence[Atom]) -> list[list[Atom]]:
+        """Atoms by the axis of the result that they are of."""
+        dims = ([a for a in self.product.atoms_of(x) if a in atoms] for x in self.product.lo)
+        return [dim for dim in dims if dim]
+
+    def _feature(self, atom: Atom) -> bool:
+        return any(s.birth == "feature" for s in self.product.axes[atom].sources)
+
+    def _attends_across_features(self) -> bool:
+        """Whether features attend to features, and the product sums over positions."""
+        widths = [a for side in self.product.widths.values() for a in side]
+        positions = bool(widths) and all(a.birth == "data" for a in widths)
+        return positions and bool(self.softmaxed) and all(self._feature(a) for a in self.softmaxed)
+
+    def _operand_known(self, side: str) -> bool:
+        """Whether heads would have been seen in an operand: its width is of features, or heads were seen in it."""
+        width, axes = self.product.widths[side], self.product.axes
+        if width and all(a.birth in ("feature", "parameter") for a in width):
+            return True
+        if any(axes[a].side in (side, "batch") for a in self.heads):
+            return True
+        return self._attends_across_features()
 
     def _heads_by_convention(self) -> list[Atom]:
         """The heads where no history tells of any."""
@@ -239,6 +384,24 @@ class Roles:
         # Keys without heads, shared by all: of the queries' own two dimensions the outer one is the heads.
         return product.atoms_of(own[0]) if len(own) == 2 else []
 
+    def _order_heads(self) -> None:
+        """Heads that were split from one width are numbered as they lie in it, in whatever order they lie now."""
+        mine = [a for a in self.product.axes if a in self.heads]
+        if len(mine) < 2:
+            return
+        sources = {a: self._query_source(a) for a in mine}
+        first = sources[mine[0]]
+        if all(sources[a].root is first.root and not sources[a].repeated for a in mine):
+            inner_last = sorted(mine, key=lambda a: -sources[a].step)
+            places = sorted(self._places[a] for a in mine)
+            self._places.update(zip(inner_last, places, strict=True))
+
+    def _query_source(self, atom: Atom) -> Atom:
+        """The queries' own atom; the keys' where the queries have none."""
+        matched = next(m for of in self.product.matched.values() for m in of if m.out is atom)
+        q, k = (matched.a, matched.b) if self.queries == "a" else (matched.b, matched.a)
+        return q if q is not None else k if k is not None else atom
+
     def _side(self, label: Label) -> Side:
         return "a" if label in self.product.la else "b"
 
@@ -249,6 +412,13 @@ class Roles:
     def queries(self) -> Side:
         """The side the queries are on."""
         return "a" if self.keys == "b" else "b"
+
+    @property
+    def basis(self) -> dict[str, str]:
+        """For each of B, H, T, S and G how it is known."""
+        if self.given:
+            return dict.fromkeys("BHTSG", "adapter")
+        return {x: "guessed" if x in self.guessed else "followed" for x in "BHTSG"}
 
     def root(self, atom: Atom) -> Atom:
         """The atom of the product that this one is, or was split from."""
@@ -266,20 +436,67 @@ class Roles:
             root = self.root(atom)
             if root in self.softmaxed:
                 role = "S"
+            elif root in self._known:
+                role = self._known[root]
             elif root in self.heads:
                 role = "H"
+            elif root.role is not None and root.role in "BT":
+                role = root.role
             else:
                 role = "T" if self.product.axes[root].side == self.queries else "B"
             self._known[atom] = role
         return role
 
+    def factor(self, atom: Atom, *, broadcast: bool = False, repeated: bool = False) -> Factor:
+        """An atom as a factor of a tensor that is brought into B H T S."""
+        return Factor(atom.size, self.of(atom), broadcast, repeated, (self._places[self.root(atom)], -atom.step))
+
     def factors(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Factor]]:
         """The factors of a tensor laid out like the scores, or broadcast against them (``shape``)."""
         shape = [math.prod(a.size for a in dim) for dim in layout] if shape is None else shape
-        return [
-            [Factor(a.size, self.of(a), broadcast=extent == 1) for a in dim]
-            for dim, extent in zip(layout, shape, strict=True)
-        ]
+        return [[self.factor(a, broadcast=extent == 1) for a in dim] for dim, extent in zip(layout, shape, strict=True)]
+
+
+def _groups(lines: Sequence[set[Atom]]) -> int:
+    """How many groups of axes there are that have no line in common."""
+    groups: list[set[Atom]] = []
+    for line in lines:
+        joined = set(line)
+        for other in [g for g in groups if g & line]:
+            groups.remove(other)
+            joined |= other
+        groups.append(joined)
+    return len(groups)
+
+
+class _Made(NamedTuple):
+    """What a learned map makes of its own axes: the side that it is on, their birth, and what tells it from others."""
+
+    side: Side
+    birth: Birth
+    maps: frozenset[object]
+
+
+class _HeadTest:
+    """Whether an atom is heads, by the width that a product sums over."""
+
+    def __init__(self, width: Sequence[Atom]) -> None:
+        self.parents = {p for a in width for p in a.lineage()}
+        features = [a for a in width if a.birth == "feature"]
+        self.roots = {a.root for a in features}
+        self.maps = frozenset[object]().union(*(a.maps for a in features))
+
+    def __call__(self, atom: Atom | None) -> bool:
+        if atom is None:
+            return False
+        if any(p in self.parents for p in atom.lineage()):  # split from one dimension, beside the width of a head
+            return True
+        return atom.birth == "feature" and (atom.root in self.roots or bool(atom.maps & self.maps))
+
+
+def _unsure(atom: Atom) -> int:
+    """How little an atom tells of what it is."""
+    return ("feature", "data", "parameter", "lost").index(atom.birth) + (4 if atom.repeated else 0)
 
 
 def mixes_heads(product: Product, atoms: Sequence[Atom]) -> bool:
@@ -313,7 +530,7 @@ def arrange(
         if not all(keep):
             x = x[tuple(slice(None) if k else 0 for k in keep)]
             factors = [f for f, k in zip(factors, keep, strict=True) if k]
-    by_role = [[i for i, f in enumerate(factors) if f.role == role] for role in roles]
+    by_role = [sorted((i for i, f in enumerate(factors) if f.role == x), key=lambda i: factors[i].place) for x in roles]
     shape = list(x.shape)
     for mine in by_role:
         if not (broadcast and all(shape[i] == 1 for i in mine)):
@@ -335,7 +552,7 @@ def _grouped(factors: Sequence[Factor]) -> list[bool]:
     Only a trailing one: query head h reads key head h // n, as the contract has it, where the copies are innermost.
     """
     keep = [True] * len(factors)
-    for i in reversed([i for i, f in enumerate(factors) if f.role == "H"]):
+    for i in sorted((i for i, f in enumerate(factors) if f.role == "H"), key=lambda i: factors[i].place, reverse=True):
         if not (factors[i].broadcast or factors[i].repeated):
             break
         keep[i] = False
@@ -348,10 +565,6 @@ def _matched(a: Sequence[Atom], b: Sequence[Atom]) -> list[tuple[Atom | None, At
         # Factorings that do not fit each other: those of the first count.
         return list(refine(a, b) or ((x, None) for x in a))
     return [(x, None) for x in a] + [(None, y) for y in b]
-
-
-def _shares_parent(atom: Atom | None, parents: Container[Atom]) -> bool:
-    return atom is not None and any(p in parents for p in atom.lineage())
 
 
 def _valid(layout: Layout, x: Tensor) -> Layout:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ...torch_internals.tensor_identity import address_of
 from . import axis_history
 from .axis_history import Layout
 
@@ -106,36 +108,147 @@ def dim_dropped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def indexed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
-    """Indexing with numbers, slices, None and ``...``; nothing is known of an index that is a tensor."""
+    """Indexing with numbers, slices, None and ``...``, and with tensors of numbers or booleans."""
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    kept: list[int | None] = []
-    plain = [i for i in index if i is not None and i is not Ellipsis]
-    if any(not isinstance(i, (int, slice)) or isinstance(i, bool) for i in plain):
+    tensors = any(isinstance(i, (Tensor, list)) for i in index)
+    if any(isinstance(i, bool) or not (i is None or i is Ellipsis or isinstance(i, _INDICES)) for i in index):
         return None
-    dim = 0
-    for i in index:
+    used = sum(_dims_of(i) for i in index)
+    kept: list[int | tuple[int, ...] | None] = []
+    picking: list[tuple[int, Any]] = []  # dimensions that are picked from, and what picks
+    places: list[int] = []  # where in the index these stand
+    before = dim = 0
+    for place, i in enumerate(index):
         if i is None:
             kept.append(None)
         elif i is Ellipsis:
-            for _ in range(x.dim() - len(plain)):
-                kept.append(dim)
-                dim += 1
-        else:
-            if isinstance(i, slice):
-                kept.append(dim)
+            kept.extend(range(dim, dim + x.dim() - used))
+            dim += x.dim() - used
+        elif isinstance(i, slice):
+            kept.append(dim)
             dim += 1
+        elif isinstance(i, int) and not tensors:
+            dim += 1
+        else:  # a number beside tensors counts as a tensor
+            if not picking:
+                before = len(kept)
+            n = _dims_of(i)
+            picking.append((dim, i) if n == 1 else (-1, tuple(range(dim, dim + n))))
+            places.append(place)
+            dim += n
     kept.extend(range(dim, x.dim()))
-    return axis_history.keep_dims, kept
+    if not picking:
+        return axis_history.keep_dims, kept
+    made = _picked(picking)
+    # Where the tensors do not stand side by side, torch puts what they pick first.
+    at = before if places == list(range(places[0], places[-1] + 1)) else 0
+    return axis_history.picked, [*kept[:at], *made, *kept[at:]]
 
 
-def stacked(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
-    """Tensors along a new dimension."""
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-    kept: list[int | None] = list(range(x.dim()))
-    kept.insert(dim, None)
-    return axis_history.keep_dims, kept
+_INDICES = (int, slice, Tensor, list)
+
+
+def _dims_of(index: Any) -> int:
+    """How many dimensions a part of an index uses up."""
+    if index is None or index is Ellipsis:
+        return 0
+    return index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
+
+
+def _picked(picking: Sequence[tuple[int, Any]]) -> list[int | tuple[int, ...] | None]:
+    """For each dimension that tensors pick, the dimension whose entries they pick along it; several; None: unknown."""
+    shapes: list[tuple[int | tuple[int, ...], tuple[int, ...]]] = []
+    for dim, index in picking:
+        if dim < 0:  # booleans over several dimensions pick one list of entries
+            shapes.append((index, (2,)))
+        elif isinstance(index, Tensor):
+            shapes.append((dim, (2,) if index.dtype in (torch.bool, torch.uint8) else tuple(index.shape)))
+        elif not isinstance(index, int):
+            shapes.append((dim, tuple(torch.as_tensor(index).shape)))
+    n = max((len(shape) for _, shape in shapes), default=0)
+    vary = {d: [j for j in range(n) if len(shape) >= n - j and shape[j - n] != 1] for d, shape in shapes}
+    made: list[int | tuple[int, ...] | None] = []
+    for j in range(n):
+        along = [d for d, axes in vary.items() if j in axes]
+        # What varies along this axis alone names it: in x[rows[:, None], columns], columns vary along both perhaps.
+        named = [d for d in along if len(vary[d]) == 1] or along
+        made.append(named[0] if len(named) == 1 else None)
+    return made
+
+
+def unknown(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """An axis is summed over and another made: nothing is known of any, though the shape may be the argument's."""
+    return None
 
 
 def mapped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
-    """A linear map of the last dimension."""
-    return axis_history.mapped, None
+    """A learned map of the last dimension: ``linear(x, weight)``."""
+    return axis_history.mapped, (-1, map_of(kwargs.get("weight", args[1] if len(args) > 1 else None)))
+
+
+def mapped_and_added(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``addmm(bias, x, weight)``."""
+    return axis_history.mapped, (-1, map_of(kwargs.get("mat2", args[2] if len(args) > 2 else None)))
+
+
+def convolved(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """A convolution: a learned map of the channels, and positions that stay in their order."""
+    weight: Any = kwargs.get("weight", args[1] if len(args) > 1 else None)
+    if weight is None or weight.dim() < 3 or x.dim() not in (weight.dim(), weight.dim() - 1):
+        return None
+    channels = 1 if x.dim() == weight.dim() else 0
+    if weight.shape[1] == 1 and x.shape[channels] == out.shape[channels]:  # each channel by itself
+        return axis_history.resized, None
+    return axis_history.mapped, (channels, map_of(weight))
+
+
+def embedded(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``embedding(ids, weight)``: a last dimension of features."""
+    return axis_history.embedded, map_of(kwargs.get("weight", args[1] if len(args) > 1 else None))
+
+
+def gathered(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``gather``: some entries of one dimension, which may be others for each entry of another."""
+    return (axis_history.resized, None) if out.dim() == x.dim() else None
+
+
+def windowed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``x.unfold(dim, size, step)``; the function of that name that makes columns of images is another."""
+    dim = kwargs.get("dimension", args[1] if len(args) > 1 else None)
+    if not isinstance(dim, int) or out.dim() != x.dim() + 1:
+        return None
+    return axis_history.windowed, dim % x.dim()
+
+
+def strided(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``as_strided``: a dimension goes along that of the argument whose steps it takes, one at a time or several."""
+    if not x.numel() or not out.numel():
+        return None
+    own = [(step, dim) for dim, step in enumerate(x.stride()) if x.shape[dim] > 1]
+    kept: list[int | tuple[int, ...] | None] = []
+    for step, extent in zip(out.stride(), out.shape, strict=True):
+        if extent == 1:
+            kept.append(None)
+            continue
+        along = max(((s, d) for s, d in own if s and s <= step and step % s == 0), default=None)
+        if along is None:
+            return None
+        kept.append(along[1])
+    return axis_history.picked, kept
+
+
+def complex_pairs(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``view_as_complex``."""
+    return axis_history.pairs_as_numbers, None
+
+
+def real_pairs(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``view_as_real``."""
+    return axis_history.numbers_as_pairs, None
+
+
+def map_of(weight: Any) -> Any:
+    """What tells a learned map from others: the parameter, or where the part of it lies that was taken."""
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):
+        return id(weight)
+    return "address", address_of(weight)
