@@ -25,7 +25,7 @@ from .measures.segment_repeats import RepeatedSegment, repeated_segment
 from .measures.segments import BetweenSegments, between_segments
 from .measures.separator import Punctuation, Separators
 from .measures.sink import FirstToken, LearnedSink, Sink
-from .measures.values import OutputNorm, ValueNorm, norm_based, value_weighted
+from .measures.values import OutputNorm, ValueNorm, as_distribution, norm_based, value_weighted
 from .measures.word_relation import Coreference, Dependency, WordRelation
 from .pairs import KeyMass, PairMass
 from .reading import Reading
@@ -92,6 +92,7 @@ __all__ = [
     "WordRelation",
     "aggregate",
     "aggregate_layers",
+    "as_distribution",
     "best_offset",
     "between_labels",
     "between_segments",

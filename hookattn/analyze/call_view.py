@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, softmax_weights, with_four_axes
+from ..attention.functional import compute_dtype, with_four_axes
+from ..attention.normalizers import is_softmax, normalized, normalizer_of
+from ..calls.certificate import tolerance
 from ..calls.extents import extents_of, per_query_head
 from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
+# What a call has only where its scores are products of queries and keys, or are known.
+_OF_PRODUCTS = ("q", "k", "scores")
 # So many weights are derived together, where more heads than one have as many: 16 MiB of float32.
 _BLOCK = 1 << 22
 
@@ -118,8 +122,11 @@ class View:
 
         Raises:
             FieldNotCaptured: it was not kept, or the call has none.
+            FieldAbsent: its attention is of a kind that has none; says which.
         """
         value = self.call.get(name)
+        if value is None and name in _OF_PRODUCTS:
+            value = getattr(self.call, name)  # says why there is none
         if value is None:
             raise FieldNotCaptured(f"{self.where} has no {name}.")
         return value
@@ -134,9 +141,26 @@ class View:
         call = self.call
         if not call.has("weights") and all(map(call.has, ("scores", "mask", "sinks"))):
             scores = call.scores
-            return softmax_weights(scores.to(compute_dtype(scores.dtype)), call.mask, call.sinks)
+            made = normalized(call.normalizer, scores.to(compute_dtype(scores.dtype)), call.mask, call.sinks)
+            if made is not None:
+                return made
         weights = self.tensor("weights")
         return weights.to(compute_dtype(weights.dtype))
+
+    @_of_all_heads
+    def no_distribution(self) -> str | None:
+        """Why the weights of a query are no distribution over the keys: some are negative, or they do not sum to 1 with
+        what goes to sinks; None: they are one. Measures that take them for shares are not defined without."""
+        call = self.call
+        if is_softmax(call.normalizer) or normalizer_of(call.normalizer).sums_to_one:
+            return None
+        # A normalizer that nobody knows (an entmax, say) is known by what it made.
+        if (call.has("weights") or call.has("scores")) and all(map(_are_distributions, self.parts())):
+            return None
+        return (
+            f"its weights are no distribution over the keys (call.normalizer is {call.normalizer!r}); measure "
+            "hookattn.analyze.as_distribution(trace), which takes the magnitude of each over the sum of its row"
+        )
 
     def per_head(self, name: str) -> Tensor:
         """``k`` or ``v`` of each query head: B H S D, or B H S E.
@@ -157,6 +181,8 @@ class View:
             if statistic.key not in self.call.fields and statistic.key not in self._statistics:
                 missing[statistic.key] = statistic
         if missing:
+            if self.no_distribution is not None:
+                raise MeasureError(f"{self.where}: {', '.join(missing)}: {self.no_distribution}.")
             problem = score_inputs_of(self.call, self.positions)
             if problem is None:
                 kept = ", ".join(self.call.fields) or "nothing"
@@ -182,9 +208,8 @@ class View:
         key = field or statistic.key
         value = self._statistics[key] if key in self._statistics else self.call.get(key)
         if value is None:
-            raise MeasureError(
-                f"{self.where}: {key} is not defined here, as queries and keys are not places in one sequence."
-            )
+            why = self.no_distribution or "queries and keys are not places in one sequence"
+            raise MeasureError(f"{self.where}: {key} is not defined here, as {why}.")
         return value
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -335,6 +360,14 @@ class View:
         rows = (rows if rows.dim() == 3 else rows.unsqueeze(1)).expand(values.shape)
         total = torch.where(rows, values, 0.0).sum(-1, dtype=torch.float64)
         return total / rows.sum(-1)
+
+
+def _are_distributions(view: View) -> bool:
+    """Whether no weight of some heads is negative, and those of each query sum to 1, or are all 0."""
+    weights = view.weights
+    allowed = 4 * tolerance(view.call.dtype)  # a row sum is of many roundings
+    total = weights.sum(-1)
+    return bool((weights >= 0).all() and (((total - 1).abs() <= allowed) | (total == 0)).all())
 
 
 def blocks_of(several: Sequence[View], matrices: int = 1) -> list[Sequence[int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import sink_column, with_four_axes
+from ..attention.normalizers import OF_ONE, is_softmax
 from ..attention.score_inputs import ScoreInputs
 from ..calls.extents import evenly_grouped
 from ..calls.fields import DERIVED, Derived
@@ -21,13 +22,15 @@ def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     """What statistics of a call are computed of: the scores that were kept, its q and k, or its weights; None: none of
     these was kept. Scores that are not there are not derived: a pass over q and k forms a block of them at a time.
 
-    Of weights alone, scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the
-    weights again, and every statistic but the log-sum-exp and the largest score is the same (these two are up to the
-    same constant).
+    Of weights alone, and of those that are a distribution without being a softmax, scores are their logarithms, and
+    what rows lack of 1 is a sink: the softmax of these is the weights again, and every statistic but the log-sum-exp
+    and the largest score is the same (these two are up to the same constant).
     """
-    if call.has("scores") and call.has("mask") and call.has("sinks"):
+    if is_softmax(call.normalizer) and call.has("scores") and call.has("mask") and call.has("sinks"):
         sinks = call.get("sinks")
         sinks = None if sinks is None else sink_column(sinks)
+        if sinks is None and call.normalizer == OF_ONE:
+            sinks = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=call.mask.device)
         if isinstance(call.fields.get("scores", DERIVED), Derived):
             return _inputs_of_q_and_k(call, sinks, positions)
         return _inputs_of_scores(call.scores, with_four_axes(call.mask), sinks, positions)
@@ -46,6 +49,7 @@ def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
 
 def _inputs_of_q_and_k(call: Call, sinks: Tensor | None, positions: Tensor | None) -> ScoreInputs:
     k, bias = evenly_grouped(call, call.k), with_four_axes(call.get("bias"))
+    assert call.scale is not None
     made = ScoreInputs(call.q, k, call.scale, call.softcap, bias, sinks=sinks, positions=positions)
     rule = call.fields.get("mask")
     if isinstance(rule, MaskRule):  # the pass leaves out what a diagonal hides, which a mask only hides again

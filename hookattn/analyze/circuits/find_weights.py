@@ -13,6 +13,7 @@ from ...api import tracing
 from ...attention.functional import compute_dtype
 from ...calls.call import Call
 from ...calls.certificate import tolerance
+from ...calls.extents import extents_of
 from ...recording.forward_inputs import arguments
 from .circuit import Circuit, Projection
 from .match_values import LEAST, Match, affine, equal, norms
@@ -90,7 +91,10 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
     missing: dict[str, str] = {}
     turned: dict[str, _Source] = {}
     for name in "qkv":
-        value = getattr(call, name)
+        value = call.get(name)
+        if value is None:
+            missing[name] = f"its scores are no product of queries and keys, but {call.score}"
+            continue
         source = _product_of_argument(value, before, i, turns=name != "v")
         if source is None:
             n = value.shape[0] * value.shape[2]
@@ -114,7 +118,14 @@ def _circuit(call: Call, i: int, products: list[Product]) -> Circuit:
         missing["o"] = _READ if output is not None else "the kernel never hands out its output"
     else:
         found["o"] = projection
-    return Circuit(call.site, call.index, call.q.shape[1], call.v.shape[1], missing=missing, **found)
+    return Circuit(call.site, call.index, _heads(call), call.v.shape[1], missing=missing, **found)
+
+
+def _heads(call: Call) -> int:
+    """How many query heads a call has."""
+    told = extents_of(call, "H").h
+    assert told is not None, "q or output was kept"
+    return told
 
 
 def _merged_heads(x: Tensor) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from ...attention.kernel_call import DOT
 from ...errors import MeasureError, SelectionError
 from ..call_view import View
 from ..frame import long_table, views, views_of_heads
@@ -53,8 +54,18 @@ def neuron_contributions(
     return pd.concat(frames, ignore_index=True)
 
 
+def _check_products(view: View) -> None:
+    """Raise unless scores are products of queries and keys, whatever else is in them."""
+    if view.call.score != DOT:
+        raise MeasureError(
+            f"neurons of {view.where}: its scores are no product of queries and keys (call.score is "
+            f"{view.call.score!r}), so that no dimension has a part of its own in them."
+        )
+
+
 def _contributions(view: View, query: int | None, key: int | None) -> Tensor:
     """B H D, float64."""
+    _check_products(view)
     b, h, t, s = view.shape
     q, k = view.tensor("q").double(), view.per_head("k").double()
     scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=q.device).expand(b, h, t, s)
@@ -111,6 +122,7 @@ def _neuron_decay_table(view: View, longest: int) -> DataFrame:
     some = view.pairs.any(1)
     allowed = torch.unique(at.expand(some.shape)[some]).tolist()
     distances = [every[i] for i in allowed if abs(every[i]) <= longest]
+    _check_products(view)
     scale = torch.as_tensor(view.call.scale, dtype=torch.float64, device=view.tensor("q").device)
     if scale.dim() and scale.shape[-1] > 1:
         raise MeasureError(f"neuron_decay of {view.where}: its scale is another for each key, and so for each pair.")

@@ -34,6 +34,8 @@ class Measure:
     """``nats``, ``keys``, ``share`` (of the attention, 0 to 1), ``correlation`` (−1 to 1), …"""
     positional: ClassVar[bool] = False
     """Whether queries and keys have to be places in one sequence."""
+    distribution: ClassVar[bool] = True
+    """Whether weights have to be a distribution over the keys, as a softmax makes it."""
 
     @cached_property
     def key(self) -> str:
@@ -56,6 +58,8 @@ class Measure:
 
     def problem(self, view: View) -> str | None:
         """Why it is not defined for a call; None: it is."""
+        if self.distribution and view.no_distribution is not None:
+            return view.no_distribution
         if self.positional and view.positions is None:
             return "it needs queries and keys that are places in one sequence"
         return None

@@ -12,6 +12,7 @@ from ...errors import MeasureError
 from ..call_view import View
 from ..pairs import PairMass
 from ..reading import Reading
+from .base import Measure
 from .repeats import earlier
 
 PATTERNS = ("previous_token_head", "duplicate_token_head", "induction_head")
@@ -53,8 +54,9 @@ class Detection(PairMass):
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
-        found = super().problem(view)
-        return None if self.pattern == PATTERNS[0] and view.positions is not None else found
+        if self.pattern == PATTERNS[0]:
+            return Measure.problem(self, view)  # it needs no tokens
+        return super().problem(view)
 
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """See :class:`PairMass`."""

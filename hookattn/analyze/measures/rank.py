@@ -27,6 +27,7 @@ class DistanceCorrelation(Measure):
     name: ClassVar[str] = "distance_correlation"
     unit: ClassVar[str] = "correlation"
     positional: ClassVar[bool] = True
+    distribution: ClassVar[bool] = False
 
     def read(self, view: View) -> Reading:
         """See :class:`Measure`."""

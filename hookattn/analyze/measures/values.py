@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ...attention.functional import compute_dtype
 from ...calls.certificate import UNVERIFIED
-from ...errors import MeasureError
+from ...errors import MeasureError, SelectionError
 from ...traces import Trace
 from ..call_view import View
 from ..circuits.circuit import Circuit, circuit_of, triangular_factor
 from .base import Measure
 
 _WEIGHED = "weights are those of the model times the size of what they are weights of"
+_FIELDS = {"weights": "", "applied": " as they met the values"}
 
 
 @dataclass(frozen=True)
 class ValueNorm(Measure):
-    """``Σ_j w_ij ‖v_j‖``, the mean over the queries: how large the values are that a head reads, where it looks.
+    """``Σ_j |w_ij| ‖v_j‖``, the mean over the queries: how large the values are that a head reads, where it looks.
 
     The size of its output is at most this, and less where values cancel.
     """
@@ -31,6 +32,7 @@ class ValueNorm(Measure):
     name: ClassVar[str] = "value_norm"
     unit: ClassVar[str] = "norm of v"
     reads: ClassVar[tuple[str, ...]] = ("weights", "mask", "v")
+    distribution: ClassVar[bool] = False
 
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
@@ -50,6 +52,7 @@ class OutputNorm(Measure):
     name: ClassVar[str] = "output_norm"
     unit: ClassVar[str] = "norm of the residual stream"
     reads: ClassVar[tuple[str, ...]] = ("weights", "mask", "v")
+    distribution: ClassVar[bool] = False
     circuits: Sequence[Circuit] = field(repr=False, hash=False)
 
     def rows(self, view: View) -> Tensor:
@@ -71,7 +74,7 @@ def value_weighted(trace: Trace, *, normalise: bool = True) -> Trace:
     Raises:
         FieldNotCaptured: weights or ``v`` were not kept.
     """
-    return _reweighted(trace, value_norms, normalise)
+    return _reweighted(trace, lambda view: _times(view, value_norms(view)), normalise, _WEIGHED)
 
 
 def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = True) -> Trace:
@@ -89,7 +92,32 @@ def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = T
         MeasureError: a call has no circuit, or its W_O is not known.
         FieldNotCaptured: weights or ``v`` were not kept.
     """
-    return _reweighted(trace, lambda view: output_norms(view, circuits), normalise)
+    return _reweighted(trace, lambda view: _times(view, output_norms(view, circuits)), normalise, _WEIGHED)
+
+
+def as_distribution(trace: Trace, field: str = "weights") -> Trace:
+    """The trace with ``|w_ij| / Σ_j |w_ij|`` for weights: what the attention of a normalizer that is no softmax (a
+    sigmoid, a ReLU, a difference of two softmaxes) is measured by, as measures take weights for shares.
+
+    Args:
+        trace: with weights (or what they are derived of).
+        field: ``weights``, or ``applied``: what met the values, where a call has that apart from its weights.
+
+    Returns:
+        As :func:`value_weighted`. A row that is 0 stays so, and what went to sinks is left out.
+
+    Raises:
+        SelectionError: an unknown ``field``.
+        FieldNotCaptured: it was not kept.
+    """
+    if field not in ("weights", "applied"):
+        raise SelectionError(f"field={field!r}: expected weights or applied.")
+
+    def weights(view: View) -> Tensor:
+        applied = view.call.get("applied") if field == "applied" else None
+        return (view.weights if applied is None else applied.to(compute_dtype(applied.dtype))).abs()
+
+    return _reweighted(trace, weights, True, f"weights are the magnitudes of the model's own{_FIELDS[field]}")
 
 
 def value_norms(view: View) -> Tensor:
@@ -117,8 +145,8 @@ def output_norms(view: View, circuits: Sequence[Circuit]) -> Tensor:
 
 
 def _weighted_sum(weights: Tensor, sizes: Tensor) -> Tensor:
-    """B H T: ``Σ_j w_ij size_j``."""
-    total: Tensor = einsum(weights, sizes, "b h t s, b h s -> b h t")
+    """B H T: ``Σ_j |w_ij| size_j``; but for a few normalizers no weight is negative."""
+    total: Tensor = einsum(weights.abs(), sizes, "b h t s, b h s -> b h t")
     return total
 
 
@@ -133,18 +161,23 @@ def _wide_values(view: View) -> Tensor:
     return v.to(compute_dtype(v.dtype))
 
 
-def _reweighted(trace: Trace, size: Callable[[View], Tensor], normalise: bool) -> Trace:
+def _times(view: View, sizes: Tensor) -> Tensor:
+    """B H T S: the magnitude of each weight times the size, B H S, of what it is the weight of."""
+    return view.weights.abs() * sizes.unsqueeze(-2)
+
+
+def _reweighted(trace: Trace, made_of: Callable[[View], Tensor], normalise: bool, said: str) -> Trace:
     calls = []
     for call in trace.calls:
         view = View(call, trace)
-        weights = view.weights * size(view).unsqueeze(-2)
+        weights = made_of(view)
         if normalise:
             total = weights.sum(-1, keepdim=True)
             weights = weights / total.masked_fill(total == 0, 1.0)
         fields: dict[str, Any] = {"weights": weights, "sinks": None, "bias": None}
         if call.has("mask"):
             fields["mask"] = call.mask
-        notes = (*call.notes, _WEIGHED + (", each row divided by its sum" if normalise else ""))
+        notes = (*call.notes, said + (", each row divided by its sum" if normalise else ""))
         calls.append(
             replace(
                 call,

@@ -71,6 +71,9 @@ def _check_fit(one: View, other: View) -> None:
             raise MeasureError(
                 f"the traces do not fit: {what} of {one.where} is {x}, and of the other's {other.where} {y}."
             )
+    for view in (one, other):
+        if view.no_distribution is not None:
+            raise MeasureError(f"compare is of distributions: {view.where}: {view.no_distribution}.")
 
 
 def _head_distances(one: View, other: View) -> dict[str, Tensor]:

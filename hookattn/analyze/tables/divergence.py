@@ -47,6 +47,9 @@ def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
 
     several = list(views(trace, real))
     check_alike(several, "heads can be compared", "BTS")
+    for view in several:
+        if view.no_distribution is not None:
+            raise MeasureError(f"a divergence is of distributions: {view.where}: {view.no_distribution}.")
     rows = torch.stack([view.rows for view in several]).all(0)
     if not bool(rows.any()):
         raise MeasureError("heads can be compared over queries that count in all calls, and there are none.")

@@ -98,7 +98,7 @@ def _singular_values(view: View, masked: bool) -> Tensor:
     rows, keys = view.rows[:, None, :, None], view.keys[:, None, :, None]
     if not masked and _scores_are_products(view) and view.tensor("q").shape[-1] < min(view.shape[2:]):
         # σ of q·kᵀ are those of the product of their triangular factors, D by D.
-        assert not isinstance(view.call.scale, Tensor)
+        assert isinstance(view.call.scale, (int, float))
         q, k = view.tensor("q").double() * view.call.scale, view.per_head("k").double()
         q, k = (torch.where(own, x, 0.0) for own, x in ((rows, q), (keys, k)))
         # A decomposition of NaN is an error for the whole batch, so that such heads are taken as 0 and marked after.

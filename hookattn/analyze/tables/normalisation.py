@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...attention.normalizers import OF_ONE, normalizer_of
 from ...calls.certificate import tolerance as tolerance_of
 from ...calls.deriving import shape_and_dtype
 from ..call_view import View
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 
 # A mask of −100, the weakest there is, leaves 4e-44.
 _NOTHING = 1e-30
+# The normalizer that is none: its weights are the scores.
+_NONE = "none"
 
 
 def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
     """What is wrong with the weights of a trace; an empty table: nothing.
 
     ``row_sum``: a row doesn't sum to 1 (with sinks: sums to more; that there are sinks is known by the field ``sinks``
-    alone). ``negative``: a weight is below 0. ``masked``: a key that is masked has weight. ``non_finite``: a weight is
+    alone). ``negative``: a weight is below 0. Both of weights whose normalizer makes them so: of a sigmoid no sum is
+    wrong, and of what nobody knows no sign. ``masked``: a key that is masked has weight. ``non_finite``: a weight is
     NaN or ∞. Rows with nothing to attend to may be anything but non-finite; without the field ``mask`` nothing is
     masked, and such rows are those that are 0.
 
@@ -76,11 +80,16 @@ def _row_errors(view: View, tolerance: float | None) -> dict[str, tuple[Tensor, 
     some = w.any(-1) if masked is None else masked.any(-1).expand(w.shape[:3])
     over = w.sum(-1) - 1
     sinks = call.get("sinks") if call.has("sinks") else None
-    wrong = over.abs() if sinks is None else over.clamp_min(0)
+    at_most = sinks is not None or call.normalizer == OF_ONE
+    wrong = over.clamp_min(0) if at_most else over.abs()
+    known = normalizer_of(call.normalizer)
+    if not known.sums_to_one:
+        wrong = torch.zeros_like(over)
+    below = -w.amin(-1) if known.known and call.normalizer != _NONE else torch.zeros_like(over)
     hidden = torch.zeros_like(over) if masked is None else w.abs().masked_fill(masked, 0.0).amax(-1)
     return {
         "row_sum": (torch.where(some & ~bad.any(-1), wrong, 0.0), tolerance),
-        "negative": (torch.where(some, -w.amin(-1), 0.0), 0.0),
+        "negative": (torch.where(some, below, 0.0), 0.0),
         "masked": (torch.where(some, hidden, 0.0), _NOTHING),
         "non_finite": (torch.where(bad.any(-1), torch.inf, 0.0), 0.0),
     }

@@ -65,6 +65,7 @@ def _received_weight(view: View) -> Tensor:
     mask = view.mask.expand(*view.mask.shape[:2], t, s)
     # A column sum that was kept holds all rows. It may be read where each row counts or has nothing to attend to.
     whole = bool((view.rows | ~mask.any(-1).any(1)).all())
-    if whole and (st.Received().key in view.call.fields or "weights" not in view.call.fields):
+    shares = view.no_distribution is None
+    if whole and shares and (st.Received().key in view.call.fields or "weights" not in view.call.fields):
         return view.stat(st.Received())
     return (view.weights * view.rows[:, None, :, None]).sum(-2)

@@ -66,6 +66,12 @@ def mixing_matrices(trace: Trace, heads: str, residual: float, start_layer: int,
         _check_self_attention(view, several[0])
     check_alike(several, "layers follow on each other", "BTS")
     merged = aggregate(trace[start_layer:], heads)
+    for view, w in zip(several, merged, strict=True):
+        if bool((w < 0).any()):
+            raise MeasureError(
+                f"rollout and flow divide what is shared out, and {view.where} has negative weights: "
+                f"{view.no_distribution}."
+            )
     return torch.stack([_mixing_matrix(view, w, residual) for view, w in zip(several, merged, strict=True)])
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, real: Any = None) -> DataFrame:
     """How far a head's attention is from its mean over the inputs (Vig & Belinkov 2019).
 
-    ``Σ_x Σ_ij |w_ij(x) − w̄_ij| / (2 Σ_x Σ_ij w_ij(x))`` over the inputs x, w̄ their mean: 0 for a head that goes by
+    ``Σ_x Σ_ij |w_ij(x) − w̄_ij| / (2 Σ_x Σ_ij |w_ij(x)|)`` over the inputs x, w̄ their mean: 0 for a head that goes by
     position alone; towards 1 for one that goes by content.
 
     Args:
@@ -79,7 +79,7 @@ def _variability_table(calls: Sequence[View], tokens: int | None) -> DataFrame:
 def _apart(weights: Sequence[Tensor]) -> Tensor:
     """H: how far heads are from their mean, of b H rows keys for each trace."""
     w = torch.cat(list(weights)).double()
-    return (w - w.mean(0)).abs().sum((0, 2, 3)) / (2 * w.sum((0, 2, 3)))
+    return (w - w.mean(0)).abs().sum((0, 2, 3)) / (2 * w.abs().sum((0, 2, 3)))
 
 
 def _compared_length(counting: Sequence[Tensor], tokens: int | None, view: View) -> int:
