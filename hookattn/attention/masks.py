@@ -253,24 +253,35 @@ def _leaves_empty(mask: Tensor) -> bool:
 # An additive entry at or below this is a mask, unless the tensor slopes down to it gradually (a long ALiBi bias).
 MASKED = -9_000.0
 
-# The smallest penalty in use as a mask: Swin's 0/-100, whose weights do reach 0.
+# The smallest penalty in use as a mask by itself, with zeros beside it: Swin's 0/-100, whose weights do reach 0.
 FILL = -99.0
 
 # What masks are made of beside -10000: float16's lowest, -1e9, the lowest of the others.
 _BOUNDS = (MASKED, -60_000.0, -5e8, -1e30)
 # A mask stands apart from the bias by at least a third of its size; a slope has entries in between.
 _APART = 1.5
+# A smaller penalty is a mask where nothing lies within so much of what it leaves: e^-40 is less than what rounding
+# makes of a weight beside it in any dtype, float64 too.
+_GAP = 40.0
 
 
 def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """An additive mask as (bias, mask): finite terms, and what may be attended to.
 
-    −inf, ``finfo.min``, −10000 and their kin are masks, also where a bias was summed into the same tensor; so is a
-    tensor that holds nothing but 0 and penalties of −99 or less (Swin's −100). A bias that slopes down gradually
-    (ALiBi over a long context) stays a bias.
+    What is a mask, in this order:
+
+    - −inf, ``finfo.min``, −10000 and their kin, also where a bias was summed into the same tensor.
+    - All that is not 0 in a tensor of nothing but 0 and penalties of −99 or less (Swin's −100).
+    - Smaller penalties that a bias was summed with (shifted windows with relative positions: −100 ± 16). Such a sum
+      lies in two heaps, so there has to be a gap: of 40 at least, since e^-40 is nothing beside any weight; half as
+      wide again as all that lies above it, so that no bias leads down to it; at the same keys for all heads, as a mask
+      is and a learned bias is not. A row of which all lies below the gap attends to all of it, and is left alone.
+
+    A bias that slopes down gradually (ALiBi over a long context) has no gap and stays a bias, however low it gets. What
+    is masked in a tensor is masked in any batch entries and queries of it, too: a part can only widen a gap.
 
     Args:
-        additive: floating, any shape.
+        additive: floating, any shape; heads, if it has any, on the third axis from the end of four or more.
 
     Returns:
         bias (finite, zero where masked; None if it is zero everywhere) and mask (bool; None if nothing is masked).
@@ -280,7 +291,7 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
     low, top = (x.item() for x in torch.aminmax(additive))
     if low == 0 and top == 0:
         return None, None
-    if low > FILL:
+    if low > -_GAP:
         return additive, None
     hidden, bias, floor = None, additive, low
     for bound in (b for b in _BOUNDS if low <= b):
@@ -292,4 +303,56 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
             break
     if floor <= FILL and top == 0 and not bool(((bias < 0) & (bias > FILL)).any()):
         hidden, floor = additive != 0, 0.0
+    elif floor <= -_GAP and (below := _below_gap(bias, hidden)) is not None:
+        hidden = below if hidden is None else hidden | below
+        bias = bias.masked_fill(below, 0.0)
+        floor, top = (x.item() for x in torch.aminmax(bias))
     return None if floor == 0 and top == 0 else bias, None if hidden is None else ~hidden
+
+
+def _below_gap(bias: Tensor, hidden: Tensor | None) -> Tensor | None:
+    """Where a bias has a penalty summed into it that is a mask: the third rule of :func:`split_additive`.
+
+    Args:
+        bias: finite, any shape.
+        hidden: where it is masked already; those entries do not count.
+
+    Returns:
+        bool, of its shape; None: there is no such penalty.
+    """
+    seen = bias if hidden is None else bias.masked_fill(hidden, torch.inf)
+    low = seen.min().item()
+    top = (bias if hidden is None else bias.masked_fill(hidden, -torch.inf)).max().item()
+    if not _may_have_gap(seen, low, top):
+        return None
+    found = None
+    # Several penalties may be summed (-100 and -200). Each look halves what is left of the range, up to the last gap.
+    while low <= -_GAP and low / 2 < top:
+        lower = seen <= low / 2
+        below, above = (
+            seen.masked_fill(~lower, -torch.inf).max().item(),
+            seen.masked_fill(lower, torch.inf).min().item(),
+        )
+        if above - below >= max(_GAP, _APART * (top - above)):
+            found = lower
+        low = above
+    if found is None:
+        return None
+    if hidden is not None:
+        found &= ~hidden
+    if found.dim() >= 4 and found.shape[-3] > 1 and not bool((found == found.select(-3, 0).unsqueeze(-3)).all()):
+        return None
+    empty = (found if hidden is None else found | hidden).all(-1, keepdim=True)
+    found = found & ~empty
+    return found if bool(found.any()) else None
+
+
+def _may_have_gap(x: Tensor, low: float, top: float) -> bool:
+    """Whether some of the entries, with the lowest and the highest, leave a gap; if they don't, all don't either."""
+    for dim, extent in enumerate(x.shape):
+        most = 32 if dim >= x.dim() - 2 else 8
+        x = x[(slice(None),) * dim + (slice(None, None, -(-extent // most)),)]
+    some = x[x < torch.inf].float()
+    some = torch.cat([some, some.new_tensor([max(low, torch.finfo(torch.float32).min), top])]).sort().values
+    gap, above = some.diff(), top - some[1:]
+    return bool(((gap >= _GAP) & (gap >= _APART * above)).any())

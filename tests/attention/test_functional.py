@@ -230,9 +230,76 @@ def test_a_slope_and_a_mask(n_k: int, fill: float) -> None:
 def test_a_bias_alone() -> None:
     for bias in (draw(2, 3, T, T, seed=3), draw(T, T, seed=4).abs(), torch.full((T, T), -3.0), torch.full((T,), 2.0)):
         check_split(bias, None, bias)
-    swin = torch.zeros(2, T, T).masked_fill(draw(2, T, T, seed=5) > 0, -100.0)
-    position = draw(2, T, T, seed=6)
-    check_split(swin + position, None, swin + position)  # hardly to be told from a bias, and the weights are the same
+
+
+def shifted_windows(heads: int, width: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The hidden entries and the relative position bias of four windows of 3x3 patches, shifted by one: 4 H 9 9.
+
+    The bias is spread evenly over ±``width``, its ends included.
+    """
+    region = torch.zeros(6, 6, dtype=torch.long)
+    region[:5, 5], region[5, :5], region[5, 5] = 1, 2, 3
+    windows = region.view(2, 3, 2, 3).transpose(1, 2).reshape(4, 9)
+    hidden = (windows[:, None] != windows[:, :, None])[:, None].expand(4, heads, 9, 9)
+    row, column = torch.arange(9) // 3, torch.arange(9) % 3
+    place = (row[:, None] - row + 2) * 5 + column[:, None] - column + 2
+    table = (torch.linspace(-width, width, 25 * heads)[torch.randperm(25 * heads)]).view(heads, 25)
+    return hidden, table[:, place].expand(4, -1, -1, -1).to(dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(
+    ("fill", "width"), [(-100.0, 16.0), (-100.0, 2.0), (-100.0, 0.0), (-50.0, 3.0), (-1000.0, 16.0), (-5000.0, 30.0)]
+)
+def test_a_small_penalty_summed_with_a_bias_is_a_mask(heads: int, fill: float, width: float) -> None:
+    """Shifted windows: what belongs to other parts of the image is hidden by 0/-100, with a bias in the same tensor."""
+    torch.manual_seed(3)
+    for dtype in DTYPES:
+        hidden, bias = shifted_windows(heads, width, dtype)
+        additive = bias + torch.zeros_like(bias).masked_fill(hidden, fill)
+        seen = additive.masked_fill(hidden, 0.0)
+        check_split(additive, hidden, seen if width else None)
+        for window in range(4):  # of one window alone it is the same, with or without a mask
+            mine = hidden[window : window + 1]
+            part = additive[window : window + 1]
+            expected = seen[window : window + 1]
+            check_split(part, mine if mine.any() else None, expected if width else None)
+        twice = bias + torch.zeros_like(bias).masked_fill(hidden, fill)
+        twice[3, :, :, 4:6] += torch.where(hidden[3, :, :, 4:6], fill, 0.0)  # masked by two masks
+        check_split(twice, hidden, seen if width else None)
+
+
+def test_a_small_penalty_beside_a_large_one() -> None:
+    """Keys that are padding, in windows that are shifted."""
+    hidden, bias = shifted_windows(2, 10.0)
+    padding = (torch.arange(9) == 0).expand_as(hidden)
+    for lowest in (-math.inf, torch.finfo(torch.float32).min, -1e4):
+        additive = (bias + torch.zeros_like(bias).masked_fill(hidden, -100.0)).masked_fill(padding, lowest)
+        got_bias, got_mask = attention.split_additive(additive)
+        assert got_bias is not None and got_mask is not None
+        live = ~(hidden | padding).all(-1, keepdim=True)
+        assert torch.equal(~got_mask & live, (hidden | padding) & live)
+        assert torch.equal(got_bias[got_mask & live], bias[got_mask & live])
+
+
+def test_a_low_bias_without_a_gap_is_no_mask() -> None:
+    slope = alibi(8, 4, 1024)  # down to -512
+    check_split(slope, None, slope)
+    check_split(slope[:, :, -1:], None, slope[:, :, -1:])
+    one = draw(1, 4, T, T, seed=7) * 5
+    one[:, 2, :, 3] = -90.0  # learned, of one head: a mask hides the same keys from all
+    check_split(one, None, one)
+    wide = torch.linspace(-60, 0, T * T).view(1, 1, T, T) - 30 * (torch.arange(T * T).view(1, 1, T, T) < 9)
+    check_split(wide, None, wide)  # a gap of half its width
+    head = draw(1, 4, T, T, seed=8)
+    head[:, 1] -= 80.0  # the same for all keys, which changes nothing
+    check_split(head, None, head)
+    row = draw(1, 1, T, T, seed=8)
+    row[:, :, 2] -= 80.0
+    check_split(row, None, row)
+    check_split(
+        torch.full((1, 1, T, T), -70.0) + row.clamp(-9, 9), None, torch.full((1, 1, T, T), -70.0) + row.clamp(-9, 9)
+    )
 
 
 def test_nothing_at_all() -> None:
