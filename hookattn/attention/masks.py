@@ -293,7 +293,8 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if low > -_GAP:
         return additive, None
-    hidden, bias, floor = None, additive, low
+    hidden: Tensor | None = None
+    bias, floor = additive, low
     for bound in (b for b in _BOUNDS if low <= b):
         below = additive <= bound
         rest = torch.where(below, 0.0, additive)

@@ -289,8 +289,8 @@ def test_a_low_bias_without_a_gap_is_no_mask() -> None:
     one = draw(1, 4, T, T, seed=7) * 5
     one[:, 2, :, 3] = -90.0  # learned, of one head: a mask hides the same keys from all
     check_split(one, None, one)
-    wide = torch.linspace(-60, 0, T * T).view(1, 1, T, T) - 30 * (torch.arange(T * T).view(1, 1, T, T) < 9)
-    check_split(wide, None, wide)  # a gap of half its width
+    wide = torch.linspace(-60, 0, T * T).view(1, 1, T, T) - 60 * (torch.arange(T * T).view(1, 1, T, T) < 9)
+    check_split(wide, None, wide)  # a gap of no more than what lies above it
     head = draw(1, 4, T, T, seed=8)
     head[:, 1] -= 80.0  # the same for all keys, which changes nothing
     check_split(head, None, head)
