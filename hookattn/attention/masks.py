@@ -293,8 +293,7 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if low > -_GAP:
         return additive, None
-    hidden: Tensor | None = None
-    bias, floor = additive, low
+    hidden, bias, floor = None, additive, low
     for bound in (b for b in _BOUNDS if low <= b):
         below = additive <= bound
         rest = torch.where(below, 0.0, additive)
@@ -304,9 +303,9 @@ def split_additive(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
             break
     if floor <= FILL and top == 0 and not bool(((bias < 0) & (bias > FILL)).any()):
         hidden, floor = additive != 0, 0.0
-    elif floor <= -_GAP and (below := _below_gap(bias, hidden)) is not None:
-        hidden = below if hidden is None else hidden | below
-        bias = bias.masked_fill(below, 0.0)
+    elif floor <= -_GAP and (penalised := _below_gap(bias, hidden)) is not None:
+        hidden = penalised if hidden is None else hidden | penalised
+        bias = bias.masked_fill(penalised, 0.0)
         floor, top = (x.item() for x in torch.aminmax(bias))
     return None if floor == 0 and top == 0 else bias, None if hidden is None else ~hidden
 
