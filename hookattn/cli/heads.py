@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from ..analyze import MEASURES, report
+from ..analyze import MEASURES, as_distribution, report
 from ..console.screen import Screen, counted
 from ..errors import SelectionError, TraceWriteError
 from ..traces import load
@@ -32,6 +32,7 @@ _ROLES = 52
         "hookattn heads run.safetensors",
         "hookattn heads run.safetensors --sort induction --top 10",
         "hookattn heads run.safetensors --measures entropy,confidence,sink",
+        "hookattn heads run.safetensors --of applied",
         "hookattn heads run.safetensors --csv heads.csv",
         "hookattn heads run.safetensors --json | jq '.heads[] | select(.role != \"\")'",
     ),
@@ -41,6 +42,15 @@ _ROLES = 52
     "--sort", metavar="MEASURE", help="The largest first (-MEASURE: the smallest); by default in the model's order."
 )
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N heads.")
+@click.option(
+    "--of",
+    "field",
+    type=click.Choice(["weights", "applied"]),
+    default="weights",
+    show_default=True,
+    help="What is measured: the weights as the softmax made them, or what met the values, the magnitude of each over "
+    "the sum of its row.",
+)
 @click.option("--measures", callback=names, metavar="NAME,…", help=f"Of {', '.join(MEASURES)}.")
 @click.option("--csv", is_flag=False, flag_value="-", metavar="[FILE]", help="Write CSV, to stdout or a file.")
 @click.option("--parquet", type=click.Path(), metavar="FILE", help="Write a Parquet file.")
@@ -50,6 +60,7 @@ def command(
     file: str,
     sort: str | None,
     top: int | None,
+    field: str,
     measures: tuple[str, ...] | None,
     csv: str | None,
     parquet: str | None,
@@ -57,13 +68,14 @@ def command(
     """Show all heads of a trace FILE with their scores, and what a head is called where the evidence is clear."""
     if parquet is not None:
         import pyarrow  # noqa: F401 - before the work, as pandas asks for it after it
-    table = report(load(file), measures)
+    trace = load(file)
+    table = report(trace if field == "weights" else as_distribution(trace, field), measures)
     if sort is not None:
         table = _sorted(table, sort)
     table = table.head(top) if top is not None else table
     if screen.as_json:
         units, left_out = table.attrs["units"], table.attrs["left_out"]
-        screen.json({"file": file, "units": units, "left_out": left_out, "heads": _json_rows(table)})
+        screen.json({"file": file, "of": field, "units": units, "left_out": left_out, "heads": _json_rows(table)})
     if csv == "-":
         click.echo(table.to_csv(index=False), nl=False)
     for path, write in ((csv, table.to_csv), (parquet, table.to_parquet)):
@@ -76,6 +88,14 @@ def command(
     if not screen.as_json and csv is None and parquet is None:
         asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
         _print_heads(screen, table, asked or list(SHOWN), keep=len(asked))
+        changed = sum(call.fields.get("applied") is not None for call in trace)
+        if changed:
+            other = "applied" if field == "weights" else "weights"
+            screen.say(
+                f"of `{field}`; {counted(changed, 'call')} changed the weights after the softmax: --of {other} "
+                "measures the others",
+                "dim",
+            )
 
 
 def _sorted(table: DataFrame, sort: str) -> DataFrame:

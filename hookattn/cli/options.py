@@ -34,3 +34,14 @@ def positions(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """``q,k,weights`` as a tuple."""
     return None if value is None else tuple(part.strip() for part in value.split(","))
+
+
+def pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str] | None:
+    """``blocks.0.attn=BTHD``, several times, as a mapping; ``=BTHD`` is for the model itself. None: none was given."""
+    made = {}
+    for text in value:
+        path, parted, letters = text.rpartition("=")
+        if not parted or not letters:
+            raise click.BadParameter(f"{text!r}: expected PATH=AXES, such as blocks.0.attn=BTHD.")
+        made[path.strip()] = letters.strip()
+    return made or None

@@ -17,7 +17,7 @@ from ..traces import Trace
 from .command import Command
 from .inputs import Given, inputs_asked_for, read_tensors, to_device
 from .models import Loaded, is_factory, load_model
-from .options import DTYPES, ints, names, positions
+from .options import DTYPES, ints, names, pairs, positions
 
 
 @click.command(
@@ -29,6 +29,7 @@ from .options import DTYPES, ints, names, positions
         'hookattn trace ./my-llama --text "Once upon" --generate 20 --compact -o story.safetensors',
         "hookattn trace ./my-vit --image cat.png --layers -1 --verify full",
         "hookattn trace mypackage.models:build --inputs batch.safetensors -o run.safetensors",
+        'hookattn trace mypackage.models:build --inputs batch.safetensors --layout "blocks.*.attn=BTHD"',
     ),
 )
 @click.argument("model")
@@ -41,7 +42,7 @@ from .options import DTYPES, ints, names, positions
     "--capture",
     callback=names,
     metavar="FIELD,…",
-    help="Fields to keep, of q,k,v,bias,scores,mask,sinks,weights,output; all by default.",
+    help="Fields to keep, of q,k,v,bias,scores,mask,sinks,weights,applied,output; all by default.",
 )
 @click.option("--layers", callback=ints, metavar="INT,…", help="Layers to keep, such as 0,-1.")
 @click.option("--heads", callback=ints, metavar="INT,…", help="Query heads to keep.")
@@ -57,6 +58,14 @@ from .options import DTYPES, ints, names, positions
     help="Which query rows are checked against the model's own kernel.",
 )
 @click.option("--strict", is_flag=True, help="Fail if a call is unfaithful.")
+@click.option(
+    "--layout",
+    "layouts",
+    callback=pairs,
+    multiple=True,
+    metavar="PATH=BTHD",
+    help="The axes of q at a module, where they would be guessed; PATH may have *.",
+)
 @click.option("--compact", is_flag=True, help="Leave scores and weights out of the file; they are derived when read.")
 @click.option("--generate", type=click.IntRange(min=1), metavar="N", help="Trace model.generate: N new tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of torch's random numbers.")
@@ -79,6 +88,7 @@ def trace(
     attn: str | None,
     verify: str,
     strict: bool,
+    layouts: dict[str, str] | None,
     compact: bool,
     generate: int | None,
     seed: int,
@@ -109,6 +119,7 @@ def trace(
         "tokens": given.tokens,
         "verify": verify,
         "strict": strict,
+        "layout": layouts,
         "to": None if compact else out,
     }
     for note in given.notes:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ..calls.call import Call
 from ..console.screen import Screen, counted
+from ..console.tables import print_beside
 from ..testing.recheck import CHECKS, Check, recheck
 from ..traces import Trace, load
 from .command import Command
@@ -33,6 +34,9 @@ def verify(screen: Screen, file: str) -> None:
     masked    a masked entry weighs 0
     rows      a row of weights sums to 1 (with sinks: to at most 1)
     output    weights @ v = output
+
+    A call whose normalizer is no softmax is held to that one, and one whose scores are no q·k to the rest. Which axis
+    is which no check can tell: where a trace guessed it, that stands beside the certificate.
 
     A call also fails if its stored certificate, which was measured against the model's own kernel, is unfaithful.
     """
@@ -68,6 +72,9 @@ def _json_results(trace: Trace, results: list[Result], passed: bool) -> dict[str
                 "step": call.step,
                 "path": call.site.path,
                 "result": _verdict(call, checks).lower(),
+                "basis": dict(call.basis),
+                "score": call.score,
+                "normalizer": call.normalizer,
                 "checks": {
                     name: {"passed": None, "reason": check.reason}
                     if check.reason
@@ -100,7 +107,7 @@ def _print_results(screen: Screen, results: list[Result]) -> None:
             *([str(call.step)] if steps else []),
             Text(call.site.label),
             *map(_check_cell, checks.values()),
-            Text(status, "bold red" if status == "unfaithful" else ""),
+            Text(call.verdict, "bold red" if status == "unfaithful" else "yellow" if call.guessed else ""),
         )
     screen.out.print(table)
     screen.out.print(Text())
@@ -112,6 +119,7 @@ def _print_results(screen: Screen, results: list[Result]) -> None:
     reasons = dict.fromkeys((n, check.reason) for _, checks in results for n, check in checks.items() if check.reason)
     for name, reason in reasons:
         screen.out.print(Text(f"– {name} not checked: {reason}", "dim"))
+    print_beside(screen.out, [call for call, _ in results])
     verdicts = [_verdict(*result) for result in results]
     failed, empty = verdicts.count("FAIL"), verdicts.count("nothing to check")
     total = counted(len(verdicts), "call")

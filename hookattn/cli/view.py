@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..console.screen import Screen, decimal_size
+from ..console.tables import lines_beside
 from ..errors import RenderError
 from ..traces import load
 from .command import Command, explain
@@ -77,11 +78,18 @@ def view(
             screen.json({"url": url, "pid": os.getpid()})
         else:
             click.echo(url)
+            _tell(screen, file)
             screen.say("Ctrl-C ends it", "dim")
 
     found = _scores(screen, file) if scores else None
     shown: dict[str, Any] = {"compare": compare, "scores": found, "images": images}
     serve(file, port=port, open_browser=not no_open, ready=ready, **shown)
+
+
+def _tell(screen: Screen, file: str) -> None:
+    """What a reader of the page has to know and no certificate says."""
+    for text, style in lines_beside(load(file).calls):
+        screen.say(text, style)
 
 
 def _scores(screen: Screen, file: str) -> Any:
@@ -100,4 +108,5 @@ def _write(screen: Screen, file: str, html: str, **shown: Any) -> None:
     if screen.as_json:
         screen.json(data)
     else:
+        _tell(screen, file)
         screen.out.print(f"wrote {html}", f"({decimal_size(data['bytes'])})", markup=False, soft_wrap=True)

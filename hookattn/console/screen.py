@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.text import Text
 
-from ..errors import SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+from ..errors import GuessedAxesWarning, SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
 from ..store.json_values import json_value
 
 PIPED_WIDTH = 200
@@ -51,7 +51,7 @@ class Screen:
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
-        ours = (UnfaithfulWarning, SkippedWarning, TraceTooLargeWarning)
+        ours = (UnfaithfulWarning, SkippedWarning, GuessedAxesWarning, TraceTooLargeWarning)
 
         def show(
             message: Warning | str,

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from ..attention.kernel_call import DOT
+from ..attention.normalizers import SOFTMAX
 from ..calls.call import Call
 from ..calls.certificate import Certificate
 from ..calls.extents import extents_of
@@ -34,7 +36,11 @@ def call_as_json(call: Call) -> dict[str, Any]:
         "module": site.module,
         "axes": site.axes,
         "extents": extents_of(call).known(),
+        "entry": call.entry,
         "tap": call.tap,
+        "score": call.score,
+        "normalizer": call.normalizer,
+        "basis": dict(call.basis),
         "dtype": str(call.dtype).removeprefix("torch."),
         "scale": None if isinstance(call.scale, Tensor) else call.scale,
         "softcap": call.softcap,
@@ -123,6 +129,11 @@ class CallRow:
                 parts.append(f"{letter}{low}" if low == high else f"{letter}{low}–{high}")
         return " ".join(parts) or "?"
 
+    def verdict(self) -> str:
+        """What the certificate says, and beside it the axes that nothing but convention tells from others."""
+        guessed = [x for x in "BHTSG" if any(x in c.guessed for c in self.calls)]
+        return self.worst.status + (f", {guessed_axes(guessed)}" if guessed else "")
+
     def error(self) -> str:
         """The largest distance between what was rebuilt and what the kernel returned."""
         return "" if self.worst.status == "unverified" else f"{self.worst.max_error:.1e}"
@@ -146,20 +157,26 @@ COLUMNS: dict[str, Callable[[CallRow], str]] = {
     "kind": lambda row: row.first.site.kind,
     "path": lambda row: row.first.site.label,
     "shape": CallRow.shape,
+    "entry": lambda row: row.first.entry,
     "tap": lambda row: row.first.tap,
+    "score": lambda row: row.first.score,
+    "normalizer": lambda row: row.first.normalizer,
     "dtype": lambda row: str(row.first.dtype).removeprefix("torch."),
     "checked": CallRow.checked_rows,
     "error": CallRow.error,
-    "certificate": lambda row: row.worst.status,
+    "certificate": CallRow.verdict,
 }
-_HOISTED = ("stack", "kind", "tap", "dtype", "checked")
+_HOISTED = ("stack", "kind", "entry", "tap", "score", "normalizer", "dtype", "checked")
+# What goes without saying: columns that are there where some call has something else.
+_PLAIN = {"entry": "", "score": DOT, "normalizer": SOFTMAX}
 
 
 def call_rows(calls: Iterable[Call], every: bool = False) -> list[CallRow]:
     """One row for each site, or for each call."""
     groups: dict[Any, list[Call]] = {}
     for call in calls:
-        key = call.index if every else (call.site, call.tap, call.dtype, call.heads)
+        kind = (call.tap, call.score, call.normalizer)
+        key = call.index if every else (call.site, call.entry, kind, call.dtype, call.heads)
         groups.setdefault(key, []).append(call)
     return [CallRow(group) for group in groups.values()]
 
@@ -169,8 +186,9 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
     rows = call_rows(calls, every)
     if not rows:
         return
+    texts = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
     names = [name for name in COLUMNS if name != "step" or len({c.step for c in calls}) > 1]
-    texts = {name: [COLUMNS[name](row) for row in rows] for name in names}
+    names = [name for name in names if name not in _PLAIN or {*texts[name]} != {_PLAIN[name]}]
     common = [name for name in names if name in _HOISTED and len(set(texts[name])) == 1]
     width = sum(max(map(len, [name, *texts[name]])) + 2 for name in names if name not in common) - 2
     if width > out.width and len(set(texts["certificate"])) == 1:
@@ -185,16 +203,46 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
                 name, justify="right" if name in ("step", "layer") else "left", overflow="fold", no_wrap=name != "path"
             )
     for i, row in enumerate(rows):
-        table.add_row(
-            *(
-                Text(texts[n][i], _STYLES[row.worst.status] if n == "certificate" else "")
-                for n in names
-                if n not in common
-            )
-        )
+        table.add_row(*(Text(texts[n][i], _style(row) if n == "certificate" else "") for n in names if n not in common))
     out.print(Text())
     out.print(table)
     out.print(Text())
+
+
+def _style(row: CallRow) -> str:
+    """A guess is marked as what was not verified is: nothing speaks against it, and nothing for it."""
+    guessed = row.worst.status == "faithful" and row.verdict() != row.worst.status
+    return _STYLES["unverified" if guessed else row.worst.status]
+
+
+def guessed_axes(letters: Iterable[str]) -> str:
+    """Which axes were guessed, in the words of :attr:`hookattn.Call.verdict`."""
+    return f"axes guessed: {' '.join(letters)}"
+
+
+def lines_beside(calls: Sequence[Call]) -> list[tuple[str, str]]:
+    """Lines and their styles on what a reader has to know and no certificate says: axes that were guessed, weights that
+    were changed after the softmax."""
+    lines = []
+    guessed = [c for c in calls if c.guessed]
+    if guessed:
+        letters = [x for x in "BHTSG" if any(x in c.guessed for c in guessed)]
+        text = (
+            f"{guessed_axes(letters)} in {len(guessed)} of {counted(len(calls), 'call')}, by convention, which no "
+            "certificate can tell; layout= (hookattn trace --layout PATH=BTHD) or an adapter settles it"
+        )
+        lines.append((text, "yellow"))
+    changed = sum(c.fields.get("applied") is not None for c in calls)
+    if changed:
+        said = f"{counted(changed, 'call')} changed the weights after the softmax"
+        lines.append((f"{said}: `weights` are those before, `applied` is what met the values", "dim"))
+    return lines
+
+
+def print_beside(out: Console, calls: Sequence[Call]) -> None:
+    """Print :func:`lines_beside`."""
+    for text, style in lines_beside(calls):
+        out.print(Text(text, style))
 
 
 def print_verdict(out: Console, trace: Trace) -> None:
@@ -203,6 +251,7 @@ def print_verdict(out: Console, trace: Trace) -> None:
         out.print(Text(f"skipped {skipped.path or '<model>'}: {skipped.reason}", "yellow"))
     for note in dict.fromkeys([*trace.notes, *(n for c in trace.calls for n in c.notes)]):
         out.print(Text(f"note: {note}", "dim"))
+    print_beside(out, trace.calls)
     status = [c.certificate.status for c in trace.calls]
     bad, unknown = status.count("unfaithful"), status.count("unverified")
     total = counted(len(status), "call")

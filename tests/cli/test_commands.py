@@ -247,7 +247,7 @@ def test_trace_selects_and_narrows(models: Path, tmp_path: Path) -> None:
         "eager",
     )
     (call,) = hookattn.load(out)
-    assert set(call.fields) == {"q", "weights"} and call.site.layer == 1 and call.tap != "sdpa"
+    assert {*call.fields} - {"applied"} == {"q", "weights"} and call.site.layer == 1 and call.tap != "sdpa"
     assert call.heads == (0, 3) and call.queries == (1, 2) and call.weights.dtype == torch.float16
     assert call.weights.shape == (1, 2, 2, 3)
     assert call.of_queries == json.loads(run("info", out, "--json").stdout)["calls"][0]["of_queries"] == 3
