@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import HookattnError, SelectionError, SkippedWarning
+from .errors import GuessedAxesWarning, HookattnError, SelectionError, SkippedWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
 from .recording.forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
+from .recording.layouts import Layouts
 from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
@@ -30,6 +31,8 @@ from .torch_internals.lazy_copies import LAZY_COPIES
 from .traces import Trace
 
 _VERIFY = ("sample", "full", "off")
+# So many paths are named in a warning.
+_NAMED = 3
 
 
 def trace(
@@ -47,6 +50,7 @@ def trace(
     verify: str = "sample",
     strict: bool = False,
     copy: bool = False,
+    layout: Mapping[str, str] | None = None,
 ) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
@@ -72,6 +76,9 @@ def trace(
             run; else each when it is first read.
         copy: copy what is kept at once, and not when somebody writes to it: for a model whose tensors are written to by
             their raw addresses (by way of an array that numpy made of one before, say).
+        layout: module path, or a pattern of paths with ``*``, to the axes of q as it enters the dot product there, a
+            letter each: ``{"blocks.0.attn": "BTHD"}`` (B batch, H heads, T queries, D width; ``"THD"``: no batch). For
+            attention written out by hand whose axes would else be guessed, which a trace warns of.
 
     Returns:
         A Trace.
@@ -79,7 +86,7 @@ def trace(
     Raises:
         ModelError: a scripted module, parameters on the meta device; NoAttentionError: no attention ran.
         InputError: the inputs do not fit the forward's signature.
-        SelectionError: an unknown field, layer or head, or an empty selection.
+        SelectionError: an unknown field, layer or head, an empty selection, or a ``layout`` of no module or no axes.
         UnfaithfulError: with ``strict``.
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
         TraceWriteError: the file of ``to`` could not be written.
@@ -100,6 +107,7 @@ def trace(
         verify=verify,
         strict=strict,
         copy=copy,
+        layout=layout,
     ) as running:
         try:
             running.output = model(*args, **kwargs)
@@ -124,6 +132,7 @@ def tracing(
     verify: str = "sample",
     strict: bool = False,
     copy: bool = False,
+    layout: Mapping[str, str] | None = None,
 ) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
@@ -138,6 +147,7 @@ def tracing(
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_watch_plan(model)
+    layouts = None if layout is None else Layouts(layout, set(plan.paths.values()))
     trace = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
@@ -146,7 +156,7 @@ def tracing(
         stream = Stream(to, trace)
     sink = None if stream is None else stream.add
     recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
-    session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to))
+    session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts)
     try:
         session.start()
         try:
@@ -173,7 +183,7 @@ def tracing(
         session.close()  # before the stream: copies on their way from a GPU end in it
         if stream is not None:
             stream.close()
-    _warn(trace)
+    _warn(trace, [] if layouts is None else layouts.unused({call.site.path for call in trace.calls}))
 
 
 # Cached: 0.1 µs in place of 3 a trace.
@@ -182,8 +192,8 @@ def _selection_of_fields(capture: tuple[str, ...] | None) -> Selection:
     return Selection.of(capture)
 
 
-def _warn(trace: Trace) -> None:
-    """Say once, at the end, what could not be read."""
+def _warn(trace: Trace, unused: Sequence[str]) -> None:
+    """Say once, at the end, what could not be read or was guessed, and what ``layout`` said of no call."""
     # The stack level is that of the with statement, or of the call of trace().
     if trace.skipped:
         first = trace.skipped[0]
@@ -193,3 +203,20 @@ def _warn(trace: Trace) -> None:
             SkippedWarning,
             stacklevel=4,
         )
+    guessed = {call.site.label: call.guessed for call in trace.calls if call.guessed}
+    if guessed:
+        few = ", ".join(f"{label} ({' '.join(letters)})" for label, letters in list(guessed.items())[:_NAMED])
+        more = f" and {len(guessed) - _NAMED} more" if len(guessed) > _NAMED else ""
+        label = next(iter(guessed))
+        path = "" if label == "<model>" else label
+        warnings.warn(
+            f"which axis is which was guessed by convention in {few}{more}; certificates cannot tell. Say it with "
+            f'layout={{{path!r}: "BTHD"}}, the axes of q as it enters the dot product, or write an adapter '
+            "(docs/adapters.md); call.basis has what is known of each axis",
+            GuessedAxesWarning,
+            stacklevel=4,
+        )
+    if unused:
+        text = f"layout= names {', '.join(map(repr, unused[:_NAMED]))}, where no attention was recorded"
+        trace.notes.append(text)
+        warnings.warn(f"{text}; trace.calls has the paths of the calls", GuessedAxesWarning, stacklevel=4)

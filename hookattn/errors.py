@@ -8,6 +8,8 @@
     ├── InputError             the inputs do not fit the model
     ├── SelectionError         an unknown field, layer or head; an empty selection
     ├── FieldNotCaptured       a field that this trace does not hold (also an AttributeError)
+    ├── FieldAbsent            a field that a call does not have, as its attention is of another kind (also an
+    │                          AttributeError)
     ├── AdapterError           an adapter or the registry is at fault; names the distribution
     │   ├── DuplicateAdapterError
     │   ├── BrokenAdapterError
@@ -26,7 +28,8 @@
         └── TraceWriteError
 
 Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
-:class:`TraceTooLargeWarning` (a trace that may have no room).
+:class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`TraceTooLargeWarning` (a trace
+that may have no room).
 """
 
 from __future__ import annotations
@@ -56,6 +59,10 @@ class SelectionError(HookattnError):
 
 class FieldNotCaptured(HookattnError, AttributeError):
     """A field that this trace does not hold; the message names the ``capture=`` that would have kept it."""
+
+
+class FieldAbsent(HookattnError, AttributeError):
+    """A field that a call does not have, as its attention is of another kind: an additive score has no ``q``."""
 
 
 class AdapterError(HookattnError):
@@ -132,6 +139,10 @@ class UnfaithfulWarning(UserWarning):
 
 class SkippedWarning(UserWarning):
     """Attention ran that could not be read; ``trace.skipped`` has the path and the reason."""
+
+
+class GuessedAxesWarning(UserWarning):
+    """Which axis of a call is which was told by convention alone, or a ``layout=`` that would tell it was not used."""
 
 
 class TraceTooLargeWarning(UserWarning):

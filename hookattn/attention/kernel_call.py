@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,6 +24,7 @@ class FieldSpec(NamedTuple):
         shared: the calls of a forward often have the same one, which is then kept and stored once.
         boolean: it is bool, and else floating.
         derived_from: the fields that it follows from; empty: it is kept or lost.
+        kept_with: the field that it is captured with, asked for or not.
     """
 
     name: str
@@ -33,6 +34,7 @@ class FieldSpec(NamedTuple):
     shared: bool = False
     boolean: bool = False
     derived_from: tuple[str, ...] = ()
+    kept_with: str = ""
 
     @property
     def per_head(self) -> bool:
@@ -76,6 +78,8 @@ FIELD_SPECS: dict[str, FieldSpec] = {
         FieldSpec("mask", "BHTS", broadcast=True, shared=True, boolean=True),
         FieldSpec("sinks", "BHT1", broadcast=True, optional=True, shared=True),
         FieldSpec("weights", "BHTS", derived_from=("scores", "mask", "sinks")),
+        # Weights that were changed before they met the values are two matrices, and whoever asks for one sees both.
+        FieldSpec("applied", "BHTS", optional=True, kept_with="weights"),
         FieldSpec("output", "BHTE"),
     )
 }
@@ -84,7 +88,6 @@ FIELD_SPECS: dict[str, FieldSpec] = {
 # What else a kernel call has that is cut down with its fields when heads or queries are selected.
 _BESIDE = (
     FieldSpec("undropped", "BHTE"),
-    FieldSpec("applied", "BHTS"),
     FieldSpec("scale", "BHTS", broadcast=True),
 )
 TENSOR_SPECS: dict[str, FieldSpec] = {**FIELD_SPECS, **{spec.name: spec for spec in _BESIDE}}
@@ -92,11 +95,20 @@ TENSOR_SPECS: dict[str, FieldSpec] = {**FIELD_SPECS, **{spec.name: spec for spec
 FIELDS: tuple[str, ...] = tuple(FIELD_SPECS)
 DERIVED: tuple[str, ...] = tuple(name for name, spec in FIELD_SPECS.items() if spec.derived_from)
 """What follows from other fields, each from those before it."""
-STORED: tuple[str, ...] = tuple(name for name in FIELDS if name not in DERIVED)
-"""What is kept or lost; a compact file holds no more."""
+STORED: tuple[str, ...] = tuple(n for n, spec in FIELD_SPECS.items() if not spec.derived_from and not spec.kept_with)
+"""What is kept or lost by itself; a compact file of a softmax over q·k holds no more."""
 _NEEDED = {name for spec in FIELD_SPECS.values() for name in spec.derived_from}
 SOURCES: tuple[str, ...] = tuple(name for name in STORED if name in _NEEDED)
 """What has to be kept for all of :data:`DERIVED` to follow."""
+
+
+DOT = "dot"
+"""The score that is q·k."""
+
+
+def asked_for(fields: Container[str]) -> tuple[str, ...]:
+    """Of some fields those that have to be asked for, in the order of all: others come with them."""
+    return tuple(f for f, spec in FIELD_SPECS.items() if f in fields and spec.kept_with not in fields)
 
 
 BASES = ("kernel", "adapter", "followed", "guessed")
@@ -109,12 +121,17 @@ KERNEL_BASIS: Mapping[str, str] = MappingProxyType(dict.fromkeys("BHTSG", "kerne
 class KernelCall:
     """One attention call as its tap saw it; nothing in it is selected, copied or derived yet.
 
+    A call whose scores are no product of queries and keys has ``q``, ``k`` and ``scale`` None, which :meth:`of_weights`
+    makes. Their types do not say so, for the taps of all other kernels; what reads any call asks :attr:`shape`,
+    :attr:`dtype`, :attr:`device` and :attr:`product` in their place.
+
     Attributes:
-        q: B H T D, as it enters the dot product.
-        k: B G S D, never repeated for grouped queries.
+        q: B H T D, as it enters the dot product; None where there is none.
+        k: B G S D, never repeated for grouped queries; None where there is none.
         v: B G S E.
         output: B H T E, what the model's own kernel returned.
-        scale: the kernel's own factor; a tensor (broadcastable to B H T S) where it is learned per head.
+        scale: the kernel's own factor; a tensor (broadcastable to B H T S) where it is learned per head. None where the
+            scores are no dot product.
         tap: the name of the tap.
         bias: finite additive terms, broadcastable to B H T S.
         mask: bool, broadcastable to B H T S, True = may attend.
@@ -124,15 +141,18 @@ class KernelCall:
         softcap: ``c`` of ``c·tanh(s/c)``.
         sinks: H, or broadcastable to B H T 1.
         scores: the model's own finite scores, B H T S, where it formed them.
-        weights: the model's own weights before dropout, B H T S, where it formed them.
-        applied: what the model really multiplied with ``v`` where that is not ``weights`` (dropout, head mixing).
+        weights: the model's own weights before dropout, B H T S, where it formed them. Always there where q or k is
+            not, and where nobody knows how the normalizer makes them.
+        applied: what the model really multiplied with ``v`` where that is not ``weights`` (dropout, head mixing): B H T
+            S.
         dropout: probability of dropout between softmax and ``v``.
         undropped: what the same kernel returns with dropout off, where the weights are not formed.
         mixed: the model changed the weights after the softmax, beyond dropout (heads mixed, renormalised).
         softmax_dtype: the dtype the softmax ran in, where it is known and may differ from that of ``q``.
         opaque: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k.
         score: what the scores are: ``dot`` (q·k), or what was seen instead (``additive``, ``distance``, …).
-        normalizer: what made weights of the scores: ``softmax``, or what was seen instead (``sigmoid``, ``none``, …).
+        normalizer: what made weights of the scores: ``softmax``, or what was seen instead (``sigmoid``, ``none``, …);
+            :mod:`hookattn.attention.normalizers` has those that can be computed again.
         basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention).
         outer_error: where the kernel never hands out ``output``: the measured distance of something further out.
@@ -177,7 +197,55 @@ class KernelCall:
         """What the kernel hides by itself, beside ``mask``."""
         return Diagonal(self.causal, self.offset, self.window)
 
+    @classmethod
+    def of_weights(
+        cls,
+        weights: Tensor,
+        v: Tensor,
+        output: Tensor | None,
+        tap: str,
+        *,
+        score: str,
+        normalizer: str,
+        scores: Tensor | None = None,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+    ) -> KernelCall:
+        """A call whose scores are no dot product; the arguments are the attributes.
+
+        Args:
+            weights: B H T S, the model's own.
+            v: B G S E.
+            output: B H T E.
+            tap, score, normalizer: words.
+            scores: B H T S, finite, where the model formed them.
+            q, k: B H T D and B G S D, where they are scored otherwise than by their product (a distance, say).
+        """
+        made = cls(q, k, v, output, None, tap, score=score, normalizer=normalizer)  # type: ignore[arg-type]
+        made.weights, made.scores = weights, scores
+        return made
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, T and S."""
+        if self.q is not None and self.k is not None:
+            b, h, t, _ = self.q.shape
+            return b, h, t, self.k.shape[2]
+        assert self.weights is not None, "a call without q or k has the weights that the model formed"
+        b, h, t, s = self.weights.shape
+        return b, h, t, s
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the kernel ran in."""
-        return self.q.dtype
+        return self.v.dtype if self.q is None else self.q.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it ran."""
+        return self.v.device
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the scores are scale·q·kᵀ, soft-capped, plus bias, and nothing else."""
+        return not self.opaque and self.score == DOT and self.q is not None and self.k is not None

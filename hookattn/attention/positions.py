@@ -25,10 +25,10 @@ def query_positions(call: KernelCall, kind: str) -> Tensor | None:
     Returns:
         (B or 1) T, int64; None: queries and keys are not places in one sequence.
     """
-    t, s = call.q.shape[2], call.k.shape[2]
+    _, _, t, s = call.shape
     if kind.startswith("cross"):
         return None
-    steps = torch.arange(t, device=call.q.device).unsqueeze(0)
+    steps = torch.arange(t, device=call.device).unsqueeze(0)
     positions = call.diagonal.positions(steps)
     if positions is not None or t > s:
         return positions

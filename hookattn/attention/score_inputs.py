@@ -54,16 +54,20 @@ class ScoreInputs:
 
     @classmethod
     def of(cls, call: KernelCall, rows: Tensor | None, positions: Tensor | None) -> ScoreInputs:
-        """Of a call as its tap saw it, restricted."""
+        """Of a call as its tap saw it, restricted; without q and k, of one that has scores of its own."""
+        q, k, scores = call.q, call.k, call.scores
+        if not call.is_product and scores is not None:
+            # What is scored by itself needs vectors for their extents alone.
+            q, k = scores.new_empty(*scores.shape[:3], 0), scores.new_empty(*call.v.shape[:3], 0)
         return cls(
-            call.q,
-            call.k,
-            call.scale,
+            q,
+            k,
+            call.scale if call.is_product else 1.0,
             call.softcap,
             with_four_axes(call.bias),
             with_four_axes(call.mask),
             None if call.sinks is None else sink_column(call.sinks),
-            call.scores,
+            scores,
             rows=rows,
             positions=positions,
             notes=call.notes,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
-from ..errors import FieldNotCaptured, HookattnError
+from ..attention.kernel_call import DOT, FIELD_SPECS, FIELDS, KernelCall, asked_for
+from ..errors import FieldAbsent, FieldNotCaptured
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
 from .derived_cache import DERIVED_CACHE
@@ -72,7 +72,8 @@ class Call:
         index: its place among all calls of the trace.
         tap: what saw the kernel.
         dtype: the dtype the kernel ran in.
-        scale: the kernel's own factor on q·kᵀ; a tensor broadcastable to B H T S where it is learned per head.
+        scale: the kernel's own factor on q·kᵀ; a tensor broadcastable to B H T S where it is learned per head. None
+            where ``score`` is not ``dot``.
         softcap: ``c`` of ``c·tanh(s/c)``, or None.
         causal: whether the kernel itself hid later keys (the ``mask`` has it in any case).
         window: the kernel's own sliding window in keys, or None.
@@ -82,10 +83,13 @@ class Call:
         queries: the query rows kept; None: all.
         of_queries: how many query rows the kernel had, where ``queries`` says which were kept.
         keys: S, where statistics were captured.
-        own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say).
-        mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``.
+        own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say),
+            or something else altogether (see ``score``).
+        mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``; ``applied`` is
+            what it made of them.
         score: what the scores are: ``dot`` (q·k), or what was seen instead (``additive``, ``distance``, …).
-        normalizer: what made weights of the scores: ``softmax``, or what was seen instead (``sigmoid``, ``none``, …).
+        normalizer: what made weights of the scores: ``softmax``, ``softmax1`` (with one more in its denominator, which
+            is a sink of 0), or what was seen instead (``sigmoid``, ``none``, …).
         basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
             file that does not say it.
@@ -102,7 +106,7 @@ class Call:
     index: int
     tap: str
     dtype: torch.dtype
-    scale: float | Tensor
+    scale: float | Tensor | None
     softcap: float | None = None
     causal: bool = False
     window: int | None = None
@@ -133,13 +137,13 @@ class Call:
             step,
             index,
             call.tap,
-            call.q.dtype,
-            call.scale,
+            call.dtype,
+            scale_of(call),
             call.softcap,
             call.causal,
             call.window,
             call.dropout,
-            own_scores=call.opaque,
+            own_scores=not call.is_product,
             mixed=call.mixed,
             notes=tuple(call.notes),
             score=call.score,
@@ -148,7 +152,8 @@ class Call:
         )
 
     def get(self, name: str | Statistic) -> Tensor | None:
-        """A field by name; None where the call has none (``bias``, ``sinks``, a statistic that isn't defined for it).
+        """A field by name; None where the call has none: ``bias``, ``sinks`` and ``applied`` as a rule, ``q``, ``k``
+        and ``scores`` where its attention is no product of queries and keys, a statistic that isn't defined for it.
 
         Args:
             name: a field; or a statistic of :mod:`hookattn.statistics`, as it was captured or by its plain name.
@@ -167,10 +172,10 @@ class Call:
             return self._derived(name)
         if name not in FIELDS:
             return self._statistic(name)
-        kept = [f for f in FIELDS if f in self.fields or f in self.derivable]
+        kept = asked_for({*self.fields, *self.derivable})
         raise FieldNotCaptured(
             f"{name!r} of {self.site.label} was not captured (captured: {', '.join(kept)}); "
-            f"trace again with capture={tuple(f for f in FIELDS if f in kept or f == name)!r}."
+            f"trace again with capture={asked_for({*kept, name})!r}."
         )
 
     def _statistic(self, name: str) -> Tensor | None:
@@ -192,8 +197,16 @@ class Call:
     def _tensor(self, name: str) -> Tensor:
         value = self.get(name)
         if value is None:
-            raise HookattnError(f"{self.site.label} has no {name}.")
+            raise FieldAbsent(f"{self.site.label} has no {name}{self._why_absent(name)}.")
         return value
+
+    def _why_absent(self, name: str) -> str:
+        if name not in ("q", "k", "scores") or not self.own_scores:
+            return ""
+        why = "its scores are more than a product of queries and keys"
+        if self.score != DOT:
+            why = f"its scores are no product of queries and keys (call.score is {self.score!r})"
+        return f": {why}" + (", and the model formed none that are finite" if name == "scores" else "")
 
     def _derived(self, name: str) -> Tensor:
         return DERIVED_CACHE.get(self, name, lambda: derive_field(self, name))
@@ -248,12 +261,16 @@ class Call:
 
     @property
     def q(self) -> Tensor:
-        """B H T D: the query as it enters the dot product."""
+        """B H T D: the query as it enters the dot product.
+
+        Raises:
+            FieldAbsent: the scores are no product of queries and keys, and there is none; see ``score``.
+        """
         return self._tensor("q")
 
     @property
     def k(self) -> Tensor:
-        """B G S D: the key, cache included, not repeated for grouped queries."""
+        """B G S D: the key, cache included, not repeated for grouped queries. Raises as :attr:`q`."""
         return self._tensor("k")
 
     @property
@@ -268,7 +285,11 @@ class Call:
 
     @property
     def scores(self) -> Tensor:
-        """B H T S: scale·q·kᵀ, soft-capped, plus bias; no mask in it."""
+        """B H T S: scale·q·kᵀ, soft-capped, plus bias, or what ``score`` says; no mask in it.
+
+        Raises:
+            FieldAbsent: they follow from nothing, and the model formed none that are finite.
+        """
         return self._tensor("scores")
 
     @property
@@ -283,8 +304,14 @@ class Call:
 
     @property
     def weights(self) -> Tensor:
-        """B H T S: softmax over S where mask, before dropout."""
+        """B H T S: softmax over S where mask, or what ``normalizer`` says, before dropout."""
         return self._tensor("weights")
+
+    @property
+    def applied(self) -> Tensor | None:
+        """B H T S: what met the values, where the model formed it and it is not ``weights``: after dropout, a gate, a
+        mix of heads. None: the weights met them as they are, or within a kernel that hands out nothing."""
+        return self.get("applied")
 
     @property
     def output(self) -> Tensor:
@@ -297,8 +324,22 @@ class Call:
         return ~self.mask.any(-1)
 
     def has(self, name: str) -> bool:
-        """Whether a field was captured, or can be derived from what was."""
-        return name in self.fields or name in self.derivable
+        """Whether a field was captured, or can be derived from what was, so that its attribute can be read: not ``q``
+        where the scores are no product and there is none."""
+        if name in self.fields:
+            spec = FIELD_SPECS.get(name)
+            return self.fields[name] is not None or spec is None or spec.optional
+        return name in self.derivable
+
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """The letters of the axes that nothing but convention tells from others: see ``basis``. Empty: none is."""
+        return tuple(letter for letter, how in self.basis.items() if how == "guessed")
+
+    @property
+    def verdict(self) -> str:
+        """The certificate in a word, and beside it what no certificate can tell: ``faithful, axes guessed: H T``."""
+        return self.certificate.status + (f", axes guessed: {' '.join(self.guessed)}" if self.guessed else "")
 
     @property
     def shape(self) -> str:
@@ -309,5 +350,10 @@ class Call:
     def __repr__(self) -> str:
         return (
             f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
-            f"step {self.step}, {self.shape}, {self.tap}, {self.certificate.status})"
+            f"step {self.step}, {self.shape}, {self.tap}, {self.verdict})"
         )
+
+
+def scale_of(call: KernelCall) -> float | Tensor | None:
+    """The scale of a call whose scores are q·k; None: they are something else, and have none."""
+    return call.scale if call.score == DOT else None

@@ -8,7 +8,8 @@ import torch
 from torch import Size, Tensor
 
 from ..attention.derivation import derive
-from ..attention.functional import compute_dtype, softmax_weights
+from ..attention.functional import compute_dtype
+from ..attention.normalizers import is_softmax, normalized
 from ..errors import FieldNotCaptured, TraceTooLargeError
 from ..torch_internals import devices
 from ..torch_internals.isolation import isolated
@@ -26,8 +27,9 @@ class SourceCall(KeptCall, Protocol):
 
     site: Site
     dtype: torch.dtype
-    scale: float | Tensor
+    scale: float | Tensor | None
     softcap: float | None
+    normalizer: str
     notes: tuple[str, ...]
 
     def place(self, name: str) -> Field:
@@ -49,13 +51,13 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
     try:
         if own is not None:
             with isolated(own):
-                mask, empty = _mask(call)
-                weights = softmax_weights(own, mask, _source(call, "sinks"), empty)
-                return weights.to(call.dtype)
+                return _of_scores(call, own)
         q, k = _tensor(call, "q"), evenly_grouped(call, _tensor(call, "k"))
         _check_room(call, name, q, k)
         with isolated(q):
-            return _of_q_and_k(call, name, q, k)
+            if name == "scores" or is_softmax(call.normalizer):
+                return _of_q_and_k(call, name, q, k)
+            return _of_scores(call, _of_q_and_k(call, "scores", q, k))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TraceTooLargeError(
@@ -82,6 +84,18 @@ def shape_and_dtype(call: SourceCall, name: str) -> tuple[Size, torch.dtype]:
 _ADVICE = "Read a part of it: call.at(heads=0), call.at(queries=slice(-1, None))."
 
 
+def _of_scores(call: SourceCall, scores: Tensor) -> Tensor:
+    """The weights that the normalizer of a call makes of its scores."""
+    mask, empty = _mask(call)
+    weights = normalized(call.normalizer, scores, mask, _source(call, "sinks"), empty)
+    if weights is None:
+        raise FieldNotCaptured(
+            f"{call.site.label}: its weights were not captured, and do not follow from its scores, as nobody knows its "
+            f"normalizer {call.normalizer!r}; trace again with 'weights' in capture=."
+        )
+    return weights.to(call.dtype)
+
+
 def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
     notes: list[str] = []
     wants_weights = name == "weights"
@@ -93,6 +107,7 @@ def _of_q_and_k(call: SourceCall, name: str, q: Tensor, k: Tensor) -> Tensor:
             diagonal, rows, empty = rule.diagonal, rule.rows, rule.leaves_empty()
         else:
             mask, empty = _mask(call)
+    assert call.scale is not None
     scores, weights = derive(
         q,
         k,

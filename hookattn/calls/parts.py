@@ -115,8 +115,8 @@ class CallPart:
         return PartOf(place, (self.batch, heads, *rows))
 
 
-def part_of_scale(scale: float | Tensor, part: CallPart) -> float | Tensor:
-    """The scale of a part: a number, or broadcastable to B H T S."""
+def part_of_scale(scale: float | Tensor | None, part: CallPart) -> float | Tensor | None:
+    """The scale of a part: a number, or broadcastable to B H T S; None: there is none."""
     if not isinstance(scale, Tensor):
         return scale
     x = with_four_axes(scale)

@@ -152,5 +152,7 @@ class TraceData:
         where = f" of {self.model['class']}" if self.model.get("class") else ""
         bad = sum(c.certificate.status == "unfaithful" for c in self.calls)
         state = f", {bad} unfaithful" if bad else ""
+        guessed = sum(bool(c.guessed) for c in self.calls)
+        state += f", axes guessed in {guessed}" if guessed else ""
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return f"{type(self).__name__}({len(self.calls)} calls{where}{state}{skipped})"

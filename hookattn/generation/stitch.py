@@ -26,7 +26,7 @@ from .lineage import CallPositions, Lineage, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)
 
-_SAME_IN_EVERY_STEP = ("softcap", "heads", "kv_heads", "own_scores", "mixed")
+_SAME_IN_EVERY_STEP = ("softcap", "heads", "kv_heads", "own_scores", "mixed", "score", "normalizer")
 
 
 def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Whole:
@@ -287,7 +287,7 @@ class _Site:
 
     # Put together
 
-    def _scale(self) -> float | Tensor:
+    def _scale(self) -> float | Tensor | None:
         values = [c.scale for c in self.calls]
         if all(isinstance(x, Tensor) for x in values):
             first: Any = values[0]
@@ -401,6 +401,7 @@ class _Site:
 
     def _part_of_scale(self, heads: Sequence[int] | None, rows: range) -> float | Tensor:
         scale = self._scale()
+        assert scale is not None, "scores of q and k have a scale"
         if not isinstance(scale, Tensor):
             return scale
         scale = with_four_axes(scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import compute_dtype
-from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, KernelCall
+from ..attention.kernel_call import DERIVED, DOT, FIELD_SPECS, FIELDS, KernelCall
 from ..attention.positions import query_positions
 from ..calls.layer_counts import LayerCounts
 from ..calls.site import Site
@@ -55,7 +55,7 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
             continue
         lazy = not streamed and selection.keeps_as_it_is(seen.device)
         call = replace(given, mask=_complete(given, step, masks))
-        h, t = call.q.shape[1:3]
+        _, h, t, _ = call.shape
         chosen = selection.head_index(h, site.label), selection.query_index(t, site.label)
         own_mask, whole_mask = replace(given), _complete(given, step, masks)
         restrict(own_mask, *chosen)
@@ -70,7 +70,7 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
                 dtype = selection.dtype
             shapes[name] = shape
             taken[name] = torch.Size(shape).numel() * dtype.itemsize
-            own = name == "scores" and given.opaque
+            own = name == "scores" and not given.is_product
             follows = name == "mask" or (name in DERIVED and getattr(given, name) is None and not own)
             if lazy and follows:
                 later += taken[name]
@@ -98,7 +98,9 @@ def _certificate_bytes(
     call: KernelCall, given: KernelCall, selection: Selection, step: int, known: dict[Any, Tensor]
 ) -> int:
     """What is held for a certificate that is measured later, beside the fields that were asked for."""
-    if (given.weights is not None and "weights" not in selection.capture) or given.applied is not None:
+    if (given.weights is not None and "weights" not in selection.capture) or (
+        given.applied is not None and "applied" not in selection.capture
+    ):
         return 0  # measured at once: a matrix that nobody asked for is not held for it
     size = 0
     for name in ("bias", "mask", "sinks", "output"):
@@ -115,8 +117,8 @@ def _certificate_bytes(
 
 def _complete(call: KernelCall, step: int, masks: dict[Any, Tensor]) -> Tensor:
     """A stand-in of a call's complete mask, which calls with the same arguments have in common."""
-    own, t, s = call.mask, call.q.shape[2], call.k.shape[2]
-    key: tuple[Any, ...] = step, t, s, call.diagonal, call.q.device
+    own, (_, _, t, s) = call.mask, call.shape
+    key: tuple[Any, ...] = step, t, s, call.diagonal, call.device
     if own is not None:
         key = *key, storage_of(own), own.storage_offset(), own.shape, own.stride(), own.dtype
     if key not in masks:
@@ -132,10 +134,10 @@ def _statistics(given: KernelCall, call: KernelCall, site: Site, selection: Sele
     made: dict[str, _Entry] = {}
     placed = not selection.statistics or query_positions(replace(given, mask=None), site.kind) is not None
     dtype = compute_dtype(call.dtype if call.scores is None else call.scores.dtype)
-    b, h, t, s = *call.q.shape[:3], call.k.shape[2]
+    shape = call.shape
     for statistic in selection.statistics:
         if placed or not statistic.positional:
-            for name, x in statistic.allocate((b, h, t, s), dtype, torch.device("meta")).items():
+            for name, x in statistic.allocate(shape, dtype, torch.device("meta")).items():
                 made[name] = tuple(x.shape), x.dtype, None
     return made
 
@@ -143,9 +145,8 @@ def _statistics(given: KernelCall, call: KernelCall, site: Site, selection: Sele
 def _entry(call: KernelCall, name: str) -> _Entry | None:
     """Shape and dtype of a field as it is kept, and the tensor that calls may have in common; None: it has none."""
     x: Tensor | None = getattr(call, name)
-    if name in DERIVED and x is None:
-        (b, h, t), s = call.q.shape[:3], call.k.shape[2]
-        return (b, h, t, s), compute_dtype(call.dtype) if name == "scores" else call.dtype, None
+    if name in DERIVED and x is None and (name == "weights" or call.score == DOT):
+        return call.shape, compute_dtype(call.dtype) if name == "scores" else call.dtype, None
     if x is None:
         return None
     return tuple(x.shape), x.dtype, x if FIELD_SPECS[name].shared else None

@@ -101,8 +101,8 @@ class ShapeRecorder(Recorder):
     def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
         """Note a call."""
         self.seen.calls.append((call, site, step))
-        self.seen.device = call.q.device
-        return Call(site, step, index, call.tap, call.q.dtype, 1.0)
+        self.seen.device = call.device
+        return Call(site, step, index, call.tap, call.dtype, 1.0)
 
     def deliver(self, call: Call, sink: Sink) -> None:
         """Nothing is stored."""

@@ -49,13 +49,13 @@ class RoomGuard(RoomCheck):
         if self._asked.get(site.module) == forward.step:
             return
         self._asked[site.module] = forward.step
-        device = call.q.device
+        device = call.device
         count = self._count(forward.classes, site.module)
         most = count * self.upper_bound(call)
         disk = None if self.to is None else free_disk(self.to)
         if self._has_room(most, most, free_memory(self.selection.device or device), disk):
             return
-        with isolated(call.q):
+        with isolated(call.v):
             shapes = _shapes(call)
         one = self._expected(shapes, site, device, 1)
         total = int(one.total * count * self._factor)
@@ -78,9 +78,9 @@ class RoomGuard(RoomCheck):
 
     def upper_bound(self, call: KernelCall) -> int:
         """Bytes that are enough for all that can be kept of a call: no element is wider than 8."""
-        b, h, t, _ = call.q.shape
-        square = b * h * t * call.k.shape[2]
-        vectors = call.q.numel() + call.k.numel() + call.v.numel() + b * h * t * call.v.shape[3]
+        b, h, t, s = call.shape
+        square = b * h * t * s
+        vectors = sum(x.numel() for x in (call.q, call.k, call.v) if x is not None) + b * h * t * call.v.shape[3]
         return 8 * (vectors + (4 + len(self.selection.statistics)) * square)
 
     def _expected(self, call: KernelCall, site: Site, device: torch.device, count: int) -> MemoryPlan:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
+from ..attention.normalizers import is_softmax
 from ..attention.positions import query_positions
 from ..attention.score_inputs import ScoreInputs
 from ..calls.site import Site
@@ -29,7 +30,11 @@ def captured_statistics(
     Args:
         call: the whole call, whose mask is what the kernel was given; left as it is.
     """
-    s = call.k.shape[2]
+    s = call.shape[3]
+    undefined = _undefined(call)
+    if undefined is not None:
+        names = dict.fromkeys(name for x in statistics for name in x.fields)
+        return names, [f"{', '.join(x.key for x in statistics)}: not defined here, as {undefined}"]
     positions = query_positions(call, site.kind) if any(x.positional for x in statistics) else None
     rows = kept_row_indices(call, queries)
     if queries is not None and positions is not None:
@@ -45,3 +50,12 @@ def captured_statistics(
     own = replace(call)
     groups = restrict(own, heads, queries)
     return compute(ScoreInputs.of(grouped(own, groups), rows, positions), statistics), notes
+
+
+def _undefined(call: KernelCall) -> str | None:
+    """Why a call has no statistics, which are of the softmax of scores; None: it has."""
+    if not is_softmax(call.normalizer):
+        return f"its weights are no softmax of its scores (call.normalizer is {call.normalizer!r})"
+    if not call.is_product and call.scores is None:
+        return f"its scores are no product of queries and keys (call.score is {call.score!r}) and were not formed"
+    return None

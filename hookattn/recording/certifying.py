@@ -12,12 +12,13 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
 
 from ..attention.kernel_call import KernelCall
+from ..attention.normalizers import SOFTMAX
 from ..calls.call import Call
 from ..calls.certificate import Certificate, tolerance
 from ..calls.deriving import own_field, placed
@@ -38,6 +39,7 @@ _MOST_SCORES = 1 << 23
 # So many paths of unfaithful calls are named in warnings.
 _NAMED = 3
 _VECTORS = ("q", "k", "v", "output")
+_RECORDED = (*_VECTORS, "bias", "sinks", "scores", "weights", "applied")
 
 
 class Extras(NamedTuple):
@@ -46,7 +48,6 @@ class Extras(NamedTuple):
     Attributes: those of a :class:`~hookattn.attention.kernel_call.KernelCall`.
     """
 
-    applied: Tensor | None
     undropped: Tensor | None
     outer_error: Tensor | None
     softmax_dtype: torch.dtype | None
@@ -54,9 +55,9 @@ class Extras(NamedTuple):
     @classmethod
     def of(cls, call: KernelCall) -> Extras | None:
         """Those of a call; None: it has none."""
-        if call.applied is call.undropped is call.outer_error is None and call.softmax_dtype in (None, call.q.dtype):
+        if call.undropped is call.outer_error is None and call.softmax_dtype in (None, call.dtype):
             return None
-        return cls(call.applied, call.undropped, call.outer_error, call.softmax_dtype)
+        return cls(call.undropped, call.outer_error, call.softmax_dtype)
 
 
 @dataclass(slots=True)
@@ -150,7 +151,7 @@ class Certifier:
         """The certificate of a call that waits; others like it get theirs, too."""
         shape = small_shape(call)
         if shape is None:
-            with isolated(_tensor(call, "q")):
+            with isolated(_tensor(call, "v")):
                 found = measure(_kernel_call(call, evidence), _mask_rule(call), self.full)
             call.beside.pop("output", None)  # nothing follows from it
             return self.told(call, read_certificates([found])[0][0])
@@ -229,6 +230,8 @@ def small_shape(call: Call) -> Shape | None:
         return None
     if type(call.scale) is not float or not call.scale or call.kv_heads is not None or call.own_scores:
         return None
+    if call.normalizer != SOFTMAX:
+        return None
     if any(placed(call, name) is not None for name in ("bias", "sinks")):
         return None
     if any(not isinstance(placed(call, name), Derived | None) for name in ("scores", "weights")):
@@ -281,11 +284,11 @@ def _mask_rule(call: Call) -> MaskRule:
 
 def _kernel_call(call: Call, evidence: Evidence) -> KernelCall:
     """A kept call as its kernel's, its heads grouped evenly."""
-    k, v = (evenly_grouped(call, _tensor(call, name)) for name in ("k", "v"))
-    made = KernelCall(_tensor(call, "q"), k, v, own_field(call, "output"), call.scale, call.tap)
-    for name in ("bias", "sinks", "scores", "weights"):
-        setattr(made, name, own_field(call, name))
-    made.softcap, made.opaque = call.softcap, call.own_scores
+    whole: dict[str, Any] = {name: own_field(call, name) for name in _RECORDED}
+    for name in ("k", "v"):
+        whole[name] = None if whole[name] is None else evenly_grouped(call, whole[name])
+    made = KernelCall(scale=call.scale, tap=call.tap, **whole)  # type: ignore[arg-type]
+    made.softcap, made.opaque, made.score, made.normalizer = call.softcap, call.own_scores, call.score, call.normalizer
     if evidence.extras is not None:
-        made.applied, made.undropped, made.outer_error, made.softmax_dtype = evidence.extras
+        made.undropped, made.outer_error, made.softmax_dtype = evidence.extras
     return made

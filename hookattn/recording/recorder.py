@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
 from ..attention.masks import split_additive
-from ..calls.call import Call
+from ..attention.normalizers import OF_ONE
+from ..calls.call import Call, scale_of
 from ..calls.deriving import derive_field
 from ..calls.fields import DERIVED, Derived, Field, Later
 from ..calls.key_history import KeyHistories
@@ -88,32 +89,33 @@ class CallRecorder:
         Raises:
             SelectionError: a selected head or query is not there.
         """
-        with isolated(call.q):
+        with isolated(call.v):
+            if call.normalizer == OF_ONE and call.sinks is None:
+                call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
             if not self._whole:
-                heads = self.selection.head_index(call.q.shape[1], site.label)
-                queries = self.selection.query_index(call.q.shape[2], site.label)
+                _, h, t, _ = call.shape
+                heads = self.selection.head_index(h, site.label)
+                queries = self.selection.query_index(t, site.label)
             if self.selection.statistics:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
                 call.notes = [*call.notes, *notes]
             made = Call.of(call, site, step, index)
             mask = self._mask_rule(call, heads, queries)
             if not self._whole:
-                t = call.q.shape[2]
                 groups = restrict(call, heads, queries)
                 made.heads = None if heads is None else tuple(heads)
                 made.kv_heads = None if groups is None else tuple(groups)
                 if queries is not None:
                     made.queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries)
                     made.of_queries = t
-            if not call.opaque:
-                made.derivable = self.selection.derivable
+            made.derivable = self.selection.derivable_of(call)
             stays = self._stays(call)
             waits = not stays and self._waits(call)
             if stays or waits:
                 self._hold(call)
-            made.scale = call.scale
+            made.scale = scale_of(call)
             self._place_fields(made, call, mask)
             if self.verify != "off":
                 self._certify(made, call, mask, groups, stays or waits)
@@ -122,10 +124,10 @@ class CallRecorder:
             elif not stays:
                 self._settle(made, False)
             if statistics:
-                made.keys = call.k.shape[2]
+                made.keys = call.v.shape[2]
                 made.fields.update((n, None if x is None else self._kept(x, True)) for n, x in statistics.items())
             if self._histories is not None:
-                self._histories.note(made, call.q.shape[2] < call.k.shape[2] or site.crosses)
+                self._histories.note(made, site.crosses or call.shape[2] < call.v.shape[2])
             return made
 
     def deliver(self, call: Call, sink: Callable[[Call], None]) -> None:
@@ -157,7 +159,7 @@ class CallRecorder:
         self, call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None
     ) -> MaskRule:
         """What hides keys in a whole call, of the heads and queries that are kept: one for all calls with the same."""
-        t, s, device = call.q.shape[2], call.k.shape[2], call.q.device
+        (_, _, t, s), device = call.shape, call.device
         if call.mask is None and self._last_rule is not None:
             rule, *of = self._last_rule
             if of == [t, s, call.causal, call.offset, call.window, device]:
@@ -184,11 +186,15 @@ class CallRecorder:
     def _hold(self, call: KernelCall) -> None:
         """Put copies in the place of a call's tensors, since the model may write to these."""
         q, k, v, output, scale = call.q, call.k, call.v, call.output, call.scale
-        plain = call.bias is call.sinks is call.scores is call.weights is call.applied is None
+        plain = (
+            q is not None
+            and k is not None
+            and call.bias is call.sinks is call.scores is call.weights is call.applied is None
+        )
         if plain and output is not None and type(scale) is float and call.undropped is call.outer_error is None:
             call.q, call.k, call.v, call.output = snapshots((q, k, v, output), _CACHES, self._copy)
             return
-        several = {"q": q, "k": k, "v": v, "output": output, "scale": scale}
+        several: dict[str, object] = {"q": q, "k": k, "v": v, "output": output, "scale": scale}
         several |= {name: getattr(call, name) for name in _RARE}
         held = {name: x for name, x in several.items() if isinstance(x, Tensor)}
         caches = [name in ("k", "v") for name in held]
@@ -199,16 +205,17 @@ class CallRecorder:
 
     def _place_fields(self, made: Call, call: KernelCall, mask: MaskRule) -> None:
         """Say where each field of a call is, and where those are that others follow from."""
-        opaque = call.opaque
+        own_scores = made.own_scores
         places: dict[str, Field] = {
             "q": call.q,
             "k": call.k,
             "v": call.v,
             "bias": call.bias,
-            "scores": DERIVED if call.scores is None and not opaque else call.scores,
+            "scores": DERIVED if call.scores is None and not own_scores else call.scores,
             "mask": mask,
             "sinks": call.sinks,
             "weights": DERIVED if call.weights is None else call.weights,
+            "applied": call.applied,
             "output": call.output,
         }
         if len(self._fields) == len(places):
@@ -217,23 +224,24 @@ class CallRecorder:
         made.fields = {name: places.pop(name) for name in self._fields}
         # Of a matrix that nobody asked for no more is held than has to be: scores that do not follow from q and k.
         places.pop("weights", None)
-        if not opaque:
+        places.pop("applied", None)
+        if not own_scores:
             places.pop("scores", None)
         made.beside = places
 
     def _stays(self, call: KernelCall) -> bool:
         """Whether the call's tensors are kept as they are and where they are."""
-        leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.q))
-        return not leaves and self.selection.keeps_as_it_is(call.q.device)
+        leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.v))
+        return not leaves and self.selection.keeps_as_it_is(call.device)
 
     def _waits(self, call: KernelCall) -> bool:
         """Whether a call that is not kept as it is waits for the end of the forward: a small one, as several of these
         are measured in the time of one."""
-        selection, q = self.selection, call.q
-        elsewhere = self._streamed or selection.dtype is not None or selection.device not in (None, q.device)
-        if elsewhere or selection.statistics:
+        selection, q, k = self.selection, call.q, call.k
+        elsewhere = self._streamed or selection.dtype is not None or selection.device not in (None, call.device)
+        if elsewhere or selection.statistics or q is None or k is None:
             return False
-        return q.device.type == "cpu" and not devices.on_gpu(q) and is_small(q.shape, call.k.shape, call.v.shape)
+        return q.device.type == "cpu" and not devices.on_gpu(q) and is_small(q.shape, k.shape, call.v.shape)
 
     def _settle_waiting(self) -> None:
         """Measure and derive the calls that waited for the end of their forward."""
@@ -246,8 +254,9 @@ class CallRecorder:
     def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""
         formed = call.weights is not None and "weights" not in made.fields
-        formed |= call.opaque and "scores" not in made.fields
-        if stays and not formed and call.applied is None:
+        formed |= call.applied is not None and "applied" not in made.fields
+        formed |= made.own_scores and "scores" not in made.fields
+        if stays and not formed:
             self._certifier.wait(made, Extras.of(call))
             return
         self._certifier.take(made, grouped(call, groups), mask)

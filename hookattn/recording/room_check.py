@@ -17,7 +17,15 @@ from ..attention.kernel_call import KernelCall
 from ..calls.site import Site
 
 LARGE = 1 << 24
-"""Elements of q times keys, up to which a call is not looked at."""
+"""Elements of q (or of the output, where there is no q) times keys, up to which a call is not looked at."""
+
+
+def is_large(call: KernelCall) -> bool:
+    """Whether a call is looked at."""
+    if call.q is not None and call.k is not None:
+        return call.q.numel() * call.k.shape[2] > LARGE
+    b, h, t, s = call.shape
+    return b * h * t * s * call.v.shape[3] > LARGE
 
 
 @dataclass(frozen=True, slots=True)

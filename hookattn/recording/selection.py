@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import sink_column
-from ..attention.kernel_call import DERIVED, FIELDS, SOURCES, TENSOR_SPECS, KernelCall
+from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES, TENSOR_SPECS, KernelCall, asked_for
+from ..attention.normalizers import is_softmax
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site
 from ..errors import SelectionError
@@ -64,6 +65,7 @@ class Selection:
             SelectionError: an unknown field, something that is no index, or an empty selection.
         """
         fields, statistics = _captured(capture)
+        fields += [f for f, spec in FIELD_SPECS.items() if spec.kept_with in fields]
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
         if not isinstance(queries, slice):
@@ -75,8 +77,15 @@ class Selection:
 
     @property
     def derivable(self) -> tuple[str, ...]:
-        """The fields that can be derived from those that are kept."""
+        """The fields that can be derived from those that are kept, of a softmax over q·k."""
         return DERIVED if self.capture.issuperset(SOURCES) else ()
+
+    def derivable_of(self, call: KernelCall) -> tuple[str, ...]:
+        """The same of any call, as whoever reads a file can derive them: what else makes weights of scores has to be
+        known by its name, and what else makes scores is not known at all."""
+        if not call.is_product:
+            return ()
+        return tuple(f for f in self.derivable if f != "weights" or is_softmax(call.normalizer))
 
     def keeps_as_it_is(self, device: torch.device) -> bool:
         """Whether a call on a device is kept as it is: then what else was asked for follows when somebody reads it."""
@@ -123,7 +132,7 @@ class Selection:
         statistics = {s.key: s.parameters for s in self.statistics}
         return {
             **({"statistics": statistics} if statistics else {}),
-            "capture": [f for f in FIELDS if f in self.capture] + [s.key for s in self.statistics],
+            "capture": [*asked_for(self.capture)] + [s.key for s in self.statistics],
             "layers": self.layers,
             "heads": self.heads,
             "queries": [q.start, q.stop, q.step] if isinstance(q, slice) else {"indices": q} if q is not None else None,
@@ -197,9 +206,9 @@ def restrict(call: KernelCall, heads: Sequence[int] | None, queries: Sequence[in
         For each kept head the index of its group among the kept ``k`` and ``v``; None if no head was left out.
     """
     groups = None
-    device = call.q.device
+    device = call.device
     if heads is not None:
-        per_group = call.q.shape[1] // call.k.shape[1]
+        per_group = call.shape[1] // call.v.shape[1]
         wanted = sorted({h // per_group for h in heads})
         groups = [wanted.index(h // per_group) for h in heads]
         for name in _COLUMNS:
@@ -235,8 +244,9 @@ def grouped(call: KernelCall, groups: Sequence[int] | None) -> KernelCall:
     """A call whose heads, after a selection, can be computed with: uneven groups are spelled out."""
     if groups is None:
         return call
-    h, g = call.q.shape[1], call.k.shape[1]
+    h, g = call.shape[1], call.v.shape[1]
     if h % g == 0 and list(groups) == [i // (h // g) for i in range(h)]:
         return call
-    index = torch.tensor(list(groups), device=call.k.device)
-    return replace(call, k=call.k.index_select(1, index), v=call.v.index_select(1, index))
+    index = torch.tensor(list(groups), device=call.device)
+    whole = {name: x for name in _OF_KEY_HEADS if (x := getattr(call, name)) is not None}
+    return replace(call, **{name: x.index_select(1, index) for name, x in whole.items()})

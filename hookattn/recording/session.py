@@ -32,7 +32,8 @@ from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import stands_for_others
-from .room_check import LARGE, Forward, RoomCheck
+from .layouts import Layouts
+from .room_check import Forward, RoomCheck, is_large
 from .selection import Selection
 
 Sink = Callable[[Call], None]
@@ -106,6 +107,7 @@ class Session:
         room: looks whether there is room for large calls; None: nobody does.
         shapes_only: whether tensors have shapes and no values: a plan.
         listener: changes what kernels are given and give; None: nobody does.
+        layouts: what the caller says of axes; None: nothing.
 
     Attributes:
         heard: kernels that have reported themselves, those of other models in the same thread included. A tap that runs
@@ -125,9 +127,11 @@ class Session:
         room: RoomCheck | None = None,
         shapes_only: bool = False,
         listener: Listener | None = None,
+        layouts: Layouts | None = None,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
+        self._layouts = layouts
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._modes = ModeStack(lambda: self._follower)
         self._hooks = ModuleHooks(
@@ -290,6 +294,10 @@ class Session:
         """Whether a field was asked for."""
         return self._recorder.wants(field)
 
+    def layout_for(self, path: str) -> str | None:
+        """What the caller says of the axes of q in the module at a path."""
+        return None if self._layouts is None else self._layouts.of(path)
+
     def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
         """Ask the listener; a kernel of another model in the same thread is none of its business."""
         self._asked = True
@@ -339,7 +347,7 @@ class Session:
         asked, self._asked = self._asked, False
         if in_backward():  # a checkpointed part runs again; its first run was recorded
             return
-        if call.q.is_meta:
+        if call.v.is_meta:
             check_meta(self.plan.model)
         self.heard += 1
         site = self._site(call)
@@ -348,7 +356,7 @@ class Session:
         self._own_kernels += 1
         site = self._numbering.numbered(site)
         self._seen_paths.add(site.path)
-        if stands_for_others(call.q):
+        if stands_for_others(call.v if call.q is None else call.q):
             self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(max(self._step, 0))
             return
         if self._listener is not None and not asked:
@@ -359,7 +367,7 @@ class Session:
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
-        if self._room is not None and call.q.numel() * call.k.shape[2] > LARGE:
+        if self._room is not None and is_large(call):
             plan = self.plan
             forward = Forward(self._step, plan.model, plan.classes, self._hooks.inputs, self.aside)
             self._room.check(forward, call, site)

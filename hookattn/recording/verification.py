@@ -14,9 +14,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.functional import compute_dtype, dot_scores, finish_scores, softmax_weights, weighted_values
+from ..attention.functional import compute_dtype, dot_scores, finish_scores, weighted_values
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import CompleteMask
+from ..attention.normalizers import is_softmax, normalized, normalizer_of
 from ..calls.certificate import Certificate, tolerance
 from ..calls.mask_rule import MaskRule
 from ..torch_internals import devices
@@ -43,7 +44,9 @@ class Maxima(NamedTuple, Generic[X]):
         weights: N 1, the derived weights against the model's own; None where it forms none.
         scores: N 1, the scores that the weights were derived from; None where nothing is allowed for them.
         outputs: N O, the rebuilt output against the kernel's own, for each batch entry and head, or for all of them.
-        values: N P, ``v`` of each batch entry and key head, which the errors of the output are held against.
+        values: N P, ``v`` of each batch entry and key head, which the errors of the output are held against; where
+            weights do not sum to 1, times the largest sum of their sizes.
+        sizes: N 1, the largest weight, which their errors are held against; None: it is at most 1.
     """
 
     row_sums: X
@@ -51,6 +54,7 @@ class Maxima(NamedTuple, Generic[X]):
     scores: X | None
     outputs: X
     values: X
+    sizes: X | None = None
 
 
 @dataclass(slots=True)
@@ -112,6 +116,7 @@ class Measurement:
         """One certificate; its output error is that of the head that is worst off for the size of its values."""
         excess, errors = maxima.row_sums[0], maxima.outputs
         weights = None if maxima.weights is None else maxima.weights[0]
+        of_weights = unit if maxima.sizes is None else unit * max(1.0, maxima.sizes[0])
         bounds = [unit * max(size, _LEAST) for size in maxima.values] or [unit * _LEAST]
         if len(errors) < len(bounds):
             bounds = [max(bounds)]
@@ -124,14 +129,14 @@ class Measurement:
                 worst, output, bound_of_worst = error / bound, error, bound
                 if math.isnan(error):
                     break
-        good = output <= bound_of_worst and (weights is None or weights <= unit) and excess <= 4 * unit
+        good = output <= bound_of_worst and (weights is None or weights <= of_weights) and excess <= 4 * unit
         return Certificate(
             "faithful" if good else "unfaithful",
             output,
             weights,
             excess,
             bound_of_worst,
-            unit,
+            of_weights,
             self.rows,
             self.of_rows,
             self.basis,
@@ -154,9 +159,9 @@ def measure(call: KernelCall, mask: MaskRule, full: bool) -> Measurement:
         mask: its complete mask.
         full: whether all rows are checked.
     """
-    b, h, t = call.q.shape[:3]
-    rows = rows_to_check(t, full, b * h * t * call.k.shape[2])
-    if call.scores is call.weights is None and devices.on_gpu(call.q):
+    b, h, t, s = call.shape
+    rows = rows_to_check(t, full, b * h * t * s)
+    if call.scores is call.weights is None and devices.on_gpu(call.v) and is_softmax(call.normalizer):
         from ..attention.kernels import check  # what it needs is heavy
 
         ruled = mask.given is None and mask.diagonal.hides_any
@@ -178,30 +183,45 @@ def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurem
         mask: their complete mask.
         of_rows: how many rows the whole call has.
     """
-    own, wide = call.weights, compute_dtype(call.q.dtype)
-    if call.opaque and call.scores is not None:
-        scores = call.scores.to(compute_dtype(call.scores.dtype))
-    else:  # scores that the model formed prove nothing about q and k: these are multiplied again
-        scores = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
-    derived = softmax_weights(scores, mask.real, call.sinks, mask.empty)
+    own, wide, (b, _, t, s) = call.weights, compute_dtype(call.dtype), call.shape
+    scores = _scores(call)
+    derived = None if scores is None else normalized(call.normalizer, scores, mask.real, call.sinks, mask.empty)
     live = mask.real.any(-1, keepdim=True) if mask.empty and mask.real is not None else None
-    used = derived if own is None else own if call.applied is None else call.applied
-    outputs, basis = _output_errors(call, used.to(wide), live)
-    total = (derived if own is None else own.to(wide)).sum(-1, keepdim=True) - 1
-    if not derived.shape[-1]:
-        total = total.new_zeros((1,) * 4)  # no keys: no row has anything to attend to
-    v = call.v if call.v.shape[0] == call.q.shape[0] else call.v.expand(call.q.shape[0], -1, -1, -1)
+    weights = derived if own is None else own.to(wide)
+    assert weights is not None, "weights that nobody can derive are the model's own"
+    used = weights if call.applied is None else call.applied.to(wide)
+    outputs, basis = _output_errors(call, used, live)
+    if derived is None:
+        basis = f"{basis} of the model's own weights, which follow from nothing"
+    v = call.v if call.v.shape[0] == b else call.v.expand(b, -1, -1, -1)
     finite = torch.nan_to_num(v.to(wide), 0.0, 0.0, 0.0)  # the value of a key that nobody attends to may be anything
-    seen = scores if mask.real is None else torch.where(mask.real, scores, 0.0)
+    values, sizes = max_abs(finite, None, 2), None
+    # Without keys no row has anything to attend to.
+    total = weights.sum(-1, keepdim=True) - 1 if s else weights.new_zeros((1,) * 4)
+    if not normalizer_of(call.normalizer).sums_to_one:
+        total = torch.zeros_like(total)
+        sizes = max_abs(weights, live)
+        values = values * max_abs(used.abs().sum(-1), None if live is None else live[..., 0]).clamp_min(1)
+    largest = None
+    if scores is not None:
+        largest = max_abs(scores if mask.real is None else torch.where(mask.real, scores, 0.0), None).to(wide)
     maxima = Maxima(
         row_sums=max_abs(total if call.sinks is None else total.clamp_min(0), live),
-        weights=None if own is None else max_abs(derived - own, live).to(wide),
-        scores=max_abs(seen, None).to(wide),
+        weights=None if own is None or derived is None else max_abs(derived - own, live).to(wide),
+        scores=largest,
         outputs=outputs.to(wide),
-        values=max_abs(finite, None, 2),
+        values=values,
+        sizes=sizes,
     )
     rounding = score_rounding(call.dtype, own is not None)
-    return Measurement.of(maxima, tolerance_of(call), call.q.shape[2], of_rows, basis, rounding)
+    return Measurement.of(maxima, tolerance_of(call), t, of_rows, basis, rounding)
+
+
+def _scores(call: KernelCall) -> Tensor | None:
+    """B H T S: what the weights are made of; None: the model formed none, and they do not follow from q and k."""
+    if call.is_product:  # scores that the model formed prove nothing about q and k: these are multiplied again
+        return finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
+    return None if call.scores is None else call.scores.to(compute_dtype(call.scores.dtype))
 
 
 def _output_errors(call: KernelCall, used: Tensor, live: Tensor | None) -> tuple[Tensor, str]:
@@ -251,7 +271,7 @@ def read_certificates(measured: Sequence[Measurement]) -> list[list[Certificate]
 
 def tolerance_of(call: KernelCall) -> float:
     """The allowed distance per unit, by the narrowest dtype that was computed in."""
-    dtypes = {call.q.dtype, call.v.dtype, call.softmax_dtype or call.q.dtype}
+    dtypes = {call.dtype, call.v.dtype, call.softmax_dtype or call.dtype}
     if call.weights is not None:
         dtypes.add(call.weights.dtype)
     return max(map(tolerance, dtypes))
@@ -283,5 +303,5 @@ def max_abs(x: Tensor, live: Tensor | None, keep: int = 0) -> Tensor:
 
 def kept_row_indices(call: KernelCall, queries: Sequence[int] | slice | None) -> Tensor:
     """T: which rows of a whole call a selection keeps."""
-    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    rows = torch.arange(call.shape[2], device=call.device)
     return rows if queries is None else rows[queries] if isinstance(queries, slice) else rows[list(queries)]

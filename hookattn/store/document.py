@@ -87,7 +87,8 @@ def call_entry(
         certificate: its certificate.
         places: the place of a call in the trace by its number, where these differ.
     """
-    scale: Any = call.scale if written.scale is None else {"tensor": written.scale}
+    # What has no scale says 1, as it did before there was anything without: no reader has to know better.
+    scale: Any = {"tensor": written.scale} if written.scale is not None else 1.0 if call.scale is None else call.scale
     links = {
         name: to_entry(LINK, link if places is None else link._replace(continues=places[link.continues]))
         for name, link in written.links.items()

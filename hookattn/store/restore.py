@@ -5,7 +5,9 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
-from ..attention.kernel_call import FIELDS
+from torch import Tensor
+
+from ..attention.kernel_call import DOT, FIELDS
 from ..calls.call import Call, Skipped
 from ..calls.certificate import Certificate
 from ..calls.fields import Field, InFile
@@ -80,11 +82,15 @@ def _call_of(file: LazyFile, index: int, entry: dict[str, Any], before: list[Cal
         fields = {f: fields[f] for f in (*FIELDS, *fields) if f in fields}
     values |= {
         "site": Site(**from_entry(SITE, f"{where}, site", values["site"])),
-        "scale": file.tensor(scale["tensor"]) if isinstance(scale, dict) else float(scale),
+        "scale": None if values.get("score") not in (None, DOT) else _scale_of(file, scale),
         "certificate": Certificate(**from_entry(CERTIFICATE, f"{where}, certificate", values["certificate"])),
         "fields": fields,
     }
     return Call(index=index, **values)
+
+
+def _scale_of(file: LazyFile, scale: Any) -> float | Tensor:
+    return file.tensor(scale["tensor"]) if isinstance(scale, dict) else float(scale)
 
 
 def _continued(field: str, link: dict[str, Any], before: list[Call]) -> Continued:

@@ -66,6 +66,10 @@ class ActiveTrace(Protocol):
     def watching(self) -> bool:
         """Whether the function mode is open, so that it sees the operations that run now."""
 
+    def layout_for(self, path: str) -> str | None:
+        """The letters that the caller said the axes of q have, as it enters the dot product, in the module at a path:
+        ``"BTHD"``, say; None: nothing was said, and the axes are to be found out."""
+
     # How a kernel is run
 
     def aside(self) -> AbstractContextManager[None]:

@@ -122,7 +122,7 @@ def _math_failures(
     mask = mask.expand_as(scores)
     seen = scores.abs()[mask]
     size = max(1.0, seen.max().item()) if seen.numel() else 1.0
-    if q is not None and k is not None and "scores" in call.derivable:
+    if q is not None and k is not None and call.scale is not None and "scores" in call.derivable:
         own = defined_scores(q, per_query_head(call, k, sizes["H"]), call.scale, call.softcap, bias)
         mend = "look at the scale, the rotation and the norms of q and k, the order of the heads, and the bias"
         yield from _apart(own, scores, mask, unit * size, where, "scale·q·kᵀ, soft-capped, plus bias == scores", mend)

@@ -82,7 +82,7 @@ class _Recheck:
             self.why["output"] = self._missing(*(() if weighable else ("weights",)), "v", "output")
         self.reach = 0.0
         if self.products and isinstance(q := stored["q"], Tensor) and isinstance(k := stored["k"], Tensor):
-            self.reach = _norm(q) * _norm(k) * _largest(torch.as_tensor(call.scale))
+            self.reach = _norm(q) * _norm(k) * _largest(torch.as_tensor(1.0 if call.scale is None else call.scale))
 
     def _has(self, *names: str) -> bool:
         """Whether fields were kept; of an optional one a call may have none and still have kept that."""
@@ -138,6 +138,7 @@ class _Recheck:
         q, k = self.stored["q"], self.stored["k"]
         assert q is not None and k is not None
         scale = self.call.scale
+        assert scale is not None
         factor = _rows(scale, rows) if isinstance(scale, Tensor) else None
         return defined_scores(
             q[:, :, rows],

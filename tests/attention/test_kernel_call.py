@@ -11,7 +11,9 @@ from hookattn.attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES
 
 
 def test_what_the_table_says_of_the_fields_there_are() -> None:
-    assert FIELDS == ("q", "k", "v", "bias", "scores", "mask", "sinks", "weights", "output") == hookattn.FIELDS
+    assert (
+        FIELDS == ("q", "k", "v", "bias", "scores", "mask", "sinks", "weights", "applied", "output") == hookattn.FIELDS
+    )
     assert DERIVED == ("scores", "weights") and SOURCES == ("q", "k", "bias", "mask", "sinks")
     assert STORED == ("q", "k", "v", "bias", "mask", "sinks", "output")
     assert [name for name, spec in FIELD_SPECS.items() if spec.is_vectors] == ["q", "k", "v", "output"]

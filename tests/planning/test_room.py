@@ -16,7 +16,7 @@ import hookattn
 from hookattn.errors import TraceTooLargeError, TraceTooLargeWarning
 from hookattn.planning import plan
 from hookattn.planning import room as room_module
-from hookattn.recording import session
+from hookattn.recording import room_check
 from hookattn.testing import check_clean
 from hookattn.testing.case import same, tensors
 from hookattn.testing.clean import state_of
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("error::hookattn.errors.TraceTooLargeWar
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets how many bytes are free, and makes every call a large one."""
-    monkeypatch.setattr(session, "LARGE", 0)
+    monkeypatch.setattr(room_check, "LARGE", 0)
 
     def give(memory: int, disk: int = 1 << 60) -> None:
         for module in (room_module, plan):
@@ -180,7 +180,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"capture": ("q", "entropy", "top_k", "rece
 def test_the_bound_is_one(monkeypatch: pytest.MonkeyPatch, case: Any, options: dict[str, Any]) -> None:
     """In float64, which is the widest, no call keeps more than is allowed for it."""
     most: dict[int, int] = {}
-    monkeypatch.setattr(session, "LARGE", 0)
+    monkeypatch.setattr(room_check, "LARGE", 0)
 
     def check(self: room_module.RoomGuard, forward: Any, call: Any, site: Any) -> None:
         most[len(most)] = self.upper_bound(call)  # asked once for each call, in their order

@@ -1,0 +1,71 @@
+"""What the caller says of the axes of hand-written attention: ``layout={"path": "BTHD"}``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..errors import SelectionError
+
+_LETTERS = "BHTD"
+
+
+class Layouts:
+    """The axes of q as it enters the dot product, by the path of the module that attends.
+
+    Args:
+        given: path, or a pattern with ``*`` and ``?`` as in file names, to letters of B (batch), H (heads), T (queries)
+            and D (width); the first that fits a path is the one that counts, a path itself before any pattern.
+        paths: of all modules of the model.
+
+    Raises:
+        SelectionError: letters that name no axes, or a path that the model does not have.
+    """
+
+    def __init__(self, given: Any, paths: Collection[str]):
+        if not isinstance(given, Mapping) or not all(isinstance(x, str) for x in (*given, *given.values())):
+            raise SelectionError(f"layout={given!r}: expected module paths with the letters of q's axes, {_EXAMPLE}.")
+        self._given: dict[str, str] = dict(given)
+        self._used: set[str] = set()
+        for path, letters in self._given.items():
+            if problem := _problem(letters):
+                raise SelectionError(f"layout={{{path!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
+            if not any(_fits(path, known) for known in paths):
+                near = ", ".join(map(repr, sorted(p for p in paths if p)[:6])) + (", …" if len(paths) > 7 else "")
+                raise SelectionError(
+                    f"layout={{{path!r}: {letters!r}}}: the model has no module at {path!r}; there are "
+                    f"{near} (call.site.path says where a call was)."
+                )
+
+    def of(self, path: str) -> str | None:
+        """The letters of the axes of q in the module at a path; None: nothing was said."""
+        key = path if path in self._given else next((key for key in self._given if _fits(key, path)), None)
+        if key is None:
+            return None
+        self._used.add(key)
+        return self._given[key]
+
+    def unused(self, paths: Collection[str]) -> list[str]:
+        """What was said of no call; ``paths``: those of all calls."""
+        for path in paths:
+            self.of(path)
+        return [key for key in self._given if key not in self._used]
+
+
+_EXAMPLE = 'layout={"blocks.0.attn": "BTHD"}, say'
+
+
+def _fits(key: str, path: str) -> bool:
+    return key == path or fnmatchcase(path, key)
+
+
+def _problem(letters: str) -> str | None:
+    unknown = [x for x in letters if x not in _LETTERS]
+    if unknown:
+        return f"{unknown[0]!r} is none of B (batch), H (heads), T (queries) and D (width)"
+    twice = [x for x in letters if letters.count(x) > 1]
+    if twice:
+        return f"{twice[0]} is there twice, and q has each axis once"
+    missing = [x for x in "TD" if x not in letters]
+    return f"{missing[0]} is missing, which q has in any case" if missing else None
