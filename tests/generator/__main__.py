@@ -9,7 +9,8 @@ from collections import Counter
 
 import torch
 
-from .judge import judge, self_check
+from .check import self_check
+from .judge import judge
 from .runner import BAD, GROUPS, grouped, run, summary, telling
 from .source import build
 

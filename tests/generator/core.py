@@ -238,6 +238,8 @@ def _loop(b: Builder, atom: str, q: Var, k: Var, v: Var, layout: Axes, extras: l
     before = z[atom]
     z[atom] = 1 if drop else 0  # 0: what a view may not leave to torch to say
     if not drop:
+        if (atom,) not in q.axes:
+            raise Unwritable("queries without the axis that is cut")
         w.line(f"{upper}_, {upper} = {upper}, {q.name}.shape[{q.at(atom)}]")
     o = _body(b, q, k, v, inner, extras)
     o = w.move(o, tuple((a,) for a in atoms(o.axes)), "o")
@@ -269,6 +271,8 @@ def _plain_order(b: Builder, y: Var, atom: str) -> Var:
 def _body(b: Builder, q: Var, k: Var, v: Var, layout: Axes, extras: list[Extra]) -> Var:
     f, w = b.features, b.write
     k, v = _repeated(b, k, v, layout)
+    if not q.has("b") and any("b" in g and len(g) > 1 for g in layout):
+        q = _repeat(b, q, "b")
     score = {"dot": _dot, "additive": _additive_score, "distance": _distance, "cosine": _cosine, "bilinear": _bilinear}
     scores = score[f["score"]](b, q, k, layout)
     extras = list(extras)
@@ -306,10 +310,10 @@ def _repeated(b: Builder, k: Var, v: Var, layout: Axes) -> tuple[Var, Var]:
     missing = [a for g in mixed for a in g if a not in have and a in ("r", "h", "g", "w", "b")]
     if any("t" in g for g in mixed):
         raise Unwritable("queries folded with an axis of the keys")
-    if f["heads"] == "grouped" and not missing and w.chance(0.5):
-        missing = ["r"]
-    if f["heads"] == "shared" and not missing and w.chance(0.15) and f["chunking"] != "heads":
-        missing = ["h"]
+    absent = {"grouped": "r", "shared": "h"}.get(f["heads"], "")
+    whole = [g for g in layout if absent in g and set(g) <= have | {absent}]
+    if whole and not missing and f["chunking"] != "heads" and w.chance(0.5 if absent == "r" else 0.15):
+        missing = [absent]
     f["keys repeated"] = "yes" if missing else "no"
     if not missing:
         return k, v

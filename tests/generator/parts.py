@@ -25,7 +25,11 @@ def write_forward(b: Builder) -> Var:
     if f.get("pick of") == "x":
         same = x is context
         x = _pick(b, x, "t")
-        context = x if same else context
+        _resize(b, x, "t", len(b.t["picked"]))
+        if same:
+            context = x
+            w.line("S = T")
+            b.sizes["s"] = b.sizes["t"]
     q, k, v = _PROJECTIONS[f["projection"]](b, x, context) if f["kind"] != "pool" else _pooled(b, context)
     q, k = _positions(b, q, k)
     q, k, v = _pick_after(b, q, k, v)
@@ -665,12 +669,7 @@ def _pick(b: Builder, var: Var, tokens: str, index: list[int] | None = None) -> 
 def _pick_after(b: Builder, q: Var, k: Var, v: Var) -> tuple[Var, Var, Var]:
     f, w = b.features, b.write
     k, v = _rename_tokens(k), _rename_tokens(v)
-    if f.get("pick of") == "x":
-        _resize(b, q, "t", len(b.t["picked"]))
-        if f["kind"] == "self":
-            _resize(b, k, "s", len(b.t["picked"]))
-        return q, k, v
-    if f["pick"] == "none":
+    if f["pick"] == "none" or f["pick of"] == "x":
         return q, k, v
     if w.chance(0.6):
         q, k, v = (_shuffled(b, y) for y in (q, k, v))
@@ -731,7 +730,7 @@ def _output(b: Builder, o: Var) -> Var:
             ),
         )
     out = tuple(g for g in b.out_like if g not in (("i",),))
-    if f["input"] in ("b i t", "b i y x"):
+    if f["input"] == "b i y x":
         out = axes("b t")
     form = w.draw("out", {"merged": 80, "einsum": 10, "none": 10})
     if form == "none":

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .judge import Verdict, judge, self_check
+from .check import self_check
+from .judge import Verdict, judge
 from .source import build
 
 BAD = ("wrong", "silent", "crash", "broken")

@@ -103,7 +103,7 @@ class Builder:
         w = self.write
         w.line(f"return {out.name}")
         body = "\n".join("    " + line for line in w.lines)
-        used = {a for a in "bthgrdewcsij" if f"{a.upper()}" in _words(body)}
+        used = {a for a in "bthgrdewcsijp" if f"{a.upper()}" in _words(body)}
         prelude = self.prelude(used)
         arguments = ", ".join(self.inputs)
         source = f"def forward(self, {arguments}):\n" + "".join(f"    {line}\n" for line in prelude) + body + "\n"
@@ -139,7 +139,11 @@ class Builder:
     def prelude(self, used: set[str]) -> list[str]:
         lines = []
         known = {
-            g[0]: (name, i) for name, groups in self.input_axes.items() for i, g in enumerate(groups) if len(g) == 1
+            g[0]: (name, i)
+            for name, groups in self.input_axes.items()
+            if name in ("x", "context")
+            for i, g in enumerate(groups)
+            if len(g) == 1
         }
         for a, other in (
             ("b", "1"),
@@ -150,7 +154,7 @@ class Builder:
                 lines.append(f"{a.upper()} = {known[a][0]}.shape[{known[a][1]}]")
             else:
                 lines.append(f"{a.upper()} = {other}")
-        lines += [f"{a.upper()} = {self.sizes[a]}" for a in "hgrdewcij" if a in used and a in self.sizes]
+        lines += [f"{a.upper()} = {self.sizes[a]}" for a in "hgrdewcijp" if a in used and a in self.sizes]
         return lines
 
     # --------------------------------------------------------------------------------------------------- choices
@@ -175,7 +179,7 @@ class Builder:
         if f["heads"] in ("grouped", "shared"):
             projections.pop("fused view", None)
             projections.pop("fused chunk", None)
-        if f["kind"] == "cross" and f["input"] == "b i y x":
+        if f["kind"] != "self" and f["input"] == "b i y x":
             f["input"] = "b i t"
         d("projection", projections)
         d("score", {"dot": 84, "additive": 5, "distance": 4, "cosine": 3, "bilinear": 4})

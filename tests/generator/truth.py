@@ -25,6 +25,7 @@ class Truth:
         heads_out: B H T E, what each head returns.
         output: what the module returns, ``b n f``; ``b n h e`` where it has no output projection.
         scale: of q·k.
+        shift: what a sigmoid takes off the scores before.
     """
 
     q: Tensor
@@ -36,6 +37,7 @@ class Truth:
     heads_out: Tensor
     output: Tensor
     scale: float
+    shift: float
 
 
 def compute(t: dict[str, Any], features: dict[str, str], sizes: dict[str, int]) -> Truth:
@@ -89,7 +91,7 @@ def compute(t: dict[str, Any], features: dict[str, str], sizes: dict[str, int]) 
     final = final.transpose(1, 2)
     if f["out"] != "none":
         final = torch.einsum("bnhe,fhe->bnf", final, t["wo"])
-    return Truth(scaled_q, scaled_k, v, scores, mask, weights, out, final, left)
+    return Truth(scaled_q, scaled_k, v, scores, mask, weights, out, final, left, t.get("normalizer shift", 0.0))
 
 
 def _keys(t: dict[str, Any], f: dict[str, str], context: Tensor) -> tuple[Tensor, Tensor]:
