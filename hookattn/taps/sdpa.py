@@ -12,7 +12,7 @@ from ..attention.kernel_call import KernelCall
 from ..torch_internals.isolation import isolated
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
-from .eager.axis_history import Layout, Origin, refine, seeded
+from .eager.axis_history import Layout, Origin, refine, seeded, shown
 from .eager.products import Factor, LayoutError, Product, ProductLabels, Roles, arrange
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     labels = ProductLabels([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
     product = Product(q, k, labels, origins["query"], origins["key"])
     extents = [max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True)]
-    layout = product.layout((*extents, q.shape[-2], k.shape[-2]))
+    layout = shown(product.layout((*extents, q.shape[-2], k.shape[-2])))
     roles = Roles(product, layout[-1])
     if not layout[-1]:
         roles.keys = "b"

@@ -45,6 +45,7 @@ class Atom:
         maps: what identifies the learned maps that made it.
     """
 
+    birth: Birth
     __slots__ = ("birth", "maps", "parent", "repeated", "role", "root", "size", "step")
 
     def __init__(
@@ -64,16 +65,12 @@ class Atom:
         self.parent = parent
         self.role: str | None = role
         self.repeated: bool = repeated
-        if before is None:
-            self.birth: Birth = birth
-            self.root: Atom = self
-            self.step: int = 1
-            self.maps: frozenset[Any] = maps
-        else:
-            self.birth, self.root, self.maps = before.birth, before.root, before.maps
-            self.step = before.step if step is None else step
-            if role is None:
-                self.role = before.role
+        self.birth = birth if before is None else before.birth
+        self.root: Atom = self if before is None else before.root
+        self.maps: frozenset[Any] = maps if before is None else before.maps
+        self.step: int = step if step is not None else 1 if before is None else before.step
+        if before is not None and role is None:
+            self.role = before.role
         if parent is not None and parent.repeated:
             self.repeated = True
 
@@ -91,7 +88,7 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("_entry_of", "_layout", "args", "birth", "depth", "how", "parent", "piece_of", "shape")
+    __slots__ = ("_entry_of", "_layout", "_shown", "args", "birth", "depth", "how", "parent", "shape")
 
     def __init__(
         self,
@@ -110,29 +107,34 @@ class Origin:
         self.parent = parent
         self.args = args
         self._layout: Layout | None = None
-        #: The origin that this is one of several equal pieces of (chunk, split).
-        self.piece_of: Origin | None = None
+        self._shown: Layout | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
         if self.depth > _MAX_DEPTH:
-            self.layout()
+            self.full()
 
     @property
     def dropped(self) -> tuple[Atom, ...] | None:
         """The atoms of the dimension that this is one entry of; None: of none."""
-        return None if self._entry_of is None else self._entry_of[0].layout()[self._entry_of[1]]
+        return None if self._entry_of is None else self._entry_of[0].full()[self._entry_of[1]]
 
     def entry_of(self, origin: Origin, dim: int) -> None:
         """Say of which dimension of a tensor this is one entry."""
         self._entry_of = origin, dim
 
     def layout(self) -> Layout:
-        """The atoms of each dimension."""
+        """The atoms of each dimension; of one that has an extent of 1, none."""
+        if self._shown is None:
+            self._shown = shown(self.full())
+        return self._shown
+
+    def full(self) -> Layout:
+        """The atoms of each dimension; of one that has an extent of 1, what it is one entry of, if that is known."""
         if self._layout is None:
             # What it came from is let go afterwards: an origin would else keep all that were before it.
             if self.how is None:
                 self._layout = fresh(self.shape, self.birth)
             elif self.parent is not None:
-                self._layout = self.how(self.parent.layout(), self.shape, self.args)
+                self._layout = self.how(self.parent.full(), self.shape, self.args)
             else:
                 self._layout = self.how(self.shape, self.args)
             self.parent = self.args = None
@@ -153,13 +155,6 @@ def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
     return Atom(outer, atom, step=atom.step * inner), Atom(inner, atom)
 
 
-def cut(atom: Atom, extent: int) -> Atom:
-    """An axis of another extent: a part of its entries, or more of them."""
-    made = Atom(extent, of=atom)
-    made.repeated = atom.repeated
-    return made
-
-
 def known(layout: Layout) -> Origin:
     """An origin whose layout is known."""
     origin = Origin(sizes(layout))
@@ -168,8 +163,13 @@ def known(layout: Layout) -> Origin:
 
 
 def fresh(shape: Shape, birth: Birth = "lost") -> Layout:
-    """Nothing is known of what the axes came from: one atom a dimension (none for an extent of 1)."""
-    return tuple((Atom(n, birth=birth),) if n != 1 else () for n in shape)
+    """Nothing is known of what the axes came from: one atom a dimension."""
+    return tuple((Atom(n, birth=birth),) if n != 1 or birth != "lost" else () for n in shape)
+
+
+def shown(layout: Layout) -> Layout:
+    """The atoms of each dimension, without those of an extent of 1."""
+    return tuple(d if not d or d[0].size != 1 else () for d in layout)
 
 
 def sizes(layout: Layout) -> tuple[int, ...]:
@@ -179,7 +179,7 @@ def sizes(layout: Layout) -> tuple[int, ...]:
 
 def refine(atoms: Sequence[Atom], other: Sequence[Atom]) -> list[tuple[Atom, Atom]] | None:
     """Split two factorings of one extent into a common one, in order; None if they don't fit."""
-    left, right = list(atoms), list(other)
+    left, right = [a for a in atoms if a.size != 1], [a for a in other if a.size != 1]
     pairs: list[tuple[Atom, Atom]] = []
     while left and right:
         a, b = left.pop(0), right.pop(0)
@@ -208,7 +208,7 @@ def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """Row-major regrouping: view, reshape, flatten, unflatten, squeeze, unsqueeze."""
     # Atoms are dealt out to the new dimensions in order. One that is too large for what a dimension still needs is
     # split, and its parts are siblings: so that heads are told from the width they were split from.
-    rest = [a for dim in layout for a in dim]
+    rest = [a for dim in layout for a in dim if a.size != 1]
     if 0 in shape or any(a.size == 0 for a in rest):
         return fresh(shape)
     out: list[tuple[Atom, ...]] = []
@@ -229,7 +229,17 @@ def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
             else:
                 return fresh(shape)
         out.append(tuple(dim) if extent == 1 else (Atom(extent, birth="lost"),))
-    return tuple(out) if not rest else fresh(shape)
+    return _with_single_entries(layout, out) if not rest else fresh(shape)
+
+
+def _with_single_entries(before: Layout, after: list[tuple[Atom, ...]]) -> Layout:
+    """Extents of 1 stay what they were where there are as many as before."""
+    single = [dim for dim in before if math.prod(a.size for a in dim) == 1]
+    places = [i for i, dim in enumerate(after) if not dim]
+    if len(single) == len(places):
+        for i, dim in zip(places, single, strict=True):
+            after[i] = dim
+    return tuple(after)
 
 
 def permute(layout: Layout, shape: tuple[int, ...], order: Sequence[int]) -> Layout:
@@ -250,13 +260,13 @@ def mapped(layout: Layout, shape: tuple[int, ...], args: tuple[int, Any]) -> Lay
         return fresh(shape)
     dim, map_ = args[0] % len(shape), args[1]
     birth = mapped_birth(layout[dim], [a for i, d in enumerate(layout) if i != dim for a in d])
-    new = (Atom(shape[dim], birth=birth, maps=frozenset((map_,))),) if shape[dim] != 1 else ()
+    new = (Atom(shape[dim], birth=birth, maps=frozenset((map_,))),)
     return tuple(new if i == dim else _resize(d, shape[i]) for i, d in enumerate(layout))
 
 
 def embedded(layout: Layout, shape: tuple[int, ...], map_: Any) -> Layout:
     """A row of features for each entry."""
-    return (*layout, (Atom(shape[-1], birth="feature", maps=frozenset((map_,))),) if shape[-1] != 1 else ())
+    return (*layout, (Atom(shape[-1], birth="feature", maps=frozenset((map_,))),))
 
 
 def mapped_birth(summed: Iterable[Atom], others: Iterable[Atom]) -> Birth:
@@ -280,10 +290,10 @@ def expand(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 
 def broadcast(layout: Layout, shape: tuple[int, ...], parts: Sequence[Origin]) -> Layout:
     """Several tensors broadcast against each other: each axis is of the first that has its extent."""
-    aligned = [((),) * (len(shape) - len(p.shape)) + p.layout() for p in parts]
+    aligned = [((),) * (len(shape) - len(p.shape)) + p.full() for p in parts]
     out = []
     for i, n in enumerate(shape):
-        having = [one[i] for one in aligned if math.prod(a.size for a in one[i]) == n]
+        having = [one[i] for one in aligned if one[i] and math.prod(a.size for a in one[i]) == n]
         out.append(having[0] if having else fresh((n,))[0])
     return tuple(out)
 
@@ -319,6 +329,8 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
         return dim
     if extent == 0:
         return (Atom(0, of=dim[0]) if dim else Atom(0, birth="lost"),)
+    if extent == 1:
+        return (Atom(1, dim[0] if len(dim) == 1 else None, of=dim[0]),) if dim else ()
     out: list[Atom] = []
     for i, atom in reversed(list(enumerate(dim))):
         if extent == 1:
@@ -336,10 +348,7 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
 
 def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]) -> Layout:
     """Indexing: for every new dimension the old one it came from, or None for a new one."""
-    return tuple(
-        _resize(layout[i], n) if i is not None else ((Atom(n),) if n != 1 else ())
-        for i, n in zip(kept, shape, strict=True)
-    )
+    return tuple(_resize(layout[i], n) if i is not None else fresh((n,))[0] for i, n in zip(kept, shape, strict=True))
 
 
 def picked(layout: Layout, shape: tuple[int, ...], args: Sequence[int | tuple[int, ...] | None]) -> Layout:
@@ -382,45 +391,47 @@ def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, bool, Sequen
         args: the dimension, whether it is new, and the origins of the tensors.
     """
     dim, new, parts = args
-    count, whole = len(parts), parts[0].piece_of
+    count = len(parts)
     extent = shape[dim] // count if not new and shape[dim] % count == 0 else 0
-    alike = new or all(p.shape == parts[0].shape and p.shape[dim] == extent for p in parts)
-    if whole is not None and alike and all(p.piece_of is whole for p in parts):
-        # Equal pieces of one tensor, cut along another dimension: heads that were cut off the width. The pieces' atoms
-        # share one as a parent, and the number of pieces is their sibling.
-        if new or shape[dim] != whole.shape[dim]:
-            from_one = next((a.parent for d in layout for a in d if a.parent is not None), None)
-            step = from_one.step * (from_one.size // count) if from_one is not None else None
-            return _with(layout, dim, new, Atom(count, from_one, step=step, birth="lost"), shape)
-    elif alike and count > 1:
-        made = _number_of(parts)
+    if count > 1 and (new or all(p.shape == parts[0].shape and p.shape[dim] == extent for p in parts)):
+        made = _number_of(parts, None if new else dim)
         if made is not None:
-            return _with(layout, dim, new, made, shape)
+            return _with(layout, dim, new, made)
     if new:
-        return _with(layout, dim, new, Atom(count, birth="lost"), shape)
+        return _with(layout, dim, new, Atom(count, birth="lost"))
     return tuple(_resize(d, n) for d, n in zip(layout, shape, strict=True))
 
 
-def _with(layout: Layout, dim: int, new: bool, atom: Atom, shape: tuple[int, ...]) -> Layout:
+def _with(layout: Layout, dim: int, new: bool, atom: Atom) -> Layout:
     head = (atom,) if atom.size != 1 else ()
     if new:
         return (*layout[:dim], head, *layout[dim:])
-    return tuple((*head, *d) if i == dim else d for i, d in enumerate(layout))
+    return tuple((*head, *(a for a in d if a.size != 1)) if i == dim else d for i, d in enumerate(layout))
 
 
-def _number_of(parts: Sequence[Origin]) -> Atom | None:
+def _number_of(parts: Sequence[Origin], dim: int | None) -> Atom | None:
     """What the number of some tensors of one shape counts; None where nothing tells.
 
-    The entries of a dimension that they were taken from one by one; or the heads, where each was made from the same by
-    a map of its own.
+    - Entries of a dimension, where each is one of them (``x[:, 0]``, ``x[:, 1]``, …).
+    - Equal pieces that a dimension was cut into: heads that were cut off the width, say.
+    - Heads, where each was made from the same by a map of its own.
+
+    Args:
+        parts: the tensors' origins.
+        dim: the dimension that they are laid end to end along; None: a new one.
     """
-    dropped = [p.dropped for p in parts]
+    count, dropped = len(parts), [p.dropped for p in parts]
     first = dropped[0]
     if first is not None and all(d is not None and d == first for d in dropped):
-        if len(first) == 1 and first[0].size == len(parts):
-            return first[0]
-        return None
-    layouts = [p.layout() for p in parts]
+        return first[0] if len(first) == 1 and first[0].size == count else None
+    layouts = [p.full() for p in parts]
+    for i in range(len(layouts[0])):
+        cuts = [one[i][0] if len(one[i]) == 1 else None for one in layouts]
+        whole = cuts[0].parent if cuts[0] is not None else None
+        if whole is None or any(c is None or c.parent is not whole for c in cuts) or i == dim:
+            continue
+        if whole.size == count * parts[0].shape[i]:
+            return Atom(count, whole, step=whole.step * parts[0].shape[i])
     same_axes = all(
         tuple(a for d in one for a in d if a.birth != "feature")
         == tuple(a for d in layouts[0] for a in d if a.birth != "feature")
@@ -428,4 +439,4 @@ def _number_of(parts: Sequence[Origin]) -> Atom | None:
     )
     maps = [frozenset[Any]().union(*(a.maps for d in one for a in d)) for one in layouts]
     own = [m.difference(*maps[:i], *maps[i + 1 :]) for i, m in enumerate(maps)]
-    return Atom(len(parts), birth="feature", maps=frozenset().union(*own)) if same_axes and all(own) else None
+    return Atom(count, birth="feature", maps=frozenset().union(*own)) if same_axes and all(own) else None

@@ -118,8 +118,6 @@ class Origins:
                 origin = source
             if kind.axes is dim_dropped or kind.axes is indexed:
                 _one_entry(kind.axes, origin, source, x, args, kwargs)
-            elif kind.splits:
-                origin.piece_of = source
             self.set(one, origin)
         return origin
 

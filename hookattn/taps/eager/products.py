@@ -8,7 +8,7 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,8 +89,9 @@ class Product:
         contracted: the labels that are summed over.
         axes: what is known of each atom of the result; filled by :meth:`layout`.
         matched: for each label of the result, its atoms beside the operands'; filled by :meth:`layout`.
+        single: of each atom of a dimension with an extent of 1, the label; filled by :meth:`layout`.
         widths: the atoms that are summed over, of either operand; filled by :meth:`layout`.
-        given: what the user said of the axes of the queries, a letter for each; None: nothing.
+        given: asked for what the user said of the axes of the queries, a letter for each; None: nothing.
     """
 
     def __init__(self, a: Tensor, b: Tensor, labels: ProductLabels, origin_a: Origin, origin_b: Origin):
@@ -102,8 +103,9 @@ class Product:
         self.axes: dict[Atom, Axis] = {}
         self.matched: dict[Label, list[MatchedAtoms]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+        self.single: dict[Atom, Label] = {}
         self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
-        self.given: str | None = None
+        self.given: Callable[[], str | None] | None = None
         # Asked for by every term, mask and operand of one call, and by all uses of one softmax: made once.
         self._roles: tuple[tuple[Atom, ...], Roles] | None = None
 
@@ -132,7 +134,7 @@ class Product:
 
         It has the signature of the functions of :mod:`.axis_history`: the result's origin calls it, if ever.
         """
-        layout_a, layout_b = (_valid(o.layout(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
+        layout_a, layout_b = (_valid(o.full(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
         dims_a, dims_b = dict(zip(self.la, layout_a, strict=True)), dict(zip(self.lb, layout_b, strict=True))
         width_a, width_b = ([a for x in self.contracted for a in d[x]] for d in (dims_a, dims_b))
         self.widths = {"a": width_a, "b": width_b}
@@ -141,7 +143,7 @@ class Product:
         out = []
         for label, extent in zip(self.lo, shape, strict=True):
             atoms = []
-            for x, y in _matched(dims_a.get(label, ()), dims_b.get(label, ())):
+            for x, y in _matched(dims_a.get(label, ()), dims_b.get(label, ()), extent):
                 sources = tuple(s for s in (x, y) if s is not None)
                 source = min(sources, key=_unsure)
                 # An extent of 1 that is broadcast against more is no axis of that operand.
@@ -153,6 +155,10 @@ class Product:
                     atom = Atom(source.size, birth=birth, maps=made.maps | atom.maps)
                 if len(sources) == 2 and atom.role is None:
                     atom.role = x.role or y.role if x is not None and y is not None else None
+                if extent == 1:
+                    self.single[atom] = label
+                    atoms.append(atom)
+                    continue
                 self.axes[atom] = Axis(own, heads_a(x) or heads_b(y), source, sources)
                 self.matched.setdefault(label, []).append(MatchedAtoms(atom, x, y))
                 atoms.append(atom)
@@ -197,13 +203,16 @@ class Product:
 
     def roles_over(self, origin: Origin, dim: int) -> Roles:
         """The same, given the dimension of scores with these axes that the keys lie along."""
-        whole = origin.how == self.layout  # the product's own result, whose axes nobody changed
-        return self.roles(origin.layout()[dim], self.lo[dim] if whole else None)
+        atoms = origin.full()[dim]
+        return self.roles(origin.layout()[dim], self.single.get(atoms[0]) if len(atoms) == 1 else None)
 
     def operand_factors(self, which: Literal["a", "b"], roles: Roles) -> list[list[Factor]]:
-        """The factors of each dimension of an operand of the score product (``D``: those that are summed over)."""
+        """The factors of each dimension of an operand of the score product (``D``: those that are summed over).
+
+        Last come heads that the operand does not have, of extent 1: it is the same for each of them.
+        """
         labels, tensor = (self.la, self.a) if which == "a" else (self.lb, self.b)
-        out = []
+        out, has = [], set[Atom]()
         for label, extent in zip(labels, tensor.shape, strict=True):
             if label in self.contracted:
                 out.append([Factor(extent, "D")])
@@ -213,8 +222,9 @@ class Product:
                 own = matched.a if which == "a" else matched.b
                 if own is not None:
                     factors.append(roles.factor(matched.out, broadcast=extent == 1, repeated=own.repeated))
+                    has.add(matched.out)
             out.append(factors)
-        return out
+        return [*out, [roles.factor(a, broadcast=True) for a in roles.heads if a not in has]]
 
 
 class Roles:
@@ -274,7 +284,8 @@ class Roles:
 
     def _named_by_user(self, free: Sequence[Atom]) -> set[Atom]:
         """Take over what the user said of the queries' axes."""
-        product, given = self.product, self.product.given
+        product = self.product
+        given = product.given() if product.given is not None else None
         if given is None:
             return set()
         labels = product.la if self.queries == "a" else product.lb
@@ -305,15 +316,19 @@ class Roles:
             self.heads.update(a for a in rest if a.role == "H" or (a in shared and self._feature(a)))
         else:
             self.heads.update(a for a in rest if a.role == "H" or (a.role is None and axes[a].head))
-            if not self.heads and not self.given:
-                # Features of another line: heads whose width went through one more map, or tokens made of features.
-                others = [a for a in rest if a.role is None and self._feature(a)]
-                self.heads.update(others)
-                if others:
-                    self.guessed.update("BHTG")
-        if self.given:
-            return
-        self._doubts(mine, shared, known_queries)
+            # Features of another line: heads whose width went through one more map, or tokens that were made of
+            # features. They are tokens where the heads of their operand are known.
+            other = [a for a in rest if a.role is None and a not in self.heads and self._feature(a)]
+            unclear = [a for a in other if not self.heads or self._width_lost(axes[a].side)]
+            self.heads.update(unclear)
+            if unclear:
+                self.guessed.update("BHTG")
+        if not self.given:
+            self._doubts(mine, shared, known_queries)
+
+    def _width_lost(self, side: Side) -> bool:
+        widths = self.product.widths
+        return any(a.birth == "lost" for x in ("a", "b") if side in (x, "batch") for a in widths[x])
 
     def _doubts(self, mine: Sequence[Atom], shared: Sequence[Atom], known_queries: set[Atom]) -> None:
         """Say which letters are guessed, and go by convention where nothing tells of heads."""
@@ -322,13 +337,15 @@ class Roles:
         rest_shared = [a for a in shared if a not in self.heads and a.role is None]
         if told or not (rest_mine or rest_shared):
             return
+        if not self.heads and self._learned_queries(rest_mine):
+            return
         sure = all(self._operand_known(side) for side in ("a", "b")) and not any(
-            a.birth == "lost" for a in (*rest_mine, *rest_shared)
+            self._lost(a) for a in (*rest_mine, *rest_shared)
         )
         if sure and not self.heads and _groups(self._lines(rest_shared, but=mine)) > 1:
             sure = False  # several axes that both have, and none of them was split from a width: heads, perhaps
         if not sure:
-            if rest_shared and (not self.heads or any(a.birth == "lost" for a in rest_shared)):
+            if rest_shared and (not self.heads or any(self._lost(a) for a in rest_shared)):
                 self.guessed.update("BHG")
             if len(rest_mine) > 1 or (rest_mine and not self.heads and not rest_shared):
                 self.guessed.update("HTG")
@@ -340,6 +357,22 @@ class Roles:
             if all(a not in self.heads for a in first):
                 self._known.update(dict.fromkeys(first, "B"))
                 self.guessed.update("BT")
+
+    def _learned_queries(self, rest: Sequence[Atom]) -> bool:
+        """A parameter that is the queries as it is, beside keys without heads: its axes are heads and queries.
+
+        Which is which nothing tells. By convention heads come first; of one axis alone, it is heads where it lies
+        among the batch dimensions of the product.
+        """
+        width = self.product.widths[self.queries]
+        labels = self._labels([a for a in rest if self.product.axes[a].source.birth == "parameter"])
+        if not labels or not width or any(a.birth != "parameter" for a in width):
+            return False
+        first = next(x for x in self.product.lo if labels[0][0] in self.product.atoms_of(x))
+        if len(labels) > 1 or isinstance(first, int):
+            self.heads.update(labels[0])
+        self.guessed.update("HTG")
+        return True
 
     def _lines(self, atoms: Sequence[Atom], but: Sequence[Atom] = ()) -> list[set[Atom]]:
         """For each axis of the result that has some of the atoms: the lines that these are of.
@@ -358,6 +391,9 @@ class Roles:
 
     def _feature(self, atom: Atom) -> bool:
         return any(s.birth == "feature" for s in self.product.axes[atom].sources)
+
+    def _lost(self, atom: Atom) -> bool:
+        return self.product.axes[atom].source.birth == "lost"
 
     def _attends_across_features(self) -> bool:
         """Whether features attend to features, and the product sums over positions."""
@@ -559,8 +595,12 @@ def _grouped(factors: Sequence[Factor]) -> list[bool]:
     return keep
 
 
-def _matched(a: Sequence[Atom], b: Sequence[Atom]) -> list[tuple[Atom | None, Atom | None]]:
+def _matched(a: Sequence[Atom], b: Sequence[Atom], extent: int) -> list[tuple[Atom | None, Atom | None]]:
     """The atoms of one axis that come from either operand, side by side; of both where both have it."""
+    if extent == 1:
+        one: list[tuple[Atom | None, Atom | None]] = [(x, None) for x in a[:1]] or [(None, y) for y in b[:1]]
+        return one or [(Atom(1, birth="lost"), None)]
+    a, b = ([x for x in atoms if x.size != 1] for atoms in (a, b))
     if a and b:
         # Factorings that do not fit each other: those of the first count.
         return list(refine(a, b) or ((x, None) for x in a))

@@ -247,6 +247,32 @@ def real_pairs(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any])
     return axis_history.numbers_as_pairs, None
 
 
+def rearranged(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``rearrange(x, equation)``: an einsum of one operand. Known where it moves axes; where it sums over some, not."""
+    left, arrow, right = args[1].replace(" ", "").partition("->")
+    if not arrow:
+        right = "".join(sorted(left))
+    if "..." in left:
+        dots = [chr(0x100 + i) for i in range(x.dim() - len(left) + 3)]
+        left, right = left.replace("...", "".join(dots)), right.replace("...", "".join(dots))
+    if len(set(left)) != len(left) or set(left) - set(right) or len(right) != len(left) or len(left) != x.dim():
+        return None
+    return axis_history.permute, [left.index(letter) for letter in right]
+
+
+def rearrange(x: Tensor, equation: str) -> Tensor:
+    """An einsum of one operand, which comes first, as in other views."""
+    return torch.einsum(equation, x)
+
+
+def rearranges(args: Sequence[Any]) -> tuple[Tensor, str] | None:
+    """The operand and the equation of an einsum of one operand; None: it has several."""
+    if not args or not isinstance(args[0], str):
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    return (operands[0], args[0]) if len(operands) == 1 and isinstance(operands[0], Tensor) else None
+
+
 def map_of(weight: Any) -> Any:
     """What tells a learned map from others: the parameter, or where the part of it lies that was taken."""
     if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):
