@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention.kernel_call import DOT
+from ..attention.normalizers import SOFTMAX
 from .json_values import json_number
 
 FIRST = (1, 0)
@@ -75,13 +77,15 @@ class Scalar(NamedTuple):
     Attributes:
         name: its key, and the attribute that it is the value of.
         kind: a key of the kinds above; with ``?`` at its end it may be null.
-        since: the format version that has it first. A later one than :data:`FIRST` is left out where it is null, and
-            a file that does not have it is read with the default of the attribute.
+        since: the format version that has it first. A later one than :data:`FIRST` is left out where it is the default
+            of the attribute, and a file that does not have it is read with that.
+        default: that.
     """
 
     name: str
     kind: str
     since: tuple[int, int] = FIRST
+    default: Any = None
 
 
 DOCUMENT = (
@@ -115,10 +119,10 @@ CALL = (
     Scalar("keys", "int?", since=(1, 1)),
     Scalar("of_queries", "int?", since=(1, 2)),
     Scalar("continued", "links?", since=(1, 3)),
-    Scalar("basis", "words?", since=(1, 3)),
-    Scalar("entry", "str?", since=(1, 3)),
-    Scalar("score", "str?", since=(1, 3)),
-    Scalar("normalizer", "str?", since=(1, 3)),
+    Scalar("basis", "words", since=(1, 3), default={}),
+    Scalar("entry", "str", since=(1, 3), default=""),
+    Scalar("score", "str", since=(1, 3), default=DOT),
+    Scalar("normalizer", "str", since=(1, 3), default=SOFTMAX),
 )
 LINK = (
     Scalar("continues", "int"),
@@ -158,13 +162,13 @@ def to_entry(table: Iterable[Scalar], x: Any, **parts: Any) -> dict[str, Any]:
         parts: those whose form in the document needs more than the value: the form.
     """
     made: dict[str, Any] = {}
-    for name, kind, since in table:
+    for name, kind, since, default in table:
         if name in parts:
             value = parts[name]
         else:
             value = getattr(x, name)
             value = None if value is None else _KINDS[kind.removesuffix("?")].write(value)
-        if value is not None or since == FIRST:
+        if since == FIRST or value != default:
             made[name] = value
     return made
 
@@ -178,7 +182,7 @@ def from_entry(table: Iterable[Scalar], where: str, entry: dict[str, Any]) -> di
         TypeError: a value is missing, or of another kind; names it, and ``where``.
     """
     found: dict[str, Any] = {}
-    for name, kind, since in table:
+    for name, kind, since, _ in table:
         if name not in entry:
             if since == FIRST:
                 raise TypeError(f"{where} has no {name!r}")

@@ -14,7 +14,7 @@ from ..calls.certificate import tolerance
 from ..calls.extents import per_query_head
 from ..traces import Trace
 from .failure import Failure, require
-from .oracle import column, defined_output, defined_scores, defined_weights
+from .oracle import NORMALIZERS, column, defined_output, defined_scores, defined_weights
 
 _NOTHING = 1e-30  # what a masked entry may weigh: exp(-100) is not 0 in float32
 
@@ -107,8 +107,8 @@ def _math_failures(
     call: Call, values: Mapping[str, Tensor | None], sizes: Mapping[str, int], where: str
 ) -> Iterator[Failure]:
     wide = {name: x if x is None or FIELD_SPECS[name].boolean else x.double() for name, x in values.items()}
-    q, k, v, bias = (wide[name] for name in ("q", "k", "v", "bias"))
-    scores, mask, sinks, weights, output = (wide[name] for name in ("scores", "mask", "sinks", "weights", "output"))
+    q, k, bias, applied = (wide[name] for name in ("q", "k", "bias", "applied"))
+    scores, mask, sinks, weights = (wide[name] for name in ("scores", "mask", "sinks", "weights"))
     floating = [x.dtype for x in values.values() if x is not None and x.is_floating_point()]
     unit = max(map(tolerance, (call.dtype, *floating)))
     if scores is not None and not _finite(scores, q, k, call, sizes):
@@ -117,6 +117,8 @@ def _math_failures(
         yield Failure(where, "bias is not finite", mend="put what hides an entry into the mask")
     if mask is not None and call.causal and call.queries is None and {"T", "S"} <= sizes.keys():
         yield from _causal_failures(call, mask, sizes["T"], sizes["S"], where)
+    if weights is not None and mask is not None:
+        yield from _use_failures(call, values, weights if applied is None else applied, mask, unit, sizes, where)
     if scores is None or mask is None:
         return
     mask = mask.expand_as(scores)
@@ -129,19 +131,44 @@ def _math_failures(
     if weights is None:
         return
     live = mask.any(-1, keepdim=True)
-    expected = defined_weights(scores, mask, sinks)
-    what = "softmax(where(mask, scores, -inf), sinks) == weights"
-    mend = "look at the mask (True = may attend), at causal, and at the sinks"
-    yield from _apart(expected, weights, live.expand_as(mask), unit * max(1.0, size / 10), where, what, mend)
+    if call.normalizer in NORMALIZERS:
+        expected = defined_weights(scores, mask, sinks, call.normalizer)
+        what = f"{call.normalizer}(where(mask, scores, -inf), sinks) == weights"
+        mend = "look at the mask (True = may attend), at causal, at the sinks, and at the normalizer"
+        bound = unit * max(1.0, size / 10) * _size(weights[live.expand_as(mask)])
+        yield from _apart(expected, weights, live.expand_as(mask), bound, where, what, mend)
     hidden = weights.abs()[~mask & live]
     if hidden.numel() and not hidden.max() <= _NOTHING:
         yield Failure(where, "a masked entry weighs", "0", f"{hidden.max().item():.3g}")
-    if v is not None and output is not None and not call.dropout and not call.mixed:
-        mixed = defined_output(weights, per_query_head(call, v, sizes["H"]))
-        finite = v[v.isfinite()].abs()  # the value of a key that nobody attends to may be anything
-        bound = unit * max(finite.max().item() if finite.numel() else 0.0, 1e-3)
-        mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"
-        yield from _apart(mixed, output, live.expand_as(output), bound, where, "weights @ v == output", mend)
+
+
+def _use_failures(
+    call: Call,
+    values: Mapping[str, Tensor | None],
+    used: Tensor,
+    mask: Tensor,
+    unit: float,
+    sizes: Mapping[str, int],
+    where: str,
+) -> Iterator[Failure]:
+    """What met the values makes the output: that can be told of any score and any normalizer."""
+    v, output = values["v"], values["output"]
+    hidden = values["applied"] is None and (call.dropout or call.mixed)
+    if v is None or output is None or hidden:
+        return
+    live = mask.any(-1, keepdim=True)
+    made = defined_output(used, per_query_head(call, v, sizes["H"]))
+    finite = v[v.isfinite()].abs()  # the value of a key that nobody attends to may be anything
+    sums = torch.where(live, used.abs(), 0.0).sum(-1)
+    bound = unit * max(finite.max().item() if finite.numel() else 0.0, 1e-3) * _size(sums)
+    mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"
+    what = "weights @ v == output" if values["applied"] is None else "applied @ v == output"
+    yield from _apart(made, output.double(), live.expand_as(output), bound, where, what, mend)
+
+
+def _size(x: Tensor) -> float:
+    """The largest absolute value, where it is more than 1."""
+    return max(1.0, x.abs().max().item()) if x.numel() else 1.0
 
 
 def _causal_failures(call: Call, mask: Tensor, t: int, s: int, where: str) -> Iterator[Failure]:

@@ -14,14 +14,14 @@ from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.extents import extents_of, per_query_head
-from .oracle import column, defined_output, defined_scores, defined_weights
+from .oracle import NORMALIZERS, SUM_TO_ONE, column, defined_output, defined_scores, defined_weights
 
 CHECKS = {
     "scores": "softcap(scale·q·kᵀ) + bias = scores, where the mask allows",
-    "weights": "softmax(where(mask, scores, −∞), sinks) = weights",
+    "weights": "softmax(where(mask, scores, −∞), sinks) = weights, or what the normalizer is in its place",
     "masked": "a masked entry weighs 0",
-    "rows": "a row of weights sums to 1 (with sinks: to at most 1)",
-    "output": "weights @ v = output",
+    "rows": "a row of weights sums to 1 (with sinks: to at most 1), where the normalizer sees to it",
+    "output": "weights @ v = output, or applied @ v where the weights were changed in between",
 }
 BUDGET = 1 << 22
 """Entries of B H T S that are looked at in one go."""
@@ -66,17 +66,23 @@ class _Recheck:
                 "they are the model's own, and more than q·k" if opaque else self._missing("scores", *of_scores)
             )
         formed = self.scores is not None or (self.products and not opaque)
+        known = call.normalizer in NORMALIZERS
         if self.weights is None or not formed or not self._has(*of_weights):
             self.why["weights"] = self._missing(*(() if formed else ("scores",)), "weights", *of_weights)
+        if not known:
+            self.why["weights"] = self.why["rows"] = f"what {call.normalizer!r} makes of scores is not known here"
+        elif call.normalizer not in SUM_TO_ONE:
+            self.why["rows"] = f"the weights of {call.normalizer!r} need not sum to 1"
         if self.weights is None or not self._has("mask"):
             self.why["masked"] = self._missing("weights", "mask")
-        if self.weights is None or not self._has(*of_weights):
+        if "rows" not in self.why and (self.weights is None or not self._has(*of_weights)):
             self.why["rows"] = self._missing("weights", *of_weights)
         mixed = "; ".join(call.notes) or "the weights changed after the softmax" if call.mixed else ""
-        weighable = self.weights is not None or (formed and self._has(*of_weights))
-        if call.dropout > 0:
+        weighable = self.weights is not None or (formed and known and self._has(*of_weights))
+        applied = stored.get("applied") is not None
+        if call.dropout > 0 and not applied:
             self.why["output"] = f"dropout of {call.dropout} came between"
-        elif mixed:
+        elif mixed and not applied:
             self.why["output"] = mixed
         elif self.v is None or self.output is None or not weighable:
             self.why["output"] = self._missing(*(() if weighable else ("weights",)), "v", "output")
@@ -116,7 +122,8 @@ class _Recheck:
             found["scores"] = _most(gap if mask is None else torch.where(mask, gap, 0.0))
         formed = None
         if "weights" not in self.why or ("output" not in self.why and weights is None):
-            formed = defined_weights(self._formed(rows) if scores is None else scores, mask, self._sinks(rows))
+            given = self._formed(rows) if scores is None else scores
+            formed = defined_weights(given, mask, self._sinks(rows), self.call.normalizer)
         if "weights" not in self.why and weights is not None and formed is not None:
             found["weights"] = _most(torch.where(live, formed - weights.double(), 0.0))
         if weights is not None and mask is not None:
@@ -126,7 +133,8 @@ class _Recheck:
                 excess = weights.double().sum(-1, keepdim=True) - 1
                 excess = excess if self._sinks(rows) is None else excess.clamp_min(0)
                 found["rows"] = _most(torch.where(live, excess, 0.0))
-        used = formed if weights is None else weights.double()
+        applied = _rows(self.stored.get("applied"), rows)
+        used = applied.double() if applied is not None else formed if weights is None else weights.double()
         if "output" not in self.why and used is not None and self.v is not None and self.output is not None:
             v = self._spread("v", self.v, used.shape[1])
             gap = defined_output(used, v) - self.output[:, :, rows].double()
@@ -167,15 +175,18 @@ class _Recheck:
         sources = ("q", "k", "bias") if self.scores is None else ("scores",)
         weights = self.unit + (2 * size + 1) * self._coarse(*sources, "weights")
         if name == "weights":
-            return weights
+            return weights * max(1.0, _largest(self.weights))
         if name == "rows":
             return 4 * (self.unit + self._coarse("weights"))
         if name == "masked":
             return 1e-12
+        used = self.weights if self.stored.get("applied") is None else self.stored["applied"]
         largest = max(_largest(self.v), 1e-3)
-        if self.weights is None:
+        if used is not None and (used is not self.weights or self.call.normalizer not in SUM_TO_ONE):
+            largest *= max(1.0, _largest(used.float().abs().sum(-1)))
+        if used is None:
             return largest * (weights + 4 * self._coarse("v", "output"))
-        return largest * (self.unit + 4 * self._coarse("weights", "v", "output"))
+        return largest * (self.unit + 4 * self._coarse("weights", "applied", "v", "output"))
 
     def _coarse(self, *names: str) -> float:
         """The rounding of the coarsest dtype among fields, where it is coarser than the kernel's."""

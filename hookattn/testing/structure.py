@@ -13,7 +13,7 @@ from ..models.registry import adapter_for, using
 from .case import Case, same
 from .failure import Failure
 
-_SCALARS = ("scale", "softcap", "causal", "window", "dropout", "dtype")
+_SCALARS = ("scale", "softcap", "causal", "window", "dropout", "dtype", "score", "normalizer")
 
 
 def sites(case: Case) -> Iterator[Failure]:

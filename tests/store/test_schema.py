@@ -30,8 +30,11 @@ def test_every_attribute_stands_in_its_table(table: tuple[Scalar, ...], kind: An
     attributes = {field.name: field for field in dataclasses.fields(kind)}
     assert {scalar.name for scalar in table} - {"continued"} == set(attributes) - without
     later = [scalar for scalar in table if scalar.since != FIRST and scalar.name != "continued"]
-    # A file that does not have it yet is read with the default, and null is what is left out.
-    assert all(attributes[scalar.name].default is None and scalar.kind.endswith("?") for scalar in later)
+    # A file that does not have it yet is read with the default, which is what is left out.
+    for scalar in later:
+        field = attributes[scalar.name]
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        assert scalar.default == made and scalar.kind.endswith("?") is (made is None), scalar.name
     assert all(FIRST <= scalar.since <= FORMAT_VERSION for scalar in table)
 
 
@@ -42,7 +45,7 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         index=0,
         tap="tap",
         dtype=torch.bfloat16,
-        scale=0.5,
+        scale=None,
         softcap=30.0,
         causal=True,
         window=7,
@@ -57,11 +60,15 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         derivable=("weights",),
         keys=11,
         of_queries=6,
+        score="additive",
+        normalizer="sigmoid",
+        basis={"B": "followed", "H": "guessed"},
+        entry="encoder",
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
     for field in dataclasses.fields(Call):
         assert repr(getattr(back, field.name)) == repr(getattr(given, field.name)), field.name
-        default = field.default if field.default is not dataclasses.MISSING else None
+        default = field.default if field.default is not dataclasses.MISSING else Ellipsis
         assert field.name in ("index", "fields") or getattr(given, field.name) != default, field.name
 
 
@@ -82,7 +89,7 @@ def test_what_came_with_a_later_version_is_left_out_where_there_is_none_and_may_
     path = Trace(calls=[Call(Site("a"), 0, 0, "tap", torch.float32, 1.0)]).save(tmp_path / "run.safetensors")
     entry = LazyFile(path).document["calls"][0]
     assert [s.name for s in CALL if s.since == FIRST] == list(entry)
-    assert {"keys", "of_queries"}.isdisjoint(from_entry(CALL, "call 0", entry))
+    assert {"keys", "of_queries", "score", "basis"}.isdisjoint(from_entry(CALL, "call 0", entry))
     assert from_entry(CALL, "call 0", {**entry, "keys": 3, "from_the_future": object()})["keys"] == 3
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import hookattn
 from hookattn import Call, CorruptFileError, NewerFormatError, Site, Trace
 from hookattn.store import LazyFile
+from hookattn.store.schema import CALL, FIRST
 from hookattn.taps.active import current
 from tests.reference import causal, draw, paths, same_bits
 
@@ -244,6 +245,7 @@ def changed(good: bytes, path: Path, change: Callable[[dict[str, Any]], Any]) ->
     return path
 
 
+LATER = {scalar.name for scalar in CALL if scalar.since != FIRST}
 PLACES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "the document": lambda d: d,
     "skipped": lambda d: d["skipped"][0],
@@ -259,9 +261,12 @@ def test_missing_keys_and_wrong_types(tmp_path: Path, good: bytes, place: str) -
     at = PLACES[place]
     for key in set(at(document(changed(good, tmp_path / "f", len)))) - {"format", "format_version", "compact"}:
         path = changed(good, tmp_path / "f", lambda d, key=key: at(d).pop(key))
-        with pytest.raises(CorruptFileError, match=f"{place} has no '{key}'.*save the trace again") as caught:
-            hookattn.load(path)
-        assert str(path) in str(caught.value)
+        if place == "call 1" and key in LATER:  # an older file has it not, and is read
+            assert len(hookattn.load(path)) > 1
+        else:
+            with pytest.raises(CorruptFileError, match=f"{place} has no '{key}'.*save the trace again") as caught:
+                hookattn.load(path)
+            assert str(path) in str(caught.value)
         refused = 0
         for value in (None, True, -3, 1.5, 10**400, "x", [], [1.5], [None], {"x": 1}, {"tensor": "x"}):
             path = changed(good, tmp_path / "f", lambda d, key=key, value=value: at(d).update({key: value}))
