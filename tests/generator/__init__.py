@@ -1,12 +1,13 @@
 """A generator of attention modules as researchers write them, each judged against explicit float64 mathematics.
 
-Every case is drawn from a seed: its source is written anew (:mod:`.source`, with the words of :mod:`.writer`), run, and
-traced; what it computes is computed a second time, from the same parameters, by :mod:`.truth`, which knows nothing of
-layouts; and :mod:`.judge` compares what was recorded with that. Nothing here looks into the code that is tested.
+Every case is drawn from a seed: its source is written anew (:mod:`.source`, with the words of :mod:`.writer`), run and
+traced. What it computes is computed a second time, from the same parameters, by :mod:`.truth`, which knows nothing of
+layouts (:mod:`.check`: both agree). :mod:`.judge` compares what was recorded with that. Nothing here looks into the
+code that is tested.
 
     python -m tests.generator --cases 2000 --seed 1 --processes 2     counts, and the failures grouped by their features
-    python -m tests.generator --only 1234 --show                      the source of one case, and what was recorded of it
-    python -m tests.generator --cases 2000 --having scores=einsum     only cases with this feature
+    python -m tests.generator --only 1234 --show                      the source of one case, and what was recorded
+    python -m tests.generator --cases 2000 --having sroduct=einsum     only with this feature
     python -m tests.generator --cases 2000 --group layout product     the failures grouped by these features
 
 The case with seed ``n`` is the same in every run: ``--cases 2000 --seed 1`` runs the cases 1 to 2000.

@@ -1,4 +1,4 @@
-"""From q, k and v to what each head returns: layouts, products, biases, masks, normalizers, and how it is cut to pieces."""
+"""From q, k and v to what each head returns: layouts, products, biases, masks, normalizers, cuts to pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Extra:
 
 
 def attend(b: Builder, q: Var, k: Var, v: Var) -> Var:
-    f, w = b.features, b.write
+    f = b.features
     layout = _layout(b, q)
     extras = _bias(b) + _mask(b)
     if f["chunking"] == "none":
@@ -117,7 +117,7 @@ def _mask(b: Builder) -> list[Extra]:
     form = f["mask"]
     if form == "none":
         return []
-    if f["windows"] != "none" and "padding" in form or f["input"] == "t i" and "padding" in form:
+    if (f["windows"] != "none" and "padding" in form) or (f["input"] == "t i" and "padding" in form):
         form = f["mask"] = "causal"
     allowed = None
     made: list[Var] = []
@@ -327,7 +327,7 @@ def _repeated(b: Builder, k: Var, v: Var, layout: Axes) -> tuple[Var, Var]:
 
 
 def _repeat(b: Builder, y: Var, atom: str) -> Var:
-    w, f, z = b.write, b.features, b.sizes
+    w, f, _z = b.write, b.features, b.sizes
     y = w.move(y, tuple((a,) for a in atoms(y.axes)), y.name[0])
     n = atom.upper()
     if atom == "r" and ("g",) in y.axes and w.chance(0.5):
@@ -429,8 +429,8 @@ def _dot(b: Builder, q: Var, k: Var, layout: Axes) -> Var:
     f.pop("product", None) if f.get("product") not in (None, *options) else None
     product = w.draw("product", options)
     if product == "einsum":
-        q = w.move(q, (*[g for g in _einsum_order(b, qa)], width), "q")
-        k = w.move(k, (*[g for g in _einsum_order(b, (*ka, S))], width), "k")
+        q = w.move(q, (*list(_einsum_order(b, qa)), width), "q")
+        k = w.move(k, (*list(_einsum_order(b, (*ka, S))), width), "k")
         scores = w.einsum([q, k], layout, "s")
     elif product == "sum":
         q1 = _with_ones(w, q, (*_at(layout, qa, ()), width))
@@ -529,7 +529,7 @@ def _additive_score(b: Builder, q: Var, k: Var, layout: Axes) -> Var:
 
 
 def _distance(b: Builder, q: Var, k: Var, layout: Axes) -> Var:
-    w, f = b.write, b.features
+    w, _f = b.write, b.features
     qa, ka = _sided(layout, q, ("d",), False), _sided(layout, k, ("d",), True)
     options = {"differences": 2}
     if layout[-1] == S and ka[-1] == ():
@@ -541,11 +541,8 @@ def _distance(b: Builder, q: Var, k: Var, layout: Axes) -> Var:
     q1, k1 = _with_ones(w, q, (*qa, ("d",))), _with_ones(w, k, (*ka[:-1], S, ("d",)))
     if form == "cdist":
         return w.new(f"-torch.cdist({q1.name}, {k1.name}).pow(2)", layout, "s")
-    return w.new(
-        f"2 * {q1.name} @ {k1.name}.mT - {q1.name}.pow(2).sum(-1, keepdim=True) - {k1.name}.pow(2).sum(-1)[..., None, :]",
-        layout,
-        "s",
-    )
+    lengths = f"{q1.name}.pow(2).sum(-1, keepdim=True) - {k1.name}.pow(2).sum(-1)[..., None, :]"
+    return w.new(f"2 * {q1.name} @ {k1.name}.mT - {lengths}", layout, "s")
 
 
 def _cosine(b: Builder, q: Var, k: Var, layout: Axes) -> Var:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -260,8 +261,8 @@ def _fused_split(b: Builder, x: Var, context: Var) -> tuple[Var, Var, Var]:
         ends.append(ends[-1] + b.t[f"w{n}"].shape[0] * b.t[f"w{n}"].shape[1])
     groups = [(*_lead(x), (*h, width)) for _, h, width in parts]
     names = _names3(w)
-    lengths = [j - i for i, j in zip(ends, ends[1:], strict=False)]
-    slices = [f"{qkv}[..., {i}:{j}]" for i, j in zip(ends, ends[1:], strict=False)]
+    lengths = [j - i for i, j in itertools.pairwise(ends)]
+    slices = [f"{qkv}[..., {i}:{j}]" for i, j in itertools.pairwise(ends)]
     narrow = [f"{qkv}.narrow(-1, {i}, {n})" for i, n in zip(ends, lengths, strict=False)]
     w.line(
         f"{', '.join(names)} = "
@@ -438,7 +439,7 @@ def _latent(b: Builder, x: Var, context: Var) -> tuple[Var, Var, Var]:
 
 
 def _pooled(b: Builder, context: Var) -> tuple[Var, Var, Var]:
-    w, z = b.write, b.sizes
+    w, _z = b.write, b.sizes
     context = _widths_last(b, context)
     queries = b.t["queries"]
     form = w.draw("learned queries", {"t h d": 2, "h t d": 2, "t (h d)": 2})

@@ -259,7 +259,7 @@ class Builder:
         # Small numbers that differ do not show what is exchanged where two extents agree, as they often do.
         if rng.random() < 0.35:
             a, b = rng.sample(["b", "t", "h", "d", "s"], 2)
-            if not (f["heads"] in ("grouped", "one") and "h" in (a, b)) and "d" != a:
+            if not (f["heads"] in ("grouped", "one") and "h" in (a, b)) and a != "d":
                 z[a] = min(z[b], 6)
         if f["kind"] == "self":
             z["s"] = z["t"]

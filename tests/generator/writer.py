@@ -1,4 +1,4 @@
-"""The words of which the sources of cases are made: variables with named axes, and the ways to spell what is done to them.
+"""The words of which the sources of cases are made: variables with named axes, and spellings of what is done to them.
 
 An axis of a variable is a group of atoms, ``("b", "h")`` for one that is folded of both, and ``()`` for one of size 1.
 """
