@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
 
 from .calls.trace_data import TraceData
+from .errors import ModelError
+from .taps.active import current
 
 
 class Trace(TraceData):
@@ -21,6 +25,27 @@ class Trace(TraceData):
         selection: what was asked for.
         path: the file it is in, if it is in one.
     """
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        """What the model runs in the block is one step, whatever runs there and how often; gives its number.
+
+        ::
+
+            with hookattn.tracing(model) as trace:
+                for picture, text in pairs:
+                    with trace.step():
+                        model.encode_image(picture)
+                        model.encode_text(text)
+
+        Raises:
+            ModelError: this trace does not run in this thread; or inside another such block, or while the model runs.
+        """
+        running = current()
+        if running is None or running.trace is not self:
+            raise ModelError("trace.step() is for the block of the tracing() that gave this trace, in its own thread.")
+        with running.step() as number:
+            yield number
 
     def stitch(self, *, beams: Any = None, length: int | None = None) -> Self:
         """One T×S picture of a generation for each site: all its steps put together, as one forward would have them.

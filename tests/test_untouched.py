@@ -323,5 +323,6 @@ def test_forwards_of_a_part_and_several_forwards(way: str) -> None:
         model.layers[1](X)
         model(X)
         model(X[:1])
-    assert paths(trace.calls) == ["layers.1", *LAYERS, *LAYERS] and [c.step for c in trace] == [0, 0, 0, 1, 1]
+    assert paths(trace.calls) == ["layers.1", *LAYERS, *LAYERS] and [c.step for c in trace] == [0, 1, 1, 2, 2]
+    assert [c.entry for c in trace] == ["layers.1", "", "", "", ""]
     assert trace[-1].q.shape[0] == 1 and trace[-1].site.layer == 1

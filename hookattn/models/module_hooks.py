@@ -29,23 +29,30 @@ class ModuleHooks:
         plan: WatchPlan,
         enter: Callable[[nn.Module], None],
         leave: Callable[[], None],
-        root: Callable[[], None],
+        model_begins: Callable[[], None],
+        model_ends: Callable[[], None],
         ran: Callable[[nn.Module], None],
         active: Callable[[], bool],
     ):
         self.plan = plan
         self._hooked: list[tuple[dict[Any, Any], Any]] = []
         self._handles: list[RemovableHandle] = []
-        self._callbacks = (enter, leave, root, ran, active)
+        self._callbacks = (enter, leave, model_begins, model_ends, ran, active)
+        # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
+        self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
 
     def install(self) -> None:
         """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
-        enter, leave, root, ran, active = self._callbacks
+        enter, leave, model_begins, model_ends, ran, active = self._callbacks
         plan = self.plan
 
         def begins(module: nn.Module, _: Any) -> None:
             if module is plan.model and active():
-                root()
+                model_begins()
+
+        def ends(module: nn.Module, *_: Any) -> None:
+            if module is plan.model and active():
+                model_ends()
 
         def runs(module: nn.Module, _: Any) -> None:
             if active():
@@ -59,10 +66,11 @@ class ModuleHooks:
             if active():
                 leave()
 
-        if isinstance(plan.model, nn.TransformerEncoderLayer):  # a hook of its own would end its fused path
-            self._handles.append(register_module_forward_pre_hook(begins))
-        else:
+        if self.tells_end:
             self._handles.append(plan.model.register_forward_pre_hook(begins, prepend=True))
+            self._handles.append(plan.model.register_forward_hook(ends, always_call=True))
+        else:
+            self._handles.append(register_module_forward_pre_hook(begins))
         for _, module in plan.suspects:
             self._before(module, runs)
         for module in (*plan.modules.values(), *plan.torch_modules):
@@ -91,7 +99,7 @@ class ModuleHooks:
 
     def running(self) -> str | None:
         """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""
-        return running_path(self.plan.paths, self.plan.model)
+        return running_path(self.plan.paths)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Arguments of the forward of the model that is on this thread's stack; None: nobody called it."""

@@ -35,6 +35,7 @@ from ..torch_internals.transforms import stands_for_others
 from .layouts import Layouts
 from .room_check import Forward, RoomCheck, is_large
 from .selection import Selection
+from .steps import Steps
 
 Sink = Callable[[Call], None]
 
@@ -49,8 +50,8 @@ class Recorder(Protocol):
 
     A Call is in the trace, and with the user, from :meth:`keep` on. Who may write to it afterwards: its recorder, up to
     the end of :meth:`complete` (what ``fields`` have later, in place of it), and ``certificate`` ever after; a sink
-    that it was handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``index``, as it
-    finishes).
+    that it was handed to by :meth:`deliver` (``fields``, which are in a file then); the session (``entry`` as it is
+    kept, ``index`` as it finishes).
     """
 
     def wants(self, field: str) -> bool:
@@ -135,9 +136,15 @@ class Session:
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._modes = ModeStack(lambda: self._follower)
         self._hooks = ModuleHooks(
-            self.plan, self._enter_site, self._leave_site, self._next_step, self._note_run, self._in_forward
+            self.plan,
+            self._enter_site,
+            self._leave_site,
+            self._model_begins,
+            self._model_ends,
+            self._note_run,
+            self._in_forward,
         )
-        self._step = -1  # the forward that runs, from 0
+        self._steps = Steps(plan, recorder.forget, self._hooks.tells_end)
         self._seen_paths: set[str] = set()  # of sites where a call was recorded or skipped
         self._modules_run: dict[int, nn.Module] = {}  # by identity, those at sites or that sound like attention
         self._own_kernels = 0  # of the kernels heard, those of this model
@@ -242,11 +249,16 @@ class Session:
         """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
         return current() is self and not in_backward()
 
-    def _next_step(self) -> None:
-        """A forward of the whole model begins."""
-        self._step += 1
-        self._entered.clear()
-        self._recorder.forget()
+    def _model_begins(self) -> None:
+        if self._steps.model_begins():
+            self._entered.clear()
+
+    def _model_ends(self) -> None:
+        self._steps.model_ends()
+
+    def step(self) -> AbstractContextManager[int]:
+        """What runs in the block is one step; gives its number."""
+        return self._steps.together()
 
     def _enter_site(self, module: nn.Module) -> None:
         self._note_run(module)
@@ -329,7 +341,7 @@ class Session:
         if path is None:  # another model
             return
         self._seen_paths.add(path)
-        self._skipped.setdefault((path, reason), set()).add(max(self._step, 0))
+        self._skipped.setdefault((path, reason), set()).add(self._steps.of(path)[0])
         if self._listener is not None and not asked:
             self._listener.missed(path, reason)
 
@@ -356,8 +368,9 @@ class Session:
         self._own_kernels += 1
         site = self._numbering.numbered(site)
         self._seen_paths.add(site.path)
+        step, entry = self._steps.of(site.path)
         if stands_for_others(call.v if call.q is None else call.q):
-            self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(max(self._step, 0))
+            self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(step)
             return
         if self._listener is not None and not asked:
             self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
@@ -369,9 +382,10 @@ class Session:
             return
         if self._room is not None and is_large(call):
             plan = self.plan
-            forward = Forward(self._step, plan.model, plan.classes, self._hooks.inputs, self.aside)
+            forward = Forward(step, plan.model, plan.classes, self._hooks.inputs, self.aside)
             self._room.check(forward, call, site)
-        kept = self._recorder.keep(call, site, max(self._step, 0), len(self.trace.calls))
+        kept = self._recorder.keep(call, site, step, len(self.trace.calls))
+        kept.entry = entry
         self.trace.calls.append(kept)
         if self._sink is not None and takes:
             self._recorder.deliver(kept, self._sink)
@@ -385,7 +399,7 @@ class Session:
         sites = self.plan.sites
         if not all(key in sites and sites[key].path in self._seen_paths for key in self._modules_run):
             for place in unread_sites(self.plan, self._modules_run, self._seen_paths):
-                self._skipped.setdefault(place, set()).add(max(self._step, 0))
+                self._skipped.setdefault(place, set()).add(max(self._steps.number, 0))
         self.trace.skipped = [
             Skipped(path, reason, tuple(sorted(steps))) for (path, reason), steps in self._skipped.items()
         ]
@@ -405,7 +419,7 @@ class Session:
         if self.trace.calls or self._own_kernels or self.trace.skipped:
             return
         check_meta(self.plan.model)
-        if self._step < 0 and not self._modules_run:
+        if self._steps.number < 0 and not self._modules_run:
             raise NoAttentionError("the model was never called while it was traced.")
         raise NoAttentionError(
             f"no attention ran in {type(self.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "

@@ -8,10 +8,12 @@ says the same without touching anything. ``nn.Module.__call__`` leads to ``_call
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,27 +37,115 @@ def _check() -> None:
         missing("torch.nn.Module._call_impl(self, *args, **kwargs)", _PIECE)()
 
 
-def running_path(paths: Mapping[int, str], model: nn.Module) -> str | None:
+def running_path(paths: Mapping[int, str]) -> str | None:
     """The path of the innermost module of a model whose forward is on this thread's stack; None: none of them.
 
     Args:
         paths: module identity -> path, of every module of the model.
-        model: the model; ``""`` is returned where somebody calls its forward without calling it.
     """
     if _CALL is None:
         _check()
     frame: FrameType | None = sys._getframe(1)
-    found = None
     while frame is not None:
-        if frame.f_code is _CALL:
+        # The name first: reading a frame's locals copies them, which for every frame would cost more than the kernel.
+        # A forward that nobody went through __call__ for is one all the same.
+        if frame.f_code is _CALL or frame.f_code.co_name == "forward":
             path = paths.get(id(frame.f_locals.get("self")))
             if path is not None:
                 return path
-        # The name first: reading a frame's locals copies them, which for every frame would cost more than the kernel.
-        elif found is None and frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
-            found = ""
         frame = frame.f_back
-    return found
+    return None
+
+
+class Outermost(NamedTuple):
+    """What of a model runs, and was not called by anything else of it.
+
+    Attributes:
+        path: of the outermost module whose forward is on the stack.
+        run: stands for this one execution of its forward: equal to itself as long as it lasts, and to no other.
+        method: stands for the execution of the outermost method of one of the model's modules around it, such as
+            ``generate``; None: there is none.
+    """
+
+    path: str
+    run: object
+    method: object | None
+
+
+def outermost(paths: Mapping[int, str], methods: frozenset[str]) -> Outermost | None:
+    """Which module of a model was called first of all that run on this thread's stack; None: none runs.
+
+    Args:
+        paths: module identity -> path, of every module of the model.
+        methods: the names of all their methods (:func:`method_names`).
+    """
+    _check()
+    frame: FrameType | None = sys._getframe(1)
+    found: tuple[str, FrameType] | None = None
+    around: FrameType | None = None
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            path = paths.get(id(frame.f_locals.get("self")))
+            if path is not None:
+                found, around = (path, frame), None
+        # The name first, for the same reason; and of whose method it is the module's class is asked, since any function
+        # may be named so.
+        elif code.co_name in methods and code.co_argcount and code.co_filename != _CALL.co_filename:  # type: ignore[union-attr]
+            first = frame.f_locals.get(code.co_varnames[0])
+            path = paths.get(id(first))
+            if path is not None and _is_method(type(first), code):
+                if code.co_name == "forward":
+                    found, around = (path, frame), None
+                elif found is not None:
+                    around = frame
+        frame = frame.f_back
+    if found is None:
+        return None
+    return Outermost(found[0], _execution(found[1]), None if around is None else _execution(around))
+
+
+def method_names(classes: Iterable[type]) -> frozenset[str]:
+    """The names of what the classes of some modules define, those that they inherit from included."""
+    kinds = {base for cls in classes for base in cls.__mro__} - set(nn.Module.__mro__)
+    return frozenset().union(*map(vars, kinds))
+
+
+def _is_method(cls: type, code: CodeType) -> bool:
+    """Whether a class runs this code where its method of that name is called, under whatever decorators."""
+    body = inspect.unwrap(getattr(cls, code.co_name, None), stop=lambda f: getattr(f, "__code__", None) is code)  # type: ignore[arg-type]
+    return getattr(body, "__code__", None) is code
+
+
+class _Mark:
+    """Left on a frame to know it again; the frame holds it, so that the mark ends with it, and nothing holds the frame.
+
+    ``f_trace`` is what a debugger calls for each line of a frame while one is at work. Called so, a mark does nothing.
+    """
+
+    __slots__ = ("__weakref__",)
+
+    def __call__(self, *_: Any) -> _Mark:
+        return self
+
+
+def _execution(frame: FrameType) -> object:
+    """Stands for one execution of a function. Frames themselves would keep all their locals alive."""
+    if frame.f_trace is None:
+        frame.f_trace = _Mark()
+    # A debugger has its own there: then the frame is held, and with it what the function had.
+    return weakref.ref(frame.f_trace) if isinstance(frame.f_trace, _Mark) else frame
+
+
+def count_calls(module: nn.Module) -> int:
+    """How many calls of a module are on this thread's stack."""
+    _check()
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None:
+        count += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return count
 
 
 def call_arguments(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
