@@ -27,6 +27,7 @@ from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
 from .statistics.base import Statistic
+from .torch_internals.frames import level_outside
 from .torch_internals.lazy_copies import LAZY_COPIES
 from .traces import Trace
 
@@ -177,13 +178,15 @@ def tracing(
             session.stop()
         session.finish()
         session.check_found()
+        unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
+        trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
         if stream is not None:
             stream.finish()
     finally:
         session.close()  # before the stream: copies on their way from a GPU end in it
         if stream is not None:
             stream.close()
-    _warn(trace, [] if layouts is None else layouts.unused({call.site.path for call in trace.calls}))
+    _warn(trace, unused)
 
 
 # Cached: 0.1 µs in place of 3 a trace.
@@ -214,9 +217,12 @@ def _warn(trace: Trace, unused: Sequence[str]) -> None:
             f'layout={{{path!r}: "BTHD"}}, the axes of q as it enters the dot product, or write an adapter '
             "(docs/adapters.md); call.basis has what is known of each axis",
             GuessedAxesWarning,
-            stacklevel=4,
+            stacklevel=level_outside(__package__),
         )
     if unused:
-        text = f"layout= names {', '.join(map(repr, unused[:_NAMED]))}, where no attention was recorded"
-        trace.notes.append(text)
-        warnings.warn(f"{text}; trace.calls has the paths of the calls", GuessedAxesWarning, stacklevel=4)
+        warnings.warn(
+            f"layout= names {', '.join(map(repr, unused[:_NAMED]))}, where no attention was recorded; "
+            "call.site.path says where each call was",
+            GuessedAxesWarning,
+            stacklevel=level_outside(__package__),
+        )

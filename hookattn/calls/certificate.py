@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ class Certificate:
         status: ``faithful``, ``unfaithful``, or ``unverified`` (verification was off).
         output_error: max abs error of weights·v against the kernel's own output, of the head that is furthest from it
             for the size of its values.
-        weights_error: max abs error of the derived weights against the model's own; None where it forms none.
-        row_sum_error: max distance of a row sum from 1 (with sinks: above 1).
+        weights_error: max abs error of the derived weights against the model's own; None where it forms none, or where
+            nobody knows how they follow from scores (see :mod:`hookattn.attention.normalizers`).
+        row_sum_error: max distance of a row sum from 1 (with sinks: above 1); 0 of a normalizer whose rows need not sum
+            to 1.
         tolerance: the bound for ``output_error``.
-        weights_tolerance: the bound for ``weights_error`` and ``row_sum_error``.
+        weights_tolerance: the bound for ``weights_error``; four times that is the bound for ``row_sum_error``.
         rows: query rows checked, of ``of_rows``, in every batch entry and head that was captured.
         basis: what the rebuilt output was compared with.
     """
@@ -56,9 +59,10 @@ class Certificate:
 
     def __str__(self) -> str:
         weights = "" if self.weights_error is None else f", weights {self.weights_error:.1e}"
+        finite = all(map(math.isfinite, (self.output_error, self.weights_error or 0.0, self.row_sum_error)))
         return (
             f"{self.status}: {self.basis} {self.output_error:.1e} of {self.tolerance:.1e}{weights}, "
-            f"{self.rows} of {self.of_rows} rows"
+            f"{self.rows} of {self.of_rows} rows" + ("" if finite else "; some numbers of the call are not finite")
         )
 
 
@@ -68,3 +72,18 @@ UNVERIFIED = Certificate("unverified", 0.0, None, 0.0, 0.0, 0.0, 0, 0, "nothing"
 def tolerance(dtype: torch.dtype) -> float:
     """The allowed distance per unit of what was computed in a dtype; one that has no bound here is taken for coarse."""
     return TOLERANCE.get(dtype, max(TOLERANCE.values()))
+
+
+def joined(certificates: Sequence[Certificate]) -> Certificate:
+    """What holds for all of several calls that were put together."""
+    states = {c.status for c in certificates}
+    status = next(s for s in ("unfaithful", "unverified", "faithful") if s in states)
+    worst = max(certificates, key=lambda c: (c.status == status, c.output_error / (c.tolerance or 1.0)))
+    formed = [c.weights_error for c in certificates if c.weights_error is not None]
+    return replace(
+        worst,
+        weights_error=max(formed) if formed else None,
+        row_sum_error=max(c.row_sum_error for c in certificates),
+        rows=sum(c.rows for c in certificates),
+        of_rows=sum(c.of_rows for c in certificates),
+    )

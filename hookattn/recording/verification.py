@@ -192,7 +192,7 @@ def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurem
     used = weights if call.applied is None else call.applied.to(wide)
     outputs, basis = _output_errors(call, used, live)
     if derived is None:
-        basis = f"{basis} of the model's own weights, which follow from nothing"
+        basis = f"{basis} of the model's own weights"
     v = call.v if call.v.shape[0] == b else call.v.expand(b, -1, -1, -1)
     finite = torch.nan_to_num(v.to(wide), 0.0, 0.0, 0.0)  # the value of a key that nobody attends to may be anything
     values, sizes = max_abs(finite, None, 2), None
@@ -201,7 +201,8 @@ def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurem
     if not normalizer_of(call.normalizer).sums_to_one:
         total = torch.zeros_like(total)
         sizes = max_abs(weights, live)
-        values = values * max_abs(used.abs().sum(-1), None if live is None else live[..., 0]).clamp_min(1)
+        sums = max_abs(used.abs().sum(-1), None if live is None else live[..., 0])
+        values = values * sums.nan_to_num(1.0, 1.0).clamp_min(1)  # what is not finite is no bound for anything
     largest = None
     if scores is not None:
         largest = max_abs(scores if mask.real is None else torch.where(mask.real, scores, 0.0), None).to(wide)
