@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .cuts import Cut
 
 Layout = tuple[tuple["Atom", ...], ...]
 # data: an axis of something given to the model, or kept through it: batch entries, positions.
@@ -43,10 +46,11 @@ class Atom:
         step: how many entries of the parent's line lie between two of its own: of two parts of one atom, the outer has
             the larger.
         maps: what identifies the learned maps that made it.
+        beside: the roots of other sequences that were laid end to end with it; inherited by its parts.
     """
 
     birth: Birth
-    __slots__ = ("birth", "maps", "parent", "repeated", "role", "root", "size", "step")
+    __slots__ = ("beside", "birth", "maps", "parent", "repeated", "role", "root", "size", "step")
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Atom:
         self.birth = birth if before is None else before.birth
         self.root: Atom = self if before is None else before.root
         self.maps: frozenset[Any] = maps if before is None else before.maps
+        self.beside: frozenset[Atom] = frozenset() if before is None else before.beside
         self.step: int = step if step is not None else 1 if before is None else before.step
         if before is not None and role is None:
             self.role = before.role
@@ -88,7 +93,7 @@ class Atom:
 class Origin:
     """Where a tensor's shape came from; its layout is worked out only if an attention call asks for it."""
 
-    __slots__ = ("_entry_of", "_layout", "_shown", "args", "birth", "depth", "how", "parent", "shape")
+    __slots__ = ("_entry_of", "_layout", "_shown", "args", "birth", "cut", "depth", "how", "parent", "shape")
 
     def __init__(
         self,
@@ -108,6 +113,8 @@ class Origin:
         self.args = args
         self._layout: Layout | None = None
         self._shown: Layout | None = None
+        #: What it was cut off, as a chunk of the queries or a head of all.
+        self.cut: Cut | None = None if parent is None else parent.cut
         self.depth: int = 0 if parent is None else parent.depth + 1
         if self.depth > _MAX_DEPTH:
             self.full()
@@ -399,7 +406,30 @@ def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, bool, Sequen
             return _with(layout, dim, new, made)
     if new:
         return _with(layout, dim, new, Atom(count, birth="lost"))
-    return tuple(_resize(d, n) for d, n in zip(layout, shape, strict=True))
+    laid = [a for p in parts for a in p.layout()[dim]] if all(len(p.shape) == len(shape) for p in parts) else []
+    return tuple(
+        _end_to_end(d, n, laid) if i == dim else _resize(d, n)
+        for i, (d, n) in enumerate(zip(layout, shape, strict=True))
+    )
+
+
+def _end_to_end(first: tuple[Atom, ...], extent: int, parts: Sequence[Atom]) -> tuple[Atom, ...]:
+    """A dimension that several were laid end to end along.
+
+    Args:
+        first: that of the one whose axes the result has.
+        extent: of all together.
+        parts: the atoms of all.
+    """
+    out = _resize(first, extent)
+    roots = frozenset(a.root for a in parts).union(*(a.beside for a in parts))
+    if len(roots) > 1 and all(a.birth in ("data", "parameter") for a in parts):
+        if any(a.birth == "lost" for a in out) and first:  # positions of an image, which lie along two, and a text
+            out = (Atom(extent, of=first[0]),)
+        for atom in out:
+            if atom not in first:
+                atom.beside = roots - {atom.root}
+    return out
 
 
 def _with(layout: Layout, dim: int, new: bool, atom: Atom) -> Layout:
@@ -429,6 +459,8 @@ def _number_of(parts: Sequence[Origin], dim: int | None) -> Atom | None:
         cuts = [one[i][0] if len(one[i]) == 1 else None for one in layouts]
         whole = cuts[0].parent if cuts[0] is not None else None
         if whole is None or any(c is None or c.parent is not whole for c in cuts) or i == dim:
+            continue
+        if len({id(c) for c in cuts}) < count:  # a part of a dimension that all of them have
             continue
         if whole.size == count * parts[0].shape[i]:
             return Atom(count, whole, step=whole.step * parts[0].shape[i])
