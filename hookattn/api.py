@@ -148,7 +148,7 @@ def tracing(
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_watch_plan(model)
-    layouts = None if layout is None else Layouts(layout, set(plan.paths.values()))
+    layouts = None if layout is None else Layouts(layout, plan.paths.values())
     trace = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import DOT, FIELD_SPECS, FIELDS, KernelCall, asked_for
+from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KernelCall, asked_for
 from ..errors import FieldAbsent, FieldNotCaptured
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
@@ -332,6 +332,11 @@ class Call:
         return name in self.derivable
 
     @property
+    def captured(self) -> tuple[str, ...]:
+        """The fields that were asked for and kept, without those that came with one of them."""
+        return tuple(f for f in self.fields if f not in FIELD_SPECS or FIELD_SPECS[f].kept_with not in self.fields)
+
+    @property
     def guessed(self) -> tuple[str, ...]:
         """The letters of the axes that nothing but convention tells from others: see ``basis``. Empty: none is."""
         return tuple(letter for letter, how in self.basis.items() if how == "guessed")
@@ -357,3 +362,12 @@ class Call:
 def scale_of(call: KernelCall) -> float | Tensor | None:
     """The scale of a call whose scores are q·k; None: they are something else, and have none."""
     return call.scale if call.score == DOT else None
+
+
+def joint_basis(calls: Sequence[Call]) -> dict[str, str]:
+    """How the axes of several calls are known that are put together: of each as that of the least sure one."""
+    sure = {word: i for i, word in enumerate(BASES)}
+    found = [c.basis for c in calls]
+    if not all(found):  # one is from a file that does not say it
+        return {}
+    return {x: max((basis[x] for basis in found if x in basis), key=lambda how: sure.get(how, -1)) for x in found[0]}

@@ -54,7 +54,7 @@ def query_and_key_counts(call: Call) -> tuple[int, int]:
     if t is None or s is None:
         raise FieldNotCaptured(
             f"how many {'queries' if t is None else 'keys'} {call.site.label} had in step {call.step} can't be told; "
-            f"trace again with capture={(*call.fields, 'q' if t is None else 'k')!r}."
+            f"trace again with capture={(*call.captured, 'q' if t is None else 'k')!r}."
         )
     return t, s
 
@@ -124,7 +124,7 @@ class Lineage:
         if s > self.length + t:
             raise FieldNotCaptured(
                 f"{call.site.label} has {s} keys in step {call.step} and {self.length + t} tokens were fed: which of "
-                f"them are real is in the mask. Trace again with capture={(*call.fields, 'mask')!r}."
+                f"them are real is in the mask. Trace again with capture={(*call.captured, 'mask')!r}."
             )
         return s
 
@@ -167,7 +167,7 @@ class Lineage:
             raise FieldNotCaptured(
                 f"step {step} of the {self.stack} stack has {most} earlier keys after {self.length} tokens: only the "
                 f"keys tell whether candidates were taken back or a window moved on. Trace again with "
-                f"capture={(*any_call.fields, 'k')!r}."
+                f"capture={(*any_call.captured, 'k')!r}."
             )
         n = filled[site][0] - t
         cached, known = calls[site].k[:, :, :n], self._known[site]
@@ -207,7 +207,7 @@ class Lineage:
             elif self.beams is None and (batch > 1 or again) and own:
                 raise FieldNotCaptured(
                     f"which rows step {step} of the {self.stack} stack continues is told by its keys, which were not "
-                    f"captured: trace again with capture={(*calls[own[0]].fields, 'k')!r}; or, if rows were never "
+                    f"captured: trace again with capture={(*calls[own[0]].captured, 'k')!r}; or, if rows were never "
                     "reordered (no beam search), say so with stitch(beams=False)."
                 )
             elif self.beams is None and batch > 1 and not own:

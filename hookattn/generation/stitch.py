@@ -13,7 +13,7 @@ from torch import Size, Tensor
 
 from ..attention.functional import dot_scores, finish_scores, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, SOURCES
-from ..calls.call import Call
+from ..calls.call import Call, joint_basis
 from ..calls.certificate import Certificate
 from ..calls.deriving import derive_field, shape_and_dtype
 from ..calls.extents import per_query_head
@@ -191,6 +191,7 @@ class _Site:
             step=0,
             scale=self._scale(),
             dropout=max(c.dropout for c in self.calls),
+            basis=joint_basis(self.calls),
             notes=(
                 *dict.fromkeys(n for c in self.calls for n in c.notes),
                 stitching_note(len(self.calls)),

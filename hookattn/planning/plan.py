@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..calls.trace_data import TraceData
 from ..errors import ModelError, NoAttentionError
 from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
+from ..recording.layouts import Layouts
 from ..recording.selection import Selection
 from ..recording.session import Recorder, Session, Sink
 from ..torch_internals.devices import free_memory, plain_reason, size_of
@@ -40,6 +41,7 @@ def plan(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     to: str | PathLike[str] | None = None,
+    layout: Mapping[str, str] | None = None,
 ) -> MemoryPlan:
     """Predict what ``hookattn.trace`` with the same arguments will keep, without running attention.
 
@@ -49,7 +51,7 @@ def plan(
     header of 1 MiB or more, and stores masks of equal content once.
 
     Args:
-        model, inputs, capture, layers, heads, queries, dtype, device, to: as in :func:`hookattn.trace`.
+        model, inputs, capture, layers, heads, queries, dtype, device, to, layout: as in :func:`hookattn.trace`.
 
     Returns:
         A MemoryPlan; its ``repr`` is a table.
@@ -62,7 +64,7 @@ def plan(
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
-    return plan_with_advice(calls_on_shapes(model, *arguments(inputs)), selection, to)
+    return plan_with_advice(calls_on_shapes(model, *arguments(inputs), layout), selection, to)
 
 
 class ShapeRecorder(Recorder):
@@ -115,12 +117,16 @@ class ShapeRecorder(Recorder):
         self._memo.forget()
 
 
-def calls_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCalls:
+def calls_on_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Mapping[str, str] | None = None
+) -> SeenCalls:
     """The calls of a forward on shapes; raises as :func:`plan` does."""
     seen = SeenCalls()
     copy, args, kwargs = fake_copy(model, args, kwargs)
+    watched = make_watch_plan(copy)
+    layouts = None if layout is None else Layouts(layout, watched.paths.values())
     session = Session(
-        make_watch_plan(copy), TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True
+        watched, TraceData(), Selection.of(), ShapeRecorder(seen), strict=False, shapes_only=True, layouts=layouts
     )
 
     def may_guess() -> bool:
