@@ -91,6 +91,7 @@ class Product:
         matched: for each label of the result, its atoms beside the operands'; filled by :meth:`layout`.
         single: of each atom of a dimension with an extent of 1, the label; filled by :meth:`layout`.
         widths: the atoms that are summed over, of either operand; filled by :meth:`layout`.
+        log_sums: whether the logsumexp of its rows was taken, as for a merge of blocks of keys.
         given: asked for what the user said of the axes of the queries, a letter for each; None: nothing.
     """
 
@@ -106,6 +107,7 @@ class Product:
         self.single: dict[Atom, Label] = {}
         self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
         self.given: Callable[[], str | None] | None = None
+        self.log_sums = False
         # Asked for by every term, mask and operand of one call, and by all uses of one softmax: made once.
         self._roles: tuple[tuple[Atom, ...], Roles] | None = None
 
@@ -138,7 +140,7 @@ class Product:
         dims_a, dims_b = dict(zip(self.la, layout_a, strict=True)), dict(zip(self.lb, layout_b, strict=True))
         width_a, width_b = ([a for x in self.contracted for a in d[x]] for d in (dims_a, dims_b))
         self.widths = {"a": width_a, "b": width_b}
-        heads_a, heads_b = _HeadTest(width_a), _HeadTest(width_b)
+        heads_a, heads_b = HeadTest(width_a), HeadTest(width_b)
         made = self._made()
         out = []
         for label, extent in zip(self.lo, shape, strict=True):
@@ -316,6 +318,8 @@ class Roles:
             self.heads.update(a for a in rest if a.role == "H" or (a in shared and self._feature(a)))
         else:
             self.heads.update(a for a in rest if a.role == "H" or (a.role is None and axes[a].head))
+            # What both have, one by copies and one by a parameter, is no batch: nothing that was given lies along it.
+            self.heads.update(a for a in shared if a.role is None and self._learned_alone(a))
             # Features of another line: heads whose width went through one more map, or tokens that were made of
             # features. They are tokens where the heads of their operand are known.
             other = [a for a in rest if a.role is None and a not in self.heads and self._feature(a)]
@@ -325,6 +329,11 @@ class Roles:
                 self.guessed.update("BHTG")
         if not self.given:
             self._doubts(mine, shared, known_queries)
+
+    def _learned_alone(self, atom: Atom) -> bool:
+        sources = self.product.axes[atom].sources
+        learned = [s.birth == "parameter" and not s.repeated for s in sources]
+        return any(learned) and all(x or s.repeated for x, s in zip(learned, sources, strict=True))
 
     def _width_lost(self, side: Side) -> bool:
         widths = self.product.widths
@@ -513,7 +522,7 @@ class _Made(NamedTuple):
     maps: frozenset[object]
 
 
-class _HeadTest:
+class HeadTest:
     """Whether an atom is heads, by the width that a product sums over."""
 
     def __init__(self, width: Sequence[Atom]) -> None:
