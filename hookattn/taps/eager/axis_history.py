@@ -380,13 +380,15 @@ def windowed(layout: Layout, shape: tuple[int, ...], dim: int) -> Layout:
 
 def pairs_as_numbers(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """``view_as_complex``: the last dimension, of two, is a number now."""
-    return layout[:-1]
+    if len(layout) < 2 or layout[-2] or not layout[-1]:
+        return layout[:-1]
+    return (*layout[:-2], (Atom(1, layout[-1][0]),))  # a single number is what is left of the width
 
 
 def numbers_as_pairs(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """``view_as_real``: a last dimension of two, which is a part of the width."""
-    inner = next((d[-1] for d in reversed(layout) if d), None)
-    return (*layout, (Atom(2, inner),) if inner is not None else (Atom(2, birth="lost"),))
+    inner = layout[-1][-1] if layout and layout[-1] else None
+    return (*layout, (Atom(2, inner) if inner is not None else Atom(2, birth="lost"),))
 
 
 def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, bool, Sequence[Origin]]) -> Layout:
