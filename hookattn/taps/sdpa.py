@@ -1,8 +1,13 @@
-"""``torch.nn.functional.scaled_dot_product_attention``: its real arguments, grouped heads undone, any batch shape."""
+"""``torch.nn.functional.scaled_dot_product_attention``: its real arguments, grouped heads undone, any batch shape.
+
+So are the kernels that it chooses from. Nobody is to call them by name, and graphs that were exported and taken apart
+do: each returns its output and more beside it, and has its arguments in an order of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +15,7 @@ from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.isolation import isolated
+from ..torch_internals.operators import argument_defaults
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded, shown
@@ -38,17 +44,58 @@ def handle(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, An
         # that were copies of one another need not be so any more.
         args, kwargs, given = (), changed, changed
     out = func(*args, **kwargs)
-    if given["query"].is_nested or given["key"].is_nested or given["value"].is_nested:
+    if _nested(given):
         watch.recorder.skip("scaled_dot_product_attention on nested tensors")
         return out
     call = plain(watch.recorder, func, given, out)
     result = answer(watch.recorder, call, out) if asks else out
+    _report(watch, "scaled_dot_product_attention", given, call)
+    return result
+
+
+def handle_chosen(name: str, watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run one of the kernels that are chosen from, and report it as a call of the function itself."""
+    defaults = argument_defaults(name)
+    own = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    result = func(*args, **kwargs)
+    out: Tensor = result[0]
+    given = {**_DEFAULTS, **{key: own[key] for key in _NAMES if key in own}}
+    mask: Tensor | None = own.get("attn_mask", own.get("attn_bias"))
+    # The function turns booleans into 0 and -inf before it gets here; these add what they are given.
+    given["attn_mask"] = mask.to(out.dtype) if mask is not None and mask.dtype == torch.bool else mask
+    if _nested(given):
+        watch.recorder.skip(f"{name} on nested tensors")
+        return result
+
+    def undropped(**_: Any) -> Any:
+        without = {"dropout_p": 0.0, **({"dropout_mask": None} if "dropout_mask" in own else {})}
+        return func(**{**own, **without})[0]
+
+    call = plain(watch.recorder, undropped, given, out)
+    if call.causal and name in _FROM_THE_END:
+        call.offset = call.k.shape[-2] - call.q.shape[-2]
+    _report(watch, name, given, call)
+    return result
+
+
+def handle_unread(name: str, watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run a kernel below those that are chosen from, and say that it is not read."""
+    out = func(*args, **kwargs)
+    watch.recorder.skip(f"aten.{name} was called by its own name, which is not read")
+    return out
+
+
+def _nested(given: dict[str, Any]) -> bool:
+    return bool(given["query"].is_nested or given["key"].is_nested or given["value"].is_nested)
+
+
+def _report(watch: Follower, name: str, given: dict[str, Any], call: KernelCall) -> None:
+    assert call.output is not None
     try:
-        with isolated(out):
+        with isolated(call.output):
             watch.recorder.record(read(watch, given, call))
     except LayoutError as error:
-        watch.recorder.skip(f"scaled_dot_product_attention: {error}")
-    return result
+        watch.recorder.skip(f"{name}: {error}")
 
 
 def _named(watch: Follower, given: dict[str, Any]) -> bool:
@@ -261,4 +308,30 @@ def _value_factors(v: Tensor, origin: Origin, layout: Layout, roles: Roles) -> l
     return [*out, [Factor(v.shape[-2], "S")], [Factor(v.shape[-1], "D")]]
 
 
-TAP = Tap("sdpa", kernels={"scaled_dot_product_attention": handle})
+_CHOSEN = (
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+# Whose last query stands at the last key where it is causal; that of the others' first query at the first key.
+_FROM_THE_END = frozenset({"_scaled_dot_product_flash_attention"})
+# What those are made of: B T H D, packed sequences, and a mask by number.
+_BELOW = (
+    "_cudnn_attention_forward",
+    "_efficient_attention_forward",
+    "_flash_attention_forward",
+    "_flash_attention_forward_no_dropout_inplace",
+    "_triton_multi_head_attention",
+    "_triton_scaled_dot_attention",
+)
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": handle,
+    **{name: partial(handle_chosen, name) for name in _CHOSEN},
+    **{name: partial(handle_unread, name) for name in _BELOW},
+}
+
+TAP = Tap("sdpa", kernels=_KERNELS)

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...torch_internals.operators import operator_name
 from . import entry_rules, score_rules, view_rules, weight_rules
 from .concat_rules import concatenated_scores
 from .operation import OperationKind, Rule, same_state
@@ -88,7 +89,11 @@ _CLAMP = Row(
     moves_scores=True,
     rules={Scores: score_rules.clamped, RowStatistic: weight_rules.clamped_statistic},
 )
-_WHERE = Row(entries=entry_rules.chosen, moves_scores=True, rules={Scores: score_rules.where_filled})
+_WHERE = Row(
+    entries=entry_rules.chosen,
+    moves_scores=True,
+    rules={Scores: score_rules.where_filled, Weights: weight_rules.where_weights},
+)
 _DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.weights_after_dropout})
 _CAT = Row(
     joins=True,
@@ -217,6 +222,7 @@ _ROWS: dict[str, Row] = {
     ),
     # ---- what makes no tensor worth following, and everything that only asks
     "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "
+    "sym_size sym_stride sym_numel sym_storage_offset "
     "is_floating_point is_complex is_inference nelement ndimension element_size get_device __hash__ __iter__ "
     "backward register_hook requires_grad_ retain_grad _set_grad_enabled __set__ arange zeros ones full empty tensor "
     "as_tensor zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor finfo "
@@ -236,11 +242,41 @@ _ALIASES = {
     "H": "T",
     "mH": "mT",
 }
+# Operators of torch.ops.aten that have their arguments in another order than the function.
+OPERATIONS["aten::slice"] = OPERATIONS["narrow"]
+OPERATIONS["aten::index"] = replace(OPERATIONS["__getitem__"], axes=view_rules.indexed_by_list)
+OPERATIONS["aten::embedding"] = replace(OPERATIONS["embedding"], axes=view_rules.embedded_from, operand=1)
+# Operators of torch.ops.aten whose names are no function's, or another's.
+_OPERATORS = {
+    "_log_softmax": "log_softmax",
+    "_safe_softmax": "softmax",
+    "_to_copy": "to",
+    "_unsafe_view": "reshape",
+    "convolution": "conv2d",
+    "embedding": "aten::embedding",
+    "index": "aten::index",
+    "lift_fresh_copy": "clone",
+    "numpy_T": "T",
+    "slice": "aten::slice",
+    "unsafe_chunk": "chunk",
+    "unsafe_split": "split",
+    "unsafe_split_with_sizes": "split_with_sizes",
+}
 
 
 def name_of(func: Any) -> str:
-    """One name for the function, the method and the operator; empty for what makes no tensor worth following."""
-    name = getattr(func, "__name__", "")
+    """One name for the function, the method and the operator; empty for what makes no tensor worth following.
+
+    An operator of ``torch.ops`` has the name of the function, if it is torch's own; another library's may mean anything
+    by it, and keeps the library's name in front.
+    """
+    operator = operator_name(func)
+    if operator is None:
+        name = getattr(func, "__name__", "")
+    elif operator[0] != "aten":
+        return "::".join(operator)
+    else:
+        name = _OPERATORS.get(operator[1], operator[1])
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         return _ALIASES.get(name, name) if name in _PROPERTIES else ""

@@ -207,6 +207,16 @@ def embedded(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return axis_history.embedded, map_of(kwargs.get("weight", args[1] if len(args) > 1 else None))
 
 
+def indexed_by_list(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``aten.index(x, indices)``: None stands for a dimension that is left as it is."""
+    return indexed(x, out, (x, tuple(slice(None) if i is None else i for i in args[1])), kwargs)
+
+
+def embedded_from(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """``aten.embedding(weight, ids)``; ``x``: the ids."""
+    return embedded(x, out, (x, args[0]), {})
+
+
 def gathered(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
     """``gather``: some entries of one dimension, which may be others for each entry of another."""
     return (axis_history.resized, None) if out.dim() == x.dim() else None

@@ -213,6 +213,9 @@ def _first(c: Operation, dim: int) -> int | None:
     if c.name == "narrow":
         start = c.arg(2, "start")
         return start % n if isinstance(start, int) and c.arg(1, "dim") % c.x.dim() == dim else None
+    if c.name == "aten::slice":
+        start, _, step = slice(c.arg(2, "start"), c.arg(3, "end"), c.arg(4, "step", 1)).indices(n)
+        return start if step == 1 and c.arg(1, "dim", 0) % c.x.dim() == dim else None
     index = c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],)
     if any(not (i is Ellipsis or isinstance(i, slice)) for i in index):
         return None
@@ -249,6 +252,13 @@ def masked_weights(c: Operation) -> State | None:
     if number(c.arg(2, "value")) == 0:
         return same_state(c)
     return mixed_weights(c)
+
+
+def where_weights(c: Operation) -> State | None:
+    """``where`` of weights and zeros: weights set to 0 where masked."""
+    others = [x for x in c.args if x is not c.x and not (isinstance(x, Tensor) and x.dtype == torch.bool)]
+    zeros = all(number(x) == 0 if not isinstance(x, Tensor) else not bool(x.any()) for x in others)
+    return same_state(c) if zeros and isinstance(c.out, Tensor) and c.out.shape == c.x.shape else mixed_weights(c)
 
 
 def summed_outputs(c: Operation) -> State | None:

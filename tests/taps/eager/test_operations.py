@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hookattn.taps.eager import entry_rules
-from hookattn.taps.eager.operations import _ROWS, OPERATIONS, kind_of, name_of, writes_to
+from hookattn.taps.eager.operations import _OPERATORS, _ROWS, OPERATIONS, kind_of, name_of, writes_to
 from hookattn.taps.eager.states import ScatteredScores, Scores, Weights
 
 PLACES = (torch, Tensor, F, torch._C, torch._C._nn, torch.special, torch.ops.aten, Tensor.data)
@@ -19,7 +19,8 @@ OURS = {"where_method"}
 
 
 def test_every_name_is_one_of_torch() -> None:
-    unknown = [name for name in OPERATIONS if name not in OURS and not any(hasattr(place, name) for place in PLACES)]
+    names = [name.removeprefix("aten::") for name in (*OPERATIONS, *_OPERATORS, *_OPERATORS.values())]
+    unknown = [name for name in names if name not in OURS and not any(hasattr(place, name) for place in PLACES)]
     assert not unknown
 
 
