@@ -26,7 +26,8 @@ class LayerCounts:
 
     def of(self, site: Site) -> int:
         """How many layers there are of a site's stack and kind; where the structure does not tell, of those noted."""
-        return site.layers or self._last[site.stack, site.kind] + 1
+        # A stack in two containers is told from one of them.
+        return max(site.layers or 0, self._last[site.stack, site.kind] + 1)
 
     def naming(self, indices: Iterable[int], site: Site) -> set[int]:
         """Those of some indices that name the layer of a site; negative ones count from the end of its stack."""

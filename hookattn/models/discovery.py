@@ -45,6 +45,7 @@ class WatchPlan:
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
         classes: those of all modules; one that has several places in the model comes several times.
+        sites_by_path: path -> site, as far as they were asked for; those of all traces of one model.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class WatchPlan:
     suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
     named: dict[int, Adapter] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
+    sites_by_path: dict[str, Site] = field(default_factory=dict)
 
     @property
     def adapters(self) -> set[str]:
@@ -86,6 +88,7 @@ class _Found(NamedTuple):
     torch_modules: list[int]
     watch_all: bool
     leaves: list[bool]
+    sites_by_path: dict[str, Site]
 
 
 _MANY = 10_000
@@ -111,7 +114,7 @@ def make_watch_plan(model: nn.Module) -> WatchPlan:
     else:
         modules, shape = _walk(model, _UNKNOWN)
         found = _known[model] = _look(model, modules, shape)
-    plan = WatchPlan(model, watch_all=found.watch_all, classes=shape.classes)
+    plan = WatchPlan(model, watch_all=found.watch_all, classes=shape.classes, sites_by_path=found.sites_by_path)
     for place, site, adapter in found.sites:
         module = modules[place]
         plan.sites[id(module)], plan.modules[id(module)] = site, module
@@ -175,7 +178,7 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     locked = {id(m) for top in fixed for m in top.modules()}
     hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
     leaves = [not children_of(m) and _never_attends(type(m)) for m in modules]
-    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, leaves)
+    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, leaves, {})
 
 
 def check_meta(model: nn.Module) -> None:

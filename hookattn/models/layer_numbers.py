@@ -1,10 +1,11 @@
-"""Layer numbers: an entry of a container is a layer, and this finds its number where no adapter says so."""
+"""Layer numbers: an entry of a container is a layer, and this finds which, and its number, where no adapter says so."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -25,7 +26,74 @@ def sounds_like_attention(name: str) -> bool:
     return _SOUNDS_LIKE.search(name) is not None and _ONLY_A_PART.search(name) is None
 
 
-def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str], str]) -> tuple[int, int]:
+class Entry(NamedTuple):
+    """An entry of a numbered container, on the way to an attention.
+
+    Attributes:
+        container: a ``ModuleList``, a ``Sequential``, or what a graph has in the place of one.
+        name: of the entry in it, a number.
+        path: of the entry from the root.
+        stack: whether the container is a stack of layers: an ``nn.Sequential`` of different classes is a pipeline.
+    """
+
+    container: nn.Module
+    name: str
+    path: str
+    stack: bool
+
+
+def layer_entry(path: str, root: nn.Module) -> tuple[Entry, bool] | None:
+    """The entry that is the layer of an attention, and whether it is nested in others; None: no container is there.
+
+    The first that is a stack, but where the entries of that one are stages: whose entries are layers themselves, with
+    an attention and something beside it.
+
+    Args:
+        path: of a module that attends, or of a place in it.
+        root: the model.
+    """
+    found: list[Entry] = []
+    module, parts = root, path.split(".") if path else []
+    for i, part in enumerate(parts):
+        child = children_of(module).get(part)
+        if child is None:
+            break
+        if part.isdigit() and _is_numbered(module):
+            stack = not isinstance(module, nn.Sequential) or len({type(m) for m in module}) == 1
+            found.append(Entry(module, part, ".".join(parts[: i + 1]), stack))
+        module = child
+    if not found:
+        return None
+    chosen = next((i for i, entry in enumerate(found) if entry.stack), 0)
+    for i in range(chosen + 1, len(found)):
+        if found[i].stack and _has_whole_layers(found[i], path, module):
+            chosen = i
+    return found[chosen], chosen > 0
+
+
+def _is_numbered(module: nn.Module) -> bool:
+    """Whether the children of a module are a sequence. In a graph the place of a container has a plain module."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return True
+    return type(module) is nn.Module and all(name.isdigit() for name in children_of(module))
+
+
+def _has_whole_layers(entry: Entry, path: str, site: nn.Module) -> bool:
+    """Whether the entries of a container that attend have weights for more than their attention."""
+    inner = path[len(entry.path) + 1 :]
+    entries = children_of(entry.container).values()
+    held = [(other, _attention(other, type(site), inner)) for other in entries if other is not None]
+    return all(attention is None or _has_more(other, attention) for other, attention in held)
+
+
+def _has_more(entry: nn.Module, path: str) -> bool:
+    """Whether there are matrices in an entry of a container, outside its attention."""
+    inside = set(entry.get_submodule(path).modules())
+    matrices = (m for m in entry.modules() if any(x is not None and x.dim() > 1 for x in parameters_of(m).values()))
+    return any(m not in inside for m in matrices)
+
+
+def number(container: nn.Module, name: str, site: nn.Module, inner: str, kind: Callable[[str], str]) -> tuple[int, int]:
     """The number of the layer that an entry of a container is, and how many layers there are.
 
     That is its name. Only where an attention is an entry of its own, and so is what mixes no tokens (a feed-forward
@@ -35,10 +103,11 @@ def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str
         container: a ``ModuleList`` or ``Sequential``.
         name: that of the entry which holds ``site``, a number.
         site: a module that attends.
+        inner: its path in the entry.
         kind: path -> kind.
     """
     entries = list(children_of(container).values())
-    held = [_attention(entry, type(site)) for entry in entries]
+    held = [_attention(entry, type(site), inner) for entry in entries]
     split = None in held and all(
         _mixes_nothing(entry) if entry is None or path is None else _only_mixes(entry, path)
         for entry, path in zip(entries, held, strict=True)
@@ -51,10 +120,15 @@ def number(container: nn.Module, name: str, site: nn.Module, kind: Callable[[str
     return same.index(index), len(same)
 
 
-def _attention(entry: nn.Module | None, known: type) -> str | None:
+def _attention(entry: nn.Module | None, known: type, inner: str) -> str | None:
     """The path of an entry's attention: the outermost module that is no block or layer around it; None: it has none."""
     if entry is None:
         return None
+    if known is nn.Module:  # in a graph classes say nothing
+        module: nn.Module | None = entry
+        for part in inner.split(".") if inner else ():
+            module = None if module is None else children_of(module).get(part)
+        return None if module is None else inner
     around: str | None = None
     path: str
     for path, module in entry.named_modules():

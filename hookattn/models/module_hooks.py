@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
 from ..torch_internals.frames import call_arguments, running_path
-from ..torch_internals.module_state import pre_hooks_of
+from ..torch_internals.module_state import children_of, pre_hooks_of
 from .discovery import WatchPlan
 from .site_names import site_of_path
 
@@ -106,11 +106,18 @@ class ModuleHooks:
         return call_arguments(self.plan.model)
 
     def site(self, path: str) -> Site:
-        """The site that a module belongs to, by the word of an adapter or else of its path."""
-        parts = path.split(".")
-        for end in range(len(parts), -1, -1):
-            module = self.plan.model.get_submodule(".".join(parts[:end]))
-            known = self.plan.sites.get(id(module))
-            if known is not None:
-                return known
-        return site_of_path(path, self.plan.model.get_submodule(path), self.plan.model)
+        """The site that a module belongs to, or a place in it, by the word of an adapter or else of its path."""
+        found = self.plan.sites_by_path.get(path)
+        if found is None:
+            found = self.plan.sites_by_path[path] = self._site_around(path) or site_of_path(path, self.plan.model)
+        return found
+
+    def _site_around(self, path: str) -> Site | None:
+        """The innermost site of an adapter that a path leads through."""
+        module: nn.Module | None = self.plan.model
+        found = None
+        for part in ("", *path.split(".")):
+            if module is not None and part:
+                module = children_of(module).get(part)
+            found = self.plan.sites.get(id(module), found)
+        return found

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from ..calls.site import Site
+from .site_names import running_layer
 
 
 class RunningNumbers:
-    """Numbers the sites of one trace that have none, in the order in which they run."""
+    """Numbers the sites of one trace that have none, by the order in which their layers run.
 
-    def __init__(self) -> None:
-        self._order: dict[tuple[str, str], list[str]] = {}
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers: dict[tuple[str, str], list[str]] = {}  # stack and kind -> the paths of layers
+        self._numbered: dict[tuple[str, str, str], Site] = {}
 
     def numbered(self, site: Site) -> Site:
-        """A site without a number gets its place among those of its stack and kind."""
+        """A site without a number gets the place of its layer among those of its stack and kind."""
         if site.layer is not None:
             return site
-        order = self._order.setdefault((site.stack, site.kind), [])
-        if site.path not in order:
-            order.append(site.path)
-        return replace(site, layer=order.index(site.path))
+        key = site.path, site.stack, site.kind
+        known = self._numbered.get(key)
+        if known is None:
+            layers, layer = self._layers.setdefault(key[1:], []), running_layer(site.path, self._model)
+            if layer not in layers:
+                layers.append(layer)
+            known = self._numbered[key] = replace(site, layer=layers.index(layer))
+        return known

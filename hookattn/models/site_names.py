@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 
 from ..calls.site import Site
-from .layer_numbers import number
+from ..torch_internals.module_state import children_of
+from .layer_numbers import layer_entry, number
 
 # The first that fits wins: in a path such as vision_model.encoder the modality says more than the encoder.
 _STACKS = (
@@ -26,26 +26,54 @@ _CROSS = re.compile(
 
 
 def layer_of(path: str, root: nn.Module) -> tuple[int | None, int | None]:
-    """The first numbered container on a path: the number of the layer in it, and of how many; (None, None): no such.
+    """The number of the layer that a path leads to, and of how many; (None, None): neither is known before it runs.
 
-    An ``nn.Sequential`` of different classes is a pipeline, not a stack of layers, if there are layers further in.
+    Numbers begin anew in each stage of a model that has several; there they say nothing.
     """
-    module: Any = root
-    parts = path.split(".") if path else []
-    found: tuple[nn.Module, str] | None = None
-    for part in parts:
-        parent, module = module, getattr(module, part, None)
-        if part.isdigit() and isinstance(parent, (nn.ModuleList, nn.Sequential)):
-            stack = isinstance(parent, nn.ModuleList) or len({type(m) for m in parent}) == 1
-            if stack or found is None:
-                found = parent, part
-            if stack:
-                break
-        if module is None:
-            break
+    found = layer_entry(path, root)
+    if found is None:
+        numbers = [int(part) for part in path.split(".") if part.isdigit()]
+        return (numbers[0], None) if len(numbers) == 1 else (None, None)
+    entry, nested = found
+    site, real = _deepest(path, root)
+    if nested and _attends_elsewhere(real, site, entry.container, root):
+        return None, None
+    return number(entry.container, entry.name, site, real[len(entry.path) + 1 :], kind_of)
+
+
+def running_layer(path: str, root: nn.Module) -> str:
+    """The path of the layer that a path leads to, where :func:`layer_of` knows no number: what is to be counted."""
+    found = layer_entry(path, root)
     if found is not None:
-        return number(*found, root.get_submodule(path), kind_of)
-    return next(((int(p), None) for p in parts if p.isdigit()), (None, None))
+        return found[0].path
+    parts = path.split(".")
+    last = next((i for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), len(parts) - 1)
+    return ".".join(parts[: last + 1])
+
+
+def _deepest(path: str, root: nn.Module) -> tuple[nn.Module, str]:
+    """The module at a path, or the last one on the way to it, and its path."""
+    module, parts = root, path.split(".") if path else []
+    for i, part in enumerate(parts):
+        child = children_of(module).get(part)
+        if child is None:
+            return module, ".".join(parts[:i])
+        module = child
+    return module, path
+
+
+def _attends_elsewhere(path: str, site: nn.Module, container: nn.Module, root: nn.Module) -> bool:
+    """Whether there is attention of the same class, stack and kind outside a container."""
+    inside = set(container.modules())
+    place = stack_of(path), kind_of(path)
+    name = path.rpartition(".")[2]
+    return any(
+        type(module) is type(site)
+        and module not in inside
+        and (stack_of(other), kind_of(other)) == place
+        and (type(site) is not nn.Module or other.rpartition(".")[2] == name)
+        for other, module in root.named_modules()
+    )
 
 
 def stack_of(path: str, default: str = "main") -> str:
@@ -62,7 +90,12 @@ def kind_of(path: str) -> str:
     return "cross" if any(_CROSS.search(part) for part in path.split(".")) else "self"
 
 
-def site_of_path(path: str, module: nn.Module, root: nn.Module) -> Site:
-    """What a path tells on its own, without an adapter."""
+def site_of_path(path: str, root: nn.Module) -> Site:
+    """What a path tells on its own, without an adapter.
+
+    Args:
+        path: of a module, or of a place in one.
+        root: the model.
+    """
     layer, layers = layer_of(path, root)
-    return Site(path, layer, stack_of(path), kind_of(path), type(module).__name__, layers=layers)
+    return Site(path, layer, stack_of(path), kind_of(path), type(_deepest(path, root)[0]).__name__, layers=layers)

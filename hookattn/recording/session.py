@@ -150,10 +150,9 @@ class Session:
         self._own_kernels = 0  # of the kernels heard, those of this model
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
-        self._numbering = RunningNumbers()
+        self._numbering = RunningNumbers(plan.model)
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
-        self._sites_by_path: dict[str, Site] = {}
         self._skipped: dict[tuple[str, str], set[int]] = {}  # path and reason -> steps
         self._exchanges: list[Exchange] = []
         self._running = False
@@ -267,7 +266,7 @@ class Session:
         opened = not self._modes.open()
         if opened:
             self._modes.push()
-        site = self.plan.sites.get(id(module)) or self._site_at(self.plan.paths[id(module)])
+        site = self.plan.sites.get(id(module)) or self._hooks.site(self.plan.paths[id(module)])
         self._entered.append((site, opened))
 
     def _leave_site(self) -> None:
@@ -293,12 +292,7 @@ class Session:
         running = self._hooks.running() if call.path is None else call.path
         if running is None:
             return None
-        return self._site_at(".".join(x for x in (running, call.within) if x))
-
-    def _site_at(self, path: str) -> Site:
-        if path not in self._sites_by_path:
-            self._sites_by_path[path] = self._hooks.site(path)
-        return self._sites_by_path[path]
+        return self._hooks.site(".".join(x for x in (running, call.within) if x))
 
     # What the taps report
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.models.registry import using
+from hookattn.models.running_numbers import RunningNumbers
+from hookattn.models.site_names import site_of_path
 
 D = 8
 
@@ -182,3 +184,115 @@ def test_names_that_are_no_places() -> None:
     model.layers.append(None)  # type: ignore[arg-type]
     model.forward = lambda x: [x := m(x) for m in model.layers if m is not None][-1]  # type: ignore[method-assign]
     assert numbers(model) == [("self", 0, 2), ("self", 1, 2)]
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def layer() -> Block:
+    return Block(attn=Attention(), net=Mlp())
+
+
+def pipeline(*stages: int) -> nn.Module:
+    """One Sequential, whose every second entry is a stage."""
+    parts: list[nn.Module] = [nn.Linear(D, D)]
+    for n in stages:
+        parts += [nn.Sequential(*(layer() for _ in range(n))), nn.LayerNorm(D)]
+    return nn.Sequential(*parts)
+
+
+class Stage(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.blocks, self.down = nn.ModuleList(layer() for _ in range(n)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.down(x)
+
+
+class Towers(nn.Module):
+    """Two that have their own layers each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.answer = Model(layer(), layer()), Model(layer(), layer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.query(x) + self.answer(x)
+
+
+def by_path(model: nn.Module, **options: Any) -> list[tuple[str, int | None]]:
+    return [(call.site.path, call.site.layer) for call in hookattn.trace(model, torch.randn(2, 5, D), **options)]
+
+
+@pytest.mark.parametrize("make", [pipeline, lambda *n: Model(*(Stage(i) for i in n))], ids=["pipeline", "stages"])
+def test_layers_of_stages_are_numbered_as_they_run(make: Any) -> None:
+    model = make(2, 1, 3)
+    assert [layer for _, layer in by_path(model)] == [0, 1, 2, 3, 4, 5]
+    assert [layer for _, layer in by_path(model, layers=[-1])] == [5]
+    assert [layer for _, layer in by_path(model, layers=[0, -2])] == [0, 4]
+    trace = hookattn.trace(model, torch.randn(2, 5, D))
+    assert [c.site.layer for c in trace.select(layer=-1)] == [5]
+    with hookattn.tracing(model) as twice:
+        model(torch.randn(2, 5, D)), model(torch.randn(2, 5, D))
+    assert [c.site.layer for c in twice] == [*range(6)] * 2
+
+
+def test_two_attentions_of_a_layer_in_a_stage_have_its_number() -> None:
+    def block() -> nn.Module:
+        return Block(attn=nn.Sequential(Msa(), Msa()), net=Mlp())
+
+    model = Model(*(nn.Sequential(block(), block()) for _ in range(2)))
+    assert [layer for _, layer in by_path(model)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_layers_that_are_nested_in_one_place_alone_have_their_own_numbers() -> None:
+    model = nn.Sequential(nn.Linear(D, D), Stage(3))
+    assert numbers(model) == THREE
+
+
+def test_numbers_within_a_layer_are_not_those_of_layers() -> None:
+    heads = Model(*(Block(attn=nn.Sequential(Attention(), Attention()), net=Mlp()) for _ in range(2)))
+    assert numbers(heads) == [("self", i, 2) for i in (0, 0, 1, 1)]
+    pairs = Model(*(nn.Sequential(PreNorm(fn=Attention()), PreNorm(fn=Mlp())) for _ in range(3)))
+    assert numbers(pairs) == THREE
+
+
+def test_each_tower_has_its_own_numbers() -> None:
+    assert [layer for _, layer in by_path(Towers())] == [0, 1, 0, 1]
+
+
+class Graph(nn.Module):
+    """Plain modules in the place of containers, as a graph has them."""
+
+    def __init__(self, *stages: int) -> None:
+        super().__init__()
+        self.features = nn.Module()
+        for i, n in enumerate(stages):
+            self.features.add_module(str(i), stage := nn.Module())
+            for j in range(n):
+                stage.add_module(str(j), block := nn.Module())
+                block.attn, block.net = Attention(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.features.children():
+            for block in stage.children():
+                x = block.net(block.attn(x))
+        return x
+
+
+def test_plain_modules_with_numbers_are_containers() -> None:
+    assert [layer for _, layer in by_path(Graph(2, 2))] == [0, 1, 2, 3]
+    assert numbers(Graph(3)) == [("self", i, 3) for i in range(3)]
+
+
+def test_places_that_are_no_modules() -> None:
+    """What a graph says of where an operation came from may be gone from it."""
+    model = nn.Module()
+    assert site_of_path("blocks.2.attn", model).layer == 2
+    sites = [site_of_path(path, model) for path in ("features.1.0.attn", "features.1.1.attn", "features.3.0.attn")]
+    assert [(site.layer, site.layers, site.module) for site in sites] == [(None, None, "Module")] * 3
+    order = RunningNumbers(model)
+    assert [order.numbered(site).layer for site in (*sites, *sites)] == [0, 1, 2, 0, 1, 2]
