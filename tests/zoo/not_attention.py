@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.reference import causal, draw, heads
-from tests.zoo.base import B, D, E, H, T
+from tests.reference import draw, heads
+from tests.zoo.base import B, E, H, T
 
 
 class LinearAttention(nn.Module):
@@ -39,113 +39,7 @@ class EfficientAttention(nn.Module):
         return self.proj((q @ context).transpose(1, 2).flatten(2))
 
 
-class BahdanauAttention(nn.Module):
-    """Additive: the scores are a small network's, not a product of q and k."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.Wa, self.Ua, self.Va = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.Va(torch.tanh(self.Wa(x).unsqueeze(2) + self.Ua(x).unsqueeze(1))).squeeze(-1)
-        weights = F.softmax(scores, dim=-1)
-        return torch.bmm(weights, x)
-
-
-class GraphAttentionLayer(nn.Module):
-    """GAT: a leaky sum of two projections, masked by the adjacency, softmax, times features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.W, self.a1, self.a2 = nn.Linear(E, E, bias=False), nn.Linear(E, 1), nn.Linear(E, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.W(x)
-        e = F.leaky_relu(self.a1(h) + self.a2(h).transpose(1, 2), 0.2)
-        e = torch.where(causal(T), e, torch.full_like(e, -9e15))
-        return F.elu(torch.matmul(F.softmax(e, dim=-1), h))
-
-
-class DenseSynthesizerAttention(nn.Module):
-    """The scores are a projection of the token alone: there is no key."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores = nn.Sequential(nn.Linear(E, E), nn.ReLU(), nn.Linear(E, T))
-        self.value = nn.Linear(E, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scores(x).softmax(dim=-1) @ self.value(x)
-
-
-class SigmoidAttention(nn.Module):
-    """q k^T, but a sigmoid where the softmax would be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(E, 3 * E), nn.Linear(E, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (heads(t, H) for t in self.qkv(x).chunk(3, -1))
-        weights = torch.sigmoid(q @ k.transpose(-2, -1) * D**-0.5 - 1.6)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-class ReluSquaredAttention(nn.Module):
-    """q k^T through a squared ReLU, divided by the length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(E, 3 * E), nn.Linear(E, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (heads(t, H) for t in self.qkv(x).chunk(3, -1))
-        weights = F.relu(torch.einsum("bhtd,bhsd->bhts", q, k) / D**0.5) ** 2 / T
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-class SlotAttention(nn.Module):
-    """The softmax is over the slots (the queries), and the rows are renormalised over the inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots = nn.Parameter(draw(3, E, seed=21))
-        self.to_q, self.to_k, self.to_v = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.to_q(self.slots.expand(x.shape[0], -1, -1))
-        k, v = self.to_k(x), self.to_v(x)
-        dots = torch.einsum("bid,bjd->bij", q, k) * E**-0.5
-        attn = dots.softmax(dim=1) + 1e-8
-        attn = attn / attn.sum(dim=-1, keepdim=True)
-        return torch.einsum("bjd,bij->bid", v, attn)
-
-
-class RetentionAttention(nn.Module):
-    """q k^T times a decay, no normalisation at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(E, 3 * E), nn.Linear(E, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (heads(t, H) for t in self.qkv(x).chunk(3, -1))
-        age = (torch.arange(T)[:, None] - torch.arange(T)[None, :]).clamp(min=0)
-        decay = (0.9**age) * causal(T)
-        return self.proj(((q @ k.mT * decay) @ v).transpose(1, 2).flatten(2))
-
-
-NOT_ATTENTION: list[type[nn.Module]] = [
-    LinearAttention,
-    EfficientAttention,
-    BahdanauAttention,
-    GraphAttentionLayer,
-    DenseSynthesizerAttention,
-    SigmoidAttention,
-    ReluSquaredAttention,
-    SlotAttention,
-    RetentionAttention,
-]
+NOT_ATTENTION: list[type[nn.Module]] = [LinearAttention, EfficientAttention]
 
 
 class MixtureOfExperts(nn.Module):

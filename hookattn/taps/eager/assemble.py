@@ -9,21 +9,31 @@ import torch
 from torch import Tensor
 
 from ...attention.functional import dot_scores, finish_scores
-from ...attention.kernel_call import KernelCall
+from ...attention.kernel_call import DOT, KernelCall
 from ...attention.masks import FILL, MASKED, split_additive
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
+from .normalizer_names import name_of_steps, verified_name
 from .operations import mixes_axis
 from .products import Factor, Label, LayoutError, Product, Roles, arrange
+from .sequences import describe_product
 from .states import Scores, Term, ValueProduct, Weights
+from .value_roles import ValueRoles
 
 NAME = "eager"
 
 
 def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence[Label], origin: Origin) -> bool:
     """Whether a product sums over exactly the keys (then the other operand is ``v``; else it mixes heads)."""
-    if state.scores is None or state.scores_origin is None:
+    if state.scores_origin is None:
         return len(contracted) == 1 and labels.index(contracted[0]) == state.dim
+    if len(origin.layout()) != len(labels):
+        return False
+    if state.scores is None:
+        keys = {*state.scores_origin.layout()[state.dim]}
+        layout = dict(zip(labels, origin.layout(), strict=True))
+        own = [bool(keys & {a, *a.lineage()}) for x in contracted for a in layout[x]]
+        return bool(own) and all(own)
     dims = dict(zip(labels, origin.layout(), strict=True))
     roles = state.scores.product.roles_over(state.scores_origin, state.dim)
     summed = [a for x in contracted for a in dims[x]]
@@ -42,11 +52,13 @@ class CallBuilder:
         parts: the weights and their product with the values; several where the weights were split along the keys.
         out: the output.
         out_origin: its axes, where there are several parts.
+        formed: whether the weights' tensors are weights; else they follow from the scores.
     """
 
     parts: Sequence[tuple[Weights, ValueProduct]]
     out: Tensor
     out_origin: Origin | None = None
+    formed: bool = True
     state: Weights = field(init=False)
     scores: Scores = field(init=False)
     product: Product = field(init=False)
@@ -64,9 +76,11 @@ class CallBuilder:
         """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""
         scores = self.scores
         q, k = self._queries_and_keys()
-        v = _joined([self._values(use) for _, use in self.parts])
+        v = _joined([values_in_layout(use, self.roles) for _, use in self.parts])
         own, applied = self._weights()
         b, h = own.shape[:2]
+        if not self.formed:
+            own = applied = own[:0]
         k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
         mixed = list(dict.fromkeys(name for w, _ in self.parts for name in w.mixed))
         call = KernelCall(
@@ -78,7 +92,7 @@ class CallBuilder:
             scale=self._scale() if scores.cap is None else self._scale() * scores.cap,
             tap=NAME,
             softcap=scores.cap,
-            weights=own.to(v.dtype) if own.dtype != v.dtype and applied is own else own,
+            weights=None if not self.formed else own.to(v.dtype) if own.dtype != v.dtype and applied is own else own,
             dropout=max(w.dropout for w, _ in self.parts),
             softmax_dtype=self.state.dtype,
             mixed=bool(mixed),
@@ -87,16 +101,33 @@ class CallBuilder:
         if applied is not own:
             call.applied = applied
         if mixed:
-            call.notes.append(f"weights changed after the softmax by {_operations(mixed)}")
+            call.notes.append(f"weights changed after the softmax by {operations_note(mixed)}")
         self._check(call)
+        describe_product(call, self.product, self.roles)
+        call.score = scores.score
         self._terms(call)
         if scores.sink is not None:
-            call.sinks = self._sinks(scores.sink, h)
+            call.sinks = self.sinks(scores.sink, h)
         if scores.opaque:
             self._own_values(call)
         elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
             self._finite(call)
+        self._name(call)
+        if scores.score != DOT:
+            call.opaque = False
+            call.q = call.k = call.scale = None  # type: ignore[assignment]
         return call
+
+    def _name(self, call: KernelCall) -> None:
+        """Say what made weights of the scores, where it was no softmax over the keys."""
+        call.normalizer, steps = self.state.normalizer, self.state.steps
+        if steps is None:
+            return
+        name = name_of_steps(steps)
+        assert call.weights is not None
+        own = call.opaque or self.scores.score != DOT
+        scores = call.scores if own else finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
+        call.normalizer = verified_name(name, call.weights, scores, call.mask, slack_of(call.weights.dtype))
 
     def _queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """B H T D, and B G S D."""
@@ -117,7 +148,7 @@ class CallBuilder:
         own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
         return _cat([self._like_scores(x, origin.layout()) for x, origin in own]), applied
 
-    def _sinks(self, sink: Tensor, heads: int) -> Tensor:
+    def sinks(self, sink: Tensor, heads: int) -> Tensor:
         """The sink's column: H where it is a parameter of each head, else B H T 1."""
         column = self._aligned(Term(sink, self.state.scores_origin or self.state.origin))
         if not column.shape[0] == column.shape[2] == 1:
@@ -142,6 +173,9 @@ class CallBuilder:
                 biases.append(self._aligned(Term(bias, term.origin)))
             if mask is not None:
                 masks.append(self._aligned(Term(mask, term.origin)))
+        if self.state.steps is not None:  # a softmax is the same whatever is added to a row; what stands here is not
+            for shift in scores_shifts(self.scores, call.v):
+                biases.append(-self._aligned(Term(shift, self.scores.origin)))
         masks += [~self._aligned(fill) for fill in self.scores.fills]
         # Joined in B H T S, where each is 1 where it broadcasts: the sum has no more extents than its parts.
         for bias in biases:
@@ -177,24 +211,26 @@ class CallBuilder:
         derived = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
         residual = torch.where(keep, own.to(derived.dtype) - derived, 0.0)
         call.mask = keep if bool(hidden.any()) or call.mask is not None else None
-        if differs(residual, derived, own.dtype):
+        if scores.score != DOT:
+            call.scores = own if call.mask is None else torch.where(keep, own, 0.0)
+        elif differs(residual, derived, own.dtype):
             call.opaque = True
             call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own
-            call.notes.append(f"scores are the model's own: q·k went through {_operations(scores.opaque)}")
+            call.notes.append(f"scores are the model's own: q·k went through {operations_note(scores.opaque)}")
 
     def _check(self, call: KernelCall) -> None:
         b, h, t, _ = call.q.shape
         s = call.k.shape[2]
-        assert call.weights is not None and call.output is not None
+        assert call.output is not None
         if (
-            tuple(call.weights.shape) != (b, h, t, s)
+            (call.weights is not None and tuple(call.weights.shape) != (b, h, t, s))
             or call.v.shape[2] != s
             or tuple(call.output.shape[:3]) != (b, h, t)
             or h % call.k.shape[1]
         ):
             raise LayoutError(
                 f"the shapes do not fit: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}, v {tuple(call.v.shape)}, "
-                f"weights {tuple(call.weights.shape)}, output {tuple(call.output.shape)}"
+                f"output {tuple(call.output.shape)}"
             )
 
     def _like_scores(self, x: Tensor, layout: Layout) -> Tensor:
@@ -205,48 +241,53 @@ class CallBuilder:
         x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
         return arrange(x, self.roles.factors(layout, x.shape), "BHTS", broadcast=True)
 
-    def _values(self, use: ValueProduct) -> Tensor:
-        """B G S E."""
-        dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
-        layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
-        extents = dict(zip(use.v_labels, use.v.shape, strict=True))
-        pieces: list[list[Factor]] = []
-        order = []
-        # In the order of the weights' dimensions, with those that all values share.
-        for label, atoms in dims.items():
-            if label not in layout:
-                mine = [self.roles.factor(a, broadcast=True) for a in atoms]
-                pieces.append([p for p in mine if p.role in "BH"])
-                continue
-            order.append(use.v_labels.index(label))
-            extent = extents[label]
-            if label not in use.out_labels:
-                pieces.append([Factor(extent, "S")])
-                continue
-            pairs = refine(atoms, layout[label]) if extent != 1 else None
-            own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
-            mine = [self.roles.factor(a, broadcast=extent == 1, repeated=r) for a, r in own]
-            # Values that are shared by all queries have no axis of them, but an extent of 1.
-            pieces.append([p for p in mine if not (p.broadcast and p.role == "T")])
-        for i, label in enumerate(use.v_labels):
-            if label not in dims:
-                order.append(i)
-                pieces.append([Factor(extents[label], "D")])
-        return arrange(use.v.permute(order), pieces, "BHSD", group=True)
-
     def _output_factors(self) -> list[list[Factor]]:
         if self.out_origin is None:
-            use = self.parts[0][1]
-            dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
-            return [
-                [self.roles.factor(a) for a in dims[label]] if label in dims else [Factor(extent, "D")]
-                for label, extent in zip(use.out_labels, use.out.shape, strict=True)
-            ]
+            return output_factors(self.parts[0][1], self.roles)
         width = {a for _, use in self.parts for a in use.width}
         return [
             [Factor(a.size, "D") if a in width or width & {*a.lineage()} else self.roles.factor(a) for a in dim]
             for dim in self.out_origin.layout()
         ]
+
+
+def values_in_layout(use: ValueProduct, roles: Roles | ValueRoles) -> Tensor:
+    """The values of a product with weights, B G S E."""
+    dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+    layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
+    extents = dict(zip(use.v_labels, use.v.shape, strict=True))
+    pieces: list[list[Factor]] = []
+    order = []
+    # In the order of the weights' dimensions, with those that all values share.
+    for label, atoms in dims.items():
+        if label not in layout:
+            mine = [roles.factor(a, broadcast=True) for a in atoms]
+            pieces.append([p for p in mine if p.role in "BH"])
+            continue
+        order.append(use.v_labels.index(label))
+        extent = extents[label]
+        if label not in use.out_labels:
+            pieces.append([Factor(extent, "S")])
+            continue
+        pairs = refine(atoms, layout[label]) if extent != 1 else None
+        own = [(a, o.repeated) for a, o in pairs] if pairs else [(a, False) for a in atoms]
+        mine = [roles.factor(a, broadcast=extent == 1, repeated=r) for a, r in own]
+        # Values that are shared by all queries have no axis of them, but an extent of 1.
+        pieces.append([p for p in mine if not (p.broadcast and p.role == "T")])
+    for i, label in enumerate(use.v_labels):
+        if label not in dims:
+            order.append(i)
+            pieces.append([Factor(extents[label], "D")])
+    return arrange(use.v.permute(order), pieces, "BHSD", group=True)
+
+
+def output_factors(use: ValueProduct, roles: Roles | ValueRoles) -> list[list[Factor]]:
+    """The factors of the result of a product of weights and values."""
+    dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
+    return [
+        [roles.factor(a) for a in dims[label]] if label in dims else [Factor(extent, "D")]
+        for label, extent in zip(use.out_labels, use.out.shape, strict=True)
+    ]
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
@@ -268,10 +309,15 @@ def _same_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _operations(names: Sequence[str]) -> str:
+def operations_note(names: Sequence[str]) -> str:
     """The operations that scores or weights went through, for a note."""
     # One that sums over an axis and left scores or weights behind summed over heads; all else loses them.
     return ", ".join(names) + (" (mixed across heads)" if any(mixes_axis(x) for x in names) else "")
+
+
+def scores_shifts(scores: Scores, like: Tensor) -> list[Tensor]:
+    """What was subtracted from every score of a row, as tensors."""
+    return [x if isinstance(x, Tensor) else like.new_tensor(x) for x in scores.shifts]
 
 
 def differs(residual: Tensor, derived: Tensor, dtype: torch.dtype) -> bool:
@@ -284,5 +330,9 @@ def differs(residual: Tensor, derived: Tensor, dtype: torch.dtype) -> bool:
     """
     # q·k is a sum over the width, so that rounding adds up: 1e-5 is 84 units in the last place of float32, 2e-2 are 20
     # of float16 and 3 of bfloat16. What a model does to scores on purpose changes them by more than that.
-    slack = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
-    return float(residual.abs().amax()) > slack * max(1.0, float(derived.abs().amax()))
+    return float(residual.abs().amax()) > slack_of(dtype) * max(1.0, float(derived.abs().amax()))
+
+
+def slack_of(dtype: torch.dtype) -> float:
+    """The relative difference that is rounding still, of numbers that were computed in a dtype."""
+    return {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)

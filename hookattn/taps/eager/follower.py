@@ -20,9 +20,11 @@ from .axis_history import Origin
 from .operation import Operation, OperationKind
 from .operations import kind_of, name_of, writes_to
 from .origins import Origins, strided
-from .product_labels import parse_product
+from .pairwise import paired
+from .product_labels import parse_product, parse_several
 from .rules import next_state, piece_states, scattered_scores
 from .states import (
+    Pairwise,
     PartialOutput,
     RowStatistic,
     ScatteredOutput,
@@ -32,9 +34,20 @@ from .states import (
     ScoresSlice,
     SoftmaxUse,
     State,
+    TopScores,
+    Unnormalized,
+    WeightedValues,
     Weights,
 )
-from .value_products import finish_scattered, finish_sum, note_product
+from .value_products import (
+    finish_scattered,
+    finish_sum,
+    finish_unnormalized,
+    note_product,
+    note_several,
+    note_weighted_sum,
+)
+from .view_rules import rearrange, rearranges
 
 if TYPE_CHECKING:
     from ..base import ActiveTrace
@@ -45,7 +58,9 @@ Handler = Callable[["Follower", Any, Sequence[Any], dict[str, Any]], Any]
 # operation of the model.
 _Known = tuple[str, Handler | None, bool, OperationKind]
 # Followed for what they may become; where an operation has scores or weights as well, it is an operation on those.
-_MINOR = (RowStatistic, ScatteredScores, ScoresSlice)
+_LARGEST = "softmax over the largest scores of each query, whose result was not put back among all keys"
+_POURED = (Scores, ScoresSlice, ScatteredScores, Unnormalized, TopScores)
+_MINOR = (RowStatistic, ScatteredScores, ScoresSlice, Pairwise)
 
 
 class _Followed(NamedTuple):
@@ -104,6 +119,8 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs) if kwargs else func(*args)
         try:
             self.origins.note(kind, args, kwargs, out)
+            if kind.pairs:
+                self._pair(name, kind, args, kwargs or {}, out)
         except Exception as error:  # noqa: BLE001 - as in _try
             self._failed(name, error)
         return out
@@ -114,6 +131,11 @@ class Follower(TorchFunctionMode):
         kind = kind_of(name)
         found = self.operations[func] = name, self.kernels.get(name), kind.product or kind.softmax, kind
         return found
+
+    def layout_here(self) -> str | None:
+        """What the user said of the axes of the queries in the module that is running; None: nothing."""
+        path = self.recorder.where()
+        return None if path is None else self.recorder.layout_for(path)
 
     # What is known of a tensor
 
@@ -147,8 +169,11 @@ class Follower(TorchFunctionMode):
         """Run one operation and note what its result is."""
         kind = kind_of(name)
         if kind.product:
-            return self._product(name, func, args, kwargs)
-        found = self._followed(args, kwargs) if self.live else None
+            moved = rearranges(args) if name == "einsum" else None
+            if moved is None:
+                return self._product(name, func, args, kwargs)
+            name, func, args, kind = "rearrange", rearrange, moved, kind_of("rearrange")
+        found = self._followed(kind, args, kwargs) if self.live else None
         writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
             self._try(name, self._before_write, kind, found, args, kwargs)
@@ -180,6 +205,24 @@ class Follower(TorchFunctionMode):
         self.origins.note(ran.kind, ran.args, ran.kwargs, ran.out)
         if ran.kind.softmax:
             self._softmax_of_others(ran)
+        elif ran.kind.pairs:
+            self._pair(ran.name, ran.kind, ran.args, ran.kwargs, ran.out)
+
+    def _pair(self, name: str, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """An operation on two tensors ran: each may have been paired with each entry of the other."""
+        if type(out) is not Tensor or len(args) < 2 or out.dim() < 3 - (kind.arithmetic is None):
+            return
+        a, b = args[0], args[1]
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or out.shape in (a.shape, b.shape):
+            return
+        if not out.is_floating_point() or not (strided(a) and strided(b)):
+            return
+        with torch.no_grad():
+            state = paired(name, kind.arithmetic, a, b, out, self.origin(a), self.origin(b))
+        if state is not None:
+            if isinstance(state, Scores):
+                self.set_origin(out, state.origin)
+            self.set_state(out, state)
 
     def _operation_on(self, found: _Followed, ran: _Ran, out: Any, origin: Origin) -> Operation:
         """The operation as the rules take it; ``origin``: where the axes of ``out`` come from."""
@@ -196,6 +239,7 @@ class Follower(TorchFunctionMode):
             origin=origin,
             look=self.state,
             keep_finite=self.recorder.wants("scores"),
+            results=ran.out,
         )
 
     def _after(self, ran: _Ran, found: _Followed) -> None:
@@ -213,6 +257,10 @@ class Follower(TorchFunctionMode):
             new = next_state(self._operation_on(found, ran, result, origin))
             if new is not None and isinstance(result, Tensor):
                 self._became(result, found.state, new)
+            elif isinstance(found.state, Unnormalized):
+                finish_unnormalized(self, found.state, found.x)
+            elif ran.kind.pairs:
+                self._pair(ran.name, ran.kind, ran.args, ran.kwargs, ran.out)
 
     def _after_write(self, ran: _Ran, found: _Followed) -> None:
         """An operation on a part of an attention ran, and wrote to an argument."""
@@ -233,13 +281,25 @@ class Follower(TorchFunctionMode):
 
     def _poured(self, ran: _Ran, found: _Followed, written: Any) -> None:
         """Scores were written into a tensor that is no scores: a buffer that is filled block by block, say."""
-        if not strided(written) or not isinstance(found.state, (Scores, ScoresSlice, ScatteredScores)):
+        if not strided(written) or not isinstance(found.state, _POURED):
+            return
+        if isinstance(found.state, (Unnormalized, TopScores)):
+            self._summed_into(ran, found, written)
             return
         out = ran.out if isinstance(ran.out, Tensor) else found.x
         poured = self._operation_on(found._replace(x=written, position=0), ran, out, self.origin(written))
         state = scattered_scores(poured, poured.moved())
         if state is not None:
             self.set_state(written, state)
+
+    def _summed_into(self, ran: _Ran, found: _Followed, written: Tensor) -> None:
+        """Sums of values were added to a tensor in place, or written into one; or a softmax scattered into zeros."""
+        with torch.no_grad():
+            new = next_state(self._operation_on(found, ran, written, found.state.origin))
+            if new is not None:
+                self._became(written, found.state, new)
+            elif isinstance(found.state, Unnormalized):
+                finish_unnormalized(self, found.state, found.x)
 
     def _became(self, x: Tensor, before: State, new: State) -> None:
         """A tensor has a new state; ``before``: that of the argument it was made of."""
@@ -248,6 +308,14 @@ class Follower(TorchFunctionMode):
         elif isinstance(new, ScatteredWeights) and not isinstance(before, ScatteredWeights):
             new.root.use.path = self.recorder.where()
             self.uses.append(new.root.use)
+        elif isinstance(new, TopScores) and new.weights and new.use is None:
+            new.use = SoftmaxUse(self.recorder.where(), why=_LARGEST)
+            self.uses.append(new.use)
+        elif isinstance(before, (Pairwise, TopScores)) and isinstance(new, Scores):
+            self.set_origin(x, new.origin)
+        elif isinstance(new, WeightedValues) and new.summed:
+            note_weighted_sum(self, new, x)
+            return
         elif isinstance(new, PartialOutput) and new.complete:
             self.live.pop(id(x), None)
             finish_sum(self, new, x)
@@ -272,14 +340,21 @@ class Follower(TorchFunctionMode):
                 weights.scores_tensor = None
             if scores.product.learned:  # a router weighs with a matrix of its own: no attention to report
                 return
+        if weights.use is not None:  # of a softmax that ran over some of them
+            return
         weights.use = SoftmaxUse(self.recorder.where())
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
 
-    def _followed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Followed | None:
-        """The argument that is part of an attention; scores and weights before slices and statistics of them."""
+    def _followed(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any]) -> _Followed | None:
+        """The argument that is part of an attention; scores and weights before slices and statistics of them.
+
+        Of a view it is the tensor that is viewed, and nothing that only says to which shape (``expand_as``).
+        """
         found: _Followed | None = None
         live = self.live
+        if kind.operand == 0 and args:
+            args = args[:1]
         for i, arg in enumerate((*args, *kwargs.values()) if kwargs else args):
             for one in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if id(one) in live:
@@ -319,12 +394,27 @@ class Follower(TorchFunctionMode):
     def _softmax_of_others(self, ran: _Ran) -> None:
         """A softmax ran over something that is no scores: it is reported if values are then multiplied with it."""
         out, dim = ran.out, ran.kwargs.get("dim", ran.args[1] if len(ran.args) > 1 else None)
-        if isinstance(out, Tensor) and out.dim() >= 2 and isinstance(dim, int):
-            self.set_state(out, Weights(self.origin(out), dim=dim % out.dim()))
+        if not (isinstance(out, Tensor) and out.dim() >= 2 and isinstance(dim, int)):
+            return
+        origin = self.origin(out)
+        if origin.birth == "parameter":  # weights that are learned as they are
+            return
+        x = ran.args[0] if ran.args else ran.kwargs.get("input")
+        held = x if isinstance(x, Tensor) and x is not out and self.recorder.wants("scores") else None
+        use = SoftmaxUse(self.recorder.where(), done=True)
+        dtype = ran.kwargs.get("dtype") or out.dtype
+        state = Weights(origin, dim=dim % out.dim(), scores_tensor=held, use=use, dtype=dtype)
+        state.scores_origin, state.read = origin, -1 if held is None else version_of(held)
+        self.set_state(out, state)
 
     def _product(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         parsed = parse_product(name, args, kwargs)  # before it runs: baddbmm_ writes to what it adds
         out = func(*args, **kwargs)
+        if parsed is None and name == "einsum" and isinstance(out, Tensor):
+            several = parse_several(args)
+            if several is not None:
+                self.origins.note(kind_of(name), args, kwargs, out)
+                self._try(name, note_several, self, several, out)
         if parsed is None or not isinstance(out, Tensor):
             return out
         self._try(name, note_product, self, name, parsed, out)
@@ -332,6 +422,10 @@ class Follower(TorchFunctionMode):
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
+        for ref, state in list(self.live.values()):
+            out = ref()
+            if isinstance(state, Unnormalized) and out is not None:
+                self._try("flush", finish_unnormalized, self, state, out)
         for use in self.uses:
             if not use.done:
                 self.recorder.skip(use.why, use.path)

@@ -27,6 +27,7 @@ class OperationKind:
         entries: which entry of the arguments each entry of the result is; None: it may be none of them.
         rules: by the state of the argument that is followed, what the state of the result is.
         arithmetic: which of the four operations it is, on entries that lie at the same place.
+        pairs: of two operands with an axis each that the other lacks it makes something of every pair.
         moves_scores: a softmax over the result is still a softmax over scores, which may lie elsewhere.
         shuffles: the result has the argument's shape and not its places, so that the shape proves nothing.
         sums_axis: an axis of the argument is summed over, and another of any extent put in its place.
@@ -44,6 +45,7 @@ class OperationKind:
     entries: EntriesRule | None = None
     rules: Mapping[type[State], Rule] = field(default_factory=dict)
     arithmetic: Literal["mul", "div", "add", "sub"] | None = None
+    pairs: bool = False
     moves_scores: bool = False
     shuffles: bool = False
     sums_axis: bool = False
@@ -74,6 +76,7 @@ class Operation:
         origin: where the axes of the result come from.
         look: the state of a tensor.
         keep_finite: whether the model's own scores are wanted, as they are before a mask joins them.
+        results: all that it returned, where that is several.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Operation:
     origin: Origin
     look: Callable[[Any], State | None]
     keep_finite: bool
+    results: Any = None
 
     def moved(self, of: EntriesOf | None = None) -> Entries | None:
         """Where the entries of the result came from; None where that can't be told.

@@ -19,25 +19,30 @@ from typing import Any
 from torch import Tensor
 
 from ...torch_internals.operators import operator_name
-from . import entry_rules, score_rules, view_rules, weight_rules
+from . import entry_rules, pairwise, score_rules, sum_rules, view_rules, weight_rules
 from .concat_rules import concatenated_scores
 from .operation import OperationKind, Rule, same_state
 from .states import (
     Exponentials,
     LogWeights,
+    Pairwise,
     PartialOutput,
     RowStatistic,
     ScatteredScores,
     Scores,
     ScoresSlice,
     State,
+    TopScores,
+    Unnormalized,
+    WeightedValues,
     Weights,
 )
 
 Row = OperationKind
-_EVERY_VIEW: dict[type[State], Rule] = dict.fromkeys(
-    (Scores, ScoresSlice, Exponentials, LogWeights, RowStatistic, Weights, PartialOutput), same_state
-)
+_EVERY_VIEW: dict[type[State], Rule] = {
+    **dict.fromkeys((Scores, ScoresSlice, Exponentials, LogWeights, RowStatistic, Weights, PartialOutput), same_state),
+    Pairwise: pairwise.same_pairs,
+}
 
 
 def _view(axes: view_rules.AxesRule) -> Row:
@@ -45,33 +50,54 @@ def _view(axes: view_rules.AxesRule) -> Row:
     return Row(axes=axes, operand=0, entries=entry_rules.replayed, moves_scores=True, rules=_EVERY_VIEW)
 
 
-_COPY = Row(entries=entry_rules.same_places, moves_scores=True, rules=_EVERY_VIEW)
+_COPY = Row(
+    operand=0,
+    entries=entry_rules.same_places,
+    moves_scores=True,
+    rules=_EVERY_VIEW | {Unnormalized: sum_rules.kept_sums, TopScores: same_state},
+)
 _SHUFFLED = Row(entries=entry_rules.replayed, moves_scores=True, shuffles=True)
 _MUL = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="mul",
+    pairs=True,
     moves_scores=True,
-    rules={Scores: score_rules.multiplied, Exponentials: weight_rules.masked_exponentials},
+    rules={
+        Scores: score_rules.multiplied,
+        Exponentials: weight_rules.masked_exponentials,
+        Weights: weight_rules.multiplied_weights,
+        Unnormalized: sum_rules.scaled_sums,
+        TopScores: weight_rules.scaled_largest,
+    },
 )
 _DIV = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="div",
+    pairs=True,
     moves_scores=True,
-    rules={Scores: score_rules.divided, Exponentials: weight_rules.normalized},
+    rules={
+        Scores: score_rules.divided,
+        Exponentials: weight_rules.normalized,
+        Unnormalized: sum_rules.scaled_sums,
+        TopScores: weight_rules.scaled_largest,
+    },
 )
 _ADD = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="add",
+    pairs=True,
     moves_scores=True,
     rules={
         Scores: score_rules.added,
         RowStatistic: weight_rules.denominator,
         PartialOutput: weight_rules.summed_outputs,
+        Unnormalized: sum_rules.added_sums,
     },
 )
 _SUB = Row(
     entries=entry_rules.same_places_of_either,
     arithmetic="sub",
+    pairs=True,
     moves_scores=True,
     rules={Scores: score_rules.subtracted},
 )
@@ -94,7 +120,11 @@ _WHERE = Row(
     moves_scores=True,
     rules={Scores: score_rules.where_filled, Weights: weight_rules.where_weights},
 )
-_DROPOUT = Row(entries=entry_rules.same_places, drops_out=True, rules={Weights: weight_rules.weights_after_dropout})
+_DROPOUT = Row(
+    entries=entry_rules.same_places,
+    drops_out=True,
+    rules={Weights: weight_rules.weights_after_dropout, Scores: score_rules.scores_after_dropout},
+)
 _CAT = Row(
     joins=True,
     entries=entry_rules.concatenated,
@@ -114,6 +144,7 @@ _ROWS: dict[str, Row] = {
     "T": _view(view_rules.reversed_dims),
     "permute": _view(view_rules.permuted),
     "movedim moveaxis": _view(view_rules.dims_moved),
+    "rearrange": _view(view_rules.rearranged),  # an einsum of one operand
     "expand expand_as": _view(view_rules.expanded),
     "broadcast_to": Row(operand=0, axes=view_rules.expanded),
     # ---- copies and casts
@@ -157,7 +188,12 @@ _ROWS: dict[str, Row] = {
     "repeat": Row(operand=0, axes=view_rules.repeated, moves_scores=True),
     "tile": Row(operand=0, axes=view_rules.repeated),
     "repeat_interleave": Row(operand=0, axes=view_rules.interleaved, moves_scores=True),
-    "pad": Row(operand=0, axes=view_rules.resized, entries=entry_rules.padded, moves_scores=True),
+    "pad": Row(
+        operand=0,
+        axes=view_rules.resized,
+        entries=entry_rules.padded,
+        moves_scores=True,
+    ),
     "constant_pad_nd": Row(entries=entry_rules.padded),
     "cat concat concatenate": _CAT,
     "stack": Row(joins=True, moves_scores=True),
@@ -166,19 +202,17 @@ _ROWS: dict[str, Row] = {
     "flip roll": _SHUFFLED,
     "gather take_along_dim": replace(_SHUFFLED, operand=0, axes=view_rules.gathered),
     "index_select": replace(_SHUFFLED, operand=0, axes=view_rules.resized),
+    "topk": Row(operand=0, axes=view_rules.resized, moves_scores=True, rules={Scores: weight_rules.largest_scores}),
     "sort msort cumsum rot90": Row(moves_scores=True, shuffles=True),
     "fliplr flipud": Row(shuffles=True),
-    "scatter scatter_ index_add index_copy index_copy_ index_put index_put_": Row(moves_scores=True),
+    "scatter scatter_": Row(moves_scores=True, rules={TopScores: weight_rules.scattered_largest}),
+    "index_add index_copy index_copy_ index_put index_put_": Row(moves_scores=True),
     # ---- arithmetic
-    "mul mul_ multiply": _MUL,
-    "__mul__ __rmul__ __imul__": replace(_MUL, rules={Scores: score_rules.multiplied}),
-    "div div_ divide true_divide": _DIV,
-    "__truediv__ __itruediv__": replace(_DIV, rules={Scores: score_rules.divided}),
-    "add add_": _ADD,
-    "__add__ __radd__ __iadd__": replace(
-        _ADD, rules={Scores: score_rules.added, PartialOutput: weight_rules.summed_outputs}
-    ),
+    "mul mul_ multiply __mul__ __rmul__ __imul__": _MUL,
+    "div div_ divide true_divide __truediv__ __itruediv__": _DIV,
+    "add add_ __add__ __radd__ __iadd__": _ADD,
     "sub sub_ subtract __sub__ __isub__": _SUB,
+    "neg neg_ negative __neg__": Row(rules={Scores: score_rules.negated}),
     "tanh tanh_": Row(rules={Scores: score_rules.capped}),
     "exp exp_": Row(rules={Scores: weight_rules.exponentials, LogWeights: weight_rules.exponentials}),
     # ---- masks and bounds
@@ -189,7 +223,7 @@ _ROWS: dict[str, Row] = {
     "clamp_": replace(_CLAMP, moves_scores=False),
     "clamp_min_": replace(_CLAMP, moves_scores=False, rules={Scores: score_rules.clamped}),
     "clip": Row(rules={Scores: score_rules.clamped}),
-    "maximum": replace(_CLAMP, rules={Scores: score_rules.clamped}),
+    "maximum": _CLAMP,
     # ---- softmax, whole or in steps
     "softmax": Row(
         softmax=True,
@@ -197,29 +231,45 @@ _ROWS: dict[str, Row] = {
             Scores: weight_rules.weights_of_scores,
             ScoresSlice: weight_rules.scattered_softmax,
             ScatteredScores: weight_rules.scattered_softmax,
+            Pairwise: weight_rules.weights_of_pairs,
+            TopScores: weight_rules.weights_of_largest,
         },
     ),
+    "log": Row(rules={RowStatistic: weight_rules.logarithm}),
+    "logaddexp softplus": Row(rules={RowStatistic: weight_rules.extended_logsumexp}),
     "log_softmax": Row(rules={Scores: weight_rules.log_weights}),
-    "max": Row(rules={Scores: weight_rules.maximum}),
+    "max": Row(rules={Scores: weight_rules.maximum, RowStatistic: weight_rules.clamped_statistic}),
     "amax": Row(rules={Scores: weight_rules.row_maximum}),
-    "logsumexp": Row(rules={Scores: weight_rules.row_logsumexp}),
-    "sum": Row(rules={Exponentials: weight_rules.row_sum}),
+    "logsumexp": Row(rules={Scores: weight_rules.row_logsumexp, ScatteredScores: weight_rules.row_logsumexp}),
+    "sum": Row(
+        rules={
+            Exponentials: weight_rules.row_sum,
+            Scores: weight_rules.row_total,
+            Pairwise: pairwise.summed_pairs,
+            WeightedValues: weight_rules.summed_values,
+        }
+    ),
+    "mean": Row(rules={Pairwise: pairwise.summed_pairs}),
+    "norm linalg_vector_norm": Row(rules={Pairwise: pairwise.summed_pairs}),
     # ---- dropout
     "dropout dropout_": _DROPOUT,
     "dropout1d dropout2d dropout3d": Row(drops_out=True),
     "feature_dropout alpha_dropout native_dropout": Row(rules={Weights: weight_rules.weights_after_dropout}),
     # ---- products, and other sums over an axis
     "matmul __matmul__ __rmatmul__ bmm mm baddbmm baddbmm_ einsum": Row(product=True),
-    "linear": Row(operand=0, axes=view_rules.mapped, sums_axis=True),
+    "linear": Row(operand=0, axes=view_rules.mapped, sums_axis=True, rules={Pairwise: pairwise.mapped_pairs}),
     "addmm": Row(operand=1, axes=view_rules.mapped_and_added, sums_axis=True),
     "conv1d conv2d conv3d": Row(operand=0, axes=view_rules.convolved, sums_axis=True),
     "embedding": Row(operand=0, axes=view_rules.embedded, sums_axis=True),
     "bilinear addmv addbmm addr conv_transpose1d conv_transpose2d conv_transpose3d": Row(
         axes=view_rules.unknown, sums_axis=True
     ),
-    "embedding_bag tensordot inner dot mv outer kron cdist cross multi_head_attention_forward": Row(
+    "embedding_bag tensordot inner dot mv outer kron cross multi_head_attention_forward": Row(
         axes=view_rules.unknown, sums_axis=True
     ),
+    # ---- functions of pairs of vectors
+    "cdist": Row(axes=view_rules.unknown, sums_axis=True, product=True),
+    "cosine_similarity pairwise_distance": Row(axes=view_rules.unknown, sums_axis=True, pairs=True),
     # ---- what makes no tensor worth following, and everything that only asks
     "size dim numel stride is_contiguous storage_offset data_ptr item tolist __len__ __bool__ __repr__ __format__ "
     "sym_size sym_stride sym_numel sym_storage_offset "
@@ -227,7 +277,7 @@ _ROWS: dict[str, Row] = {
     "backward register_hook requires_grad_ retain_grad _set_grad_enabled __set__ arange zeros ones full empty tensor "
     "as_tensor zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor finfo "
     "eye linspace scalar_tensor set_ __deepcopy__ __reduce_ex__ numpy __contains__ broadcast_tensors "
-    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax topk": Row(ignored=True),
+    "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax": Row(ignored=True),
 }
 OPERATIONS: dict[str, OperationKind] = {name: row for names, row in _ROWS.items() for name in names.split()}
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...attention.kernel_call import DOT
 from .products import Label, ProductLabels
 
 
@@ -18,6 +19,7 @@ class ParsedProduct(NamedTuple):
         labels: those of their axes and of the result's.
         alpha: a factor.
         added: a tensor that is added to the product, and its factor; None: nothing is.
+        score: what it makes of a pair of vectors, if that is not their dot product.
     """
 
     a: Tensor
@@ -25,6 +27,7 @@ class ParsedProduct(NamedTuple):
     labels: ProductLabels
     alpha: float = 1.0
     added: tuple[Tensor, float] | None = None
+    score: str = DOT
 
 
 def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> ParsedProduct | None:
@@ -40,6 +43,9 @@ def parse_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Par
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return None
     labels = matmul_labels(a.dim(), b.dim())
+    if labels is not None and name == "cdist":
+        *batch, _, _ = labels.b
+        return ParsedProduct(a, b, ProductLabels(labels.a, [*batch, "n", "k"], labels.out), score="distance")
     return None if labels is None else ParsedProduct(a, b, labels)
 
 
@@ -82,9 +88,38 @@ def einsum_labels(equation: str, a: int, b: int) -> ProductLabels | None:
     operands match from the right, as broadcasting has it.
     """
     equation = equation.replace(" ", "")
+    made = several_labels(equation, (a, b))
+    return None if made is None else ProductLabels(made[0][0], made[0][1], made[1])
+
+
+class ParsedEinsum(NamedTuple):
+    """An einsum of more than two tensors.
+
+    Attributes:
+        operands: the tensors.
+        labels: those of each.
+        out: those of the result.
+    """
+
+    operands: Sequence[Tensor]
+    labels: Sequence[Sequence[Label]]
+    out: Sequence[Label]
+
+
+def parse_several(args: Sequence[Any]) -> ParsedEinsum | None:
+    """The operands and labels of an einsum of more than two tensors; None: it is none."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    if not args or not isinstance(args[0], str) or len(operands) < 3:
+        return None
+    made = several_labels(args[0].replace(" ", ""), [x.dim() for x in operands])
+    return None if made is None else ParsedEinsum(operands, *made)
+
+
+def several_labels(equation: str, dims: Sequence[int]) -> tuple[list[list[Label]], list[Label]] | None:
+    """The labels of the operands, of so many dimensions each, and of the result; None: they are no plain product."""
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
-    if len(terms) != 2:
+    if len(terms) != len(dims):
         return None
 
     def expand(term: str, n: int) -> list[Label]:
@@ -94,13 +129,13 @@ def einsum_labels(equation: str, a: int, b: int) -> ProductLabels | None:
         extra = n - len(head) - len(tail)
         return [*head, *range(-extra, 0), *tail]
 
-    la, lb = expand(terms[0], a), expand(terms[1], b)
+    operands = [expand(term, n) for term, n in zip(terms, dims, strict=True)]
     if not arrow:
         counts = left.replace(",", "").replace(".", "")
         dots = "..." if "..." in left else ""
         right = dots + "".join(sorted(x for x in set(counts) if counts.count(x) == 1))
-    n_dots = max((sum(isinstance(x, int) for x in side) for side in (la, lb)), default=0)
+    n_dots = max((sum(isinstance(x, int) for x in side) for side in operands), default=0)
     lo = expand(right, len(right.replace(".", "")) + n_dots)
-    if any(len(set(x)) != len(x) for x in (la, lb, lo)) or set(lo) - set(la) - set(lb):
+    if any(len(set(x)) != len(x) for x in (*operands, lo)) or set(lo) - {x for side in operands for x in side}:
         return None
-    return ProductLabels(la, lb, lo)
+    return operands, lo

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import Operation, Rule, number
-from .score_rules import opaque_scores
-from .states import ScatteredOutput, ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
+from .operation import Operation, Rule, number, same_state
+from .pairwise import changed_pairs
+from .score_rules import opaque_scores, padded_scores, step_of
+from .states import Pairwise, ScatteredOutput, ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
 from .weight_rules import mixed_weights, piece_weights
 
 LOST = "softmax over scores of q·k that went through {} before it, which is not followed"
@@ -31,7 +32,18 @@ def next_state(c: Operation) -> State | None:
         return scattered_output(c)
     rule = c.kind.rules.get(type(c.state)) or _UNLISTED.get(type(c.state))
     new = None if rule is None else rule(c)
-    return new if new is not None else scattered(c)
+    if new is None:
+        return scattered(c)
+    if isinstance(new, Scores) and isinstance(c.state, Scores) and _is_step(c, new, rule):
+        new.steps = [*c.state.steps, step_of(c)]
+    return new
+
+
+def _is_step(c: Operation, new: Scores, rule: Rule | None) -> bool:
+    """Whether an operation is one of those that make weights of scores: no view or copy, no dropout and no mask."""
+    if new.before is None or rule is same_state or c.kind.drops_out:
+        return False
+    return c.state.before is None or new.before is c.state.before
 
 
 def _opaque_unless_shuffled(c: Operation) -> State | None:
@@ -40,14 +52,21 @@ def _opaque_unless_shuffled(c: Operation) -> State | None:
 
 # What an operation makes of a state that its row has no rule for. A result of the scores' shape is taken for scores
 # that something was done to; of an operation that puts entries elsewhere, the shape proves nothing.
-_UNLISTED: dict[type[State], Rule] = {Scores: _opaque_unless_shuffled, Weights: mixed_weights}
+_UNLISTED: dict[type[State], Rule] = {
+    Scores: _opaque_unless_shuffled,
+    Weights: mixed_weights,
+    Pairwise: changed_pairs,
+}
 
 
 def scattered(c: Operation) -> State | None:
     """Scores whose entries were moved about."""
     if not c.kind.moves_scores or not isinstance(c.out, Tensor) or not c.out.is_floating_point():
         return None
-    return scattered_scores(c, c.moved())
+    made = scattered_scores(c, c.moved())
+    if isinstance(made, ScatteredScores) and c.name == "pad" and isinstance(c.state, Scores):
+        made.padded = padded_scores(c)
+    return made
 
 
 def scattered_scores(c: Operation, entries: Entries | None) -> State | None:

@@ -11,18 +11,47 @@ from torch import Tensor
 
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
-from .axis_history import Origin
+from .axis_history import Origin, known, resized
 from .operation import Operation, number, same_state
 from .products import mixes_heads
-from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Term
+from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
 
 
 def opaque_scores(c: Operation) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
     state: Scores = c.state
-    if isinstance(c.out, Tensor) and c.out.shape == c.x.shape and keeps_axes(c, state):
-        return state.but(opaque=[*state.opaque, c.name], finite=None)
-    return None
+    if not (isinstance(c.out, Tensor) and c.out.shape == c.x.shape and keeps_axes(c, state)):
+        return None
+    before = state.before
+    if before is None and not _is_factor(c):
+        held = None if c.out is c.x else (c.x, version_of(c.x), state.origin)
+        before = state.but(held=held)
+    return state.but(opaque=[*state.opaque, c.name], finite=None, before=before)
+
+
+def _is_factor(c: Operation) -> bool:
+    """Whether scores were multiplied by a tensor that is not made of them: what comes of it are scores as well."""
+    return c.kind.arithmetic in ("mul", "div") and c.position == 0 and c.look(c.other()) is None
+
+
+def step_of(c: Operation) -> Step:
+    """What an operation on the way from scores to weights was."""
+    operands = (*c.args, *c.kwargs.values())
+    others = [x for x in operands if x is not c.x]
+    by = next((n for n in map(number, others) if n is not None), None)
+    of_rows = any(isinstance(c.look(x), RowStatistic) for x in others if isinstance(x, Tensor))
+    return Step(c.name.strip("_"), by, of_rows)
+
+
+def scores_after_dropout(c: Operation) -> State | None:
+    """Dropout of scores that may be weights already."""
+    p, training = c.arg(1, "p", 0.5), c.arg(2, "training", True)
+    if not training or p == 0:
+        return same_state(c)
+    state: Scores = c.state
+    if c.out is c.x or c.out.shape != c.x.shape:
+        return opaque_scores(c)
+    return state.but(origin=c.origin, dropped=state.dropped or (c.x, state.origin, float(p)), finite=None)
 
 
 def keeps_axes(c: Operation, scores: Scores) -> bool:
@@ -36,7 +65,7 @@ def keeps_axes(c: Operation, scores: Scores) -> bool:
 
 def multiplied(c: Operation) -> State | None:
     """Multiplication by a number, or by a factor for each head."""
-    return _scaled(c, 1)
+    return _scaled(c, 1) or weighted_values(c)
 
 
 def divided(c: Operation) -> State | None:
@@ -44,17 +73,38 @@ def divided(c: Operation) -> State | None:
     return _scaled(c, -1) if c.position == 0 else opaque_scores(c)
 
 
+def negated(c: Operation) -> State | None:
+    """The negative of scores."""
+    return _times(c, -1.0) or opaque_scores(c)
+
+
+def _times(c: Operation, by: float | None) -> State | None:
+    """Scores times a number; None where it is none, or turns masks round."""
+    state: Scores = c.state
+    if by and math.isfinite(by) and (by > 0 or not (state.terms or state.fills or state.sink is not None)):
+        terms = [replace(t, factor=t.factor * by) for t in state.terms]
+        shifts = [shift * by for shift in state.shifts]
+        sink = None if state.sink is None else state.sink * by
+        if state.cap is None:
+            return state.but(
+                origin=c.origin, scale=state.scale * by, terms=terms, shifts=shifts, sink=sink, finite=None
+            )
+        scale = math.copysign(state.scale, state.scale * by)
+        cap = state.cap * abs(by)
+        return state.but(origin=c.origin, scale=scale, cap=cap, terms=terms, shifts=shifts, sink=sink, finite=None)
+    return None
+
+
 def _scaled(c: Operation, sign: int) -> State | None:
     """Scores times the other operand to the power of ``sign``."""
     state: Scores = c.state
     other = c.other()
     by = number(other)
-    if by is not None and by > 0 and math.isfinite(by):
-        by = by**sign
-        terms = [replace(t, factor=t.factor * by) for t in state.terms]
-        if state.cap is None:
-            return state.but(origin=c.origin, scale=state.scale * by, terms=terms, finite=None)
-        return state.but(origin=c.origin, cap=state.cap * by, terms=terms, finite=None)
+    made = _times(c, by**sign if by else None)
+    if made is not None:
+        return made
+    if state.before is not None and sign > 0 and is_indicator(other, c):
+        return filled(c, other == 0, 0.0)
     plain = state.cap is None and not state.terms and not state.fills and not state.opaque
     if isinstance(other, Tensor) and plain and c.look(other) is None and other.dim() >= 2:
         layout = other.shape[-2:] == (1, 1)
@@ -83,7 +133,8 @@ def _joined(c: Operation, sign: int) -> State | None:
     # A softmax in steps: scores minus their logsumexp, or minus their maximum, which leaves the softmax as it is.
     if isinstance(mine, RowStatistic) and sign < 0 and c.position == 0:
         if mine.kind == "lse":
-            return LogWeights(c.origin, of=state, dim=mine.dim)
+            of = mine.of if mine.of.sink is not None and mine.of.product is state.product else state
+            return LogWeights(c.origin, of=of, dim=mine.dim)
         if mine.kind == "max":
             return state.but(origin=c.origin, shifts=[*state.shifts, other], finite=None)
     if c.position != 0 and sign < 0:
@@ -124,6 +175,10 @@ def mask_filled(c: Operation) -> State | None:
 def filled(c: Operation, mask: Tensor, value: Any) -> State | None:
     """Overwriting where ``mask`` (True = masked)."""
     level = number(value)
+    if isinstance(c.state, Scores) and c.state.before is not None and level == 0:  # weights of 0: a mask
+        before = c.state.before
+        hidden = before.but(fills=[*before.fills, Term(mask, c.origin)])
+        return c.state.but(opaque=[*c.state.opaque, c.name], before=hidden, finite=None)
     if isinstance(c.state, Exponentials):
         if level == 0:
             of = c.state.of
@@ -147,6 +202,34 @@ def item_filled(c: Operation) -> State | None:
         return opaque_scores(c)
     state: Scores = c.state
     return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
+
+
+def is_indicator(other: Any, c: Operation) -> bool:
+    """Whether an operand is a mask of zeros and ones."""
+    if not isinstance(other, Tensor) or c.look(other) is not None or other.dim() == 0:
+        return False
+    return other.dtype == torch.bool or bool(((other == 0) | (other == 1)).all())
+
+
+def weighted_values(c: Operation) -> State | None:
+    """Weights times a tensor that has an axis more: values, if they are then summed over the keys."""
+    v = c.other()
+    if not isinstance(v, Tensor) or not isinstance(c.out, Tensor) or c.out is c.x or c.out.dim() < 2:
+        return None
+    n = c.out.dim()
+    of_w, of_v = ((1,) * (n - x.dim()) + tuple(x.shape) for x in (c.x, v))
+    width = [i for i in range(n) if of_w[i] == 1 and of_v[i] > 1]
+    if not width or len(width) == n:
+        return None
+    labels = [i for i in range(n) if i not in width]
+    weights = c.x.reshape(of_w).squeeze(tuple(width))
+    layout = ((),) * (n - c.x.dim()) + c.state.origin.layout()
+    if len(layout) != n:
+        return None
+    state = c.state.but(origin=known(tuple(layout[i] for i in labels)))
+    return WeightedValues(
+        c.origin, weights=weights, state=state, labels=labels, v=v, v_labels=list(range(n - v.dim(), n))
+    )
 
 
 def capped(c: Operation) -> State | None:
@@ -195,5 +278,26 @@ def scores_with_sink(c: Operation) -> State | None:
     sink = others[0]
     for shift in c.state.shifts:
         sink = sink + shift
+    return _extended(c, sink)
+
+
+def _extended(c: Operation, sink: Tensor) -> Scores:
+    """Scores with a column that takes part in the softmax and has no value."""
     state: Scores = c.state
-    return state.but(origin=c.origin, sink=sink, finite=state.finite or unmasked_scores(c))
+    origin = Origin(c.out.shape, resized, state.origin)
+    return state.but(origin=origin, sink=sink, finite=state.finite or unmasked_scores(c))
+
+
+def padded_scores(c: Operation) -> Scores | None:
+    """Scores with a column of one number beside them, which is a sink if a softmax runs over it."""
+    state: Scores = c.state
+    pad, mode, value = c.arg(1, "pad"), c.arg(2, "mode", "constant"), c.arg(3, "value")
+    value = 0.0 if value is None else number(value)
+    if mode != "constant" or value is None or value <= FILL or state.sink is not None or state.before is not None:
+        return None
+    if list(pad[:2]) not in ([0, 1], [1, 0]) or any(pad[2:]):
+        return None
+    sink = torch.full_like(c.x[..., :1], value)
+    for shift in state.shifts:
+        sink = sink + shift
+    return _extended(c, sink)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...attention.kernel_call import DOT
+from ...attention.normalizers import SOFTMAX
 from .axis_history import Atom, Origin
 from .entries import Entries
 from .products import Label, Product
@@ -46,6 +48,20 @@ class State:
     version: int = -1
 
 
+class Step(NamedTuple):
+    """An operation between scores and weights.
+
+    Attributes:
+        name: its name, without underscores.
+        by: the number that is its other operand, if that is one.
+        of_rows: its other operand is one number for each row, made of the scores themselves: their sum, say.
+    """
+
+    name: str
+    by: float | None = None
+    of_rows: bool = False
+
+
 @dataclass(slots=True)
 class Scores(State):
     """``cap·tanh(scale·factors·a·b/cap) + terms − shifts``, with ``fills`` overwritten by something very negative.
@@ -64,6 +80,12 @@ class Scores(State):
         opaque: the operations that were not understood; the scores are then read off the model's own tensor.
         entries: which score of ``a·b`` each entry is, once they were moved about; None: the tensor is ``a·b``'s.
         finite: the model's own scores before any term or mask joined them, their version and their axes.
+        score: what they are: ``dot``, or what was seen in place of q·k, which is then opaque.
+        composed: an operand of the product is weights, or such a product itself: no product of queries and keys.
+        before: the scores before the first operation that may have made weights of them; None: there was none.
+        steps: that operation, and all since.
+        held: the model's own tensor of them, its version and its axes, where its values may have to be read.
+        dropped: where they went through a dropout: what they were before it, their axes, and its probability.
     """
 
     product: Product = None  # type: ignore[assignment]
@@ -77,10 +99,65 @@ class Scores(State):
     opaque: list[str] = field(default_factory=list)
     entries: Entries | None = None
     finite: tuple[Tensor, int, Origin] | None = None
+    score: str = DOT
+    composed: bool = False
+    before: Scores | None = None
+    steps: list[Step] = field(default_factory=list)
+    held: tuple[Tensor, int, Origin] | None = None
+    dropped: tuple[Tensor, Origin, float] | None = None
 
     def but(self, **changes: Any) -> Scores:
         """A copy with changes."""
         return replace(self, **changes)
+
+
+@dataclass(slots=True)
+class Pairwise(State):
+    """Two tensors broadcast against each other, each with an axis of its own and with a width that both have.
+
+    Attributes:
+        a, b: the operands, without the axes that only the other has.
+        labels_a, labels_b: the labels of their axes: the number of a dimension of the pairs as they were made.
+        origins: where the operands' axes come from.
+        dims: the labels of the dimensions.
+        how: the operation that paired them: ``mul``, ``add``, ``sub`` or ``div``.
+        scale: a number that they were multiplied by.
+        steps: what else was done to them.
+    """
+
+    a: Tensor = None  # type: ignore[assignment]
+    b: Tensor = None  # type: ignore[assignment]
+    labels_a: list[int] = field(default_factory=list)
+    labels_b: list[int] = field(default_factory=list)
+    origins: tuple[Origin, Origin] = None  # type: ignore[assignment]
+    dims: list[int] = field(default_factory=list)
+    how: str = "mul"
+    scale: float = 1.0
+    steps: list[str] = field(default_factory=list)
+
+    def but(self, **changes: Any) -> Pairwise:
+        """A copy with changes."""
+        return replace(self, **changes)
+
+
+@dataclass(slots=True)
+class WeightedValues(State):
+    """Values, each times its weight, before they are summed over the keys.
+
+    Attributes:
+        weights: the weights' tensor, without the axes that only the values have.
+        state: what the weights are: weights, or scores that meet the values as they are.
+        labels: those of the weights' axes: the number of a dimension of the product.
+        v, v_labels: the values.
+        summed: the dimensions that they were summed over; empty: they were not yet.
+    """
+
+    weights: Tensor = None  # type: ignore[assignment]
+    state: Any = None
+    labels: list[int] = field(default_factory=list)
+    v: Tensor = None  # type: ignore[assignment]
+    v_labels: list[int] = field(default_factory=list)
+    summed: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -105,12 +182,14 @@ class ScatteredScores(State):
         entries: which score each entry is; None: that can't be told.
         scales: by the id of the product, what it was multiplied by.
         opaque: whether something else was done to them, too.
+        padded: the scores with a sink that they are, if no more was done to them than that a column was put beside.
     """
 
     why: str = ""
     entries: Entries | None = None
     scales: dict[int, float] = field(default_factory=dict)
     opaque: bool = False
+    padded: Scores | None = None
 
 
 @dataclass(slots=True)
@@ -122,10 +201,17 @@ class Exponentials(State):
 
 @dataclass(slots=True)
 class LogWeights(State):
-    """``log_softmax`` of scores; ``dim``: the dimension that it ran over."""
+    """``log_softmax`` of scores.
+
+    Attributes:
+        of: the scores.
+        dim: the dimension that it ran over.
+        extended: whether the sink's column is there.
+    """
 
     of: Scores = None  # type: ignore[assignment]
     dim: int = -1
+    extended: bool = False
 
 
 @dataclass(slots=True)
@@ -133,7 +219,8 @@ class RowStatistic(State):
     """One number for each row of scores.
 
     Attributes:
-        kind: ``max`` or ``lse`` of the scores, or the ``sum`` of their exponentials.
+        kind: ``max`` or ``lse`` of the scores, the ``sum`` of their exponentials, or the ``total`` of what else was
+            made of them.
         of: the scores.
         dim: the dimension that it was taken over.
         extra: what was added to the sum: the exponential of a sink.
@@ -177,6 +264,9 @@ class Weights(State):
         dtype: that the softmax ran in.
         key_range: the keys that this is a slice of, first and past the last; None: all.
         why: the reason that is reported where ``scores`` is None.
+        normalizer: what made them.
+        read: how often ``scores_tensor`` had been written to.
+        steps: the operations that made them, where it was no softmax; None: it was one.
     """
 
     scores: Scores | None = None
@@ -191,6 +281,34 @@ class Weights(State):
     dtype: torch.dtype | None = None
     key_range: tuple[int, int] | None = None
     why: str = ""
+    normalizer: str = SOFTMAX
+    steps: list[Step] | None = None
+    read: int = -1
+
+    def but(self, **changes: Any) -> Weights:
+        """A copy with changes."""
+        return replace(self, **changes)
+
+
+@dataclass(slots=True)
+class TopScores(State):
+    """The largest scores of each row, or the softmax of them.
+
+    Attributes:
+        of: the scores.
+        held: the model's own tensor of them.
+        index: the keys of which they are.
+        dim: the dimension that they were picked along.
+        weights: whether the softmax ran over them.
+        use: what becomes of its result.
+    """
+
+    of: Scores = None  # type: ignore[assignment]
+    held: Tensor = None  # type: ignore[assignment]
+    index: Tensor = None  # type: ignore[assignment]
+    dim: int = -1
+    weights: bool = False
+    use: SoftmaxUse | None = None
 
 
 @dataclass(slots=True)
@@ -319,3 +437,24 @@ class PartialOutput(State):
         spans = sorted(w.key_range for w, _ in self.parts if w.key_range is not None)
         together = all(a[1] == b[0] for a, b in pairwise(spans))
         return together and spans[-1][1] - spans[0][0] == state.scores_origin.shape[state.dim] - state.extended
+
+
+@dataclass(slots=True)
+class Unnormalized(State):
+    """Values weighted by exponentials of scores, or by the softmax of each of several blocks of keys, and added up.
+
+    Attributes:
+        parts: the weights of each block, and their product with values.
+        use: what becomes of them.
+        sink: the logit of what was added to the sum that they were divided by.
+        normalized: whether each block was divided by its own sum.
+        scaled: whether rows were multiplied or divided by numbers.
+        started: whether they were added to something before them.
+    """
+
+    parts: list[tuple[Weights, ValueProduct]] = field(default_factory=list)
+    use: SoftmaxUse | None = None
+    sink: Tensor | None = None
+    normalized: bool = False
+    scaled: bool = False
+    started: bool = False

@@ -9,16 +9,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...attention.kernel_call import KernelCall
+from ...attention.kernel_call import DOT, KernelCall
 from ...torch_internals.tensor_identity import version_of
 from ..base import ActiveTrace
 from .assemble import CallBuilder, contracts_keys
+from .assemble_plain import plain_call
 from .assemble_scattered import scattered_call
 from .axis_history import Atom, Origin, known, sizes
+from .blockwise import unnormalized_call
 from .entries import Entries
-from .product_labels import ParsedProduct
-from .products import Label, LayoutError, Product, mixes_heads
+from .product_labels import ParsedEinsum, ParsedProduct
+from .products import Label, LayoutError, Product, ProductLabels, mixes_heads
 from .states import (
+    Exponentials,
     PartialOutput,
     ScatteredOutput,
     ScatteredValueProduct,
@@ -27,12 +30,18 @@ from .states import (
     SoftmaxUse,
     State,
     Term,
+    Unnormalized,
     ValueProduct,
+    WeightedValues,
     Weights,
 )
+from .weight_rules import new_weights
 
 _NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
-_NO_PRODUCT = "softmax over something that is not a product of queries and keys"
+_COMPOSED = "softmax over q·k whose result was multiplied with other weights before any values"
+_SEVERAL = (
+    "weights, values and a third tensor are multiplied in one einsum, so that no tensor of the model is the output"
+)
 
 
 class KnownTensors(Protocol):
@@ -60,6 +69,9 @@ class KnownTensors(Protocol):
 
     def set_origin(self, x: Tensor, origin: Origin) -> Origin:
         """Say where the axes of a tensor come from."""
+
+    def layout_here(self) -> str | None:
+        """What the user said of the axes of the queries in the module that is running."""
 
 
 class _Product(NamedTuple):
@@ -109,53 +121,151 @@ def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Ten
         ):
             if _note_followed(watch, product, watch.state(product.x)):
                 return
-        _note_scores(watch, parsed, out)
+        _note_scores(watch, parsed, out, any(is_part(watch.state(x)) for x in (a, b)) if watch.live else False)
 
 
 def _note_followed(watch: KnownTensors, product: _Product, state: State | None) -> bool:
     """Whether an operand is part of an attention already; then it is noted what its product is."""
     if isinstance(state, Weights):
-        _note_weights(watch, product, state)
+        return _note_weights(watch, product, state)
+    elif isinstance(state, Unnormalized):
+        finish_unnormalized(watch, state, product.x)
+        return False
+    elif isinstance(state, Exponentials):
+        return _note_exponentials(watch, product, state)
     elif isinstance(state, ScatteredWeights):
         _note_scattered_weights(watch, product, state)
     elif isinstance(state, Scores) and mixes_heads(state.product, product.summed(state.origin)):
         if product.out.shape == product.x.shape:
             watch.set_origin(product.out, state.origin)
             watch.set_state(product.out, state.but(opaque=[*state.opaque, product.name], finite=None))
+    elif isinstance(state, Scores) and (weights := weights_without_softmax(watch, product, state)) is not None:
+        return _note_weights(watch, product, weights)
     else:
         return False
     return True
 
 
-def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor) -> None:
+def weights_without_softmax(watch: KnownTensors, product: _Product, state: Scores) -> Weights | None:
+    """Scores that meet the values of their keys as they are, or as something else than a softmax made them: weights.
+
+    Products of activations are many things. These are weights where a sum runs over one axis that is the keys' alone,
+    of positions and not of features, and each key has a vector.
+    """
+    scores, of = state.before or state, state.product
+    if state.composed or of.learned or "parameter" in (of.origin_a.birth, of.origin_b.birth):
+        return None
+    if is_part(watch.state(product.other)) or watch.origin(product.other).birth == "parameter":
+        return None
+    vectors = [y for y in product.other_labels if y not in product.x_labels and y in product.out_labels]
+    layout = state.origin.layout()
+    if len(product.contracted) != 1 or not vectors or len(layout) != len(product.x_labels):
+        return None
+    at = list(product.x_labels).index(product.contracted[0])
+    keys = _roots(of, layout[at])
+    if not keys or len({of.axes[a].side for a in keys}) != 1 or any(of.axes[a].side == "batch" for a in keys):
+        return None
+    if any(s.birth in ("feature", "parameter") for a in keys for s in of.axes[a].sources):
+        return None
+    if not state.steps and not any(a.birth == "feature" for side in of.widths.values() for a in side):
+        return None  # nothing was done to them: a chain of products, where no learned map made q or k
+    dim = next((i for i, atoms in enumerate(scores.origin.layout()) if keys & _roots(of, atoms)), None)
+    if dim is None:
+        return None
+    tensor = scores.held[0] if scores.held and scores.held[1] == version_of(scores.held[0]) else None
+    if state.before is None:
+        tensor = product.x
+    return Weights(
+        state.origin,
+        scores=scores,
+        scores_origin=scores.origin,
+        dim=dim,
+        own=None if state.dropped is None else state.dropped[:2],
+        scores_tensor=tensor,
+        dropout=0.0 if state.dropped is None else state.dropped[2],
+        dtype=product.x.dtype,
+        steps=state.steps,
+    )
+
+
+def is_part(state: State | None) -> bool:
+    """Whether a tensor is weights, or made of some, so that it is no values."""
+    return isinstance(state, (Weights, Exponentials)) or (isinstance(state, Scores) and state.composed)
+
+
+def _roots(product: Product, atoms: Sequence[Atom]) -> set[Atom]:
+    """The axes of a product that these are, or are parts of."""
+    found = (next((a for a in (x, *x.lineage()) if a in product.axes), None) for x in atoms)
+    return {a for a in found if a is not None}
+
+
+def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, composed: bool = False) -> None:
     """Every product of two tensors may be q·k, and is taken for it until something else is done with it.
 
     Nothing is worked out here: axes are, once a softmax over them has met values.
     """
     a, b = _autocast(parsed.a, out), _autocast(parsed.b, out)
     product = Product(a, b, parsed.labels, watch.origin(parsed.a), watch.origin(parsed.b))
-    product.shape = tuple(out.shape)
+    product.shape, product.given = tuple(out.shape), watch.layout_here
     origin = Origin(out.shape, product.layout)
-    scores = Scores(origin, product=product, scale=parsed.alpha)
+    opaque = [] if parsed.score == DOT else [parsed.score]
+    scores = Scores(origin, product=product, scale=parsed.alpha, composed=composed, score=parsed.score, opaque=opaque)
     if parsed.added is not None:
         scores.terms.append(Term(parsed.added[0], origin, parsed.added[1]))
     watch.set_origin(out, origin)
     watch.set_state(out, scores)
 
 
-def _note_weights(watch: KnownTensors, product: _Product, state: Weights) -> None:
-    """A product with weights: of values if it sums over the keys, else of heads that are mixed."""
+def _note_weights(watch: KnownTensors, product: _Product, state: Weights) -> bool:
+    """A product with weights: of values if it sums over the keys, or of heads that are mixed; whether it is either."""
     try:
+        over: Weights | None = state
         if not contracts_keys(state, product.x_labels, product.contracted, state.origin):
+            over = _weights_over_others(product, state)
+        if over is not None and is_part(watch.state(product.other)):  # an inverse of weights that is iterated, say
+            if state.use is not None:
+                state.use.why = _COMPOSED
+            return False
+        if over is None:
             _note_mixed_weights(watch, product, state)
-        elif state.scores is None:
-            _finish(state.use)
-            watch.recorder.skip(state.why or _NO_PRODUCT)
+            return True
+        _note_axes(watch, product, over)
+        if over.scores is None and over.why:
+            _finish(over.use)
+            watch.recorder.skip(over.why)
+        elif over.scores is None:
+            _note_plain(watch, product, over)
         else:
-            _note_values(watch, product, state)
+            _note_values(watch, product, over)
     except LayoutError as error:
         _finish(state.use)
         watch.recorder.skip(str(error))
+    return True
+
+
+def _weights_over_others(product: _Product, state: Weights) -> Weights | None:
+    """Weights whose softmax ran over another axis than the keys: over the queries, say, as slots compete for inputs."""
+    layout, scores = state.origin.layout(), state.scores
+    if scores is None or state.scores_origin is None or state.key_range is not None or state.extended:
+        return None
+    if len(product.contracted) != 1 or len(layout) != len(product.x_labels):
+        return None
+    of = scores.product
+    keys = _roots(of, layout[list(product.x_labels).index(product.contracted[0])])
+    then = state.scores_origin.layout()
+    dim = next((i for i, atoms in enumerate(then) if keys & _roots(of, atoms)), None)
+    if dim is None or not keys or len({of.axes[a].side for a in keys} | {"batch"}) != 2:
+        return None
+    if any(a.birth == "feature" for a in keys):  # of a map, and no keys
+        return None
+    roles = of.roles(then[dim])
+    over = {roles.of(a) for a in then[state.dim]} & set(_LETTERS)
+    if len(over) != 1:
+        return None
+    return replace(state, dim=dim, own=state.own if state.dropout else None, mixed=[], normalizer=_LETTERS[over.pop()])
+
+
+_LETTERS = {"T": "softmax over queries", "H": "softmax over heads", "B": "softmax over the batch"}
 
 
 def _note_mixed_weights(watch: KnownTensors, product: _Product, state: Weights) -> None:
@@ -172,9 +282,8 @@ def _note_mixed_weights(watch: KnownTensors, product: _Product, state: Weights) 
         state.use.why = _NOT_KEYS
 
 
-def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None:
-    """Weights met the values of all their keys, and the call is complete; or of some, and the others are waited for."""
-    values = ValueProduct(
+def _value_product(watch: KnownTensors, product: _Product, state: Weights) -> ValueProduct:
+    return ValueProduct(
         product.x,
         product.x_labels,
         state.origin,
@@ -184,11 +293,137 @@ def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None
         product.out,
         product.out_labels,
     )
+
+
+def _note_axes(watch: KnownTensors, product: _Product, state: Weights) -> None:
+    """Say where the axes of weights times values come from: queries from the weights, the width from the values."""
+    weights, values = state.origin.layout(), watch.origin(product.other).layout()
+    if len(weights) != len(product.x_labels) or len(values) != len(product.other_labels):
+        return
+    dims = dict(zip(product.other_labels, values, strict=True)) | dict(zip(product.x_labels, weights, strict=True))
+    layout = tuple(dims[label] for label in product.out_labels)
+    if sizes(layout) == product.out.shape:
+        watch.set_origin(product.out, known(layout))
+
+
+def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None:
+    """Weights met the values of all their keys, and the call is complete; or of some, and the others are waited for."""
+    values = _value_product(watch, product, state)
     if state.key_range is not None:
         _begin_sum(watch, state, values)
         return
     _finish(state.use)
+    if state.scores is not None and state.scores.product.log_sums and state.steps is None:
+        # Somebody took the logsumexp of the same scores: the output may be merged with that of other keys.
+        use = SoftmaxUse(watch.recorder.where())
+        origin = watch.origin(product.out)
+        watch.set_state(product.out, Unnormalized(origin, parts=[(state, values)], use=use, normalized=True))
+        return
     _record(watch, CallBuilder([(state, values)], product.out).call(), state.use)
+
+
+def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentials) -> bool:
+    """Exponentials met values, and are divided by their sum later on: whether they did."""
+    layout = state.origin.layout()
+    if len(product.contracted) != 1 or len(layout) != len(product.x_labels) or is_part(watch.state(product.other)):
+        return False
+    at = list(product.x_labels).index(product.contracted[0])
+    weights = new_weights(state.of, state.origin, state.origin, at, None)
+    weights.dtype = product.x.dtype
+    try:
+        if not contracts_keys(weights, product.x_labels, product.contracted, state.origin):
+            return False
+        values = _value_product(watch, product, weights)
+    except LayoutError:
+        return False
+    origin = watch.origin(product.out)
+    use = SoftmaxUse(watch.recorder.where())
+    watch.set_state(product.out, Unnormalized(origin, parts=[(weights, values)], use=use))
+    return True
+
+
+def finish_unnormalized(watch: KnownTensors, state: Unnormalized, out: Tensor) -> None:
+    """Something else than scaling and adding is done with a sum of weighted values: it is an output, or it is said why
+    not."""
+    use = state.use
+    if use is None or use.done:
+        return
+    use.done = True
+    try:
+        if state.version != version_of(out):
+            raise LayoutError("sums of weighted values were written to")
+        call = unnormalized_call(state, out)
+    except LayoutError as error:
+        watch.recorder.skip(str(error), use.path)
+        return
+    call.path = use.path
+    watch.recorder.record(call)
+
+
+def _note_plain(watch: KnownTensors, product: _Product, state: Weights) -> None:
+    """Weights whose scores are no product of queries and keys met values, or something that a router chooses from."""
+    made = plain_call(state, _value_product(watch, product, state))
+    if isinstance(made, str):
+        watch.recorder.skip(made)
+    elif made is not None:
+        _record(watch, made, state.use)
+
+
+def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -> None:
+    """Values, each times its weight, were summed: a product of weights and values, if the sum runs over the keys."""
+    of = state.state
+    labels = [y for y in sorted({*state.labels, *state.v_labels}) if y not in state.summed]
+    kept = out.squeeze(tuple(state.summed)) if out.dim() > len(labels) else out
+    if kept.dim() != len(labels) or any(y not in state.labels or y not in state.v_labels for y in state.summed):
+        return
+    product = _Product("sum", state.weights, state.labels, state.v, state.v_labels, kept, labels)
+    weights = of if isinstance(of, Weights) else weights_without_softmax(watch, product, of)
+    if weights is not None:
+        _note_weights(watch, product, weights)
+
+
+def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None:
+    """An einsum of three tensors or more: q·M·k, or weights, values and an output projection in one."""
+    with torch.no_grad():
+        states = [watch.state(x) for x in parsed.operands] if watch.live else [None] * len(parsed.operands)
+        for state, labels in zip(states, parsed.labels, strict=True):
+            summed = [x for x in labels if x not in parsed.out]
+            if (
+                isinstance(state, Weights)
+                and (state.use is None or not state.use.done or state.scores is None)
+                and summed
+            ):
+                if state.scores is not None:
+                    _finish(state.use)
+                    watch.recorder.skip(_SEVERAL)
+                return
+        _note_bilinear(watch, parsed, out)
+
+
+def _note_bilinear(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None:
+    """``q·M·k``: scores of the two operands that have an axis of their own in the result, and are not learned."""
+    sides = [
+        i
+        for i, (x, labels) in enumerate(zip(parsed.operands, parsed.labels, strict=True))
+        if watch.origin(x).birth != "parameter"
+        and any(y in parsed.out and all(y not in o for j, o in enumerate(parsed.labels) if j != i) for y in labels)
+    ]
+    others = [set(o) for i, o in enumerate(parsed.labels) if i not in sides]
+    if len(sides) != 2:
+        return
+    a, b = (parsed.operands[i] for i in sides)
+    la, lb = (list(parsed.labels[i]) for i in sides)
+    if any(y not in {*la, *lb} for y in parsed.out):
+        return
+    summed_a, summed_b = ([y for y in labels if y not in parsed.out] for labels in (la, lb))
+    if not summed_a or len(summed_a) != len(summed_b) or not any(o & {*summed_a} for o in others):
+        return
+    lb = [summed_a[summed_b.index(y)] if y in summed_b else y for y in lb]
+    product = Product(a, b, ProductLabels(la, lb, parsed.out), watch.origin(a), watch.origin(b))
+    product.shape, product.given = tuple(out.shape), watch.layout_here
+    origin = Origin(out.shape, product.layout)
+    watch.set_origin(out, origin)
+    watch.set_state(out, Scores(origin, product=product, score="bilinear", opaque=["einsum"]))
 
 
 def _finish(use: SoftmaxUse | None) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
 from .operation import Operation, number, same_state
-from .score_rules import clamped, filled, keeps_axes
+from .pairwise import pairs_as_scores
+from .score_rules import clamped, filled, is_indicator, keeps_axes, weighted_values
 from .states import (
     Exponentials,
     LogWeights,
@@ -24,6 +26,9 @@ from .states import (
     ScoresSlice,
     SoftmaxUse,
     State,
+    Term,
+    TopScores,
+    WeightedValues,
     Weights,
 )
 
@@ -39,12 +44,22 @@ def weights_of_scores(c: Operation) -> State | None:
     return new_weights(c.state, c.state.origin, c.origin, dim % c.x.dim(), c.x)
 
 
+def weights_of_pairs(c: Operation) -> State | None:
+    """Softmax over what was made of pairs of numbers, that had no width: a sum of one for each query and each key."""
+    dim, scores = c.arg(1, "dim", -1), pairs_as_scores(c.state, c.x)
+    if dim is None or scores is None:
+        return None
+    return new_weights(scores, scores.origin, scores.origin, dim % c.x.dim(), c.x)
+
+
 def scattered_softmax(c: Operation) -> State | None:
     """Softmax of scores that were moved about, or lost on the way."""
     dim = c.arg(1, "dim", -1)
     if dim is None:
         return None
     state: ScatteredScores | ScoresSlice = c.state
+    if isinstance(state, ScatteredScores) and state.padded is not None:
+        return new_weights(state.padded, state.padded.origin, state.padded.origin, dim % c.x.dim(), c.x)
     why = state.why if isinstance(state, ScatteredScores) else "softmax over a part of the scores of a product"
     scales = state.scales if isinstance(state, ScatteredScores) else {0: state.of.scale}
     if state.entries is None or len(set(scales.values())) != 1 or not isinstance(c.out, Tensor):
@@ -71,13 +86,16 @@ def new_weights(scores: Scores, scores_origin: Origin, origin: Origin, dim: int,
 
 def log_weights(c: Operation) -> State | None:
     """``log_softmax`` of scores."""
-    return LogWeights(c.origin, of=c.state, dim=c.arg(1, "dim", -1) % c.x.dim())
+    extended = c.state.sink is not None
+    return LogWeights(c.origin, of=c.state, dim=c.arg(1, "dim", -1) % c.x.dim(), extended=extended)
 
 
 def exponentials(c: Operation) -> State | None:
     """exp of scores, or of their log-softmax."""
     if isinstance(c.state, LogWeights):
-        return new_weights(c.state.of, c.state.origin, c.origin, c.state.dim, None)
+        made = new_weights(c.state.of, c.state.origin, c.origin, c.state.dim, None)
+        made.extended = c.state.extended
+        return made
     return Exponentials(c.origin, of=c.state)
 
 
@@ -93,12 +111,21 @@ def row_maximum(c: Operation) -> State | None:
 
 def row_logsumexp(c: Operation) -> State | None:
     """The logsumexp of every row of scores."""
-    return _row_statistic(c, "lse", c.state)
+    of = c.state.padded if isinstance(c.state, ScatteredScores) else c.state
+    if of is None:
+        return None
+    of.product.log_sums = True
+    return _row_statistic(c, "lse", of)
 
 
 def row_sum(c: Operation) -> State | None:
     """The sum of every row of exponentials: the denominator of the softmax."""
     return _row_statistic(c, "sum", c.state.of)
+
+
+def row_total(c: Operation) -> State | None:
+    """The sum of every row of what was made of scores, that may be divided by it."""
+    return _row_statistic(c, "total", c.state) if c.state.before is not None else None
 
 
 def _row_statistic(c: Operation, kind: str, of: Scores) -> State | None:
@@ -115,10 +142,100 @@ def clamped_statistic(c: Operation) -> State | None:
     return same_state(c)
 
 
+def logarithm(c: Operation) -> State | None:
+    """The logarithm of a sum of exponentials."""
+    stat: RowStatistic = c.state
+    if stat.kind != "sum":
+        return None
+    of = _with_extra(stat, c.x)
+    return None if of is None else RowStatistic(c.origin, kind="lse", of=of, dim=stat.dim)
+
+
+def extended_logsumexp(c: Operation) -> State | None:
+    """``logaddexp`` of a logsumexp and a sink, or its ``softplus``, where the sink is 0."""
+    stat: RowStatistic = c.state
+    sink = torch.zeros_like(c.x) if c.name == "softplus" else c.other()
+    if stat.kind != "lse" or not isinstance(sink, Tensor) or stat.of.sink is not None:
+        return None
+    for shift in stat.of.shifts:
+        sink = sink + shift
+    return replace(stat, origin=c.origin, of=stat.of.but(sink=sink))
+
+
+def _with_extra(stat: RowStatistic, like: Tensor) -> Scores | None:
+    """The scores of a sum of exponentials, with what was added to it as their sink."""
+    scores = stat.of
+    if isinstance(stat.extra, float) and stat.extra == 0.0:
+        return scores
+    if scores.sink is not None:
+        return None
+    logit = torch.as_tensor(stat.extra, dtype=like.dtype, device=like.device).log()
+    for shift in scores.shifts:
+        logit = logit + shift
+    return scores.but(sink=logit)
+
+
+def sink_of(stat: RowStatistic, like: Tensor) -> Tensor | None:
+    """The logit of what was added to a sum of exponentials; None: nothing was."""
+    of = _with_extra(stat, like)
+    return None if of is None else of.sink
+
+
+def largest_scores(c: Operation) -> State | None:
+    """``topk`` of scores."""
+    dim, results = c.arg(2, "dim", -1), c.results
+    if not isinstance(results, tuple) or len(results) != 2 or c.state.sink is not None:
+        return None
+    return TopScores(c.origin, of=c.state, held=c.x, index=results[1], dim=dim % c.x.dim())
+
+
+def scaled_largest(c: Operation) -> State | None:
+    """The largest scores times a number."""
+    state: TopScores = c.state
+    by = number(c.other())
+    if not by or by < 0 or state.weights or state.of.opaque or state.of.cap is not None or c.position != 0:
+        return None
+    by = by if c.kind.arithmetic == "mul" else 1 / by
+    of = state.of
+    terms = [replace(t, factor=t.factor * by) for t in of.terms]
+    scaled = of.but(scale=of.scale * by, terms=terms, shifts=[x * by for x in of.shifts])
+    return replace(state, origin=c.origin, of=scaled)
+
+
+def weights_of_largest(c: Operation) -> State | None:
+    """Softmax of the largest scores."""
+    state: TopScores = c.state
+    dim = c.arg(1, "dim", -1)
+    if dim is None or dim % c.x.dim() != state.dim or state.weights:
+        return None
+    return replace(state, origin=c.origin, weights=True)
+
+
+def scattered_largest(c: Operation) -> State | None:
+    """The largest scores, or their weights, put where they were picked from: the others are masked."""
+    state, dim, index = c.look(c.args[3]), c.args[1], c.args[2]
+    if not isinstance(state, TopScores) or dim % c.out.dim() != state.dim or c.out.shape != state.held.shape:
+        return None
+    if index is not state.index and not (index.shape == state.index.shape and torch.equal(index, state.index)):
+        return None
+    left = torch.ones(c.out.shape, dtype=torch.bool, device=c.out.device).scatter_(state.dim, index, False)
+    scores = state.of.but(fills=[*state.of.fills, Term(left, state.of.origin)], finite=None)
+    rest = c.out[left]
+    if state.weights:
+        if bool((rest != 0).any()):
+            return None
+        made = new_weights(scores, state.of.origin, state.of.origin, state.dim, state.held)
+        made.use = state.use
+        return made
+    return scores.but() if bool((rest <= FILL).all()) else None
+
+
 def denominator(c: Operation) -> State | None:
     """``sum + extra``: a sink if it is more than a guard against 0/0."""
     stat: RowStatistic = c.state
     other = c.other()
+    if stat.kind == "total":
+        return same_state(c)
     if stat.kind != "sum":
         return None
     value = number(other)
@@ -137,12 +254,9 @@ def normalized(c: Operation) -> State | None:
         and stat.of.product is state.of.product
     ):
         return None
-    scores = state.of
-    if not (isinstance(stat.extra, float) and stat.extra == 0.0):
-        logit = torch.as_tensor(stat.extra, dtype=c.x.dtype, device=c.x.device).log()
-        for shift in scores.shifts:
-            logit = logit + shift
-        scores = scores.but(sink=logit)
+    scores = _with_extra(replace(stat, of=state.of), c.x)
+    if scores is None:
+        return None
     weights = new_weights(scores, state.origin, c.origin, stat.dim, None)
     weights.extended = False
     return weights
@@ -151,9 +265,7 @@ def normalized(c: Operation) -> State | None:
 def masked_exponentials(c: Operation) -> State | None:
     """A mask of zeros and ones multiplied into the exponentials."""
     other = c.other()
-    if isinstance(other, Tensor) and c.look(other) is None and bool(((other == 0) | (other == 1)).all()):
-        return filled(c, other == 0, 0.0)
-    return None
+    return filled(c, other == 0, 0.0) if is_indicator(other, c) else None
 
 
 def sliced_weights(c: Operation) -> State | None:
@@ -245,6 +357,21 @@ def mixed_weights(c: Operation) -> State | None:
     if c.kind.sums_axis and (state.scores is None or not keeps_axes(c, state.scores)):
         return None
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
+
+
+def multiplied_weights(c: Operation) -> State | None:
+    """Weights times values, each key's vector times its weight; or times a gate."""
+    return weighted_values(c) or mixed_weights(c)
+
+
+def summed_values(c: Operation) -> State | None:
+    """Weighted values are summed over some dimensions: a product of weights and values."""
+    state: WeightedValues = c.state
+    dim = c.arg(1, "dim")
+    dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, (tuple, list)) else []
+    if not dims or not isinstance(c.out, Tensor):
+        return None
+    return replace(state, summed=[d % c.x.dim() for d in dims])
 
 
 def masked_weights(c: Operation) -> State | None:

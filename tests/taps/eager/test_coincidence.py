@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.reference import check_call, draw, heads, merge, paths, trace_checked
+from tests.reference import assert_close, check_call, draw, heads, merge, paths, trace_checked
 
 B, H, D = 2, 4, 4
 E = H * D
@@ -65,13 +65,16 @@ def test_an_assignment_to_groups_before_attention(t: int) -> None:
     """With as many patches as features, the product with the values has the shape of the weights."""
     torch.manual_seed(0)
     model, x = Second(Assign()), draw(B, t, E, std=1.5)
-    trace = traced(model, x, warns=True)
-    assert paths(trace.calls) == ["second"]
+    trace = traced(model, x)
+    assert paths(trace.calls) == ["first", "second"]
+    assert not trace.skipped
+    assert [call.normalizer for call in trace] == ["softmax over queries", "softmax"]
     with torch.no_grad():
         q, k, v = model.second.parts(model.first(x))
-    check_call(trace[0], q=q, k=k, v=v, scale=0.5)
-    assert {item.path for item in trace.skipped} == {"first"}
-    assert "does not sum over" in trace.skipped[0].reason
+        patches = model.first.v(x)
+    check_call(trace[1], q=q, k=k, v=v, scale=0.5)
+    assert torch.equal(trace[0].v, patches[:, None])
+    assert trace[0].weights.shape == (B, 1, 6, t)
 
 
 class Transposed(nn.Module):
@@ -107,12 +110,19 @@ def test_what_is_no_attention_does_not_reach_the_next_layer(kind: str, t: int) -
     first = Transposed() if kind == "transposed" else Features(t, kind == "scores")
     model, x = Second(first), draw(B, t, E, std=1.5)
     trace = traced(model, x, warns=True)
-    assert paths(trace.calls) == ["second"]
+    # Weights turned round sum over the queries, which are the keys of that sum then.
+    assert paths(trace.calls) == ["first", "second"] if kind == "transposed" else ["second"]
     with torch.no_grad():
         q, k, v = model.second.parts(model.first(x))
-    check_call(trace[0], q=q, k=k, v=v, scale=0.5)
-    assert not trace[0].notes
-    if kind != "scores":  # a softmax over features is none of ours
+    check_call(trace[-1], q=q, k=k, v=v, scale=0.5)
+    assert not trace[-1].notes
+    if kind == "transposed":
+        with torch.no_grad():
+            q, k, v = (y[:, None] for y in model.first.qkv(x).chunk(3, -1))
+        assert trace[0].normalizer == "softmax over queries"
+        assert_close(trace[0].weights, (q @ k.mT / 4).softmax(-1).mT, 1e-6, "weights")
+        assert torch.equal(trace[0].q, k)
+    elif kind == "weights":  # a softmax over features is none of ours
         assert {item.path for item in trace.skipped} == {"first"}
 
 
