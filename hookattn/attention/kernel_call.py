@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Diagonal
+from .pieces import Piece
 
 
 class FieldSpec(NamedTuple):
@@ -159,6 +160,8 @@ class KernelCall:
         module: the module that the kernel itself was told it runs in.
         path: the module around all that the call is made of, where its parts ran in several; None: the running one.
         within: the child of the running module that the call belongs to, where a fused layer hides it.
+        kind: ``cross`` or ``joint``, where the axes of q and k tell it; None: as the module's description has it.
+        piece: which part of one attention it is, where the model cut its queries out of a larger tensor.
         notes: what a reader has to know.
     """
 
@@ -190,6 +193,8 @@ class KernelCall:
     module: nn.Module | None = None
     path: str | None = None
     within: str = ""
+    kind: str | None = None
+    piece: Piece | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

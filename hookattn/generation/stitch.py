@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from ..attention.functional import dot_scores, finish_scores, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, SOURCES
 from ..calls.call import Call, joint_basis
-from ..calls.certificate import Certificate
+from ..calls.certificate import joined
 from ..calls.deriving import derive_field, shape_and_dtype
 from ..calls.extents import per_query_head
 from ..calls.fields import DERIVED, Derived, Field, InFile, tensor_of
@@ -196,7 +196,7 @@ class _Site:
                 *dict.fromkeys(n for c in self.calls for n in c.notes),
                 stitching_note(len(self.calls)),
             ),
-            certificate=_joint_certificate([c.certificate for c in self.calls]),
+            certificate=joined([c.certificate for c in self.calls]),
             derivable=first.derivable if self.exact else (),
             fields={},
             beside={},
@@ -427,18 +427,3 @@ def _taken_rows(x: Tensor | None, rows: Tensor) -> Tensor:
     if bool((rows < 0).any()):
         taken[rows.to(x.device) < 0] = 0
     return taken
-
-
-def _joint_certificate(certificates: Sequence[Certificate]) -> Certificate:
-    """What holds for all of them."""
-    states = {c.status for c in certificates}
-    status = next(s for s in ("unfaithful", "unverified", "faithful") if s in states)
-    worst = max(certificates, key=lambda c: (c.status == status, c.output_error / (c.tolerance or 1.0)))
-    formed = [c.weights_error for c in certificates if c.weights_error is not None]
-    return replace(
-        worst,
-        weights_error=max(formed) if formed else None,
-        row_sum_error=max(c.row_sum_error for c in certificates),
-        rows=sum(c.rows for c in certificates),
-        of_rows=sum(c.of_rows for c in certificates),
-    )

@@ -32,7 +32,9 @@ from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import stands_for_others
+from .kinds import SiteKinds
 from .layouts import Layouts
+from .pieces import Pieces
 from .room_check import Forward, RoomCheck, is_large
 from .selection import Selection
 from .steps import Steps
@@ -151,6 +153,8 @@ class Session:
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
         self._numbering = RunningNumbers(plan.model)
+        self._kinds, self._pieces = SiteKinds(), Pieces()
+        self._named_paths = {site.path for site in plan.sites.values()}
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
         self._skipped: dict[tuple[str, str], set[int]] = {}  # path and reason -> steps
@@ -240,7 +244,8 @@ class Session:
 
     def seed(self, x: Tensor, roles: str) -> None:
         """Say what the axes of a tensor are."""
-        self._follower.set_origin(x, seeded(x.shape, tuple(roles)))
+        origins = self._follower.origins
+        origins.set(x, seeded(x.shape, tuple(roles), origins.of(x) if origins.knows(x) else None))
 
     # Where we are
 
@@ -360,9 +365,11 @@ class Session:
         if site is None:  # another model, in the same thread
             return
         self._own_kernels += 1
+        step, entry = self._steps.of(site.path)
+        if self.plan.watch_all and site.path not in self._named_paths:
+            site = self._kinds.of(site, call.kind, step)
         site = self._numbering.numbered(site)
         self._seen_paths.add(site.path)
-        step, entry = self._steps.of(site.path)
         if stands_for_others(call.v if call.q is None else call.q):
             self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(step)
             return
@@ -380,6 +387,8 @@ class Session:
             self._room.check(forward, call, site)
         kept = self._recorder.keep(call, site, step, len(self.trace.calls))
         kept.entry = entry
+        if call.piece is not None:
+            self._pieces.note(kept, call.piece)
         self.trace.calls.append(kept)
         if self._sink is not None and takes:
             self._recorder.deliver(kept, self._sink)
@@ -389,6 +398,8 @@ class Session:
     def finish(self) -> None:
         """Read the certificates, drop what a selection could not drop earlier, list what was skipped."""
         self._complete_calls()
+        if not self.shapes_only:
+            self._pieces.put_together(self.trace.calls, merge=self._sink is None)
         self._drop_unselected_layers()
         sites = self.plan.sites
         if not all(key in sites and sites[key].path in self._seen_paths for key in self._modules_run):

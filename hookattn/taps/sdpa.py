@@ -20,6 +20,7 @@ from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded, shown
 from .eager.products import Factor, LayoutError, Product, ProductLabels, Roles, arrange
+from .eager.sequences import describe_plain, describe_product
 
 if TYPE_CHECKING:
     from .eager.follower import Follower
@@ -211,6 +212,8 @@ def read(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall
     knows = watch.origins.knows
     followed = knows(given["query"]) or knows(given["key"]) or knows(given["value"])
     if call.q.dim() == 4 and (not followed or _plain(watch, given)):
+        if followed:
+            describe_plain(call, watch.origin(given["query"]), watch.origin(given["key"]))
         return call
     return _arranged(watch, given, call)
 
@@ -273,6 +276,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (call.k, call.v)
     )
     call.k, call.v = (x.expand(call.q.shape[0], -1, -1, -1) for x in (call.k, call.v))
+    describe_product(call, product, roles)
     rows = roles.factors(layout[:-1])
     for name in ("output", "undropped"):
         x = getattr(call, name)

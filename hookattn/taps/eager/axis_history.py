@@ -105,7 +105,7 @@ class Origin:
     ):
         self.shape = shape
         #: Of the axes, where nothing is known of what they came from; ``parameter``: all of it is made of parameters.
-        self.birth = birth if parent is None else parent.birth
+        self.birth: Birth = birth if parent is None else parent.birth
         # What this is one entry of (``unbind``, ``select``, ``x[:, 0]``): an origin, and its dimension.
         self._entry_of: tuple[Origin, int] | None = None
         self.how = how
@@ -149,10 +149,16 @@ class Origin:
         return self._layout
 
 
-def seeded(shape: Shape, roles: Sequence[str | None]) -> Origin:
-    """An origin whose axes are known: one role per dimension."""
+def seeded(shape: Shape, roles: Sequence[str | None], before: Origin | None = None) -> Origin:
+    """An origin whose axes are known: one role per dimension; ``before``: what is known of where they come from."""
     origin = Origin(tuple(shape))
-    origin._layout = tuple((Atom(n, role=r),) if n != 1 else () for n, r in zip(shape, roles, strict=True))
+    lines = before.layout() if before is not None else ()
+    if len(lines) != len(roles):
+        lines = ((),) * len(roles)
+    origin._layout = tuple(
+        (Atom(n, role=r, of=line[0] if line else None),) if n != 1 else ()
+        for n, r, line in zip(shape, roles, lines, strict=True)
+    )
     return origin
 
 

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from . import axis_history
 from .axis_history import Origin, same
+from .cuts import cut_of
 from .operation import OperationKind
-from .view_rules import dim_dropped, indexed, same_axes
+from .view_rules import dim_dropped, indexed, resized, same_axes
 
 # Entries of tensors that are gone are swept out when there are so many. A callback of each weak reference would do it
 # at once, and run for every tensor that a model makes.
 _PURGE = 4096
 _NONE: dict[str, Any] = {}
+# Of operations whose result may be a part of their argument: its entries, those of one dimension, or some of these.
+_TAKES = (dim_dropped, indexed, resized)
 _ref = weakref.ref
 
 
@@ -71,6 +74,8 @@ class Origins:
                     origin = Origin(shape, birth="lost") if how is None else Origin(shape, how[0], source, how[1])
                     if rule is dim_dropped or rule is indexed:
                         _one_entry(rule, origin, source, x, args, kwargs or _NONE)
+                    if rule in _TAKES:
+                        origin.cut = cut_of(source, x, out) or origin.cut
                     self._known[id(out)] = (_ref(out), origin)
                     return
         self.derive(kind, args, kwargs or _NONE, out)
@@ -118,6 +123,10 @@ class Origins:
                 origin = source
             if kind.axes is dim_dropped or kind.axes is indexed:
                 _one_entry(kind.axes, origin, source, x, args, kwargs)
+            if kind.axes in _TAKES and not kind.joins and origin is not source:
+                origin.cut = cut_of(source, x, one) or origin.cut
+            elif kind.joins:
+                origin.cut = None  # and so what grows by a piece each step does not keep all that it was
             self.set(one, origin)
         return origin
 

@@ -1,0 +1,271 @@
+"""Attention that a model computes piece by piece (query chunks, head by head, sample by sample) as one call.
+
+A model that saves memory runs its kernel several times where another runs it once. What each of these calls is a piece
+of is known from what its queries were cut off (:class:`~hookattn.attention.pieces.Piece`). Where the pieces are all of
+it, they become one call when the trace ends; where they are not, or cannot be put together, each says which part it is;
+and where nothing is known of it, each says how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..attention.functional import sink_column
+from ..attention.kernel_call import BASES, FIELD_SPECS, FieldSpec
+from ..attention.pieces import Piece
+from ..calls.call import Call
+from ..calls.certificate import joined
+from ..calls.extents import extents_of
+from ..calls.fields import Derived, Field, tensor_of
+from ..torch_internals.isolation import isolated
+
+# What the pieces of one attention have in common.
+_ALIKE = (
+    "tap",
+    "dtype",
+    "softcap",
+    "causal",
+    "window",
+    "dropout",
+    "own_scores",
+    "mixed",
+    "score",
+    "normalizer",
+    "derivable",
+)
+_WORDS = {"B": "batch entries", "H": "heads", "T": "queries"}
+
+
+class Pieces:
+    """The pieces of the calls of one trace."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, Piece] = {}  # by the identity of the call, which the trace holds
+
+    def note(self, call: Call, piece: Piece) -> None:
+        """Say which part of one attention a call is."""
+        self._of[id(call)] = piece
+
+    def put_together(self, calls: list[Call], merge: bool) -> None:
+        """Put the pieces of each attention together, and number the calls anew.
+
+        Args:
+            calls: all of the trace, complete; changed in place.
+            merge: whether calls may be replaced; else each only says which part it is.
+        """
+        changed = False
+        made: list[Call] = []
+        for run in _runs(calls):
+            if len(run) > 1:
+                changed = True
+                made += self._of_one_site(run, merge)
+            else:
+                made += run
+        self._of.clear()
+        if not changed:
+            return
+        calls[:] = made
+        for i, call in enumerate(calls):
+            call.index = i
+
+    def _of_one_site(self, run: Sequence[Call], merge: bool) -> list[Call]:
+        """Calls of one site and step: those that are pieces of one attention become one."""
+        made: list[Call] = []
+        for key, group in groupby(run, self._whole):
+            pieces = list(group)
+            found = [self._of[id(call)] for call in pieces] if key is not None else []
+            one = _merged(pieces, found) if merge and _tile(found) else None
+            made += [one] if one is not None else pieces
+            if one is None:
+                for call, piece in zip(pieces, found, strict=False):
+                    _say_part(call, piece)
+        if len(made) > 1:
+            for number, call in enumerate(made, 1):
+                call.notes = (*call.notes, f"{number} of {len(made)} calls that this module made in this step")
+        return made
+
+    def _whole(self, call: Call) -> tuple[int, object] | None:
+        piece = self._of.get(id(call))
+        return None if piece is None else (id(piece.whole), piece.axes)
+
+
+def _runs(calls: Sequence[Call]) -> Iterator[list[Call]]:
+    """Calls of one site and step that follow each other."""
+    for _, run in groupby(calls, lambda c: (c.site.path, c.site.layer, c.step)):
+        yield list(run)
+
+
+def _tile(pieces: Sequence[Piece]) -> bool:
+    """Whether some pieces are all of what they were cut off, in its order."""
+    if len(pieces) < 2:
+        return False
+    ends = [0, *(p.stop for p in pieces)]
+    return [p.start for p in pieces] == ends[:-1] and ends[-1] == pieces[0].of
+
+
+def _say_part(call: Call, piece: Piece) -> None:
+    """Which heads or queries a call holds of an attention whose other parts are not beside it."""
+    known = extents_of(call, "HGT")
+    rows = piece.stop - piece.start
+    if piece.letters == "T" and known.t == rows and call.queries is None:
+        call.queries, call.of_queries = tuple(range(piece.start, piece.stop)), piece.of
+    elif piece.letters == "H" and known.h == rows and call.heads is None and known.g is not None:
+        call.heads = tuple(range(piece.start, piece.stop))
+        call.kv_heads = tuple(h * known.g // rows for h in range(rows))
+    where = " and ".join(_WORDS[x] for x in piece.letters)
+    call.notes = (*call.notes, f"{where} {piece.start} to {piece.stop - 1} of {piece.of} of one attention")
+
+
+def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
+    """One call of the pieces of one attention; None where they do not fit together."""
+    first, letters = calls[0], pieces[0].letters
+    if any(getattr(c, name) != getattr(first, name) for c in calls for name in _ALIKE):
+        return None
+    if any(c.heads is not None or c.queries is not None for c in calls):
+        return None
+    if any(c.fields.keys() != first.fields.keys() or c.beside.keys() != first.beside.keys() for c in calls):
+        return None
+    if not FIELD_SPECS.keys() >= first.fields.keys():  # statistics
+        return None
+    shapes = [_shape(call) for call in calls]
+    joint = _Joint(pieces[0].axes, [shape for shape in shapes if shape is not None])
+    if len(joint.shapes) < len(calls) or not joint.fits([p.stop - p.start for p in pieces]):
+        return None
+    try:
+        made = replace(
+            first,
+            scale=joint.scale([c.scale for c in calls]),
+            fields={name: joint.field(name, [c.fields[name] for c in calls]) for name in first.fields},
+            beside={name: joint.field(name, [c.beside[name] for c in calls]) for name in first.beside},
+            certificate=joined([c.certificate for c in calls]),
+        )
+    except _Apart:
+        return None
+    if "T" in letters:  # each piece had a diagonal of its own; the mask has them
+        made.causal, made.window = False, None
+    made.basis = {x: max((c.basis[x] for c in calls), key=BASES.index) for x in first.basis}
+    if joint.folded:
+        made.basis |= {x: "followed" for x in "BHG" if x in made.basis and made.basis[x] == "guessed"}
+    what = " and ".join(_WORDS[x] for x in letters)
+    notes = dict.fromkeys(note for c in calls for note in c.notes)
+    made.notes = (*notes, f"put together of {len(calls)} calls of its kernel, each of some {what}")
+    return made
+
+
+def _shape(call: Call) -> dict[str, int] | None:
+    """B, H and T of a call; None: what was kept of it does not tell."""
+    known = extents_of(call, "BHT").known("BHT")
+    return known if len(known) == 3 else None
+
+
+class _Apart(Exception):
+    """Fields that cannot be put together."""
+
+
+class _Joint:
+    """How the fields of several pieces are put together.
+
+    Args:
+        axes: the letters of what was cut, and their extents.
+        shapes: B, H and T of each piece.
+    """
+
+    def __init__(self, axes: Sequence[tuple[str, int]], shapes: Sequence[dict[str, int]]):
+        self.axes, self.shapes = axes, shapes
+        self.letters = "".join(letter for letter, _ in axes)
+        self.folded = len(axes) > 1
+
+    def fits(self, rows: Sequence[int]) -> bool:
+        """Whether the pieces have as many rows as was cut off for each, and are alike otherwise."""
+        if self.folded:
+            if set(self.letters) != {"B", "H"}:
+                return False
+            found = [shape["B"] * shape["H"] for shape in self.shapes]
+            rest = ["T"]
+        else:
+            found = [shape[self.letters] for shape in self.shapes]
+            rest = [x for x in "BHT" if x != self.letters]
+        return found == list(rows) and all(len({shape[x] for shape in self.shapes}) == 1 for x in rest)
+
+    def field(self, name: str, places: Sequence[Field]) -> Field:
+        """One field of all pieces."""
+        if all(isinstance(x, Derived) for x in places) or all(x is None for x in places):
+            return places[0]
+        parts = [tensor_of(x) for x in places if not isinstance(x, Derived)]
+        found = [x for x in parts if x is not None]
+        if len(found) < len(places):
+            raise _Apart
+        if name == "sinks":
+            found = [sink_column(x) for x in found]
+        with isolated(found[0]):
+            return self._tensor(FIELD_SPECS[name], found)
+
+    def scale(self, scales: Sequence[float | Tensor | None]) -> float | Tensor | None:
+        """The scale of all."""
+        tensors = [x for x in scales if isinstance(x, Tensor)]
+        if len(tensors) == len(scales):
+            with isolated(tensors[0]):
+                return self._tensor(FIELD_SPECS["bias"], tensors)
+        if tensors or any(x != scales[0] for x in scales):
+            raise _Apart
+        return scales[0]
+
+    def _tensor(self, spec: FieldSpec, parts: list[Tensor]) -> Tensor:
+        dims = [0, 1] if self.folded else ["BHT".index(self.letters)]
+        if spec.per_key_head and self.letters == "T":
+            return _one(parts)
+        if spec.broadcast and all(x.shape[d] == 1 for x in parts for d in dims):
+            return _one(parts)
+        if spec.broadcast:  # it may have size 1 in some pieces, and stands for all of these then
+            parts = [
+                x.expand([shape["BHT"[d]] if d in dims else n for d, n in enumerate(x.shape)])
+                for x, shape in zip(parts, self.shapes, strict=True)
+            ]
+        if not self.folded:
+            return self._groups(parts) if spec.per_key_head and self.letters == "H" else _cat(parts, dims[0])
+        if spec.per_key_head:
+            parts = [
+                x.repeat_interleave(shape["H"] // x.shape[1], 1) for x, shape in zip(parts, self.shapes, strict=True)
+            ]
+        rows = _cat([x.flatten(0, 1) for x in parts], 0)
+        whole = rows.view(*(extent for _, extent in self.axes), *rows.shape[1:])
+        return whole if self.letters == "BH" else whole.transpose(0, 1)
+
+    def _groups(self, parts: list[Tensor]) -> Tensor:
+        """Keys or values of all heads, those that several pieces share once."""
+        heads = [shape["H"] for shape in self.shapes]
+        if all(x.shape[1] == 1 for x in parts):
+            runs: list[tuple[Tensor, int]] = []  # keys, and how many heads in a row read them
+            for x, n in zip(parts, heads, strict=True):
+                if runs and _equal(runs[-1][0], x):
+                    runs[-1] = (x, runs[-1][1] + n)
+                else:
+                    runs.append((x, n))
+            if len({n for _, n in runs}) == 1:
+                return _cat([x for x, _ in runs], 1)
+        if len({n // x.shape[1] for x, n in zip(parts, heads, strict=True)}) > 1:
+            raise _Apart
+        return _cat(parts, 1)
+
+
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    shapes = {(*x.shape[:dim], *x.shape[dim + 1 :]) for x in parts}
+    if len(shapes) > 1:
+        raise _Apart
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
+def _one(parts: Sequence[Tensor]) -> Tensor:
+    """What all pieces have alike."""
+    if not all(_equal(x, parts[0]) for x in parts[1:]):
+        raise _Apart
+    return parts[0]
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.shape == y.shape and torch.equal(x, y))

@@ -1,0 +1,103 @@
+"""What the axes of queries and keys tell of a whole call: whether they are one sequence, and which part it is.
+
+An adapter, or the path of a module, says of what kind an attention is. Where the whole model is followed, the axes of
+its queries and keys say it for certain: positions keep their line from the model's input on, through learned maps and
+views, so that two sequences are two where their axes began apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...attention.kernel_call import KernelCall
+from .axis_history import Atom, Origin
+from .cuts import piece_of
+from .products import LayoutError, Product, Roles
+
+_LETTERS = "BHTD"
+
+
+def describe_plain(call: KernelCall, query: Origin, key: Origin) -> None:
+    """Say of a call with B H T D operands what their axes tell.
+
+    Args:
+        call: gets its kind and piece.
+        query: the origin of its q.
+        key: that of its k.
+    """
+    q, k = query.layout(), key.layout()
+    if len(q) == len(k) == len(_LETTERS):
+        named = {a: letter for letter, dim in zip(_LETTERS, q, strict=True) for a in dim}
+        _describe(call, query, named, q[2], k[2], q[3], k[3])
+
+
+def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
+    """The same of a call whose scores are a product of operands in any layout."""
+    if roles.queries not in ("a", "b"):
+        return
+    first = roles.queries == "a"
+    query = product.origin_a if first else product.origin_b
+    named: dict[Atom, str] = {}
+    keys: list[Atom] = []
+    try:
+        for label in product.lo:
+            for matched in product.matched.get(label, ()):
+                letter = roles.of(matched.out)
+                q, k = (matched.a, matched.b) if first else (matched.b, matched.a)
+                if q is not None:
+                    named[q] = letter
+                if k is not None and letter == "S":
+                    keys.append(k)
+    except LayoutError:
+        return
+    of_q, of_k = (product.widths[side] for side in (("a", "b") if first else ("b", "a")))
+    queries = [a for a, letter in named.items() if letter == "T"]
+    _describe(call, query, named, queries, keys, of_q, of_k)
+
+
+def _describe(
+    call: KernelCall,
+    query: Origin,
+    named: Mapping[Atom, str],
+    queries: Sequence[Atom],
+    keys: Sequence[Atom],
+    q_width: Iterable[Atom],
+    k_width: Iterable[Atom],
+) -> None:
+    widths = [*q_width, *k_width]
+    if widths and all(a.birth == "feature" for a in widths):
+        call.kind = kind_of(queries, keys)
+    if query.cut is not None:
+        call.piece = piece_of(query, named, list(q_width), keys)
+
+
+def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
+    """The kind of an attention, where the axes of its queries and keys tell.
+
+    ``cross`` where they have nothing in common; ``joint`` where both are the same sequences laid end to end. None:
+    nothing tells more than what is known anyway, as of one sequence: a memory may be made of the same input as what
+    attends to it.
+
+    Args:
+        queries: their axis, or the axes that it is made of.
+        keys: likewise.
+    """
+    # Features are heads that lie in one axis with the positions.
+    ours, theirs = ([a for a in side if a.birth != "feature"] for side in (queries, keys))
+    if not ours or not theirs or not all(map(_sure, (*ours, *theirs))):
+        return None
+    mine, others = _roots(ours), _roots(theirs)
+    if not mine & others:
+        return "cross"
+    # A token that was learned and put in front is no sequence.
+    laid = any(len([root for root in (a.root, *a.beside) if root.birth == "data"]) > 1 for a in ours)
+    return "joint" if laid and mine == others else None
+
+
+def _sure(atom: Atom) -> bool:
+    """Whether it is known where a line began: not in an operation that is not followed, nor in a map of positions."""
+    return atom.birth in ("data", "parameter") and not atom.repeated and not atom.root.maps
+
+
+def _roots(atoms: Iterable[Atom]) -> set[Atom]:
+    return {root for a in atoms for root in (a.root, *a.beside)}
