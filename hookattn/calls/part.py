@@ -145,11 +145,13 @@ class Part:
 
     @property
     def doubt(self) -> str:
-        """What a certificate says against the call; empty where it is faithful."""
-        found = self.call.certificate
+        """What a certificate says against the call, and the axes that no certificate can vouch for; empty: nothing."""
+        found, guessed = self.call.certificate, self.call.guessed
+        said = "" if found.faithful else "not verified"
         if found.status == "unfaithful":
-            return f"unfaithful: off by {found.output_error:.1e}, allowed {found.tolerance:.1e}"
-        return "" if found.faithful else "not verified"
+            said = f"unfaithful: off by {found.output_error:.1e}, allowed {found.tolerance:.1e}"
+        axes = f"axes guessed: {' '.join(guessed)}" if guessed else ""
+        return "; ".join(filter(None, (said, axes)))
 
 
 def parts_of(

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..calls.part import Part
 from ..errors import SelectionError
-from .values import Array, drawn_values
+from .values import UNKNOWN, Array, drawn_values, notes_on_weights
 
 
 def mean_by_distance(part: Part) -> tuple[Array, Array]:
@@ -38,3 +38,18 @@ def mean_by_distance(part: Part) -> tuple[Array, Array]:
 def highest(curves: Sequence[tuple[Array, Array]]) -> float:
     """Where the axis of the weights ends: a little above the largest mean of all panels."""
     return 1.05 * max(float(np.nanmax(means, initial=0.01)) for _, means in curves)
+
+
+def lowest(curves: Sequence[tuple[Array, Array]], top: float) -> float:
+    """Where the axis begins: a little below 0, or below the least mean where weights are negative."""
+    least = min(float(np.nanmin(means, initial=0.0)) for _, means in curves)
+    return min(-0.02 * top, 1.05 * least)
+
+
+def notes_of(parts: Sequence[Part]) -> list[str]:
+    """What a reader of the means has to know."""
+    return [
+        note
+        for part in parts
+        for note in (*([] if part.call.has("mask") else [UNKNOWN]), *notes_on_weights(part, "weights"))
+    ]

@@ -25,10 +25,10 @@ LIMIT = 180_000_000
 _OF_WEIGHTS, _OF_SCORES = (
     tuple(x for x in FIELD_SPECS[name].derived_from if x not in DERIVED) for name in ("weights", "scores")
 )
-GROUPS = (("weights", *_OF_WEIGHTS), _OF_SCORES, ("scores",), ("v",), ("output",))
+GROUPS = (("weights", *_OF_WEIGHTS), ("applied",), _OF_SCORES, ("scores",), ("v",), ("output",))
 """What is worth most first. What is in one group is of no use alone."""
 
-_WIDTHS = {"weights": 1, "mask": 1}
+_WIDTHS = {"weights": 1, "applied": 1, "mask": 1}
 # A mask is mostly long runs, which gzip leaves next to nothing of.
 _MASK_SHARE = 8
 
@@ -166,6 +166,8 @@ def _narrowed_call(call: Call, place: int, kept: Sequence[str], made: Narrowed) 
         if call.has(name):
             absent = name in call.fields and call.fields[name] is None
             fields[name] = None if absent else Later(_encoded, call, place, name, made)
+    # That a call has no q, k or scores, as its attention is of another kind, costs nothing to say.
+    fields |= {n: None for n in FIELDS if n in call.fields and call.fields[n] is None and not FIELD_SPECS[n].optional}
     # Statistics are small, and are what is left of an attention too large to keep.
     fields |= {name: value for name, value in call.fields.items() if name not in FIELDS}
     return replace(call, fields=fields, beside={}, derivable=_derivable(call, kept))
@@ -175,7 +177,7 @@ def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
     # Of a call of its own: what is derived for the page is held by nobody once it is in there.
     value = replace(call).get(name)
     assert value is not None
-    if name == "weights":
+    if name in ("weights", "applied"):
         codes = sqrt8(value)
         if codes is not None:
             errors = [_largest_error(*head) for head in zip(codes.flatten(0, 1), value.flatten(0, 1), strict=True)]

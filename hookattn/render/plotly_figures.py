@@ -14,9 +14,9 @@ from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
 from ..traces import Trace
-from .by_distance import highest, mean_by_distance
+from .by_distance import highest, lowest, mean_by_distance, notes_of
 from .palette import INK, MASKED, PAPER, head_style
-from .values import FLOOR, UNKNOWN, Field, Scale, Sink, check_options, drawn_values
+from .values import FLOOR, Field, Scale, Sink, check_options, drawn_values
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -42,7 +42,7 @@ def plotly(
         trace: in memory, loaded, or compact.
         view: ``matrix``, queries by keys for each head of one call; ``model``, layers by heads, each its largest value
             in each block of a 64 × 64 thumbnail; ``distance``, mean weight against distance.
-        field: ``weights``, ``scores`` or ``mask``; of the first two views.
+        field: ``weights``, ``applied``, ``scores`` or ``mask``; of the first two views.
         scale: ``log`` colours, or plots, weights from 1e-4 to 1.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left; likewise.
         **where: what is drawn: :class:`hookattn.calls.part.Where`.
@@ -139,9 +139,9 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
             )
             figure.add_trace(made, row=n // columns + 1, col=n % columns + 1)
     top = highest(curves)
-    floor = [math.log10(FLOOR), math.log10(top)] if scale == "log" else [-0.02 * top, top]
+    floor = [math.log10(FLOOR), math.log10(top)] if scale == "log" else [lowest(curves, top), top]
     figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
-    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + [UNKNOWN for p in parts if not p.call.has("mask")]
+    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + notes_of(parts)
     title = _title("mean weight against distance back to the key", notes)
     figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
     return figure
@@ -189,13 +189,16 @@ def _set_ticks(figure: Figure, which: str, labels: list[str], place: dict[str, i
 def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any], rows: int, each: int = 460) -> None:
     heats = figure.select_traces(selector={"type": "heatmap"})
     axis: dict[str, Any] = {"colorscale": _BLUES, "cmin": 0.0, "cmax": 1.0, "colorbar": {"title": {"text": field}}}
-    if field == "scores":
-        tops = [np.nanmax(np.abs(h.z)) for h in heats if np.isfinite(h.z).any()]
-        top = float(max(tops, default=1.0))
+    seen = [np.asarray(h.customdata, float) for h in heats]
+    seen = [x[np.isfinite(x)] for x in seen]
+    top = max((float(np.abs(x).max()) for x in seen if x.size), default=1.0) or 1.0
+    if field == "scores" or (field != "mask" and scale != "log" and any((x < 0).any() for x in seen)):
         axis |= {"colorscale": _SCORES, "cmin": -top, "cmax": top}
+    elif field != "mask" and top > 1.01:
+        axis["cmax"] = top
     if scale == "log":
         ticks = list(range(round(math.log10(FLOOR)), 1))
-        axis |= {"cmin": ticks[0], "cmax": 0.0}
+        axis |= {"cmin": ticks[0], "cmax": max(0.0, math.log10(top)) if top > 1.01 else 0.0}
         axis["colorbar"] |= {"tickvals": ticks, "ticktext": [f"{10.0**t:g}" for t in ticks]}
     figure.update_layout(coloraxis=axis, title=title, height=120 + each * rows)
     figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))

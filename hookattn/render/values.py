@@ -9,16 +9,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..attention.normalizers import is_softmax
 from ..calls.part import Part
 from ..errors import SelectionError
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Field = Literal["weights", "scores", "mask"]
+Field = Literal["weights", "applied", "scores", "mask"]
 Scale = Literal["linear", "log"]
 Sink = Literal["show", "drop", "renormalise"]
 
-FIELDS, SCALES, SINKS = ("weights", "scores", "mask"), ("linear", "log"), ("show", "drop", "renormalise")
+FIELDS, SCALES, SINKS = ("weights", "applied", "scores", "mask"), ("linear", "log"), ("show", "drop", "renormalise")
+WEIGHTS = ("weights", "applied")
+"""The weights as the softmax made them, and as they met the values: the fields that rows share out."""
 FLOOR = 1e-4
 """The least weight that a logarithmic scale tells from 0."""
 UNKNOWN = "mask not captured: a 0 may be a masked entry"
@@ -36,6 +39,7 @@ class DrawnValues:
         block: so many rows and columns make one of ``data``, their largest.
         masked: whether any entry is masked, in a block or alone.
         largest: the largest magnitude of what is finite and not masked; 0 where nothing is.
+        negative: whether any of it is below 0.
     """
 
     data: np.ma.MaskedArray[Any, Any]
@@ -45,6 +49,7 @@ class DrawnValues:
     block: int
     masked: bool
     largest: float
+    negative: bool
 
 
 def check_options(field: str, scale: str, sink: str) -> None:
@@ -56,9 +61,9 @@ def check_options(field: str, scale: str, sink: str) -> None:
     for name, value, known in (("field", field, FIELDS), ("scale", scale, SCALES), ("sink", sink, SINKS)):
         if value not in known:
             raise SelectionError(f"{name}={value!r}: expected one of {', '.join(known)}.")
-    if scale == "log" and field != "weights":
+    if scale == "log" and field not in WEIGHTS:
         raise SelectionError(f"scale='log' is for weights; field={field!r} has no logarithm.")
-    if sink == "renormalise" and field != "weights":
+    if sink == "renormalise" and field not in WEIGHTS:
         raise SelectionError(f"sink='renormalise' is for weights; drop the first key of {field} with sink='drop'.")
 
 
@@ -69,7 +74,8 @@ def drawn_values(
 
     Args:
         part: what is drawn.
-        field: ``weights``, ``scores``, or ``mask`` (1: may attend).
+        field: ``weights``; ``applied``, what met the values, which are the weights where nothing changed them;
+            ``scores``; or ``mask`` (1: may attend).
         sink: ``drop`` leaves out the first key, where models park attention that has nowhere to go; ``renormalise``
             also divides each row by what is left without it.
         most: of more rows or columns than these each block's largest is taken, see :func:`block_maxima`.
@@ -79,7 +85,8 @@ def drawn_values(
         FieldNotCaptured: the field was not kept.
         SelectionError: without the first key there is none left.
     """
-    notes = [] if part.call.has("mask") else [UNKNOWN]
+    drawn = drawn_field(part, field)
+    notes = [*([] if part.call.has("mask") else [UNKNOWN]), *notes_on_weights(part, field)]
     columns = part.columns
     if sink != "show":
         first = first_key(part) if first is None else first
@@ -88,15 +95,42 @@ def drawn_values(
     if not columns:
         raise SelectionError(f"sink={sink!r}: the first key is the only one that is drawn.")
     most = max(len(part.rows), len(columns)) if most is None else most
-    images, block, masked, largest = [], 1, False, 0.0
+    images, block, masked, largest, negative = [], 1, False, 0.0, False
     for one in part.each_head():
-        data = _drawn_head(one, field, columns, first if sink == "renormalise" else None)
+        data = _drawn_head(one, drawn, columns, first if sink == "renormalise" else None)
         masked = masked or bool(np.ma.getmaskarray(data).any())
         largest = max(largest, largest_magnitude(data))
-        image, block = block_maxima(data, most)
+        negative = negative or has_negative(data)
+        image, block = block_maxima(data, most, far=drawn in WEIGHTS and has_negative(data))
         images.append(image)
     whole = np.ma.masked_array(np.concatenate([x.data for x in images]), np.concatenate([x.mask for x in images]))
-    return DrawnValues(whole, part.rows, columns, tuple(notes), block, masked, largest)
+    return DrawnValues(whole, part.rows, columns, tuple(notes), block, masked, largest, negative)
+
+
+def drawn_field(part: Part, field: str) -> str:
+    """The field that is drawn where one is asked for: weights that nothing changed are what met the values."""
+    return "weights" if field == "applied" and not has_applied(part) else field
+
+
+def has_applied(part: Part) -> bool:
+    """Whether what met the values is there apart from the weights."""
+    return part.call.fields.get("applied") is not None
+
+
+def notes_on_weights(part: Part, field: str) -> list[str]:
+    """What a reader of weights has to know: which of two they are, and that they are no softmax."""
+    if field not in WEIGHTS:
+        return []
+    notes = []
+    if has_applied(part):
+        notes.append(
+            "weights as the softmax made them; field='applied' is what met the values"
+            if field == "weights"
+            else "weights as they met the values, changed after the softmax"
+        )
+    if not is_softmax(part.call.normalizer):
+        notes.append(f"no softmax (normalizer {part.call.normalizer})")
+    return notes
 
 
 def _drawn_head(
@@ -119,6 +153,11 @@ def largest_magnitude(data: np.ma.MaskedArray[Any, Any]) -> float:
     return float(np.abs(finite).max()) if finite.size else 0.0
 
 
+def has_negative(data: np.ma.MaskedArray[Any, Any]) -> bool:
+    """Whether any entry that is not masked is below 0."""
+    return bool((np.ma.filled(data.astype(float), 0.0) < 0).any())
+
+
 def part_array(part: Part, name: str, query: int | None = None) -> Array:
     """:meth:`Part.tensor` as numpy takes it."""
     return part.tensor(name, query).numpy()
@@ -137,7 +176,9 @@ def first_key(part: Part) -> int:
     return int(part.call.mask[0].flatten(0, 1).any(0).byte().argmax())
 
 
-def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.MaskedArray[Any, Any], int]:
+def block_maxima(
+    data: np.ma.MaskedArray[Any, Any], most: int, far: bool = False
+) -> tuple[np.ma.MaskedArray[Any, Any], int]:
     """The largest entry of each n × n block, n the least that leaves at most ``most`` rows and columns; and n.
 
     A block is masked where all of it is. Never a mean: a single key that takes all attention stays as it is.
@@ -145,6 +186,7 @@ def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.Ma
     Args:
         data: … rows columns.
         most: at least 1.
+        far: of weights below 0, too, the largest is what is farthest from 0.
     """
     n = max(1, math.ceil(max(data.shape[-2:]) / most))
     if n == 1:
@@ -153,4 +195,9 @@ def block_maxima(data: np.ma.MaskedArray[Any, Any], most: int) -> tuple[np.ma.Ma
     # Hidden entries are −∞, which no maximum takes: a block is −∞ only where all of it is hidden.
     low = np.ma.filled(data.astype(float), -np.inf)
     made = np.maximum.reduceat(np.maximum.reduceat(low, rows, -2), columns, -1)
-    return np.ma.masked_array(made, np.isneginf(made)), n
+    hidden = np.isneginf(made)
+    if far:
+        high = np.ma.filled(data.astype(float), np.inf)
+        least = np.minimum.reduceat(np.minimum.reduceat(high, rows, -2), columns, -1)
+        made = np.where(~hidden & (-least > made), least, made)
+    return np.ma.masked_array(made, hidden), n

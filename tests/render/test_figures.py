@@ -385,7 +385,7 @@ def test_a_missing_field_names_the_capture(view: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"field": "q"}, "field='q': expected one of weights, scores, mask"),
+    ({"field": "q"}, "field='q': expected one of weights, applied, scores, mask"),
     ({"scale": "sqrt"}, "scale='sqrt'"),
     ({"sink": "hide"}, "sink='hide'"),
     ({"field": "scores", "scale": "log"}, "has no logarithm"),

@@ -174,7 +174,7 @@ def test_fields_can_be_asked_for() -> None:
     trace = made(200, model=small(layers=1))
     document, tensors = contents(page(trace, fields=("q", "k", "v", "mask", "weights")))
     fields = document["calls"][0]["fields"]
-    assert list(fields) == ["q", "k", "v", "bias", "mask", "sinks", "weights"]
+    assert list(fields) == ["q", "k", "v", "bias", "mask", "sinks", "weights", "applied"]
     assert fields["bias"] is fields["sinks"] is None
     for name in ("q", "k", "v"):
         value, stored = getattr(trace[0], name), tensors[fields[name]]
@@ -224,9 +224,9 @@ def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) ->
     weights, mask, one = 2 * 3 * 40 * 40, 2 * 40 * 40 // 8, 2 * 3 * 40 * 8 * 2
     for room, kept in (
         (1, {"weights", "mask", "sinks"}),
-        (weights + mask + 2 * one, {"weights", "mask", "sinks", "q", "k", "bias"}),
-        (weights + mask + 3 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v"}),
-        (weights + mask + 4 * one, {"weights", "mask", "sinks", "q", "k", "bias", "v", "output"}),
+        (weights + mask + 2 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias"}),
+        (weights + mask + 3 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias", "v"}),
+        (weights + mask + 4 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias", "v", "output"}),
     ):
         monkeypatch.setattr(page_size, "ROOM", room)
         made_of = narrowed(trace)

@@ -11,6 +11,9 @@ from matplotlib.patches import Patch
 from ..palette import DIVERGING, HATCH, MASKED, MAY, SEQUENTIAL
 from ..values import FLOOR
 
+# What rounding may make of a weight of 1.
+_ROUNDED = 1.01
+
 
 class ColourScale(NamedTuple):
     """Which colour each value has.
@@ -24,13 +27,15 @@ class ColourScale(NamedTuple):
     norm: Normalize
 
 
-def colour_scale(largest: float, field: str, scale: str) -> ColourScale:
-    """Colours of values up to this magnitude: weights from 0 to 1, scores about 0, what may be attended to in one."""
+def colour_scale(largest: float, field: str, scale: str, negative: bool = False) -> ColourScale:
+    """Colours of values up to this magnitude: weights from 0 to 1, or to the largest where that is more; scores, and
+    weights that some normalizers make negative, about 0; what may be attended to in one."""
     if field == "mask":
         return ColourScale(ListedColormap([MAY]), Normalize(0, 1))
-    if field == "scores":
+    if field == "scores" or negative:
         return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-(largest or 1.0), largest or 1.0))
-    norm = LogNorm(FLOOR, 1, clip=True) if scale == "log" else Normalize(0, 1)
+    top = largest if largest > _ROUNDED else 1.0
+    norm = LogNorm(FLOOR, top, clip=True) if scale == "log" else Normalize(0, top)
     return ColourScale(matplotlib.colormaps[SEQUENTIAL], norm)
 
 

@@ -14,9 +14,9 @@ from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
 from ...errors import SelectionError
 from ...traces import Trace
-from ..by_distance import highest, mean_by_distance
+from ..by_distance import highest, lowest, mean_by_distance, notes_of
 from ..palette import head_style
-from ..values import FLOOR, SCALES, UNKNOWN, Array, Scale
+from ..values import FLOOR, SCALES, Array, Scale
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
 
 _WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
@@ -46,7 +46,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
     parts = parts_of_one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     rows = math.ceil(len(parts) / columns)
-    heading = Heading.of(parts, parts[0].stack, [UNKNOWN for part in parts if not part.call.has("mask")])
+    heading = Heading.of(parts, parts[0].stack, notes_of(parts))
     numbers = sorted({head for part in parts for head in part.heads})
     top = heading.height + 0.15
     figure = empty_sheet(0.55 + columns * (_WIDTH + _GAP) + 0.75, top + rows * (_HEIGHT + _GAP + 0.1) + 0.3)
@@ -59,7 +59,7 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
         _draw_lines(axes, part, numbers, at, means)
         axes.set(
             yscale=scale,
-            ylim=(FLOOR if scale == "log" else -0.02 * top_value, top_value),
+            ylim=(FLOOR if scale == "log" else lowest(curves, top_value), top_value),
             xlim=(at[0] - 0.5, at[-1] + 0.5),
         )
         # The scale of an axis brings ticks of its own, so that these are set after it.

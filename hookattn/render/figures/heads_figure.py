@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -17,25 +17,35 @@ from ...errors import SelectionError
 from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import head_style
-from ..values import Array, Sink, drawn_values, first_key
+from ..values import WEIGHTS, Array, Sink, drawn_values, first_key
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
 from .ticks import LONGEST, font_size, label_width, stride
 
 _TALLEST = 9.5
 _FAN = 2.2
 _ROW = 0.2
+_NEGATIVE = (0, (0.6, 1.6))
 
 
 @in_own_style
-def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Unpack[Where]) -> Figure:
-    """Queries on the left, keys on the right, and a line for each weight: as opaque as the weight is large.
+def heads(
+    trace: Trace,
+    *,
+    least: float = 0.01,
+    field: Literal["weights", "applied"] = "weights",
+    sink: Sink = "show",
+    **where: Unpack[Where],
+) -> Figure:
+    """Queries on the left, keys on the right, and a line for each weight: as opaque as the weight is large, of 1 or of
+    the largest of the head where that is more. Dotted lines are weights below 0.
 
     Heads have colours that every kind of colour vision tells apart, and after the eighth dashes as well. In
     self-attention a query stands level with its own key.
 
     Args:
         trace: in memory, loaded, or compact.
-        least: weights below it have no line; larger than 0.
+        least: weights below it, of those above 1 as a part of the largest, have no line; larger than 0.
+        field: ``weights``, or ``applied``: what met the values, where the model changed them after the softmax.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
         **where: what is drawn: :class:`hookattn.calls.part.Where`; ``queries=[7]`` shows where one token looks.
 
@@ -49,9 +59,11 @@ def heads(trace: Trace, *, least: float = 0.01, sink: Sink = "show", **where: Un
     """
     if not 0 < least <= 1:
         raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
+    if field not in WEIGHTS:
+        raise SelectionError(f"field={field!r}: expected one of {', '.join(WEIGHTS)}.")
     part = part_of_one_call(trace, "heads", **where)
     first = first_key(part) if sink != "show" else None
-    drawn = (drawn_values(one, "weights", sink, first=first) for one in part.each_head())
+    drawn = (drawn_values(one, field, sink, first=first) for one in part.each_head())
     found = next(drawn)
     level = _levels(part, found.rows, found.columns)
     lowest, highest = min(map(min, level)), max(map(max, level))
@@ -102,12 +114,15 @@ def _levels(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> _Lev
 
 def _lines(n: int, weights: Array, level: _Levels, least: float) -> LineCollection:
     """The lines of the n-th drawn head, as opaque as its T S weights are large."""
-    rows, columns = np.nonzero(weights >= least)
+    sizes = np.abs(weights) / max(1.0, float(np.nanmax(np.abs(weights), initial=0.0)))
+    rows, columns = np.nonzero(sizes >= least)
     colour, dashes = head_style(n)
     lines = [((0, level.queries[i]), (1, level.keys[j])) for i, j in zip(rows, columns, strict=True)]
-    tones = [to_rgba(colour, min(1.0, float(w))) for w in weights[rows, columns]]
-    style = (0, dashes) if dashes else "solid"
-    return LineCollection(lines, colors=tones, linewidths=1.1, linestyles=[style], capstyle="butt")
+    tones = [to_rgba(colour, min(1.0, float(w))) for w in sizes[rows, columns]]
+    style: Any = (0, dashes) if dashes else "solid"
+    below = weights[rows, columns] < 0
+    styles = [_NEGATIVE if negative else style for negative in below] if below.any() else [style]
+    return LineCollection(lines, colors=tones, linewidths=1.1, linestyles=styles, capstyle="butt")
 
 
 def _legend(figure: Figure, part: Part, x: float, y: float, width: float) -> None:

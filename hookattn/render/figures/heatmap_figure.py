@@ -8,13 +8,14 @@ from typing import Any, Unpack
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import FAINT, MAY
-from ..values import DrawnValues, Field, Scale, Sink, check_options, drawn_values
+from ..values import WEIGHTS, DrawnValues, Field, Scale, Sink, check_options, drawn_values
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
 from .colours import ColourScale, colour_scale, show_masked
 from .ticks import label_axis, label_depth, label_width
@@ -40,12 +41,13 @@ def heatmap(
 ) -> Figure:
     """One call as heatmaps, queries down and keys across, a panel for each head.
 
-    Masked entries are hatched, and are not 0. Weights are coloured from 0 to 1 in every panel, scores symmetrically
-    about 0. More than 1,024 queries or keys are pooled, each pixel the largest of its block, which the figure says.
+    Masked entries are hatched, and are not 0. Weights are coloured from 0 to 1 in every panel (to the largest, where a
+    normalizer makes more than 1), scores, and weights below 0, symmetrically about 0. More than 1,024 queries or keys
+    are pooled, each pixel the largest of its block, which the figure says.
 
     Args:
         trace: in memory, loaded, or compact.
-        field: ``weights``, ``scores`` or ``mask``.
+        field: ``weights``, ``applied`` (what met the values, where the model changed them), ``scores`` or ``mask``.
         scale: ``log`` colours weights from 1e-4 to 1.
         sink: ``drop`` leaves out the first key, ``renormalise`` also divides each row by what is left.
         columns: panels side by side.
@@ -79,7 +81,7 @@ def _panels(part: Part, found: DrawnValues, field: str, scale: str, columns: int
     top, step = heading.height, height + title + _GAP
     figure = empty_sheet(left + columns * (width + _GAP) + 0.9, top + lines * step + below + 0.1)
     heading.draw(figure)
-    mapped = colour_scale(found.largest, field, scale)
+    mapped = colour_scale(found.largest, field, scale, found.negative and field in WEIGHTS)
     for n, head in enumerate(part.heads):
         row, column = divmod(n, columns)
         axes = axes_at(figure, left + column * (width + _GAP), top + row * step + title, width, height)
@@ -125,12 +127,14 @@ def draw_legend(figure: Figure, x: float, y: float, mapped: ColourScale, field: 
         y += 0.2
     else:
         axes = axes_at(figure, x, y, 0.09, 1.0)
-        extend = "min" if scale == "log" else "neither"
+        extend = "min" if isinstance(mapped.norm, LogNorm) else "neither"
         bar = figure.colorbar(ScalarMappable(mapped.norm, mapped.map), cax=axes, extend=extend, format="{x:g}")
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(labelsize=6.0, length=2)
         bar.ax.tick_params(which="minor", length=0)
-        bar.ax.set_title({"weights": "weight", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5)
+        bar.ax.set_title(
+            {"weights": "weight", "applied": "applied", "scores": "score"}[field], fontsize=6.5, loc="left", pad=5
+        )
         y += 1.15
     if masked:
         box = axes_at(figure, x, y, 0.11, 0.11)

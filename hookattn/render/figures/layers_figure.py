@@ -16,7 +16,7 @@ from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
 from ...traces import Trace
 from ..palette import GRID
-from ..values import Field, Scale, Sink, check_options, drawn_values, largest_magnitude
+from ..values import WEIGHTS, Field, Scale, Sink, check_options, drawn_values, has_negative, largest_magnitude
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
 from .colours import ColourScale, colour_scale, show_masked
 from .heatmap_figure import draw_legend
@@ -37,7 +37,8 @@ def layers(
 
     Args:
         trace: in memory, loaded, or compact; one stack, kind and step of it.
-        field: ``weights``, ``scores`` (each head coloured by its own range) or ``mask``.
+        field: ``weights``, ``applied``, ``scores`` (each head coloured by its own range, and so are weights below 0 or
+            above 1) or ``mask``.
         scale, sink: as for :func:`hookattn.render.heatmap`.
         **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
@@ -64,7 +65,8 @@ def layers(
     for row, (part, small) in enumerate(zip(parts, grid.images, strict=True)):
         layer = row if part.call.site.layer is None else part.call.site.layer
         for n, head in enumerate(part.heads):
-            mapped = colour_scale(largest_magnitude(small[n]), field, scale)
+            below = field in WEIGHTS and has_negative(small[n])
+            mapped = colour_scale(largest_magnitude(small[n]), field, scale, below)
             name_artist(_draw_thumbnail(axes, row, numbers.index(head), small[n], mapped), f"layer-{layer}-head-{head}")
     # A picture moves the limits of its axes to itself, so they are set again.
     axes.set(xlim=(0, len(numbers)), ylim=(len(parts), 0), xlabel="head", ylabel="layer")

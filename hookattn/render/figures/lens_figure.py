@@ -9,7 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ...attention.normalizers import is_softmax
 from ...calls.part import Where
+from ...errors import SelectionError
 from ...traces import Trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..values import first_key
@@ -44,11 +46,16 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
         A figure.
 
     Raises:
-        SelectionError: no one call, head or query.
+        SelectionError: no one call, head or query; or weights that are no softmax, in which keys outscore each other.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
     found = query_row(trace, "lens", **where)
     part = found.part
+    if not is_softmax(part.call.normalizer):
+        raise SelectionError(
+            f"lens tells why a softmax makes its weights, and those of {part.title} are none (normalizer "
+            f"{part.call.normalizer!r}); hookattn.render.heatmap draws any weights."
+        )
     words, drain = verdicts(found)
     heading = Heading.of([part], found.title, [*found.notes, *drain])
     left = 0.1 + key_label_width(found)

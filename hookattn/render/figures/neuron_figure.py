@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...calls.part import Where
+from ...errors import SelectionError
 from ...traces import Trace
 from ..palette import DIVERGING, SCORE, WEIGHT
 from ..values import Array, part_array
@@ -35,19 +36,26 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
         A figure.
 
     Raises:
-        SelectionError: no one call, head or query.
+        SelectionError: no one call, head or query; or scores that are no product of queries and keys.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
     found = query_row(trace, "neuron", **where)
     part, i = found.part, found.query
+    scale = part.call.scale
+    if scale is None:
+        raise SelectionError(
+            f"neuron takes apart the product of a query and a key, and the scores of {part.title} are none (call.score "
+            f"is {part.call.score!r})."
+        )
     q, k = part_array(part, "q")[0, i], part_array(part, "k")[0]
     product = q * k
-    dots = _scaled_dots(product, part.call.scale, i)
+    dots = _scaled_dots(product, scale, i)
     finished = part.call.softcap is not None or part.field("bias", i) is not None or part.call.own_scores
     heading = Heading.of([part], found.title, found.notes)
     left = 0.1 + key_label_width(found)
     top = heading.height + 0.62
-    lasting = ["scaled dot product", *(["score"] if finished else []), "weight (softmax)"]
+    weight = f"weight ({part.call.normalizer})"
+    lasting = ["scaled dot product", *(["score"] if finished else []), weight]
     figure = empty_sheet(left + 2 * (_HEAT + _GAP) + len(lasting) * (_BARS + _GAP), top + found.height + 0.12)
     heading.draw(figure)
     label_keys(figure, left - 0.05, top, found)
@@ -58,7 +66,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
         axes = _draw_components(figure, x, top, found.height, found.listed(values), name, top_value)
         axes.set_ylim(len(found.keys) - 0.5, -0.5)
         x += _HEAT + _GAP
-    columns = {"scaled dot product": dots, "score": found.scores, "weight (softmax)": found.weights}
+    columns = {"scaled dot product": dots, "score": found.scores, weight: found.weights}
     for title in lasting:
         axes = key_axes(figure, x, top, _BARS, found, title)
         colour = WEIGHT if title.startswith("weight") else SCORE

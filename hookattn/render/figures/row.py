@@ -94,7 +94,7 @@ def query_row(trace: Trace, view: str, **where: Unpack[Where]) -> QueryRow:
     hidden = hidden_keys(part, i)
     keys, notes = part.columns, [UNKNOWN] if hidden is None else []
     if len(keys) > _MOST and where.get("keys") is None:
-        heaviest = np.argsort(-weights, kind="stable")[:_MOST]
+        heaviest = np.argsort(-np.abs(weights), kind="stable")[:_MOST]
         notes = [*notes, f"the {_MOST} keys of {len(keys)} that weigh most"]
         keys = tuple(sorted(int(j) for j in heaviest))
     return QueryRow(part, i, keys, None if hidden is None else hidden[0, 0], scores, weights, tuple(notes))

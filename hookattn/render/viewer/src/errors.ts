@@ -21,6 +21,18 @@ export class NotCaptured extends ViewerError {
   }
 }
 
+/** A field that a call does not have, as its attention is of another kind; says why. */
+export class FieldAbsent extends ViewerError {
+  override name = "FieldAbsent";
+  constructor(
+    readonly field: string,
+    where: string,
+    why: string,
+  ) {
+    super(`There is no “${field}” of ${where}: ${why}.`);
+  }
+}
+
 export function message(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }

@@ -2,7 +2,8 @@
 import type { Call } from "./data/call";
 import type { Trace } from "./data/trace";
 
-export type Field = "weights" | "scores" | "mask";
+/** `applied`: what met the values, where the model changed the weights after the softmax; else the weights. */
+export type Field = "weights" | "applied" | "scores" | "mask";
 export type Scale = "linear" | "log";
 export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
@@ -68,7 +69,7 @@ const FIRST: State = {
 const AT_ONCE = 2 ** 22;
 
 const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
-  field: ["weights", "scores", "mask"],
+  field: ["weights", "applied", "scores", "mask"],
   scale: ["linear", "log"],
   pool: ["max", "sum"],
   sink: ["show", "drop", "renormalise"],

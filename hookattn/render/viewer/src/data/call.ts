@@ -34,7 +34,8 @@ export function where(call: Call): string {
   const { path, layer, stack, kind } = call.site;
   const at = layer === null ? "" : `layer ${layer}, `;
   const step = call.step > 0 ? `, step ${call.step}` : "";
-  return `${at}${stack} ${kind} attention (${path || "the model itself"}${step})`;
+  const entry = call.entry ? `, in a forward of ${call.entry} alone` : "";
+  return `${at}${stack} ${kind} attention (${path || "the model itself"}${step}${entry})`;
 }
 
 /** The head of k and v that a stored query head reads. */

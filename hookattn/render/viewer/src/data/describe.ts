@@ -7,6 +7,7 @@ import { crosses, places } from "./keytokens";
 const AXES: Record<string, string> = {
   scores: "BHTS",
   weights: "BHTS",
+  applied: "BHTS",
   q: "BHT",
   output: "BHT",
   k: "BGS",

@@ -29,6 +29,7 @@ export interface CallDocument {
   step: number;
   tap: string;
   dtype: string;
+  /** Where the scores are no product of queries and keys it says nothing. */
   scale: number | { tensor: string };
   softcap: number | null;
   causal: boolean | null;
@@ -40,6 +41,13 @@ export interface CallDocument {
   kv_heads: number[] | null;
   own_scores: boolean;
   mixed: boolean;
+  /** What the scores are, `dot` by default; and what makes weights of them, `softmax` by default (format 1.3). */
+  score?: string;
+  normalizer?: string;
+  /** For B, H, T, S and G how it is known which axis that is: kernel, adapter, followed, guessed (format 1.3). */
+  basis?: Record<string, string>;
+  /** Path of the outermost module whose forward was the step; empty or absent: the traced model (format 1.3). */
+  entry?: string;
   fields: Record<string, string | null>;
   derivable: string[];
   keys?: number;

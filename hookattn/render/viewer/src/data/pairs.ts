@@ -29,7 +29,10 @@ export function difference(a: Matrix, b: Matrix): Matrix {
 }
 
 export interface Distance {
-  /** ½ Σ |p − q| over the keys, the mean over the rows; what goes to no key (a sink) is one key more. NaN: no row. */
+  /**
+   * ½ Σ |p − q| over the keys, the mean over the rows; what goes to no key (a sink) is one key more. NaN: no row, or
+   * weights that are no shares.
+   */
   variation: number;
   /** The largest |p − q|. */
   largest: number;
@@ -41,6 +44,7 @@ export async function distance(
   b: Matrix,
   masks: readonly (Matrix | null)[],
   slices: Slices,
+  shares = true,
 ): Promise<Distance> {
   let [sum, largest, count] = [0, 0, 0];
   for (let t = 0; t < a.rows; t++) {
@@ -54,13 +58,13 @@ export async function distance(
       p += a.data[i]!;
       q += b.data[i]!;
     }
-    const rest = Math.abs(Math.max(0, 1 - p) - Math.max(0, 1 - q));
+    const rest = shares ? Math.abs(Math.max(0, 1 - p) - Math.max(0, 1 - q)) : 0;
     sum += (apart + rest) / 2;
     largest = Math.max(largest, rest);
     count++;
     await slices.turn();
   }
-  return count === 0 ? { variation: NaN, largest: NaN } : { variation: sum / count, largest };
+  return count === 0 ? { variation: NaN, largest: NaN } : { variation: shares ? sum / count : NaN, largest };
 }
 
 /** The axes of the difference: where the names differ, both. */

@@ -4,6 +4,8 @@
  */
 import type { Slices } from "../slices";
 import type { Pool } from "../state";
+import type { Call } from "./call";
+import { mayBeNegative } from "./kinds";
 import type { Matrix } from "./matrix";
 
 /** `far`: what is farthest from zero, of either sign. */
@@ -55,17 +57,29 @@ function join(a: number, b: number, how: number): number {
   return (how === 0 ? a > b : Math.abs(a) > Math.abs(b)) ? a : b;
 }
 
-/** At most `rows` × `cols`, the largest of what falls together. */
-export async function poolTo(matrix: Matrix, rows: number, cols: number, slices: Slices): Promise<Matrix> {
+/** How a field is pooled where its largest numbers are looked for: weights of either sign by what is farthest from 0. */
+export function pooling(call: Call, field: string): "max" | "far" {
+  return field !== "scores" && mayBeNegative(call, field) ? "far" : "max";
+}
+
+/** At most `rows` × `cols`, the largest of what falls together, or what is farthest from zero. */
+export async function poolTo(
+  matrix: Matrix,
+  rows: number,
+  cols: number,
+  slices: Slices,
+  pool: "max" | "far" = "max",
+): Promise<Matrix> {
   const [r, c] = [Math.min(rows, matrix.rows), Math.min(cols, matrix.cols)];
   if (r === matrix.rows && c === matrix.cols) return matrix;
   const data = new Float32Array(r * c).fill(NaN);
   const column = Uint32Array.from({ length: matrix.cols }, (_, s) => Math.floor((s * c) / matrix.cols));
+  const how = HOWS.indexOf(pool);
   for (let t = 0; t < matrix.rows; t++) {
     const to = Math.floor((t * r) / matrix.rows) * c;
     for (let s = 0, i = t * matrix.cols; s < matrix.cols; s++, i++) {
       const cell = to + column[s]!;
-      data[cell] = join(data[cell]!, matrix.data[i]!, 0);
+      data[cell] = join(data[cell]!, matrix.data[i]!, how);
     }
     await slices.turn();
   }

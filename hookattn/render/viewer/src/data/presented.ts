@@ -5,13 +5,16 @@ import type { Matrix } from "./matrix";
 
 /** The first key that any query attends to: where trained models rest attention that has nowhere to go. */
 export function firstKey({ rows, cols, data }: Matrix): number {
-  for (let s = 0; s < cols; s++) for (let t = 0; t < rows; t++) if (data[t * cols + s]! > 0) return s;
+  for (let s = 0; s < cols; s++) for (let t = 0; t < rows; t++) {
+      const x = data[t * cols + s]!;
+      if (x > 0 || x < 0) return s;
+    }
   return 0;
 }
 
 /** The same matrix where nothing is to be changed; what is left out is NaN. */
 export function presented(matrix: Matrix, field: string, sink: Sink, filter: Filter, axes: Axes): Matrix {
-  const sunk = field === "weights" && sink !== "show";
+  const sunk = (field === "weights" || field === "applied") && sink !== "show";
   const [from, to] = [axes.queries.segments, axes.keys.segments];
   const split = filter !== "all" && from !== null && to !== null;
   if (!sunk && !split) return matrix;
@@ -21,7 +24,8 @@ export function presented(matrix: Matrix, field: string, sink: Sink, filter: Fil
     const key = firstKey(matrix);
     for (let t = 0; t < rows; t++) {
       const row = t * cols;
-      const rest = 1 - data[row + key]!;
+      let rest = 0;
+      for (let i = row; i < row + cols; i++) rest += i === row + key ? 0 : data[i]!;
       data[row + key] = NaN;
       if (sink === "renormalise" && rest > 0) for (let i = row; i < row + cols; i++) data[i]! /= rest;
     }

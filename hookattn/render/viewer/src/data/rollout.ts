@@ -19,7 +19,7 @@ export function refusal(trace: Trace, calls: readonly Call[]): string | null {
   for (const call of calls) {
     const why = unfit(call, first);
     if (why !== null) return `Rollout and flow go through layers of self-attention; ${where(call)} is none: ${why}.`;
-    if (!trace.has(call, "weights")) return trace.lacks("weights", where(call)).message;
+    if (!trace.has(call, "weights")) return trace.lacks("weights", call).message;
   }
   const numbers = calls.length * first.extents.T ** 2;
   return numbers > MOST
@@ -65,6 +65,8 @@ async function mix(trace: Trace, call: Call, batch: number, slices: Slices): Pro
     const total = row.reduce((a, b) => a + b, 0);
     if (!Number.isFinite(total))
       throw new ViewerError(`${where(call)} has weights that are not finite: nothing flows.`);
+    if (row.some((x) => x < 0))
+      throw new ViewerError(`${where(call)} has weights below 0, and a flow divides what is shared out.`);
     const still = total === 0 || !queries[i] || !keys[i];
     for (let j = 0; j < T; j++) data[i * T + j] = still ? 0 : ((1 - RESIDUAL) * row[j]!) / total;
     data[i * T + i]! += still ? 1 : RESIDUAL;

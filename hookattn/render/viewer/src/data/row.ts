@@ -1,5 +1,6 @@
 /** One query of one head: its scores, mask and weights over all keys, and the denominator of their softmax. */
 import { type Call, kvHead } from "./call";
+import { hasApplied } from "./kinds";
 import type { Matrix } from "./matrix";
 import { firstKey } from "./presented";
 import type { Trace } from "./trace";
@@ -8,6 +9,8 @@ export interface Row {
   /** Over all S keys. */
   readonly scores: ArrayLike<number>;
   readonly weights: ArrayLike<number>;
+  /** What met the values, where that is not the weights. */
+  readonly applied: ArrayLike<number> | null;
   /** Which of them may be attended to. */
   readonly allowed: Uint8Array;
   /** The learned logit that joins the softmax, or null. */
@@ -20,9 +23,10 @@ export interface Row {
 
 /** `head` counted among those stored. Needs scores, mask and weights. */
 export async function readRow(trace: Trace, call: Call, batch: number, head: number, query: number): Promise<Row> {
-  const [scores, weights, mask, sinks] = await Promise.all([
+  const [scores, weights, applied, mask, sinks] = await Promise.all([
     trace.row(call, "scores", batch, head, query),
     trace.row(call, "weights", batch, head, query),
+    hasApplied(call) ? trace.row(call, "applied", batch, head, query) : null,
     trace.row(call, "mask", batch, head, query),
     // A trace without them may hold weights that say all the same.
     "sinks" in call.fields ? trace.sinks(call, batch, head) : null,
@@ -33,6 +37,7 @@ export async function readRow(trace: Trace, call: Call, batch: number, head: num
   return {
     scores: scores!.data,
     weights: weights!.data,
+    applied: applied?.data ?? null,
     allowed,
     sink,
     lse: logSum(scores!.data, allowed, sink),
@@ -57,7 +62,7 @@ const MOST = 100;
 export function listed({ weights }: Row, asked: number | null): number[] {
   const all = Array.from({ length: weights.length }, (_, s) => s);
   if (all.length <= MOST) return all;
-  const kept = new Set(all.toSorted((a, b) => weights[b]! - weights[a]! || a - b).slice(0, MOST));
+  const kept = new Set(all.toSorted((a, b) => Math.abs(weights[b]!) - Math.abs(weights[a]!) || a - b).slice(0, MOST));
   if (asked !== null) kept.add(asked);
   return [...kept].sort((a, b) => a - b);
 }
@@ -80,7 +85,7 @@ export interface Steps {
 }
 
 export interface Values {
-  /** weight·v, keys × E; its sum over all keys, 1 × E. */
+  /** weight·v, keys × E, of what met the values; its sum over all keys, 1 × E. */
   readonly weighted: Matrix;
   readonly output: Matrix;
   /** The largest difference of that sum from what the kernel returned; null where that is not in the trace. */
@@ -129,7 +134,7 @@ function valuesOf(v: Matrix, keys: readonly number[], row: Row, returned: Matrix
   const sum = output(v, row);
   const apart = returned === null ? null : sum.data.map((x, e) => Math.abs(x - returned.data[e]!));
   return {
-    weighted: { ...listed, data: listed.data.map((x, i) => x * row.weights[keys[Math.floor(i / v.cols)]!]!) },
+    weighted: { ...listed, data: listed.data.map((x, i) => x * met(row)[keys[Math.floor(i / v.cols)]!]!) },
     output: sum,
     apart: apart === null ? null : Math.max(...apart),
   };
@@ -141,8 +146,14 @@ function rowsOf({ cols, data }: Matrix, keys: readonly number[]): { rows: number
   return { rows: keys.length, cols, data: out };
 }
 
-function output(v: Matrix, { weights }: Row): { rows: number; cols: number; data: Float64Array } {
+/** What the values were multiplied with. */
+function met({ weights, applied }: Row): ArrayLike<number> {
+  return applied ?? weights;
+}
+
+function output(v: Matrix, row: Row): { rows: number; cols: number; data: Float64Array } {
   const sum = new Float64Array(v.cols);
+  const weights = met(row);
   for (let s = 0; s < v.rows; s++) for (let e = 0; e < v.cols; e++) sum[e]! += weights[s]! * v.data[s * v.cols + e]!;
   return { rows: 1, cols: v.cols, data: sum };
 }

@@ -5,8 +5,9 @@ import type { Filter, Sink } from "../state";
 import type { Call } from "./call";
 import { axesOf } from "./labels";
 import { extent, type Matrix } from "./matrix";
-import { poolTo } from "./pool";
+import { poolTo, pooling } from "./pool";
 import { presented } from "./presented";
+import { shownHead } from "./shown";
 import type { Trace } from "./trace";
 
 export interface Thumbnail {
@@ -42,9 +43,9 @@ export async function thumbnail(
   await turn();
   try {
     signal.throwIfAborted();
-    const read = await trace.head(call, field, batch, head);
-    const whole = presented(read, field, sink, filter, axesOf(trace, call, batch));
-    const matrix = await poolTo(whole, size, size, new Slices(8, signal));
+    const read = await shownHead(trace, call, field, batch, head);
+    const whole = presented(read.matrix, field, sink, filter, axesOf(trace, call, batch));
+    const matrix = await poolTo(whole, size, size, new Slices(8, signal), pooling(call, field));
     // A small head is its own thumbnail, and not to be kept a second time.
     const made = {
       matrix: matrix === whole ? { ...matrix, data: matrix.data.slice() } : matrix,

@@ -1,5 +1,5 @@
 /** A trace as the views read it: its calls at once, its numbers one head at a time, when they are looked at. */
-import { NotCaptured, ViewerError } from "../errors";
+import { FieldAbsent, NotCaptured, ViewerError } from "../errors";
 import { Lru } from "../lru";
 import { Slices } from "../slices";
 import type { Source } from "../source/source";
@@ -8,6 +8,7 @@ import { describeCalls } from "./describe";
 import * as derive from "./derive";
 import { type Coding, type Entry, readHeader, type TraceDocument } from "./document";
 import { CODINGS, DTYPES, type Numbers } from "./dtypes";
+import { absent, OPTIONAL } from "./kinds";
 import type { Matrix } from "./matrix";
 
 /** Terms that are stored as small as they are, and read at the extents of the call. */
@@ -40,9 +41,13 @@ export class Trace {
     return new Trace(source, document, entries);
   }
 
-  /** Whether a field can be had: stored, or derived from what is stored. `null` (no bias, no sinks) counts as had. */
+  /**
+   * Whether a field can be had: stored, or derived from what is stored. `null` (no bias, no sinks) counts as had, but of
+   * what every product of queries and keys has (q, k, scores) it says that this call is none.
+   */
   has(call: Call, field: string): boolean {
-    return field in call.fields || (call.derivable.includes(field) && (field === "scores" || field === "weights"));
+    if (field in call.fields) return call.fields[field] !== null || OPTIONAL.has(field);
+    return call.derivable.includes(field) && (field === "scores" || field === "weights");
   }
 
   /** How the stored numbers of a field were narrowed, or null. */
@@ -97,15 +102,18 @@ export class Trace {
   }
 
   /** The error for a field that is not here. */
-  lacks(field: string, where: string): NotCaptured {
-    return new NotCaptured(field, where, this.document.left_out?.includes(field) ?? false);
+  lacks(field: string, call: Call): ViewerError {
+    const why = absent(call, field);
+    return why === null
+      ? new NotCaptured(field, where(call), this.document.left_out?.includes(field) ?? false)
+      : new FieldAbsent(field, where(call), why);
   }
 
   /** The learned logits that join the softmax of a head: one, or one a row; null if there are none. */
   async sinks(call: Call, batch: number, head: number): Promise<Numbers | null> {
     const name = call.fields["sinks"];
     if (name === null) return null;
-    if (name === undefined) throw this.lacks("sinks", where(call));
+    if (name === undefined) throw this.lacks("sinks", call);
     const { shape, data } = await this.tensor(name);
     if (shape.length === 1) return data.slice(head, head + 1);
     const [b, h, t] = [shape.at(-4) ?? 1, shape.at(-3) ?? 1, shape.at(-2) ?? 1];
@@ -175,7 +183,7 @@ export class Trace {
   private async derive(call: Call, field: string, batch: number, head: number, query?: number): Promise<Matrix> {
     const part = (of: string) =>
       query === undefined ? this.optional(call, of, batch, head) : this.row(call, of, batch, head, query);
-    if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, where(call));
+    if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, call);
     const slices = new Slices();
     if (field === "weights") {
       const [scores, mask, sinks] = await Promise.all([part("scores"), part("mask"), this.sinks(call, batch, head)]);

@@ -1,6 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { type App, current, focus } from "../app";
 import { looks } from "../colours";
+import { fieldOf, hasApplied, weightsOf } from "../data/kinds";
 import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
 import { Named, Segments, Slider } from "./inputs";
@@ -148,17 +149,36 @@ function Heads({ app }: { app: App }) {
 }
 
 function FieldControl({ app }: { app: App }) {
-  const of: [Field, string][] = [
+  const { call } = current(app);
+  const of: [Field, string, string?][] = [
     ["weights", "weights"],
+    ...(hasApplied(call) ? [APPLIED] : []),
     ["scores", "scores"],
     ["mask", "mask"],
   ];
-  return <Segments name="Field" value={app.state.value.field} of={of} pick={(field) => app.set({ field })} />;
+  const value = fieldOf(call, app.state.value.field);
+  return <Segments name="Field" value={value} of={of} pick={(field) => app.set({ field })} />;
+}
+
+const APPLIED: [Field, string, string] = [
+  "applied",
+  "applied",
+  "What met the values: the weights as the model changed them after the softmax",
+];
+
+/** For a view of weights alone, where there are two kinds of them. */
+function WeightsControl({ app }: { app: App }) {
+  const { call } = current(app);
+  if (!hasApplied(call)) return null;
+  const of: [Field, string, string?][] = [["weights", "weights", "As the softmax made them"], APPLIED];
+  const value = weightsOf(call, app.state.value.field);
+  return <Segments name="Weights" value={value} of={of} pick={(field) => app.set({ field })} />;
 }
 
 /** What has a meaning for weights alone is not there while another field is shown. */
 function ofWeights(app: App, view: View): boolean {
-  return app.state.value.field === "weights" || !view.controls.includes("field");
+  const { field } = app.state.value;
+  return field === "weights" || field === "applied" || !view.controls.includes("field");
 }
 
 function ScaleControl({ app, view }: ControlProps) {
@@ -244,6 +264,7 @@ const CONTROLS: Readonly<Record<ControlName, (props: ControlProps) => ComponentC
   layer: Layer,
   heads: Heads,
   field: FieldControl,
+  weights: WeightsControl,
   scale: ScaleControl,
   pool: PoolControl,
   sink: SinkControl,

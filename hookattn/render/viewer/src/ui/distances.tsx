@@ -2,6 +2,7 @@
 import { useState } from "preact/hooks";
 import { type App, current, focus, stored } from "../app";
 import type { Call } from "../data/call";
+import { areShares } from "../data/kinds";
 import { type Distance, distance, misfit, twinOf } from "../data/pairs";
 import type { Trace } from "../data/trace";
 import { number } from "../format";
@@ -91,9 +92,9 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
                   </td>
                   <td
                     class="number"
-                    style={{ background: `linear-gradient(to left, var(--hover) ${100 * row.variation}%, transparent 0)` }}
+                    style={{ background: `linear-gradient(to left, var(--hover) ${100 * (row.variation || 0)}%, transparent 0)` }}
                   >
-                    {number(row.variation)}
+                    {Number.isNaN(row.variation) ? "–" : number(row.variation)}
                   </td>
                   <td class="number">{number(row.largest)}</td>
                 </tr>
@@ -120,6 +121,8 @@ async function apart(
   const twin = twinOf(trace, other, call);
   if (twin === null || misfit(call, twin) !== null) return [];
   if (!trace.has(call, "weights") || !other.has(twin, "weights")) return [];
+  // What is no distribution has no total variation; its largest difference is what it is.
+  const shares = areShares(call, "weights") && areShares(twin, "weights");
   const rows: Row[] = [];
   for (const head of (alone === null ? call.headNumbers : [alone]).filter((h) => twin.headNumbers.includes(h))) {
     const sides = [
@@ -128,7 +131,8 @@ async function apart(
     ] as const;
     const masks = sides.map(([of, c, b]) => (of.has(c, "mask") ? of.optional(c, "mask", b, stored(c, head)) : null));
     const [a, b] = await Promise.all(sides.map(([of, c, b]) => of.head(c, "weights", b, stored(c, head))));
-    rows.push({ call, head, ...(await distance(a!, b!, await Promise.all(masks), slices)) });
+    const found = await distance(a!, b!, await Promise.all(masks), slices, shares);
+    rows.push({ call, head, ...found });
   }
   return rows;
 }

@@ -1,6 +1,7 @@
 /** What the keys do, everywhere but in a field that takes text; arrows in a slider stay the slider's. */
 import { type App, current, focus } from "../app";
 import { zoomed } from "../data/frame";
+import { fieldOf } from "../data/kinds";
 import type { State } from "../state";
 import { steps, toStep } from "../steps";
 import { layers } from "./controls";
@@ -73,8 +74,12 @@ export const KEYS: readonly Key[] = [
   { keys: ["p"], does: "play the steps, stop", press: (app) => (play(app), {}) },
   {
     keys: ["f"],
-    does: "field: weights, scores, mask",
-    press: (app) => ({ field: cycle(["weights", "scores", "mask"], app.state.value.field) }),
+    does: "field: weights, what was applied where that is another, scores, mask",
+    press: (app) => {
+      const { call } = current(app);
+      const there = (["weights", "applied", "scores", "mask"] as const).filter((f) => fieldOf(call, f) === f);
+      return { field: cycle(there, fieldOf(call, app.state.value.field)) };
+    },
   },
   {
     keys: ["l"],

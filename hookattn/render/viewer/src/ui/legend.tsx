@@ -9,11 +9,14 @@ export function Legend({
   ramp,
   title,
   dropped,
+  blank: word = "left out",
 }: {
   domain: Domain;
   ramp: Ramp;
   title: string;
+  /** Whether anything has no colour, and what that means. */
   dropped: boolean;
+  blank?: string;
 }) {
   const { low, high, scale } = domain;
   const parts = [0, 0.5, 1];
@@ -53,7 +56,7 @@ export function Legend({
       {dropped && <rect x={WIDTH + 18} y={16} width={12} height={12} fill={blank} stroke="var(--line)" />}
       {dropped && (
         <text class="faint" x={WIDTH + 36} y={26}>
-          left out
+          {word}
         </text>
       )}
     </svg>

@@ -11,32 +11,38 @@ export function strength(weight: number, scale: Scale): number {
   return x <= 0 ? 0 : Math.min(1, x);
 }
 
+/** The dots of a line whose weight is below 0. */
+const NEGATIVE = "0.5 4";
+
 /** One line a link, as strong as its weight; `heads` are the numbers of the matrices that links count. */
 export function Lines(props: {
   links: readonly Link[];
   heads: readonly number[];
   look(head: number): Look;
   scale: Scale;
+  /** The weight that is drawn strongest. */
+  unit: number;
   left: number;
   right: number;
   from(query: number): number;
   to(key: number): number;
 }) {
-  const { heads, left, right, scale } = props;
+  const { heads, left, right, scale, unit } = props;
   const bend = (right - left) / 2.5;
   return (
     <g fill="none" stroke-linecap="round">
       {props.links.map(({ of, query, key, value }) => {
         const head = heads[of]!;
         const { colour, dash } = props.look(head);
-        const s = strength(value, scale);
+        const s = strength(Math.abs(value) / unit, scale);
         const [y1, y2] = [props.from(query), props.to(key)];
         return (
           <path
             key={`${head} ${query} ${key}`}
             d={`M${left} ${y1}C${left + bend} ${y1} ${right - bend} ${y2} ${right} ${y2}`}
             stroke={colour}
-            stroke-dasharray={dash}
+            stroke-dasharray={value < 0 ? NEGATIVE : dash}
+            data-value={value}
             stroke-opacity={Math.max(0.03, s).toFixed(3)}
             stroke-width={(0.8 + 2.4 * s).toFixed(2)}
           />

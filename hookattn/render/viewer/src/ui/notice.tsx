@@ -2,6 +2,7 @@ import type { ComponentChildren } from "preact";
 import type { App } from "../app";
 import type { Call } from "../data/call";
 import type { Certificate } from "../data/document";
+import { areShares, guessed, hasApplied, isSoftmax, normalizerOf, weightsOf } from "../data/kinds";
 import { measured } from "../format";
 
 export function Notice({ error, children }: { error?: boolean; children: ComponentChildren }) {
@@ -15,12 +16,18 @@ export function Notice({ error, children }: { error?: boolean; children: Compone
 const SIGN = { faithful: "✓", unfaithful: "✗", unverified: "?" };
 
 /** A call's certificate, wherever something of the call is drawn. `short`: only its sign. */
-export function Badge({ certificate, short }: { certificate: Certificate | null; short?: boolean }) {
+export function Badge({ call, short }: { call: Call; short?: boolean }) {
+  const { certificate } = call;
   const status = certificate?.status ?? "unverified";
-  const sign = SIGN[status] ?? "?";
-  const told = certificate === null ? "no certificate" : describe(certificate);
+  const letters = guessed(call);
+  const sign = (SIGN[status] ?? "?") + (letters.length > 0 && status !== "unverified" ? " ?" : "");
+  const axes = letters.length > 0 ? `axes guessed: ${letters.join(" ")}` : "";
+  const said = certificate === null ? "no certificate" : describe(certificate);
+  const told = axes === "" ? said : `${said}. ${axes}, by convention, which no certificate can tell`;
+  // Nothing speaks against a guess, and nothing for it, as where nothing was verified.
+  const look = axes !== "" && status === "faithful" ? "unverified" : status;
   return (
-    <span class={`badge ${status}`} title={told} aria-label={`${status}: ${told}`} data-status={status}>
+    <span class={`badge ${look}`} title={told} aria-label={`${status}: ${told}`} data-status={status} data-axes={axes}>
       <span aria-hidden="true">{sign}</span>
       {!short && <span>{status}</span>}
       {!short && certificate !== null && status !== "unverified" && (
@@ -29,6 +36,7 @@ export function Badge({ certificate, short }: { certificate: Certificate | null;
           {measured(certificate.tolerance)}
         </span>
       )}
+      {!short && axes !== "" && <span>· {axes}</span>}
     </span>
   );
 }
@@ -46,6 +54,8 @@ function describe(c: Certificate): string {
 export function Notices({ app, call, fields }: { app: App; call: Call; fields: readonly string[] }) {
   const { skipped, notes, calls } = app.trace.document;
   const unfaithful = calls.filter((c) => c.certificate?.status === "unfaithful").length;
+  const shown = weightsOf(call, app.state.value.field);
+  const ofWeights = fields.some((field) => field === "weights" || field === "applied");
   const coding = fields.map((field) => app.trace.coding(call, field)).find((found) => found !== null) ?? null;
   const narrow = app.trace.entries.get(call.fields["weights"] ?? "")?.dtype;
   return (
@@ -56,6 +66,26 @@ export function Notices({ app, call, fields }: { app: App; call: Call; fields: r
       {unfaithful > 0 && call.certificate?.status !== "unfaithful" && (
         <Notice>
           {unfaithful} of the {calls.length} calls in this trace are unfaithful; this one is not among them.
+        </Notice>
+      )}
+      {guessed(call).length > 0 && (
+        <Notice>
+          Which axis is which was guessed here ({guessed(call).join(", ")}), by convention: no certificate can tell. Trace
+          again with layout={"{"}"{call.site.path}": "BTHD"{"}"}, the axes of q as it enters the dot product, or with an
+          adapter.
+        </Notice>
+      )}
+      {ofWeights && hasApplied(call) && (
+        <Notice>
+          The model changed these weights after the softmax.{" "}
+          {shown === "applied" ? "Shown is “applied”, what met the values" : "Shown are the weights before that"};{" "}
+          {shown === "applied" ? "“weights” are those before." : "“applied” is what met the values."}
+        </Notice>
+      )}
+      {ofWeights && !isSoftmax(call) && (
+        <Notice>
+          These weights are no softmax of the scores (normalizer: {normalizerOf(call)})
+          {areShares(call, "weights") ? "." : ": they are no shares of the attention, and need not sum to 1."}
         </Notice>
       )}
       {coding !== null && (

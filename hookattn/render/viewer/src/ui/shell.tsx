@@ -2,6 +2,7 @@ import { useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { message } from "../errors";
 import { where } from "../data/call";
+import { fieldOf } from "../data/kinds";
 import { encode } from "../state";
 import type { View } from "../views/view";
 import { Controls } from "./controls";
@@ -16,7 +17,9 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   const view = views.find((v) => v.id === state.view)!;
   const { call } = current(app);
   const ids = views.map((v) => v.id);
-  const missing = view.fields(state).find((field) => !app.trace.has(call, field));
+  const fields = view.fields(state).map((field) => fieldOf(call, field));
+  const unfit = view.unfit?.(call) ?? null;
+  const missing = fields.find((field) => !app.trace.has(call, field));
   const figure = useRef<HTMLDivElement>(null);
   const help = useRef<HTMLDialogElement>(null);
   const { model } = app.trace.document;
@@ -42,7 +45,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
           aria-label="The certificates of all calls"
           onClick={() => app.set({ view: "certificates" })}
         >
-          <Badge certificate={call.certificate} />
+          <Badge call={call} />
         </button>
       </header>
       <div class="tabs" role="tablist" aria-label="Views">
@@ -60,15 +63,17 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         ))}
       </div>
       <Controls app={app} view={view} />
-      <Notices app={app} call={call} fields={view.fields(state)} />
+      <Notices app={app} call={call} fields={fields} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
-        {missing !== undefined ? (
-          <Notice error>{app.trace.lacks(missing, where(call)).message}</Notice>
+        {unfit !== null ? (
+          <Notice>{unfit}</Notice>
+        ) : missing !== undefined ? (
+          <Notice error>{app.trace.lacks(missing, call).message}</Notice>
         ) : (
           <view.component app={app} />
         )}
       </div>
-      <div aria-live="polite">{!view.ownTable && app.trace.has(call, state.field) && <Table app={app} />}</div>
+      <div aria-live="polite">{!view.ownTable && app.trace.has(call, fieldOf(call, state.field)) && <Table app={app} />}</div>
       <Foot app={app} figure={() => figure.current!} help={() => help.current?.showModal()} />
       <dialog class="help" ref={help}>
         <p>{view.help}</p>

@@ -1,8 +1,10 @@
 /** The current selection as text: a sentence for a screen reader, and a table of its strongest pairs. */
 import { type App, current, focus, stored } from "../app";
 import { type Axes, type Axis } from "../data/labels";
+import { fieldOf } from "../data/kinds";
 import { at, type Matrix } from "../data/matrix";
 import { presented } from "../data/presented";
+import { shownHead } from "../data/shown";
 import { exact } from "../format";
 import { Slices } from "../slices";
 import { useLoaded } from "./hooks";
@@ -24,10 +26,12 @@ export function Table({ app }: { app: App }) {
   const state = app.state.value;
   const { call, axes } = current(app);
   const head = focus(state);
-  const { query, key, field, sink, filter, batch } = state;
+  const { query, key, sink, filter, batch } = state;
+  const field = fieldOf(call, state.field);
   const { value } = useLoaded(
     async (signal) => {
-      const matrix = presented(await app.trace.head(call, field, batch, stored(call, head)), field, sink, filter, axes);
+      const { matrix: read } = await shownHead(app.trace, call, field, batch, stored(call, head));
+      const matrix = presented(read, field, sink, filter, axes);
       return { pairs: await strongest(matrix, query, key, new Slices(10, signal)), axes, field, head };
     },
     [app, call, head, query, key, field, sink, filter, batch],

@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { type Call, where } from "../data/call";
+import { guessed, hasApplied } from "../data/kinds";
 import { measured } from "../format";
 import { placeOf } from "../state";
 import { Segments } from "../ui/inputs";
@@ -20,6 +21,7 @@ function Certificates({ app }: { app: App }) {
   const sorted = order === "run" ? calls : calls.toSorted((a, b) => rank(a) - rank(b) || share(b) - share(a));
   const listed = sorted.slice(0, MOST);
   const count = (status: Status) => calls.filter((c) => statusOf(c) === status).length;
+  const unsure = calls.filter((c) => guessed(c).length > 0).length;
   const told = (["faithful", "unfaithful", "unverified"] as const)
     .map((status) => `${count(status)} ${status}`)
     .filter((text) => !text.startsWith("0 "));
@@ -27,6 +29,7 @@ function Certificates({ app }: { app: App }) {
     <div>
       <p class="readout">
         {calls.length} {calls.length === 1 ? "call" : "calls"}: {told.join(", ")}
+        {unsure > 0 && `; the axes of ${unsure === calls.length ? "all" : unsure} were guessed`}
         {calls.length > MOST && `; the first ${MOST} of them are listed`}
       </p>
       {calls.length > 1 && (
@@ -81,6 +84,7 @@ function share({ certificate }: Call): number {
 
 function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
   const c = call.certificate;
+  const letters = guessed(call);
   const against = (error: Measured, tolerance: Measured) =>
     error == null ? "–" : `${measured(error)}${tolerance == null ? "" : `, allowed ${measured(tolerance)}`}`;
   return (
@@ -96,7 +100,7 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
         </button>
       </th>
       <td class="label">
-        <Badge certificate={c} short />
+        <Badge call={call} short />
         <span class="quiet"> {statusOf(call)}</span>
       </td>
       <td class="label" data-name="weights·v off by">
@@ -118,12 +122,26 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
             ({call.tap}, {call.dtype})
           </span>
         </span>
+        {letters.length > 0 && <p class="guessed">axes guessed: {letters.join(" ")}, which no certificate can tell</p>}
+        {kindOf(call) !== "" && <p>{kindOf(call)}</p>}
         {call.notes.map((note) => (
           <p key={note}>{note}</p>
         ))}
       </td>
     </tr>
   );
+}
+
+/** What is no softmax of products of queries and keys, and what was changed after it. */
+function kindOf(call: Call): string {
+  const { score = "dot", normalizer = "softmax" } = call;
+  return [
+    score === "dot" ? "" : `scores: ${score}`,
+    normalizer === "softmax" ? "" : `normalizer: ${normalizer}`,
+    hasApplied(call) ? "weights changed after the softmax (applied)" : "",
+  ]
+    .filter(Boolean)
+    .join("; ");
 }
 
 type Measured = number | string | null | undefined;

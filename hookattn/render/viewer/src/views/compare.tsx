@@ -2,10 +2,12 @@ import { type App, current, focus, stored } from "../app";
 import { type Domain, domain, ramp } from "../colours";
 import { type Call, where } from "../data/call";
 import { type Axes, axesOf } from "../data/labels";
+import { fieldOf } from "../data/kinds";
 import { at, extent, type Matrix } from "../data/matrix";
 import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
 import { type Pyramid, pyramid } from "../data/pool";
 import { presented } from "../data/presented";
+import { shownHead } from "../data/shown";
 import type { Trace } from "../data/trace";
 import { exact } from "../format";
 import { Slices } from "../slices";
@@ -30,8 +32,9 @@ interface Side {
 function Compare({ app }: { app: App }) {
   const other = app.other!;
   const state = app.state.value;
-  const { batch, field, sink, filter } = state;
+  const { batch, sink, filter } = state;
   const { call, axes } = current(app);
+  const field = fieldOf(call, state.field);
   const head = focus(state);
   const [ref, room] = useWidth();
   const [frame, setFrame] = useFrame(app);
@@ -42,19 +45,19 @@ function Compare({ app }: { app: App }) {
     const last = Math.min(batch, twin.extents.B - 1);
     const others = axesOf(other, twin, last);
     const [a, b] = await Promise.all([
-      app.trace.head(call, field, batch, stored(call, head)),
-      other.head(twin, field, last, stored(twin, head)),
+      shownHead(app.trace, call, field, batch, stored(call, head)),
+      shownHead(other, twin, field, last, stored(twin, head)),
     ]);
     const slices = new Slices(10, signal);
     const side = async (matrix: Matrix, pool: "max" | "far" = "max"): Promise<Side> => ({
       matrix,
       levels: await pyramid(matrix, pool, slices),
     });
-    const first = await side(presented(a, field, sink, filter, axes));
-    const second = await side(presented(b, field, sink, filter, others));
+    const first = await side(presented(a.matrix, field, sink, filter, axes));
+    const second = await side(presented(b.matrix, field, sink, filter, others));
     const reason = misfit(call, twin);
     const apart = reason === null ? await side(difference(first.matrix, second.matrix), "far") : null;
-    return { axes, others, first, second, apart, reason, field, left: sink !== "show" || filter !== "all" };
+    return { axes, others, first, second, apart, reason, field, left: sink !== "show" || filter !== "all", masks: a.masks || b.masks };
   }, [app, call, twin, missing, head, batch, field, sink, filter]);
   if (twin === null) return <Notice>{alone(app, other)}</Notice>;
   if (missing !== null) return <Notice error>{missing}</Notice>;
@@ -77,9 +80,9 @@ function Compare({ app }: { app: App }) {
     const there = query < second.matrix.rows && key < second.matrix.cols;
     const here = query < first.matrix.rows && key < first.matrix.cols;
     return [
-      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${shown(cell(first))}`,
-      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${shown(cell(second))}`,
-      apart !== null && `B − A: ${shown(cell(apart))}`,
+      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${shown(cell(first), value.masks)}`,
+      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${shown(cell(second), value.masks)}`,
+      apart !== null && `B − A: ${shown(cell(apart), value.masks)}`,
     ]
       .filter(Boolean)
       .join("\n");
@@ -103,7 +106,7 @@ function Compare({ app }: { app: App }) {
       <span class="label">
         {label}: {of.source.name}
       </span>{" "}
-      <Badge certificate={c.certificate} short />
+      <Badge call={c} short />
     </div>
   );
   const far = apart === null ? 0 : Math.max(...extent(apart.matrix).map((x) => Math.abs(x) || 0));
@@ -139,7 +142,8 @@ function Compare({ app }: { app: App }) {
         <Legend
           domain={shared}
           ramp={ramp(shared.kind, dark)}
-          dropped={value.left}
+          dropped={value.left || value.masks}
+          blank={value.masks ? "masked" : "left out"}
           title={`${value.field}, head ${head}, A and B`}
         />
         {apart !== null && (
@@ -188,8 +192,8 @@ function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Si
   );
 }
 
-function shown(value: number): string {
-  return Number.isNaN(value) ? "left out" : exact(value);
+function shown(value: number, masks: boolean): string {
+  return Number.isNaN(value) ? (masks ? "masked" : "left out") : exact(value);
 }
 
 function least(values: readonly number[]): number {
@@ -199,7 +203,7 @@ function least(values: readonly number[]): number {
 
 /** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
 function absent(other: Trace, twin: Call, field: string, head: number): string | null {
-  if (!other.has(twin, field)) return `B, ${other.source.name}: ${other.lacks(field, where(twin)).message}`;
+  if (!other.has(twin, field)) return `B, ${other.source.name}: ${other.lacks(field, twin).message}`;
   if (twin.headNumbers.includes(head)) return null;
   return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
 }

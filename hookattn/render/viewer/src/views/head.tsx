@@ -1,7 +1,8 @@
 import { useMemo } from "preact/hooks";
 import { type App, current, stored } from "../app";
 import { type Look, looks } from "../colours";
-import { at, type Matrix } from "../data/matrix";
+import { areShares, weightsOf } from "../data/kinds";
+import { at, extent, type Matrix } from "../data/matrix";
 import { presented } from "../data/presented";
 import { type Link, strongest } from "../data/strongest";
 import { number, percent } from "../format";
@@ -26,23 +27,33 @@ function Head({ app }: { app: App }) {
   const { batch, sink, filter, scale } = state;
   const [ref, room] = useWidth();
   const { call, axes } = current(app);
+  const field = weightsOf(call, state.field);
   const most = Math.max(1, Math.floor(ROOM / (call.extents.T * call.extents.S)));
   const chosen = state.heads.slice(-most);
   const numbers = chosen.toSorted((a, b) => a - b).join();
   const { value, error } = useLoaded(
     async (signal) => {
       const heads = numbers.split(",").map(Number);
-      const read = await Promise.all(heads.map((head) => app.trace.head(call, "weights", batch, stored(call, head))));
-      const matrices = read.map((m) => presented(m, "weights", sink, filter, axes));
-      return { call, axes, heads, matrices, ...(await strongest(matrices, LINES, FLOOR, new Slices(10, signal))) };
+      const read = await Promise.all(heads.map((head) => app.trace.head(call, field, batch, stored(call, head))));
+      const matrices = read.map((m) => presented(m, field, sink, filter, axes));
+      // Shares are at most 1. Other weights are drawn against the largest of all, and what is below 0 by its size.
+      const shares = areShares(call, field);
+      const sizes = shares ? matrices : matrices.map(magnitudes);
+      const largest = shares ? 1 : Math.max(...sizes.map((m) => extent(m)[1] || 0)) || 1;
+      const found = await strongest(sizes, LINES, FLOOR * largest, new Slices(10, signal));
+      const links = found.links.map((l) => ({ ...l, value: at(matrices[l.of]!, l.query, l.key) }));
+      return { call, axes, field, heads, matrices, shares, unit: Math.max(1, largest), links, share: found.share };
     },
-    [app, call, batch, numbers, sink, filter],
+    [app, call, field, batch, numbers, sink, filter],
   );
   const locked = { query: state.query, key: state.key };
   const cursor = app.cursor.value;
   const query = cursor.query ?? (cursor.key === null || locked.key !== null ? locked.query : null);
   const key = cursor.key ?? (cursor.query === null || locked.query !== null ? locked.key : null);
-  const few = useMemo(() => (value === null ? [] : linksOf(value.matrices, query, key)), [value, query, key]);
+  const few = useMemo(
+    () => (value === null ? [] : linksOf(value.matrices, value.unit, query, key)),
+    [value, query, key],
+  );
   if (error !== null) return <Notice error>{error}</Notice>;
   if (value === null || room === 0)
     return (
@@ -50,7 +61,7 @@ function Head({ app }: { app: App }) {
         Reading …
       </div>
     );
-  const { heads, matrices } = value;
+  const { heads, matrices, unit } = value;
   const look = looks(state.heads);
   const { queries, keys } = value.axes;
   const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
@@ -87,7 +98,7 @@ function Head({ app }: { app: App }) {
         width={right + wide2 + cells}
         height={top + count * height + 6}
         role="img"
-        aria-label={`Lines from queries to keys, weighted by attention, heads ${heads.join(", ")}`}
+        aria-label={`Lines from queries to keys, as strong as the ${value.field}, heads ${heads.join(", ")}`}
         onPointerMove={(event) => {
           const { side, index } = find(event);
           app.cursor.value = { query: side === "query" ? index : null, key: side === "key" ? index : null };
@@ -124,12 +135,12 @@ function Head({ app }: { app: App }) {
           active={key}
           locked={locked.key}
         />
-        <Lines {...{ links: shown, heads, look, scale, from, to }} left={left + 3} right={right - 3} />
+        <Lines {...{ links: shown, heads, look, scale, unit, from, to }} left={left + 3} right={right - 3} />
         {query !== null && key === null && (
-          <Cells links={few} heads={heads} look={look} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
+          <Cells links={few} unit={unit} heads={heads} look={look} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
         )}
         {key !== null && query === null && (
-          <Cells links={few} heads={heads} look={look} x={cells - 4} end at={(l) => from(l.query)} height={height} />
+          <Cells links={few} unit={unit} heads={heads} look={look} x={cells - 4} end at={(l) => from(l.query)} height={height} />
         )}
       </svg>
       {chosen.length < state.heads.length && (
@@ -145,8 +156,11 @@ function Head({ app }: { app: App }) {
             ? `from query ${name(queries, query)}`
             : key !== null
               ? `to key ${name(keys, key)}`
-              : `${value.links.length} lines, which carry ${percent(value.share)} of the attention of ` +
+              : `${value.links.length} lines, which carry ${percent(value.share)} of ` +
+                `${value.shares ? "the attention" : `the size of all ${value.field}`} of ` +
                 `${heads.length === 1 ? "this head" : "these heads"}; ` +
+                (unit > 1 ? `the strongest line is ${number(unit)}; ` : "") +
+                (value.links.some((l) => l.value < 0) ? "dotted lines are negative; " : "") +
                 "hover over a token for all of its own, click to lock it"}
       </div>
     </div>
@@ -159,7 +173,7 @@ function pair(heads: readonly number[], matrices: readonly Matrix[], query: numb
 }
 
 /** The links of one query, of one key, or of the pair; the strongest, should there be very many. */
-function linksOf(matrices: readonly Matrix[], query: number | null, key: number | null): Link[] {
+function linksOf(matrices: readonly Matrix[], unit: number, query: number | null, key: number | null): Link[] {
   const links: Link[] = [];
   for (const [of, matrix] of matrices.entries()) {
     const rows = query === null ? [0, key === null ? 0 : matrix.rows] : [query, query + 1];
@@ -167,16 +181,22 @@ function linksOf(matrices: readonly Matrix[], query: number | null, key: number 
     for (let t = rows[0]!; t < Math.min(rows[1]!, matrix.rows); t++) {
       for (let s = cols[0]!; s < Math.min(cols[1]!, matrix.cols); s++) {
         const value = at(matrix, t, s);
-        if (value > 1e-4) links.push({ of, query: t, key: s, value });
+        if (Math.abs(value) > 1e-4 * unit) links.push({ of, query: t, key: s, value });
       }
     }
   }
-  return links.sort((a, b) => b.value - a.value).slice(0, OF_ONE);
+  return links.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, OF_ONE);
+}
+
+function magnitudes(matrix: Matrix): Matrix {
+  return { ...matrix, data: matrix.data.map(Math.abs) };
 }
 
 /** The weight of each head beside a token: a number for one head, cells as strong as the weight for several. */
 function Cells(props: {
   links: readonly Link[];
+  /** The weight that is drawn strongest. */
+  unit: number;
   heads: readonly number[];
   look(head: number): Look;
   x: number;
@@ -217,7 +237,9 @@ function Cells(props: {
             width={CELL - 1}
             height={size}
             fill={props.look(heads[l.of]!).colour}
-            fill-opacity={Math.max(0.05, l.value).toFixed(3)}
+            fill-opacity={Math.max(0.05, Math.abs(l.value) / props.unit).toFixed(3)}
+            stroke={l.value < 0 ? "var(--text)" : "none"}
+            stroke-dasharray="1 2"
           />
         ))}
     </g>
@@ -231,6 +253,6 @@ export const head: View = {
     "Lines from each query (left) to the keys it attends to (right), as strong as the weight, a colour a head. " +
     "Hover over a token for its own lines, click to lock it.",
   fields: () => ["weights"],
-  controls: ["layer", "scale", "sink", "filter", "heads"],
+  controls: ["layer", "weights", "scale", "sink", "filter", "heads"],
   component: Head,
 };

@@ -2,6 +2,7 @@ import { useState } from "preact/hooks";
 import { type App, current, stored } from "../app";
 import { domain, looks, ramp } from "../colours";
 import { where } from "../data/call";
+import { weightsOf } from "../data/kinds";
 import { ofPatches, patches, place } from "../data/patches";
 import { presented } from "../data/presented";
 import { exact } from "../format";
@@ -22,6 +23,7 @@ function Image({ app }: { app: App }) {
   const { batch, sink, scale } = state;
   const { images } = app.options;
   const { call, axes } = current(app);
+  const field = weightsOf(call, state.field);
   const [ref, room] = useWidth();
   const [at, setAt] = useState<Place | null>(null);
   const { T, S, B } = call.extents;
@@ -40,14 +42,14 @@ function Image({ app }: { app: App }) {
       const rows = await Promise.all(
         heads.map(async (head): Promise<ArrayLike<number>> => {
           const i = stored(call, head);
-          if (sink === "show") return (await app.trace.row(call, "weights", batch, i, query))!.data;
-          const whole = presented(await app.trace.head(call, "weights", batch, i), "weights", sink, "all", axes);
+          if (sink === "show") return (await app.trace.row(call, field, batch, i, query))!.data;
+          const whole = presented(await app.trace.head(call, field, batch, i), field, sink, "all", axes);
           return whole.data.slice(query * S, (query + 1) * S);
         }),
       );
-      return { call, heads, rows };
+      return { call, field, heads, rows };
     },
-    [app, call, batch, numbers, query, sink],
+    [app, call, field, batch, numbers, query, sink],
   );
   if (keys === null) return <Notice>{why(app)}</Notice>;
   if (error !== null) return <Notice error>{error}</Notice>;
@@ -59,9 +61,10 @@ function Image({ app }: { app: App }) {
     );
   const { heads, rows } = value;
   const dark = app.dark.value;
-  const colours = ramp(picture === null ? "sequential" : "heat", dark);
   const strongest = Math.max(...rows.map((row) => most(row, keys.prefix)));
-  const scaling = domain("weights", scale, 0, strongest);
+  const weakest = Math.min(0, ...rows.map((row) => -most(Array.from(row, (x) => -x), keys.prefix)));
+  const scaling = domain(value.field, scale, weakest, strongest);
+  const colours = ramp(weakest < 0 ? "diverging" : picture === null ? "sequential" : "heat", dark);
   const large = room > 2400 ? 1.6 : 1;
   const wanted = large * (heads.length === 1 ? 400 : heads.length <= 4 ? 280 : 200);
   const panels = heads.length + (queries === null ? 0 : 1);
@@ -105,7 +108,7 @@ function Image({ app }: { app: App }) {
         ))}
       </div>
       <div class="foot">
-        <Legend domain={scaling} ramp={colours} dropped={sink !== "show"} title="weights of the patches, all heads" />
+        <Legend domain={scaling} ramp={colours} dropped={sink !== "show"} title={`${value.field} of the patches, all heads`} />
       </div>
       <div class="readout quiet">
         {at === null
@@ -117,7 +120,7 @@ function Image({ app }: { app: App }) {
       <div aria-live="polite">
         <Tabular
           summary={`The strongest keys of ${asked}, in ${heads.length === 1 ? `head ${heads[0]}` : "each head"}`}
-          columns={["head", "key", "weights"]}
+          columns={["head", "key", value.field]}
           rows={listed(rows).map(({ of, key, value: x }) => [String(heads[of]), place(key, keys), x])}
         />
       </div>
@@ -163,7 +166,7 @@ export const image: View = {
     "What one query attends to, drawn over the patches of the picture, a panel for each head. Click a patch, or a " +
     "token beside the picture, to make it the query; arrow keys move it while the picture has the focus.",
   fields: () => ["weights"],
-  controls: ["layer", "scale", "sink", "heads"],
+  controls: ["layer", "weights", "scale", "sink", "heads"],
   ownTable: true,
   absent: (app) =>
     app.trace.calls.some((call) => ofPatches(call, app.options)) ? null : "No call attends to patches of a picture.",

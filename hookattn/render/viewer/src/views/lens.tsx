@@ -1,4 +1,6 @@
 import { type App, current, focus, stored } from "../app";
+import { where } from "../data/call";
+import { isSoftmax, normalizerOf } from "../data/kinds";
 import { listed, readRow, type Row } from "../data/row";
 import { explain, judge, standing, type Verdict, type Word } from "../data/verdict";
 import { exact, number, percent } from "../format";
@@ -246,5 +248,10 @@ export const lens: View = {
   fields: () => ["scores", "mask", "weights"],
   controls: ["layer", "heads"],
   ownTable: true,
+  unfit: (call) =>
+    isSoftmax(call)
+      ? null
+      : `Why a weight is what it is, is told of a softmax, in which keys outscore each other. The weights of ${where(call)} ` +
+        `are none (normalizer: ${normalizerOf(call)}).`,
   component: Lens,
 };

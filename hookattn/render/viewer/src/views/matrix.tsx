@@ -1,12 +1,13 @@
 import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
 import type { Axes } from "../data/labels";
+import { fieldOf, mayBeNegative } from "../data/kinds";
 import { at, extent, type Matrix as Numbers } from "../data/matrix";
-import { type Pyramid, pyramid } from "../data/pool";
+import { type Pooling, pooling, type Pyramid, pyramid } from "../data/pool";
 import { presented } from "../data/presented";
+import { type Shown, shownHead } from "../data/shown";
 import { exact, number } from "../format";
 import { Slices } from "../slices";
-import type { Pool } from "../state";
 import { useFrame } from "../ui/frame";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Legend } from "../ui/legend";
@@ -17,16 +18,20 @@ import type { View } from "./view";
 
 interface Made {
   matrix: Numbers;
+  /** With the numbers of what is masked, or left out. */
+  whole: Numbers;
+  /** Whether masked entries are told apart. */
+  masks: boolean;
   levels: Pyramid;
   /** Smallest and largest: of each level, where they differ, or of all. */
   extents: [number, number][];
   axes: Axes;
   field: string;
-  pool: Pool;
+  pool: Pooling;
   dropped: boolean;
 }
 
-const POOLED = { max: "largest", sum: "sum" };
+const POOLED = { max: "largest", sum: "sum", far: "farthest from 0" };
 
 /** The longest side: what the window shows at once, beside the controls. */
 function largest(): number {
@@ -35,23 +40,26 @@ function largest(): number {
 
 function Matrix({ app }: { app: App }) {
   const state = app.state.value;
-  const { batch, field, sink, filter } = state;
-  const pool = field === "weights" ? state.pool : "max";
+  const { batch, sink, filter } = state;
   const { call, axes } = current(app);
+  const field = fieldOf(call, state.field);
+  const ofWeights = field === "weights" || field === "applied";
+  const pool: Pooling = ofWeights && state.pool === "sum" ? "sum" : pooling(call, field);
   const head = focus(state);
   const [ref, room] = useWidth();
   const [frame, setFrame] = useFrame(app);
   const { value, error } = useLoaded(
     async (signal, show: (made: Made) => void) => {
-      const make = async (whole: Numbers): Promise<Made> => {
-        const matrix = presented(whole, field, sink, filter, axes);
+      const make = async ({ matrix: read, whole, masks }: Shown): Promise<Made> => {
+        const matrix = presented(read, field, sink, filter, axes);
         const levels = await pyramid(matrix, pool, new Slices(10, signal));
-        // Nothing but scores is negative, and the largest of all is the largest of the coarsest level.
-        const extents = pool === "sum" ? levels.map(extent) : [extent(field === "scores" ? matrix : levels.at(-1)!)];
-        return { matrix, levels, extents, axes, field, pool, dropped: matrix !== whole };
+        // Where nothing is negative, the largest of all is the largest of the coarsest level.
+        const every = mayBeNegative(call, field) ? matrix : levels.at(-1)!;
+        const extents = pool === "sum" ? levels.map(extent) : [extent(every)];
+        return { matrix, whole, masks, levels, extents, axes, field, pool, dropped: matrix !== read };
       };
-      const early = (part: Numbers) => void make(part).then(show, () => undefined);
-      return make(await app.trace.head(call, field, batch, stored(call, head), early));
+      const early = (part: Shown) => void make(part).then(show, () => undefined);
+      return make(await shownHead(app.trace, call, field, batch, stored(call, head), early));
     },
     [app, call, head, batch, field, sink, filter, pool],
   );
@@ -77,7 +85,7 @@ function Matrix({ app }: { app: App }) {
     return [
       `query ${name(value.axes.queries, query)}`,
       `key ${name(value.axes.keys, key)}`,
-      `${value.field} ${told(value.field, at(matrix, query, key))}${more}`,
+      `${value.field} ${told(value, query, key)}${more}`,
     ].join("\n");
   };
   const moving = { frame, setFrame, rows: matrix.rows, cols: matrix.cols };
@@ -99,7 +107,8 @@ function Matrix({ app }: { app: App }) {
         <Legend
           domain={scaling}
           ramp={colours}
-          dropped={value.dropped}
+          dropped={value.dropped || value.masks}
+          blank={value.masks ? (value.dropped ? "masked or left out" : "masked") : "left out"}
           title={`${value.field}, head ${head}${level > 0 ? `, ${pooled}` : ""}`}
         />
         <ZoomButtons {...moving} />
@@ -108,8 +117,12 @@ function Matrix({ app }: { app: App }) {
   );
 }
 
-function told(field: string, value: number): string {
-  if (Number.isNaN(value)) return "left out";
+function told({ field, matrix, whole, masks }: Made, query: number, key: number): string {
+  const value = at(matrix, query, key);
+  if (Number.isNaN(value)) {
+    const hidden = at(whole, query, key);
+    return masks && !Number.isNaN(hidden) ? `masked (without the mask ${exact(hidden)})` : "left out";
+  }
   return field === "mask" ? (value ? "may attend" : "masked") : exact(value);
 }
 

@@ -3,6 +3,7 @@ import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
 import type { Call } from "../data/call";
 import { whole } from "../data/frame";
+import { fieldOf } from "../data/kinds";
 import { thumbnail } from "../data/thumbnail";
 import { number } from "../format";
 import { type Measure, measures, rolesOf } from "../options";
@@ -60,7 +61,7 @@ function Model({ app }: { app: App }) {
                   <div class="label" title={call.site.path}>
                     {rowName(call, calls)}
                   </div>
-                  <Badge certificate={call.certificate} short />
+                  <Badge call={call} short />
                 </div>,
                 ...Array.from({ length: columns }, (_, i) => {
                   const found = call.headNumbers[i];
@@ -99,11 +100,12 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const ref = useRef<HTMLButtonElement>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   const seen = useSeen(ref);
-  const { batch, field, sink, filter, scale } = state;
+  const { batch, sink, filter, scale } = state;
+  const field = fieldOf(call, state.field);
   const { value: small, error } = useLoaded(
     async (signal) => {
       if (!seen) return null;
-      if (!app.trace.has(call, field)) throw app.trace.lacks(field, `head ${head}`);
+      if (!app.trace.has(call, field)) throw app.trace.lacks(field, call);
       return thumbnail(
         app.trace,
         call,

@@ -1,6 +1,7 @@
 import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
 import { type Call, where } from "../data/call";
+import { hasApplied } from "../data/kinds";
 import { extent, type Matrix } from "../data/matrix";
 import { groupOf, listed, readRow, readSteps, type Row, type Steps } from "../data/row";
 import { exact, measured, number } from "../format";
@@ -136,7 +137,8 @@ function columnsOf(call: Call, row: Row, keys: readonly number[], steps: Steps):
       keys.map((s, n) => (allowed[n] || row.weights[s] ? row.weights[s]! : null)),
       "var(--accent)",
     ),
-    ...(values === null ? [] : [components("weight·v", values.weighted, { title: "Σ", heat: heatOf(values.output) })]),
+    ...(row.applied === null ? [] : [bars("applied", keys.map((s) => row.applied![s]!), "var(--accent)")]),
+    ...(values === null ? [] : [components(row.applied === null ? "weight·v" : "applied·v", values.weighted, { title: "Σ", heat: heatOf(values.output) })]),
   ];
 }
 
@@ -152,6 +154,7 @@ function numbers({ axes, row, keys, steps }: Shown, n: number): [string, string 
     ["score", row.scores[s]!],
     ["mask", row.allowed[s] ? "may attend" : "masked"],
     ["weight", row.weights[s]!],
+    ...(row.applied === null ? [] : [["applied", row.applied[s]!] as [string, number]]),
   ];
 }
 
@@ -177,11 +180,11 @@ function Remarks({ app, call, steps, group }: { app: App; call: Call; steps: Ste
           : "What is made of q and k here is the score in the trace, "}
         {call.own_scores ? `they differ by up to ${measured(steps.apart)}.` : `to within ${measured(steps.apart)}.`}
         {steps.values?.apart != null &&
-          ` Σ weight·v is what the kernel returned, to within ${measured(steps.values.apart)}.`}
+          ` Σ ${hasApplied(call) ? "applied" : "weight"}·v is what the kernel returned, to within ${measured(steps.values.apart)}.`}
         {call.mixed && " The model changed the weights after the softmax, before they met v."}
       </p>
       {missing.map((field) => (
-        <Notice key={field}>{app.trace.lacks(field, where(call)).message}</Notice>
+        <Notice key={field}>{app.trace.lacks(field, call).message}</Notice>
       ))}
     </>
   );
@@ -213,6 +216,11 @@ export const neuron: View = {
     "Hover for numbers, ↑ ↓ change the query, ← → lock a key.",
   fields: () => ["q", "k", "scores", "mask", "weights"],
   controls: ["layer", "heads"],
+  unfit: (call) =>
+    (call.score ?? "dot") === "dot"
+      ? null
+      : `The scores of ${where(call)} are no product of queries and keys (${call.score}), so that no component of them ` +
+        "has a part of its own.",
   ownTable: true,
   component: Neuron,
 };

@@ -1,9 +1,10 @@
 /** What a view is, and the controls that it can ask for. */
 import type { ComponentType } from "preact";
 import type { App } from "../app";
+import type { Call } from "../data/call";
 import type { State } from "../state";
 
-export type ControlName = "layer" | "heads" | "field" | "scale" | "pool" | "sink" | "filter" | "sort";
+export type ControlName = "layer" | "heads" | "field" | "weights" | "scale" | "pool" | "sink" | "filter" | "sort";
 
 export interface View {
   /** As in `State.view`. */
@@ -18,6 +19,8 @@ export interface View {
   controls: readonly ControlName[];
   /** Whether it has a table of its own, in place of that of the head in focus. */
   ownTable?: boolean;
+  /** Why it has nothing to show for a call of this kind, or null. */
+  unfit?(call: Call): string | null;
   /** Why it has nothing to show for this trace at all (no images, no second trace), or null. It then has no tab. */
   absent?(app: App): string | null;
   component: ComponentType<{ app: App }>;
