@@ -30,6 +30,8 @@ class Adapter:
         attention: class name -> kind (``self``, ``cross``, …) of the modules in which a kernel runs.
         stack: the stack of all its sites; None: told from the path.
         axes: what T and S count.
+        layout: class name -> the axes of q as it enters the dot product, a letter each (``BTHD``: batch, queries,
+            heads, width), for attention written out by hand whose axes can't be told otherwise.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +39,7 @@ class Adapter:
     attention: ClassVar[Mapping[str, str]] = {}
     stack: ClassVar[str | None] = None
     axes: ClassVar[str] = "tokens"
+    layout: ClassVar[Mapping[str, str]] = {}
 
     def check(self, module: nn.Module) -> None:
         """Refuse a configuration whose math this adapter does not know.

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
+from ..attention.axis_letters import problem_of
 from ..calls.site import Site
 from ..errors import BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
 from .adapter import Adapter
@@ -251,6 +252,16 @@ def _add(adapter: Adapter, source: str) -> None:
             f"{who}: `attention` of the adapter {adapter.name!r} has to map class names to kinds; "
             f"got {adapter.attention!r}."
         )
+    if not isinstance(adapter.layout, Mapping) or not all(isinstance(x, str) for x in adapter.layout):
+        raise BrokenAdapterError(
+            f"{who}: `layout` of the adapter {adapter.name!r} has to map class names to the axes of q; "
+            f"got {adapter.layout!r}."
+        )
+    for kind, letters in adapter.layout.items():
+        if problem := problem_of(letters) or (None if kind in adapter.attention else f"{kind!r} is not in `attention`"):
+            raise BrokenAdapterError(
+                f"{who}: `layout` of the adapter {adapter.name!r} says {kind!r}: {letters!r}, and {problem}."
+            )
     for other, theirs in _adapters.values():
         shared = [c for c in adapter.covers if any(_nested(c, o) for o in other.covers)]
         if other.name == adapter.name or shared:

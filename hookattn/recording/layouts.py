@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..attention.axis_letters import problem_of
 from ..errors import SelectionError
-
-_LETTERS = "BHTD"
 
 
 class Layouts:
@@ -29,7 +28,7 @@ class Layouts:
         self._given: dict[str, str] = dict(given)
         self._used: set[str] = set()
         for path, letters in self._given.items():
-            if problem := _problem(letters):
+            if problem := problem_of(letters):
                 raise SelectionError(f"layout={{{path!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
             if not any(_fits(path, known) for known in paths):
                 near = ", ".join(map(repr, sorted(p for p in paths if p)[:6])) + (", …" if len(paths) > 7 else "")
@@ -58,14 +57,3 @@ _EXAMPLE = 'layout={"blocks.0.attn": "BTHD"}, say'
 
 def _fits(key: str, path: str) -> bool:
     return key == path or fnmatchcase(path, key)
-
-
-def _problem(letters: str) -> str | None:
-    unknown = [x for x in letters if x not in _LETTERS]
-    if unknown:
-        return f"{unknown[0]!r} is none of B (batch), H (heads), T (queries) and D (width)"
-    twice = [x for x in letters if letters.count(x) > 1]
-    if twice:
-        return f"{twice[0]} is there twice, and q has each axis once"
-    missing = [x for x in "TD" if x not in letters]
-    return f"{missing[0]} is missing, which q has in any case" if missing else None

@@ -306,8 +306,19 @@ class Session:
         return self._recorder.wants(field)
 
     def layout_for(self, path: str) -> str | None:
-        """What the caller says of the axes of q in the module at a path."""
-        return None if self._layouts is None else self._layouts.of(path)
+        """What the caller, or else the adapter, says of the axes of q in the module at a path."""
+        said = None if self._layouts is None else self._layouts.of(path)
+        return self._adapter_layouts.get(path) if said is None else said
+
+    @cached_property
+    def _adapter_layouts(self) -> dict[str, str]:
+        """Path -> the axes of q, of the sites whose adapter says it."""
+        plan = self.plan
+        return {
+            plan.sites[key].path: letters
+            for key, adapter in plan.named.items()
+            if (letters := adapter.layout.get(type(plan.modules[key]).__name__)) is not None
+        }
 
     def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
         """Ask the listener; a kernel of another model in the same thread is none of its business."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.attention.kernel_call import KernelCall
+from hookattn.models.registry import using
 from hookattn.recording.layouts import Layouts
 from hookattn.taps.active import current
 from tests.reference import draw
@@ -135,3 +136,37 @@ def test_what_is_known_is_not_warned_of_and_a_file_says_the_same(tmp_path: Any) 
         trace = traced(Model(GUESSED))
     back = hookattn.load(trace.save(tmp_path / "run.safetensors"))
     assert back[0].basis == GUESSED and repr(back[0]) == repr(trace[0])
+
+
+class Says(hookattn.Adapter):
+    name = "says"
+    covers = (__name__,)
+    attention: ClassVar[dict[str, str]] = {"Told": "self"}
+    layout: ClassVar[dict[str, str]] = {"Told": "BTHD"}
+
+
+def test_an_adapter_says_it_and_the_caller_has_the_last_word() -> None:
+    model = Model(KNOWN, KNOWN)
+    with using(Says()):
+        traced(model)
+        assert [block["attn"].asked for block in model.blocks] == [["BTHD"], ["BTHD"]]
+        traced(model, layout={"blocks.1.attn": "BHTD"})
+        assert [block["attn"].asked[-1] for block in model.blocks] == ["BTHD", "BHTD"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"Told": "BTXD"}, "says 'Told': 'BTXD', and 'X' is none of B"),
+        ({"Told": 3}, "3 is no string of letters"),
+        ({"Model": "BTHD"}, "'Model' is not in `attention`"),
+        ("BTHD", "has to map class names to the axes of q"),
+    ],
+)
+def test_an_adapter_that_names_no_axes_is_refused(layout: Any, message: str) -> None:
+    class Wrong(Says):
+        pass
+
+    Wrong.layout = layout
+    with pytest.raises(hookattn.BrokenAdapterError, match=message), using(Wrong()):
+        pass
