@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
+from ..taps.active import current
 from ..torch_internals.frames import call_arguments, running_path
 from ..torch_internals.module_state import children_of, pre_hooks_of
 from .discovery import WatchPlan
+from .graph_sites import UNKNOWN, GraphSites
 from .site_names import site_of_path
 
 
@@ -40,6 +42,8 @@ class ModuleHooks:
         self._callbacks = (enter, leave, model_begins, model_ends, ran, active)
         # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
         self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
+        graphs = any(issubclass(cls, fx.GraphModule) for cls in plan.classes)
+        self._graphs = GraphSites(plan.model) if graphs else None
 
     def install(self) -> None:
         """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
@@ -99,7 +103,13 @@ class ModuleHooks:
 
     def running(self) -> str | None:
         """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""
-        return running_path(self.plan.paths)
+        path = running_path(self.plan.paths)
+        if path is None or self._graphs is None:
+            return path
+        path, known = self._graphs.running(path)
+        if not known and (tracing := current()) is not None:
+            tracing.note(UNKNOWN)
+        return path
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Arguments of the forward of the model that is on this thread's stack; None: nobody called it."""
@@ -109,7 +119,9 @@ class ModuleHooks:
         """The site that a module belongs to, or a place in it, by the word of an adapter or else of its path."""
         found = self.plan.sites_by_path.get(path)
         if found is None:
-            found = self.plan.sites_by_path[path] = self._site_around(path) or site_of_path(path, self.plan.model)
+            made_from = None if self._graphs is None else self._graphs.classes.get(path)
+            found = self._site_around(path) or site_of_path(path, self.plan.model, made_from)
+            self.plan.sites_by_path[path] = found
         return found
 
     def _site_around(self, path: str) -> Site | None:

@@ -90,12 +90,14 @@ def kind_of(path: str) -> str:
     return "cross" if any(_CROSS.search(part) for part in path.split(".")) else "self"
 
 
-def site_of_path(path: str, root: nn.Module) -> Site:
+def site_of_path(path: str, root: nn.Module, made_from: str | None = None) -> Site:
     """What a path tells on its own, without an adapter.
 
     Args:
         path: of a module, or of a place in one.
         root: the model.
+        made_from: the class name of the module that a graph has taken the place of, if one has.
     """
     layer, layers = layer_of(path, root)
-    return Site(path, layer, stack_of(path), kind_of(path), type(_deepest(path, root)[0]).__name__, layers=layers)
+    module = made_from or type(_deepest(path, root)[0]).__name__
+    return Site(path, layer, stack_of(path), kind_of(path), module, layers=layers)

@@ -148,6 +148,16 @@ def count_calls(module: nn.Module) -> int:
     return count
 
 
+def running_line(module: nn.Module) -> tuple[str, int] | None:
+    """File and line where the innermost forward of a module on this thread's stack is; None: it is not running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
 def call_arguments(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments of the innermost call of a module on this thread's stack; None: nobody called it."""
     _check()
