@@ -109,16 +109,21 @@ def _tile(pieces: Sequence[Piece]) -> bool:
 
 
 def _say_part(call: Call, piece: Piece) -> None:
-    """Which heads or queries a call holds of an attention whose other parts are not beside it."""
-    known = extents_of(call, "HGT")
-    rows = piece.stop - piece.start
-    if piece.letters == "T" and known.t == rows and call.queries is None:
+    """Which batch entries, heads or queries a call holds of an attention whose other pieces are not with it."""
+    known, rows = extents_of(call, "BHGT").known(), piece.stop - piece.start
+    extent = 1
+    for letter in piece.letters:
+        extent *= known.get(letter, 0)
+    if extent != rows or call.heads is not None or call.queries is not None:
+        return
+    if piece.letters == "T":
         call.queries, call.of_queries = tuple(range(piece.start, piece.stop)), piece.of
-    elif piece.letters == "H" and known.h == rows and call.heads is None and known.g is not None:
+    elif piece.letters == "H" and "G" in known:
         call.heads = tuple(range(piece.start, piece.stop))
-        call.kv_heads = tuple(h * known.g // rows for h in range(rows))
+        call.kv_heads = tuple(h * known["G"] // rows for h in range(rows))
     where = " and ".join(_WORDS[x] for x in piece.letters)
-    call.notes = (*call.notes, f"{where} {piece.start} to {piece.stop - 1} of {piece.of} of one attention")
+    some = str(piece.start) if rows == 1 else f"{piece.start} to {piece.stop - 1}"
+    call.notes = (*call.notes, f"a part of one attention: {where} {some} of {piece.of}")
 
 
 def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
@@ -196,10 +201,14 @@ class _Joint:
         """One field of all pieces."""
         if all(isinstance(x, Derived) for x in places) or all(x is None for x in places):
             return places[0]
+        if any(isinstance(x, Derived) for x in places):
+            raise _Apart
         parts = [tensor_of(x) for x in places if not isinstance(x, Derived)]
         found = [x for x in parts if x is not None]
         if len(found) < len(places):
-            raise _Apart
+            if name != "bias":
+                raise _Apart
+            found = [found[0].new_zeros(1, 1, 1, 1) if x is None else x for x in parts]
         if name == "sinks":
             found = [sink_column(x) for x in found]
         with isolated(found[0]):
@@ -222,8 +231,9 @@ class _Joint:
         if spec.broadcast and all(x.shape[d] == 1 for x in parts for d in dims):
             return _one(parts)
         if spec.broadcast:  # it may have size 1 in some pieces, and stands for all of these then
+            full = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
             parts = [
-                x.expand([shape["BHT"[d]] if d in dims else n for d, n in enumerate(x.shape)])
+                x.expand([shape["BHT"[d]] if d in dims else n for d, n in enumerate(full)])
                 for x, shape in zip(parts, self.shapes, strict=True)
             ]
         if not self.folded:

@@ -86,7 +86,10 @@ def piece_of(query: Origin, named: Mapping[Atom, str], width: Iterable[Atom], ke
     whole = [a for d in cut.dims for a in cut.source.layout()[d]]
     if not whole or math.prod(a.size for a in whole) != math.prod(cut.source.shape[d] for d in cut.dims):
         return None
-    of = {line: letter for atom, letter in named.items() for line in (atom, *atom.lineage())}
+    of: dict[Atom, str] = {}
+    for atom, letter in named.items():
+        for line in (atom, *atom.lineage()):
+            of[line] = letter if of.get(line, letter) == letter else ""  # a width that heads were split from, say
     lines = {a.root for a in keys}
     is_head = HeadTest(list(width))
     in_none = len(cut.dims) == 1 and not any(a in of for a in whole)
@@ -96,14 +99,14 @@ def piece_of(query: Origin, named: Mapping[Atom, str], width: Iterable[Atom], ke
         of = dict.fromkeys(whole, "T")
     axes = []
     for atom in whole:
-        letter = of.get(atom)
-        if letter is None and is_head(atom):
-            letter = "H"
-        elif letter is None and atom.birth == "data":
-            letter = "T" if atom.root in lines else "B"
-        if letter is None or letter not in "BHT":
+        found = of.get(atom)
+        if found is None and is_head(atom):
+            found = "H"
+        elif found is None and atom.birth == "data":
+            found = "T" if atom.root in lines else "B"
+        if not found or found not in "BHT":
             return None
-        axes.append((letter, atom.size))
+        axes.append((found, atom.size))
     if len({letter for letter, _ in axes}) < len(axes):
         axes = _joined(axes)
     return Piece(cut.source, tuple(axes), cut.start, cut.stop) if axes else None
