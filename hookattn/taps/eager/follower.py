@@ -48,6 +48,7 @@ from .value_products import (
     note_weighted_sum,
 )
 from .view_rules import rearrange, rearranges
+from .weightless import carried_pairs
 
 if TYPE_CHECKING:
     from ..base import ActiveTrace
@@ -311,6 +312,11 @@ class Follower(TorchFunctionMode):
         elif isinstance(new, TopScores) and new.weights and new.use is None:
             new.use = SoftmaxUse(self.recorder.where(), why=_LARGEST)
             self.uses.append(new.use)
+        elif isinstance(new, Pairwise) and new.summed:
+            why = carried_pairs(new, new.summed)
+            if why is not None:
+                self.recorder.skip(why)
+            return
         elif isinstance(before, (Pairwise, TopScores)) and isinstance(new, Scores):
             self.set_origin(x, new.origin)
         elif isinstance(new, WeightedValues) and new.summed:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import axis_history
 from .axis_history import Atom, Origin, known
 from .operation import Operation, number, same_state
 from .products import Label, LayoutError, Product, ProductLabels
@@ -19,6 +20,7 @@ from .states import Pairwise, Scores, State
 
 _HEADS = "heads"
 _WIDTH = "width"
+_MUL = frozenset(("mul", "mul_", "__mul__", "__rmul__", "__imul__"))
 # A sum over the width that is no operation of its own: the function takes both operands.
 _WHOLE = {"cosine_similarity": "cosine", "pairwise_distance": "distance"}
 
@@ -84,7 +86,7 @@ def changed_pairs(c: Operation) -> State | None:
 def mapped_pairs(c: Operation) -> State | None:
     """A learned map of each pair's vector: to one number, or to one for each head, these are scores."""
     state: Pairwise = c.state
-    if c.position != 0 or not isinstance(c.out, Tensor) or c.out.dim() != c.x.dim():
+    if c.position != 0 or not isinstance(c.out, Tensor) or c.out.dim() != c.x.dim() or state.cut:
         return None
     last = len(state.dims) - 1
     if state.dims[last] not in state.labels_a or state.dims[last] not in state.labels_b:
@@ -103,6 +105,8 @@ def summed_pairs(c: Operation) -> State | None:
     if not dims or not isinstance(c.out, Tensor) or len(state.dims) != c.x.dim():
         return None
     if any(state.dims[d] not in state.labels_a or state.dims[d] not in state.labels_b for d in dims):
+        return state.but(summed=dims) if _MUL & {*state.steps} else None
+    if state.cut:
         return None
     plain = c.name == "sum" and state.how == "mul" and not state.steps
     return _scores(
@@ -155,8 +159,22 @@ def same_pairs(c: Operation) -> State | None:
     return same_state(c) if isinstance(c.out, Tensor) and c.out.shape == c.x.shape else None
 
 
+def picked_pairs(c: Operation) -> State | None:
+    """One position of all, or some of them: ``pairs[:, t]``."""
+    state: Pairwise = c.state
+    how = c.kind.axes(c.x, c.out, c.args, c.kwargs)
+    if how is None or how[0] is not axis_history.keep_dims or len(state.dims) != c.x.dim() or None in how[1]:
+        return None
+    return state.but(dims=[state.dims[i] for i in how[1]], cut=True)
+
+
 def pairs_as_scores(state: Pairwise, x: Tensor) -> Scores | None:
     """Pairs of numbers as the scores that they are: ``x``."""
-    if len(state.dims) != x.dim():
+    if len(state.dims) != x.dim() or state.cut:
         return None
     return _scores(state, [], x, _kind(state, ""), [*state.steps, state.how])
+
+
+def added_up(c: Operation) -> State | None:
+    """Pairs added up along an axis."""
+    return c.state.but(steps=[*c.state.steps, c.name])

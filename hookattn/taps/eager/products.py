@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ...torch_internals.tensor_identity import storage_of, version_of
+from ...attention.kernel_call import KERNEL_BASIS
+from ...torch_internals.tensor_identity import address_of, storage_of, version_of
 from .axis_history import Atom, Birth, Layout, Origin, fresh, mapped_birth, refine
 from .view_rules import map_of
 
@@ -117,6 +118,11 @@ class Product:
         return isinstance(self.a, nn.Parameter) or isinstance(self.b, nn.Parameter)
 
     @property
+    def of_one(self) -> bool:
+        """Whether both operands lie in the same memory, from the same place on: a Gram matrix."""
+        return address_of(self.a) == address_of(self.b) and self.a.numel() == self.b.numel()
+
+    @property
     def untouched(self) -> bool:
         """Whether neither operand was written to since."""
         return self.versions == (version_of(self.a), version_of(self.b))
@@ -145,11 +151,16 @@ class Product:
         out = []
         for label, extent in zip(self.lo, shape, strict=True):
             atoms = []
+            own: Side
             for x, y in _matched(dims_a.get(label, ()), dims_b.get(label, ()), extent):
-                sources = tuple(s for s in (x, y) if s is not None)
-                source = min(sources, key=_unsure)
                 # An extent of 1 that is broadcast against more is no axis of that operand.
-                own: Side = "batch" if len(sources) == 2 else "a" if x is not None else "b"
+                if x is None or y is None:
+                    source, own = x or y, "a" if y is None else "b"
+                    assert source is not None
+                    sources: tuple[Atom, ...] = (source,)
+                else:
+                    sources, own = (x, y), "batch"
+                    source = x if x.birth == y.birth and not x.repeated else min(sources, key=_unsure)
                 atom = Atom(source.size, of=source)
                 if made is not None and (own == made.side or (own == "batch" and atom.birth == "feature")):
                     # A map: the axes that it alone has are new; those that it shares are its own for each head.
@@ -251,6 +262,7 @@ class Roles:
         heads: the atoms that are heads.
         guessed: the letters of the axes that are guessed.
         given: the letters that the user named.
+        told: whether a tap said of every axis what it is.
     """
 
     def __init__(self, product: Product, softmax_atoms: Sequence[Atom], label: Label | None = None):
@@ -260,6 +272,7 @@ class Roles:
         self.keys = self._side_of_keys(label)
         self.guessed: set[str] = set()
         self.given: set[str] = set()
+        self.told = False
         self.heads: set[Atom] = set()
         self._places = {a: i for i, a in enumerate(product.axes)}
         free = [a for a in product.axes if a not in self.softmaxed]
@@ -341,10 +354,10 @@ class Roles:
 
     def _doubts(self, mine: Sequence[Atom], shared: Sequence[Atom], known_queries: set[Atom]) -> None:
         """Say which letters are guessed, and go by convention where nothing tells of heads."""
-        told = all(a.role is not None for a in (*mine, *shared)) and bool(mine or shared)
+        self.told = all(a.role is not None for a in (*mine, *shared)) and bool(mine or shared)
         rest_mine = [a for a in mine if a not in self.heads and a not in known_queries and a.role is None]
         rest_shared = [a for a in shared if a not in self.heads and a.role is None]
-        if told or not (rest_mine or rest_shared):
+        if self.told or not (rest_mine or rest_shared):
             return
         if not self.heads and self._learned_queries(rest_mine):
             return
@@ -441,6 +454,10 @@ class Roles:
             places = sorted(self._places[a] for a in mine)
             self._places.update(zip(inner_last, places, strict=True))
 
+    def heads_in_order(self) -> list[Atom]:
+        """The atoms that are heads, the outermost first."""
+        return sorted(self.heads, key=lambda a: self._places[a])
+
     def _query_source(self, atom: Atom) -> Atom:
         """The queries' own atom; the keys' where the queries have none."""
         matched = next(m for of in self.product.matched.values() for m in of if m.out is atom)
@@ -463,6 +480,8 @@ class Roles:
         """For each of B, H, T, S and G how it is known."""
         if self.given:
             return dict.fromkeys("BHTSG", "adapter")
+        if self.told:
+            return dict(KERNEL_BASIS)
         return {x: "guessed" if x in self.guessed else "followed" for x in "BHTSG"}
 
     def root(self, atom: Atom) -> Atom:
@@ -525,18 +544,23 @@ class _Made(NamedTuple):
 class HeadTest:
     """Whether an atom is heads, by the width that a product sums over."""
 
+    __slots__ = ("parents", "width")
+
     def __init__(self, width: Sequence[Atom]) -> None:
+        self.width = width
         self.parents = {p for a in width for p in a.lineage()}
-        features = [a for a in width if a.birth == "feature"]
-        self.roots = {a.root for a in features}
-        self.maps = frozenset[object]().union(*(a.maps for a in features))
 
     def __call__(self, atom: Atom | None) -> bool:
         if atom is None:
             return False
-        if any(p in self.parents for p in atom.lineage()):  # split from one dimension, beside the width of a head
-            return True
-        return atom.birth == "feature" and (atom.root in self.roots or bool(atom.maps & self.maps))
+        parent = atom.parent
+        while parent is not None:  # split from one dimension, beside the width of a head
+            if parent in self.parents:
+                return True
+            parent = parent.parent
+        if atom.birth != "feature":
+            return False
+        return any(a.birth == "feature" and (a.root is atom.root or a.maps & atom.maps) for a in self.width)
 
 
 def _unsure(atom: Atom) -> int:
@@ -575,7 +599,10 @@ def arrange(
         if not all(keep):
             x = x[tuple(slice(None) if k else 0 for k in keep)]
             factors = [f for f, k in zip(factors, keep, strict=True) if k]
-    by_role = [sorted((i for i, f in enumerate(factors) if f.role == x), key=lambda i: factors[i].place) for x in roles]
+    by_role = [[i for i, f in enumerate(factors) if f.role == role] for role in roles]
+    for mine in by_role:
+        if len(mine) > 1:
+            mine.sort(key=lambda i: factors[i].place)
     shape = list(x.shape)
     for mine in by_role:
         if not (broadcast and all(shape[i] == 1 for i in mine)):
@@ -597,7 +624,10 @@ def _grouped(factors: Sequence[Factor]) -> list[bool]:
     Only a trailing one: query head h reads key head h // n, as the contract has it, where the copies are innermost.
     """
     keep = [True] * len(factors)
-    for i in sorted((i for i, f in enumerate(factors) if f.role == "H"), key=lambda i: factors[i].place, reverse=True):
+    heads = [i for i, f in enumerate(factors) if f.role == "H"]
+    if len(heads) > 1:
+        heads.sort(key=lambda i: factors[i].place)
+    for i in reversed(heads):
         if not (factors[i].broadcast or factors[i].repeated):
             break
         keep[i] = False

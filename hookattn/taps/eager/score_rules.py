@@ -301,3 +301,12 @@ def padded_scores(c: Operation) -> Scores | None:
     for shift in state.shifts:
         sink = sink + shift
     return _extended(c, sink)
+
+
+def added_up(c: Operation) -> State | None:
+    """Products without a width, of one entry of each operand, added up along an axis; scores are lost by it."""
+    state: Scores = c.state
+    of = state.product
+    if any(of.a.shape[of.la.index(x)] > 1 for x in of.contracted):
+        return None
+    return state.but(opaque=[*state.opaque, c.name], finite=None)

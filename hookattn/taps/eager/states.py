@@ -82,6 +82,7 @@ class Scores(State):
         finite: the model's own scores before any term or mask joined them, their version and their axes.
         score: what they are: ``dot``, or what was seen in place of q·k, which is then opaque.
         composed: an operand of the product is weights, or such a product itself: no product of queries and keys.
+        chained: an operand of the product is a product of two activations.
         before: the scores before the first operation that may have made weights of them; None: there was none.
         steps: that operation, and all since.
         held: the model's own tensor of them, its version and its axes, where its values may have to be read.
@@ -101,6 +102,7 @@ class Scores(State):
     finite: tuple[Tensor, int, Origin] | None = None
     score: str = DOT
     composed: bool = False
+    chained: bool = False
     before: Scores | None = None
     steps: list[Step] = field(default_factory=list)
     held: tuple[Tensor, int, Origin] | None = None
@@ -123,6 +125,8 @@ class Pairwise(State):
         how: the operation that paired them: ``mul``, ``add``, ``sub`` or ``div``.
         scale: a number that they were multiplied by.
         steps: what else was done to them.
+        summed: the dimensions, other than the width, that this is their sum over.
+        cut: whether they are some of all pairs only.
     """
 
     a: Tensor = None  # type: ignore[assignment]
@@ -134,6 +138,8 @@ class Pairwise(State):
     how: str = "mul"
     scale: float = 1.0
     steps: list[str] = field(default_factory=list)
+    summed: list[int] = field(default_factory=list)
+    cut: bool = False
 
     def but(self, **changes: Any) -> Pairwise:
         """A copy with changes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...attention.kernel_call import DOT, KernelCall
-from ...torch_internals.tensor_identity import version_of
+from ...torch_internals.tensor_identity import storage_of, version_of
 from ..base import ActiveTrace
 from .assemble import CallBuilder, contracts_keys
 from .assemble_plain import plain_call
@@ -22,6 +22,7 @@ from .product_labels import ParsedEinsum, ParsedProduct
 from .products import Label, LayoutError, Product, ProductLabels, mixes_heads
 from .states import (
     Exponentials,
+    Pairwise,
     PartialOutput,
     ScatteredOutput,
     ScatteredValueProduct,
@@ -36,6 +37,7 @@ from .states import (
     Weights,
 )
 from .weight_rules import new_weights
+from .weightless import carried_pairs, sums_of_positions
 
 _NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
 _COMPOSED = "softmax over q·k whose result was multiplied with other weights before any values"
@@ -121,7 +123,8 @@ def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Ten
         ):
             if _note_followed(watch, product, watch.state(product.x)):
                 return
-        _note_scores(watch, parsed, out, any(is_part(watch.state(x)) for x in (a, b)) if watch.live else False)
+        states = [watch.state(x) for x in (a, b)] if watch.live else []
+        _note_scores(watch, parsed, out, any(map(is_part, states)), any(map(_of_activations, states)))
 
 
 def _note_followed(watch: KnownTensors, product: _Product, state: State | None) -> bool:
@@ -141,9 +144,25 @@ def _note_followed(watch: KnownTensors, product: _Product, state: State | None) 
             watch.set_state(product.out, state.but(opaque=[*state.opaque, product.name], finite=None))
     elif isinstance(state, Scores) and (weights := weights_without_softmax(watch, product, state)) is not None:
         return _note_weights(watch, product, weights)
+    elif isinstance(state, (Scores, Pairwise)):
+        _note_weightless(watch, product, state)
+        return False
     else:
         return False
     return True
+
+
+def _note_weightless(watch: KnownTensors, product: _Product, state: Scores | Pairwise) -> None:
+    """A product with what two activations made: of positions that are mixed by data without weights, perhaps."""
+    if is_part(watch.state(product.other)) or watch.origin(product.other).birth == "parameter":
+        return
+    if isinstance(state, Scores):
+        why = sums_of_positions(state, product.x_labels, product.contracted)
+    else:
+        dims = [i for i, label in enumerate(product.x_labels) if label in product.contracted]
+        why = carried_pairs(state, dims) if len(state.dims) == len(product.x_labels) else None
+    if why is not None:
+        watch.recorder.skip(why)
 
 
 def weights_without_softmax(watch: KnownTensors, product: _Product, state: Scores) -> Weights | None:
@@ -153,9 +172,10 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     of positions and not of features, and each key has a vector.
     """
     scores, of = state.before or state, state.product
-    if state.composed or of.learned or "parameter" in (of.origin_a.birth, of.origin_b.birth):
+    if state.composed or state.chained or of.learned or "parameter" in (of.origin_a.birth, of.origin_b.birth):
         return None
-    if is_part(watch.state(product.other)) or watch.origin(product.other).birth == "parameter":
+    met = watch.state(product.other)
+    if is_part(met) or _of_activations(met) or watch.origin(product.other).birth == "parameter":
         return None
     vectors = [y for y in product.other_labels if y not in product.x_labels and y in product.out_labels]
     layout = state.origin.layout()
@@ -167,8 +187,9 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
         return None
     if any(s.birth in ("feature", "parameter") for a in keys for s in of.axes[a].sources):
         return None
-    if not state.steps and not any(a.birth == "feature" for side in of.widths.values() for a in side):
-        return None  # nothing was done to them: a chain of products, where no learned map made q or k
+    made = any(a.birth == "feature" for side in of.widths.values() for a in side)
+    if not state.steps and (not made or (of.of_one and storage_of(of.a) == storage_of(product.other))):
+        return None  # nothing was done to them: products of one tensor, or such that no learned map made q or k
     dim = next((i for i, atoms in enumerate(scores.origin.layout()) if keys & _roots(of, atoms)), None)
     if dim is None:
         return None
@@ -193,13 +214,20 @@ def is_part(state: State | None) -> bool:
     return isinstance(state, (Weights, Exponentials)) or (isinstance(state, Scores) and state.composed)
 
 
+def _of_activations(state: State | None) -> bool:
+    """Whether a tensor is a product of two activations."""
+    if not isinstance(state, Scores) or state.product.learned:
+        return False
+    return "parameter" not in (state.product.origin_a.birth, state.product.origin_b.birth)
+
+
 def _roots(product: Product, atoms: Sequence[Atom]) -> set[Atom]:
     """The axes of a product that these are, or are parts of."""
     found = (next((a for a in (x, *x.lineage()) if a in product.axes), None) for x in atoms)
     return {a for a in found if a is not None}
 
 
-def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, composed: bool = False) -> None:
+def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, composed: bool, chained: bool) -> None:
     """Every product of two tensors may be q·k, and is taken for it until something else is done with it.
 
     Nothing is worked out here: axes are, once a softmax over them has met values.
@@ -209,7 +237,15 @@ def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, compos
     product.shape, product.given = tuple(out.shape), watch.layout_here
     origin = Origin(out.shape, product.layout)
     opaque = [] if parsed.score == DOT else [parsed.score]
-    scores = Scores(origin, product=product, scale=parsed.alpha, composed=composed, score=parsed.score, opaque=opaque)
+    scores = Scores(
+        origin,
+        product=product,
+        scale=parsed.alpha,
+        composed=composed,
+        chained=chained,
+        score=parsed.score,
+        opaque=opaque,
+    )
     if parsed.added is not None:
         scores.terms.append(Term(parsed.added[0], origin, parsed.added[1]))
     watch.set_origin(out, origin)
@@ -295,6 +331,14 @@ def _value_product(watch: KnownTensors, product: _Product, state: Weights) -> Va
     )
 
 
+def _of_parameters(state: Weights, values: ValueProduct) -> bool:
+    """Whether keys and values are learned, both: a vocabulary, classes, experts; no position meets another."""
+    assert state.scores is not None and state.scores_origin is not None
+    of = state.scores.product
+    keys = of.roles_over(state.scores_origin, state.dim).keys
+    return values.v_origin.birth == (of.origin_a if keys == "a" else of.origin_b).birth == "parameter"
+
+
 def _note_axes(watch: KnownTensors, product: _Product, state: Weights) -> None:
     """Say where the axes of weights times values come from: queries from the weights, the width from the values."""
     weights, values = state.origin.layout(), watch.origin(product.other).layout()
@@ -313,6 +357,8 @@ def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None
         _begin_sum(watch, state, values)
         return
     _finish(state.use)
+    if state.scores is not None and _of_parameters(state, values):
+        return
     if state.scores is not None and state.scores.product.log_sums and state.steps is None:
         # Somebody took the logsumexp of the same scores: the output may be merged with that of other keys.
         use = SoftmaxUse(watch.recorder.where())
@@ -386,7 +432,12 @@ def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None
     """An einsum of three tensors or more: q·M·k, or weights, values and an output projection in one."""
     with torch.no_grad():
         states = [watch.state(x) for x in parsed.operands] if watch.live else [None] * len(parsed.operands)
-        for state, labels in zip(states, parsed.labels, strict=True):
+        for one, state, labels in zip(parsed.operands, states, parsed.labels, strict=True):
+            if isinstance(state, (Scores, Pairwise)):
+                others = [y for x, o in zip(parsed.operands, parsed.labels, strict=True) if x is not one for y in o]
+                met = _Product("einsum", one, labels, out, others, out, parsed.out)
+                _note_weightless(watch, met, state)
+                return
             summed = [x for x in labels if x not in parsed.out]
             if (
                 isinstance(state, Weights)

@@ -1,0 +1,66 @@
+"""What multiplies positions by data and forms no weights: linear attention, and states that are carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .axis_history import Atom
+from .products import Label, Product
+from .states import Pairwise, Scores
+
+SUMMED = "keys and values are summed over positions before a query meets them (linear attention): no weights are formed"
+CARRIED = (
+    "products of two activations are added up from position to position before a third meets them (a state space, or"
+    " causal linear attention): no weights are formed"
+)
+_ADDS = frozenset(("cumsum", "add", "__add__", "__radd__", "__iadd__", "add_"))
+
+
+def sums_of_positions(state: Scores, labels: Sequence[Label], contracted: Sequence[Label]) -> str | None:
+    """What a product of two activations is, if a third activation is multiplied with it over features of one of them.
+
+    Args:
+        state: the product of the two.
+        labels: the labels of its axes in the product with the third.
+        contracted: those of them that are summed over.
+    """
+    of, layout = state.product, state.origin.layout()
+    if state.composed or len(layout) != len(labels) or "parameter" in (of.origin_a.birth, of.origin_b.birth):
+        return None
+    summed = {
+        of.axes[a].side for x, dim in zip(labels, layout, strict=True) if x in contracted for a in _known(of, dim)
+    }
+    if len(summed) != 1 or "batch" in summed or not _features(of, "a") or not _features(of, "b"):
+        return None
+    widths = [a for side in of.widths.values() for a in side if a.size > 1]
+    if not widths:
+        return CARRIED if state.terms or _ADDS & {*state.opaque} else None
+    if any(a.birth not in ("data", "lost") for a in widths) or state.before is not None or of.of_one:
+        return None
+    return SUMMED
+
+
+def _known(of: Product, atoms: Iterable[Atom]) -> list[Atom]:
+    found = (next((x for x in (a, *a.lineage()) if x in of.axes), None) for a in atoms)
+    return [a for a in found if a is not None]
+
+
+def _features(of: Product, side: str) -> bool:
+    """Whether all that an operand alone has is features."""
+    own = [x for x in of.axes.values() if x.side == side and x.source.size > 1]
+    return bool(own) and all(any(s.birth == "feature" for s in x.sources) for x in own)
+
+
+def carried_pairs(state: Pairwise, dims: Sequence[int]) -> str | None:
+    """The same of products that broadcasting made, where dimensions of the pairs are summed over."""
+    if state.how != "mul" or not _ADDS & {*state.steps}:
+        return None
+    for labels, other, origin in (
+        (state.labels_a, state.labels_b, state.origins[0]),
+        (state.labels_b, state.labels_a, state.origins[1]),
+    ):
+        own = [labels.index(state.dims[d]) for d in dims if state.dims[d] in labels and state.dims[d] not in other]
+        if own and len(own) == len(dims):
+            layout = origin.layout()
+            return CARRIED if all(a.birth == "feature" for i in own for a in layout[i]) else None
+    return None
