@@ -160,7 +160,7 @@ class KernelCall:
         module: the module that the kernel itself was told it runs in.
         path: the module around all that the call is made of, where its parts ran in several; None: the running one.
         within: the child of the running module that the call belongs to, where a fused layer hides it.
-        kind: ``cross`` or ``joint``, where the axes of q and k tell it; None: as the module's description has it.
+        kind: ``self``, ``cross`` or ``joint``, where the axes of q and k tell it; None: they don't.
         piece: which part of one attention it is, where the model cut its queries out of a larger tensor.
         notes: what a reader has to know.
     """

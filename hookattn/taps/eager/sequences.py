@@ -74,9 +74,9 @@ def _describe(
 def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
     """The kind of an attention, where the axes of its queries and keys tell.
 
-    ``cross`` where they have nothing in common; ``joint`` where both are the same sequences laid end to end. None:
-    nothing tells more than what is known anyway, as of one sequence: a memory may be made of the same input as what
-    attends to it.
+    ``cross`` where they have nothing in common; ``joint`` where both are the same sequences laid end to end; ``self``
+    where both are of one sequence, as are a memory and what attends to it if they are made of one input. None: nothing
+    tells, or they have a part in common.
 
     Args:
         queries: their axis, or the axes that it is made of.
@@ -91,7 +91,9 @@ def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
         return "cross"
     # A token that was learned and put in front is no sequence.
     laid = any(len([root for root in (a.root, *a.beside) if root.birth == "data"]) > 1 for a in ours)
-    return "joint" if laid and mine == others else None
+    if mine != others:
+        return None
+    return "joint" if laid else "self"
 
 
 def _sure(atom: Atom) -> bool:
