@@ -254,7 +254,6 @@ class CallRecorder:
     def _certify(self, made: Call, call: KernelCall, mask: MaskRule, groups: Sequence[int] | None, stays: bool) -> None:
         """Let a call be measured when somebody asks, or now, where what that takes is not kept anyway."""
         formed = call.weights is not None and "weights" not in made.fields
-        formed |= call.applied is not None and "applied" not in made.fields
         formed |= made.own_scores and "scores" not in made.fields
         if stays and not formed:
             self._certifier.wait(made, Extras.of(call))

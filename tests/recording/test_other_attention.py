@@ -192,6 +192,28 @@ def test_a_compact_file_has_the_weights_that_no_reader_can_derive(tmp_path: Path
     check_trace(back)
 
 
+def test_a_kernel_of_a_known_normalizer_need_not_form_weights() -> None:
+    """Small calls of a softmax are measured together, and this is none of them; what it has is derived of q and k."""
+
+    class Fused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            watch = current()
+            with contextlib.nullcontext() if watch is None else watch.aside():
+                q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+                out = torch.relu(q @ q.mT * 0.5).square() @ q
+                if watch is not None:
+                    watch.record(KernelCall(q, q, q, out, 0.5, "told", normalizer="relu^2"))
+                return out
+
+    for arguments in ({}, {"dtype": torch.float64}, {"heads": [1]}):
+        (call,) = hookattn.trace(Fused(), X, **arguments)
+        q = X.double().unflatten(-1, (2, -1)).transpose(1, 2)[:, arguments.get("heads", [0, 1])]
+        expected = torch.relu(q @ q.mT * 0.5).square()
+        torch.testing.assert_close(call.weights.double(), expected, atol=1e-4, rtol=1e-5)
+        assert call.certificate.faithful and call.certificate.row_sum_error == 0
+        assert call.derivable == ("scores",)
+
+
 def test_the_softmax_with_an_extra_one_has_a_sink_of_nothing() -> None:
     trace = hookattn.trace(model("softmax1"), X)
     (call,) = trace
