@@ -180,9 +180,11 @@ def test_bad_selections(kind: type[nn.Module], options: dict[str, Any], message:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_compiled_by_jit() -> None:
     traced = torch.jit.trace(Attention(), X)
-    for bad in (torch.jit.script(nn.Sequential(nn.Linear(E, E))), traced, nn.Sequential(traced)):
+    for bad in (torch.jit.script(nn.Sequential(nn.Linear(E, E))), traced):
         with pytest.raises(ModelError, match=r"torch\.jit.*trace the Python module"):
             hookattn.trace(bad, X)
+    with pytest.warns(hookattn.SkippedWarning, match=r"compiled by torch\.jit"):
+        assert [s.path for s in hookattn.trace(nn.Sequential(traced), X).skipped] == ["0"]
     assert len(hookattn.trace(nn.Sequential(torch.jit.script(nn.Linear(E, E)), Attention()), X)) == 1  # no harm there
 
 

@@ -8,7 +8,6 @@ configuration is asked again each time.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,7 +28,6 @@ from .registry import adapter_for, generation
 # What of torch.nn attends. Its encoder layers, and other people's after their example, leave their fused eval path as
 # soon as a hook is attached anywhere in them; its decoder layers attend in their nn.MultiheadAttention alone.
 _TORCH_ATTENDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-_ATTENDS = re.compile(r"aten::(_?softmax|scaled_dot_product|_native_multi_head|_transformer_encoder)")
 
 
 @dataclass
@@ -143,6 +141,7 @@ def _walk(model: nn.Module, leaves: Sequence[bool]) -> tuple[list[nn.Module], _S
 
 def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     places = {key: place for place, key in enumerate(shape.modules)}
+    _check_scripted(model)
     check_meta(model)
     sites: list[tuple[int, Site, Adapter]] = []
     suspects: list[tuple[str, nn.Module]] = []
@@ -152,7 +151,6 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
     watch_all = False
     for path, module in model.named_modules():
         cls = type(module)
-        _check_scripted(path, module)
         if _never_attends(cls):
             continue
         adapter = adapter_for(module)
@@ -198,13 +196,11 @@ def check_meta(model: nn.Module) -> None:
                 )
 
 
-def _check_scripted(path: str, module: nn.Module) -> None:
-    if not isinstance(module, torch.jit.ScriptModule) or not type(module).__module__.startswith("torch.jit"):
-        return
-    if not path or _ATTENDS.search(str(module.inlined_graph)):
+def _check_scripted(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule) and type(model).__module__.startswith("torch.jit"):
         raise ModelError(
-            f"{path or type(module).__name__} is scripted or traced by torch.jit, and nothing can be seen in compiled "
-            "code; trace the Python module that it was made from."
+            f"{type(model).__name__} is scripted or traced by torch.jit, and nothing can be seen in compiled code; "
+            "trace the Python module that it was made from."
         )
 
 

@@ -29,6 +29,7 @@ from ..taps.base import ActiveTrace, Change
 from ..taps.eager.axis_history import seeded
 from ..taps.eager.follower import Follower
 from ..torch_internals.code_patching import Exchange, install, remove
+from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import stands_for_others
@@ -236,6 +237,14 @@ class Session:
     def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation that dispatches to no function mode as if it had."""
         return self._follower.follow(name, func, args, kwargs)
+
+    def followed(self, values: Any) -> bool:
+        """Whether a tensor among these is part of an attention."""
+        return any(self._follower.state(x) is not None for x in tree_leaves(values) if isinstance(x, Tensor))
+
+    def same(self, x: Tensor, like: Tensor) -> None:
+        """Say that a tensor is what another is, whose values it has."""
+        self._follower.same(x, like)
 
     @property
     def interpreting(self) -> bool:

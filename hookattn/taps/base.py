@@ -96,6 +96,12 @@ class ActiveTrace(Protocol):
     def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation that dispatches to no function mode as if it had: its result is followed."""
 
+    def followed(self, values: Any) -> bool:
+        """Whether a tensor among these is part of an attention, as far as is known."""
+
+    def same(self, x: Tensor, like: Tensor) -> None:
+        """Say that a tensor is what another is, whose values it has: all that is known of that one holds of it."""
+
     def seed(self, x: Tensor, roles: str) -> None:
         """Say what the axes of a tensor are, one letter of B H T S D each."""
 

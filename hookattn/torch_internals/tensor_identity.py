@@ -47,6 +47,9 @@ def storage_of(x: Tensor) -> int:
 
 
 def address_of(x: Tensor) -> int:
-    """Where the first element of a tensor is, for who only reads it; 0 for one without values."""
-    found = _storage_address(x)
+    """Where the first element of a tensor is, for who only reads it; 0 for one without values or memory of its own."""
+    try:
+        found = _storage_address(x)
+    except (RuntimeError, NotImplementedError):  # as in storage_of
+        return 0
     return found and found + int(x.storage_offset()) * x.element_size()

@@ -164,6 +164,13 @@ class Follower(TorchFunctionMode):
 
         self.live[key] = (weakref.ref(x, gone), state)
 
+    def same(self, x: Tensor, like: Tensor) -> None:
+        """Say that a tensor is what another is, whose values it has."""
+        if self.origins.knows(like):
+            self.set_origin(x, self.origin(like))
+        if (state := self.state(like)) is not None:
+            self.set_state(x, state)
+
     # One operation
 
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
