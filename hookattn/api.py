@@ -21,7 +21,7 @@ from .errors import GuessedAxesWarning, HookattnError, SelectionError, SkippedWa
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
-from .recording.forward_inputs import arguments, check_fit, check_text, token_lists, tokens_of
+from .recording.forward_inputs import arguments, check_fit, check_text, stacked_tokens, tokens_of
 from .recording.layouts import Layouts
 from .recording.recorder import CallRecorder
 from .recording.selection import Selection
@@ -47,7 +47,7 @@ def trace(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     to: str | PathLike[str] | None = None,
-    tokens: Sequence[Any] | None = None,
+    tokens: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     verify: str = "sample",
     strict: bool = False,
     copy: bool = False,
@@ -70,7 +70,8 @@ def trace(
         dtype: floating fields are stored in this dtype; by default as the kernel has them.
         device: fields are stored on this device; by default where they are.
         to: stream to this file, call by call, instead of holding the fields in memory.
-        tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them.
+        tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them. Or
+            such lists for each stack that reads a sequence of its own: ``{"encoder": source, "decoder": target}``.
         verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all rows,
             ``"off"`` none.
         strict: raise if a call is not faithful, instead of warning. All calls are measured as soon as the model has
@@ -110,6 +111,8 @@ def trace(
         copy=copy,
         layout=layout,
     ) as running:
+        if running.tokens is None:  # they were given for other stacks alone
+            running.tokens = tokens_of(inputs)
         try:
             running.output = model(*args, **kwargs)
         except TypeError:
@@ -129,7 +132,7 @@ def tracing(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     to: str | PathLike[str] | None = None,
-    tokens: Sequence[Any] | None = None,
+    tokens: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     verify: str = "sample",
     strict: bool = False,
     copy: bool = False,
@@ -149,7 +152,8 @@ def tracing(
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
     plan = make_watch_plan(model)
     layouts = None if layout is None else Layouts(layout, plan.paths.values())
-    trace = Trace(tokens=token_lists(tokens), model=describe_model(model), selection=selection.to_json())
+    own, named = stacked_tokens(tokens)
+    trace = Trace(tokens=own, stack_tokens=named, model=describe_model(model), selection=selection.to_json())
     stream = None
     if to is not None:
         from .store.stream import Stream
@@ -177,6 +181,8 @@ def tracing(
         finally:
             session.stop()
         session.finish()
+        if named:
+            trace.notes += _unread_tokens(trace, named)
         session.check_found()
         unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
         trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
@@ -187,6 +193,15 @@ def tracing(
         if stream is not None:
             stream.close()
     _warn(trace, unused)
+
+
+def _unread_tokens(trace: Trace, named: Iterable[str]) -> list[str]:
+    """What ``tokens`` names and no call reads."""
+    stacks = dict.fromkeys(call.site.stack for call in trace.calls)
+    unread = [stack for stack in named if stack not in stacks]
+    return (
+        [f"tokens= names {', '.join(unread)}, and the stacks that attended are {', '.join(stacks)}"] if unread else []
+    )
 
 
 # Cached: 0.1 µs in place of 3 a trace.

@@ -24,6 +24,8 @@ class Trace(TraceData):
         notes: what holds for the whole trace.
         selection: what was asked for.
         path: the file it is in, if it is in one.
+        stack_tokens: stack → token strings of the sequence that it reads, in the form of ``tokens``, where they were
+            given stack by stack: of the decoder of a translation, say, whose encoder reads ``tokens``.
     """
 
     @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calls.key_tokens import foreign_keys, key_positions
+from ..calls.key_tokens import cross_positions, key_positions, lists_of_keys, lists_of_queries
 from ..errors import MeasureError
 from ..tokens.words import split_words
 from .call_view import View
@@ -58,17 +58,34 @@ def named_keys(view: View) -> list[tuple[str | None, ...]] | str:
     return _labels_of_keys(view, None, "tokens", whole=False)
 
 
+def named_queries(view: View) -> list[list[str | None]]:
+    """B T: the token of each query of each batch entry; None where it is not known."""
+    b, _, t, _ = view.shape
+    unknown: list[list[str | None]] = [[None] * t] * b
+    if view.crosses:
+        lists = lists_of_queries(view.traced, view.trace)
+        if isinstance(lists, str) or len(lists) not in (1, b):
+            return unknown
+        places = cross_positions(view.traced, view.trace, t, {len(row) for row in lists})
+        if places is None:
+            return unknown
+        rows = [[row[i] if i < len(row) else None for i in places] for row in lists]
+        return rows * b if len(rows) == 1 else rows
+    found = named_keys(view)
+    if isinstance(found, str) or view.positions is None or view.lost:
+        return unknown
+    at = view.positions.expand(b, t).tolist()
+    return [[row[i] if i < len(row) else None for i in places] for row, places in zip(found, at, strict=True)]
+
+
 def _labels_of_keys(view: View, labels: Rows | None, what: str, *, whole: bool) -> list[tuple[Any, ...]] | str:
     return view.once(("labels of keys", labels, what, whole), lambda: _found_labels(view, labels, what, whole))
 
 
 def _found_labels(view: View, labels: Rows | None, what: str, whole: bool) -> list[tuple[Any, ...]] | str:
-    given = view.trace.tokens if labels is None else labels
-    if given is None:
-        return "it needs tokens; trace again with tokens=, or set trace.tokens"
-    foreign = foreign_keys(view.traced, view.trace) if labels is None else None
-    if foreign is not None:
-        return foreign
+    given = lists_of_keys(view.traced, view.trace) if labels is None else labels
+    if isinstance(given, str):
+        return given
     b, _, _, s = view.shape
     if len(given) not in (1, b):
         return f"the {what} don't fit: {len(given)} lists for {b} batch entries"
@@ -107,8 +124,8 @@ def piece_labels(view: View, labels: Rows, what: str) -> list[tuple[Any, ...]] |
         what: what they are called.
     """
     direct = key_labels(view, labels, what)
-    tokens = view.trace.tokens
-    if tokens is None or foreign_keys(view.traced, view.trace) is not None or len(tokens) not in (1, len(labels)):
+    tokens = lists_of_keys(view.traced, view.trace)
+    if isinstance(tokens, str) or len(tokens) not in (1, len(labels)):
         return direct
     owned = list(tokens) * (len(labels) if len(tokens) == 1 else 1)
     if [len(row) for row in labels] == [len(own) for own in owned]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..calls.key_tokens import has_tokens
 from ..errors import HookattnError, MeasureError, SelectionError
 from ..statistics.base import Statistic
 from .call_view import View
 from .frame import call_columns, views
-from .labels import named_keys
+from .labels import named_queries
 from .reading import Reading
 
 if TYPE_CHECKING:
@@ -132,22 +133,12 @@ def reading_columns(view: View, found: dict[str, Reading | None], by: str) -> di
         made["example"] = index[0].flatten().numpy()
     if by == "query":
         made["query"] = torch.tensor(list(view.queries))[index[2]].flatten().numpy()
-        if view.trace.tokens is not None:
-            made["token"] = [x for row in _query_tokens(view) for _ in range(h) for x in row]
+        if has_tokens(view.trace):
+            made["token"] = [x for row in named_queries(view) for _ in range(h) for x in row]
     for key, reading in found.items():
         value = None if reading is None else _reading_values(key, view, reading, by)
         made[key] = torch.full((n,), torch.nan).numpy() if value is None else value.flatten().double().cpu().numpy()
     return made
-
-
-def _query_tokens(view: View) -> list[list[str | None]]:
-    """B T: the token of each query; None where it is not known."""
-    b, _, t, _ = view.shape
-    found = named_keys(view)
-    if isinstance(found, str) or view.positions is None or view.lost:
-        return [[None] * t] * b
-    at = view.positions.expand(b, t).tolist()
-    return [[row[i] if i < len(row) else None for i in places] for row, places in zip(found, at, strict=True)]
 
 
 def _reading_values(key: str, view: View, reading: Reading, by: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Whose tokens the keys of a recorded call are: the one rule that tables, figures and labels follow.
 
-The tokens of a trace are those of the text that the model was given: of the encoder, where a decoder reads one, and of
-the text tower, where there are several. They name the keys of a call if its keys are that text
+Tokens that were given for a stack (``trace.stack_tokens``) are of the sequence that this stack reads. The tokens of a
+trace are those of the text that the model was given: of the encoder, where a decoder reads one, and of the text tower,
+where there are several. They name the keys of a call if its keys are that text
 (:func:`foreign_keys`) and the list lines up with them (:func:`key_positions`). Where a trace cannot tell, nothing is
 named, and a key is known by its number.
 
@@ -12,7 +13,7 @@ to the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .site import Site
     from .trace_data import TraceData
 
+NO_TOKENS = "it needs tokens; trace again with tokens=, or set trace.tokens"
 _TOGETHER = "put together from "
 # Stacks that read no text, whatever their axes are said to count.
 _NO_TEXT = frozenset({"vision", "audio"})
@@ -39,6 +41,42 @@ def is_stitched(call: Call) -> bool:
 
 
 # ------------------------------------------------------------------------------------- whether the keys are the text
+
+
+def lists_of_keys(call: Call, trace: TraceData) -> list[list[str]] | str:
+    """The token strings that the keys of a call are among, one list for each batch entry or one for all; text: why
+    there are none. What was given for the stack whose sequence they are is theirs, before the trace's own tokens."""
+    named = trace.stack_tokens
+    stack = _stack_of_keys(call.site, named) if named else None
+    if stack is not None:
+        return named[stack]
+    if trace.tokens is None:
+        return NO_TOKENS
+    return foreign_keys(call, trace) or trace.tokens
+
+
+def lists_of_queries(call: Call, trace: TraceData) -> list[list[str]] | str:
+    """The same of the queries: those of the keys, but in cross-attention, whose queries are of its own stack."""
+    if call.site.stack in trace.stack_tokens:
+        return trace.stack_tokens[call.site.stack]
+    if call.site.crosses:
+        return f"it needs tokens of its queries; trace again with tokens={{{call.site.stack!r}: …}}"
+    return lists_of_keys(call, trace)
+
+
+def has_tokens(trace: TraceData) -> bool:
+    """Whether a trace has tokens of any stack."""
+    return trace.tokens is not None or bool(trace.stack_tokens)
+
+
+def _stack_of_keys(site: Site, named: Mapping[str, object]) -> str | None:
+    """The stack, of those whose tokens were given, whose sequence the keys are; None: none, or nobody knows which."""
+    if not site.crosses:
+        return site.stack if site.stack in named else None
+    others = [stack for stack in named if stack != site.stack]
+    if "encoder" in others:
+        return "encoder"
+    return others[0] if len(others) == 1 else None
 
 
 def foreign_keys(call: Call, trace: TraceData) -> str | None:
@@ -72,11 +110,13 @@ def _foreign(site: Site, kinds: Collection[tuple[str, bool, str]]) -> str | None
         other = sorted(stacks & _NO_TEXT)
         return f"its keys may be those of the {other[0]} stack, which are no tokens" if other else None
     if "text" in stacks and site.stack != "text":
-        return "the tokens are the text stack's; set trace.tokens of trace.select(stack=…, kind=…) to its own"
+        return (
+            f"the tokens are the text stack's; trace again with tokens={{{site.stack!r}: …}}, or set trace.stack_tokens"
+        )
     crossing = {stack for stack, crosses, _ in kinds if crosses}
     # An encoder that crosses to its input has latents, or learned queries, of its own.
     if crossing and (site.stack != "encoder" or "encoder" in crossing):
-        return "the tokens are the encoder's; set trace.tokens of trace.select(stack=…, kind=…) to its own"
+        return f"the tokens are the encoder's; trace again with tokens={{{site.stack!r}: …}}, or set trace.stack_tokens"
     return None
 
 
@@ -105,6 +145,30 @@ def key_positions(call: Call, trace: TraceData, s: int, lengths: Collection[int]
         return None
     fits = n >= place.least if place.grows else n == s
     return range(place.first, place.first + s) if fits else None
+
+
+def cross_positions(call: Call, trace: TraceData, t: int, lengths: Collection[int]) -> list[int] | None:
+    """T: the place of each query of cross-attention in lists of its own sequence; None: they don't line up.
+
+    Of a generation each step's queries follow those of the steps before it. Where each step has more of them than the
+    one before, all are fed again from their beginning.
+
+    Args:
+        call, trace, lengths: as in :func:`key_positions`.
+        t: T of what was kept.
+    """
+    rows = range(t) if call.queries is None else call.queries
+    steps = _steps(call, trace)
+    fed = [n for c in steps if (n := kernel_queries(c)) is not None]
+    if len(set(lengths)) != 1 or len(fed) < len(steps):
+        return None
+    i = next(n for n, c in enumerate(steps) if c is call)
+    again = len(fed) > 1 and all(a < b for a, b in pairwise(fed))
+    n = next(iter(lengths))
+    if n != fed[0] if len(fed) == 1 and not is_stitched(call) else n < fed[0]:
+        return None
+    first = 0 if again else sum(fed[:i])
+    return [first + row for row in rows]
 
 
 class _Place(NamedTuple):
@@ -160,7 +224,8 @@ def _past(before: Sequence[int], fed: Sequence[int], i: int) -> int:
 
 def _steps(call: Call, trace: TraceData) -> list[Call]:
     """The calls of one site in the order of the trace. The n-th run of a module in each step is a site of its own."""
-    of_site = [c for c in trace.calls if c.site.path == call.site.path and not c.site.crosses]
+    crosses = call.site.crosses
+    of_site = [c for c in trace.calls if c.site.path == call.site.path and c.site.crosses == crosses]
     runs: dict[int, int] = {}
     nth = []
     for c in of_site:

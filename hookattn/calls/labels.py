@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..errors import InputError
 from ..tokens.display import shown
 from .call import Call
-from .key_tokens import foreign_keys, key_positions
+from .key_tokens import cross_positions, key_positions, lists_of_keys, lists_of_queries
 from .trace_data import TraceData
 
 
@@ -28,6 +28,7 @@ def labels(
         InputError: the given ones are not as many as the positions.
     """
     own = call.queries or range(t)
+    named: Sequence[str | int]
     cross = call.site.crosses
     own_labels = tokens is not None and (cross or key_tokens is not None or len(tokens) != s)
     numbers = [str(j) for j in range(s)]
@@ -45,14 +46,29 @@ def labels(
         given = shown(tokens)
         return tuple(given if len(given) == t else [given[i] for i in own]), tuple(numbers)
     # Of more queries than keys, a diagonal goes on where no key is.
-    named = own if at is None else [numbers[i] if 0 <= i < s else i for i in at]
+    if at is None:
+        named = _of_queries(trace, call, batch, b, t) or own
+    else:
+        named = [numbers[i] if 0 <= i < s else i for i in at]
     return tuple(map(str, named)), tuple(numbers)
+
+
+def _of_queries(trace: TraceData, call: Call, batch: int, b: int, t: int) -> list[str] | None:
+    """T: the tokens of the queries of cross-attention, where they were given for its stack."""
+    lists = lists_of_queries(call, trace) if call.site.crosses else ""
+    if isinstance(lists, str) or len(lists) not in (1, b):
+        return None
+    at = cross_positions(call, trace, t, {len(row) for row in lists})
+    if at is None:
+        return None
+    names = shown(lists[batch if len(lists) > 1 else 0])
+    return [names[i] if i < len(names) else str(i) for i in at]
 
 
 def _own(trace: TraceData, call: Call, batch: int, b: int, s: int) -> list[str] | None:
     """S: the trace's own tokens where they are of the keys, with positions behind their end; None: they are not."""
-    lists = trace.tokens
-    if lists is None or len(lists) not in (1, b) or foreign_keys(call, trace) is not None:
+    lists = lists_of_keys(call, trace)
+    if isinstance(lists, str) or len(lists) not in (1, b):
         return None
     at = key_positions(call, trace, s, {len(row) for row in lists})
     if at is None or at.start >= len(lists[0]):

@@ -26,6 +26,7 @@ class TraceData:
     notes: list[str] = field(default_factory=list)
     selection: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
+    stack_tokens: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -116,12 +117,20 @@ class TraceData:
     @property
     def attentions(self) -> tuple[Any, ...]:
         """What ``output_attentions=True`` would have returned: one B H T S tensor a layer (for several steps, a tuple
-        of such tuples).
+        of such tuples), in the order in which the calls ran.
+
+        They are the weights that are in the trace: of the layers, heads and queries that were selected, none for what is
+        in ``skipped``, before dropout, and 0 for a query that may attend to nothing. A model may return something else
+        under that name, as one tensor a stage.
 
         Raises:
-            SelectionError: more than one stack or kind is in the trace; select one first.
+            SelectionError: more than one stack or kind is in the trace: select one first; or there are no calls; or a
+                layer is in several pieces (query chunks, say) that do not make one tensor.
             FieldNotCaptured: the weights were not kept.
         """
+        if not self.calls:
+            few = ", ".join(f"{s.path or '<model>'} ({s.reason})" for s in self.skipped[:2])
+            raise SelectionError("no attentions: the trace has no calls" + (f"; skipped: {few}." if few else "."))
         places = list(dict.fromkeys((c.site.stack, c.site.kind) for c in self.calls))
         if len(places) > 1:
             raise SelectionError(
@@ -129,6 +138,14 @@ class TraceData:
                 + ", ".join(f"select(stack={s!r}, kind={k!r})" for s, k in places)
                 + "; take one of these first."
             )
+        of: dict[tuple[int, str, int | None], Call] = {}
+        for call in self.calls:
+            first = of.setdefault((call.step, call.site.path, call.site.layer), call)
+            if (first.heads, first.queries) != (call.heads, call.queries):
+                raise SelectionError(
+                    f"{call.site.label} (layer {call.site.layer}) is in several pieces in step {call.step}, which do not "
+                    "make one tensor; call.notes say which they are."
+                )
         steps = list(dict.fromkeys(c.step for c in self.calls))
         made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
         return made[0] if len(made) == 1 else made

@@ -67,6 +67,7 @@ def trace_as_json(trace: Trace) -> dict[str, Any]:
         "selection": trace.selection,
         "faithful": trace.faithful,
         "tokens": trace.tokens,
+        "stack_tokens": trace.stack_tokens,
         "notes": trace.notes,
         "skipped": [{"path": s.path, "reason": s.reason, "steps": list(s.steps)} for s in trace.skipped],
         "calls": [call_as_json(call) for call in trace.calls],
@@ -284,12 +285,12 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
     ]
     if data.get("bytes_of_fields"):
         facts.append(("fields", " · ".join(f"{k} {decimal_size(v)}" for k, v in data["bytes_of_fields"].items())))
-    rows = data["tokens"] or []
-    for i, row in enumerate(rows[:4]):
-        shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")
-        facts.append(("" if i else "tokens", f"{shown} ({len(row)})"))
-    if len(rows) > 4:
-        facts.append(("", f"and {len(rows) - 4} more rows of tokens"))
+    for name, rows in (data["stack_tokens"] or {"": data["tokens"] or []}).items():
+        for i, row in enumerate(rows[:4]):
+            shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")
+            facts.append(("" if i else f"tokens {name}".strip(), f"{shown} ({len(row)})"))
+        if len(rows) > 4:
+            facts.append(("", f"and {len(rows) - 4} more rows of tokens"))
     _print_facts(out, facts)
 
 

@@ -82,6 +82,28 @@ def token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
     return [list(row) for row in rows]
 
 
+# The stacks whose text a trace's tokens are of, as calls/key_tokens.py has it: what is given for one of them is both.
+_FIRST = ("encoder", "text", "main")
+
+
+def stacked_tokens(tokens: Any) -> tuple[list[list[str]] | None, dict[str, list[list[str]]]]:
+    """The tokens of a trace, and those of single stacks.
+
+    Args:
+        tokens: as in :func:`token_lists`, or such lists by the name of the stack whose sequence they are.
+
+    Raises:
+        InputError: these are no lists of strings.
+    """
+    if not isinstance(tokens, Mapping):
+        return token_lists(tokens), {}
+    wrong = [name for name in tokens if not isinstance(name, str)]
+    if wrong:
+        raise InputError(f"tokens: expected the names of stacks, such as 'encoder' and 'decoder'; got {wrong[0]!r}.")
+    named = {name: lists for name, of in tokens.items() if (lists := token_lists(of)) is not None}
+    return next((named[name] for name in _FIRST if name in named), None), named
+
+
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Arguments in a few words: dtype and shape of a tensor, the type of anything else."""
 

@@ -38,7 +38,8 @@ def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
     try:
         values = from_entry(DOCUMENT, "the document", document)
         skipped, calls = values.pop("skipped"), values.pop("calls")
-        trace = kind(**{**values, "notes": list(values["notes"])}, path=path)
+        values |= {"notes": list(values["notes"]), "stack_tokens": dict(values.pop("stack_tokens", None) or {})}
+        trace = kind(**values, path=path)
         trace.skipped = [Skipped(**from_entry(SKIPPED, "skipped", entry)) for entry in skipped]
         for i, entry in enumerate(calls):
             trace.calls.append(_call_of(file, i, entry, trace.calls))

@@ -64,6 +64,7 @@ _KINDS: dict[str, Kind] = {
         lambda x: str(x).removeprefix("torch."),
         lambda x: getattr(torch, x),
     ),
+    "stacks": Kind(lambda x: type(x) is dict and all(map(_is_list_of(_is_list_of(_is(str))), x.values())), dict),
     "names": Kind(lambda x: type(x) is dict and all(type(n) in (str, type(None)) for n in x.values())),
     "words": Kind(lambda x: type(x) is dict and all(type(word) is str for word in x.values()), dict),
     "links": Kind(lambda x: type(x) is dict and all(type(link) is dict for link in x.values())),
@@ -95,6 +96,7 @@ DOCUMENT = (
     Scalar("notes", "strs"),
     Scalar("skipped", "objects"),
     Scalar("calls", "objects"),
+    Scalar("stack_tokens", "stacks?", since=(1, 3)),
 )
 SKIPPED = (Scalar("path", "str"), Scalar("reason", "str"), Scalar("steps", "ints"))
 CALL = (

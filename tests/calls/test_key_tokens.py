@@ -26,7 +26,7 @@ from hookattn.analyze.labels import key_labels, named_keys
 from hookattn.calls.key_tokens import stitching_note
 from hookattn.calls.part import parts_of
 from hookattn.calls.site import Site
-from hookattn.errors import MeasureError
+from hookattn.errors import InputError, MeasureError
 
 BUNDLE = Path(hookattn.__file__).parent / "render" / "viewer" / "hookattn-viewer.js"
 Names = Sequence[str | None]
@@ -457,6 +457,105 @@ def _generated(name: str) -> hookattn.Trace:
     return made
 
 
+# -------------------------------------------------------------------------------------------- tokens given by stack
+
+
+def translation(sizes: Sequence[tuple[int, int]] = ((6, 6),), s: int = 4, **named: list[list[str]]) -> hookattn.Trace:
+    """An encoder of S tokens and a decoder, whose steps have T queries and as many keys as said, one layer of each."""
+    calls = [call(s, path="encoder.attn", stack="encoder")]
+    for step, (t, keys) in enumerate(sizes):
+        calls.append(call(t, keys, path="decoder.attn", stack="decoder", step=step))
+        calls.append(call(t, s, path="decoder.cross", stack="decoder", kind="cross", step=step))
+    made = trace(calls, words(s))
+    made.stack_tokens = named
+    return made
+
+
+@case
+def a_decoder_without_tokens_of_its_own() -> tuple[hookattn.Trace, Expected]:
+    return translation(), [[words(4)], [none(6)], [words(4)]]
+
+
+@case
+def a_decoder_that_was_given_tokens() -> tuple[hookattn.Trace, Expected]:
+    made = translation(encoder=[words(4)], decoder=[words(6, "d")])
+    return made, [[words(4)], [words(6, "d")], [words(4)]]
+
+
+@case
+def a_decoder_alone_with_tokens() -> tuple[hookattn.Trace, Expected]:
+    return translation(decoder=[words(6, "d")]), [[words(4)], [words(6, "d")], [words(4)]]
+
+
+@case
+def a_decoder_that_generates() -> tuple[hookattn.Trace, Expected]:
+    made = translation([(2, 2), (1, 3), (1, 4)], encoder=[words(4)], decoder=[words(3, "d")])
+    own = [*words(3, "d"), None]
+    return made, [[words(4)], *([each] for n in (2, 3, 4) for each in (own[:n], words(4)))]
+
+
+@case
+def a_vision_tower_whose_patches_have_names() -> tuple[hookattn.Trace, Expected]:
+    made = towers("vision_model", 4)
+    made.stack_tokens = {"vision": [words(4, "p")]}
+    return made, [[words(4, "p")], [words(6)]]
+
+
+QUERIES: dict[str, Callable[[], tuple[hookattn.Trace, list[list[str | None]]]]] = {
+    # Of each call of cross-attention the names of its queries.
+    "whole": lambda: (translation(decoder=[words(6, "d")]), [words(6, "d")]),
+    "too few": lambda: (translation(decoder=[words(5, "d")]), [none(6)]),
+    "none": lambda: (translation(encoder=[words(4)]), [none(6)]),
+    "steps": lambda: (
+        translation([(2, 2), (1, 3), (1, 4)], decoder=[words(3, "d")]),
+        [words(2, "d"), words(3, "d")[2:], [None]],
+    ),
+    "steps without a cache": lambda: (
+        translation([(2, 2), (3, 3), (4, 4)], decoder=[words(4, "d")]),
+        [words(n, "d") for n in (2, 3, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_queries_of_cross_attention_have_the_tokens_of_their_stack(name: str, tmp_path: Path) -> None:
+    made, expected = QUERIES[name]()
+    crossing = [i for i, c in enumerate(made) if c.site.crosses]
+    drawn = parts_of(made)
+    assert [[None if x.isdigit() else x for x in drawn[i].queries] for i in crossing] == expected
+    # A measure of cross-attention by query has a token for each.
+    table = analyze.measure(made, "entropy", by="query")
+    told = [table[table["call"] == i]["token"].tolist() for i in crossing]
+    assert [[None if x is None or x != x else x for x in row] for row in told] == expected
+    (viewed,) = in_node([made], tmp_path, "queries")
+    assert [[None if x.isdigit() else x for x in viewed[i][0][1]] for i in crossing] == expected
+
+
+def test_a_file_keeps_the_tokens_of_stacks(tmp_path: Path) -> None:
+    made = translation(encoder=[words(4)], decoder=[words(6, "d")])
+    again = hookattn.load(made.save(tmp_path / "t.safetensors"))
+    assert again.stack_tokens == made.stack_tokens and again.tokens == made.tokens
+    assert again.select(stack="decoder").stack_tokens == made.stack_tokens
+    assert hookattn.load(translation().save(tmp_path / "u.safetensors")).stack_tokens == {}
+
+
+def test_a_translation_is_traced_with_both(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests import tiny_models
+
+    ids = {"input_ids": tiny_models.ids(5, batch=1), "decoder_input_ids": tiny_models.ids(3, batch=1)}
+    tokens = {"encoder": words(5), "decoder": [words(3, "d")]}
+    made = hookattn.trace(tiny_models.t5(), ids, tokens=tokens, to=tmp_path / "t.safetensors")
+    assert made.tokens == [words(5)] and made.stack_tokens == {"encoder": [words(5)], "decoder": [words(3, "d")]}
+    part = parts_of(hookattn.load(tmp_path / "t.safetensors"), kind="cross", layer=0)[0]
+    assert (list(part.queries), list(part.keys)) == (words(3, "d"), words(5))
+    wrong = hookattn.trace(tiny_models.t5(), ids, tokens={"decodr": words(3)})
+    assert any("names decodr, and the stacks that attended are encoder, decoder" in note for note in wrong.notes)
+    for bad in ({"decoder": "text"}, {3: words(3)}, {"decoder": [1, 2]}):
+        with pytest.raises(InputError, match="tokens"):
+            hookattn.trace(tiny_models.t5(), ids, tokens=bad)  # type: ignore[arg-type]
+
+
 # --------------------------------------------------------------------------------------------------------- the three
 
 
@@ -478,7 +577,7 @@ def of_figures(made: hookattn.Trace) -> Expected:
 
 SCRIPT = """
 import { open } from "node:fs/promises";
-const [bundle, ...paths] = process.argv.slice(2);
+const [bundle, side, ...paths] = process.argv.slice(2);
 const { Trace, axesOf } = await import(bundle);
 const found = [];
 for (const path of paths) {
@@ -490,15 +589,18 @@ for (const path of paths) {
   };
   const trace = await Trace.open({ name: path, size, read });
   const batches = (call) => Array.from({ length: call.extents.B }, (_, batch) => axesOf(trace, call, batch));
-  found.push(trace.calls.map((call) => batches(call).map(({ keys }) => [keys.named, keys.labels.map((l) => l.raw)])));
+  const told = ({ named, labels }) => [named, labels.map((l) => l.raw)];
+  found.push(trace.calls.map((call) => batches(call).map((axes) => told(axes[side]))));
   await file.close();
 }
 console.log(JSON.stringify(found));
 """
 
 
-def in_node(traces: Sequence[hookattn.Trace], folder: Path) -> list[list[list[tuple[bool, list[str]]]]]:
-    """Of each trace, call and batch entry: whether the viewer names its keys, and what it calls each."""
+def in_node(
+    traces: Sequence[hookattn.Trace], folder: Path, side: str = "keys"
+) -> list[list[list[tuple[bool, list[str]]]]]:
+    """Of each trace, call and batch entry: whether the viewer names its keys (or queries), and what it calls each."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node: the viewer's module runs in it")
@@ -506,7 +608,7 @@ def in_node(traces: Sequence[hookattn.Trace], folder: Path) -> list[list[list[tu
     (folder / "keys.mjs").write_text(SCRIPT)
     (folder / "viewer.mjs").write_bytes(BUNDLE.read_bytes())
     ran = subprocess.run(
-        [node, folder / "keys.mjs", folder / "viewer.mjs", *paths], capture_output=True, text=True, timeout=120
+        [node, folder / "keys.mjs", folder / "viewer.mjs", side, *paths], capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
     found: list[list[list[tuple[bool, list[str]]]]] = json.loads(ran.stdout)

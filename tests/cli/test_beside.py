@@ -62,7 +62,7 @@ def guessed(plain: hookattn.Trace, tmp_path: Path) -> Path:
     """The second call was guessed, began in a part of the model, and changed its weights."""
     first, second = plain.calls
     applied = second.weights * 2
-    fields = {**second.fields, "applied": applied}
+    fields = {**second.fields, "applied": applied, "output": second.output * 2}
     plain.calls[1] = replace(second, basis=BASIS, entry="inner.decoder", mixed=True, fields=fields)
     plain.calls[1].certificate = second.certificate
     assert first.basis["H"] == "kernel"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import statistics as st
+from ...calls.key_tokens import has_tokens
 from ...errors import MeasureError
 from ..call_view import View
 from ..labels import PADDING, Rows, as_label_rows, key_labels, with_padding_marked
@@ -68,7 +69,7 @@ class RepeatedSegment(Measure):
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""
         why = super().problem(view) or view.lost
-        if why is not None or (self.tokens is None and self.period is not None and view.trace.tokens is None):
+        if why is not None or (self.tokens is None and self.period is not None and not has_tokens(view.trace)):
             return why
         found = key_labels(view, self.tokens)
         if isinstance(found, str):

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ... import statistics as st
+from ...calls.key_tokens import has_tokens
 from ..call_view import View
 from ..frame import long_table, views_of_heads
 from ..labels import named_keys
@@ -52,7 +53,7 @@ def _received_table(view: View) -> DataFrame:
     axes = {"head": view.heads, "example": range(b), "key": range(s)}
     values = {"sum": total, "queries": queries, "mean": total / queries}
     table = long_table(view, axes, {name: rearrange(value, "b h s -> h b s") for name, value in values.items()})
-    if view.trace.tokens is not None:
+    if has_tokens(view.trace):
         tokens = named_keys(view)
         found = [[None] * s] * b if isinstance(tokens, str) else tokens
         table.insert(list(table.columns).index("sum"), "token", [x for row in found for x in row] * h)

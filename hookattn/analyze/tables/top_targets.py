@@ -12,7 +12,7 @@ from ...errors import MeasureError, SelectionError
 from ...tokens.words import split_words
 from ..call_view import View
 from ..frame import call_columns, views
-from ..labels import named_keys
+from ..labels import named_keys, named_queries
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -33,7 +33,7 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
     Returns:
         A DataFrame: the columns of the call, ``head``, ``query`` and ``token`` (its position and text), ``rank`` from
         1, ``key`` and ``target`` (its position and text) and ``weight``. Keys without any weight are left out; text is
-        missing where there is none. In cross-attention a position is that of a query, and tokens are those of the keys.
+        missing where there is none. In cross-attention a position is that of a query.
 
     Raises:
         SelectionError: no query is at this position, no token is written so, or there is no such batch entry.
@@ -91,7 +91,7 @@ def _target_columns(
         **call_columns(view),
         "head": head[some].numpy(),
         "query": place,
-        "token": None if tokens is None or view.crosses else tokens[place],
+        "token": named_queries(view)[example][row],
         "rank": rank[some].numpy(),
         "key": target,
         "target": [None if tokens is None else tokens[j] for j in target],

@@ -26,6 +26,8 @@ export interface Call extends CallDocument {
   readonly fed: number;
   /** How many positions of the same site were fed in earlier steps: the position of the first query. */
   readonly past: number;
+  /** Of cross-attention: how many queries of its own sequence stand before the first. */
+  readonly before: number;
   /** Where its keys are in its sequence. */
   readonly place: Place;
 }

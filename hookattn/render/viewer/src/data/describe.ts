@@ -1,7 +1,7 @@
 /** The calls of a document, with what follows from the shapes of their tensors and from the other calls. */
 import type { Call, Place } from "./call";
 import type { CallDocument, Entry } from "./document";
-import { crosses, places } from "./keytokens";
+import { crosses, places, queriesBefore } from "./keytokens";
 
 /** B H T S, 0 for an axis that the field does not have. */
 const AXES: Record<string, string> = {
@@ -33,21 +33,26 @@ export function describeCalls(documents: CallDocument[], entries: ReadonlyMap<st
     const last = document.queries?.reduce((most, i) => Math.max(most, i), 0) ?? extents.T - 1;
     const fed = document.of_queries ?? last + 1;
     const place: Place = { first: 0, past: 0, certain: true, grows: false, least: extents.S };
-    return { ...document, index, extents, fed, past: 0, place, headNumbers };
+    return { ...document, index, extents, fed, past: 0, before: 0, place, headNumbers };
   });
   // A module may run several times in one step; each such run is a sequence of its own.
   const sites = new Map<string, (typeof calls)[number][]>();
   const runs = new Map<string, number>();
-  for (const call of calls.filter((c) => !crosses(c.site))) {
-    const run = `${call.step} ${call.site.path}`;
+  for (const call of calls) {
+    const at = `${crosses(call.site)} ${call.site.path}`;
+    const run = `${call.step} ${at}`;
     const nth = runs.get(run) ?? 0;
     runs.set(run, nth + 1);
-    const key = `${nth} ${call.site.path}`;
+    const key = `${nth} ${at}`;
     const others = sites.get(key);
     if (others === undefined) sites.set(key, [call]);
     else others.push(call);
   }
   for (const of of sites.values()) {
+    if (crosses(of[0]!.site)) {
+      for (const [i, before] of queriesBefore(of).entries()) Object.assign(of[i]!, { before });
+      continue;
+    }
     for (const [i, place] of places(of).entries()) Object.assign(of[i]!, { place, past: place.past });
   }
   return calls;

@@ -65,6 +65,8 @@ export interface TraceDocument {
   format_version: [number, number];
   model: { class?: string; module?: string; versions?: Record<string, string> };
   tokens: string[][] | null;
+  /** Of single stacks: each in the form of `tokens`, of the sequence that this stack reads (format 1.3). */
+  stack_tokens?: Record<string, string[][]>;
   notes: string[];
   compact: boolean;
   skipped: { path: string; reason: string; steps?: number[] }[];

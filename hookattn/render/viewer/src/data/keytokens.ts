@@ -3,7 +3,7 @@
  * tests/calls/test_key_tokens.py holds both to the same answers; a change here is a change there.
  */
 import type { Call, Place } from "./call";
-import type { Site } from "./document";
+import type { Site, TraceDocument } from "./document";
 
 /** Stacks that read no text, whatever their axes are said to count. */
 const NO_TEXT: ReadonlySet<string> = new Set(["vision", "audio"]);
@@ -75,18 +75,58 @@ export function places(calls: readonly Sized[]): Place[] {
   }));
 }
 
-/** The tokens of a batch entry that the keys of a call are among, each at its position; null: they are not its keys'. */
-export function keyTokens(
-  call: Call,
-  calls: readonly Call[],
-  lists: readonly string[][] | null,
-  batch: number,
-): string[] | null {
-  const { place, extents } = call;
-  if (lists === null || (lists.length !== 1 && lists.length !== extents.B) || !readsTokens(call, calls)) return null;
-  const n = lists[0]!.length;
+/** How many queries of its own sequence stand before those of each call of one site of cross-attention. */
+export function queriesBefore(calls: readonly Pick<Call, "fed">[]): number[] {
+  const fed = calls.map((c) => c.fed);
+  // Where each step has more queries than the one before, all are fed again from their beginning.
+  const again = fed.length > 1 && fed.every((n, i) => i === 0 || n > fed[i - 1]!);
+  let sum = 0;
+  return fed.map((n) => (again ? 0 : (sum += n) - n));
+}
+
+type Lists = readonly string[][];
+type Tokens = Pick<TraceDocument, "tokens" | "stack_tokens">;
+
+/** The lists that the keys of a call are among; null: there are none. Those of a stack come before the trace's own. */
+function listsOfKeys(call: Call, calls: readonly Call[], { tokens, stack_tokens: named = {} }: Tokens): Lists | null {
+  const { stack } = call.site;
+  const others = Object.keys(named).filter((name) => name !== stack);
+  const own = !crosses(call.site)
+    ? stack
+    : others.includes("encoder")
+      ? "encoder"
+      : others.length === 1
+        ? others[0]!
+        : "";
+  if (Object.hasOwn(named, own)) return named[own]!;
+  return readsTokens(call, calls) ? tokens : null;
+}
+
+/** The tokens of a batch entry that the queries of cross-attention are among, each at its position; or null. */
+export function crossTokens(call: Call, calls: readonly Call[], tokens: Tokens, batch: number): string[] | null {
+  const named = tokens.stack_tokens ?? {};
+  const lists = Object.hasOwn(named, call.site.stack) ? named[call.site.stack]! : null;
+  const one = fitting(lists, call, batch);
+  if (one === null) return null;
+  const steps = calls.filter((c) => crosses(c.site) && c.site.path === call.site.path);
+  const alone = steps.every((c) => c.step === call.step) && !call.notes.some((note) => note.startsWith(TOGETHER));
+  const least = steps.reduce((first, c) => (c.before === 0 && c.step < first.step ? c : first), call).fed;
+  return (alone ? one.length === call.fed : one.length >= least) ? one : null;
+}
+
+/** The list of a batch entry, of lists that are as many as the batch, or one, and of one length. */
+function fitting(lists: Lists | null, { extents }: Call, batch: number): string[] | null {
+  if (lists === null || (lists.length !== 1 && lists.length !== extents.B)) return null;
   // Lists of several lengths have lost their padding, so that they do not line up.
-  if (place.least === null || lists.some((list) => list.length !== n)) return null;
+  return lists.some((list) => list.length !== lists[0]!.length) ? null : lists[lists.length > 1 ? batch : 0]!;
+}
+
+/** The tokens of a batch entry that the keys of a call are among, each at its position; null: they are not its keys'. */
+export function keyTokens(call: Call, calls: readonly Call[], tokens: Tokens, batch: number): string[] | null {
+  const { place, extents } = call;
+  const list = fitting(listsOfKeys(call, calls, tokens), call, batch);
+  if (list === null || place.least === null) return null;
+  const n = list.length;
   const fits = place.grows ? n >= place.least : n === extents.S;
-  return fits && place.first < n ? lists[lists.length > 1 ? batch : 0]! : null;
+  return fits && place.first < n ? list : null;
 }

@@ -1,7 +1,7 @@
 /** What the rows and columns of a call are called. */
 import { readable, segments, type Label } from "../tokens";
 import type { Call } from "./call";
-import { crosses, keyTokens } from "./keytokens";
+import { crosses, crossTokens, keyTokens } from "./keytokens";
 import type { Trace } from "./trace";
 
 export interface Axis {
@@ -36,11 +36,13 @@ export function axesOf(trace: Trace, call: Call, batch: number): Axes {
 
 function make(trace: Trace, call: Call, batch: number): Axes {
   const { T, S } = call.extents;
-  const tokens = keyTokens(call, trace.calls, trace.document.tokens, batch);
-  const queries = Array.from({ length: T }, (_, t) => call.past + (call.queries?.[t] ?? t));
+  const tokens = keyTokens(call, trace.calls, trace.document, batch);
+  const across = crosses(call.site) ? crossTokens(call, trace.calls, trace.document, batch) : null;
+  const first = across === null ? call.past : call.before;
+  const queries = Array.from({ length: T }, (_, t) => first + (call.queries?.[t] ?? t));
   const keys = Array.from({ length: S }, (_, s) => call.place.first + s);
   const forQueries = !crosses(call.site) && call.place.certain;
-  return { queries: axis(queries, forQueries ? tokens : null), keys: axis(keys, tokens) };
+  return { queries: axis(queries, forQueries ? tokens : across), keys: axis(keys, tokens) };
 }
 
 function axis(positions: number[], tokens: string[] | null): Axis {
