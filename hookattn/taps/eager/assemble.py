@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ class CallBuilder:
         v = _joined([values_in_layout(use, self.roles) for _, use in self.parts])
         own, applied = self._weights()
         b, h = own.shape[:2]
+        if self.heads is not None:
+            q, k = self._picked(q), self._picked(k.repeat_interleave(q.shape[1] // k.shape[1], 1))
         if not self.formed:
             own = applied = own[:0]
         k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
@@ -102,7 +105,6 @@ class CallBuilder:
             call.applied = applied
         if mixed:
             call.notes.append(f"weights changed after the softmax by {operations_note(mixed)}")
-        self._check(call)
         describe_product(call, self.product, self.roles)
         call.score = scores.score
         self._terms(call)
@@ -112,6 +114,7 @@ class CallBuilder:
             self._own_values(call)
         elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
             self._finite(call)
+        self._check(call)
         self._name(call)
         if scores.score != DOT:
             call.opaque = False
@@ -139,6 +142,37 @@ class CallBuilder:
         sides = {"a": product.a, "b": product.b}
         q = arrange(sides[roles.queries], product.operand_factors(roles.queries, roles), "BHTD")
         return q, arrange(sides[roles.keys], product.operand_factors(roles.keys, roles), "BHSD", group=True)
+
+    @cached_property
+    def heads(self) -> list[int] | None:
+        """The heads of the scores that the weights are of, where they are of some of them; None: they are of all."""
+        entries = self.state.entries
+        if entries is None:
+            return None
+        root: Origin = entries.sources()[0]
+        layout = root.layout()
+        ordered = sorted(
+            (self.roles.factor(a).place, i)
+            for i, a in enumerate(a for dim in layout for a in dim)
+            if self.roles.of(a) == "H"
+        )
+        atoms = [a for dim in layout for a in dim]
+        steps, step = dict[int, int](), 1
+        for _, i in reversed(ordered):
+            steps[i], step = step, step * atoms[i].size
+        number = torch.zeros((), dtype=torch.long, device=self.out.device)
+        for i, atom in enumerate(atoms):
+            number = number[..., None] + torch.arange(atom.size, device=number.device) * steps.get(i, 0)
+        part = number.reshape(-1)[entries.numbers(lambda _: 0, number.device)]
+        arranged = self._like_scores(part, self.parts[0][1].weights_origin.layout())
+        found = arranged[0, :, 0, 0]
+        if not torch.equal(arranged, found[None, :, None, None].expand_as(arranged)):
+            raise LayoutError("the weights of some of the heads were taken, others for each query or batch entry")
+        return [int(i) for i in found.tolist()]
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """Of all heads of the scores, B H …, those that the weights are of."""
+        return x if self.heads is None or x.shape[1] == 1 else x[:, self.heads]
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """B H T S, as the softmax made them and as the values met them: one tensor where nothing lies between."""
@@ -188,11 +222,11 @@ class CallBuilder:
         scores, tensor = self.scores, self.state.scores_tensor
         if not scores.terms and not scores.fills and scores.sink is None and tensor is not None:
             assert self.state.scores_origin is not None
-            call.scores = self._like_scores(tensor, self.state.scores_origin.layout())
+            call.scores = self._picked(self._like_scores(tensor, self.state.scores_origin.layout()))
         elif scores.finite is not None and call.bias is None:
             kept, version, origin = scores.finite
             if version == version_of(kept):
-                call.scores = self._like_scores(kept, origin.layout())
+                call.scores = self._picked(self._like_scores(kept, origin.layout()))
 
     def _own_values(self, call: KernelCall) -> None:
         """Scores that went through something unknown: the model's own values, and a mask read off them.
@@ -202,7 +236,7 @@ class CallBuilder:
         tensor, scores = self.state.scores_tensor, self.scores
         if tensor is None or self.state.scores_origin is None:
             raise LayoutError(f"the scores went through {', '.join(scores.opaque)}, and their values were not kept")
-        own = self._like_scores(tensor, self.state.scores_origin.layout())
+        own = self._picked(self._like_scores(tensor, self.state.scores_origin.layout()))
         if scores.sink is not None:
             raise LayoutError(f"a sink joined scores that went through {', '.join(scores.opaque)}")
         # Where something is as low as masks usually are, that alone is masked, and a low score is a score.
@@ -239,7 +273,7 @@ class CallBuilder:
     def _aligned(self, term: Term) -> Tensor:
         layout, x = term.origin.layout(), term.tensor
         x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
-        return arrange(x, self.roles.factors(layout, x.shape), "BHTS", broadcast=True)
+        return self._picked(arrange(x, self.roles.factors(layout, x.shape), "BHTS", broadcast=True))
 
     def _output_factors(self) -> list[list[Factor]]:
         if self.out_origin is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .axis_history import Origin
 from .entries import Entries
-from .states import ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State
+from .states import ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
 from .view_rules import AxesRule, same_axes
 
 Rule = Callable[["Operation"], State | None]
@@ -130,12 +130,14 @@ def entries_of(state: State | None, x: Any) -> Entries | None:
         if state.sink is not None or state.cap is not None or state.factors or state.product.learned:
             return None
         return state.entries or Entries(source=state.product, shape=tuple(x.shape))
-    return state.entries if isinstance(state, (ScoresSlice, ScatteredScores, ScatteredWeights)) else None
+    return state.entries if isinstance(state, (ScoresSlice, ScatteredScores, ScatteredWeights, Weights)) else None
 
 
 def same_state(c: Operation) -> State | None:
     """A view or a cast: the same state under the result's axes."""
     state: State = c.state
+    if isinstance(state, Weights) and state.entries is not None:
+        return replace(state, origin=c.origin, entries=c.moved())
     if not isinstance(c.out, Tensor) or not isinstance(state, (Scores, ScoresSlice)):
         return replace(state, origin=c.origin)
     if isinstance(state, Scores) and c.out.numel() != c.x.numel():

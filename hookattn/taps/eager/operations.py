@@ -144,7 +144,6 @@ _ROWS: dict[str, Row] = {
     "T": _view(view_rules.reversed_dims),
     "permute": _view(view_rules.permuted),
     "movedim moveaxis": _view(view_rules.dims_moved),
-    "rearrange": _view(view_rules.rearranged),  # an einsum of one operand
     "expand expand_as": _view(view_rules.expanded),
     "broadcast_to": Row(operand=0, axes=view_rules.expanded),
     # ---- copies and casts
@@ -178,9 +177,9 @@ _ROWS: dict[str, Row] = {
         operand=0,
         entries=entry_rules.replayed,
         moves_scores=True,
-        rules={Scores: same_state, Pairwise: pairwise.picked_pairs},
+        rules={Scores: same_state, Pairwise: pairwise.picked_pairs, Weights: weight_rules.sliced_weights},
     ),
-    "unbind": Row(operand=0, axes=view_rules.dim_dropped, moves_scores=True),
+    "unbind": Row(operand=0, axes=view_rules.dim_dropped, splits=True, moves_scores=True),
     "chunk split": Row(operand=0, axes=view_rules.resized, splits=True, moves_scores=True, rules={Scores: same_state}),
     "split_with_sizes tensor_split hsplit": Row(operand=0, axes=view_rules.resized, splits=True),
     "diagonal": Row(entries=entry_rules.replayed, moves_scores=True),
@@ -290,6 +289,9 @@ _ROWS: dict[str, Row] = {
     "lt le gt ge eq ne __eq__ __lt__ __gt__ __le__ __ge__ __ne__ any all argmax": Row(ignored=True),
 }
 OPERATIONS: dict[str, OperationKind] = {name: row for names, row in _ROWS.items() for name in names.split()}
+
+# An einsum of one operand moves axes, and is no product.
+REARRANGED = _view(view_rules.rearranged)
 
 _PROPERTIES = frozenset(("T", "mT", "H", "mH"))
 _ALIASES = {

@@ -177,4 +177,5 @@ def pairs_as_scores(state: Pairwise, x: Tensor) -> Scores | None:
 
 def added_up(c: Operation) -> State | None:
     """Pairs added up along an axis."""
-    return c.state.but(steps=[*c.state.steps, c.name])
+    state: Pairwise = c.state
+    return state.but(steps=[*state.steps, c.name])

@@ -271,6 +271,8 @@ class Weights(State):
         key_range: the keys that this is a slice of, first and past the last; None: all.
         why: the reason that is reported where ``scores`` is None.
         normalizer: what made them.
+        entries: where they are the weights of some of the heads: which of them, and of which tensor.
+        joined: the weights of other softmaxes that these were added to or subtracted from, as they were then.
         read: how often ``scores_tensor`` had been written to.
         steps: the operations that made them, where it was no softmax; None: it was one.
     """
@@ -289,6 +291,8 @@ class Weights(State):
     why: str = ""
     normalizer: str = SOFTMAX
     steps: list[Step] | None = None
+    entries: Entries | None = None
+    joined: list[tuple[Weights, Tensor]] = field(default_factory=list)
     read: int = -1
 
     def but(self, **changes: Any) -> Weights:

@@ -366,6 +366,13 @@ def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None
         watch.set_state(product.out, Unnormalized(origin, parts=[(state, values)], use=use, normalized=True))
         return
     _record(watch, CallBuilder([(state, values)], product.out).call(), state.use)
+    for other, tensor in state.joined:
+        # The same weights as the other softmax has them: its own, and what the values met.
+        mine = other.but(own=other.own or (tensor, other.origin))
+        theirs = replace(values, weights_origin=other.origin)
+        _finish(other.use)
+        if product.x.shape == other.origin.shape:
+            _record(watch, CallBuilder([(mine, theirs)], product.out).call(), other.use)
 
 
 def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentials) -> bool:

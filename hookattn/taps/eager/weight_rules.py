@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import Operation, number, same_state
+from .operation import EntriesOf, Operation, number, same_state
 from .pairwise import pairs_as_scores
 from .score_rules import clamped, filled, is_indicator, keeps_axes, weighted_values
 from .states import (
@@ -272,14 +274,26 @@ def sliced_weights(c: Operation) -> State | None:
     """A view, the sink's column dropped again, or the weights of some of the keys."""
     state: Weights = c.state
     if c.out.numel() == c.x.numel():
-        return replace(state, origin=c.origin)
+        return same_state(c)
     dim = _keys_dim(state)
-    if dim is None or c.out.dim() != c.x.dim():
+    if dim is None:
         return None
+    if c.out.dim() != c.x.dim():
+        return _weights_of_heads(c, c.out, c.origin, c.moved)
     first = _first(c, dim)
     if first is None or any(n != m for j, (n, m) in enumerate(zip(c.out.shape, c.x.shape, strict=True)) if j != dim):
-        return None
+        return _weights_of_heads(c, c.out, c.origin, c.moved)
     return weights_of_keys(state, c.origin, dim, first, c.out.shape[dim])
+
+
+def _weights_of_heads(c: Operation, out: Tensor, origin: Origin, moved: Callable[..., Entries | None]) -> State | None:
+    """The weights of some of the heads, all keys of each."""
+    state: Weights = c.state
+    if state.key_range is not None or state.extended or state.own is not None or state.scores is None:
+        return None
+    mine = state.entries or Entries(source=state.origin, shape=tuple(c.x.shape))
+    entries = moved(lambda x: mine if x is c.x else None)
+    return None if entries is None else replace(state, origin=origin, entries=entries)
 
 
 def piece_weights(c: Operation) -> list[State | None]:
@@ -287,13 +301,25 @@ def piece_weights(c: Operation) -> list[State | None]:
     state: Weights = c.state
     dim, made, first = _keys_dim(state), list[State | None](), 0
     for one in c.out:
-        others = dim is not None and all(
+        others = one.dim() == c.x.dim() and all(
             j == dim or n == m for j, (n, m) in enumerate(zip(one.shape, c.x.shape, strict=True))
         )
-        origin = Origin(one.shape, resized, state.origin)
-        made.append(weights_of_keys(state, origin, dim, first, one.shape[dim]) if others and dim is not None else None)
-        first += one.shape[dim] if dim is not None else 0
+        how = c.kind.axes(c.x, one, c.args, c.kwargs)
+        origin = Origin(one.shape, birth="lost") if how is None else Origin(one.shape, how[0], state.origin, how[1])
+        if others and dim is not None:
+            made.append(weights_of_keys(state, origin, dim, first, one.shape[dim]))
+            first += one.shape[dim]
+        else:
+            made.append(
+                _weights_of_heads(c, one, origin, partial(_piece_entries, c, len(made))) if dim is not None else None
+            )
     return made
+
+
+def _piece_entries(c: Operation, i: int, of: EntriesOf) -> Entries | None:
+    """The entries of one of the pieces that a tensor was split into."""
+    mine = of(c.x)
+    return None if mine is None else Entries(lambda numbers: c.func(numbers, *c.args[1:], **c.kwargs)[i], [mine])
 
 
 def weights_of_keys(state: Weights, origin: Origin, dim: int, first: int, n: int) -> Weights:
@@ -354,9 +380,23 @@ def mixed_weights(c: Operation) -> State | None:
     state: Weights = c.state
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
         return None
+    if c.kind.arithmetic in ("add", "sub") and isinstance(other := c.look(c.other()), Weights):
+        return _joined_weights(c, state, other)
     if c.kind.sums_axis and (state.scores is None or not keeps_axes(c, state.scores)):
         return None
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
+
+
+def _joined_weights(c: Operation, state: Weights, other: Weights) -> State | None:
+    """The sum or difference of the weights of two softmaxes, or of two heads of one."""
+    if state.scores is None or other.scores is None or other.origin.shape != state.origin.shape:
+        return None
+    name = "the sum of two softmaxes" if c.kind.arithmetic == "add" else "the difference of two softmaxes"
+    if other.use is not None and other.use is not state.use:
+        other.use.done = True
+    mixed = [*(x for x in state.mixed if x != name), name]
+    joined = [*state.joined, (replace(other, mixed=[*other.mixed, name]), c.other()), *other.joined]
+    return replace(state, own=state.own or (c.x, state.origin), mixed=mixed, joined=joined)
 
 
 def multiplied_weights(c: Operation) -> State | None:

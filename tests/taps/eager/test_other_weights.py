@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hookattn.errors import FieldAbsent
 from tests.reference import assert_close, draw, trace_checked
-from tests.zoo.other_weights import NORMALIZER, OTHER_WEIGHTS, SAID, SCORE, B, E, T
+from tests.zoo.other_weights import NORMALIZER, OTHER_WEIGHTS, SAID, SCORE, B, D, E, H, T
 
 
 def traced(model: nn.Module, x: torch.Tensor, **options: Any) -> Any:
@@ -47,3 +48,279 @@ def test_recorded_with_all_there_is(name: str) -> None:
     mask = said.get("mask")
     if mask is not None:
         assert torch.equal(call.mask.expand_as(call.weights), mask.expand_as(call.weights))
+
+
+class Differential(nn.Module):
+    """The difference of two softmaxes: of one over twice the heads, or of two, or of the halves of one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(E, 2 * E), nn.Linear(E, 2 * E), nn.Linear(E, 2 * E)
+        self.how = how
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k = (y.unflatten(-1, (4, D)).transpose(1, 2) for y in (self.q(x), self.k(x)))
+        return q, k, self.v(x).unflatten(-1, (2, 2 * D)).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.parts(x)
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        if self.how == "apart":
+            a, b = ((q[:, i::2] @ k[:, i::2].mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1) for i in (0, 1))
+        else:
+            w = (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
+            if self.how == "view":
+                w = w.view(B, 2, 2, T, T)
+                a, b = w[:, :, 0], w[:, :, 1]
+            elif self.how == "unbind":
+                a, b = w.unflatten(1, (2, 2)).unbind(2)
+            elif self.how == "strided":
+                a, b = w[:, 0::2], w[:, 1::2]
+            else:
+                a, b = w.chunk(2, 1)
+        return ((a - 0.4 * b) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("how", ["apart", "view", "unbind", "strided", "chunk"])
+def test_both_maps_of_a_difference(how: str) -> None:
+    torch.manual_seed(4)
+    model, x = Differential(how).double(), draw(B, T, E, std=1.5, dtype=torch.float64)
+    trace = traced(model, x)
+    assert not trace.skipped
+    assert len(trace) == 2
+    with torch.no_grad():
+        q, k, v = model.parts(x)
+    scores = q @ k.mT * 0.3
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    halves = [weights[:, :2], weights[:, 2:]] if how == "chunk" else [weights[:, 0::2], weights[:, 1::2]]
+    heads_of = [[0, 1], [2, 3]] if how == "chunk" else [[0, 2], [1, 3]]
+    for call, own, heads in zip(trace, halves, heads_of, strict=True):
+        assert call.certificate.status == "faithful"
+        assert_close(call.weights, own, 1e-9, "weights")
+        assert_close(call.applied, halves[0] - 0.4 * halves[1], 1e-9, "applied")
+        assert_close(call.output, (halves[0] - 0.4 * halves[1]) @ v, 1e-9, "output")
+        assert torch.equal(call.q, q[:, heads])
+        assert torch.equal(call.k, k[:, heads])
+        assert torch.equal(call.v, v)
+        assert torch.equal(call.mask.expand_as(call.weights), mask.expand_as(call.weights))
+        assert any("difference" in note for note in call.notes)
+
+
+# ------------------------------------------------------------------------------------------------ what is no attention
+
+
+def without(name: str) -> Any:
+    """Whatever is done to features or with what is learned is no attention, and is not told of."""
+
+    def add(made: Any) -> Any:
+        NOTHING[name] = made
+        return made
+
+    return add
+
+
+NOTHING: dict[str, Any] = {}
+
+
+@without("feed-forward of parameters")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x @ m.a) @ m.b
+
+
+@without("class probabilities times embeddings")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return (x @ m.a).softmax(-1) @ m.b
+
+
+@without("router")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    w, i = m.map(x)[..., :4].topk(2, -1)
+    experts = torch.stack([m.map(x) * j for j in range(4)], -2)
+    return (w.softmax(-1)[..., None] * experts.gather(-2, i[..., None].expand(*i.shape, E))).sum(-2)
+
+
+@without("router by einsum")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    experts = torch.stack([m.map(x) * j for j in range(4)], 1)
+    return torch.einsum("bte,betd->btd", m.map(x)[..., :4].softmax(-1), experts)
+
+
+@without("Gram matrix in a loss")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    gram = x.mT @ x / T
+    return (gram - gram.mT).square().mean()
+
+
+@without("whitening")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.map(x)
+    return y @ torch.linalg.inv(y.mT @ y / T + torch.eye(E, dtype=x.dtype))
+
+
+@without("iterated orthogonalization")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.map(x)
+    for _ in range(3):
+        y = 1.5 * y - 0.5 * (y @ y.mT) @ y
+    return y
+
+
+@without("products of rotations")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b = m.map(x)[..., :9].view(B, T, 3, 3), m.map(2 * x)[..., :9].view(B, T, 3, 3)
+    return (a @ b @ m.map(x)[..., 9:12, None]).squeeze(-1)
+
+
+@without("maps made by another network")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    w = m.map(x.mean(1)).view(B, 4, 4)
+    return torch.relu(x[..., :4] @ w) @ w.mT
+
+
+@without("learned mixture of layers")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return (m.a[0, :3].softmax(-1)[:, None, None, None] * torch.stack([x, m.map(x), 2 * x])).sum(0)
+
+
+@without("expected index")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return (m.map(x).softmax(-1) * torch.arange(float(E))).sum(-1)
+
+
+WITHOUT_WEIGHTS: dict[str, tuple[Any, str]] = {}
+
+
+def weightless(name: str, reason: str) -> Any:
+    def add(made: Any) -> Any:
+        WITHOUT_WEIGHTS[name] = made, reason
+        return made
+
+    return add
+
+
+@weightless("linear attention", "linear attention")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None])
+
+
+@weightless("linear attention, normalized before", "linear attention")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+@weightless("causal linear attention", "state space")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    kv = torch.einsum("bhsd,bhse->bhsde", k, v).cumsum(2)
+    return torch.einsum("bhtd,bhtde->bhte", q, kv)
+
+
+@weightless("recurrence", "state space")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    state, out = torch.zeros(B, H, D, D, dtype=x.dtype), []
+    for t in range(T):
+        state = state * 0.9 + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+@weightless("recurrence by products", "state space")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    state, out = torch.zeros(B, H, D, D, dtype=x.dtype), []
+    for t in range(T):
+        state = state * 0.9 + k[:, :, t, :, None] @ v[:, :, t, None]
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2)
+
+
+@weightless("selective state space", "state space")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    step, b, c = F.softplus(m.map(x)), m.map(x)[..., :4], m.map(x)[..., 4:8]
+    decay = torch.exp(-step[..., None] * torch.arange(1.0, 5.0, dtype=x.dtype))
+    given = step[..., None] * b[:, :, None] * x[..., None]
+    state, out = torch.zeros(B, E, 4, dtype=x.dtype), []
+    for t in range(T):
+        state = decay[:, t] * state + given[:, t]
+        out.append((state * c[:, t, None]).sum(-1))
+    return torch.stack(out, 1)
+
+
+@weightless("convolution made of the data", "convolution")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    w = m.map(x)[..., :3].softmax(-1)
+    return (F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1) * w[:, :, None]).sum(-1)
+
+
+@weightless("values, weights and a projection in one", "one einsum")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhts,bhsd,hde->bte", (q @ k.mT).softmax(-1), v, m.a.view(H, D, E))
+
+
+@weightless("the values of the largest scores gathered", "largest scores")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = m.heads(x)
+    top, i = (q @ k.mT).topk(3, -1)
+    values = v[:, :, None].expand(-1, -1, T, -1, -1).gather(3, i[..., None].expand(-1, -1, -1, -1, D))
+    return (top.softmax(-1)[..., None] * values).sum(3)
+
+
+class Beside(nn.Module):
+    """A layer that attends, and another thing."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.map, self.qkv, self.other = nn.Linear(E, E), nn.Linear(E, 3 * E), other
+        self.a, self.b = nn.Parameter(torch.randn(E, E)), nn.Parameter(torch.randn(E, E))
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        F.scaled_dot_product_attention(x, x, x)
+        return self.other(self, x)
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_is_no_attention_is_not_told_of(name: str) -> None:
+    torch.manual_seed(5)
+    trace = traced(Beside(NOTHING[name]).double(), draw(B, T, E, dtype=torch.float64), warns=True)
+    assert [call.tap for call in trace] == ["sdpa"]
+    assert not trace.skipped
+
+
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
+def test_what_forms_no_weights_is_told_of(name: str) -> None:
+    torch.manual_seed(6)
+    made, reason = WITHOUT_WEIGHTS[name]
+    trace = traced(Beside(made).double(), draw(B, T, E, dtype=torch.float64), warns=True)
+    assert [call.tap for call in trace] == ["sdpa"]
+    assert len(trace.skipped) == 1
+    assert reason in trace.skipped[0].reason
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_an_iterated_inverse_of_weights_is_no_attention(iterations: int) -> None:
+    """Nystrom: three softmaxes, one of which meets values; the products of the inverse are none of ours."""
+
+    def nystrom(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.heads(x)
+        few_q, few_k = q[:, :, :3], k[:, :, :3]
+        a, b, c = (q @ few_k.mT).softmax(-1), (few_q @ few_k.mT).softmax(-1), (few_q @ k.mT).softmax(-1)
+        z, one = b.mT / (b.abs().sum(-1).max() * b.abs().sum(-2).max()), torch.eye(3, dtype=x.dtype)
+        for _ in range(iterations):
+            bz = b @ z
+            z = 0.25 * z @ (13 * one - bz @ (15 * one - bz @ (7 * one - bz)))
+        return (a @ z) @ (c @ v)
+
+    torch.manual_seed(7)
+    trace = traced(Beside(nystrom).double(), draw(B, T, E, dtype=torch.float64), warns=True)
+    assert [tuple(call.weights.shape[-2:]) for call in trace] == [(T, T), (3, T)]
+    assert len(trace.skipped) == 1
+    assert "other weights" in trace.skipped[0].reason
