@@ -119,9 +119,9 @@ class TraceData:
         """What ``output_attentions=True`` would have returned: one B H T S tensor a layer (for several steps, a tuple
         of such tuples), in the order in which the calls ran.
 
-        They are the weights that are in the trace: of the layers, heads and queries that were selected, none for what is
-        in ``skipped``, before dropout, and 0 for a query that may attend to nothing. A model may return something else
-        under that name, as one tensor a stage.
+        They are the weights that are in the trace: of the layers, heads and queries that were selected, none for what
+        is in ``skipped``, before dropout, and 0 for a query that may attend to nothing. A model may return something
+        else under that name, as one tensor a stage.
 
         Raises:
             SelectionError: more than one stack or kind is in the trace: select one first; or there are no calls; or a
@@ -143,8 +143,8 @@ class TraceData:
             first = of.setdefault((call.step, call.site.path, call.site.layer), call)
             if (first.heads, first.queries) != (call.heads, call.queries):
                 raise SelectionError(
-                    f"{call.site.label} (layer {call.site.layer}) is in several pieces in step {call.step}, which do not "
-                    "make one tensor; call.notes say which they are."
+                    f"{call.site.label} (layer {call.site.layer}) is in several pieces in step {call.step}, which "
+                    "do not make one tensor; call.notes say which they are."
                 )
         steps = list(dict.fromkeys(c.step for c in self.calls))
         made = tuple(tuple(c.weights for c in self.calls if c.step == s) for s in steps)
