@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, KernelCall
 from ..attention.masks import split_additive
 from ..attention.normalizers import OF_ONE
-from ..calls.call import Call, scale_of
+from ..calls.call import Call
 from ..calls.deriving import derive_field
 from ..calls.fields import DERIVED, Derived, Field, Later
 from ..calls.key_history import KeyHistories
@@ -94,15 +94,15 @@ class CallRecorder:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
+            _, h, t, s = call.shape
             if not self._whole:
-                _, h, t, _ = call.shape
                 heads = self.selection.head_index(h, site.label)
                 queries = self.selection.query_index(t, site.label)
             if self.selection.statistics:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
                 call.notes = [*call.notes, *notes]
             made = Call.of(call, site, step, index)
-            mask = self._mask_rule(call, heads, queries)
+            mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
                 groups = restrict(call, heads, queries)
                 made.heads = None if heads is None else tuple(heads)
@@ -115,7 +115,8 @@ class CallRecorder:
             waits = not stays and self._waits(call)
             if stays or waits:
                 self._hold(call)
-            made.scale = scale_of(call)
+            if made.scale is not None:
+                made.scale = call.scale  # of the heads and queries that are kept, and held
             self._place_fields(made, call, mask)
             if self.verify != "off":
                 self._certify(made, call, mask, groups, stays or waits)
@@ -124,10 +125,10 @@ class CallRecorder:
             elif not stays:
                 self._settle(made, False)
             if statistics:
-                made.keys = call.v.shape[2]
+                made.keys = s
                 made.fields.update((n, None if x is None else self._kept(x, True)) for n, x in statistics.items())
             if self._histories is not None:
-                self._histories.note(made, site.crosses or call.shape[2] < call.v.shape[2])
+                self._histories.note(made, site.crosses or t < s)
             return made
 
     def deliver(self, call: Call, sink: Callable[[Call], None]) -> None:
@@ -156,10 +157,10 @@ class CallRecorder:
     # One call, from its kernel's arguments to its fields
 
     def _mask_rule(
-        self, call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None
+        self, call: KernelCall, t: int, s: int, heads: Sequence[int] | None, queries: Sequence[int] | slice | None
     ) -> MaskRule:
         """What hides keys in a whole call, of the heads and queries that are kept: one for all calls with the same."""
-        (_, _, t, s), device = call.shape, call.device
+        device = call.v.device
         if call.mask is None and self._last_rule is not None:
             rule, *of = self._last_rule
             if of == [t, s, call.causal, call.offset, call.window, device]:
@@ -232,7 +233,7 @@ class CallRecorder:
     def _stays(self, call: KernelCall) -> bool:
         """Whether the call's tensors are kept as they are and where they are."""
         leaves = self._streamed or (self._transfer is not None and devices.on_gpu(call.v))
-        return not leaves and self.selection.keeps_as_it_is(call.device)
+        return not leaves and self.selection.keeps_as_it_is(call.v.device)
 
     def _waits(self, call: KernelCall) -> bool:
         """Whether a call that is not kept as it is waits for the end of the forward: a small one, as several of these

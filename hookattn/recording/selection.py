@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES, TENSOR_SPECS, KernelCall, asked_for
-from ..attention.normalizers import is_softmax
+from ..attention.normalizers import SOFTMAX, is_softmax
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site
 from ..errors import SelectionError
@@ -83,6 +83,8 @@ class Selection:
     def derivable_of(self, call: KernelCall) -> tuple[str, ...]:
         """The same of any call, as whoever reads a file can derive them: what else makes weights of scores has to be
         known by its name, and what else makes scores is not known at all."""
+        if call.normalizer == SOFTMAX and call.is_product:
+            return self.derivable
         if not call.is_product:
             return ()
         return tuple(f for f in self.derivable if f != "weights" or is_softmax(call.normalizer))
