@@ -50,6 +50,20 @@ def explaining_os_errors(path: Path, doing: str, needed: int | None = None) -> I
         ) from error
 
 
+# Characters of the final name that the temporary one has.
+_NAMED = 40
+PARTIAL = ".partial"
+"""How the name of an unfinished file ends."""
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether there is no such file yet, but an unfinished one that will have its name."""
+    start = f".{path.name[:_NAMED]}."
+    with contextlib.suppress(OSError):
+        return any(x.name.startswith(start) and x.name.endswith(PARTIAL) for x in path.parent.iterdir())
+    return False
+
+
 class PartialFile:
     """An unfinished file. It is deleted by :meth:`discard`, by the garbage collector and at the interpreter's exit.
 
@@ -67,8 +81,8 @@ class PartialFile:
                 code = errno.EISDIR if self._final.is_dir() else errno.EINVAL
                 raise OSError(code, os.strerror(code))
             # Cut, as the name with its additions must not grow too long for the file system.
-            stem = self._final.name[:40]
-            self._temporary = self._final.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+            stem = self._final.name[:_NAMED]
+            self._temporary = self._final.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
             # Not mkstemp, whose files nobody else may read: the trace is to have the permissions of any new file.
             self._file = FileIO(self._temporary, "x+")
         self._finalizer = weakref.finalize(self, _discard, self._file, self._temporary, os.getpid())

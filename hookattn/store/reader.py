@@ -17,7 +17,13 @@ from ..errors import TraceFileError
 from .format import LENGTH_BYTES, Entry
 from .indexing import Index, select
 from .mapping import map_tensor
+from .partial import PARTIAL, is_being_written
 from .validate import Header, corrupt, header_length, validate_header
+
+_UNFINISHED = (
+    "it is still being written, and has its name and header when the traced block ends. Inside the block read the "
+    "trace that tracing() gave. (A file that a killed process left unfinished cannot be read.)"
+)
 
 
 class LazyFile:
@@ -39,6 +45,8 @@ class LazyFile:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
+            if is_being_written(self.path):
+                raise TraceFileError(f"{self.path}: {_UNFINISHED}") from error
             raise TraceFileError(f"{self.path}: cannot open the file: {error.strerror or error}.") from error
         # A descriptor and a finalizer, as nobody is obliged to close a file that is read lazily.
         self._close = weakref.finalize(self, os.close, descriptor)
@@ -46,6 +54,11 @@ class LazyFile:
         self._lock = threading.Lock()
         try:
             self._header = _read_header(str(self.path), descriptor)
+        except TraceFileError as error:
+            self.close()
+            if self.path.name.endswith(PARTIAL):
+                raise type(error)(f"{self.path}: {_UNFINISHED}") from error
+            raise
         except BaseException:
             self.close()
             raise

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hookattn.errors import TraceWriteError
+import hookattn
+from hookattn.errors import TraceFileError, TraceWriteError
 from hookattn.store import LazyFile, StreamWriter, partial, write_file
 
 X = torch.arange(6.0).reshape(2, 3)
@@ -91,7 +92,8 @@ def test_the_last_steps_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 LIMITED = """
-import resource, sys, torch; from hookattn.store import write_file; from hookattn.errors import TraceWriteError
+import resource, sys, torch; from hookattn.store import write_file; import hookattn
+from hookattn.errors import TraceFileError, TraceWriteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_file(sys.argv[1], {"x": torch.ones(1_000_000)}, {})
@@ -146,3 +148,20 @@ def test_read_only_directory(tmp_path: Path) -> None:
             StreamWriter(tmp_path / "f")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_file_that_is_being_streamed_says_so(tmp_path: Path) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    target = tmp_path / ("long" * 15 + ".safetensors")
+    with hookattn.tracing(model := Attend(), to=target) as trace:
+        model(torch.randn(1, 2, 5, 4))
+        for path in (target, *tmp_path.iterdir()):
+            with pytest.raises(TraceFileError, match="still being written, and has its name and header"):
+                hookattn.load(path)
+        assert trace[0].q.shape == (1, 2, 5, 4)
+    assert len(hookattn.load(target)) == 1
+    with pytest.raises(TraceFileError, match="cannot open the file: No such file"):
+        hookattn.load(tmp_path / "other.safetensors")
