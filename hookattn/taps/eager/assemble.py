@@ -32,6 +32,9 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
         return False
     if state.scores is None:
         keys = {*state.scores_origin.layout()[state.dim]}
+        if not keys:  # one key: its axis has an extent of 1
+            same = len(contracted) == 1 and origin.shape == state.scores_origin.shape
+            return same and labels.index(contracted[0]) == state.dim
         layout = dict(zip(labels, origin.layout(), strict=True))
         own = [bool(keys & {a, *a.lineage()}) for x in contracted for a in layout[x]]
         return bool(own) and all(own)

@@ -7,7 +7,7 @@ tensor has which state, and what a write to memory spoils, is kept here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
 from .axis_history import Origin
 from .operation import Operation, OperationKind
-from .operations import kind_of, name_of, writes_to
+from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
 from .pairwise import paired
 from .product_labels import parse_product, parse_several
@@ -180,7 +180,7 @@ class Follower(TorchFunctionMode):
             moved = rearranges(args) if name == "einsum" else None
             if moved is None:
                 return self._product(name, func, args, kwargs)
-            name, func, args, kind = "rearrange", rearrange, moved, kind_of("rearrange")
+            func, args, kind = rearrange, moved, REARRANGED
         found = self._followed(kind, args, kwargs) if self.live else None
         writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
@@ -266,7 +266,9 @@ class Follower(TorchFunctionMode):
             if new is not None and isinstance(result, Tensor):
                 self._became(result, found.state, new)
             elif isinstance(found.state, Unnormalized):
-                finish_unnormalized(self, found.state, found.x)
+                for x in _tensors(ran.args, ran.kwargs):
+                    if isinstance(state := self.state(x), Unnormalized):
+                        finish_unnormalized(self, state, x)
             elif ran.kind.pairs:
                 self._pair(ran.name, ran.kind, ran.args, ran.kwargs, ran.out)
 
@@ -445,6 +447,14 @@ class Follower(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.origins.clear()
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operation, and in their lists."""
+    for arg in (*args, *kwargs.values()):
+        for one in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(one, Tensor):
+                yield one
 
 
 def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -96,6 +96,13 @@ def mapped_pairs(c: Operation) -> State | None:
     return _scores(state, [last], c.out, _kind(state, c.name), [*state.steps, c.name])
 
 
+def scores_of_pairs(state: Pairwise, dim: int, out: Tensor, name: str) -> Scores | None:
+    """The scores that a learned map of the width, dimension ``dim``, makes of each pair."""
+    if state.cut or any(state.dims[dim] not in labels for labels in (state.labels_a, state.labels_b)):
+        return None
+    return _scores(state, [dim], out, _kind(state, name), [*state.steps, name])
+
+
 def summed_pairs(c: Operation) -> State | None:
     """A sum over the width: scores."""
     state: Pairwise = c.state

@@ -43,7 +43,7 @@ def _is_step(c: Operation, new: Scores, rule: Rule | None) -> bool:
     """Whether an operation is one of those that make weights of scores: no view or copy, no dropout and no mask."""
     if new.before is None or rule is same_state or c.kind.drops_out:
         return False
-    return c.state.before is None or new.before is c.state.before
+    return len(new.before.fills) == len((c.state.before or c.state).fills)
 
 
 def _opaque_unless_shuffled(c: Operation) -> State | None:

@@ -103,8 +103,8 @@ def _scaled(c: Operation, sign: int) -> State | None:
     made = _times(c, by**sign if by else None)
     if made is not None:
         return made
-    if state.before is not None and sign > 0 and is_indicator(other, c):
-        return filled(c, other == 0, 0.0)
+    if sign > 0 and not state.product.learned and is_indicator(other, c):
+        return _weighing_nothing(c, other == 0)
     plain = state.cap is None and not state.terms and not state.fills and not state.opaque
     if isinstance(other, Tensor) and plain and c.look(other) is None and other.dim() >= 2:
         layout = other.shape[-2:] == (1, 1)
@@ -175,10 +175,11 @@ def mask_filled(c: Operation) -> State | None:
 def filled(c: Operation, mask: Tensor, value: Any) -> State | None:
     """Overwriting where ``mask`` (True = masked)."""
     level = number(value)
-    if isinstance(c.state, Scores) and c.state.before is not None and level == 0:  # weights of 0: a mask
-        before = c.state.before
-        hidden = before.but(fills=[*before.fills, Term(mask, c.origin)])
-        return c.state.but(opaque=[*c.state.opaque, c.name], before=hidden, finite=None)
+    if level is None and isinstance(value, Tensor) and value.numel() and c.look(value) is None:
+        level = float(value.amax()) if value.is_floating_point() else None  # a tensor full of one number, say
+        level = level if level is not None and level <= FILL else None
+    if isinstance(c.state, Scores) and level == 0:
+        return _weighing_nothing(c, mask)
     if isinstance(c.state, Exponentials):
         if level == 0:
             of = c.state.of
@@ -202,6 +203,17 @@ def item_filled(c: Operation) -> State | None:
         return opaque_scores(c)
     state: Scores = c.state
     return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
+
+
+def _weighing_nothing(c: Operation, mask: Tensor) -> State | None:
+    """Entries set to 0, which are hidden if these are weights already."""
+    made = opaque_scores(c)
+    if not isinstance(made, Scores):
+        return made
+    before = made.before or made.but(held=None if c.out is c.x else (c.x, version_of(c.x), c.state.origin))
+    if made.before is None:
+        before = c.state.but(held=before.held)
+    return made.but(before=before.but(fills=[*before.fills, Term(mask, c.origin)]))
 
 
 def is_indicator(other: Any, c: Operation) -> bool:

@@ -18,6 +18,7 @@ from .assemble_scattered import scattered_call
 from .axis_history import Atom, Origin, known, sizes
 from .blockwise import unnormalized_call
 from .entries import Entries
+from .pairwise import scores_of_pairs
 from .product_labels import ParsedEinsum, ParsedProduct
 from .products import Label, LayoutError, Product, ProductLabels, mixes_heads
 from .states import (
@@ -144,12 +145,29 @@ def _note_followed(watch: KnownTensors, product: _Product, state: State | None) 
             watch.set_state(product.out, state.but(opaque=[*state.opaque, product.name], finite=None))
     elif isinstance(state, Scores) and (weights := weights_without_softmax(watch, product, state)) is not None:
         return _note_weights(watch, product, weights)
+    elif isinstance(state, Pairwise) and (scores := _mapped_pairs(watch, product, state)) is not None:
+        watch.set_origin(product.out, scores.origin)
+        watch.set_state(product.out, scores)
     elif isinstance(state, (Scores, Pairwise)):
         _note_weightless(watch, product, state)
         return False
     else:
         return False
     return True
+
+
+def _mapped_pairs(watch: KnownTensors, product: _Product, state: Pairwise) -> Scores | None:
+    """What a learned vector makes of every pair, or a matrix of it with a column for each head: scores."""
+    if watch.origin(product.other).birth != "parameter" or len(product.contracted) != 1:
+        return None
+    at = list(product.x_labels).index(product.contracted[0])
+    kept = [y for y in product.x_labels if y not in product.contracted]
+    own = [y for y in product.out_labels if y not in kept]
+    if [y for y in product.out_labels if y in kept] != kept or len(own) > 1 or len(state.dims) != len(product.x_labels):
+        return None
+    if own and (at != len(product.x_labels) - 1 or product.out_labels[-1] != own[0]):
+        return None
+    return scores_of_pairs(state, at, product.out, product.name)
 
 
 def _note_weightless(watch: KnownTensors, product: _Product, state: Scores | Pairwise) -> None:
