@@ -16,6 +16,7 @@ from hookattn.errors import NoAttentionError
 from hookattn.testing import check_clean, check_trace
 from hookattn.testing.clean import state_of
 
+from .axes import untrue, watch_inputs
 from .cases import UnbuildableError, build, copy_of, inputs_of, run
 from .classes import NoModelError
 from .inputs import ROWS, said
@@ -137,6 +138,8 @@ def _check(row: Row, gain: float) -> None:
         row.problems.append(f"output differs: {differs}")
     broken = not _finite(plain)
     _calls(row, trace, broken)
+    given = watch_inputs(model, lambda: run(model, inputs))
+    row.problems += untrue(model, config, trace, given)
     row.problems += [
         f"unseen: {x}" for x in seen.uncovered([c.site.path for c in trace], [s.path for s in trace.skipped])
     ]

@@ -53,6 +53,20 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     return found[0]
 
 
+def owner_of(model_type: str) -> str:
+    """The type whose configuration has this one as a part; the first that is mapped.
+
+    Raises:
+        NoModelError: there is none.
+    """
+    wanted = config_class(model_type)
+    for other in model_types():
+        nested = getattr(config_class(other), "sub_configs", None) or {}
+        if other != model_type and wanted in nested.values():
+            return other
+    raise NoModelError(f"no configuration has {wanted.__name__} as a part")
+
+
 def by_name(name: str, config: Any) -> type[PreTrainedModel]:
     """A model class by name: one of transformers, or of the configuration's own package."""
     for module in (transformers, *_modules(config)):

@@ -101,7 +101,7 @@ class Inputs:
 
     def find(self, *names: str, default: Any = None, within: str = "") -> Any:
         """An attribute of the configuration or, failing that, of one of its parts."""
-        for config in _parts(self.config, within):
+        for config in parts_of(self.config, within):
             for name in names:
                 value = vars(config).get(name)
                 if value is not None and not isinstance(value, dict):
@@ -179,7 +179,7 @@ class Inputs:
         ):
             own = next((n for n in names if self.made.get(n) is not None), None)
             token = next(
-                (t for c in _parts(self.config, "") for t in (vars(c).get(n) for n in tokens) if isinstance(t, int)),
+                (t for c in parts_of(self.config, "") for t in (vars(c).get(n) for n in tokens) if isinstance(t, int)),
                 None,
             )
             owner = next((m for m in self.model.modules() if hasattr(m, getter)), None)
@@ -235,7 +235,7 @@ def _crosses(model: nn.Module) -> bool:
     return any("cross" in n.lower() or "encoder_attn" in n or "encdec" in n.lower() for n, _ in model.named_modules())
 
 
-def _parts(config: PreTrainedConfig, within: str) -> list[PreTrainedConfig]:
+def parts_of(config: PreTrainedConfig, within: str) -> list[PreTrainedConfig]:
     """The configuration and its parts; those named like ``within`` first, when it is given."""
     found: list[tuple[int, int, PreTrainedConfig]] = []
 

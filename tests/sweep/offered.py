@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 # What a model hands out as attentions and is not the weights that met the values: (type, part of the name, why).
 NOT_WEIGHTS = (
+    ("chameleon_vqgan", "attentions", "hands out the attention's output under this name"),
     ("florence_vision", "attentions", "hands out the attention's output under this name"),
     ("granite_speech", "attentions", "hands out the attention's output under this name"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils import import_utils
+
+from tests.field.common import torchvision_stand_in
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Recipe:
         without: inputs that are left out.
         start: makes the configuration that is then made small, in place of the class's default.
         reason: why there is no case: it is not run, and this is what the coverage page says.
+        part: only the models of another type build it, and it is run in one of them.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +36,7 @@ class Recipe:
     without: tuple[str, ...] = ()
     start: Callable[[Any], Any] | None = None
     reason: str = ""
+    part: bool = False
 
 
 def randn(*shape: int) -> Callable[[], Tensor]:
@@ -181,15 +187,22 @@ def lacks(*libraries: str) -> str:
     """Why a type that needs these is not run; empty where they can all be imported."""
     for library in libraries:
         try:
-            importlib.import_module(library)
+            with contextlib.nullcontext() if library == "torchvision" else torchvision_stand_in():
+                importlib.import_module(library)
         except ImportError as error:
             return f"needs {library}, which cannot be imported ({error})"
+        # transformers asks for what a library imports besides, which the models that are made of it do without.
+        asks = f"is_{library}_available"
+        for module in (transformers.utils, import_utils):
+            if hasattr(module, asks):
+                setattr(module, asks, lambda: True)
+        if library in import_utils.BACKENDS_MAPPING:
+            import_utils.BACKENDS_MAPPING[library] = (lambda: True, "")
     return ""
 
 
 TIMM = lacks("timm")
 BLOCKS = "a convolutional net without attention, whose default configuration leaves out the table of its blocks"
-NO_PART = "is a part that only other models build, and is run with them"
-NO_FORWARD = "has no forward of its own; its parts have rows of theirs"
+PART = Recipe(part=True)
 SESSION = "takes a video session object that only its processor makes"
 MASKS = Recipe(inputs={"masks": randn(3, 1, 32, 32)})

@@ -27,7 +27,8 @@ far from uniform, three rows (whole, padded left, padded right where it takes a 
 model; in float64, `softmax(where(mask, scores, -inf), sinks) == weights` and `weights @ v == output` for every call;
 every certificate is faithful with `verify="full"`; the weights are what the eager model returns with
 `output_attentions=True`, where it does (to 1e-4); no module computed more softmaxes than there are calls and skipped
-sites; and what was skipped is no softmax attention. A row where one of these fails is **red**, and says which.
+sites; what was skipped is no softmax attention; and each axis, kind, layer and step is what it is called, by the head
+counts, the inputs and the order of the modules themselves. A row where one of these fails is **red**, and says which.
 
 {summary}
 """

@@ -10,8 +10,7 @@ from .recipes import (
     HIERA,
     IMAGE,
     MASKS,
-    NO_FORWARD,
-    NO_PART,
+    PART,
     POINTS,
     QWEN4,
     ROPE,
@@ -36,6 +35,7 @@ from .recipes import (
     randn,
     resnet,
     resnet3,
+    session,
 )
 from .table_media import RECIPES as MEDIA
 
@@ -48,7 +48,6 @@ RECIPES: dict[str, Recipe] = {
     "aria": Recipe(config={"projector_patch_to_query_dict": {16: 8}}),
     "autoformer": Recipe(config=SERIES),
     "bamba": Recipe(config={"num_hidden_layers": 2, "attn_layer_indices": [1]}),
-    "bark": Recipe(reason=NO_FORWARD),
     "big_bird": Recipe(
         config={"block_size": 4, "num_random_blocks": 1},
         inputs={
@@ -79,7 +78,6 @@ RECIPES: dict[str, Recipe] = {
     ),
     "bridgetower_vision_model": Recipe(inputs={"image": randn(3, 3, 32, 32)}),
     "chameleon": Recipe(config={"vocabulary_map": {"<image>": 120, "IMGIMGA": 3}}, without=("pixel_values",)),
-    "chameleon_vqgan": Recipe(reason=NO_FORWARD),
     "chmv2": Recipe(config={"backbone_config.return_class_token": True}),
     "clap": Recipe(
         config={
@@ -148,7 +146,9 @@ RECIPES: dict[str, Recipe] = {
     "edgetam": Recipe(reason=TIMM),
     "edgetam_mask_decoder": Recipe(inputs=SAM2),
     "edgetam_prompt_encoder": Recipe(inputs=POINTS),
-    "edgetam_video": Recipe(reason=SESSION),
+    "edgetam_video": Recipe(
+        reason=TIMM, inputs={"inference_session": session("EdgeTamVideoInferenceSession", 64), "frame_idx": 0}
+    ),
     "edgetam_video_mask_decoder": Recipe(inputs=SAM2),
     "edgetam_video_prompt_encoder": Recipe(inputs=POINTS),
     "edgetam_vision_model": Recipe(reason=TIMM),
@@ -157,7 +157,6 @@ RECIPES: dict[str, Recipe] = {
         config={"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}, "vq_config.base_channels": 32},
         without=("pixel_values",),
     ),
-    "emu3_vqgan": Recipe(reason=NO_FORWARD),
     "ernie4_5_vl_moe": Recipe(
         config={
             "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
@@ -168,6 +167,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "esm": Recipe(
         config={"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}
+    ),
+    "emu3_vqgan": Recipe(
+        config={**VQ, "hidden_size": 32}, model="Emu3VQVAEEncoder", inputs={"pixel_values": randn(3, 4, 3, 16, 16)}
     ),
     "esmfold2": Recipe(
         reason="its three-dimensional rotary embedding needs heads of full width, and its trunk all of its sizes"
@@ -196,10 +198,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gemma4_unified": Recipe(without=("pixel_values", "input_features", "input_features_mask")),
     "gemma4_unified_assistant": Recipe(reason="takes the cache of another model"),
-    "gemma4_unified_audio": Recipe(reason=NO_PART),
-    "gemma4_unified_vision": Recipe(reason=NO_PART),
+    "gemma4_unified_audio": PART,
+    "gemma4_unified_vision": PART,
     "gemma4_vision": Recipe(inputs={"pixel_position_ids": grid_positions}),
-    "glm_image_vqmodel": Recipe(reason=NO_FORWARD),
+    "glm_image_vqmodel": Recipe(inputs={"hidden_states": randn(3, 1536, 4, 4)}),
     "glm5_next": Recipe(config={"text_config.index_kpool": 2}),
     "glm5_next_text": Recipe(config={"index_kpool": 2}),
     "gpt_neo": Recipe(config={"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
@@ -220,8 +222,8 @@ RECIPES: dict[str, Recipe] = {
     "hy_v4_vl_text": Recipe(config={"rope_parameters": ROPE4}),
     "idefics": Recipe(inputs={"pixel_values": randn(3, 1, 3, 32, 32), "image_attention_mask": ones(3, 9, 1)}),
     "idefics2_perceiver": Recipe(inputs={"context": randn(3, 9, 64), "attention_mask": ones(3, 9)}),
-    "idefics_perciever": Recipe(reason=NO_PART),
-    "idefics_vision": Recipe(reason=NO_PART),
+    "idefics_perciever": Recipe(part=True, config={"use_resampler": True}),
+    "idefics_vision": PART,
     "informer": Recipe(config=SERIES),
     "inkling_audio": Recipe(inputs={"audio_input_ids": ints(10, 3, 9, 80)}),
     "instructblip": Recipe(inputs={"qformer_input_ids": ints(60, 3, 6), "qformer_attention_mask": ones(3, 6)}),
@@ -259,7 +261,7 @@ RECIPES: dict[str, Recipe] = {
         config={"keypoint_detector_config.keypoint_decoder_dim": 65}, inputs={"pixel_values": randn(3, 2, 1, 64, 64)}
     ),
     "lilt": Recipe(config={"hidden_size": 96}),
-    "llama4": Recipe(config={"vision_config.intermediate_size": 256}),
+    "llama4": Recipe(config={"vision_config.intermediate_size": 256}, without=("pixel_values",)),
     "llama4_vision_model": Recipe(
         config={"pixel_shuffle_ratio": 0.5, "projector_input_dim": 64, "intermediate_size": 256}
     ),
@@ -343,17 +345,25 @@ RECIPES: dict[str, Recipe] = {
     ),
     "pocket_tts_audio_tokenizer_decoder": Recipe(inputs={"latents": randn(3, 64, 9)}),
     "pop2piano": Recipe(without=("input_features",)),
-    "pp_chart2table_vision": Recipe(reason=NO_PART),
+    "pp_chart2table_vision": PART,
     "pp_ocrv5_server_det": Recipe(reason=BLOCKS),
     "pp_ocrv6_medium_det": Recipe(reason=BLOCKS),
     "pp_ocrv6_small_det": Recipe(reason="a convolutional net without attention, whose neck fits its full widths alone"),
-    "qwen2_5_omni": Recipe(reason=NO_FORWARD),
     "qwen2_5_omni_audio_encoder": Recipe(
         inputs={"input_features": randn(128, 60), "feature_lens": lambda: torch.tensor([40, 20])},
         without=("attention_mask",),
     ),
     "qwen2_5_omni_bigvgan": Recipe(
         inputs={"mel_spectrogram": randn(3, 64, 20)}, config={"upsample_initial_channel": 64}
+    ),
+    "qwen2_5_omni_token2wav": Recipe(
+        config={
+            "dit_config.mel_dim": 80,
+            "dit_config.enc_emb_dim": 64,
+            "bigvgan_config.upsample_initial_channel": 64,
+            "bigvgan_config.mel_dim": 80,
+        },
+        inputs={"code": ints(50, 1, 12), "conditioning": randn(1, 64), "reference_mel": randn(1, 24, 80)},
     ),
     "qwen2_5_omni_dit": Recipe(
         config={"mel_dim": 80, "enc_emb_dim": 64},
@@ -366,8 +376,6 @@ RECIPES: dict[str, Recipe] = {
             "apply_cfg": False,
         },
     ),
-    "qwen2_5_omni_token2wav": Recipe(reason=NO_FORWARD),
-    "qwen3_omni_moe": Recipe(reason=NO_FORWARD),
     "qwen3_omni_moe_talker_code_predictor": Recipe(inputs={"inputs_embeds": randn(3, 9, 64)}, without=("input_ids",)),
     "qwen4_exp": Recipe(config={f"text_config.{k}": v for k, v in QWEN4.items()}),
     "qwen4_exp_text": Recipe(config=QWEN4),
@@ -449,6 +457,7 @@ RECIPES: dict[str, Recipe] = {
     "sam_hq_prompt_encoder": MASKS,
     "sam_mask_decoder": Recipe(inputs=SAM),
     "sam_prompt_encoder": MASKS,
+    "sapiens2_head": Recipe(part=True, model="Sapiens2ForSemanticSegmentation"),
     "sapiens2": Recipe(
         config={
             "num_key_value_heads_per_layer": [4, 2],
@@ -456,7 +465,6 @@ RECIPES: dict[str, Recipe] = {
             "num_last_full_attention_layers": 1,
         }
     ),
-    "sapiens2_head": Recipe(reason=NO_PART),
     "seggpt": Recipe(
         config={"merge_index": 0, "intermediate_hidden_state_indices": [1], "image_size": [64, 32]},
         inputs={
@@ -480,7 +488,7 @@ RECIPES: dict[str, Recipe] = {
     "swin2sr": Recipe(
         config={"num_heads": [2, 2, 2, 2], "embed_dim": 32, "depths": [2, 2], "window_size": 4, "image_size": 16}
     ),
-    "t5_gemma_module": Recipe(reason=NO_PART),
+    "t5_gemma_module": PART,
     "t5gemma2_decoder": Recipe(
         config={"dropout_rate": 0.0},
         inputs={"encoder_hidden_states": randn(3, 7, 64), "encoder_attention_mask": ones(3, 7)},
@@ -504,7 +512,7 @@ RECIPES: dict[str, Recipe] = {
         inputs={"pixel_values": randn(3, 3, 32, 32), "patch_embeds": randn(3, 64, 4, 4)}
     ),
     "uvdoc": Recipe(reason="a convolutional net whose widths do not shrink; no attention"),
-    "vibevoice_diffusion": Recipe(reason=NO_PART),
+    "vibevoice_diffusion": PART,
     "video_llama_3": Recipe(inputs={"image_merge_sizes": lambda: torch.tensor([2, 2, 2])}),
     "video_llama_3_vision": Recipe(inputs={"merge_sizes": lambda: torch.tensor([2, 2, 2])}),
     "videomt": Recipe(inputs={"pixel_values_videos": randn(2, 2, 3, 32, 32)}),

@@ -7,6 +7,7 @@ in ``KNOWN_RED`` with the reason, and have to stay red until the entry goes: a m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from tests.sweep import check as checking
+from tests.sweep.axes import untrue, watch_inputs
+from tests.sweep.cases import build, inputs_of
 from tests.sweep.check import FLAT, Row, check
 from tests.sweep.classes import model_types
 from tests.sweep.pool import Worker, run_all
@@ -48,6 +51,8 @@ def test_a_type(model_type: str, implementation: str) -> None:
     if row.status == "unbuilt":
         assert row.reason, "not run, and no reason is given"
         assert model_type not in HARD, row.reason
+        if row.reason.startswith("needs "):
+            pytest.skip(row.reason)
         if model_type not in COVERAGE.unrun:  # an argument has another name, say, that the rules have to follow
             said = f"{model_type} ran for docs/coverage.md, and does not with transformers {HERE}: {row.reason}"
             (pytest.xfail if newer(HERE, COVERAGE.transformers) else pytest.fail)(said)
@@ -164,6 +169,41 @@ def test_a_wrong_record_makes_a_red_row(monkeypatch: pytest.MonkeyPatch) -> None
     row = check("bert", "eager")
     assert row.status == "red", row
     assert any("invariant" in p for p in row.problems)
+
+
+@pytest.mark.parametrize("pair", [(1, 2), (0, 1)], ids=["heads and queries", "batch and heads"])
+def test_exchanged_axes_are_seen(pair: tuple[int, int]) -> None:
+    """However consistent a record is with itself, the module knows its heads."""
+    model, config = build("gpt2", "eager")
+    inputs = inputs_of("gpt2", model, config)
+    trace = checking.hookattn.trace(model, inputs)
+    given = watch_inputs(model, lambda: model(**inputs))
+    assert untrue(model, config, trace, given) == []
+    trace[0].fields["weights"] = trace[0].weights.transpose(*pair)
+    assert [p.partition(":")[0] for p in untrue(model, config, trace, given)][:1] == ["axes"]
+
+
+def test_a_kind_and_a_layer_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = checking.hookattn.trace
+
+    def lies(*args: object, **kwargs: object) -> object:
+        trace = honest(*args, **kwargs)  # type: ignore[arg-type]
+        for call in trace:
+            call.site = dataclasses.replace(call.site, kind="self", layer=7 - call.index)
+        return trace
+
+    monkeypatch.setattr(checking.hookattn, "trace", lies)
+    row = check("t5", "eager")
+    assert {p.partition(":")[0] for p in row.problems} >= {"kind", "layer"}, row.problems
+
+
+def test_a_part_runs_in_the_model_that_builds_it() -> None:
+    row = check("t5_gemma_module", "eager")
+    assert (row.status, row.model) == ("green", "T5GemmaModel")
+
+
+def test_what_has_no_forward_runs_by_its_encoder() -> None:
+    assert check("chameleon_vqgan", "eager").calls == 1
 
 
 def test_a_call_that_is_left_out_makes_a_red_row(monkeypatch: pytest.MonkeyPatch) -> None:
