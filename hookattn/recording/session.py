@@ -32,9 +32,10 @@ from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
-from ..torch_internals.transforms import stands_for_others
+from ..torch_internals.transforms import outside, stands_for_others
 from .kinds import SiteKinds
 from .layouts import Layouts
+from .mapped import examples_as_batch
 from .pieces import Pieces
 from .room_check import Forward, RoomCheck, is_large
 from .selection import Selection
@@ -43,8 +44,8 @@ from .steps import Steps
 Sink = Callable[[Call], None]
 
 _TRANSFORMED = (
-    "it runs inside torch.vmap or functionalize, where a tensor stands for several and is gone when these end; call "
-    "the module itself, on a batch"
+    "it runs inside torch.func.functionalize, where tensors are plans that are gone when it ends; call the module "
+    "itself"
 )
 
 
@@ -371,9 +372,20 @@ class Session:
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
+        if stands_for_others(additive):  # :meth:`record` splits it, once it is known what it stands for
+            return additive, None
         return self._recorder.split(additive)
 
     def record(self, call: KernelCall) -> None:
+        """Take one call; what stands for several tensors at once, as those."""
+        if stands_for_others(call.v):
+            with outside():
+                plain = examples_as_batch(call, self._recorder.split)
+                if plain is not None:
+                    return self._record(plain)
+        return self._record(call)
+
+    def _record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
         asked, self._asked = self._asked, False
         if in_backward():  # a checkpointed part runs again; its first run was recorded

@@ -414,14 +414,15 @@ class Mapped(nn.Module):
         return y, q + 0
 
 
-def test_vmap_runs_as_without_a_trace() -> None:
-    # What is inside of it has no values of its own, so that none are recorded.
+def test_what_is_mapped_runs_as_without_a_trace_and_survives() -> None:
     model = Mapped()
     with torch.no_grad():
         expected = model(*drawn(B, H, T, D))
-        with hookattn.tracing(model):
+        with hookattn.tracing(model) as trace:
             found = model(*drawn(B, H, T, D))
     assert same_bits(found, expected)
+    (call,) = trace
+    assert same_bits((call.q, call.k, call.v), drawn(B, H, T, D)) and trace.faithful
 
 
 def test_function_transforms() -> None:

@@ -30,8 +30,11 @@ from hookattn.torch_internals import (
     function_modes,
     isolation,
     module_state,
+    operators,
     private,
+    scripted,
     tensor_identity,
+    transforms,
 )
 
 NAMES = {  # the piece of each private name, as its module looks it up
@@ -40,6 +43,8 @@ NAMES = {  # the piece of each private name, as its module looks it up
     compilation: ("_set_callback",),
     dispatch_modes: ("TorchDispatchMode", "tree_leaves"),
     fake_tensors: ("FakeTensor", "FakeTensorMode", *(f"IMPOSSIBLE[{i}]" for i in range(4))),
+    operators: ("_OVERLOAD", "_PACKET", "_HIGHER_ORDER"),
+    transforms: ("_is_batched", "_is_functional", "_is_wrapped", "_level", "_examples_dim", "_inner", "outside"),
     module_state: ("children_of", "parameters_of", "buffers_of", "pre_hooks_of"),
 }
 
@@ -220,6 +225,31 @@ def test_a_function_that_has_to_be_compiled_complains_only_where_frames_are_coun
         torch.compiler.reset()
 
 
+def test_operators_have_a_library_and_a_name() -> None:
+    for add in (torch.ops.aten.add.Tensor, torch.ops.aten.add):
+        assert operators.operator_name(add) == ("aten", "add")
+    assert operators.operator_name(torch.ops.higher_order.cond) == ("higher_order", "cond")
+    assert operators.operator_name(torch.add) is None
+    assert operators.argument_defaults("native_dropout") == {"input": None, "p": None, "train": None}
+
+
+def test_what_a_mapped_tensor_stands_for() -> None:
+    seen: list[Any] = []
+
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        assert transforms.stands_for_others(x)
+        with transforms.outside():
+            seen.append(transforms.examples({"x": x, "y": y}))
+        return (x * y).sum()
+
+    x, y = torch.rand(3, 4, 2), torch.rand(2)
+    torch.vmap(torch.vmap(torch.func.grad(one), (0, None)), (2, 0))(x, y)
+    ((found, counts),) = seen
+    assert counts == (2, 3) and not transforms.stands_for_others(found["x"])
+    assert torch.equal(found["x"], x.permute(2, 0, 1)) and torch.equal(found["y"], y[:, None])
+    assert not transforms.stands_for_others(x)
+
+
 def test_a_scripted_function_is_called_by_its_class() -> None:
     @torch.jit.script
     def double(x: Tensor) -> Tensor:
@@ -235,6 +265,9 @@ def test_a_scripted_function_is_called_by_its_class() -> None:
     finally:
         code_patching.remove(exchanges)
     assert double(torch.ones(1)).item() == 2
+    assert scripted.made_from(double)(torch.ones(1)).item() == 2  # type: ignore[misc]
+    method = torch.jit.script(nn.Linear(1, 1)).forward
+    assert type(method) is torch.ScriptMethod and scripted.made_from(method) is None and method.inlined_graph
 
 
 # ------------------------------------------------------------------------------------------------ frames

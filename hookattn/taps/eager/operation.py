@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ...torch_internals.transforms import stands_for_others
 from .axis_history import Origin
 from .entries import Entries
 from .states import ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
@@ -118,7 +119,7 @@ def number(value: Any) -> float | None:
     """A Python number, or the value of a one-element tensor; None for anything else."""
     if isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if isinstance(value, Tensor) and value.dim() == 0 and not stands_for_others(value):
         return float(value.item())
     return None
 
