@@ -42,7 +42,9 @@ _KINDS = ("svg", "pdf", "png", "html")
 @click.option("--step", type=int, help="The step of a generation; negative ones count from the last.")
 @click.option("--stack", help="encoder, decoder, vision, …")
 @click.option("--kind", help="self or cross.")
-@click.option("--field", type=click.Choice(("weights", "scores", "mask")), help="What is coloured; default: weights.")
+@click.option(
+    "--field", type=click.Choice(("weights", "applied", "scores", "mask")), help="What is coloured; default: weights."
+)
 @click.option("--scale", type=click.Choice(("linear", "log")), help="Of weights; default: linear.")
 @click.option(
     "--sink", type=click.Choice(("show", "drop", "renormalise")), help="What happens to the first key; default: show."

@@ -143,6 +143,8 @@ def test_both_kinds_of_weights_are_offered_and_it_says_which_are_shown(open_page
     shown = applied[0, 1][applied[0, 1].abs() >= 0.01 * applied[0, 1].abs().max()]
     assert sorted(values) == pytest.approx(sorted(shown.tolist()), rel=1e-6)
     assert "Shown is “applied”, what met the values" in page.locator(".ha").inner_text()
+    strongest = rows_of_table(page)[0][2]
+    assert strongest == pytest.approx(float(applied[0, 1].min()), rel=1e-6), "the farthest from 0, below it"
     page.evaluate("viewer.set({view: 'matrix'})")
     page.locator(".plane canvas").wait_for()
     assert "applied of head 1" in (page.locator(".plane").inner_html())

@@ -1,7 +1,7 @@
 /** The current selection as text: a sentence for a screen reader, and a table of its strongest pairs. */
 import { type App, current, focus, stored } from "../app";
 import { type Axes, type Axis } from "../data/labels";
-import { fieldOf } from "../data/kinds";
+import { fieldOf, mayBeNegative } from "../data/kinds";
 import { at, type Matrix } from "../data/matrix";
 import { presented } from "../data/presented";
 import { shownHead } from "../data/shown";
@@ -32,7 +32,12 @@ export function Table({ app }: { app: App }) {
     async (signal) => {
       const { matrix: read } = await shownHead(app.trace, call, field, batch, stored(call, head));
       const matrix = presented(read, field, sink, filter, axes);
-      return { pairs: await strongest(matrix, query, key, new Slices(10, signal)), axes, field, head };
+      // Of weights of either sign the strongest are those farthest from 0; scores outscore each other as they are.
+      const far = field !== "scores" && mayBeNegative(call, field);
+      const sizes = far ? { ...matrix, data: matrix.data.map(Math.abs) } : matrix;
+      const found = await strongest(sizes, query, key, new Slices(10, signal));
+      const pairs = found.map((p) => ({ ...p, value: at(matrix, p.query, p.key) }));
+      return { pairs, axes, field, head };
     },
     [app, call, head, query, key, field, sink, filter, batch],
   );

@@ -157,7 +157,7 @@ function Head({ app }: { app: App }) {
             : key !== null
               ? `to key ${name(keys, key)}`
               : `${value.links.length} lines, which carry ${percent(value.share)} of ` +
-                `${value.shares ? "the attention" : `the size of all ${value.field}`} of ` +
+                `${value.shares ? "the attention" : "the size of all weights"} of ` +
                 `${heads.length === 1 ? "this head" : "these heads"}; ` +
                 (unit > 1 ? `the strongest line is ${number(unit)}; ` : "") +
                 (value.links.some((l) => l.value < 0) ? "dotted lines are negative; " : "") +
