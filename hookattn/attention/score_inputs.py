@@ -57,8 +57,9 @@ class ScoreInputs:
         """Of a call as its tap saw it, restricted; without q and k, of one that has scores of its own."""
         q, k, scores = call.q, call.k, call.scores
         if not call.is_product and scores is not None:
-            # What is scored by itself needs vectors for their extents alone.
-            q, k = scores.new_empty(*scores.shape[:3], 0), scores.new_empty(*call.v.shape[:3], 0)
+            # What is scored by itself needs vectors for their extents alone: one number stands for all.
+            one = scores.new_zeros(1, 1, 1, 1)
+            q, k = one.expand(*scores.shape[:3], 1), one.expand(*call.v.shape[:3], 1)
         return cls(
             q,
             k,
