@@ -39,16 +39,18 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     in the first step alone (an encoder, a vision tower) stays as it is. Fields are put together when they are read, and
     of a part (``call.at``) that part alone.
 
-    The empty end of a static cache is left out; keys that fell out of a sliding window are taken from the steps that
-    had them; candidates that assisted decoding took back are dropped. Rows that beam search reordered are followed back
+    The empty end of a static cache is left out; keys that fell out of a sliding window, or that a cache dropped from
+    among others, are taken from the steps that had them; candidates that assisted decoding took back are dropped. Where
+    the keys of a step stand is told by those of the step before, which they are compared with (or their values, if a
+    cache turns its keys). Rows that beam search reordered are followed back
     by their cached keys, so ``k`` has to be captured wherever there is more than one row.
 
     Args:
         trace: a trace of one generation, from its first forward on.
         beams: ``beam_indices`` as ``generate(num_beams=…, return_dict_in_generate=True, output_scores=True)`` returns
             it (N sequences × generated tokens, −1 after the end): gives the N returned sequences, whose rows after the
-            end attend to nothing. False: rows keep their places, which is not checked. None: the keys tell; gives the
-            rows of the last step.
+            end attend to nothing. False: rows keep their places, which is checked where keys were captured. None: the
+            keys tell; gives the rows of the last step.
         length: how many positions are kept. For assisted decoding one less than the final sequence has: candidates that
             were rejected after the last forward are still in the trace, which can't know it.
 
@@ -56,7 +58,8 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
         A trace of the same class with one call a site, all in step 0.
 
     Raises:
-        StitchError: the steps are no one generation, a step or a layer is missing, or query rows were left out.
+        StitchError: the steps are no one generation, a step or a layer is missing (some models leave early), query rows
+            were left out, or a cache dropped keys and which ones can't be told.
         FieldNotCaptured: a field that tells how the steps fit together is not there; names the ``capture=``.
     """
     if not trace.calls:
@@ -98,7 +101,8 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
     made = [replace(calls[0], step=0) for calls in once]
     if not rest:
         return made
-    for calls in rest:
+    layers = {(_series(calls[0].site.path), calls[0].site.kind) for calls in rest}
+    for calls in (*(c for c in once if (_series(c[0].site.path), c[0].site.kind) in layers), *rest):
         ran = [c.step for c in calls]
         if ran != steps:
             raise StitchError(
@@ -114,8 +118,28 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
     spans, rows = _spans(lineage, end), _rows_of_steps(lineage, beams, stack)
     for n, calls in enumerate(rest):
         followed = beams is None and lineage.exact
-        made.append(_Site(calls, [p[n] for p in lineage.places], spans, rows, end, lineage.exact, followed).call())
+        site = _Site(calls, [p[n] for p in lineage.places], spans, rows, end, lineage.exact, followed)
+        made.append(site.call(_about_positions(lineage, n)))
     return made
+
+
+def _about_positions(lineage: Lineage, site: int) -> list[str]:
+    """What the keys told of positions that one forward would not tell."""
+    said = []
+    if lineage.taken_back:
+        said.append(
+            f"positions {', '.join(f'{r.start} to {r.stop - 1}' for r in lineage.taken_back[:4])}"
+            f"{', …' if len(lineage.taken_back) > 4 else ''} are taken as fed in vain and fed anew: their keys, which "
+            "were the last, were gone in the step after"
+        )
+    if not all(places[site].gapless for places in lineage.places):
+        said.append("keys that its cache dropped between others are masked in the steps after")
+    return said
+
+
+def _series(path: str) -> tuple[str, ...]:
+    """What the paths of the layers of one series have in common."""
+    return tuple("" if part.isdigit() else part for part in path.split("."))
 
 
 def _has_cache(call: Call) -> bool:
@@ -180,7 +204,7 @@ class _Site:
     followed: bool
     _known_shapes: dict[str, list[Size | None]] = field(default_factory=dict, init=False)
 
-    def call(self) -> Call:
+    def call(self, notes: Sequence[str]) -> Call:
         first = self.calls[0]
         for name in _SAME_IN_EVERY_STEP:
             values = [getattr(c, name) for c in self.calls]
@@ -194,6 +218,7 @@ class _Site:
             basis=joint_basis(self.calls),
             notes=(
                 *dict.fromkeys(n for c in self.calls for n in c.notes),
+                *notes,
                 stitching_note(len(self.calls)),
             ),
             certificate=joined([c.certificate for c in self.calls]),
@@ -353,10 +378,15 @@ class _Site:
             if not columns:
                 out[:, :, where] = x
                 continue
-            reach = min(place.offset + place.slots, out.shape[3])
+            reach = out.shape[3]
             if stop < place.first + place.queries and not self._crosses:
                 reach = min(reach, stop)  # the keys behind it were taken back
-            out[:, :, where, place.offset : reach] = x[..., : reach - place.offset]
+            if isinstance(place.at, range):
+                reach = min(place.at.stop, reach)
+                out[:, :, where, place.at.start : reach] = x[..., : reach - place.at.start]
+            else:
+                own_columns = [c for c, position in enumerate(place.at) if position < reach]
+                out[:, :, where, [place.at[c] for c in own_columns]] = x[..., own_columns]
         assert out is not None
         return out
 
@@ -365,9 +395,9 @@ class _Site:
             return _taken_rows(self._of_step(0, name, None, None), self.rows[0])
         parts = []
         for i, positions in self._stretches(name):
-            x, offset = self._of_step(i, name, None, None), self.places[i].offset
+            x = self._of_step(i, name, None, None)
             assert x is not None
-            parts.append(_taken_rows(x[:, :, positions.start - offset : positions.stop - offset], self.rows[i]))
+            parts.append(_taken_rows(x[:, :, self.places[i].columns(positions)], self.rows[i]))
         return torch.cat(parts, 2)
 
     def _stretches(self, name: str) -> list[tuple[int, range]]:
@@ -375,7 +405,8 @@ class _Site:
         found: list[tuple[int, range]] = []
         for i, start, stop in reversed(self.spans):
             later, positions = found[-1] if found else (i, range(stop, stop))
-            if found and self.places[later].offset <= start and self._goes_on(i, later, name):
+            has_all = self.places[later].gapless and self.places[later].at[0] <= start
+            if found and has_all and self._goes_on(i, later, name):
                 found[-1] = later, range(start, positions.stop)
             else:
                 found.append((i, range(start, stop)))

@@ -617,3 +617,242 @@ def test_the_keys_of_a_growing_cache_are_read_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(KeyHistory, "keys", watched)
     assert torch.equal(call.k, trace[-2].k) and read == 2, "once for the stitched ones, and once for the last step's"
+
+
+# ------------------------------------------------------------------------------------------------ caches that drop keys
+
+
+class Turned(nn.Module):
+    """One layer that attends by rotary positions over a cache, which a test may do to what it likes."""
+
+    def __init__(self, rotary: bool = True, layers: int = 2, heads: int = 2, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(30, heads * width)
+        self.layers = nn.ModuleList(TurnedLayer(rotary, heads, width) for _ in range(layers))
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, upto: int | None = None) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers[:upto]:
+            x = x + layer(x, positions, mask)
+        return x
+
+    def empty(self) -> None:
+        for layer in self.layers:
+            layer.keys = layer.values = None
+
+
+class TurnedLayer(nn.Module):
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    arrange: list[int] | None = None
+
+    def __init__(self, rotary: bool, heads: int, width: int) -> None:
+        super().__init__()
+        self.rotary, self.heads = rotary, heads
+        self.qkv = nn.Linear(heads * width, 3 * heads * width)
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        if not self.rotary:
+            return x
+        half = x.shape[-1] // 2
+        angles = positions[:, None] * 0.5 ** torch.arange(half)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        q, k = self.turn(q, positions), self.turn(k, positions)
+        if self.keys is not None:
+            k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        if self.arrange is not None:
+            k, v = k[:, :, self.arrange], v[:, :, self.arrange]
+        self.keys, self.values = k, v
+        causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal if mask is None else mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+TOKENS = torch.tensor([[3, 4, 5, 3, 6, 7, 8, 3, 9, 10, 11, 12], [5, 4, 3, 3, 8, 7, 2, 3, 1, 10, 13, 12]])
+
+
+def with_evictions(
+    model: Any, drops: dict[int, Any], capture: Any = None, rows: int = 2, prompt: int = 8
+) -> tuple[hookattn.Trace, dict[int, list[int]]]:
+    """One token a step after a prompt; before some, every layer's cache is cut by ``drops``.
+
+    Returns:
+        The trace, and for each query the positions of the keys that it had.
+    """
+    model.empty()
+    there: list[int] = []
+    seen: dict[int, list[int]] = {}
+    with torch.no_grad(), hookattn.tracing(model, capture=capture, verify="full") as trace:
+        for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, TOKENS.shape[1]))]:
+            if start in drops:
+                kept = drops[start](len(there))
+                there = [there[i] for i in kept]
+                for layer in model.layers:
+                    layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+            for i in range(start, stop):
+                there.append(i)
+                seen[i] = list(there)
+            model(TOKENS[:rows, start:stop], torch.arange(start, stop))
+    return trace, seen
+
+
+def check_positions(trace: hookattn.Trace, whole: hookattn.Trace, seen: dict[int, list[int]]) -> None:
+    """Every weight of every step is where its key was, and nothing else is anywhere."""
+    n = len(seen)
+    for site in whole:
+        assert site.weights.shape[-2:] == (n, n)
+        wanted = torch.zeros_like(site.weights)
+        masks = torch.zeros(n, n, dtype=torch.bool)
+        for step in trace.select(path=site.site.path):
+            t = step.q.shape[2] if step.has("q") else step.weights.shape[2]
+            first = 0 if step.step == 0 else 7 + step.step
+            for row in range(t):
+                at = seen[first + row]
+                wanted[:, :, first + row, at] = step.weights[:, :, row, : len(at)]
+                masks[first + row, at] = True
+        assert torch.allclose(site.weights, wanted, atol=1e-6)
+        if site.has("mask"):
+            assert torch.equal(site.mask.expand(1, 1, n, n)[0, 0], masks)
+        if site.has("k") and site.has("v"):
+            assert site.k.shape[2] == site.v.shape[2] == n
+            assert torch.allclose(site.weights @ site.v, site.output, atol=1e-5)
+
+
+SINKS = {
+    "sinks and a window": {8: lambda n: [0, 1, *range(n - 3, n)]},
+    "twice": {8: lambda n: [0, 1, *range(n - 3, n)], 10: lambda n: [0, *range(n - 2, n)]},
+    "at every step": {i: lambda n: [0, *range(n - 4, n)] for i in range(8, 12)},
+    "here and there": {9: lambda n: [1, 2, 5, 8]},
+    "a window alone": {8: lambda n: range(n - 4, n)},
+}
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("drops", SINKS.values(), ids=SINKS)
+@pytest.mark.parametrize("beams", [None, False])
+def test_dropped_keys_stand_where_they_were(drops: Any, beams: Any, rotary: bool) -> None:
+    """Without positions two tokens that are the same have the same key in the first layer: the second tells them."""
+    trace, seen = with_evictions(Turned(rotary), {i: lambda n, f=f: list(f(n)) for i, f in drops.items()})
+    check_positions(trace, trace.stitch(beams=beams), seen)
+
+
+def test_keys_that_a_cache_turns_are_told_by_their_values() -> None:
+    model = Turned()
+
+    def drop(n: int) -> list[int]:
+        kept = [0, 1, *range(n - 3, n)]
+        for layer in model.layers:  # each stands where its place in the cache is, from now on
+            turned = layer.turn(layer.keys.clone(), torch.zeros(n) - torch.arange(n) + torch.arange(n) * 0.5)
+            layer.keys = turned
+        return kept
+
+    trace, seen = with_evictions(model, {8: drop})
+    check_positions(trace, trace.stitch(beams=False), seen)
+
+
+@pytest.mark.parametrize("capture", [("weights",), ("q", "weights", "mask")])
+def test_without_keys_and_values_dropped_keys_are_nowhere(capture: Any) -> None:
+    trace, _ = with_evictions(Turned(), {8: lambda n: [0, 1, *range(n - 3, n)]}, capture=capture)
+    for beams in (None, False):
+        with pytest.raises(FieldNotCaptured, match=r"capture=\(.*'k'\)"):
+            trace.stitch(beams=beams)
+    trace, seen = with_evictions(Turned(), {8: lambda n: [0, 1, *range(n - 3, n)]}, capture=("weights", "v"), rows=1)
+    check_positions(trace, trace.stitch(), seen)
+
+
+def test_heads_that_keep_other_keys_are_refused() -> None:
+    model = Turned()
+
+    def drop(n: int) -> list[int]:
+        for layer in model.layers:
+            layer.keys[:, 1] = layer.keys[:, 1].roll(1, 1)
+            layer.values[:, 1] = layer.values[:, 1].roll(1, 1)
+        return [0, 1, *range(n - 3, n)]
+
+    trace, _ = with_evictions(model, {8: drop})
+    for beams in (None, False):
+        with pytest.raises(StitchError, match=r"has dropped keys before step 1, and which ones"):
+            trace.stitch(beams=beams)
+
+
+def test_keys_whose_last_are_gone_are_taken_as_taken_back_and_it_is_said() -> None:
+    trace, _ = with_evictions(Turned(), {8: lambda n: list(range(5))})
+    whole = trace.stitch()
+    assert whole[0].weights.shape[-1] == 9
+    assert any("positions 5 to 7 are taken as fed in vain" in note for note in whole[0].notes)
+    trace, _ = with_evictions(Turned(), {8: lambda n: [0, 1, 4]})
+    with pytest.raises(StitchError, match="which ones can't be told"):
+        trace.stitch(beams=False)
+
+
+def test_layers_that_drop_different_keys() -> None:
+    model = Turned()
+    model.empty()
+    keep = {0: [0, 5, 6, 7], 1: [0, 1, 2, 3, 4, 5, 6, 7]}
+    with torch.no_grad(), hookattn.tracing(model) as trace:
+        model(TOKENS[:, :8], torch.arange(8))
+        for i, layer in enumerate(model.layers):
+            layer.keys, layer.values = layer.keys[:, :, keep[i]], layer.values[:, :, keep[i]]
+        model(TOKENS[:, 8:9], torch.arange(8, 9))
+    for beams in (None, False):
+        for i, call in enumerate(trace.stitch(beams=beams)):
+            assert call.mask.expand(1, 1, 9, 9)[0, 0, 8].nonzero().flatten().tolist() == [*keep[i], 8]
+            last = trace.select(step=1)[i].weights[:, :, 0]
+            assert torch.allclose(call.weights[:, :, 8][..., [*keep[i], 8]], last, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ packed; early exits
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("beams", [None, False])
+def test_packed_sequences(between: bool, beams: Any) -> None:
+    """Two sequences in one row, each goes on by a token a step; new keys stand behind all others, or behind theirs."""
+    model = Turned()
+    tokens = TOKENS[:1]
+    sequence = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1])
+    positions = torch.tensor([0, 1, 2, 0, 1, 3, 2, 4, 3])
+    with torch.no_grad():
+        model.empty()
+        order = list(range(5))
+        with hookattn.tracing(model) as trace:
+            for start, stop in ((0, 5), (5, 7), (7, 9)):
+                new = list(range(start, stop))
+                cached = order if start else []
+                own = torch.tensor([*cached, *new])
+                mask = (sequence[new][:, None] == sequence[own]) & (torch.tensor(new)[:, None] >= own)
+                if between and start:  # the layer's cache holds the sequences one behind the other
+                    sorted_order = sorted(range(len(own)), key=lambda i: (int(sequence[own[i]]), int(own[i])))
+                    for layer in model.layers:
+                        layer.arrange = sorted_order
+                    mask = mask[:, sorted_order]
+                model(tokens[:, new], positions[new], mask[None, None])
+                order = [int(i) for i in own]
+                if between and start:
+                    order = [order[i] for i in sorted_order]
+        model.empty()
+        for layer in model.layers:
+            layer.arrange = None
+        mask = (sequence[:, None] == sequence) & torch.ones(9, 9, dtype=torch.bool).tril()
+        once = hookattn.trace(model, (tokens[:, :9], positions, mask[None, None]))
+    for mine, other in zip(trace.stitch(beams=beams), once, strict=True):
+        assert torch.equal(mine.mask.expand(1, 1, 9, 9), other.mask.expand(1, 1, 9, 9))
+        assert torch.allclose(mine.weights, other.weights, atol=1e-5)
+        assert torch.allclose(mine.k, other.k, atol=1e-5)
+
+
+@pytest.mark.parametrize("upto", [[None, 1, 1], [None, 1, None], [1, None, None], [1, 1, None]])
+def test_layers_that_are_left_out_of_some_steps_are_refused(upto: list[int | None]) -> None:
+    model = Turned()
+    model.empty()
+    with torch.no_grad(), hookattn.tracing(model) as trace:
+        for start, stop, layers in zip((0, 8, 9), (8, 9, 10), upto, strict=True):
+            model(TOKENS[:, start:stop], torch.arange(start, stop), upto=layers)
+    for beams in (None, False):
+        with pytest.raises(StitchError, match=r"layers\.1 .*is there in steps .*only now and then"):
+            trace.stitch(beams=beams)
