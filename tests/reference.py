@@ -414,11 +414,13 @@ def trace_checked(
     seed: int = 0,
     buffers: bool = True,
     warns: bool = False,
+    guesses: bool = False,
     **options: Any,
 ) -> Any:
     """Trace, and prove on the way that nothing changed: outputs, random state, model and torch are as without it.
 
-    ``warns``: whether the library may warn (a part that cannot be read, a call over tolerance).
+    ``warns``: whether the library may warn (a part that cannot be read, a call over tolerance); ``guesses``: whether
+    it has to say, once, that it guessed an axis.
     """
     torch.manual_seed(seed)
     plain = run(model, inputs)
@@ -431,8 +433,11 @@ def trace_checked(
     assert torch.equal(torch.get_rng_state(), random_state), "the trace moved the random state"
     assert same_bits(result.output, plain), "the outputs are not bit-identical with and without the trace"
     assert_untouched(model, before, buffers=buffers)
+    said = [w for w in caught if w.category.__name__ == "GuessedAxesWarning"]
+    assert len(said) == guesses or warns, f"{len(said)} warnings of guessed axes, expected {int(guesses)}"
     if not warns:
-        own = [str(w.message) for w in caught if w.category.__module__.split(".")[0].startswith("hookattn")]
+        theirs = [w for w in caught if w not in said]
+        own = [str(w.message) for w in theirs if w.category.__module__.split(".")[0].startswith("hookattn")]
         assert not own, f"unexpected warnings: {own}"
     return result
 

@@ -266,6 +266,8 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     roles = Roles(product, layout[-1])
     if not layout[-1]:
         roles.keys = "b"
+    if not first_is_batch:  # what is not known to be heads is batch, by the kernel's own word
+        call.basis = {x: "kernel" if x in "TS" or x in roles.guessed else "followed" for x in "BHTSG"}
     if first_is_batch:
         roles.heads = {a for a in roles.heads if a not in layout[0]} | {a for dim in layout[1:-2] for a in dim}
     call.q = arrange(q, product.operand_factors("a", roles), "BHTD")

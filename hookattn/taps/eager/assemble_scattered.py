@@ -135,7 +135,7 @@ class _ScatteredCall:
 
     def _made(self, out: Tensor, output: Tensor, v: Tensor, own: Tensor, applied: Tensor) -> KernelCall:
         layout, root = self.layout, self.layout.root
-        b, h = layout.heads()
+        b, h = layout.n // layout.heads, layout.heads
         t, s = layout.t, layout.s
         rows, laid = layout.rows.flatten(), layout.laid
         q = layout.q[rows].view(b, h, t, -1)
@@ -157,6 +157,7 @@ class _ScatteredCall:
             weights=layout.spread(own).view(b, h, t, s).to(out.dtype),
             dropout=dropout,
             softmax_dtype=root.out.dtype,
+            basis={x: "guessed" if x in layout.guessed else "followed" for x in "BHTSG"},
         )
         if dropout:
             call.applied = layout.spread(applied).view(b, h, t, s)

@@ -46,11 +46,12 @@ class Atom:
         step: how many entries of the parent's line lie between two of its own: of two parts of one atom, the outer has
             the larger.
         maps: what identifies the learned maps that made it.
+        through: of a width that a learned map made of another, that other: a map of each head by itself.
         beside: the roots of other sequences that were laid end to end with it; inherited by its parts.
     """
 
     birth: Birth
-    __slots__ = ("beside", "birth", "maps", "parent", "repeated", "role", "root", "size", "step")
+    __slots__ = ("beside", "birth", "maps", "parent", "repeated", "role", "root", "size", "step", "through")
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Atom:
         self.root: Atom = self if before is None else before.root
         self.maps: frozenset[Any] = maps if before is None else before.maps
         self.beside: frozenset[Atom] = frozenset() if before is None else before.beside
+        self.through: Atom | None = None if before is None else before.through
         self.step: int = step if step is not None else 1 if before is None else before.step
         if before is not None and role is None:
             self.role = before.role
@@ -273,7 +275,10 @@ def mapped(layout: Layout, shape: tuple[int, ...], args: tuple[int, Any]) -> Lay
         return fresh(shape)
     dim, map_ = args[0] % len(shape), args[1]
     birth = mapped_birth(layout[dim], [a for i, d in enumerate(layout) if i != dim for a in d])
-    new = (Atom(shape[dim], birth=birth, maps=frozenset((map_,))),)
+    made = Atom(shape[dim], birth=birth, maps=frozenset((map_,)))
+    if layout[dim] and layout[dim][-1].parent is not None:
+        made.through = layout[dim][-1]
+    new = (made,)
     return tuple(new if i == dim else _resize(d, shape[i]) for i, d in enumerate(layout))
 
 
@@ -307,6 +312,7 @@ def broadcast(layout: Layout, shape: tuple[int, ...], parts: Sequence[Origin]) -
     out = []
     for i, n in enumerate(shape):
         having = [one[i] for one in aligned if one[i] and math.prod(a.size for a in one[i]) == n]
+        having.sort(key=lambda dim: any(a.repeated for a in dim))  # copies say least of what an axis is
         out.append(having[0] if having else fresh((n,))[0])
     return tuple(out)
 
@@ -319,14 +325,19 @@ def surrounded(layout: Layout, shape: tuple[int, ...], where: Sequence[int | Non
 def repeat(layout: Layout, shape: tuple[int, ...], counts: Sequence[int]) -> Layout:
     """``tensor.repeat``: copies of the whole, so the repeated atom comes first."""
     old = ((),) * (len(shape) - len(layout)) + layout
-    return tuple(((Atom(r, repeated=True),) if r > 1 else ()) + dim for dim, r in zip(old, counts, strict=True))
+    return tuple(
+        (Atom(r, repeated=True), *(a for a in dim if a.size != 1)) if r > 1 else dim
+        for dim, r in zip(old, counts, strict=True)
+    )
 
 
 def interleave(layout: Layout, shape: tuple[int, ...], args: tuple[int, int]) -> Layout:
     """``repeat_interleave``: copies of each entry, so the repeated atom comes last."""
     dim, count = args
-    extra = (Atom(count, repeated=True),) if count > 1 else ()
-    return tuple(d + extra if i == dim else d for i, d in enumerate(layout))
+    if count == 1:
+        return layout
+    copies = Atom(count, repeated=True)
+    return tuple((*(a for a in d if a.size != 1), copies) if i == dim else d for i, d in enumerate(layout))
 
 
 def resized(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:

@@ -108,6 +108,8 @@ class Follower(TorchFunctionMode):
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
         self.interpreting = False
+        # The last product that was broadcast to the shape of one operand, and its operands.
+        self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, handler, special, kind = self.operations.get(func) or self._operation(func)
@@ -218,10 +220,19 @@ class Follower(TorchFunctionMode):
 
     def _pair(self, name: str, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """An operation on two tensors ran: each may have been paired with each entry of the other."""
-        if type(out) is not Tensor or len(args) < 2 or out.dim() < 3 - (kind.arithmetic is None):
+        if type(out) is not Tensor or not args:
+            return
+        if name == "sum":
+            self._summed_product(kind, args, kwargs, out)
+            return
+        if len(args) < 2 or out.dim() < 3 - (kind.arithmetic is None):
             return
         a, b = args[0], args[1]
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or out.shape in (a.shape, b.shape):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape == b.shape:
+            return
+        if out.shape in (a.shape, b.shape) and kind.arithmetic is not None:
+            if kind.arithmetic == "mul":
+                self._multiplied = weakref.ref(out), weakref.ref(a), weakref.ref(b)
             return
         if not out.is_floating_point() or not (strided(a) and strided(b)):
             return
@@ -249,6 +260,21 @@ class Follower(TorchFunctionMode):
             keep_finite=self.recorder.wants("scores"),
             results=ran.out,
         )
+
+    def _summed_product(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+        """A sum over the product of vectors with one vector, that was made just before: scores of one query or key."""
+        x, a, b = (ref() for ref in self._multiplied) if self._multiplied is not None else (None, None, None)
+        if x is not args[0] or a is None or b is None or not out.is_floating_point():
+            return
+        with torch.no_grad():
+            pairs = paired("mul", "mul", a, b, x, self.origin(a), self.origin(b), alone=True)
+            if not isinstance(pairs, Pairwise):
+                return
+            ran = _Ran("sum", kind, torch.sum, args, kwargs, out)
+            new = next_state(self._operation_on(_Followed(0, x, pairs), ran, out, self.origin(out)))
+            if isinstance(new, Scores):
+                self.set_origin(out, new.origin)
+                self.set_state(out, new)
 
     def _after(self, ran: _Ran, found: _Followed) -> None:
         """An operation on a part of an attention ran, and made a new tensor or several."""

@@ -251,12 +251,13 @@ _ROWS: dict[str, Row] = {
     "amax": Row(rules={Scores: weight_rules.row_maximum}),
     "logsumexp": Row(rules={Scores: weight_rules.row_logsumexp, ScatteredScores: weight_rules.row_logsumexp}),
     "sum": Row(
+        pairs=True,
         rules={
             Exponentials: weight_rules.row_sum,
             Scores: weight_rules.row_total,
             Pairwise: pairwise.summed_pairs,
             WeightedValues: weight_rules.summed_values,
-        }
+        },
     ),
     "mean": Row(rules={Pairwise: pairwise.summed_pairs}),
     "norm linalg_vector_norm": Row(rules={Pairwise: pairwise.summed_pairs}),

@@ -105,6 +105,7 @@ class Product:
         self.axes: dict[Atom, Axis] = {}
         self.matched: dict[Label, list[MatchedAtoms]] = {}
         self.contracted = [x for x in self.la if x in self.lb and x not in self.lo]
+        self._layout: Layout | None = None
         self.single: dict[Atom, Label] = {}
         self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
         self.given: Callable[[], str | None] | None = None
@@ -138,10 +139,12 @@ class Product:
         self.versions = (version_of(self.a), version_of(self.b))
 
     def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:
-        """The layout of the result; fills :attr:`axes` and :attr:`matched`.
+        """The layout of the result, worked out once; fills :attr:`axes` and :attr:`matched`.
 
         It has the signature of the functions of :mod:`.axis_history`: the result's origin calls it, if ever.
         """
+        if self._layout is not None:
+            return self._layout
         layout_a, layout_b = (_valid(o.full(), t) for o, t in ((self.origin_a, self.a), (self.origin_b, self.b)))
         dims_a, dims_b = dict(zip(self.la, layout_a, strict=True)), dict(zip(self.lb, layout_b, strict=True))
         width_a, width_b = ([a for x in self.contracted for a in d[x]] for d in (dims_a, dims_b))
@@ -179,7 +182,8 @@ class Product:
                 shapes = f"{tuple(self.a.shape)} and {tuple(self.b.shape)}"
                 raise LayoutError(f"the axes of a product of {shapes} do not fit")
             out.append(tuple(atoms))
-        return tuple(out)
+        self._layout = tuple(out)
+        return self._layout
 
     def _made(self) -> _Made | None:
         """What a learned map makes, where one operand is made of parameters alone and the other is not."""
@@ -333,6 +337,8 @@ class Roles:
             self.heads.update(a for a in rest if a.role == "H" or (a.role is None and axes[a].head))
             # What both have, one by copies and one by a parameter, is no batch: nothing that was given lies along it.
             self.heads.update(a for a in shared if a.role is None and self._learned_alone(a))
+            if not self.heads:  # the width of each head went through one more map, which all of them share
+                self.heads.update(a for a in rest if a.role is None and self._beside_mapped_width(a, known_queries))
             # Features of another line: heads whose width went through one more map, or tokens that were made of
             # features. They are tokens where the heads of their operand are known.
             other = [a for a in rest if a.role is None and a not in self.heads and self._feature(a)]
@@ -342,6 +348,19 @@ class Roles:
                 self.guessed.update("BHTG")
         if not self.given:
             self._doubts(mine, shared, known_queries)
+
+    def _beside_mapped_width(self, atom: Atom, known_queries: set[Atom]) -> bool:
+        """Whether an atom was split from one dimension with what a map then made the width of.
+
+        So are tokens that were made of features. What both operands have is none of these, nor is what lies beside
+        queries that are known.
+        """
+        axis, widths = self.product.axes[atom], self.product.widths
+        if axis.side != "batch" and not known_queries:
+            return False
+        before = [a.through for x in ("a", "b") for a in widths[x] if a.through is not None]
+        parents = {p for a in before for p in a.lineage()}
+        return any(p in parents for s in axis.sources for p in s.lineage())
 
     def _learned_alone(self, atom: Atom) -> bool:
         sources = self.product.axes[atom].sources

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...torch_internals.tensor_identity import address_of
-from .products import Label, LayoutError, Product, mixes_heads
+from .products import Label, LayoutError, Product
 from .states import ScatteredSoftmax
 
 # A row is told by its address. Heads that share their keys by broadcasting (a stride of 0) have the same addresses, and
@@ -49,6 +50,8 @@ class ScatteredLayout:
         key: R C, the number of the key.
         at: R, where the row goes among the sorted rows.
         n, t, s: batch entries times heads, queries, keys.
+        heads: how many of the ``n`` are heads of one batch entry.
+        guessed: the letters of the axes that are guessed.
     """
 
     def __init__(self, root: ScatteredSoftmax):
@@ -67,6 +70,9 @@ class ScatteredLayout:
         self.live = (numbers >= 0) & (self.own > -torch.inf)
         if not bool(self.live.any(-1).all()):
             raise LayoutError("a row of scores that were moved about is of no query")
+        self.guessed: set[str] = set()
+        heads = torch.full_like(numbers, -1)  # of every entry
+        self.heads = 1
         q: list[tuple[Tensor, Tensor]] = []
         address, vector = torch.full_like(numbers, -1), torch.full_like(numbers, -1)
         self.vectors: list[Tensor] = []
@@ -76,21 +82,50 @@ class ScatteredLayout:
             mine = self.live & (numbers >= start) & (numbers < start + n)
             if not bool(mine.any()):
                 continue
-            queries, keys = self._sides(product, (numbers - start).clamp(0, n - 1), mine)
+            at = (numbers - start).clamp(0, n - 1)
+            queries, keys, of_keys = self._sides(product, at, mine)
+            heads = torch.where(mine, self._head_of(product, of_keys)[at], heads)
             q.append((mine.any(-1), queries))
             address, vector = torch.where(mine, keys[0], address), torch.where(mine, keys[1] + held, vector)
             self.vectors.append(keys[2])
             held += len(keys[2])
         self.q = self._queries(q)
         self.key, self.count, self.keep = self._number(address, vector)
-        self._lay()
+        self._lay(heads)
 
     def rowwise(self, x: Tensor) -> Tensor:
         """Like the softmax's argument to R C."""
         return x.movedim(self.root.dim, -1).reshape(-1, self.columns)
 
-    def _sides(self, product: Product, at: Tensor, mine: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """R D, the queries, and of the keys: their addresses and numbers, R C, and their vectors."""
+    def _head_of(self, product: Product, keys: Literal["a", "b"]) -> Tensor:
+        """For every entry of a product, flat: the number of its head."""
+        product.layout(product.shape)
+        mine, other = (product.la, product.lb) if keys == "a" else (product.lb, product.la)
+        own = [x for x in product.lo if x in mine and x not in other]
+        roles = product.roles(tuple(a for x in own for a in product.atoms_of(x)))
+        self.guessed |= roles.guessed
+        heads = roles.heads_in_order()
+        self.heads = math.prod(a.size for a in heads)
+        step, steps = 1, {}
+        for atom in reversed(heads):
+            steps[atom] = step
+            step *= atom.size
+        device = self.own.device
+        number = torch.zeros((1,) * len(product.lo), dtype=torch.long, device=device)
+        for i, label in enumerate(product.lo):
+            place = torch.arange(product.shape[i], device=device)
+            inner = product.shape[i]
+            for atom in product.atoms_of(label):
+                inner //= atom.size
+                if atom in steps:
+                    view = [-1 if j == i else 1 for j in range(len(product.lo))]
+                    number = number + (place // inner % atom.size * steps[atom]).view(view)
+        return number.expand(product.shape).flatten()
+
+    def _sides(
+        self, product: Product, at: Tensor, mine: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Literal["a", "b"]]:
+        """R D, the queries, and of the keys: their addresses and numbers, R C, their vectors; and their side."""
         if not product.untouched:
             raise LayoutError("q or k was written to between the score product and its use")
         sides = []
@@ -105,7 +140,7 @@ class ScatteredLayout:
                 if sum(y in label and y not in (product.lb if a == 0 else product.la) for y in product.lo) > 1:
                     raise LayoutError("heads and queries of scores that were moved about can't be told apart")
                 row = torch.where(mine, sides[a][1], -1).amax(-1).clamp_min(0)
-                return sides[a][2][row], sides[b]
+                return sides[a][2][row], sides[b], "b" if a == 0 else "a"
         raise LayoutError("a row of scores that were moved about is of several queries")
 
     def _queries(self, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -136,7 +171,7 @@ class ScatteredLayout:
         place[order] = torch.arange(len(order), device=order.device)
         return torch.where(live, place[key], 0), len(every), keep[order]
 
-    def _lay(self) -> None:
+    def _lay(self, heads: Tensor) -> None:
         """Rows that share keys are of one head of one batch entry; the axes along which they lie are the queries'."""
         live, key = self.live, self.key
         rows, keys = live.shape[0], self.count
@@ -151,8 +186,8 @@ class ScatteredLayout:
                 break
             group = new
         names, of_row = torch.unique(row, return_inverse=True)
-        of_key = torch.bucketize(group, names)
         self.n = len(names)
+        of_key = torch.bucketize(group, names)
         if rows % self.n or keys % self.n:
             raise LayoutError("the heads of scores that were moved about have different numbers of queries or keys")
         self.t, self.s = rows // self.n, keys // self.n
@@ -171,10 +206,10 @@ class ScatteredLayout:
                 along.append(i)
         along = along or [i for i, extent in enumerate(self.shape) if extent == 1][-1:]
         across = [i for i in range(len(self.shape)) if i not in along]
-        self.batch = [self.shape[i] for i in across]
-        if math.prod(self.batch) != self.n:
+        if math.prod(self.shape[i] for i in across) != self.n:
             raise LayoutError("the queries of scores that were moved about do not lie along axes of their own")
         self.rows = place.permute(*across, *along).reshape(self.n, self.t)
+        self.rows = self.rows[self._by_head(heads, [self.shape[i] for i in across])]
         owner = of_row[self.rows[:, 0]]  # the group that is laid out in each place
         back = torch.empty_like(owner)
         back[owner] = torch.arange(self.n, device=owner.device)
@@ -188,20 +223,29 @@ class ScatteredLayout:
         if len(torch.unique(cells)) != len(cells):
             raise LayoutError("a key is scored twice in one softmax")
 
-    def heads(self) -> tuple[int, int]:
-        """Batch entries and heads."""
-        if len(self.batch) == 2:
-            return self.batch[0], self.batch[1]
-        if len(self.batch) > 2:
+    def _by_head(self, heads: Tensor, extents: Sequence[int]) -> Tensor:
+        """The order of the groups of rows, as batch entries times heads.
+
+        Args:
+            heads: R C, the head of every entry.
+            extents: of the axes along which groups lie.
+        """
+        there = torch.where(self.live, heads, -1)[self.rows]  # N T C
+        mine = there.flatten(1).amax(1)
+        every = torch.arange(self.n, device=heads.device)
+        counts = torch.bincount(mine.clamp_min(0), minlength=self.heads)
+        one_each = bool(((there == mine[:, None, None]) | (there < 0)).all())
+        if one_each and self.n % self.heads == 0 and bool((counts == self.n // self.heads).all()):
+            # In the order in which they lie; of each batch entry, its heads side by side.
+            nth = torch.zeros_like(mine)
+            for h in range(self.heads):
+                nth[mine == h] = torch.arange(self.n // self.heads, device=heads.device)
+            return torch.argsort(nth * self.heads + mine)
+        if len(extents) > 2:
             raise LayoutError("the axes of scores that were moved about can't be told apart")
-        for product in self.root.entries.sources():
-            for dim in product.layout(product.shape):
-                sizes = [a.size for a in dim]
-                if math.prod(sizes) == self.n and len(sizes) > 1 and mixes_heads(product, dim):
-                    heads = [a.size for a in dim if product.axes[a].head]
-                    if heads:
-                        return self.n // math.prod(heads), math.prod(heads)
-        return self.n, 1
+        self.guessed |= set("BHG")
+        self.heads = extents[1] if len(extents) == 2 else 1
+        return every
 
     def spread(self, x: Tensor, fill: float | bool = 0.0) -> Tensor:
         """R C to N T S."""

@@ -57,8 +57,9 @@ def test_heads_of_a_multi_query_product_that_were_split_elsewhere() -> None:
 
     for t in (3, 1):
         q, k, v = draw(B, H, t, D), draw(B, 5, D, seed=1), draw(B, 5, D, seed=2)
-        trace = trace_checked(hookattn.trace, Kernel(), (q, k, v), verify="full")
+        trace = trace_checked(hookattn.trace, Kernel(), (q, k, v), verify="full", guesses=True)
         check_call(trace[0], q=q, k=k[:, None], v=v[:, None], scale=0.5)
+        assert trace[0].basis["H"] == "guessed" and trace[0].basis["S"] == "followed"
 
 
 @pytest.mark.parametrize("how", ["chunked", "permuted"])
@@ -87,7 +88,7 @@ def test_an_empty_batch(how: str) -> None:
 
     model, x = Model().eval(), draw(2, T, E)[:0]
     with torch.no_grad():
-        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        trace = trace_checked(hookattn.trace, model, x, verify="full", guesses=True)
         q, k, v = model.parts(x)
     assert len(trace) == 1 and not trace.skipped
     assert trace[0].weights.shape == (0, H, T, T)

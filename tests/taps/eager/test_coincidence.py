@@ -53,11 +53,11 @@ class Second(nn.Module):
         return self.second(self.first(x))
 
 
-def traced(model: nn.Module, x: Tensor, warns: bool = False) -> Any:
+def traced(model: nn.Module, x: Tensor, warns: bool = False, guesses: bool = False) -> Any:
     import hookattn
 
     with torch.no_grad():
-        return trace_checked(hookattn.trace, model.eval(), x, warns=warns, verify="full")
+        return trace_checked(hookattn.trace, model.eval(), x, warns=warns, guesses=guesses, verify="full")
 
 
 @pytest.mark.parametrize("t", [5, 6, H, E])
@@ -65,7 +65,7 @@ def test_an_assignment_to_groups_before_attention(t: int) -> None:
     """With as many patches as features, the product with the values has the shape of the weights."""
     torch.manual_seed(0)
     model, x = Second(Assign()), draw(B, t, E, std=1.5)
-    trace = traced(model, x)
+    trace = traced(model, x, guesses=True)  # groups are a parameter as they are: queries, or heads of one query each
     assert paths(trace.calls) == ["first", "second"]
     assert not trace.skipped
     assert [call.normalizer for call in trace] == ["softmax over queries", "softmax"]
