@@ -33,3 +33,23 @@ class Piece(NamedTuple):
     def letters(self) -> str:
         """The letters of what was cut."""
         return "".join(letter for letter, _ in self.axes)
+
+    def place(self, letter: str, extent: int) -> tuple[int, int] | None:
+        """Where the positions of one axis of a call are: the first of them, and how many the whole has.
+
+        Args:
+            letter: B, H or T.
+            extent: of that axis of the call.
+
+        Returns:
+            None: the piece has some heads of one batch entry and some of another, so that none has a place.
+        """
+        rows = self.stop - self.start
+        if self.letters == letter and rows == extent:
+            return self.start, self.of
+        if letter == "H" and self.letters == "BH":
+            heads = self.axes[1][1]
+            if rows == extent and self.start // heads == (self.stop - 1) // heads:
+                return self.start % heads, heads
+            return (0, extent) if extent == heads and self.start % heads == rows % heads == 0 else None
+        return None if letter == "H" and self.letters == "HB" else (0, extent)

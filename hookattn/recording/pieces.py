@@ -114,11 +114,12 @@ def _say_part(call: Call, piece: Piece) -> None:
     extent = 1
     for letter in piece.letters:
         extent *= known.get(letter, 0)
-    if extent != rows or call.heads is not None or call.queries is not None:
+    selected = call.heads is not None or call.queries is not None
+    if extent != rows and not selected:
         return
-    if piece.letters == "T":
+    if piece.letters == "T" and not selected:
         call.queries, call.of_queries = tuple(range(piece.start, piece.stop)), piece.of
-    elif piece.letters == "H" and "G" in known:
+    elif piece.letters == "H" and "G" in known and not selected:
         call.heads = tuple(range(piece.start, piece.stop))
         call.kv_heads = tuple(h * known["G"] // rows for h in range(rows))
     where = " and ".join(_WORDS[x] for x in piece.letters)
@@ -131,7 +132,9 @@ def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
     first, letters = calls[0], pieces[0].letters
     if any(getattr(c, name) != getattr(first, name) for c in calls for name in _ALIKE):
         return None
-    if any(c.heads is not None or c.queries is not None for c in calls):
+    if ("H" in letters and any(c.heads is not None for c in calls)) or len({c.heads for c in calls}) > 1:
+        return None
+    if ("T" in letters and any(c.queries is not None for c in calls)) or len({c.queries for c in calls}) > 1:
         return None
     if any(c.fields.keys() != first.fields.keys() or c.beside.keys() != first.beside.keys() for c in calls):
         return None

@@ -95,9 +95,13 @@ class CallRecorder:
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
             _, h, t, s = call.shape
+            first_head = first_row = 0
+            of_rows = t
             if not self._whole:
-                heads = self.selection.head_index(h, site.label)
-                queries = self.selection.query_index(t, site.label)
+                if call.piece is not None:
+                    first_head, _ = call.piece.place("H", h) or (0, h)
+                    first_row, of_rows = call.piece.place("T", t) or (0, t)
+                heads, queries = self.selection.within(call, site.label)
             if self.selection.statistics:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
                 call.notes = [*call.notes, *notes]
@@ -105,11 +109,11 @@ class CallRecorder:
             mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
                 groups = restrict(call, heads, queries)
-                made.heads = None if heads is None else tuple(heads)
+                made.heads = None if heads is None else tuple(first_head + i for i in heads)
                 made.kv_heads = None if groups is None else tuple(groups)
                 if queries is not None:
-                    made.queries = tuple(range(t)[queries] if isinstance(queries, slice) else queries)
-                    made.of_queries = t
+                    rows = range(t)[queries] if isinstance(queries, slice) else queries
+                    made.queries, made.of_queries = tuple(first_row + i for i in rows), of_rows
             made.derivable = self.selection.derivable_of(call)
             stays = self._stays(call)
             waits = not stays and self._waits(call)

@@ -128,6 +128,38 @@ class Selection:
             )
         return [i % t for i in self.queries]
 
+    def within(self, call: KernelCall, where: str) -> tuple[list[int] | None, list[int] | slice | None]:
+        """The selected heads and queries of a call, by their places in it; None: all, and an empty list: none of them.
+
+        What is selected is counted in the whole attention that a call may be a piece of.
+
+        Raises:
+            SelectionError: a selected head or query is not there, or the call has parts of several batch entries.
+        """
+        _, h, t, _ = call.shape
+        if call.piece is None:
+            return self.head_index(h, where), self.query_index(t, where)
+        heads = None
+        if self.heads is not None:
+            place = call.piece.place("H", h)
+            if place is None:
+                raise SelectionError(
+                    f"heads={list(self.heads)}: {where} computes some heads of one batch entry together with some of "
+                    "another; trace it without heads= and take them from the call with call.at(heads=…)."
+                )
+            first, count = place
+            heads = [i - first for i in self.head_index(count, where) or () if first <= i < first + h]
+        first, count = call.piece.place("T", t) or (0, t)
+        queries = self.query_index(count, where)
+        if queries is not None and count != t:
+            rows = range(count)[queries] if isinstance(queries, slice) else queries
+            queries = [i - first for i in rows if first <= i < first + t]
+        return heads, queries
+
+    def takes_piece(self, call: KernelCall, where: str) -> bool:
+        """Whether a call that is a piece of an attention has any of what is selected."""
+        return [] not in self.within(call, where)
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         q = self.queries

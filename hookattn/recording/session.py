@@ -413,6 +413,8 @@ class Session:
         takes = self.selection.takes_layer(site)
         if takes is False:
             return
+        if call.piece is not None and not self.selection.takes_piece(call, site.label):
+            return
         if self._room is not None and is_large(call):
             plan = self.plan
             forward = Forward(step, plan.model, plan.classes, self._hooks.inputs, self.aside)

@@ -264,3 +264,33 @@ def test_pieces_keep_nothing_of_what_they_were_made_of() -> None:
         assert len(trace) == H
     gc.collect()
     assert len(trace) == 1 and before() is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_selected_is_counted_in_the_whole(fused: bool) -> None:
+    x = torch.randn(B, T, 16)
+
+    def traced(way: str, **selected: Any) -> hookattn.Trace:
+        torch.manual_seed(1)
+        return hookattn.trace(Pieces(WAYS[way], fused).eval(), x, **selected)
+
+    for way in WAYS:
+        whole = traced(way)[0]
+        if way == "folded heads, 3 at a time":
+            with pytest.raises(hookattn.SelectionError, match="some heads of one batch entry"):
+                traced(way, heads=[-1])
+            continue
+        one = traced(way, heads=[-1])
+        assert {c.heads for c in one} == {(H - 1,)}, way
+        assert torch.equal(torch.cat([c.weights for c in one]), whole.weights[:, -1:]), way
+        assert torch.equal(torch.cat([c.k for c in one]), whole.k[:, -1:]), way
+        last = traced(way, queries=slice(-2, None))
+        got = torch.cat([c.weights for c in last], 2)
+        assert [q for c in last for q in c.queries or ()] == [T - 2, T - 1] and {c.of_queries for c in last} == {T}, way
+        assert torch.equal(got, whole.weights[:, :, -2:]), way
+        check_trace(one)
+        check_trace(last)
+    some = traced("heads", heads=[1, 3])
+    assert [c.heads for c in some] == [(1,), (3,)] and not some.skipped
+    with pytest.raises(hookattn.SelectionError, match="has 4 heads"):
+        traced("heads", heads=[4])
