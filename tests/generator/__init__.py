@@ -7,7 +7,7 @@ code that is tested.
 
     python -m tests.generator --cases 2000 --seed 1 --processes 2     counts, and the failures grouped by their features
     python -m tests.generator --only 1234 --show                      the source of one case, and what was recorded
-    python -m tests.generator --cases 2000 --having sroduct=einsum     only with this feature
+    python -m tests.generator --cases 2000 --having score=cosine     only with this feature
     python -m tests.generator --cases 2000 --group layout product     the failures grouped by these features
 
 The case with seed ``n`` is the same in every run: ``--cases 2000 --seed 1`` runs the cases 1 to 2000.

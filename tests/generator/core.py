@@ -28,6 +28,8 @@ def attend(b: Builder, q: Var, k: Var, v: Var) -> Var:
     f = b.features
     layout = _layout(b, q)
     extras = _bias(b) + _mask(b)
+    if f["more"] in ("sinks", "top-k", "sdpa") and f["keys"] != "last":
+        f["more"] = "none"
     if f["chunking"] == "none":
         return _body(b, q, k, v, layout, extras)
     atom = {"heads": "h", "queries": "t", "batch": "b"}[f["chunking"]]
@@ -215,7 +217,9 @@ def _loop(b: Builder, atom: str, q: Var, k: Var, v: Var, layout: Axes, extras: l
     if drop and layout[-1] == (atom,):
         drop = False
     upper = atom.upper()
-    w.line("parts = []")
+    buffer = b.features["more"] == "buffer"
+    if not buffer:
+        w.line("parts = []")
     w.line(f"for i in range({upper}):" if drop else f"for i in range(0, {upper}, {chunk}):")
     w.indent += 1
 
@@ -243,11 +247,22 @@ def _loop(b: Builder, atom: str, q: Var, k: Var, v: Var, layout: Axes, extras: l
         w.line(f"{upper}_, {upper} = {upper}, {q.name}.shape[{q.at(atom)}]")
     o = _body(b, q, k, v, inner, extras)
     o = w.move(o, tuple((a,) for a in atoms(o.axes)), "o")
-    w.line(f"parts.append({o.name})")
+    made = o.axes
+    if buffer:  # written into what is there already
+        place = b.more.randrange(len(made) + 1) if drop else made.index((atom,))
+        made = (*made[:place], (atom,), *made[place:]) if drop else made
+        sizes = ", ".join(f"{upper}_" if g == (atom,) and not drop else w.size(g) for g in made)
+        w.line(f"if i == 0: made = {b.more.choice(('torch.zeros', 'torch.empty'))}({sizes})")
+        at = ":, " * place
+        w.line(f"made[{at}i] = {o.name}" if drop else f"made[{at}i:i + {chunk}] = {o.name}")
+    else:
+        w.line(f"parts.append({o.name})")
     if not drop:
         w.line(f"{upper} = {upper}_")
     w.indent -= 1
     z[atom] = before
+    if buffer:
+        return Var("made", made)
     if drop:
         place = rng.randrange(len(o.axes))
         return w.new(f"torch.stack(parts, {place})", (*o.axes[:place], (atom,), *o.axes[place:]), "o")
@@ -273,8 +288,18 @@ def _body(b: Builder, q: Var, k: Var, v: Var, layout: Axes, extras: list[Extra])
     k, v = _repeated(b, k, v, layout)
     if not q.has("b") and any("b" in g and len(g) > 1 for g in layout):
         q = _repeat(b, q, "b")
+    if f["more"] == "sdpa":
+        o = _fused(b, q, k, v, layout, extras)
+        if o is not None:
+            return o
+        f["more"] = "none"
     score = {"dot": _dot, "additive": _additive_score, "distance": _distance, "cosine": _cosine, "bilinear": _bilinear}
     scores = score[f["score"]](b, q, k, layout)
+    if f["more"] == "softcap":
+        b.t["softcap"] = cap = b.more.choice((1.5, 3.0, 5.0))
+        scores = w.new(f"{cap} * torch.tanh({scores.name} / {cap})", scores.axes, "s")
+    if f["more"] == "temperature":
+        scores = _temperature(b, scores)
     extras = list(extras)
     if f["normalizer"] not in ("softmax", "late", "softmax1", "sparsemax", "sigmoid"):
         extras = [Extra(_boolean(b, e), "zero") if e.how != "bias" else e for e in extras]
@@ -294,6 +319,77 @@ def _body(b: Builder, q: Var, k: Var, v: Var, layout: Axes, extras: list[Extra])
         total = w.fit(late, o.axes, "z")
         o = w.new(f"{o.name} / {total.name}", o.axes, "o")
     return o
+
+
+def _fused(b: Builder, q: Var, k: Var, v: Var, layout: Axes, extras: list[Extra]) -> Var | None:
+    """torch's own kernel, with heads and batch in the order of the layout; None: it does not take this layout."""
+    f, w, z = b.features, b.write, b.sizes
+    if f["projection"] == "latent":
+        return None
+    qa, ka, va = (_sided(layout, y, ("d",), False) for y in (q, k, v))
+    if ka[-1] != () or () in ka[:-1] or () in qa or len(layout) < 3:
+        return None
+    scale = z["d"] ** -0.5 if f["positions"] != "normalised" else 4.0
+    b.t["scale"], f["scale"] = scale, "scores"
+    q1, k1 = w.move(q, (*qa, ("d",)), "q"), w.move(k, (*ka[:-1], S, ("d",)), "k")
+    v1 = w.move(v, (*va[:-1], S, ("e",)), "v")
+    words = []
+    terms = []
+    for e in extras:
+        m = w.fit(e.var, layout, "m").name
+        boolean = e.how not in ("bias", "add", "multiply add")
+        terms.append((m, boolean))
+    if len(terms) == 1 and terms[0][1]:
+        words.append(f"attn_mask={terms[0][0]}")
+    elif terms:
+        spelled = [f"torch.zeros({m}.shape).masked_fill(~{m}, float('-inf'))" if boolean else m for m, boolean in terms]
+        words.append(f"attn_mask={' + '.join(spelled)}")
+    if scale != z["d"] ** -0.5 or b.more.random() < 0.3:
+        words.append(f"scale={scale!r}")
+    called = ", ".join([q1.name, k1.name, v1.name, *words])
+    rows = [g for g in layout if g != S]
+    return w.new(f"F.scaled_dot_product_attention({called})", (*rows, ("e",)), "o")
+
+
+def _temperature(b: Builder, scores: Var) -> Var:
+    """A learned factor for each head, as cosine attention has it."""
+    w = b.write
+    h = b.sizes["h"]
+    value = 0.5 + torch.rand(h, generator=b.generator)
+    b.t["temperature"] = value
+    b.params["temperature"] = value if b.heads else value[0]
+    if not b.heads:
+        return w.new(f"{scores.name} * self.temperature", scores.axes, "s")
+    return _join(b, scores, Extra(Var("self.temperature", (b.heads,)), "times"))
+
+
+def _with_sinks(b: Builder, scores: Var) -> Var:
+    """A learned logit for each head, which takes its share and is dropped."""
+    w = b.write
+    b.t["sinks"] = b.randn(b.sizes["h"])
+    b.params["sinks"] = b.t["sinks"] if b.heads else b.t["sinks"][:1]
+    column = Var("self.sinks", (b.heads,) if b.heads else ((),))
+    if b.heads:
+        column = w.fit(column, scores.axes, "m")
+    n = len(scores.axes)
+    lacking = n - len(column.axes)
+    index = ", ".join(["None"] * lacking + ["..."]) if lacking else "..."
+    sizes = ", ".join([*(w.size(g) for g in scores.axes[:-1]), "1"])
+    full = w.new(f"torch.cat([{scores.name}, {column.name}[{index}].expand({sizes})], -1)", (), "s")
+    weights = w.new(f"{full.name}.softmax(-1)", (), "w")
+    return w.new(f"{weights.name}[..., :-1]", scores.axes, "w")
+
+
+def _top(b: Builder, scores: Var) -> Var:
+    """The few largest of each row."""
+    w = b.write
+    n = b.more.randint(1, max(1, b.sizes["s"] - 1))
+    b.t["top"] = n
+    w.line(f"top, at = {scores.name}.topk({n}, -1)")
+    if b.more.random() < 0.5:
+        return w.new(f"torch.zeros_like({scores.name}).scatter(-1, at, top.softmax(-1))", scores.axes, "w")
+    text = f"{scores.name}.masked_fill({scores.name} < top[..., -1:], float('-inf'))"
+    return w.new(f"{text}.softmax(-1)", scores.axes, "w")
 
 
 def _boolean(b: Builder, e: Extra) -> Var:
@@ -610,6 +706,7 @@ def _join(b: Builder, y: Var, e: Extra) -> Var:
                     f"torch.where({inverted}, torch.full_like({n}, -torch.inf), {n})": 1,
                 }
             ),
+            "times": f"{n} * {m}",
             "zero": w.some({f"{n} * {m}": 1, f"{n}.masked_fill({inverted}, 0.0)": 1}),
         }[e.how]
         made = w.new(text, target.axes, "s")
@@ -625,6 +722,10 @@ def _normalize(b: Builder, scores: Var) -> tuple[Var, Var | None]:
     i = scores.at("s")
     dim = str(i - len(scores.axes)) if w.chance(0.8) else str(i)
     form = f["normalizer"]
+    if f["more"] == "sinks":
+        return _with_sinks(b, scores), None
+    if f["more"] == "top-k":
+        return _top(b, scores), None
     if form == "softmax":
         spelled = w.draw(
             "softmax", {"method": 40, "function": 20, "float32": 15, "module": 5, "exp": 8, "log": 6, "logsumexp": 6}

@@ -187,6 +187,8 @@ def _untrue_in(case: Case, whole: Whole, order: Any) -> str:
 def _masked_so(case: Case, got: Tensor, true: Tensor, weights: Tensor) -> bool:
     """Whether the mask is the true one. Where a model sets weights to 0 itself that no softmax made, its scores are not
     masked, and a mask may leave that to the weights."""
+    if case.features["more"] == "top-k":  # what was not chosen weighs nothing: hidden, or not, as it was made
+        return not bool((true & ~got).any()) and not bool(weights[got & ~true].any())
     if case.features["normalizer"] in ("softmax", "late", "softmax1", "sparsemax", "sigmoid"):
         return torch.equal(got, true)
     return not bool((true & ~got).any()) and not bool(weights[got & ~true].any())
@@ -196,7 +198,7 @@ def _comparable(case: Case, got: Tensor, true: Tensor, mask: Tensor) -> Tensor:
     """Scores up to what their normalizer makes nothing of, or what may be counted as theirs or as its own."""
     form = case.features["normalizer"]
     gap = torch.where(mask, true - got, 0.0)
-    if form in ("softmax", "late", "sparsemax"):  # a constant for each row
+    if form in ("softmax", "late", "sparsemax") and case.features["more"] != "sinks":  # a constant for each row
         return got + gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
     if form == "sigmoid" and _close(gap, mask * case.truth.shift):
         return true

@@ -81,6 +81,9 @@ class Builder:
     def __init__(self, seed: int, fixed: dict[str, str], attempt: int = 0) -> None:
         self.seed = seed
         self.rng = random.Random(f"{seed}/{attempt}")
+        self.more = random.Random(
+            f"{seed}/{attempt}/more"
+        )  # what came later: seeds that have none of it stay as they were
         self.features: dict[str, str] = dict(fixed)
         self.sizes: dict[str, int] = {}
         self.write = Writer(self.rng, self.sizes, self.features)
@@ -236,6 +239,16 @@ class Builder:
             f["chunking"] = "none"
         if f["chunking"] == "heads" and f["heads"] in ("grouped", "one"):
             f["chunking"] = "none"
+
+        options = ["none"] * 18
+        if f["chunking"] != "none":
+            options += ["buffer"] * 8
+        elif f["score"] == "dot" and f["normalizer"] == "softmax":
+            options += ["softcap", "sinks", "temperature", "top-k", "sdpa", "sdpa"]
+        chosen = self.more.choice(options)
+        f.setdefault("more", chosen)
+        if f["more"] not in options:
+            f["more"] = "none"
 
     def extents(self) -> None:
         f, rng = self.features, self.rng

@@ -78,6 +78,7 @@ EVERY = {
     "chunking": ("none", "heads", "queries", "batch"),
     "normalizer": ("softmax", "sigmoid", "relu", "relu squared", "softmax1", "sparsemax", "none", "late"),
     "score": ("dot", "additive", "distance", "cosine", "bilinear"),
+    "more": ("none", "softcap", "sinks", "temperature", "top-k", "sdpa", "buffer"),
     "kind": ("self", "cross", "pool"),
 }  # fmt: skip
 

@@ -66,6 +66,10 @@ def compute(t: dict[str, Any], features: dict[str, str], sizes: dict[str, int]) 
     heads = q.shape[1]
     k, v = (_repeat(y, heads, f.get("group order", "g r")) for y in (k, v))
     scores = _scores(t, f, q, k)
+    if "softcap" in t:
+        scores = t["softcap"] * torch.tanh(scores / t["softcap"])
+    if "temperature" in t:
+        scores = scores * t["temperature"][:, None, None]
     if "bias" in t:
         scores = scores + t["bias"]
     mask = t.get("mask")
@@ -74,6 +78,9 @@ def compute(t: dict[str, Any], features: dict[str, str], sizes: dict[str, int]) 
     if t.get("mask by window"):  # W 1 T S -> B·W 1 T S
         mask = mask.repeat(len(scores) // n, 1, 1, 1)
     mask = mask.expand_as(scores)
+    if "top" in t:  # ties there are none of, but of what is masked: weights of 0 in any case
+        hidden = scores.masked_fill(~mask, -torch.inf)
+        mask = mask & (hidden >= hidden.topk(t["top"], -1).values[..., -1:])
     weights = _weights(t, f, scores, mask)
     out = weights @ v
     scaled_q = q * t.get("scale q", 1.0) if f["score"] == "dot" else q
@@ -168,6 +175,9 @@ def _weights(t: dict[str, Any], f: dict[str, str], scores: Tensor, mask: Tensor)
     form = f["normalizer"]
     shift, divisor = t.get("normalizer shift", 0.0), t.get("normalizer divisor", 1)
     hidden = scores.masked_fill(~mask, -torch.inf)
+    if "sinks" in t:
+        column = t["sinks"][:, None, None].expand(*hidden.shape[:3], 1)
+        return torch.cat([hidden, column], -1).softmax(-1)[..., :-1]
     if form in ("softmax", "late"):
         return hidden.softmax(-1)
     if form == "softmax1":
