@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analyze import MEASURES, as_distribution, report
+from ..analyze.frame import views
 from ..console.screen import Screen, counted
 from ..errors import SelectionError, TraceWriteError
 from ..traces import load
@@ -88,6 +89,14 @@ def command(
     if not screen.as_json and csv is None and parquet is None:
         asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
         _print_heads(screen, table, asked or list(SHOWN), keep=len(asked))
+        no_shares = [view for view in views(trace) if field == "weights" and view.no_distribution is not None]
+        if no_shares:
+            names = ", ".join(dict.fromkeys(view.call.normalizer for view in no_shares))
+            screen.say(
+                f"no shares in {counted(len(no_shares), 'call')} (normalizer {names}), whose weights are no "
+                "distribution over the keys: --of applied measures their magnitudes, made to sum to 1",
+                "dim",
+            )
         changed = sum(call.fields.get("applied") is not None for call in trace)
         if changed:
             other = "applied" if field == "weights" else "weights"

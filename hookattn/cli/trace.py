@@ -109,7 +109,8 @@ def trace(
     given = read or inputs_asked_for(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
     given.args = to_device(given.args, device)
     if capture is None and (out is None or compact):
-        capture = STORED if compact else ("q", "k", "v")
+        # What tells the extents of a call without q and k, too, and is linear in the tokens.
+        capture = STORED if compact else ("q", "k", "v", "output")
     options = {
         "capture": capture,
         "layers": layers,

@@ -118,6 +118,38 @@ def test_heads_say_what_they_are_measured_of(guessed: Path) -> None:
     assert out["of"] == "applied" and out["heads"]
 
 
+def test_heads_without_shares_are_told_apart(guessed: Path) -> None:
+    trace = hookattn.load(guessed)
+    first = trace.calls[0]
+    trace.calls[0] = replace(first, normalizer="sigmoid", fields={**first.fields, "weights": first.weights * 3})
+    trace.calls[0].certificate = first.certificate
+    path = trace.save(guessed.parent / "more.safetensors")
+    assert "no shares in 1 call (normalizer sigmoid)" in said("heads", path)
+    assert "no shares" not in said("heads", path, "--of", "applied")
+    assert "no shares" not in said("heads", guessed)
+
+
+def test_a_call_without_q_and_k_has_its_extents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "additive_of_test_beside.py").write_text(ADDITIVE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = said("trace", "additive_of_test_beside:build")
+    assert "T6 S6" in out and "additive" in out
+
+
+ADDITIVE = """
+import torch
+from torch import nn
+
+class Additive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.e = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+    def forward(self, x):
+        return torch.softmax(self.e(torch.tanh(self.q(x)[:, :, None] + self.k(x)[:, None]))[..., 0], -1) @ x
+
+def build(): return nn.Sequential(Additive()), torch.randn(2, 6, 16)
+"""
 FACTORY = """
 import torch
 from torch import nn
