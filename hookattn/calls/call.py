@@ -173,8 +173,9 @@ class Call:
         if name not in FIELDS:
             return self._statistic(name)
         kept = asked_for({*self.fields, *self.derivable})
+        none = f" (it may have none: its score is {self.score!r})" if name in ("q", "k") and self.score != DOT else ""
         raise FieldNotCaptured(
-            f"{name!r} of {self.site.label} was not captured (captured: {', '.join(kept)}); "
+            f"{name!r} of {self.site.label} was not captured{none} (captured: {', '.join(kept)}); "
             f"trace again with capture={asked_for({*kept, name})!r}."
         )
 

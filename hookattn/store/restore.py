@@ -79,7 +79,10 @@ def _call_of(file: LazyFile, index: int, entry: dict[str, Any], before: list[Cal
             fields[field] = _continued(field, link, before)
         except ValueError as error:
             raise ValueError(f"{where}, continued {field}: {error}") from None
-    if links:
+    before_applied = "weights" in fields and "applied" not in fields
+    if before_applied and not values["mixed"] and not values["dropout"]:
+        fields["applied"] = None  # a file of format 1.2 or older does not name it, and here nothing lay in between
+    if links or before_applied:
         fields = {f: fields[f] for f in (*FIELDS, *fields) if f in fields}
     values |= {
         "site": Site(**from_entry(SITE, f"{where}, site", values["site"])),

@@ -295,6 +295,23 @@ def test_other_damage(tmp_path: Path, good: bytes, change: Callable[[dict[str, A
         hookattn.load(changed(good, tmp_path / "f", change))
 
 
+def test_a_file_of_before_1_3_says_nothing_of_what_lay_between_weights_and_values(tmp_path: Path, good: bytes) -> None:
+    def older(found: dict[str, Any]) -> None:
+        found["format_version"] = [1, 2]
+        for call in found["calls"]:
+            for name in ("score", "normalizer", "basis", "entry"):
+                call.pop(name, None)
+            del call["fields"]["applied"]
+        found["calls"][2]["mixed"], found["calls"][3]["dropout"] = True, 0.5
+
+    calls = hookattn.load(changed(good, tmp_path / "f", older)).calls
+    assert {(c.score, c.normalizer, c.entry, *c.basis) for c in calls} == {("dot", "softmax", "")}
+    assert [c.has("applied") for c in calls] == [i not in (2, 3) for i in range(len(calls))]
+    assert calls[0].applied is None and list(calls[0].fields) == list(hookattn.FIELDS)
+    with pytest.raises(hookattn.FieldNotCaptured):
+        _ = calls[2].applied
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_how_many_queries_a_call_had(tmp_path: Path, streamed: bool) -> None:
     """Written beside the rows that were kept; a file of format 1.1 did not say."""
