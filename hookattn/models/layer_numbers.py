@@ -12,9 +12,12 @@ from torch import nn
 from ..torch_internals.module_state import children_of, parameters_of
 
 _SOUNDS_LIKE = re.compile(r"(?i:attention|attn|mamba|retention|rwkv|delta_?net|hyena|linear_?att|deformable)|SSM|Ssm")
-# What is named after attention and does none of it: SelfAttentionOutput, AttnAdapterLayer, RelativeAttentionBias, …
+# What is named after attention, or after a model that is, and does none of it: SelfAttentionOutput, AttnAdapterLayer,
+# RelativeAttentionBias, what stands around it (backbones of convolutions, heads), and what says positions.
 _ONLY_A_PART = re.compile(
-    r"(?:Output|Projection|Bias|Mask|Norm(?:\dd)?|Conv(?:\dd)?|MLP|FeedForward|Dropout|Loss|Adapter(?:Layer)?)$"
+    r"(?:Output|Projection|Bias|Mask|Norm(?:\dd|Gated)?|Conv(?:\dd|Encoder|Model)?|MLP|FeedForward|Dropout|Loss"
+    r"|Adapter(?:Layer)?|Backbone|(?:Prediction|Classification)Head|Embed(?:ding)?s?|Encoding|Rope"
+    r"|(?i:pos(?:ition(?:al)?)?_?(?:emb|enc))(?:(?!(?i:att))\w)*)$"
 )
 _AROUND_IT = ("Block", "Layer")
 _FEEDS = re.compile(r"(?i:mlp|feed_?forward)|FFN?|Ffn?|GLU|Glu")

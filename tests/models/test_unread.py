@@ -52,3 +52,16 @@ def test_a_module_that_an_adapter_calls_attention_is_listed_with_the_adapter() -
     assert path == "0"
     assert reason.startswith("Mixer ran, and no softmax over q·k was seen in it (it is a site by the word of ")
     assert "the adapter 'claims'" in reason
+
+
+class AttentionBackbone(nn.Sequential):
+    """Named after what it feeds."""
+
+
+class AttentionPositionEmbedding(Mixer):
+    """Likewise."""
+
+
+def test_what_stands_beside_attention_is_not_listed() -> None:
+    model = nn.Sequential(AttentionBackbone(nn.Conv1d(3, 3, 1)), AttentionPositionEmbedding(), SelfAttention())
+    assert [path for path, _ in reasons(model)] == ["2"]
