@@ -36,6 +36,7 @@ from ..torch_internals.transforms import outside, stands_for_others
 from .kinds import SiteKinds
 from .layouts import Layouts
 from .mapped import examples_as_batch
+from .nothing_seen import nothing_seen
 from .pieces import Pieces
 from .room_check import Forward, RoomCheck, is_large
 from .selection import Selection
@@ -151,6 +152,7 @@ class Session:
         self._steps = Steps(plan, recorder.forget, self._hooks.tells_end)
         self._seen_paths: set[str] = set()  # of sites where a call was recorded or skipped
         self._modules_run: dict[int, nn.Module] = {}  # by identity, those at sites or that sound like attention
+        self._compiled_run: set[str] = set()  # what ran that dispatches to no function mode
         self._own_kernels = 0  # of the kernels heard, those of this model
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
@@ -237,6 +239,7 @@ class Session:
 
     def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation that dispatches to no function mode as if it had."""
+        self._compiled_run.add(name)
         return self._follower.follow(name, func, args, kwargs)
 
     def followed(self, values: Any) -> bool:
@@ -460,11 +463,8 @@ class Session:
         check_meta(self.plan.model)
         if self._steps.number < 0 and not self._modules_run:
             raise NoAttentionError("the model was never called while it was traced.")
-        raise NoAttentionError(
-            f"no attention ran in {type(self.plan.model).__name__}: no scaled_dot_product_attention, multi-head or "
-            "flex attention, and no softmax over a product. A compiled extension "
-            "that attends can't be seen."
-        )
+        ran = {known[0] for known in self._follower.operations.values()} if "_follower" in vars(self) else set()
+        raise NoAttentionError(nothing_seen(type(self.plan.model).__name__, ran | self._compiled_run))
 
     def _complete_calls(self) -> None:
         self._recorder.complete(self.trace.calls)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
+from ..foreign import handler_of
 from .axis_history import Origin
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
@@ -132,7 +133,8 @@ class Follower(TorchFunctionMode):
         """What is known of a function, looked up once."""
         name = name_of(func)
         kind = kind_of(name)
-        found = self.operations[func] = name, self.kernels.get(name), kind.product or kind.softmax, kind
+        handler = self.kernels.get(name) or handler_of(name)
+        found = self.operations[func] = name, handler, kind.product or kind.softmax, kind
         return found
 
     def layout_here(self) -> str | None:
