@@ -53,7 +53,8 @@ class Trace(TraceData):
         """One T×S picture of a generation for each site: all its steps put together, as one forward would have them.
 
         Args:
-            beams: ``beam_indices`` of a beam search; False: rows were never reordered; None: the keys tell.
+            beams: ``beam_indices`` of a beam search; False: rows were never reordered, which is checked where keys were
+                captured; None: the keys tell.
             length: how many positions are kept; for assisted decoding one less than the final sequence has.
 
         Raises:
