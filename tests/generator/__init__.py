@@ -12,6 +12,7 @@ code that is tested.
 
 The case with seed ``n`` is the same in every run: ``--cases 2000 --seed 1`` runs the cases 1 to 2000.
 
-Outcomes: ``right`` (all letters followed or documented, the values equal), ``guessed`` (some letter is marked so),
+Outcomes: ``right`` (all letters followed or documented, the values equal), ``parts`` (right, in several calls that say
+the how many-th of how many they are, and not which heads or queries), ``guessed`` (some letter is marked so),
 ``skipped`` (the path is in ``trace.skipped``), ``wrong``, ``silent`` (nothing said), ``crash`` (tracing raised).
 """

@@ -66,6 +66,8 @@ def compare(case: Case, calls: list[Any], skipped: list[Any], changed: bool = Fa
     whole, why = _assembled(case, calls)
     if not why:
         why = _untrue(case, whole)
+    if why and len(calls) > 1 and _in_turn(case, calls):
+        return Verdict("guessed" if guessed else "parts", f"{len(calls)} calls, which say the how many-th they are")
     if guessed:
         return Verdict("guessed", "right" if not why else f"and wrong: {why}")
     if why:
@@ -73,6 +75,25 @@ def compare(case: Case, calls: list[Any], skipped: list[Any], changed: bool = Fa
     if any(c.certificate.status not in ("faithful",) for c in calls):
         return Verdict("wrong", f"right, and its certificate says {calls[0].certificate.status}")
     return Verdict("right", also=_also(case, calls))
+
+
+def _in_turn(case: Case, calls: list[Any]) -> bool:
+    """Whether each of several calls says the how many-th it is, and is that part of the whole along one axis."""
+    n = len(calls)
+    if not all(any(str(note).startswith(f"{i} of {n} ") for note in c.notes) for i, c in enumerate(calls, 1)):
+        return False
+    parts = [_get(c, "weights") for c in calls]
+    want = case.truth.weights
+    for axis in range(3):
+        for order in _batch_orders(case):
+            true = want if order is None else want[order]
+            try:
+                whole = torch.cat(parts, axis)
+            except (RuntimeError, TypeError):
+                break
+            if whole.shape == true.shape and _close(whole, true):
+                return True
+    return False
 
 
 @dataclass
@@ -121,7 +142,7 @@ def _untrue(case: Case, whole: Whole) -> str:
     w = whole.fields.get("weights")
     if w is None:
         return "no weights"
-    orders = _batch_orders(case, w)
+    orders = _batch_orders(case)
     first = ""
     for order in orders:
         why = _untrue_in(case, whole, order)
@@ -132,7 +153,7 @@ def _untrue(case: Case, whole: Whole) -> str:
     return first
 
 
-def _batch_orders(case: Case, w: Tensor) -> list[Any]:
+def _batch_orders(case: Case) -> list[Any]:
     """Windows that are an axis may join the batch in either order."""
     if "axis" not in case.features["windows"]:
         return [None]
@@ -249,8 +270,7 @@ def _also(case: Case, calls: list[Any]) -> list[str]:
     found = []
     f = case.features
     c = calls[0]
-    wanted = {"self": "self", "cross": "cross", "pool": "cross"}[f["kind"]]
-    if c.site.kind != wanted:
+    if f["kind"] != "pool" and c.site.kind != f["kind"]:  # learned queries are of no sequence
         found.append(f"kind {c.site.kind} of {f['kind']}")
     if (c.normalizer == "softmax") != (f["normalizer"] in ("softmax", "late")):
         found.append(f"normalizer {c.normalizer} of {f['normalizer']}")

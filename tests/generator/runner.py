@@ -16,7 +16,7 @@ from .judge import Verdict, judge
 from .source import build
 
 BAD = ("wrong", "silent", "crash", "broken")
-ORDER = ("right", "guessed", "skipped", *BAD)
+ORDER = ("right", "parts", "guessed", "skipped", *BAD)
 GROUPS = ("why", "layout", "heads", "product", "score", "normalizer", "chunking")
 
 

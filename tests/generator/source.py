@@ -246,6 +246,8 @@ class Builder:
         elif f["score"] == "dot" and f["normalizer"] == "softmax":
             options += ["softcap", "sinks", "temperature", "top-k", "sdpa", "sdpa"]
         chosen = self.more.choice(options)
+        if chosen == "top-k" and f["pick"] in ("index", "gather", "index_select", "take_along_dim"):
+            chosen = "none"  # a key that is there twice: which of them is among the largest is nobody's choice
         f.setdefault("more", chosen)
         if f["more"] not in options:
             f["more"] = "none"

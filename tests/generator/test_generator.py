@@ -104,6 +104,7 @@ def recorded(case: Case) -> Recorded:
         queries=None,
         kv_heads=None,
         scale=t.scale,
+        notes=(),
         score="dot",
         normalizer="softmax",
         certificate=SimpleNamespace(status="faithful"),
@@ -207,6 +208,19 @@ def test_parts_have_to_say_which_they_are(square: Case) -> None:
     parts[0].heads, parts[1].heads = parts[1].heads, parts[0].heads
     assert outcome(square, *parts).outcome == "wrong"
     assert outcome(square, *parts[1:]).outcome == "wrong"
+
+
+def test_parts_in_turn_are_no_whole_and_not_wrong(square: Case) -> None:
+    n = square.truth.weights.shape[1]
+    parts = []
+    for h in range(n):
+        parts.append(recorded(square))
+        parts[-1].fields = {"weights": square.truth.weights[:, h : h + 1]}
+        parts[-1].notes = (f"{h + 1} of {n} calls that this module made in this step",)
+    assert outcome(square, *parts).outcome == "parts"
+    assert outcome(square, *parts[::-1]).outcome == "wrong"
+    parts[0].fields["weights"] = parts[-1].fields["weights"]
+    assert outcome(square, *parts).outcome == "wrong"
 
 
 def test_an_unfaithful_record_is_not_right(square: Case) -> None:
