@@ -156,8 +156,12 @@ def _traced(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any
             ids = model.generate(  # type: ignore[operator]
                 **args, max_new_tokens=generate, do_sample=False, **({} if pad is None else {"pad_token_id": pad})
             )
-            if given.tokenizer is not None and not getattr(model.config, "is_encoder_decoder", False):
-                made.tokens = [given.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+            if given.tokenizer is not None:
+                tokens = [given.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+                if getattr(model.config, "is_encoder_decoder", False):
+                    made.stack_tokens = {"decoder": tokens}
+                else:
+                    made.tokens = tokens
         return made
 
 

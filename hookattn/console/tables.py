@@ -285,7 +285,9 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
     ]
     if data.get("bytes_of_fields"):
         facts.append(("fields", " · ".join(f"{k} {decimal_size(v)}" for k, v in data["bytes_of_fields"].items())))
-    for name, rows in (data["stack_tokens"] or {"": data["tokens"] or []}).items():
+    stacks = data["stack_tokens"]
+    own = {} if data["tokens"] in stacks.values() else {"": data["tokens"] or []}
+    for name, rows in (own | stacks).items():
         for i, row in enumerate(rows[:4]):
             shown = " ".join(row[:24]) + (" …" if len(row) > 24 else "")
             facts.append(("" if i else f"tokens {name}".strip(), f"{shown} ({len(row)})"))

@@ -299,6 +299,12 @@ def test_trace_an_encoder_decoder(models: Path) -> None:
     made = run("trace", models / "t5", "--text", "the cat sat", "--generate", "2", "--json")
     calls = json.loads(made.stdout)["calls"]
     assert {c["stack"] for c in calls} == {"encoder", "decoder"} and {c["step"] for c in calls} == {0, 1}
+    shown = run("trace", models / "t5", "--text", "the cat sat", "--generate", "2").stdout
+    assert "the cat sat" in shown and "tokens decoder" in shown
+    data = json.loads(made.stdout)
+    assert data["tokens"][0][:3] == ["the", "cat", "sat"]
+    decoder = data["stack_tokens"]["decoder"][0]
+    assert decoder[0] == "[PAD]" and len(decoder) == 3  # what it starts with, and the two new ones
 
 
 def test_trace_an_image(models: Path, tmp_path: Path) -> None:
