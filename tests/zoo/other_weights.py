@@ -185,12 +185,12 @@ def off_by_one(z: Tensor) -> Tensor:
     return e / (1 + e.sum(-1, keepdim=True))
 
 
-@other("off_by_one_plain")
+@other("off_by_one_plain", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sums(said, off_by_one(dots(q, k)), v)
 
 
-@other("off_by_one_maximum")
+@other("off_by_one_maximum", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     z = dots(q, k)
     top = z.max(-1, keepdim=True).values
@@ -198,36 +198,36 @@ def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sums(said, e / (e.sum(-1, keepdim=True) + torch.exp(-top)), v)
 
 
-@other("off_by_one_column")
+@other("off_by_one_column", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     z = dots(q, k)
     return sums(said, torch.cat([z, z.new_zeros(B, H, T, 1)], -1).softmax(-1)[..., :-1], v)
 
 
-@other("off_by_one_column_first")
+@other("off_by_one_column_first", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     z = dots(q, k)
     return sums(said, torch.cat([torch.zeros_like(z[..., :1]), z], -1).softmax(-1)[..., 1:], v)
 
 
-@other("off_by_one_pad")
+@other("off_by_one_pad", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sums(said, F.pad(dots(q, k), (0, 1)).softmax(-1)[..., :-1], v)
 
 
-@other("off_by_one_pad_first")
+@other("off_by_one_pad_first", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sums(said, F.pad(dots(q, k), (1, 0), value=0.0).softmax(-1)[..., 1:], v)
 
 
-@other("off_by_one_zero_key")
+@other("off_by_one_zero_key", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     z = dots(q, k)
     lse = torch.logsumexp(F.pad(z, (0, 1)), -1, keepdim=True)
     return sums(said, (z - lse).exp(), v)
 
 
-@other("off_by_one_logaddexp")
+@other("off_by_one_logaddexp", "softmax1")
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     z = dots(q, k)
     lse = torch.logsumexp(z, -1, keepdim=True)

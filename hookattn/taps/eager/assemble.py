@@ -12,6 +12,7 @@ from torch import Tensor
 from ...attention.functional import dot_scores, finish_scores
 from ...attention.kernel_call import DOT, KernelCall
 from ...attention.masks import FILL, MASKED, split_additive
+from ...attention.normalizers import OF_ONE, SOFTMAX
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
 from .normalizer_names import name_of_steps, verified_name
@@ -113,6 +114,8 @@ class CallBuilder:
         self._terms(call)
         if scores.sink is not None:
             call.sinks = self.sinks(scores.sink, h)
+            if float(call.sinks.abs().amax()) <= slack_of(call.sinks.dtype):  # one in the denominator, and no more
+                call.normalizer = OF_ONE
         if scores.opaque:
             self._own_values(call)
         elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
@@ -126,7 +129,9 @@ class CallBuilder:
 
     def _name(self, call: KernelCall) -> None:
         """Say what made weights of the scores, where it was no softmax over the keys."""
-        call.normalizer, steps = self.state.normalizer, self.state.steps
+        steps = self.state.steps
+        if self.state.normalizer != SOFTMAX:
+            call.normalizer = self.state.normalizer
         if steps is None:
             return
         name = name_of_steps(steps)
@@ -243,7 +248,9 @@ class CallBuilder:
         if scores.sink is not None:
             raise LayoutError(f"a sink joined scores that went through {', '.join(scores.opaque)}")
         # Where something is as low as masks usually are, that alone is masked, and a low score is a score.
-        hidden = own <= (MASKED if bool((own <= MASKED).any()) else FILL)
+        # A distance may be as low as masks are that somebody writes by hand.
+        low = scores.score != DOT or bool((own <= MASKED).any())
+        hidden = own <= (MASKED if low else FILL)
         keep = ~hidden if call.mask is None else call.mask & ~hidden
         derived = finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
         residual = torch.where(keep, own.to(derived.dtype) - derived, 0.0)

@@ -94,7 +94,7 @@ def _scores(call: KernelCall, state: Weights, roles: ValueRoles) -> None:
     assert call.weights is not None
     if scores.shape != call.weights.shape:
         return
-    hidden = scores <= (MASKED if bool((scores <= MASKED).any()) else FILL)
+    hidden = (scores <= MASKED) | ((scores <= FILL) & (call.weights == 0))
     if bool(hidden.any()):
         call.mask = ~hidden
         scores = torch.where(hidden, 0.0, scores)

@@ -36,6 +36,10 @@ def unnormalized_call(state: Unnormalized, out: Tensor) -> KernelCall:
     """
     if state.normalized and len(state.parts) == 1 and not state.scaled:
         return CallBuilder(state.parts, out).call()
+    weights, use = state.parts[0]
+    scores = weights.scores
+    if len(state.parts) == 1 and scores is not None and (scores.score != DOT or scores.opaque):
+        return _of_formed(weights, use, state.sink, out)
     calls = [_part(weights, use, out) for weights, use in _in_order(state.parts)]
     call = calls[0]
     if len(calls) > 1:
@@ -52,6 +56,20 @@ def unnormalized_call(state: Unnormalized, out: Tensor) -> KernelCall:
                 call.weights = CallBuilder(state.parts, out).call().weights
             return call
     raise LayoutError(_NOT_SOFTMAX)
+
+
+def _of_formed(weights: Weights, use: ValueProduct, sink: Tensor | None, out: Tensor) -> KernelCall:
+    """The call of scores that do not follow from q and k: its weights are the exponentials over their sum."""
+    dim = [i for i, label in enumerate(use.weights_labels) if label not in use.out_labels]
+    if sink is not None or len(dim) != 1:
+        raise LayoutError(_NOT_SOFTMAX)
+    made = use.weights / use.weights.sum(dim[0], keepdim=True)
+    call = CallBuilder([(weights, replace(use, weights=made, out=out))], out).call()
+    assert call.weights is not None and call.output is not None
+    difference = (weighted_values(call.weights, call.v) - call.output).abs().nan_to_num(0.0)
+    if float(difference.amax()) > 100 * slack_of(call.output.dtype) * max(1.0, float(call.v.abs().amax())):
+        raise LayoutError(_NOT_SOFTMAX)
+    return call
 
 
 def _part(weights: Weights, use: ValueProduct, out: Tensor) -> KernelCall:

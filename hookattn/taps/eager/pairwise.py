@@ -26,7 +26,14 @@ _WHOLE = {"cosine_similarity": "cosine", "pairwise_distance": "distance"}
 
 
 def paired(
-    name: str, arithmetic: str | None, a: Any, b: Any, out: Any, origin_a: Origin, origin_b: Origin
+    name: str,
+    arithmetic: str | None,
+    a: Any,
+    b: Any,
+    out: Any,
+    origin_a: Origin,
+    origin_b: Origin,
+    alone: bool = False,
 ) -> State | None:
     """What two operands make that have an axis each that the other lacks, and one in common; None: something else.
 
@@ -36,6 +43,7 @@ def paired(
         a, b: the operands.
         out: the result.
         origin_a, origin_b: where the operands' axes come from.
+        alone: one operand may be a single vector, of one query or one key.
     """
     whole = arithmetic is None
     n = out.dim() + whole
@@ -43,7 +51,10 @@ def paired(
     own_a = [i for i in range(n) if shape_a[i] > 1 and shape_b[i] == 1]
     own_b = [i for i in range(n) if shape_b[i] > 1 and shape_a[i] == 1]
     both = [i for i in range(n) if shape_a[i] > 1 and shape_b[i] > 1]
-    if not (own_a and own_b and both) or "parameter" in (origin_a.birth, origin_b.birth):
+    # Of a function of pairs either may be one vector alone; what else is broadcast so is a gate or a norm, mostly.
+    enough = own_a or own_b if whole or alone else own_a and own_b
+    learned = [o.birth == "parameter" for o in (origin_a, origin_b)]
+    if not (enough and both) or all(learned) or (any(learned) and arithmetic != "mul"):
         return None
     (a, layout_a), (b, layout_b) = (
         _squeezed(x, o, n, gone) for x, o, gone in ((a, origin_a, own_b), (b, origin_b, own_a))
@@ -70,7 +81,9 @@ def _squeezed(x: Tensor, origin: Origin, n: int, gone: Sequence[int]) -> tuple[T
     layout = ((),) * (n - x.dim()) + origin.layout()
     full = x.detach().reshape((1,) * (n - x.dim()) + tuple(x.shape))
     kept = [i for i in range(n) if i not in gone]
-    return full.squeeze(tuple(gone)), known(tuple(layout[i] for i in kept))
+    made = known(tuple(layout[i] for i in kept))
+    made.birth, made.cut = origin.birth, origin.cut
+    return full.squeeze(tuple(gone)), made
 
 
 def changed_pairs(c: Operation) -> State | None:

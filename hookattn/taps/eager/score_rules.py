@@ -65,7 +65,10 @@ def keeps_axes(c: Operation, scores: Scores) -> bool:
 
 def multiplied(c: Operation) -> State | None:
     """Multiplication by a number, or by a factor for each head."""
-    return _scaled(c, 1) or weighted_values(c)
+    made, of = _scaled(c, 1), c.state.product
+    if made is not None or of.learned or "parameter" in (of.origin_a.birth, of.origin_b.birth):
+        return made
+    return weighted_values(c)
 
 
 def divided(c: Operation) -> State | None:

@@ -190,7 +190,8 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     of positions and not of features, and each key has a vector.
     """
     scores, of = state.before or state, state.product
-    if state.composed or state.chained or of.learned or "parameter" in (of.origin_a.birth, of.origin_b.birth):
+    learned = {x for x, o in (("a", of.origin_a), ("b", of.origin_b)) if o.birth == "parameter"}
+    if state.composed or state.chained or (learned and (len(learned) == 2 or not state.steps)):
         return None
     met = watch.state(product.other)
     if is_part(met) or _of_activations(met) or watch.origin(product.other).birth == "parameter":
@@ -201,7 +202,9 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
         return None
     at = list(product.x_labels).index(product.contracted[0])
     keys = _roots(of, layout[at])
-    if not keys or len({of.axes[a].side for a in keys}) != 1 or any(of.axes[a].side == "batch" for a in keys):
+    if len({of.axes[a].side for a in keys} or {_side_of_one(of, state.origin, at)} - {"batch"}) != 1:
+        return None
+    if any(of.axes[a].side == "batch" for a in keys) or learned & {of.axes[a].side for a in keys}:
         return None
     if any(s.birth in ("feature", "parameter") for a in keys for s in of.axes[a].sources):
         return None
@@ -209,6 +212,8 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     if not state.steps and (not made or (of.of_one and storage_of(of.a) == storage_of(product.other))):
         return None  # nothing was done to them: products of one tensor, or such that no learned map made q or k
     dim = next((i for i, atoms in enumerate(scores.origin.layout()) if keys & _roots(of, atoms)), None)
+    if not keys and scores.origin.shape == state.origin.shape:
+        dim = at
     if dim is None:
         return None
     tensor = scores.held[0] if scores.held and scores.held[1] == version_of(scores.held[0]) else None
@@ -225,6 +230,14 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
         dtype=product.x.dtype,
         steps=state.steps,
     )
+
+
+def _side_of_one(of: Product, origin: Origin, at: int) -> str:
+    """Which operand the keys are of, where they are one and no axis tells: by the label of their dimension."""
+    if origin.how != of.layout:
+        return "batch"
+    label = of.lo[at]
+    return "batch" if (label in of.la) == (label in of.lb) else "a" if label in of.la else "b"
 
 
 def is_part(state: State | None) -> bool:
@@ -458,9 +471,10 @@ def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None
     with torch.no_grad():
         states = [watch.state(x) for x in parsed.operands] if watch.live else [None] * len(parsed.operands)
         for one, state, labels in zip(parsed.operands, states, parsed.labels, strict=True):
-            if isinstance(state, (Scores, Pairwise)):
+            if isinstance(state, Pairwise) or _of_activations(state):
                 others = [y for x, o in zip(parsed.operands, parsed.labels, strict=True) if x is not one for y in o]
                 met = _Product("einsum", one, labels, out, others, out, parsed.out)
+                assert isinstance(state, (Scores, Pairwise))
                 _note_weightless(watch, met, state)
                 return
             summed = [x for x in labels if x not in parsed.out]

@@ -62,7 +62,9 @@ class ValueRoles:
             if atom.birth == "lost" and atom.role is None:
                 guessed.update("HT")
         for atom, others in shared:
-            sources = (atom, *others)
+            sources = [s for s in (atom, *others) if not s.repeated] or [atom, *others]
+            if all(s.repeated for s in sources):
+                guessed.update("BHG")
             role = next((s.role for s in sources if s.role in ("B", "H", "T")), None)
             if role is None:
                 role = "H" if any(s.birth == "feature" for s in sources) else "B"
