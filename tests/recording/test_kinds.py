@@ -67,6 +67,19 @@ class TwoStreams(nn.Module):
         return attend(q, k, v, self.fused)
 
 
+class Image(nn.Module):
+    """Patches of an image that lie along two axes, with a learned token in front."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 16, 2, 2), nn.Parameter(torch.randn(1, 2, 16))
+        self.a = Attention(fused)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        return self.a(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
 class Latents(nn.Module):
     """Learned rows that attend to a sequence, and to themselves."""
 
@@ -101,7 +114,8 @@ class Cached(Attention):
     def __init__(self, fused: bool, how: str) -> None:
         super().__init__(fused)
         self.how, self.at = how, 0
-        self.past: list[Tensor] = [torch.zeros(2, 2, 0 if how == "cat" else 20, 8) for _ in range(2)]
+        empty = torch.zeros(0) if how == "cat" else torch.zeros(2, 2, 20, 8)
+        self.past: list[Tensor] = [empty.clone() for _ in range(2)]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         q, *new = self.heads(x, x)
@@ -156,6 +170,7 @@ def test_learned_queries_attend_to_another_sequence(fused: bool) -> None:
 def test_one_sequence_stays_one(fused: bool) -> None:
     """With a token in front, and of another size."""
     assert kinds(hookattn.trace(Tokens(fused), torch.randn(2, 16, 16))) == [("a", "self"), ("b", "self")]
+    assert kinds(hookattn.trace(Image(fused), torch.randn(2, 3, 8, 8))) == [("a", "self")]
 
 
 @fused

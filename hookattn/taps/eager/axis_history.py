@@ -153,15 +153,20 @@ class Origin:
 
 def seeded(shape: Shape, roles: Sequence[str | None], before: Origin | None = None) -> Origin:
     """An origin whose axes are known: one role per dimension; ``before``: what is known of where they come from."""
+    if before is not None:
+        return Origin(tuple(shape), named, before, tuple(roles))
     origin = Origin(tuple(shape))
-    lines = before.layout() if before is not None else ()
-    if len(lines) != len(roles):
-        lines = ((),) * len(roles)
-    origin._layout = tuple(
+    origin._layout = named((), origin.shape, roles)
+    return origin
+
+
+def named(layout: Layout, shape: tuple[int, ...], roles: Sequence[str | None]) -> Layout:
+    """The axes of a layout, if it fits the shape, with the roles that somebody said they have."""
+    lines: Layout = layout if sizes(layout) == shape else ((),) * len(shape)
+    return tuple(
         (Atom(n, role=r, of=line[0] if line else None),) if n != 1 else ()
         for n, r, line in zip(shape, roles, lines, strict=True)
     )
-    return origin
 
 
 def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
@@ -425,25 +430,28 @@ def joined(layout: Layout, shape: tuple[int, ...], args: tuple[int, bool, Sequen
             return _with(layout, dim, new, made)
     if new:
         return _with(layout, dim, new, Atom(count, birth="lost"))
-    laid = [a for p in parts for a in p.layout()[dim]] if all(len(p.shape) == len(shape) for p in parts) else []
+    laid = [p.layout() for p in parts]
+    ends = [one[dim] for one in laid if len(one) == len(shape)]
     return tuple(
-        _end_to_end(d, n, laid) if i == dim else _resize(d, n)
+        _end_to_end(d, n, ends) if i == dim else _resize(d, n)
         for i, (d, n) in enumerate(zip(layout, shape, strict=True))
     )
 
 
-def _end_to_end(first: tuple[Atom, ...], extent: int, parts: Sequence[Atom]) -> tuple[Atom, ...]:
+def _end_to_end(first: tuple[Atom, ...], extent: int, parts: Sequence[tuple[Atom, ...]]) -> tuple[Atom, ...]:
     """A dimension that several were laid end to end along.
 
     Args:
         first: that of the one whose axes the result has.
         extent: of all together.
-        parts: the atoms of all.
+        parts: those of all, as far as they are known.
     """
     out = _resize(first, extent)
-    roots = frozenset(a.root for a in parts).union(*(a.beside for a in parts))
-    if len(roots) > 1 and all(a.birth in ("data", "parameter") for a in parts):
-        if any(a.birth == "lost" for a in out) and first:  # positions of an image, which lie along two, and a text
+    atoms = [a for part in parts for a in part]
+    # Of positions of an image, which lie along two axes, the first stands for both.
+    roots = frozenset(part[0].root for part in parts if part).union(*(a.beside for a in atoms))
+    if len(roots) > 1 and all(a.birth in ("data", "parameter") for a in atoms):
+        if any(a.birth == "lost" for a in out) and first:
             out = (Atom(extent, of=first[0]),)
         for atom in out:
             if atom not in first:

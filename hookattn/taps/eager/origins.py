@@ -133,6 +133,8 @@ class Origins:
     def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end; the axes are those of the first that is not made of parameters alone."""
         tensors = args[0] if args else kwargs["tensors"]
+        if out.dim() > 1:  # an empty vector may be laid before anything, as a cache begins with one
+            tensors = [t for t in tensors if not (strided(t) and t.dim() == 1 and not t.numel())]
         parts = [self.of(t) for t in tensors if strided(t)]
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         if len(parts) != len(tensors) or not parts or not isinstance(dim, int):
