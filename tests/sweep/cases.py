@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .classes import by_name, config_class, model_class, owner_of
+from .classes import by_name, config_class, model_class, model_types, owner_of
 from .inputs import Inputs, parts_of, said
 from .recipes import Recipe
 from .shrink import shrink
@@ -85,7 +85,13 @@ def build(model_type: str, implementation: str, gain: float = 1.6) -> tuple[nn.M
     config = small_config(owner, model_type if owner != model_type else "") if has_forward(cls) else with_parts(owner)
     torch.manual_seed(5)
     if issubclass(cls, PreTrainedModel):
-        model: nn.Module = cls._from_config(copy.deepcopy(config), attn_implementation=implementation)
+        try:
+            model: nn.Module = cls._from_config(copy.deepcopy(config), attn_implementation=implementation)
+        except AttributeError:
+            first = next((p.model_type for p in parts_of(config, "")[1:] if p.model_type in model_types()), "")
+            if has_forward(cls) or not first:
+                raise
+            return build(first, implementation, gain)  # another part of its cannot be made
     else:
         config._attn_implementation = implementation
         model = cls(config)
