@@ -51,7 +51,7 @@ class Atom:
     """
 
     birth: Birth
-    __slots__ = ("beside", "birth", "maps", "parent", "repeated", "role", "root", "size", "step", "through")
+    __slots__ = ("_root", "beside", "birth", "maps", "parent", "repeated", "role", "size", "step", "through")
 
     def __init__(
         self,
@@ -71,7 +71,8 @@ class Atom:
         self.role: str | None = role
         self.repeated: bool = repeated
         self.birth = birth if before is None else before.birth
-        self.root: Atom = self if before is None else before.root
+        # Not itself: objects that know themselves wait for a garbage collection.
+        self._root: Atom | None = None if before is None else before.root
         self.maps: frozenset[Any] = maps if before is None else before.maps
         self.beside: frozenset[Atom] = frozenset() if before is None else before.beside
         self.through: Atom | None = None if before is None else before.through
@@ -83,6 +84,11 @@ class Atom:
 
     def __repr__(self) -> str:
         return f"{self.role or '?'}{self.size}{'*' if self.repeated else ''}"
+
+    @property
+    def root(self) -> Atom:
+        """The atom that its line began with."""
+        return self if self._root is None else self._root
 
     def lineage(self) -> Iterable[Atom]:
         """Its parent, the parent's parent, and so on."""
@@ -392,6 +398,17 @@ def picked(layout: Layout, shape: tuple[int, ...], args: Sequence[int | tuple[in
             atoms = [a for i in source for a in layout[i]]
             out.append((Atom(n, of=atoms[0]),) if atoms and n != 1 else fresh((n,))[0])
     return tuple(out)
+
+
+def columns(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
+    """``F.unfold``, B C Y X: places in a window join the channels, and the windows are positions as the pixels are."""
+    pixels = [*layout[2], *layout[3]]
+    channels = math.prod(a.size for a in layout[1])
+    if not pixels or not channels or shape[1] % channels:
+        return fresh(shape)
+    inside = (Atom(shape[1] // channels, of=pixels[0]),) if shape[1] > channels else ()
+    windows = (Atom(shape[2], of=pixels[0]),) if shape[2] != 1 else ()
+    return (layout[0], (*layout[1], *inside), windows)
 
 
 def windowed(layout: Layout, shape: tuple[int, ...], dim: int) -> Layout:
