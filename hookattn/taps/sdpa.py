@@ -19,7 +19,7 @@ from ..torch_internals.operators import argument_defaults
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded, shown
-from .eager.products import Factor, LayoutError, Product, ProductLabels, Roles, arrange
+from .eager.products import Factor, HeadTest, LayoutError, Product, ProductLabels, Roles, arrange
 from .eager.sequences import describe_plain, describe_product
 
 if TYPE_CHECKING:
@@ -224,7 +224,22 @@ def _plain(watch: Follower, given: dict[str, Any]) -> bool:
         layout = watch.origin(given[name]).layout()
         if len(layout) == 4 and any(a.repeated for a in layout[1]):
             return False
-    return _rows_are_queries(watch, given["query"])
+    return _rows_are_queries(watch, given["query"]) and not _heads_lie_elsewhere(watch.origin(given["query"]))
+
+
+def _heads_lie_elsewhere(query: Origin) -> bool:
+    """Whether the second axis of four is known not to be heads: they come first, or something else lies there.
+
+    The kernel calls its axes batch and heads, and does the same with both: who gives it heads first, or windows of a
+    single head, gets the right output.
+    """
+    first, second, _, width = query.layout()
+    if not first or not all(a.birth == "data" and a.role is None for a in second):
+        return False
+    if not width or any(a.birth != "feature" for a in width):
+        return False
+    is_head = HeadTest(width)
+    return any(is_head(a) for a in first) or bool(second)
 
 
 def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
@@ -242,7 +257,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     n = q.dim()
     if k.dim() != n or v.dim() != n:
         raise LayoutError(f"q, k, v of {n}, {k.dim()} and {v.dim()} dimensions")
-    first_is_batch = n == 4
+    first_is_batch = n == 4 and not _heads_lie_elsewhere(watch.origin(given["query"]))
     origins = {x: _known(watch.origin(given[x]), given[x]) for x in ("query", "key", "value")}
     # With enable_gqa the kernel groups by itself: the groups become a dimension of their own, so that q and k have the
     # same dimensions below.
@@ -266,6 +281,8 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     roles = Roles(product, layout[-1])
     if not layout[-1]:
         roles.keys = "b"
+    if call.q.dim() == 4 and roles.guessed:
+        first_is_batch = True
     if not first_is_batch:  # what is not known to be heads is batch, by the kernel's own word
         call.basis = {x: "kernel" if x in "TS" or x in roles.guessed else "followed" for x in "BHTSG"}
     if first_is_batch:

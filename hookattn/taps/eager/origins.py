@@ -137,7 +137,9 @@ class Origins:
             tensors = [t for t in tensors if not (strided(t) and t.dim() == 1 and not t.numel())]
         parts = [self.of(t) for t in tensors if strided(t)]
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-        if len(parts) != len(tensors) or not parts or not isinstance(dim, int):
+        complete = len(parts) == len(tensors)
+        parts = [p for p in parts if p.shape != (0,)] or parts  # torch joins nothing to tensors of any dimensions
+        if not complete or not parts or not isinstance(dim, int):
             return Origin(out.shape, birth="lost")
         new = out.dim() > len(parts[0].shape)
         first = next((p for p in parts if p.birth != "parameter"), parts[0])
