@@ -7,17 +7,17 @@ torch operation of the model and keeps a **state** for each tensor that may be a
 
 - A product of two tensors is taken for scores until something shows that it is none. States cost nothing once their
   tensor is gone: the queries, keys and masks of a product that nobody needs go with it.
-- The keys are the axis that is summed with the values. Mostly the softmax ran over it; where no softmax did, or one over
+- The keys are the axis that is summed with the values. Mostly the softmax ran over it; where none did, or one over
   another axis, the operations between product and values say what made the weights (:mod:`.normalizer_names`).
 - Scores need no matrix product: two tensors broadcast against each other are ``Pairwise`` until the width is summed
-  away (:mod:`.pairwise`). Where nothing tells what scores are made of, the weights and the values that they meet name the
-  axes (:mod:`.value_roles`), and the call has no q and k (:mod:`.assemble_plain`).
+  away (:mod:`.pairwise`). Where nothing tells what scores are made of, the weights and the values that they meet name
+  the axes (:mod:`.value_roles`), and the call has no q and k (:mod:`.assemble_plain`).
 - A softmax may be taken in steps: ``Exponentials``, a ``RowStatistic`` (maximum, sum), ``LogWeights``. It may be
   finished after the values, or block by block: ``Unnormalized`` until something else is done with the sum
   (:mod:`.sum_rules`, :mod:`.blockwise`).
-- Weights may be cut along the keys and multiplied slice by slice: ``PartialOutput`` until all slices are in. The largest
-  scores alone may be softmaxed and put back: ``TopScores``. Values may be multiplied with their weights and summed
-  after: ``WeightedValues``.
+- Weights may be cut along the keys and multiplied slice by slice: ``PartialOutput`` until all slices are in. The
+  largest scores alone may be softmaxed and put back: ``TopScores``. Values may be multiplied with their weights and
+  summed after: ``WeightedValues``.
 - Scores may be moved about before the softmax (a band, blocks in a buffer, a few keys for each query):
   ``ScatteredScores -> ScatteredWeights -> ScatteredOutput``, each with its ``Entries`` (:mod:`.entries`,
   :mod:`.entry_rules`): which score each entry is, told by running the same operations again on numbers.

@@ -329,7 +329,9 @@ def _weights_over_others(product: _Product, state: Weights) -> Weights | None:
     over = {roles.of(a) for a in then[state.dim]} & set(_LETTERS)
     if len(over) != 1:
         return None
-    return replace(state, dim=dim, own=state.own if state.dropout else None, mixed=[], normalizer=_LETTERS[over.pop()])
+    return replace(
+        state, dim=dim, own=state.own if state.dropout else None, mixed=[], joined=[], normalizer=_LETTERS[over.pop()]
+    )
 
 
 _LETTERS = {"T": "softmax over queries", "H": "softmax over heads", "B": "softmax over the batch"}

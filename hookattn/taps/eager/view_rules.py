@@ -223,8 +223,10 @@ def gathered(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def windowed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
-    """``x.unfold(dim, size, step)``; the function of that name that makes columns of images is another."""
+    """``x.unfold(dim, size, step)``, and the function of that name that makes columns of images."""
     dim = kwargs.get("dimension", args[1] if len(args) > 1 else None)
+    if x.dim() == 4 and out.dim() == 3:
+        return axis_history.columns, None
     if not isinstance(dim, int) or out.dim() != x.dim() + 1:
         return None
     return axis_history.windowed, dim % x.dim()

@@ -381,7 +381,9 @@ def mixed_weights(c: Operation) -> State | None:
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape:
         return None
     if c.kind.arithmetic in ("add", "sub") and isinstance(other := c.look(c.other()), Weights):
-        return _joined_weights(c, state, other)
+        made = _joined_weights(c, state, other)
+        if made is not None:
+            return made
     if c.kind.sums_axis and (state.scores is None or not keeps_axes(c, state.scores)):
         return None
     return replace(state, own=state.own or (c.x, state.origin), mixed=[*state.mixed, c.name])
@@ -389,6 +391,8 @@ def mixed_weights(c: Operation) -> State | None:
 
 def _joined_weights(c: Operation, state: Weights, other: Weights) -> State | None:
     """The sum or difference of the weights of two softmaxes, or of two heads of one."""
+    if state.use is other.use and state.entries is other.entries:  # one softmax twice, as gradients are passed through
+        return None
     if state.scores is None or other.scores is None or other.origin.shape != state.origin.shape:
         return None
     name = "the sum of two softmaxes" if c.kind.arithmetic == "add" else "the difference of two softmaxes"

@@ -257,6 +257,13 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1) * w[:, :, None]).sum(-1)
 
 
+@weightless("convolution made of the data, of columns", "convolution")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    w = m.map(x)[..., : 3 * H].reshape(-1, 3, 1).softmax(1)
+    windows = F.unfold(x.mT[..., None], [3, 1], padding=[1, 0]).mT.reshape(-1, D, 3)
+    return (windows @ w).reshape(B, T, E)
+
+
 @weightless("values, weights and a projection in one", "one einsum")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     q, k, v = m.heads(x)
@@ -324,3 +331,19 @@ def test_an_iterated_inverse_of_weights_is_no_attention(iterations: int) -> None
     assert [tuple(call.weights.shape[-2:]) for call in trace] == [(T, T), (3, T)]
     assert len(trace.skipped) == 1
     assert "other weights" in trace.skipped[0].reason
+
+
+def test_one_softmax_twice_is_one() -> None:
+    """Weights of 0 and 1 that gradients pass through: ``hard - soft.detach() + soft``."""
+
+    def hard(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.heads(x)
+        soft = (q @ k.mT).softmax(-2)
+        one = torch.zeros_like(soft).scatter_(-2, soft.max(-2, keepdim=True)[1], 1.0)
+        w = one - soft.detach() + soft
+        return (w / (w.sum(-1, keepdim=True) + 1.0)) @ v
+
+    torch.manual_seed(8)
+    trace = traced(Beside(hard).double(), draw(B, T, E, dtype=torch.float64))
+    assert [call.normalizer for call in trace] == ["softmax", "softmax over queries"]
+    assert not trace.skipped
