@@ -6,10 +6,11 @@ flash_attn       flash-attn 2, 3 and 4, batched, packed and with a cache
 flex             ``torch.nn.attention.flex_attention``
 hf_interface     the attention interface of transformers, whatever runs in it
 nn_attention     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, fast path included
-script           functions of ``torch.jit.script``, seen as one operation
-sdpa             ``scaled_dot_product_attention``
+script           code of ``torch.jit``: what it was made from is followed beside it, or it is one operation
+sdpa             ``scaled_dot_product_attention``, and the kernels that it chooses from
 varlen           ``torch.nn.attention.varlen``
 xformers         ``memory_efficient_attention``
+foreign          operators of other libraries that attend by their names: said not to be read
 eager/           attention written out by hand: the function mode that runs the other taps' handlers, too
 ===============  =====================================================================================================
 

@@ -166,6 +166,50 @@ def test_stages_of_a_pipeline() -> None:
         assert_close(call.weights, reference.weights)
 
 
+class Spelled(nn.Module):
+    """Written in functions, or in the operators that have other names or another order of arguments."""
+
+    def __init__(self, which: str, operators: bool) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.which, self.operators = which, operators
+        self.table, self.qkv = nn.Embedding(20, E), nn.Linear(E, 3 * E)
+        self.register_buffer("order", torch.randperm(T))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        a = self.operators and torch.ops.aten
+        x = a.embedding.default(self.table.weight, ids) if a and self.which == "embedding" else self.table(ids)
+        q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        if self.which == "picked keys":
+            k, v = (a.index.Tensor(y, [None, None, self.order]) if a else y[:, :, self.order] for y in (k, v))
+        scores = q @ k.mT
+        if self.which == "views":
+            scores = a._unsafe_view.default(scores, [B, H, T, T]) if a else scores.reshape(B, H, T, T)
+        if self.which == "casts":
+            scores = a._to_copy.default(scores, dtype=torch.float64) if a else scores.to(torch.float64)
+            return (a._softmax.default(scores, -1, False) if a else scores.softmax(-1)).to(v.dtype) @ v
+        if self.which == "logarithms":
+            return (a._log_softmax.default(scores, -1, False) if a else scores.log_softmax(-1)).exp() @ v
+        weights = a._safe_softmax.default(scores, -1) if a else scores.softmax(-1)
+        if self.which == "slices":
+            parts = [(0, 2), (2, T)]
+            cut = [a.slice.Tensor(weights, 3, i, j) if a else weights[..., i:j] for i, j in parts]
+            return sum(w @ v[:, :, i:j] for w, (i, j) in zip(cut, parts, strict=True))  # type: ignore[return-value]
+        return weights @ v  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("which", ["embedding", "picked keys", "views", "casts", "logarithms", "slices", "softmax"])
+def test_operators_that_are_named_or_ordered_otherwise(which: str) -> None:
+    ids = torch.randint(20, (B, T), generator=torch.Generator().manual_seed(2))
+    trace, plain = (hookattn.trace(Spelled(which, operators), ids, verify="full") for operators in (True, False))
+    assert same_bits(trace.output, plain.output) and not trace.skipped and trace.faithful
+    for call, reference in zip(trace, plain, strict=True):
+        assert call.shape == reference.shape and call.basis == reference.basis and call.notes == reference.notes
+        assert call.normalizer == reference.normalizer == "softmax"
+        for field in ("q", "k", "v", "weights"):
+            assert_close(getattr(call, field), getattr(reference, field))
+
+
 # ------------------------------------------------------------------------------------ kernels by their own names
 
 
