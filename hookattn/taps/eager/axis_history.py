@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from .cuts import Cut
+from typing import Any, Literal, NamedTuple
 
 Layout = tuple[tuple["Atom", ...], ...]
 # data: an axis of something given to the model, or kept through it: batch entries, positions.
@@ -96,6 +93,22 @@ class Atom:
         while atom is not None:
             yield atom
             atom = atom.parent
+
+
+class Cut(NamedTuple):
+    """A tensor is some entries of another, along one dimension or, one entry of each, along two.
+
+    Attributes:
+        source: the origin of the other.
+        dims: its dimensions that were cut.
+        start: the first entry, of two dimensions as if they were one.
+        stop: one after the last.
+    """
+
+    source: Origin
+    dims: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class Origin:

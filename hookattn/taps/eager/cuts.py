@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ...attention.pieces import Piece
 from ...torch_internals.tensor_identity import storage_of
-from .axis_history import Atom
+from .axis_history import Atom, Cut, Origin
 from .products import HeadTest
-
-if TYPE_CHECKING:
-    from .axis_history import Origin
-
-
-class Cut(NamedTuple):
-    """A tensor is some entries of another, along one dimension or, one entry of each, along two.
-
-    Attributes:
-        source: the origin of the other.
-        dims: its dimensions that were cut.
-        start: the first entry, of two dimensions as if they were one.
-        stop: one after the last.
-    """
-
-    source: Origin
-    dims: tuple[int, ...]
-    start: int
-    stop: int
 
 
 def cut_of(source: Origin, x: Tensor, out: Tensor) -> Cut | None:
