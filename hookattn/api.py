@@ -140,6 +140,9 @@ def tracing(
 ) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
+    A part of the model that is called alone is a step, too; ``call.entry`` is its path. ``with trace.step():`` makes
+    one step of several forwards.
+
     The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file.
     Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
