@@ -750,7 +750,13 @@ def _normalize(b: Builder, scores: Var) -> tuple[Var, Var | None]:
                 }
             )
             e = w.new(
-                w.some({f"({n} - {top}).exp()": 2, f"torch.exp({n} - {top})": 1, f"torch.exp({n})": 1}),
+                w.some(
+                    {
+                        f"({n} - {top}).exp()": 2,
+                        f"torch.exp({n} - {top})": 1,
+                        f"torch.exp({n})": 0 if f["score"] == "distance" else 1,
+                    }
+                ),
                 scores.axes,
                 "e",
             )
@@ -762,7 +768,7 @@ def _normalize(b: Builder, scores: Var) -> tuple[Var, Var | None]:
             )
         return w.new(text, scores.axes, "w"), None
     if form == "late":
-        one = w.some({f"{n}.amax({dim}, keepdim=True)": 1, "0.0": 0.3})
+        one = w.some({f"{n}.amax({dim}, keepdim=True)": 1, "0.0": 0 if f["score"] == "distance" else 0.3})
         e = w.new(f"({n} - {one}).exp()", scores.axes, "e")
         total = w.new(f"{e.name}.sum({dim})", tuple(g for g in scores.axes if g != S), "z")
         return e, total
