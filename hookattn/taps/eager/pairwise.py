@@ -54,7 +54,8 @@ def paired(
     # Of a function of pairs either may be one vector alone; what else is broadcast so is a gate or a norm, mostly.
     enough = own_a or own_b if whole or alone else own_a and own_b
     learned = [o.birth == "parameter" for o in (origin_a, origin_b)]
-    if not (enough and both) or all(learned) or (any(learned) and arithmetic != "mul"):
+    # Learned queries are paired with keys by any of the four; learned positions are added to tokens of three axes.
+    if not (enough and both) or all(learned) or (any(learned) and arithmetic != "mul" and n < 4):
         return None
     (a, layout_a), (b, layout_b) = (
         _squeezed(x, o, n, gone) for x, o, gone in ((a, origin_a, own_b), (b, origin_b, own_a))
