@@ -66,14 +66,14 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
     modules = dict(model.named_modules())
     found: list[str] = []
     everywhere = {n for part in parts_of(config, "") for n in _counts(vars(part))}
-    last: dict[tuple[str, str], int] = {}
+    last: dict[tuple[str, str, str], int] = {}
     for call in trace:
         site = call.site
-        heads = _around(modules, site.path) or everywhere
-        b, h, t, _ = call.weights.shape
+        heads = _around(modules, site.path) or {1, *everywhere}  # what counts no heads has one, as a net's block does
+        b, h, t, s = call.weights.shape
         if heads and h not in heads and h not in everywhere:
             found.append(f"axes: {h} heads in {site.label}, where there are {sorted(heads)}")
-        if not _placed(given.shapes[site.path], b, t):
+        if not _placed(given.shapes[site.path], b, t) and not _placed(given.shapes[site.path], b, s):
             shapes = sorted(set(given.shapes[site.path]))[:3]
             found.append(f"axes: {b} × {t} rows in {site.label}, which was given {shapes}")
         others = given.names[site.path] & set(_OTHERS)
@@ -81,12 +81,17 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
             found.append(f"kind: self in {site.label}, which was given {', '.join(sorted(others))}")
         if call.step != 0:
             found.append(f"step: {call.step} in {site.label}, of one forward")
-        place = (site.stack, site.kind)
+        place = (site.stack, site.kind, _tower(site.path))
         if site.layer is not None:
             if site.layer < last.get(place, 0):
                 found.append(f"layer: {site.layer} after {last[place]} in {site.label}")
             last[place] = site.layer
     return list(dict.fromkeys(found))
+
+
+def _tower(path: str) -> str:
+    """What is around the layers that a path is one of: in it layers count on, whatever their lists are called."""
+    return re.split(r"\.?\d+(?:\.|$)", path)[0].rpartition(".")[0]
 
 
 def _counts(values: dict[str, Any]) -> set[int]:

@@ -13,6 +13,9 @@ _NO_SOFTMAX = re.compile(
     r"|FourierTransform|EfficientAdditiveAttention|AttentionGRUCell|YosoSelfAttention|MraSelfAttention|MobileViTV2LinearSelf"
     r"|AutoformerAttention|Recurrent|XLSTM|xLSTM|ShortConv|GatedMLP|AttentionGate|AttentionFreeTransformer)\w* ran"
 )
+# What is true of the modules that mix positions through a state, and of no other.
+_STATE_SPACE = "a state space, or causal linear attention"
+_MIXES = re.compile(r"(?i:mixer|mamba|ssm|delta|linear_attn|attention|attn)")
 # A softmax over something else: (type, part of the path, why).
 _ELSEWHERE = (
     ("convbert", "", "a softmax over the taps of a dynamic convolution"),
@@ -29,6 +32,6 @@ _ELSEWHERE = (
 
 def unread(model_type: str, path: str, reason: str) -> bool:
     """Whether a skipped site is attention that the trace should have read."""
-    if _NO_SOFTMAX.search(reason):
+    if _NO_SOFTMAX.search(reason) or (_STATE_SPACE in reason and _MIXES.search(path)):
         return False
     return not any(model_type.startswith(t) and part in path for t, part, _ in _ELSEWHERE)
