@@ -222,3 +222,19 @@ def test_a_map_of_positions_and_an_unknown_operation_tell_nothing(fused: bool) -
         warnings.simplefilter("ignore", hookattn.GuessedAxesWarning)
         trace = hookattn.trace(Model(), torch.randn(2, 9, 16))
     assert kinds(trace) == [("", "self")] * 2
+
+
+@fused
+def test_rows_of_a_table_are_picked_as_by_an_embedding(fused: bool) -> None:
+    """``table[ids]`` is data, though nothing but a parameter is in it."""
+
+    class Model(Attention):
+        def __init__(self) -> None:
+            super().__init__(fused)
+            self.table = nn.Parameter(torch.randn(9, 16))
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return super().forward(self.table[x])
+
+    trace = hookattn.trace(Model(), torch.randint(9, (2, 5)))
+    assert kinds(trace) == [("", "self")] and tuple(trace[0].weights.shape) == (2, 2, 5, 5) and not trace.skipped

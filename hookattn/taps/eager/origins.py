@@ -13,7 +13,7 @@ from . import axis_history
 from .axis_history import Origin, same
 from .cuts import cut_of
 from .operation import OperationKind
-from .view_rules import dim_dropped, indexed, resized, same_axes
+from .view_rules import dim_dropped, indexed, map_of, resized, same_axes
 
 # Entries of tensors that are gone are swept out when there are so many. A callback of each weak reference would do it
 # at once, and run for every tensor that a model makes.
@@ -74,6 +74,8 @@ class Origins:
                     origin = Origin(shape, birth="lost") if how is None else Origin(shape, how[0], source, how[1])
                     if rule is dim_dropped or rule is indexed:
                         _one_entry(rule, origin, source, x, args, kwargs or _NONE)
+                    if source.birth == "parameter" and rule is indexed and _looks_up(x, args[1]):
+                        origin = Origin(shape, axis_history.embedded, self.of(args[1]), map_of(x))
                     if rule in _TAKES:
                         origin.cut = cut_of(source, x, out) or origin.cut
                     self._known[id(out)] = (_ref(out), origin)
@@ -123,6 +125,8 @@ class Origins:
                 origin = source
             if kind.axes is dim_dropped or kind.axes is indexed:
                 _one_entry(kind.axes, origin, source, x, args, kwargs)
+            if source.birth == "parameter" and kind.axes is indexed and _looks_up(x, args[1]):
+                origin = Origin(one.shape, axis_history.embedded, self.of(args[1]), map_of(x))
             if kind.axes in _TAKES and not kind.joins and origin is not source:
                 origin.cut = cut_of(source, x, one) or origin.cut
             elif kind.joins:
@@ -211,6 +215,12 @@ def _one_entry(
     if len(numbers) == 1 and all(isinstance(i, (int, slice)) or i is Ellipsis for i in index):
         place = numbers[0]
         origin.entry_of(source, place if Ellipsis not in index[:place] else x.dim() - len(index) + place)
+
+
+def _looks_up(x: Tensor, index: Any) -> bool:
+    """Whether rows of a learned table are picked by numbers, as an embedding does."""
+    numbers = isinstance(index, Tensor) and not isinstance(index, nn.Parameter)
+    return numbers and x.dim() == 2 and index.dtype in (torch.int64, torch.int32)
 
 
 def _dims_that_stay(index: Any, x: Tensor) -> list[int] | None:
