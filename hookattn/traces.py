@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from .calls.trace_data import TraceData
 from .errors import ModelError
+from .recording.session import Session
 from .taps.active import current
 
 
@@ -44,7 +45,7 @@ class Trace(TraceData):
             ModelError: this trace does not run in this thread; or inside another such block, or while the model runs.
         """
         running = current()
-        if running is None or running.trace is not self:
+        if not isinstance(running, Session) or running.trace is not self:
             raise ModelError("trace.step() is for the block of the tracing() that gave this trace, in its own thread.")
         with running.step() as number:
             yield number

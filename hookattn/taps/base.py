@@ -57,10 +57,6 @@ class ActiveTrace(Protocol):
 
     # What is running
 
-    @property
-    def trace(self) -> object:
-        """The trace that gets the calls."""
-
     def where(self) -> str | None:
         """The path of the module that is running now; None outside the model."""
 
@@ -73,13 +69,6 @@ class ActiveTrace(Protocol):
     def layout_for(self, path: str) -> str | None:
         """The letters that the caller said the axes of q have, as it enters the dot product, in the module at a path:
         ``"BTHD"``, say; None: nothing was said, and the axes are to be found out."""
-
-    def step(self) -> AbstractContextManager[int]:
-        """What runs in the block is one step; gives its number.
-
-        Raises:
-            ModelError: inside another such block, or while the model runs.
-        """
 
     # How a kernel is run
 

@@ -104,7 +104,7 @@ class Follower(TorchFunctionMode):
         self.recorder = recorder
         self.kernels = kernels
         self.operations: dict[Any, _Known] = {}
-        self.origins = Origins()
+        self.origins = Origins(lambda: recorder.where() is not None)
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,14 @@ _ref = weakref.ref
 
 
 class Origins:
-    """The origins of the tensors that are alive."""
+    """The origins of the tensors that are alive.
 
-    def __init__(self) -> None:
+    Args:
+        inside: whether the model is running, and not who calls it.
+    """
+
+    def __init__(self, inside: Callable[[], bool] = lambda: True) -> None:
+        self._inside = inside
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
 
     def clear(self) -> None:
@@ -77,7 +82,7 @@ class Origins:
                     if source.birth == "parameter" and rule is indexed and _looks_up(x, args[1]):
                         origin = Origin(shape, axis_history.embedded, self.of(args[1]), map_of(x))
                     if rule in _TAKES:
-                        origin.cut = cut_of(source, x, out) or origin.cut
+                        self._note_cut(origin, source, x, out)
                     self._known[id(out)] = (_ref(out), origin)
                     return
         self.derive(kind, args, kwargs or _NONE, out)
@@ -128,11 +133,17 @@ class Origins:
             if source.birth == "parameter" and kind.axes is indexed and _looks_up(x, args[1]):
                 origin = Origin(one.shape, axis_history.embedded, self.of(args[1]), map_of(x))
             if kind.axes in _TAKES and not kind.joins and origin is not source:
-                origin.cut = cut_of(source, x, one) or origin.cut
+                self._note_cut(origin, source, x, one)
             elif kind.joins:
                 origin.cut = None  # and so what grows by a piece each step does not keep all that it was
             self.set(one, origin)
         return origin
+
+    def _note_cut(self, origin: Origin, source: Origin, x: Tensor, out: Tensor) -> None:
+        """Note of what a tensor was cut off, if the model cut it: what a caller hands over is whole to the model."""
+        cut = cut_of(source, x, out)
+        if cut is not None and self._inside():
+            origin.cut = cut
 
     def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end; the axes are those of the first that is not made of parameters alone."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...attention.kernel_call import KernelCall
-from .axis_history import Atom, Origin
+from .axis_history import Atom, Cut, Origin
 from .cuts import piece_of
 from .products import LayoutError, Product, Roles
 
@@ -28,7 +28,7 @@ def describe_plain(call: KernelCall, query: Origin, key: Origin) -> None:
     q, k = query.layout(), key.layout()
     if len(q) == len(k) == len(_LETTERS):
         named = {a: letter for letter, dim in zip(_LETTERS, q, strict=True) for a in dim}
-        _describe(call, query, named, q[2], k[2], q[3], k[3])
+        _describe(call, (query, key), named, q[2], k[2], q[3], k[3])
 
 
 def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
@@ -36,7 +36,7 @@ def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
     if roles.queries not in ("a", "b"):
         return
     first = roles.queries == "a"
-    query = product.origin_a if first else product.origin_b
+    origins = (product.origin_a, product.origin_b) if first else (product.origin_b, product.origin_a)
     named: dict[Atom, str] = {}
     keys: list[Atom] = []
     try:
@@ -52,12 +52,12 @@ def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
         return
     of_q, of_k = (product.widths[side] for side in (("a", "b") if first else ("b", "a")))
     queries = [a for a, letter in named.items() if letter == "T"]
-    _describe(call, query, named, queries, keys, of_q, of_k)
+    _describe(call, origins, named, queries, keys, of_q, of_k)
 
 
 def _describe(
     call: KernelCall,
-    query: Origin,
+    origins: tuple[Origin, Origin],
     named: Mapping[Atom, str],
     queries: Sequence[Atom],
     keys: Sequence[Atom],
@@ -67,8 +67,14 @@ def _describe(
     widths = [*q_width, *k_width]
     if widths and all(a.birth == "feature" for a in widths):
         call.kind = kind_of(queries, keys)
-    if query.cut is not None:
+    query, key = origins
+    if query.cut is not None and not _tells_them_apart(query.cut, key.cut):
         call.piece = piece_of(query, named, list(q_width), keys)
+
+
+def _tells_them_apart(query: Cut, key: Cut | None) -> bool:
+    """Whether a cut tells queries from keys, and no pieces: both are of one tensor, at different places."""
+    return key is not None and key.source is query.source and (key.start, key.stop) != (query.start, query.stop)
 
 
 def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
