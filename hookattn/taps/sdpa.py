@@ -228,18 +228,19 @@ def _plain(watch: Follower, given: dict[str, Any]) -> bool:
 
 
 def _heads_lie_elsewhere(query: Origin) -> bool:
-    """Whether the second axis of four is known not to be heads: they come first, or something else lies there.
+    """Whether heads are known to lie elsewhere than along the second axis of four: they come first, all or some of
+    them, or something else lies there.
 
-    The kernel calls its axes batch and heads, and does the same with both: who gives it heads first, or windows of a
-    single head, gets the right output.
+    The kernel calls its axes batch and heads, and does the same with both: who gives it heads first, or sequences or
+    windows of a single head, gets the right output.
     """
     first, second, _, width = query.layout()
-    if not first or not all(a.birth == "data" and a.role is None for a in second):
-        return False
     if not width or any(a.birth != "feature" for a in width):
         return False
     is_head = HeadTest(width)
-    return any(is_head(a) for a in first) or bool(second)
+    return any(is_head(a) for a in first) or (
+        bool(second) and all(a.birth == "data" and a.role is None for a in second)
+    )
 
 
 def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
@@ -257,8 +258,10 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     n = q.dim()
     if k.dim() != n or v.dim() != n:
         raise LayoutError(f"q, k, v of {n}, {k.dim()} and {v.dim()} dimensions")
-    first_is_batch = n == 4 and not _heads_lie_elsewhere(watch.origin(given["query"]))
-    origins = {x: _known(watch.origin(given[x]), given[x]) for x in ("query", "key", "value")}
+    origins = {x: watch.origin(given[x]) for x in ("query", "key", "value")}
+    first_is_batch = n == 4 and not _heads_lie_elsewhere(origins["query"])
+    if first_is_batch:
+        origins = {x: _known(origin, given[x]) for x, origin in origins.items()}
     # With enable_gqa the kernel groups by itself: the groups become a dimension of their own, so that q and k have the
     # same dimensions below.
     if given["enable_gqa"] and n > 2 and k.shape[-3] != q.shape[-3]:
@@ -285,6 +288,9 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         first_is_batch = True
     if not first_is_batch:  # what is not known to be heads is batch, by the kernel's own word
         call.basis = {x: "kernel" if x in "TS" or x in roles.guessed else "followed" for x in "BHTSG"}
+        learned = [a for a in layout[-2] if a.birth == "parameter"]
+        if roles.guessed and len(learned) > 1:  # rows that are several axes of a parameter: heads among them, perhaps
+            call.basis |= dict.fromkeys("HTG", "guessed")
     if first_is_batch:
         roles.heads = {a for a in roles.heads if a not in layout[0]} | {a for dim in layout[1:-2] for a in dim}
     call.q = arrange(q, product.operand_factors("a", roles), "BHTD")
@@ -314,9 +320,9 @@ def _split_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def _known(origin: Origin, x: Tensor) -> Origin:
-    """The history of an operand; with four dimensions the first two are batch and heads, by the kernel's own word."""
+    """The history of an operand of four dimensions: the first two are batch and heads, by the kernel's own word."""
     layout = origin.layout()
-    if x.dim() == 4 and not any(a.role or a.repeated or a.parent for dim in layout for a in dim):
+    if not any(a.role or a.repeated or a.parent for dim in layout for a in dim):
         return seeded(x.shape, ("B", "H", None, None))
     return origin
 

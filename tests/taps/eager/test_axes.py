@@ -316,3 +316,45 @@ def test_learned_queries_without_heads_are_a_guess() -> None:
 
     call = Pool().check(draw(B, T, E), guesses=True)
     assert call.basis["T"] == "guessed" and call.basis["B"] == "followed"
+
+
+class HeadsFirst(Known):
+    """sdpa that is given heads where it expects the batch: its output is the same."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.h = how, 1 if how == "one head" else 4
+        self.w = nn.Parameter(torch.empty(3, self.h, E, D))
+        self.maps = nn.ModuleList([nn.Linear(E, D) for _ in range(3 * self.h)])
+        self.k = nn.Linear(E, 2 * D)
+
+    def made(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.how == "maps":
+            return tuple(torch.stack([m(x) for m in self.maps[i::3]]) for i in range(3))
+        q, k, v = (einsum("bti,hid->hbtd", x, w) for w in self.w)
+        if self.how == "groups in the batch":  # two groups of two heads: B·G R T D
+            q = q.unflatten(0, (2, 2)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+            k = v = self.k(x).view(*x.shape[:2], 2, D).transpose(1, 2).flatten(0, 1)[:, None].expand(-1, 2, -1, -1)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.made(x)
+        w = (q @ k.mT * 0.5).softmax(-1)
+        folded = self.how == "groups in the batch"
+        with torch._C.DisableTorchFunction():
+            self.keep(w.view(len(x), 4, *w.shape[2:]) if folded else w, "bhts" if folded else "hbts")
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+
+
+@pytest.mark.parametrize("batch", [1, B, 4])
+@pytest.mark.parametrize("how", ["parameters", "maps", "one head", "groups in the batch"])
+def test_heads_where_sdpa_has_the_batch(how: str, batch: int) -> None:
+    torch.manual_seed(1)
+    model, x = HeadsFirst(how).eval(), draw(batch, T, E, std=1.3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.7)
+        calls = [c for c in hookattn.trace(model, x, verify="full") if c.tap == "sdpa"]
+    assert len(calls) == 1
+    assert_close(calls[0].weights, KEPT["weights"], 1e-6, "weights")
+    assert "guessed" not in calls[0].basis.values()
