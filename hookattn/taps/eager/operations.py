@@ -135,7 +135,8 @@ _CAT = Row(
 # Rows by the names that share them. A name stands here once.
 _ROWS: dict[str, Row] = {
     # ---- views of the whole
-    "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": _view(view_rules.reshaped),
+    "view reshape flatten unflatten squeeze view_as reshape_as": _view(view_rules.reshaped),
+    "unsqueeze": _view(view_rules.unsqueezed),
     "ravel _unsafe_view": Row(operand=0, axes=view_rules.reshaped),
     "transpose swapaxes swapdims": _view(view_rules.transposed),
     "transpose_": Row(operand=0, axes=view_rules.transposed, entries=entry_rules.replayed),
@@ -275,6 +276,10 @@ _ROWS: dict[str, Row] = {
         axes=view_rules.unknown, sums_axis=True
     ),
     "embedding_bag tensordot inner dot mv outer kron cross multi_head_attention_forward": Row(
+        axes=view_rules.unknown, sums_axis=True
+    ),
+    "inverse linalg_inv linalg_pinv pinverse linalg_solve linalg_solve_triangular linalg_lstsq cholesky_solve "
+    "linalg_cholesky cholesky linalg_matrix_power matrix_power linalg_matrix_exp matrix_exp": Row(
         axes=view_rules.unknown, sums_axis=True
     ),
     # ---- functions of pairs of vectors

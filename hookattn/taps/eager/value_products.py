@@ -38,7 +38,7 @@ from .states import (
     Weights,
 )
 from .weight_rules import new_weights
-from .weightless import carried_pairs, sums_of_positions
+from .weightless import CARRIED, carried_pairs, delta_rule, sums_of_positions
 
 _NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
 _COMPOSED = "softmax over q·k whose result was multiplied with other weights before any values"
@@ -143,6 +143,9 @@ def _note_followed(watch: KnownTensors, product: _Product, state: State | None) 
         if product.out.shape == product.x.shape:
             watch.set_origin(product.out, state.origin)
             watch.set_state(product.out, state.but(opaque=[*state.opaque, product.name], finite=None))
+    elif isinstance(state, Scores) and delta_rule(state, watch.state(product.other)):
+        watch.recorder.skip(CARRIED)
+        return False
     elif isinstance(state, Scores) and (weights := weights_without_softmax(watch, product, state)) is not None:
         return _note_weights(watch, product, weights)
     elif isinstance(state, Pairwise) and (scores := _mapped_pairs(watch, product, state)) is not None:
@@ -212,8 +215,10 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     if not state.steps and (not made or (of.of_one and storage_of(of.a) == storage_of(product.other))):
         return None  # nothing was done to them: products of one tensor, or such that no learned map made q or k
     dim = next((i for i, atoms in enumerate(scores.origin.layout()) if keys & _roots(of, atoms)), None)
-    if not keys and scores.origin.shape == state.origin.shape:
-        dim = at
+    if not keys:  # one key: its axis has an extent of 1
+        label = of.label_of(state.origin, at)
+        dims = range(len(scores.origin.shape))
+        dim = next((i for i in dims if of.label_of(scores.origin, i) == label), None)
     if dim is None:
         return None
     tensor = scores.held[0] if scores.held and scores.held[1] == version_of(scores.held[0]) else None
@@ -234,9 +239,9 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
 
 def _side_of_one(of: Product, origin: Origin, at: int) -> str:
     """Which operand the keys are of, where they are one and no axis tells: by the label of their dimension."""
-    if origin.how != of.layout:
+    label = of.label_of(origin, at)
+    if label is None:
         return "batch"
-    label = of.lo[at]
     return "batch" if (label in of.la) == (label in of.lb) else "a" if label in of.la else "b"
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from .axis_history import Atom
 from .products import Label, Product
-from .states import Pairwise, Scores
+from .states import Pairwise, Scores, State
 
 SUMMED = "keys and values are summed over positions before a query meets them (linear attention): no weights are formed"
 CARRIED = (
     "products of two activations are added up from position to position before a third meets them (a state space, or"
     " causal linear attention): no weights are formed"
 )
+_JOINS = frozenset(("add", "sub", "rsub", "__add__", "__radd__", "__sub__", "__rsub__"))
 _ADDS = frozenset(("cumsum", "add", "__add__", "__radd__", "__iadd__", "add_"))
 
 
@@ -38,6 +41,30 @@ def sums_of_positions(state: Scores, labels: Sequence[Label], contracted: Sequen
     if any(a.birth not in ("data", "lost") for a in widths) or state.before is not None or of.of_one:
         return None
     return SUMMED
+
+
+def delta_rule(state: Scores, other: State | None) -> bool:
+    """Whether a product with what may be scores is a step of a delta rule, computed for many positions at once.
+
+    There each position's value is corrected by what is remembered at its key. Within a chunk of positions that is the
+    inverse of k·kᵀ, whose rows are made of one another; of the first chunk nothing is remembered yet.
+
+    Args:
+        state: the scores, if they are any.
+        other: what the other operand is, if it is followed.
+    """
+    if state.composed or state.product.learned:
+        return False
+    inverted = bool(state.steps) and any(x.name == "setitem" and x.by is None for x in state.steps)
+    return inverted or _corrected(state) or _corrected(other)
+
+
+def _corrected(state: State | None) -> bool:
+    """Whether a tensor was joined with what an empty state gave: a product with zeros that are not learned."""
+    if not isinstance(state, Scores) or _JOINS.isdisjoint(state.opaque):
+        return False
+    of = state.product
+    return any(not isinstance(x, nn.Parameter) and not bool(x.any()) for x in (of.a, of.b))
 
 
 def _known(of: Product, atoms: Iterable[Atom]) -> list[Atom]:

@@ -239,6 +239,43 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(out, 2)
 
 
+def delta_rule(m: Any, x: torch.Tensor, chunk: int, solved: bool) -> torch.Tensor:
+    """The gated delta rule as fast kernels compute it: within chunks of positions by an inverse, a state between."""
+    q, k, v = (F.pad(y, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for y in m.heads(x))
+    step = F.pad(m.map(x)[..., :H].sigmoid().mT, (0, -T % chunk)).unflatten(2, (-1, chunk))[..., None]
+    decay = F.pad(F.logsigmoid(m.map(x)[..., H : 2 * H]).mT, (0, -T % chunk)).unflatten(2, (-1, chunk)).cumsum(-1)
+    later = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)
+    pairs = (decay[..., None] - decay[..., None, :]).masked_fill(later, -torch.inf).exp()
+    corrected, given = v * step, k * step * decay[..., None].exp()
+    if solved:
+        system = ((k * step) @ k.mT) * pairs
+        corrected, read = (
+            torch.linalg.solve_triangular(system, y, upper=False, unitriangular=True) for y in (corrected, given)
+        )
+    else:
+        inverse = -(((k * step) @ k.mT) * pairs).masked_fill(later | torch.eye(chunk, dtype=torch.bool), 0)
+        for i in range(1, chunk):
+            row, above = inverse[..., i, :i].clone(), inverse[..., :i, :i].clone()
+            inverse[..., i, :i] = row + (row[..., None] * above).sum(-2)
+        inverse = inverse + torch.eye(chunk, dtype=x.dtype)
+        corrected, read = inverse @ corrected, inverse @ given
+    state, out = torch.zeros(B, H, D, D, dtype=x.dtype), torch.zeros_like(corrected)
+    within = (q @ k.mT) * pairs
+    for i in range(q.shape[2]):
+        new = corrected[:, :, i] - read[:, :, i] @ state
+        out[:, :, i] = (q[:, :, i] * decay[:, :, i, :, None].exp()) @ state + within[:, :, i] @ new
+        left = (decay[:, :, i, -1:] - decay[:, :, i]).exp()[..., None]
+        state = state * decay[:, :, i, -1, None, None].exp() + (k[:, :, i] * left).mT @ new
+    return out.flatten(2, 3)[:, :, :T]
+
+
+for _chunk in (8, 2):
+    for _solved in (True, False):
+        weightless(f"delta rule in chunks of {_chunk}, {'solved' if _solved else 'by rows'}", "state space")(
+            lambda m, x, chunk=_chunk, solved=_solved: delta_rule(m, x, chunk, solved)
+        )
+
+
 @weightless("selective state space", "state space")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     step, b, c = F.softplus(m.map(x)), m.map(x)[..., :4], m.map(x)[..., 4:8]
