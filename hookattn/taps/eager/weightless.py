@@ -37,7 +37,9 @@ def sums_of_positions(state: Scores, labels: Sequence[Label], contracted: Sequen
         return None
     widths = [a for side in of.widths.values() for a in side if a.size > 1]
     if not widths:
-        return CARRIED if state.terms or _ADDS & {*state.opaque} else None
+        shared = [dim if all(x.side == "batch" for x in map(of.axes.get, dim) if x) else None for dim in layout]
+        along = "cumsum" in state.opaque or not _at_each_position(shared)
+        return CARRIED if along and (state.terms or _ADDS & {*state.opaque}) else None
     if any(a.birth not in ("data", "lost") for a in widths) or state.before is not None or of.of_one:
         return None
     return SUMMED
@@ -67,6 +69,16 @@ def _corrected(state: State | None) -> bool:
     return any(not isinstance(x, nn.Parameter) and not bool(x.any()) for x in (of.a, of.b))
 
 
+def _at_each_position(shared: Sequence[Sequence[Atom] | None]) -> bool:
+    """Whether something is computed at each position for itself, so that nothing is carried from one to the next.
+
+    Args:
+        shared: the axes that both operands of a product have, in its order; None: one that only one of them has. The
+            outermost is the batch.
+    """
+    return any(dim and all(a.birth != "feature" and a.size > 1 for a in dim) for dim in shared[1:])
+
+
 def _known(of: Product, atoms: Iterable[Atom]) -> list[Atom]:
     found = (next((x for x in (a, *a.lineage()) if x in of.axes), None) for a in atoms)
     return [a for a in found if a is not None]
@@ -81,6 +93,10 @@ def _features(of: Product, side: str) -> bool:
 def carried_pairs(state: Pairwise, dims: Sequence[int]) -> str | None:
     """The same of products that broadcasting made, where dimensions of the pairs are summed over."""
     if state.how != "mul" or not _ADDS & {*state.steps}:
+        return None
+    of_a = dict(zip(state.labels_a, state.origins[0].layout(), strict=True))
+    shared = [of_a[x] if x in of_a and x in state.labels_b else None for x in state.dims]
+    if not state.cut and "cumsum" not in state.steps and _at_each_position(shared):
         return None
     for labels, other, origin in (
         (state.labels_a, state.labels_b, state.origins[0]),

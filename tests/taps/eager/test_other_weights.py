@@ -168,13 +168,13 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 @without("products of rotations")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
-    a, b = m.map(x)[..., :9].view(B, T, 3, 3), m.map(2 * x)[..., :9].view(B, T, 3, 3)
+    a, b = m.map(x)[..., :9].view(-1, T, 3, 3), m.map(2 * x)[..., :9].view(-1, T, 3, 3)
     return (a @ b @ m.map(x)[..., 9:12, None]).squeeze(-1)
 
 
 @without("maps made by another network")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
-    w = m.map(x.mean(1)).view(B, 4, 4)
+    w = m.map(x.mean(1)).view(-1, 4, 4)
     return torch.relu(x[..., :4] @ w) @ w.mT
 
 
@@ -186,6 +186,27 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
 @without("expected index")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (m.map(x).softmax(-1) * torch.arange(float(E))).sum(-1)
+
+
+@without("streams mixed at each position")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Hyper-connections: a layer's result is added to several residual streams, and read from them again."""
+    streams = x[:, :, None].repeat(1, 1, 3, 1)
+    for _ in range(2):
+        mixing = m.map(streams.mean(2))[..., :6].sigmoid()
+        new = (mixing[..., :3, None] * streams).sum(2)
+        streams = mixing[..., 3:, None] * m.map(new)[..., None, :] + streams
+    return (m.map(x)[..., :3, None].sigmoid() * streams).sum(2)
+
+
+@without("streams mixed at each position, by products")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    streams = x[:, :, None].repeat(1, 1, 3, 1)
+    for _ in range(2):
+        mixing = m.map(streams.mean(2))[..., :6].sigmoid()
+        new = (mixing[..., None, :3] @ streams).squeeze(2)
+        streams = mixing[..., 3:, None] @ m.map(new)[..., None, :] + streams
+    return (m.map(x)[..., None, :3].sigmoid() @ streams).squeeze(2)
 
 
 WITHOUT_WEIGHTS: dict[str, tuple[Any, str]] = {}
@@ -331,10 +352,11 @@ class Beside(nn.Module):
         return self.other(self, x)
 
 
+@pytest.mark.parametrize("batch", [1, B])
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_is_no_attention_is_not_told_of(name: str) -> None:
+def test_what_is_no_attention_is_not_told_of(name: str, batch: int) -> None:
     torch.manual_seed(5)
-    trace = traced(Beside(NOTHING[name]).double(), draw(B, T, E, dtype=torch.float64), warns=True)
+    trace = traced(Beside(NOTHING[name]).double(), draw(batch, T, E, dtype=torch.float64), warns=True)
     assert [call.tap for call in trace] == ["sdpa"]
     assert not trace.skipped
 
