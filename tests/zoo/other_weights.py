@@ -38,7 +38,7 @@ class Attends(nn.Module):
         q, k, v = (heads(t, H) for t in self.qkv(x).chunk(3, -1))
         say(q=q, k=k, v=v)
         out = self.attend(SAID, q, k, v)
-        SAID["output"] = out
+        SAID.setdefault("output", out)
         return merge(out)
 
 
@@ -86,6 +86,15 @@ def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     said["weights"] = torch.sigmoid(torch.einsum("bhtd,bhsd->bhts", q, k) / 3)
     return torch.einsum("bhts,bhse->bhte", F.dropout(said["weights"], 0.5, False), v)
+
+
+@other("gated_by_logsumexp")
+def _(said: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A sink that multiplies the output: the softmax that ran, and what it made of the values, know nothing of it."""
+    z = dots(q, k)
+    gate = (z.logsumexp(-1) - torch.linspace(-1.0, 1.0, H)[:, None]).sigmoid()
+    said["output"] = sums(said, z.softmax(-1), v)
+    return said["output"] * gate[..., None]
 
 
 @other("relu", "relu")

@@ -34,8 +34,23 @@ def unnormalized_call(state: Unnormalized, out: Tensor) -> KernelCall:
     Raises:
         LayoutError: it is not what a softmax over all the keys gives, or the axes can't be told apart.
     """
-    if state.normalized and len(state.parts) == 1 and not state.scaled:
+    _, use = state.parts[0]
+    whole = state.normalized and len(state.parts) == 1
+    if whole and not state.scaled:
         return CallBuilder(state.parts, out).call()
+    try:
+        return _of_all_keys(state, out)
+    except LayoutError:
+        if not whole:
+            raise
+    # Not a block that was to be merged with others: an output whose rows were multiplied by something, a gate say.
+    call = CallBuilder(state.parts, use.out).call()
+    _check_sum(call)
+    return call
+
+
+def _of_all_keys(state: Unnormalized, out: Tensor) -> KernelCall:
+    """The call of what was scaled and added up, if that is what a softmax over all the keys gives."""
     weights, use = state.parts[0]
     scores = weights.scores
     if len(state.parts) == 1 and scores is not None and (scores.score != DOT or scores.opaque):
@@ -65,11 +80,17 @@ def _of_formed(weights: Weights, use: ValueProduct, sink: Tensor | None, out: Te
         raise LayoutError(_NOT_SOFTMAX)
     made = use.weights / use.weights.sum(dim[0], keepdim=True)
     call = CallBuilder([(weights, replace(use, weights=made, out=out))], out).call()
+    _check_sum(call)
+    return call
+
+
+def _check_sum(call: KernelCall) -> None:
+    """Raises LayoutError: the output is not what the weights make of the values."""
     assert call.weights is not None and call.output is not None
-    difference = (weighted_values(call.weights, call.v) - call.output).abs().nan_to_num(0.0)
+    applied = call.weights if call.applied is None else call.applied
+    difference = (weighted_values(applied, call.v) - call.output).abs().nan_to_num(0.0)
     if float(difference.amax()) > 100 * slack_of(call.output.dtype) * max(1.0, float(call.v.abs().amax())):
         raise LayoutError(_NOT_SOFTMAX)
-    return call
 
 
 def _part(weights: Weights, use: ValueProduct, out: Tensor) -> KernelCall:
