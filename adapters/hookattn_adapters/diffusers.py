@@ -24,7 +24,7 @@ _OTHERS = """
     QwenImage21AttentionBlock QwenImageAttentionBlock SanaWMSoftmaxCamAttention SelfAttention1d VidTokAttnBlock
     WanAttentionBlock
 """.split()
-_SECOND = re.compile(r"attn2$|_to_\w+_attn$")
+_SECOND = re.compile(r"attn2$|_to_\w+_attn$")  # gets the condition, also where the class does not say so
 _UNET = re.compile(r"(down|mid|up)_block")
 
 
@@ -46,7 +46,6 @@ class Diffusers(Adapter):
         """Projections of a second sequence make it joint, in place of the self-attention."""
         if getattr(module, "added_kv_proj_dim", None) is not None and not path.endswith("attn2"):
             return "joint"
-        # Not every class says which of a block's two it is; where it does not the second always gets the condition.
         crosses = getattr(module, "is_cross_attention", _SECOND.search(path) is not None)
         return "cross" if crosses else super().kind(path, module)
 

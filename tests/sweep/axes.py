@@ -67,6 +67,7 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
     found: list[str] = []
     everywhere = {n for part in parts_of(config, "") for n in _counts(vars(part))}
     last: dict[tuple[str, str, str], int] = {}
+    ran: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for call in trace:
         site = call.site
         heads = _around(modules, site.path) or {1, *everywhere}  # what counts no heads has one, as a net's block does
@@ -77,12 +78,18 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
             shapes = sorted(set(given.shapes[site.path]))[:3]
             found.append(f"axes: {b} × {t} rows in {site.label}, which was given {shapes}")
         others = given.names[site.path] & set(_OTHERS)
-        if others and site.kind == "self" and call.weights.shape[3] != t:
+        # Where the keys of both sequences lie end to end, its path alone tells of the kind, and says self.
+        merged = any(len(x) > 1 and x[1] == s - t for x in given.shapes[site.path])
+        if others and site.kind == "self" and s != t and not merged:
             found.append(f"kind: self in {site.label}, which was given {', '.join(sorted(others))}")
         if call.step != 0:
             found.append(f"step: {call.step} in {site.label}, of one forward")
         place = (site.stack, site.kind, _tower(site.path))
         if site.layer is not None:
+            if site.path in ran[place]:  # the layers run once more, as in the steps of a solver
+                ran[place].clear()
+                last.pop(place, None)
+            ran[place].add(site.path)
             if site.layer < last.get(place, 0):
                 found.append(f"layer: {site.layer} after {last[place]} in {site.label}")
             last[place] = site.layer

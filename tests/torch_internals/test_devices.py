@@ -132,7 +132,7 @@ def test_where_free_memory_is_not_known_nothing_is_refused(monkeypatch: pytest.M
     told = hookattn.plan(Model(), X)
     assert told.fits and told.free_memory is None and not told.advice
     assert "fits, as far as is known" in repr(told) and "nobody says how much is free" in repr(told)
-    monkeypatch.setattr("hookattn.recording.session.LARGE", 1)
+    monkeypatch.setattr("hookattn.recording.room_check.LARGE", 1)
     assert len(hookattn.trace(Model(), X).calls) == 1
     for module in (plan, room):
         monkeypatch.setattr(module, "free_memory", lambda device: 0)
