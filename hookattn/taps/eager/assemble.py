@@ -111,7 +111,7 @@ class CallBuilder:
             call.notes.append(f"weights changed after the softmax by {operations_note(mixed)}")
         describe_product(call, self.product, self.roles)
         call.score = scores.score
-        self._terms(call)
+        self._terms(call, own)
         if scores.sink is not None:
             call.sinks = self.sinks(scores.sink, h)
             if float(call.sinks.abs().amax()) <= slack_of(call.sinks.dtype):  # one in the denominator, and no more
@@ -204,17 +204,21 @@ class CallBuilder:
             scale = self._aligned(factor) * scale
         return scale
 
-    def _terms(self, call: KernelCall) -> None:
-        """What was joined to the scores, as the call's bias and mask."""
+    def _terms(self, call: KernelCall, weights: Tensor) -> None:
+        """What joined the scores, as the call's bias and mask; ``weights``: B H T S, or none where none are formed."""
         biases, masks = [], []
         for term in self.scores.terms:
             if term.tensor.dtype == torch.bool:
                 term = Term(term.tensor.to(call.q.dtype), term.origin, term.factor)
-            bias, mask = split_additive(term.tensor * term.factor if term.factor != 1 else term.tensor)
+            added = term.tensor * term.factor if term.factor != 1 else term.tensor
+            bias, mask = split_additive(added)
+            hides = None if mask is None else self._aligned(Term(mask, term.origin))
+            if hides is not None and self._outweighed(hides, added, weights):
+                bias, hides = added, None
             if bias is not None:
                 biases.append(self._aligned(Term(bias, term.origin)))
-            if mask is not None:
-                masks.append(self._aligned(Term(mask, term.origin)))
+            if hides is not None:
+                masks.append(hides)
         if self.state.steps is not None:  # a softmax is the same whatever is added to a row; what stands here is not
             for shift in scores_shifts(self.scores, call.v):
                 biases.append(-self._aligned(Term(shift, self.scores.origin)))
@@ -224,6 +228,20 @@ class CallBuilder:
             call.bias = bias if call.bias is None else call.bias + bias
         for mask in masks:
             call.mask = mask if call.mask is None else call.mask & mask
+
+    def _outweighed(self, mask: Tensor, added: Tensor, weights: Tensor) -> bool:
+        """Whether a penalty is no mask after all, since scores are so large that what it would hide weighs something.
+
+        Args:
+            mask: bool, B H T S or broadcastable to it, True = may attend.
+            added: what was added to the scores.
+            weights: B H T S, as the softmax made them; none where none are formed.
+        """
+        if not len(weights) or self.state.steps is not None or self.state.normalizer != SOFTMAX:
+            return False
+        if float(added.amin()) <= MASKED:  # nothing outweighs that
+            return False
+        return bool((weights.masked_fill(mask, 0) > slack_of(weights.dtype)).any())
 
     def _finite(self, call: KernelCall) -> None:
         """The model's own scores, if they were formed before anything was masked."""

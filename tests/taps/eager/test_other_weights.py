@@ -406,3 +406,28 @@ def test_one_softmax_twice_is_one() -> None:
     trace = traced(Beside(hard).double(), draw(B, T, E, dtype=torch.float64))
     assert [call.normalizer for call in trace] == ["softmax", "softmax over queries"]
     assert not trace.skipped
+
+
+@pytest.mark.parametrize("size", [1.0, 400.0])
+def test_a_penalty_that_scores_outweigh_hides_nothing(size: float) -> None:
+    """0 and -100 are a mask where they leave nothing of a weight, and a bias where scores are larger than they are."""
+    shift = torch.zeros(T, T, dtype=torch.float64)
+    shift[:2, 2:] = shift[2:, :2] = -100.0
+
+    def windows(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.heads(x)
+        return (q @ k.mT * size + shift).softmax(-1) @ v
+
+    torch.manual_seed(9)
+    model, x = Beside(windows).double(), draw(B, T, E, dtype=torch.float64)
+    _, call = traced(model, x)
+    with torch.no_grad():
+        q, k, _ = model.heads(x)
+    assert call.certificate.status == "faithful"
+    assert_close(call.weights, (q @ k.mT * size + shift).softmax(-1), 1e-9, "weights")
+    if size == 1:
+        assert call.bias is None
+        assert torch.equal(call.mask.expand_as(call.weights), (shift == 0).expand_as(call.weights))
+    else:
+        assert torch.equal(call.bias.expand_as(call.weights), shift.expand_as(call.weights))
+        assert bool(call.mask.all())
