@@ -267,10 +267,12 @@ class Session:
         return current() is self and not in_backward()
 
     def _model_begins(self) -> None:
+        self._follower.model_runs = True
         if self._steps.model_begins():
             self._entered.clear()
 
     def _model_ends(self) -> None:
+        self._follower.model_runs = False
         self._steps.model_ends()
 
     def step(self) -> AbstractContextManager[int]:
