@@ -288,7 +288,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         first_is_batch = True
     if not first_is_batch:  # what is not known to be heads is batch, by the kernel's own word
         call.basis = {x: "kernel" if x in "TS" or x in roles.guessed else "followed" for x in "BHTSG"}
-        learned = [a for a in layout[-2] if a.birth == "parameter"]
+        learned = [a for a in layout[-2] if product.axes[a].source.birth == "parameter"]
         if roles.guessed and len(learned) > 1:  # rows that are several axes of a parameter: heads among them, perhaps
             call.basis |= dict.fromkeys("HTG", "guessed")
     if first_is_batch:

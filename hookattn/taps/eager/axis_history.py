@@ -278,6 +278,18 @@ def _with_single_entries(before: Layout, after: list[tuple[Atom, ...]]) -> Layou
     if len(single) == len(places):
         for i, dim in zip(places, single, strict=True):
             after[i] = dim
+    elif single:
+        # One was made or lost. It lies beside the width where there is one, which heads are split from; else among the
+        # batch dimensions, which come first.
+        last = before[-1][-1] if before[-1] else None
+        order = 1 if last is not None and last.birth == "feature" and last.size > 1 else -1
+        places = range(len(after))[::order]
+        for i, dim in zip(places, before[::order], strict=False):
+            extent = math.prod(a.size for a in dim)
+            if extent != math.prod(a.size for a in after[i]):
+                break
+            if extent == 1:
+                after[i] = dim
     return tuple(after)
 
 
@@ -395,8 +407,22 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
 
 
 def keep_dims(layout: Layout, shape: tuple[int, ...], kept: Sequence[int | None]) -> Layout:
-    """Indexing: for every new dimension the old one it came from, or None for a new one."""
-    return tuple(_resize(layout[i], n) if i is not None else fresh((n,))[0] for i, n in zip(kept, shape, strict=True))
+    """Indexing: for every new dimension the old one it came from, or None for a new one.
+
+    A new one has an atom of extent 1 that is a copy, so that it is told from an axis that happens to have one entry.
+    """
+    new = (Atom(1, birth="lost", repeated=True),)
+    return tuple(_resize(layout[i], n) if i is not None else new for i, n in zip(kept, shape, strict=True))
+
+
+def inserted(origin: Origin, dims: int) -> frozenset[int]:
+    """The dimensions that indexing with None has just made, counted among ``dims`` that end with those of a tensor."""
+    if origin.how is not keep_dims:
+        return frozenset()
+    ahead = dims - len(origin.shape)
+    return frozenset(
+        i + ahead for i, dim in enumerate(origin.full()) if any(a.repeated and a.size == 1 for a in dim)
+    ) | frozenset(range(ahead))
 
 
 def picked(layout: Layout, shape: tuple[int, ...], args: Sequence[int | tuple[int, ...] | None]) -> Layout:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
 from ..foreign import handler_of
+from . import axis_history
 from .axis_history import Origin
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
@@ -96,6 +97,7 @@ class Follower(TorchFunctionMode):
         origins: where the axes of the tensors come from.
         live: the tensors that have a state, by identity; an entry goes with its tensor.
         uses: what became of every softmax so far.
+        model_runs: whether the traced model's own forward runs; a part of it may, where it does not.
         interpreting: whether what the model did is looked at right now; False: the model itself is at work.
     """
 
@@ -104,7 +106,8 @@ class Follower(TorchFunctionMode):
         self.recorder = recorder
         self.kernels = kernels
         self.operations: dict[Any, _Known] = {}
-        self.origins = Origins(lambda: recorder.where() is not None)
+        self.model_runs = False
+        self.origins = Origins(lambda: self.model_runs or recorder.where() is not None)
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
@@ -230,10 +233,12 @@ class Follower(TorchFunctionMode):
         if len(args) < 2 or out.dim() < 3 - (kind.arithmetic is None):
             return
         a, b = args[0], args[1]
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape == b.shape:
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             return
-        if out.shape in (a.shape, b.shape) and kind.arithmetic is not None:
-            if kind.arithmetic == "mul":
+        whole = kind.arithmetic is None
+        alike = a.shape == b.shape if whole else out.shape in (a.shape, b.shape)
+        if alike and not self._pairs_of_one(a, b, out.dim() + whole):
+            if a.shape != b.shape and kind.arithmetic == "mul":
                 self._multiplied = weakref.ref(out), weakref.ref(a), weakref.ref(b)
             return
         if not out.is_floating_point() or not (strided(a) and strided(b)):
@@ -244,6 +249,14 @@ class Follower(TorchFunctionMode):
             if isinstance(state, Scores):
                 self.set_origin(out, state.origin)
             self.set_state(out, state)
+
+    def _pairs_of_one(self, a: Tensor, b: Tensor, dims: int) -> bool:
+        """Whether each of two operands had a dimension put in where the other has an axis, of one query or one key."""
+        before = self.origin(a), self.origin(b)
+        if not all(o.how is axis_history.keep_dims for o in before):
+            return False
+        new_a, new_b = (axis_history.inserted(o, dims) for o in before)
+        return bool(new_a - new_b) and bool(new_b - new_a)
 
     def _operation_on(self, found: _Followed, ran: _Ran, out: Any, origin: Origin) -> Operation:
         """The operation as the rules take it; ``origin``: where the axes of ``out`` come from."""
@@ -284,6 +297,12 @@ class Follower(TorchFunctionMode):
         result: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
         args = (found.x, *ran.args[1:]) if found.position == 0 and not ran.kind.joins else ran.args
         origin = self.origins.derive(ran.kind, args, ran.kwargs, out, found.x, found.state.origin)
+        if ran.kind.pairs and _mapped(found.state) and len(ran.args) > 1 and isinstance(result, Tensor):
+            a, b = ran.args[:2]
+            dims = result.dim() + (ran.kind.arithmetic is None)
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and self._pairs_of_one(a, b, dims):
+                self._pair(ran.name, ran.kind, ran.args, ran.kwargs, result)
+                return
         with torch.no_grad():
             if ran.kind.splits and isinstance(out, (tuple, list)):
                 for one, state in zip(out, piece_states(self._operation_on(found, ran, out, origin)), strict=True):
@@ -475,6 +494,11 @@ class Follower(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.origins.clear()
+
+
+def _mapped(state: State) -> bool:
+    """Whether what was taken for scores is what a learned map made: queries, keys or values."""
+    return isinstance(state, Scores) and "parameter" in (state.product.origin_a.birth, state.product.origin_b.birth)
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -162,6 +162,8 @@ _ROWS: dict[str, Row] = {
         rules={
             Scores: same_state,
             ScoresSlice: same_state,
+            Exponentials: weight_rules.whole_exponentials,
+            RowStatistic: weight_rules.whole_exponentials,
             Weights: weight_rules.sliced_weights,
             Pairwise: pairwise.picked_pairs,
         },

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import axis_history
-from .axis_history import Atom, Origin, known
+from .axis_history import Atom, Origin, inserted, known
 from .operation import Operation, number, same_state
 from .products import Label, LayoutError, Product, ProductLabels
 from .states import Pairwise, Scores, State
@@ -48,8 +48,10 @@ def paired(
     whole = arithmetic is None
     n = out.dim() + whole
     shape_a, shape_b = ((1,) * (n - x.dim()) + tuple(x.shape) for x in (a, b))
-    own_a = [i for i in range(n) if shape_a[i] > 1 and shape_b[i] == 1]
-    own_b = [i for i in range(n) if shape_b[i] > 1 and shape_a[i] == 1]
+    # One query, or one key, is an axis all the same: the other operand's dimension was put in for it.
+    new_a, new_b = inserted(origin_a, n), inserted(origin_b, n)
+    own_a = [i for i in range(n) if shape_b[i] == 1 and (shape_a[i] > 1 or (i in new_b and i not in new_a))]
+    own_b = [i for i in range(n) if shape_a[i] == 1 and (shape_b[i] > 1 or (i in new_a and i not in new_b))]
     both = [i for i in range(n) if shape_a[i] > 1 and shape_b[i] > 1]
     # Of a function of pairs either may be one vector alone; what else is broadcast so is a gate or a norm, mostly.
     enough = own_a or own_b if whole or alone else own_a and own_b

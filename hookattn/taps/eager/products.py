@@ -220,8 +220,12 @@ class Product:
 
     def roles_over(self, origin: Origin, dim: int) -> Roles:
         """The same, given the dimension of scores with these axes that the keys lie along."""
+        return self.roles(origin.layout()[dim], self.label_of(origin, dim))
+
+    def label_of(self, origin: Origin, dim: int) -> Label | None:
+        """The label of a dimension with an extent of 1, of scores with these axes; None: it is not known."""
         atoms = origin.full()[dim]
-        return self.roles(origin.layout()[dim], self.single.get(atoms[0]) if len(atoms) == 1 else None)
+        return self.single.get(atoms[0]) if len(atoms) == 1 else None
 
     def operand_factors(self, which: Literal["a", "b"], roles: Roles) -> list[list[Factor]]:
         """The factors of each dimension of an operand of the score product (``D``: those that are summed over).
@@ -656,8 +660,9 @@ def _grouped(factors: Sequence[Factor]) -> list[bool]:
 def _matched(a: Sequence[Atom], b: Sequence[Atom], extent: int) -> list[tuple[Atom | None, Atom | None]]:
     """The atoms of one axis that come from either operand, side by side; of both where both have it."""
     if extent == 1:
-        one: list[tuple[Atom | None, Atom | None]] = [(x, None) for x in a[:1]] or [(None, y) for y in b[:1]]
-        return one or [(Atom(1, birth="lost"), None)]
+        # A dimension that was put in for the other operand's is no axis.
+        x, y = (next((z for z in atoms if not z.repeated), None) for atoms in (a, b))
+        return [(x, None)] if x is not None else [(None, y)] if y is not None else [(Atom(1, birth="lost"), None)]
     a, b = ([x for x in atoms if x.size != 1] for atoms in (a, b))
     if a and b:
         # Factorings that do not fit each other: those of the first count.

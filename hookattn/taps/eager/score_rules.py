@@ -238,10 +238,10 @@ def weighted_values(c: Operation) -> State | None:
         return None
     labels = [i for i in range(n) if i not in width]
     weights = c.x.reshape(of_w).squeeze(tuple(width))
-    layout = ((),) * (n - c.x.dim()) + c.state.origin.layout()
+    layout = ((),) * (n - c.x.dim()) + c.state.origin.full()
     if len(layout) != n:
         return None
-    state = c.state.but(origin=known(tuple(layout[i] for i in labels)))
+    state = replace(c.state, origin=known(tuple(layout[i] for i in labels)))
     return WeightedValues(
         c.origin, weights=weights, state=state, labels=labels, v=v, v_labels=list(range(n - v.dim(), n))
     )

@@ -468,6 +468,9 @@ def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -
     if kept.dim() != len(labels) or any(y not in state.labels or y not in state.v_labels for y in state.summed):
         return
     product = _Product("sum", state.weights, state.labels, state.v, state.v_labels, kept, labels)
+    if isinstance(of, Exponentials):
+        _note_exponentials(watch, product, of)
+        return
     weights = of if isinstance(of, Weights) else weights_without_softmax(watch, product, of)
     if weights is not None:
         _note_weights(watch, product, weights)
@@ -498,15 +501,14 @@ def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None
 
 
 def _note_bilinear(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None:
-    """``q·M·k``: scores of the two operands that have an axis of their own in the result, and are not learned."""
+    """``q·M·k``: scores of the two operands that have an axis of their own in the result; q may be learned."""
     sides = [
         i
-        for i, (x, labels) in enumerate(zip(parsed.operands, parsed.labels, strict=True))
-        if watch.origin(x).birth != "parameter"
-        and any(y in parsed.out and all(y not in o for j, o in enumerate(parsed.labels) if j != i) for y in labels)
+        for i, labels in enumerate(parsed.labels)
+        if any(y in parsed.out and all(y not in o for j, o in enumerate(parsed.labels) if j != i) for y in labels)
     ]
     others = [set(o) for i, o in enumerate(parsed.labels) if i not in sides]
-    if len(sides) != 2:
+    if len(sides) != 2 or all(watch.origin(parsed.operands[i]).birth == "parameter" for i in sides):
         return
     a, b = (parsed.operands[i] for i in sides)
     la, lb = (list(parsed.labels[i]) for i in sides)

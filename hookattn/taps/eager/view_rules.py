@@ -33,6 +33,12 @@ def reshaped(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return (axis_history.reshape, None) if out.numel() == x.numel() else None
 
 
+def unsqueezed(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
+    """One new dimension."""
+    at = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+    return axis_history.keep_dims, [*range(at), None, *range(at, x.dim())]
+
+
 def same_axes(x: Tensor, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LayoutChange | None:
     """The axes are those of the argument, as long as the shape is."""
     return axis_history.same, None

@@ -358,3 +358,61 @@ def test_heads_where_sdpa_has_the_batch(how: str, batch: int) -> None:
     assert len(calls) == 1
     assert_close(calls[0].weights, KEPT["weights"], 1e-6, "weights")
     assert "guessed" not in calls[0].basis.values()
+
+
+class OnePosition(Known):
+    """One query and one key: no extent tells which dimension is whose, and the weights of a softmax are all 1."""
+
+    def __init__(self, score: str, normalizer: str, heads: int, maps: str) -> None:
+        super().__init__()
+        self.score, self.normalizer, self.h = score, normalizer, heads
+        self.p, self.w = nn.Linear(E, 3 * heads * D), nn.Parameter(torch.empty(3, heads, E, D))
+        self.maps = maps
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.score == "products":
+            return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+        if self.score == "distances":
+            return -(q.unsqueeze(3) - k.unsqueeze(2)).pow(2).sum(-1)
+        if self.score == "cosines":
+            return nn.functional.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
+        if self.score == "keys first":
+            return (k.flatten(0, 1) @ q.flatten(0, 1).mT).unflatten(0, (len(q), self.h)).add(0.1).flatten(0, 1).mT
+        return q @ k.mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.maps == "a parameter":
+            q, k, v = (einsum("bti,hid->bhtd", x, w) for w in self.w)
+        else:
+            q, k, v = (y.view(len(x), -1, self.h, D).transpose(1, 2) for y in self.p(x).chunk(3, -1))
+        KEPT["q"] = q.detach().clone()
+        s = self.scores(q, k)
+        if self.score == "keys first":
+            v = v.flatten(0, 1)
+        if self.normalizer == "late":
+            with torch._C.DisableTorchFunction():
+                self.keep(s.softmax(-1), "bhts")
+            e = s.exp()
+            return (e[..., None] * v[:, :, None]).sum(-2) / e.sum(-1, keepdim=True)
+        w = s.sigmoid() if self.normalizer == "sigmoid" else s.softmax(-1)
+        kept = w.view(len(x), self.h, *w.shape[-2:]) if self.score == "keys first" else w
+        with torch._C.DisableTorchFunction():
+            self.keep(kept, "bhts")
+        return w @ v
+
+
+@pytest.mark.parametrize("maps", ["a layer", "a parameter"])
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["products", "distances", "cosines", "matmul", "keys first"])
+def test_one_query_and_one_key(score: str, normalizer: str, heads: int, maps: str) -> None:
+    call = OnePosition(score, normalizer, heads, maps).check(draw(B, 1, E, std=1.3))
+    if (q := call.get("q")) is not None:
+        factor = (q * KEPT["q"]).sum() / KEPT["q"].square().sum()
+        assert_close(q, factor * KEPT["q"], 1e-6, "q")
+
+
+@pytest.mark.parametrize("length", [1, T])
+@pytest.mark.parametrize("heads", [1, H])
+def test_exponentials_times_values_added_up(heads: int, length: int) -> None:
+    OnePosition("matmul", "late", heads, "a layer").check(draw(B, length, E, std=0.3))
