@@ -146,10 +146,14 @@ class Origins:
             origin.cut = cut
 
     def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
-        """Tensors laid end to end; the axes are those of the first that is not made of parameters alone."""
+        """Tensors laid end to end; the axes are those of the first that is not made of parameters alone.
+
+        One that something is known of counts before one that appeared, as zeros do that a sequence is padded with.
+        """
         tensors = args[0] if args else kwargs["tensors"]
         if out.dim() > 1:  # an empty vector may be laid before anything, as a cache begins with one
             tensors = [t for t in tensors if not (strided(t) and t.dim() == 1 and not t.numel())]
+        followed = [self.of(t) for t in tensors if strided(t) and self.knows(t)]
         parts = [self.of(t) for t in tensors if strided(t)]
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         complete = len(parts) == len(tensors)
@@ -157,7 +161,7 @@ class Origins:
         if not complete or not parts or not isinstance(dim, int):
             return Origin(out.shape, birth="lost")
         new = out.dim() > len(parts[0].shape)
-        first = next((p for p in parts if p.birth != "parameter"), parts[0])
+        first = next((p for p in (*followed, *parts) if p.birth != "parameter" and p in parts), parts[0])
         return Origin(out.shape, axis_history.joined, first, (dim % out.dim(), new, parts))
 
     def _broadcast(self, out: Tensor, x: Tensor, source: Origin, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:

@@ -130,3 +130,33 @@ def test_soft_cap_after_a_learned_scale(shape: tuple[int, ...], cap_first: bool)
     assert call.softcap == pytest.approx(3.0)
     given = call.scale if isinstance(call.scale, Tensor) else torch.tensor(call.scale)
     assert torch.allclose(given.expand(1, H, 1, 1), scale.expand(1, H, 1, 1))
+
+
+def test_zeros_that_a_sequence_is_padded_with_have_no_axes_of_their_own() -> None:
+    """Blocks of a sequence with zeros laid before it, heads split already: the axes are those of the sequence."""
+    import hookattn
+
+    b, t, h, d = 3, 6, 4, 8
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(h * d, 3 * h * d)
+
+        def blocks(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            made = (y.unflatten(-1, (h, d)) for y in self.qkv(x).chunk(3, -1))
+            padded = (torch.cat([y.new_zeros(b, 2, h, d), y], 1) for y in made)
+            return tuple(y.unflatten(1, (2, 4)).permute(0, 3, 1, 2, 4) for y in padded)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.blocks(x)
+            w = (q @ k.mT).softmax(-1).permute(0, 2, 1, 3, 4).reshape(-1, 4, 4)
+            return torch.bmm(w, v.permute(0, 2, 1, 3, 4).reshape(-1, 4, d))
+
+    torch.manual_seed(1)
+    model, x = Blocks(), torch.randn(b, t, h * d)
+    with torch.no_grad():
+        (call,) = hookattn.trace(model, x)
+        q, _, _ = model.blocks(x)
+    assert torch.equal(call.q, q.transpose(1, 2).flatten(0, 1))
+    assert call.basis["H"] == "followed"
