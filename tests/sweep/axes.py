@@ -72,9 +72,11 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
         site = call.site
         heads = _around(modules, site.path) or {1, *everywhere}  # what counts no heads has one, as a net's block does
         b, h, t, s = call.weights.shape
-        if heads and h not in heads and h not in everywhere:
+        # What a call says it guessed is not called by a wrong name.
+        if heads and h not in heads and h not in everywhere and "H" not in call.guessed:
             found.append(f"axes: {h} heads in {site.label}, where there are {sorted(heads)}")
-        if not _placed(given.shapes[site.path], b, t) and not _placed(given.shapes[site.path], b, s):
+        placed = any(_placed(given.shapes[site.path], b, x) for x in (t, s))
+        if not placed and "B" not in call.guessed:
             shapes = sorted(set(given.shapes[site.path]))[:3]
             found.append(f"axes: {b} × {t} rows in {site.label}, which was given {shapes}")
         others = given.names[site.path] & set(_OTHERS)
