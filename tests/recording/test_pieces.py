@@ -294,3 +294,37 @@ def test_what_is_selected_is_counted_in_the_whole(fused: bool) -> None:
     assert [c.heads for c in some] == [(1,), (3,)] and not some.skipped
     with pytest.raises(hookattn.SelectionError, match="has 4 heads"):
         traced("heads", heads=[4])
+
+
+class OneByOne(nn.Module):
+    """Cross-attention, one query after the other, of queries that lie in ``order``."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.q, self.kv, self.order = nn.Linear(16, H * D), nn.Linear(6, 2 * H * D), order
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (H, D))  # B T H D
+        k, v = self.kv(y).unflatten(-1, (2, H, D)).unbind(2)
+        equation = f"{self.order}d,bshd->bhts"
+        q = q.permute(*("bth".index(letter) for letter in self.order), 3)
+        dim = self.order.index("t")
+        outs = []
+        for i in range(T):
+            w = (torch.einsum(equation, q.narrow(dim, i, 1), k) * 0.3).softmax(-1)
+            outs.append(torch.einsum("bhts,bshd->bthd", w, v))
+        return torch.cat(outs, 1).flatten(2)
+
+
+@pytest.mark.parametrize("order", ["bth", "hbt", "tbh", "htb"])
+@pytest.mark.parametrize("batch", [1, B])
+def test_queries_of_another_sequence_one_by_one(order: str, batch: int) -> None:
+    torch.manual_seed(0)
+    model = OneByOne(order).eval()
+    with torch.no_grad():
+        x, y = torch.randn(batch, T, 16), torch.randn(batch, 5, 6)
+        (call,) = hookattn.trace(model, (x, y), verify="full")
+        q = model.q(x).unflatten(-1, (H, D)).transpose(1, 2)
+        k = model.kv(y).unflatten(-1, (2, H, D))[:, :, 0].transpose(1, 2)
+        want = (q.double() @ k.double().mT * 0.3).softmax(-1)
+    assert call.weights.shape == want.shape and torch.allclose(call.weights.double(), want, atol=1e-5)

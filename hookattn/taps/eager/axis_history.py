@@ -283,7 +283,7 @@ def _with_single_entries(before: Layout, after: list[tuple[Atom, ...]]) -> Layou
         # batch dimensions, which come first.
         last = before[-1][-1] if before[-1] else None
         order = 1 if last is not None and last.birth == "feature" and last.size > 1 else -1
-        places = range(len(after))[::order]
+        places = list(range(len(after)))[::order]
         for i, dim in zip(places, before[::order], strict=False):
             extent = math.prod(a.size for a in dim)
             if extent != math.prod(a.size for a in after[i]):

@@ -83,13 +83,19 @@ def piece_of(query: Origin, named: Mapping[Atom, str], width: Iterable[Atom], ke
         if found is None and is_head(atom):
             found = "H"
         elif found is None and atom.birth == "data":
-            found = "T" if atom.root in lines else "B"
+            found = "T" if atom.root in lines else _missing(named.values())
         if not found or found not in "BHT":
             return None
         axes.append((found, atom.size))
     if len({letter for letter, _ in axes}) < len(axes):
         axes = _joined(axes)
     return Piece(cut.source, tuple(axes), cut.start, cut.stop) if axes else None
+
+
+def _missing(letters: Iterable[str]) -> str | None:
+    """Whether positions or batch entries were cut, by which of them are there still; None: neither or both are."""
+    found = {*letters} & {"B", "T"}
+    return None if not found else "B" if "T" in found else "T"
 
 
 def _joined(axes: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -28,6 +28,7 @@ def describe_plain(call: KernelCall, query: Origin, key: Origin) -> None:
     q, k = query.layout(), key.layout()
     if len(q) == len(k) == len(_LETTERS):
         named = {a: letter for letter, dim in zip(_LETTERS, q, strict=True) for a in dim}
+        named |= dict.fromkeys(_one_query(query, 2), "T")
         _describe(call, (query, key), named, q[2], k[2], q[3], k[3])
 
 
@@ -52,7 +53,16 @@ def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
         return
     of_q, of_k = (product.widths[side] for side in (("a", "b") if first else ("b", "a")))
     queries = [a for a, letter in named.items() if letter == "T"]
+    for dim, label in enumerate(product.la if first else product.lb):
+        if label in product.lo and label not in (product.lb if first else product.la):
+            named |= dict.fromkeys(_one_query(origins[0], dim), "T")
     _describe(call, origins, named, queries, keys, of_q, of_k)
+
+
+def _one_query(query: Origin, dim: int) -> list[Atom]:
+    """What the axis of the queries was before one of them was taken; none where there are several, or none is known."""
+    full = query.full()
+    return [a for a in full[dim] if a.size == 1 and a.birth != "lost"] if dim < len(full) else []
 
 
 def _describe(
@@ -80,7 +90,7 @@ def _tells_them_apart(query: Cut, key: Cut | None) -> bool:
 def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
     """The kind of an attention, where the axes of its queries and keys tell.
 
-    ``cross`` where they have nothing in common; ``joint`` where both are the same sequences laid end to end; ``self``
+    ``cross`` where they have nothing in common, or learned queries read more than themselves; ``joint`` where both are the same sequences laid end to end; ``self``
     where both are of one sequence, as are a memory and what attends to it if they are made of one input. None: nothing
     tells, or they have a part in common.
 
@@ -98,7 +108,9 @@ def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
     # A token that was learned and put in front is no sequence.
     laid = any(len([root for root in (a.root, *a.beside) if root.birth == "data"]) > 1 for a in ours)
     if mine != others:
-        return None
+        # Learned queries read a sequence that they are laid beside, as in a perceiver.
+        reads = mine < others and all(root.birth == "parameter" for root in mine)
+        return "cross" if reads and any(root.birth == "data" for root in others) else None
     return "joint" if laid else "self"
 
 
