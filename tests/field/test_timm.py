@@ -238,9 +238,11 @@ def test_linear_attention_is_listed_and_not_read(name: str) -> None:
     make, size, sites = LINEAR[name]
     with pytest.warns(hookattn.SkippedWarning):
         trace = hookattn.trace(make().eval(), seeded(1, 3, size, size))
-    assert len(trace) == 0
-    assert len({skipped.path for skipped in trace.skipped}) == sites
-    assert all("no softmax over q·k" in skipped.reason for skipped in trace.skipped)
+    assert len({call.site.path for call in trace} | {skipped.path for skipped in trace.skipped}) == sites
+    if name == "mobilevitv2":  # one learned query that pools, where there is more than one position to pool
+        assert len(trace) == 6 and all(call.shape.startswith("B4 H1 T1") for call in trace)
+    else:
+        assert len(trace) == 0 and all("linear attention" in skipped.reason for skipped in trace.skipped)
 
 
 # Softmaxes over branches, channels or positions that weigh no values by queries and keys.

@@ -49,9 +49,9 @@ MIXED: dict[str, dict[str, Any]] = {
     "hard": {"attn_hard": True},
     "talking_heads": {"attn_pre_talking_heads": True, "attn_post_talking_heads": True},
 }
-NO_SOFTMAX: dict[str, dict[str, Any]] = {
-    "l2_distance": {"attn_l2_distance": True},
-    "sigmoid": {"attn_sigmoid": True},
+OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "l2_distance": ({"attn_l2_distance": True}, "distance", "softmax"),
+    "sigmoid": ({"attn_sigmoid": True}, "dot", "sigmoid"),
 }
 
 
@@ -77,8 +77,8 @@ def test_a_decoder_with(name: str) -> None:
     for call, kept in zip(trace, own.attn_intermediates, strict=True):
         if kept.post_softmax_attn is not None:
             assert gap(call.weights, kept.post_softmax_attn) < 1e-6
-        if name == "soft_clamp":  # in a scripted function, of which the result alone can be seen
-            assert call.own_scores
+        if name == "soft_clamp":  # in a scripted function, which is followed beside its compiled code
+            assert call.softcap == 3.0 and not call.own_scores
             assert call.scores[call.mask.expand_as(call.scores)].abs().max() <= 3.0
 
 
@@ -89,13 +89,13 @@ def test_weights_changed_after_the_softmax_are_marked(name: str) -> None:
     assert all(call.mixed and call.notes for call in trace)
 
 
-@pytest.mark.parametrize("name", NO_SOFTMAX)
-def test_what_is_no_softmax_over_products_is_listed(name: str) -> None:
-    model = decoder(**NO_SOFTMAX[name])
-    with pytest.warns(hookattn.SkippedWarning):
-        trace = hookattn.trace(model, ids())
-    assert len(trace) == 0
-    assert [s.path for s in trace.skipped] == [f"attn_layers.layers.{i}.1" for i in (0, 2)]
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_softmax_over_products_says_what_it_is(name: str) -> None:
+    options, score, normalizer = OTHERS[name]
+    trace = hookattn.trace(decoder(**options), ids(), verify="full")
+    assert [call.site.path for call in trace] == [f"attn_layers.layers.{i}.1" for i in (0, 2)]
+    for call in trace:
+        assert (call.score, call.normalizer, call.certificate.status) == (score, normalizer, "faithful")
 
 
 @pytest.mark.parametrize("flash", [False, True])

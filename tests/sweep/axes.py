@@ -76,7 +76,9 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
         if heads and h not in heads and h not in everywhere and "H" not in call.guessed:
             found.append(f"axes: {h} heads in {site.label}, where there are {sorted(heads)}")
         placed = any(_placed(given.shapes[site.path], b, x) for x in (t, s))
-        if not placed and "B" not in call.guessed:
+        # A part of an attention that the model computes piece by piece says so.
+        part = call.of_queries is not None or call.heads is not None or any("calls" in note for note in call.notes)
+        if not placed and not part and "B" not in call.guessed:
             shapes = sorted(set(given.shapes[site.path]))[:3]
             found.append(f"axes: {b} × {t} rows in {site.label}, which was given {shapes}")
         others = given.names[site.path] & set(_OTHERS)
@@ -99,8 +101,8 @@ def untrue(model: nn.Module, config: PreTrainedConfig, trace: hookattn.Trace, gi
 
 
 def _tower(path: str) -> str:
-    """What is around the layers that a path is one of: in it layers count on, whatever their lists are called."""
-    return re.split(r"\.?\d+(?:\.|$)", path)[0].rpartition(".")[0]
+    """The outermost list of layers that a path is in: within it layers count on, through all that it is nested in."""
+    return re.split(r"\.?\d+(?:\.|$)", path)[0]
 
 
 def _counts(values: dict[str, Any]) -> set[int]:
