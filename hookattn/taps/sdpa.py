@@ -224,23 +224,25 @@ def _plain(watch: Follower, given: dict[str, Any]) -> bool:
         layout = watch.origin(given[name]).layout()
         if len(layout) == 4 and any(a.repeated for a in layout[1]):
             return False
-    return _rows_are_queries(watch, given["query"]) and not _heads_lie_elsewhere(watch.origin(given["query"]))
+    return _rows_are_queries(watch, given["query"]) and not _heads_lie_elsewhere(watch, given)
 
 
-def _heads_lie_elsewhere(query: Origin) -> bool:
+def _heads_lie_elsewhere(watch: Follower, given: dict[str, Any]) -> bool:
     """Whether heads are known to lie elsewhere than along the second axis of four: they come first, all or some of
     them, or something else lies there.
 
     The kernel calls its axes batch and heads, and does the same with both: who gives it heads first, or sequences or
-    windows of a single head, gets the right output.
+    windows of a single head, gets the right output. Keys tell of heads where queries are learned as they are.
     """
-    first, second, _, width = query.layout()
-    if not width or any(a.birth != "feature" for a in width):
-        return False
-    is_head = HeadTest(width)
-    return any(is_head(a) for a in first) or (
-        bool(second) and all(a.birth == "data" and a.role is None for a in second)
-    )
+    for name in ("query", "key"):
+        first, second, _, width = watch.origin(given[name]).layout()
+        if not width or any(a.birth != "feature" for a in width):
+            continue
+        if any(map(HeadTest(width), first)):
+            return True
+        if name == "query" and second and all(a.birth == "data" and a.role is None for a in second):
+            return True
+    return False
 
 
 def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
@@ -259,7 +261,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     if k.dim() != n or v.dim() != n:
         raise LayoutError(f"q, k, v of {n}, {k.dim()} and {v.dim()} dimensions")
     origins = {x: watch.origin(given[x]) for x in ("query", "key", "value")}
-    first_is_batch = n == 4 and not _heads_lie_elsewhere(origins["query"])
+    first_is_batch = n == 4 and not _heads_lie_elsewhere(watch, given)
     if first_is_batch:
         origins = {x: _known(origin, given[x]) for x, origin in origins.items()}
     # With enable_gqa the kernel groups by itself: the groups become a dimension of their own, so that q and k have the

@@ -62,7 +62,7 @@ def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
 def _one_query(query: Origin, dim: int) -> list[Atom]:
     """What the axis of the queries was before one of them was taken; none where there are several, or none is known."""
     full = query.full()
-    return [a for a in full[dim] if a.size == 1 and a.birth != "lost"] if dim < len(full) else []
+    return [a for a in full[dim] if a.size == 1 and a.birth in ("data", "parameter")] if dim < len(full) else []
 
 
 def _describe(

@@ -324,7 +324,7 @@ class HeadsFirst(Known):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.h = how, 1 if how == "one head" else 4
-        self.w = nn.Parameter(torch.empty(3, self.h, E, D))
+        self.w, self.query = nn.Parameter(torch.empty(3, self.h, E, D)), nn.Parameter(torch.empty(self.h, T, D))
         self.maps = nn.ModuleList([nn.Linear(E, D) for _ in range(3 * self.h)])
         self.k = nn.Linear(E, 2 * D)
 
@@ -332,6 +332,8 @@ class HeadsFirst(Known):
         if self.how == "maps":
             return tuple(torch.stack([m(x) for m in self.maps[i::3]]) for i in range(3))
         q, k, v = (einsum("bti,hid->hbtd", x, w) for w in self.w)
+        if self.how == "learned queries":
+            q = self.query.expand(len(x), -1, -1, -1).transpose(0, 1)
         if self.how == "groups in the batch":  # two groups of two heads: B·G R T D
             q = q.unflatten(0, (2, 2)).permute(2, 0, 1, 3, 4).flatten(0, 1)
             k = v = self.k(x).view(*x.shape[:2], 2, D).transpose(1, 2).flatten(0, 1)[:, None].expand(-1, 2, -1, -1)
@@ -347,7 +349,7 @@ class HeadsFirst(Known):
 
 
 @pytest.mark.parametrize("batch", [1, B, 4])
-@pytest.mark.parametrize("how", ["parameters", "maps", "one head", "groups in the batch"])
+@pytest.mark.parametrize("how", ["parameters", "maps", "one head", "groups in the batch", "learned queries"])
 def test_heads_where_sdpa_has_the_batch(how: str, batch: int) -> None:
     torch.manual_seed(1)
     model, x = HeadsFirst(how).eval(), draw(batch, T, E, std=1.3)
