@@ -21,7 +21,8 @@ _STACKS = (
 
 
 _CROSS = re.compile(
-    r"cross(?!_?encoder)|enc(?:oder)?_?(?:dec(?:oder)?_?)?att|encdec|multihead_attn$|src_attn", re.IGNORECASE
+    r"cross(?!_?encoder)|enc(?:oder)?_?(?:dec(?:oder)?_?)?att|encdec|multihead_attn$|src_attn|(?<![a-z])x_?att",
+    re.IGNORECASE,
 )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
+from hookattn.models.site_names import kind_of
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
@@ -50,6 +51,20 @@ class Conditioned(nn.Module):
             x = x + self.attn1(self.norm(x))
             x = x + self.attn2(self.norm(x), text)
         return x
+
+
+class Perceiver(nn.Module):
+    """Learned queries that read a sequence, and themselves beside it; then each other."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.read, self.mix = Attention(fused), Attention(fused)
+        self.latents = nn.Parameter(torch.randn(3, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(len(x), -1, -1)
+        latents = latents + self.read(latents, torch.cat([x, latents], 1))
+        return latents + self.mix(latents)
 
 
 class TwoStreams(nn.Module):
@@ -238,3 +253,17 @@ def test_rows_of_a_table_are_picked_as_by_an_embedding(fused: bool) -> None:
 
     trace = hookattn.trace(Model(), torch.randint(9, (2, 5)))
     assert kinds(trace) == [("", "self")] and tuple(trace[0].weights.shape) == (2, 2, 5, 5) and not trace.skipped
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_learned_queries_read_what_they_are_laid_beside(fused: bool) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        trace = hookattn.trace(Perceiver(fused), torch.randn(2, 5, 16))
+    assert [call.site.kind for call in trace] == ["cross", "self"]
+
+
+@pytest.mark.parametrize("name", ["x_attn", "xattn", "X_Attention"])
+def test_a_path_may_say_cross_with_one_letter(name: str) -> None:
+    assert kind_of(f"blocks.0.{name}") == "cross"
+    assert kind_of(f"blocks.0.max_{name[1:]}") == "self"

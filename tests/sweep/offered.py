@@ -40,6 +40,7 @@ NOT_WEIGHTS = (
     ("prophetnet", "encoder_attentions", "hands out the scores before the softmax"),
     ("squeezebert", "attentions", "hands out the scores before the softmax"),
     ("wavlm", "attentions", "hands out the mean over its heads, once for each"),
+    ("yoso", "attentions", "hands out the attention's output under this name"),
 )
 # Models that compute a band of the scores, and hand it out as it is stored: columns count from the query.
 BANDS = ("longformer", "led")
