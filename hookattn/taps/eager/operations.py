@@ -260,6 +260,7 @@ _ROWS: dict[str, Row] = {
             Scores: weight_rules.row_total,
             Pairwise: pairwise.summed_pairs,
             WeightedValues: weight_rules.summed_values,
+            Weights: weight_rules.pooled_values,
         },
     ),
     "mean": Row(rules={Pairwise: pairwise.summed_pairs}),

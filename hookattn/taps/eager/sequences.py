@@ -90,9 +90,9 @@ def _tells_them_apart(query: Cut, key: Cut | None) -> bool:
 def kind_of(queries: Iterable[Atom], keys: Iterable[Atom]) -> str | None:
     """The kind of an attention, where the axes of its queries and keys tell.
 
-    ``cross`` where they have nothing in common, or learned queries read more than themselves; ``joint`` where both are the same sequences laid end to end; ``self``
-    where both are of one sequence, as are a memory and what attends to it if they are made of one input. None: nothing
-    tells, or they have a part in common.
+    ``cross`` where they have nothing in common, or learned queries read more than themselves; ``joint`` where both are
+    the same sequences laid end to end; ``self`` where both are of one sequence, as are a memory and what attends to it
+    if they are made of one input. None: nothing tells, or they have a part in common.
 
     Args:
         queries: their axis, or the axes that it is made of.

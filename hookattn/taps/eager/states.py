@@ -274,6 +274,7 @@ class Weights(State):
         entries: where they are the weights of some of the heads: which of them, and of which tensor.
         joined: the weights of other softmaxes that these were added to or subtracted from, as they were then.
         read: how often ``scores_tensor`` had been written to.
+        met: values of the same shape that they were multiplied by, where a softmax gave each feature a weight.
         steps: the operations that made them, where it was no softmax; None: it was one.
     """
 
@@ -294,6 +295,7 @@ class Weights(State):
     entries: Entries | None = None
     joined: list[tuple[Weights, Tensor]] = field(default_factory=list)
     read: int = -1
+    met: Tensor | None = None
 
     def but(self, **changes: Any) -> Weights:
         """A copy with changes."""

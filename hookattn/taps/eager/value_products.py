@@ -38,7 +38,7 @@ from .states import (
     Weights,
 )
 from .weight_rules import new_weights
-from .weightless import CARRIED, carried_pairs, delta_rule, sums_of_positions
+from .weightless import CARRIED, POOLED, carried_pairs, delta_rule, sums_of_positions
 
 _NOT_KEYS = "softmax over an axis that the product with the values does not sum over"
 _COMPOSED = "softmax over q·k whose result was multiplied with other weights before any values"
@@ -463,6 +463,10 @@ def _note_plain(watch: KnownTensors, product: _Product, state: Weights) -> None:
 def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -> None:
     """Values, each times its weight, were summed: a product of weights and values, if the sum runs over the keys."""
     of = state.state
+    if isinstance(of, Weights) and of.met is state.v:
+        if watch.origin(state.v).birth != "parameter":
+            watch.recorder.skip(POOLED)
+        return
     labels = [y for y in sorted({*state.labels, *state.v_labels}) if y not in state.summed]
     kept = out.squeeze(tuple(state.summed)) if out.dim() > len(labels) else out
     if kept.dim() != len(labels) or any(y not in state.labels or y not in state.v_labels for y in state.summed):

@@ -410,7 +410,24 @@ def _joined_weights(c: Operation, state: Weights, other: Weights) -> State | Non
 
 def multiplied_weights(c: Operation) -> State | None:
     """Weights times values, each key's vector times its weight; or times a gate."""
-    return weighted_values(c) or mixed_weights(c)
+    made = weighted_values(c) or mixed_weights(c)
+    if isinstance(made, Weights) and made.scores is None and made.origin.shape == getattr(c.other(), "shape", None):
+        made.met = c.other()
+    return made
+
+
+def pooled_values(c: Operation) -> State | None:
+    """A sum over the axis of a softmax that had a weight for each feature of each position, and met values as many."""
+    state: Weights = c.state
+    dim = c.arg(1, "dim")
+    if state.met is None or not isinstance(dim, int) or dim % c.x.dim() != state.dim or state.dim == c.x.dim() - 1:
+        return None
+    if is_indicator(state.met, c) or any(a.birth == "feature" for a in state.origin.layout()[state.dim]):
+        return None
+    every = list(range(c.x.dim()))
+    return WeightedValues(
+        c.origin, weights=c.x, state=state, labels=every, v=state.met, v_labels=every, summed=[state.dim]
+    )
 
 
 def summed_values(c: Operation) -> State | None:

@@ -15,6 +15,7 @@ CARRIED = (
     "products of two activations are added up from position to position before a third meets them (a state space, or"
     " causal linear attention): no weights are formed"
 )
+POOLED = "positions are averaged with a softmax for each feature by itself (a gate): no weights of queries and keys"
 _JOINS = frozenset(("add", "sub", "rsub", "__add__", "__radd__", "__sub__", "__rsub__"))
 _ADDS = frozenset(("cumsum", "add", "__add__", "__radd__", "__iadd__", "add_"))
 

@@ -183,6 +183,17 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (m.a[0, :3].softmax(-1)[:, None, None, None] * torch.stack([x, m.map(x), 2 * x])).sum(0)
 
 
+@without("features weighed by a softmax over them")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return (m.map(x).softmax(-1) * x).sum(-1)
+
+
+@without("weights summed up again behind a mask")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    w = m.map(x).softmax(1)
+    return w / (w * (x > 0).to(x.dtype)).sum(1, keepdim=True).clamp(min=1e-6)
+
+
 @without("expected index")
 def _(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (m.map(x).softmax(-1) * torch.arange(float(E))).sum(-1)
@@ -307,6 +318,12 @@ def _(m: Any, x: torch.Tensor) -> torch.Tensor:
         state = decay[:, t] * state + given[:, t]
         out.append((state * c[:, t, None]).sum(-1))
     return torch.stack(out, 1)
+
+
+@weightless("positions pooled by a gate of each feature", "for each feature")
+def _(m: Any, x: torch.Tensor) -> torch.Tensor:
+    windows = F.pad(x, (0, 0, 0, 1)).unflatten(1, (-1, 3))
+    return (m.map(windows).softmax(2) * windows).sum(2)
 
 
 @weightless("convolution made of the data", "convolution")
