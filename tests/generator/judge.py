@@ -274,6 +274,7 @@ def _also(case: Case, calls: list[Any]) -> list[str]:
         found.append(f"kind {c.site.kind} of {f['kind']}")
     if (c.normalizer == "softmax") != (f["normalizer"] in ("softmax", "late")):
         found.append(f"normalizer {c.normalizer} of {f['normalizer']}")
-    if (c.score == "dot") != (f["score"] == "dot") and f["score"] != "bilinear":
+    # 2 q·k - |q|² - |k|² is a product with two biases as well.
+    if (c.score == "dot") != (f["score"] == "dot") and f["score"] != "bilinear" and f.get("distance") != "expanded":
         found.append(f"score {c.score} of {f['score']}")
     return found

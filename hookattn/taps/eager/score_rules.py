@@ -17,13 +17,17 @@ from .products import mixes_heads
 from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
 
 
+# Of a distance: scores as well, as a rule those of a Gaussian.
+_POWERS = frozenset(("pow", "pow_", "__pow__", "__ipow__", "square", "square_", "sqrt", "sqrt_", "float_power"))
+
+
 def opaque_scores(c: Operation) -> State | None:
     """An operation that isn't known: its result is still scores if it is shaped like them, not by coincidence."""
     state: Scores = c.state
     if not (isinstance(c.out, Tensor) and c.out.shape == c.x.shape and keeps_axes(c, state)):
         return None
     before = state.before
-    if before is None and not _is_factor(c):
+    if before is None and not _is_factor(c) and not (state.score == "distance" and c.name in _POWERS):
         held = None if c.out is c.x else (c.x, version_of(c.x), state.origin)
         before = state.but(held=held)
     return state.but(opaque=[*state.opaque, c.name], finite=None, before=before)

@@ -448,3 +448,26 @@ def test_a_penalty_that_scores_outweigh_hides_nothing(size: float) -> None:
     else:
         assert torch.equal(call.bias.expand_as(call.weights), shift.expand_as(call.weights))
         assert bool(call.mask.all())
+
+
+class MaskedDistances(nn.Module):
+    """The square of a distance, negative, filled where masked: scores, and weights by a sigmoid of them."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.p, self.fill = nn.Linear(12, 3 * 12), fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.p(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        s = -torch.cdist(q, k).pow(2)
+        keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+        return s.masked_fill(~keep, self.fill).sigmoid() @ v
+
+
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+def test_a_mask_of_squared_distances(fill: float) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        call = hookattn.trace(MaskedDistances(fill), torch.randn(2, 5, 12))[0]
+    assert call.score == "distance" and call.normalizer == "sigmoid"
+    assert torch.equal(call.mask.expand(2, 3, 5, 5), torch.ones(2, 3, 5, 5, dtype=torch.bool).tril())
