@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+import hookattn
 from hookattn.errors import FieldAbsent
 from tests.reference import assert_close, draw, trace_checked
 from tests.zoo.other_weights import NORMALIZER, OTHER_WEIGHTS, SAID, SCORE, B, D, E, H, T
