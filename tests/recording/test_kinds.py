@@ -267,3 +267,13 @@ def test_learned_queries_read_what_they_are_laid_beside(fused: bool) -> None:
 def test_a_path_may_say_cross_with_one_letter(name: str) -> None:
     assert kind_of(f"blocks.0.{name}") == "cross"
     assert kind_of(f"blocks.0.max_{name[1:]}") == "self"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_one_query_or_one_key_has_a_sequence(queries: int, length: int, fused: bool) -> None:
+    x, y = torch.randn(2, queries, 16), torch.randn(2, length, 16)
+    with torch.no_grad():
+        assert hookattn.trace(Attention(fused), (x, y))[0].site.kind == "cross"
+        assert hookattn.trace(Attention(fused), x)[0].site.kind == "self"

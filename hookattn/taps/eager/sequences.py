@@ -28,8 +28,8 @@ def describe_plain(call: KernelCall, query: Origin, key: Origin) -> None:
     q, k = query.layout(), key.layout()
     if len(q) == len(k) == len(_LETTERS):
         named = {a: letter for letter, dim in zip(_LETTERS, q, strict=True) for a in dim}
-        named |= dict.fromkeys(_one_query(query, 2), "T")
-        _describe(call, (query, key), named, q[2], k[2], q[3], k[3])
+        named |= dict.fromkeys(_one_entry(query, 2), "T")
+        _describe(call, (query, key), named, q[2] or _one_entry(query, 2), k[2] or _one_entry(key, 2), q[3], k[3])
 
 
 def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
@@ -53,15 +53,20 @@ def describe_product(call: KernelCall, product: Product, roles: Roles) -> None:
         return
     of_q, of_k = (product.widths[side] for side in (("a", "b") if first else ("b", "a")))
     queries = [a for a, letter in named.items() if letter == "T"]
-    for dim, label in enumerate(product.la if first else product.lb):
-        if label in product.lo and label not in (product.lb if first else product.la):
-            named |= dict.fromkeys(_one_query(origins[0], dim), "T")
+    own = [[x for x in labels if x in product.lo] for labels in ((product.la, product.lb)[:: 1 if first else -1])]
+    one = [
+        [a for dim, x in enumerate(labels) if x in own[i] and x not in own[1 - i] for a in _one_entry(origins[i], dim)]
+        for i, labels in enumerate((product.la, product.lb)[:: 1 if first else -1])
+    ]
+    named |= dict.fromkeys(one[0], "T")
+    queries, keys = queries or one[0], keys or one[1]
     _describe(call, origins, named, queries, keys, of_q, of_k)
 
 
-def _one_query(query: Origin, dim: int) -> list[Atom]:
-    """What the axis of the queries was before one of them was taken; none where there are several, or none is known."""
-    full = query.full()
+def _one_entry(origin: Origin, dim: int) -> list[Atom]:
+    """The axis of one query or one key, or what it was before one was taken; none where there are several, or none is
+    known."""
+    full = origin.full()
     return [a for a in full[dim] if a.size == 1 and a.birth in ("data", "parameter")] if dim < len(full) else []
 
 
