@@ -206,6 +206,14 @@ def fresh(shape: Shape, birth: Birth = "lost") -> Layout:
     return tuple((Atom(n, birth=birth),) if n != 1 or birth != "lost" else () for n in shape)
 
 
+def extent_of(dim: Iterable[Atom]) -> int:
+    """How many entries a dimension has."""
+    extent = 1  # a loop: this runs for every dimension of every tensor that an attention is made of
+    for atom in dim:
+        extent *= atom.size
+    return extent
+
+
 def shown(layout: Layout) -> Layout:
     """The atoms of each dimension, without those of an extent of 1."""
     return tuple(d if not d or d[0].size != 1 else () for d in layout)
@@ -213,7 +221,7 @@ def shown(layout: Layout) -> Layout:
 
 def sizes(layout: Layout) -> tuple[int, ...]:
     """The extents of the dimensions of a layout."""
-    return tuple(math.prod(a.size for a in dim) for dim in layout)
+    return tuple([extent_of(dim) for dim in layout])
 
 
 def refine(atoms: Sequence[Atom], other: Sequence[Atom]) -> list[tuple[Atom, Atom]] | None:
@@ -273,7 +281,7 @@ def reshape(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 
 def _with_single_entries(before: Layout, after: list[tuple[Atom, ...]]) -> Layout:
     """Extents of 1 stay what they were where there are as many as before."""
-    single = [dim for dim in before if math.prod(a.size for a in dim) == 1]
+    single = [dim for dim in before if extent_of(dim) == 1]
     places = [i for i, dim in enumerate(after) if not dim]
     if len(single) == len(places):
         for i, dim in zip(places, single, strict=True):
@@ -285,8 +293,8 @@ def _with_single_entries(before: Layout, after: list[tuple[Atom, ...]]) -> Layou
         order = 1 if last is not None and last.birth == "feature" and last.size > 1 else -1
         places = list(range(len(after)))[::order]
         for i, dim in zip(places, before[::order], strict=False):
-            extent = math.prod(a.size for a in dim)
-            if extent != math.prod(a.size for a in after[i]):
+            extent = extent_of(dim)
+            if extent != extent_of(after[i]):
                 break
             if extent == 1:
                 after[i] = dim
@@ -336,10 +344,7 @@ def mapped_birth(summed: Iterable[Atom], others: Iterable[Atom]) -> Birth:
 def expand(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """Broadcast dimensions become repeated atoms."""
     old = ((),) * (len(shape) - len(layout)) + layout
-    return tuple(
-        dim if math.prod(a.size for a in dim) == n else (Atom(n, repeated=True),)
-        for dim, n in zip(old, shape, strict=True)
-    )
+    return tuple(dim if extent_of(dim) == n else (Atom(n, repeated=True),) for dim, n in zip(old, shape, strict=True))
 
 
 def broadcast(layout: Layout, shape: tuple[int, ...], parts: Sequence[Origin]) -> Layout:
@@ -347,7 +352,7 @@ def broadcast(layout: Layout, shape: tuple[int, ...], parts: Sequence[Origin]) -
     aligned = [((),) * (len(shape) - len(p.shape)) + p.full() for p in parts]
     out = []
     for i, n in enumerate(shape):
-        having = [one[i] for one in aligned if one[i] and math.prod(a.size for a in one[i]) == n]
+        having = [one[i] for one in aligned if one[i] and extent_of(one[i]) == n]
         having.sort(key=lambda dim: any(a.repeated for a in dim))  # copies say least of what an axis is
         out.append(having[0] if having else fresh((n,))[0])
     return tuple(out)
@@ -385,7 +390,7 @@ def resized(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
 
 def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
     """Another extent of a dimension: what is left of it, or added to it, counts from its innermost axis out."""
-    if math.prod(a.size for a in dim) == extent:
+    if extent_of(dim) == extent:
         return dim
     if extent == 0:
         return (Atom(0, of=dim[0]) if dim else Atom(0, birth="lost"),)
@@ -402,7 +407,7 @@ def _resize(dim: tuple[Atom, ...], extent: int) -> tuple[Atom, ...]:
             out.insert(0, atom)
             extent //= atom.size
         else:
-            return (Atom(extent * math.prod(a.size for a in out), birth="lost"),)
+            return (Atom(extent * extent_of(out), birth="lost"),)
     return tuple(out) if extent == 1 else (Atom(extent, birth="lost"), *out)
 
 

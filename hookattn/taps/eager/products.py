@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...attention.kernel_call import KERNEL_BASIS
 from ...torch_internals.tensor_identity import address_of, storage_of, version_of
-from .axis_history import Atom, Birth, Layout, Origin, fresh, mapped_birth, refine
+from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine
 from .view_rules import map_of
 
 Label = int | str
@@ -178,7 +178,7 @@ class Product:
                 self.axes[atom] = Axis(own, heads_a(x) or heads_b(y), source, sources)
                 self.matched.setdefault(label, []).append(MatchedAtoms(atom, x, y))
                 atoms.append(atom)
-            if math.prod(a.size for a in atoms) != extent:
+            if extent_of(atoms) != extent:
                 shapes = f"{tuple(self.a.shape)} and {tuple(self.b.shape)}"
                 raise LayoutError(f"the axes of a product of {shapes} do not fit")
             out.append(tuple(atoms))
@@ -540,7 +540,7 @@ class Roles:
 
     def factors(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Factor]]:
         """The factors of a tensor laid out like the scores, or broadcast against them (``shape``)."""
-        shape = [math.prod(a.size for a in dim) for dim in layout] if shape is None else shape
+        shape = [extent_of(dim) for dim in layout] if shape is None else shape
         return [[self.factor(a, broadcast=extent == 1) for a in dim] for dim, extent in zip(layout, shape, strict=True)]
 
 
