@@ -74,6 +74,8 @@ def compare(case: Case, calls: list[Any], skipped: list[Any], changed: bool = Fa
         return Verdict("skipped", skipped[0].reason) if skipped else Verdict("wrong", why)
     if any(c.certificate.status not in ("faithful",) for c in calls):
         return Verdict("wrong", f"right, and its certificate says {calls[0].certificate.status}")
+    if misnamed := _misnamed(case, calls[0]):
+        return Verdict("wrong", misnamed)
     return Verdict("right", also=_also(case, calls))
 
 
@@ -265,6 +267,17 @@ def _how_exchanged(w: Tensor, want: Tensor) -> str:
     return f"weights off by {(w.double() - want).abs().max().item():.2g}"
 
 
+def _misnamed(case: Case, c: Any) -> str:
+    """What is untrue of the names of a call's score and normalizer; empty: nothing."""
+    f = case.features
+    if (c.normalizer == "softmax") != (f["normalizer"] in ("softmax", "late")):
+        return f"normalizer {c.normalizer} of {f['normalizer']}"
+    # 2 q·k - |q|² - |k|² is a product with two biases as well.
+    if (c.score == "dot") != (f["score"] == "dot") and f["score"] != "bilinear" and f.get("distance") != "expanded":
+        return f"score {c.score} of {f['score']}"
+    return ""
+
+
 def _also(case: Case, calls: list[Any]) -> list[str]:
     """What is said beside the fields."""
     found = []
@@ -272,9 +285,4 @@ def _also(case: Case, calls: list[Any]) -> list[str]:
     c = calls[0]
     if f["kind"] != "pool" and c.site.kind != f["kind"]:  # learned queries are of no sequence
         found.append(f"kind {c.site.kind} of {f['kind']}")
-    if (c.normalizer == "softmax") != (f["normalizer"] in ("softmax", "late")):
-        found.append(f"normalizer {c.normalizer} of {f['normalizer']}")
-    # 2 q·k - |q|² - |k|² is a product with two biases as well.
-    if (c.score == "dot") != (f["score"] == "dot") and f["score"] != "bilinear" and f.get("distance") != "expanded":
-        found.append(f"score {c.score} of {f['score']}")
     return found
