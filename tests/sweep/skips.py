@@ -15,7 +15,7 @@ _NO_SOFTMAX = re.compile(
 )
 # What is true of the modules that mix positions through a state, and of no other.
 _STATE_SPACE = "a state space, or causal linear attention"
-_MIXES = re.compile(r"(?i:mixer|mamba|ssm|delta|linear_attn|attention|attn)")
+_MIXES = re.compile(r"(?i:mixer|mamba|ssm|lstm|delta|linear_attn|attention|attn)")
 # A softmax over something else: (type, part of the path, why).
 _ELSEWHERE = (
     ("convbert", "", "a softmax over the taps of a dynamic convolution"),

@@ -16,7 +16,6 @@ from .operation import Operation, number, same_state
 from .products import mixes_heads
 from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
 
-
 # Of a distance: scores as well, as a rule those of a Gaussian.
 _POWERS = frozenset(("pow", "pow_", "__pow__", "__ipow__", "square", "square_", "sqrt", "sqrt_", "float_power"))
 
