@@ -27,8 +27,11 @@ torch operation of the model and keeps a **state** for each tensor that may be a
 
 **Which axis is what** is asked once a call is complete. For every tensor, attention or not, it is noted from which one
 it came and how (:mod:`.origins`, :mod:`.view_rules`), and only then worked out what its axes are made of
-(:mod:`.axis_history`). What the softmax runs over are the keys; heads are what was split from the same dimension as the
-width that q·k sums over (:mod:`.products`). Then :mod:`.assemble` brings everything into B H T S, or
+(:mod:`.axis_history`). What is summed with the values are the keys. Heads have their line, or the learned map that made
+them, in common with the width that q·k sums over; queries may have theirs in common with the keys; what is left is told
+by elimination, or by convention, and is a guess then (:class:`.products.Roles`; without q·k :mod:`.value_roles`). What
+was cut off what, and of which sequences queries and keys are, follows from the same (:mod:`.cuts`, :mod:`.sequences`).
+Then :mod:`.assemble` brings everything into B H T S, or
 :mod:`.assemble_scattered` with :mod:`.scattered_layout`, where scores do not lie as queries by keys.
 
 **What an operation does** is said by its row in the table of :mod:`.operations`: what it makes of axes, of entries, and
