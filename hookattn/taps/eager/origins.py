@@ -31,13 +31,14 @@ class Origins:
         inside: whether the model is running, and not who calls it.
     """
 
-    def __init__(self, inside: Callable[[], bool] = lambda: True) -> None:
-        self._inside = inside
+    def __init__(self, inside: Callable[[], bool] | None = None) -> None:
+        self._inside = inside or _always
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, and who may be asked whether the model runs: that is what has these origins."""
         self._known.clear()
+        self._inside = _always
 
     def knows(self, x: Tensor) -> bool:
         """Whether anything is known of where the axes of a tensor come from."""
@@ -216,6 +217,10 @@ class Origins:
                 if mine > rank:
                     best, rank = one, mine
         return best
+
+
+def _always() -> bool:
+    return True
 
 
 def _one_entry(
