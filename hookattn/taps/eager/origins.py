@@ -13,7 +13,7 @@ from . import axis_history
 from .axis_history import Origin, same
 from .cuts import cut_of
 from .operation import OperationKind
-from .view_rules import dim_dropped, indexed, map_of, resized, same_axes
+from .view_rules import AxesRule, dim_dropped, indexed, map_of, resized, same_axes
 
 # Entries of tensors that are gone are swept out when there are so many. A callback of each weak reference would do it
 # at once, and run for every tensor that a model makes.
@@ -78,12 +78,8 @@ class Origins:
                 elif kind.operand == 0:
                     how = rule(x, out, args, kwargs or _NONE)
                     origin = Origin(shape, birth="lost") if how is None else Origin(shape, how[0], source, how[1])
-                    if rule is dim_dropped or rule is indexed:
-                        _one_entry(rule, origin, source, x, args, kwargs or _NONE)
-                    if source.birth == "parameter" and rule is indexed and _looks_up(x, args[1]):
-                        origin = Origin(shape, axis_history.embedded, self.of(args[1]), map_of(x))
                     if rule in _TAKES:
-                        self._note_cut(origin, source, x, out)
+                        origin = self._taken(rule, origin, source, x, out, args, kwargs or _NONE)
                     self._known[id(out)] = (_ref(out), origin)
                     return
         self.derive(kind, args, kwargs or _NONE, out)
@@ -129,22 +125,33 @@ class Origins:
                 origin = self._broadcast(one, x, source, args, kwargs)
             else:
                 origin = source
-            if kind.axes is dim_dropped or kind.axes is indexed:
-                _one_entry(kind.axes, origin, source, x, args, kwargs)
-            if source.birth == "parameter" and kind.axes is indexed and _looks_up(x, args[1]):
-                origin = Origin(one.shape, axis_history.embedded, self.of(args[1]), map_of(x))
-            if kind.axes in _TAKES and not kind.joins and origin is not source:
-                self._note_cut(origin, source, x, one)
-            elif kind.joins:
+            if kind.joins:
                 origin.cut = None  # and so what grows by a piece each step does not keep all that it was
+            elif kind.axes in _TAKES and origin is not source:
+                origin = self._taken(kind.axes, origin, source, x, one, args, kwargs)
             self.set(one, origin)
         return origin
 
-    def _note_cut(self, origin: Origin, source: Origin, x: Tensor, out: Tensor) -> None:
-        """Note of what a tensor was cut off, if the model cut it: what a caller hands over is whole to the model."""
+    def _taken(
+        self,
+        rule: AxesRule,
+        origin: Origin,
+        source: Origin,
+        x: Tensor,
+        out: Tensor,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Origin:
+        """The origin of what was taken out of a tensor; ``origin``: what its axes alone tell of it."""
+        if rule is indexed and source.birth == "parameter" and _looks_up(x, args[1]):
+            origin = Origin(out.shape, axis_history.embedded, self.of(args[1]), map_of(x))
+        elif rule is not resized:
+            _one_entry(rule, origin, source, x, args, kwargs)
+        # What a caller cuts is whole to the model.
         cut = cut_of(source, x, out)
         if cut is not None and self._inside():
             origin.cut = cut
+        return origin
 
     def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end; the axes are those of the first that is not made of parameters alone.
@@ -154,15 +161,13 @@ class Origins:
         tensors = args[0] if args else kwargs["tensors"]
         if out.dim() > 1:  # an empty vector may be laid before anything, as a cache begins with one
             tensors = [t for t in tensors if not (strided(t) and t.dim() == 1 and not t.numel())]
-        followed = [self.of(t) for t in tensors if strided(t) and self.knows(t)]
-        parts = [self.of(t) for t in tensors if strided(t)]
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-        complete = len(parts) == len(tensors)
-        parts = [p for p in parts if p.shape != (0,)] or parts  # torch joins nothing to tensors of any dimensions
-        if not complete or not parts or not isinstance(dim, int):
+        if not tensors or not all(map(strided, tensors)) or not isinstance(dim, int):
             return Origin(out.shape, birth="lost")
+        followed = [self.of(t) for t in tensors if self.knows(t)]
+        parts = [self.of(t) for t in tensors]
         new = out.dim() > len(parts[0].shape)
-        first = next((p for p in (*followed, *parts) if p.birth != "parameter" and p in parts), parts[0])
+        first = next((p for p in (*followed, *parts) if p.birth != "parameter"), parts[0])
         return Origin(out.shape, axis_history.joined, first, (dim % out.dim(), new, parts))
 
     def _broadcast(self, out: Tensor, x: Tensor, source: Origin, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
@@ -183,19 +188,12 @@ class Origins:
         if not strided(value) or value.dim() == 0 or not self.knows(value) or self.knows(target):
             return self.of(target)
         index = args[1] if len(args) > 2 else ...
-        kept = _dims_that_stay(index, target)
-        if kept is not None and len(kept) == value.dim():
-            where = {dim: i for i, dim in enumerate(kept)}
-            return self.set(
-                target,
-                Origin(
-                    target.shape,
-                    axis_history.surrounded,
-                    self.of(value),
-                    [where.get(dim) for dim in range(target.dim())],
-                ),
-            )
-        return self.of(target)
+        how = indexed(target, value, (target, index), {})
+        if how is None or how[0] is not axis_history.keep_dims or None in how[1] or len(how[1]) != value.dim():
+            return self.of(target)
+        place = {dim: i for i, dim in enumerate(how[1])}
+        where = [place.get(dim) for dim in range(target.dim())]
+        return self.set(target, Origin(target.shape, axis_history.surrounded, self.of(value), where))
 
     def _source(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """The argument whose axes the result has.
@@ -241,24 +239,6 @@ def _looks_up(x: Tensor, index: Any) -> bool:
     """Whether rows of a learned table are picked by numbers, as an embedding does."""
     numbers = isinstance(index, Tensor) and not isinstance(index, nn.Parameter)
     return numbers and x.dim() == 2 and index.dtype in (torch.int64, torch.int32)
-
-
-def _dims_that_stay(index: Any, x: Tensor) -> list[int] | None:
-    """The dimensions of a tensor that an index of numbers and slices leaves; None: another kind of index."""
-    index = index if isinstance(index, tuple) else (index,)
-    if any(not (i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool))) for i in index):
-        return None
-    kept: list[int] = []
-    dim = 0
-    for i in index:
-        if i is Ellipsis:
-            n = x.dim() - (len(index) - 1)
-            kept.extend(range(dim, dim + n))
-            dim += n
-        else:
-            kept.extend([dim] if isinstance(i, slice) else [])
-            dim += 1
-    return [*kept, *range(dim, x.dim())]
 
 
 def strided(x: Any) -> bool:
