@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.scripted import made_from
 from .active import current, paused
 from .base import ActiveTrace, Tap
@@ -102,17 +103,19 @@ def _gives(tracing: ActiveTrace, run: Callable[[], Any], out: Any) -> bool:
 
 
 def _same_bits(a: Any, b: Any) -> bool:
+    """Whether two results hold the same, tensors to the bit, in whatever they are packed."""
+    mine, others = tree_leaves(a), tree_leaves(b)
+    return len(mine) == len(others) and all(map(_same, mine, others))
+
+
+def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-    if isinstance(a, (tuple, list)):
-        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_same_bits, a, b))
-    return bool(a == b)
+    return type(a) is type(b) and bool(a == b)
 
 
-def _tensors(value: Any) -> Sequence[Tensor]:
-    if isinstance(value, (tuple, list)):
-        return [x for one in value for x in _tensors(one)]
-    return [value] if isinstance(value, Tensor) else []
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def patches() -> Iterable[Patch]:

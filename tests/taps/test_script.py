@@ -36,6 +36,11 @@ def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.matmul(weights, v), weights
 
 
+def named(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * 0.35, -1)
+    return {"output": torch.matmul(weights, v), "weights": weights}
+
+
 def random(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * 0.35, -1)
     return torch.matmul(torch.dropout(weights, 0.5, True), v)
@@ -57,6 +62,8 @@ class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = heads(x, self.projection)
         out = self.function(q @ k.mT) @ v if self.kind == "softmax" else self.function(q, k, v)
+        if isinstance(out, dict):
+            out = out["output"]
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2).flatten(2)
 
 
@@ -87,6 +94,15 @@ def test_what_it_was_made_from_is_followed(function: Any, how: str) -> None:
     weights = expected(m, causal(T) if function is softmax else None)
     torch.testing.assert_close(call.weights.double(), weights, atol=1e-6, rtol=1e-5)
     assert call.normalizer == "softmax" and call.site.path == "" and "guessed" not in call.basis.values()
+
+
+def test_a_result_with_names_is_followed_as_well() -> None:
+    torch.manual_seed(0)
+    m = Attends(torch.jit.script(named)).eval()
+    plain = m(X)
+    trace = hookattn.trace(m, X, verify="full")
+    assert same_bits(trace.output, plain) and trace.faithful and not trace.skipped
+    torch.testing.assert_close(trace[0].weights.double(), expected(m), atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_go_through_the_compiled_code() -> None:
