@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import sink_column
-from ..attention.kernel_call import BASES, FIELD_SPECS, FieldSpec
+from ..attention.kernel_call import FIELD_SPECS, FieldSpec
 from ..attention.pieces import Piece
-from ..calls.call import Call
+from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
 from ..calls.extents import extents_of
 from ..calls.fields import Derived, Field, tensor_of
@@ -156,7 +156,7 @@ def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
         return None
     if "T" in letters:  # each piece had a diagonal of its own; the mask has them
         made.causal, made.window = False, None
-    made.basis = {x: max((c.basis[x] for c in calls), key=BASES.index) for x in first.basis}
+    made.basis = joint_basis(calls)
     if joint.folded:
         made.basis |= {x: "followed" for x in "BHG" if x in made.basis and made.basis[x] == "guessed"}
     what = " and ".join(_WORDS[x] for x in letters)
