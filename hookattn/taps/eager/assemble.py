@@ -17,10 +17,9 @@ from ...torch_internals.tensor_identity import version_of
 from .axis_history import Layout, Origin, refine
 from .normalizer_names import name_of_steps, verified_name
 from .operations import mixes_axis
-from .products import Factor, Label, LayoutError, Product, Roles, arrange
+from .products import AxisRoles, Factor, Label, LayoutError, Product, Roles, arrange
 from .sequences import describe_product
 from .states import Scores, Term, ValueProduct, Weights
-from .value_roles import ValueRoles
 
 NAME = "eager"
 
@@ -158,19 +157,7 @@ class CallBuilder:
         if entries is None:
             return None
         root: Origin = entries.sources()[0]
-        layout = root.layout()
-        ordered = sorted(
-            (self.roles.factor(a).place, i)
-            for i, a in enumerate(a for dim in layout for a in dim)
-            if self.roles.of(a) == "H"
-        )
-        atoms = [a for dim in layout for a in dim]
-        steps, step = dict[int, int](), 1
-        for _, i in reversed(ordered):
-            steps[i], step = step, step * atoms[i].size
-        number = torch.zeros((), dtype=torch.long, device=self.out.device)
-        for i, atom in enumerate(atoms):
-            number = number[..., None] + torch.arange(atom.size, device=number.device) * steps.get(i, 0)
+        number = self.roles.head_numbers(root.layout(), self.out.device)
         part = number.reshape(-1)[entries.numbers(lambda _: 0, number.device)]
         arranged = self._like_scores(part, self.parts[0][1].weights_origin.layout())
         found = arranged[0, :, 0, 0]
@@ -313,7 +300,7 @@ class CallBuilder:
         ]
 
 
-def values_in_layout(use: ValueProduct, roles: Roles | ValueRoles) -> Tensor:
+def values_in_layout(use: ValueProduct, roles: AxisRoles) -> Tensor:
     """The values of a product with weights, B G S E."""
     dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
     layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
@@ -343,7 +330,7 @@ def values_in_layout(use: ValueProduct, roles: Roles | ValueRoles) -> Tensor:
     return arrange(use.v.permute(order), pieces, "BHSD", group=True)
 
 
-def output_factors(use: ValueProduct, roles: Roles | ValueRoles) -> list[list[Factor]]:
+def output_factors(use: ValueProduct, roles: AxisRoles) -> list[list[Factor]]:
     """The factors of the result of a product of weights and values."""
     dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
     return [

@@ -18,7 +18,7 @@ from ...attention.masks import FILL, MASKED
 from ...torch_internals.tensor_identity import version_of
 from .assemble import differs
 from .entries import Entries
-from .products import LayoutError
+from .products import LayoutError, basis_of
 from .scattered_layout import ScatteredLayout, rows_of, vectors_of
 from .states import ScatteredSoftmax, ScatteredValueProduct
 
@@ -157,7 +157,7 @@ class _ScatteredCall:
             weights=layout.spread(own).view(b, h, t, s).to(out.dtype),
             dropout=dropout,
             softmax_dtype=root.out.dtype,
-            basis={x: "guessed" if x in layout.guessed else "followed" for x in "BHTSG"},
+            basis=basis_of(layout.guessed),
         )
         if dropout:
             call.applied = layout.spread(applied).view(b, h, t, s)

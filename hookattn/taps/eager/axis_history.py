@@ -13,7 +13,7 @@ joins atoms. Two things are evidence of what an atom is:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 Layout = tuple[tuple["Atom", ...], ...]
@@ -86,6 +86,13 @@ class Atom:
     def root(self) -> Atom:
         """The atom that its line began with."""
         return self if self._root is None else self._root
+
+    def nearest(self, known: Container[Atom]) -> Atom | None:
+        """The one of some atoms that this is, or was split from; None: none of them."""
+        atom: Atom | None = self
+        while atom is not None and atom not in known:
+            atom = atom.parent
+        return atom
 
     def lineage(self) -> Iterable[Atom]:
         """Its parent, the parent's parent, and so on."""
@@ -447,7 +454,7 @@ def picked(layout: Layout, shape: tuple[int, ...], args: Sequence[int | tuple[in
 def columns(layout: Layout, shape: tuple[int, ...], args: Any) -> Layout:
     """``F.unfold``, B C Y X: places in a window join the channels, and the windows are positions as the pixels are."""
     pixels = [*layout[2], *layout[3]]
-    channels = math.prod(a.size for a in layout[1])
+    channels = extent_of(layout[1])
     if not pixels or not channels or shape[1] % channels:
         return fresh(shape)
     inside = (Atom(shape[1] // channels, of=pixels[0]),) if shape[1] > channels else ()

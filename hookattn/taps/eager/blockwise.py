@@ -88,8 +88,7 @@ def _check_sum(call: KernelCall) -> None:
     """Raises LayoutError: the output is not what the weights make of the values."""
     assert call.weights is not None and call.output is not None
     applied = call.weights if call.applied is None else call.applied
-    difference = (weighted_values(applied, call.v) - call.output).abs().nan_to_num(0.0)
-    if float(difference.amax()) > 100 * slack_of(call.output.dtype) * max(1.0, float(call.v.abs().amax())):
+    if not _sums_to(applied, call.v, call.output):
         raise LayoutError(_NOT_SOFTMAX)
 
 
@@ -156,7 +155,10 @@ def _gives_output(call: KernelCall, name: str) -> bool:
         sinks = sinks[:, :, rows]
     weights = normalized(name, scores, cut["mask"], sinks)
     assert weights is not None
-    output = call.output[:, :, rows].to(weights.dtype)
-    difference = (weighted_values(weights, call.v) - output).abs().nan_to_num(0.0)
-    size = max(1.0, float(call.v.abs().amax()))
-    return float(difference.amax()) <= 100 * slack_of(call.output.dtype) * size
+    return _sums_to(weights, call.v, call.output[:, :, rows])
+
+
+def _sums_to(weights: Tensor, v: Tensor, output: Tensor) -> bool:
+    """Whether weights, B H T S, make an output, B H T E, of the values, as far as its dtype tells."""
+    difference = (weighted_values(weights, v) - output.to(weights.dtype)).abs().nan_to_num(0.0)
+    return float(difference.amax()) <= 100 * slack_of(output.dtype) * max(1.0, float(v.abs().amax()))

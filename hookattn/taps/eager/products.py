@@ -8,15 +8,16 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...attention.kernel_call import KERNEL_BASIS
 from ...torch_internals.tensor_identity import address_of, storage_of, version_of
-from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine
+from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine, sizes
 from .view_rules import map_of
 
 Label = int | str
@@ -248,7 +249,55 @@ class Product:
         return [*out, [roles.factor(a, broadcast=True) for a in roles.heads if a not in has]]
 
 
-class Roles:
+class AxisRoles:
+    """The roles of the axes of weights, by whatever they are told.
+
+    Args:
+        atoms: of the weights' axes, the outermost first.
+    """
+
+    def __init__(self, atoms: Iterable[Atom]):
+        self._places = {atom: place for place, atom in enumerate(atoms)}
+
+    def of(self, atom: Atom) -> str:
+        """B, H, T or S."""
+        raise NotImplementedError
+
+    def root(self, atom: Atom) -> Atom:
+        """The atom of the weights' axes that this one is, or was split from."""
+        found = atom.nearest(self._places)
+        if found is None:
+            raise LayoutError("an axis appeared between the scores and their use")
+        return found
+
+    def factor(self, atom: Atom, *, broadcast: bool = False, repeated: bool = False) -> Factor:
+        """An atom as a factor of a tensor that is brought into B H T S."""
+        return Factor(atom.size, self.of(atom), broadcast, repeated, (self._places[self.root(atom)], -atom.step))
+
+    def factors(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Factor]]:
+        """The factors of a tensor laid out like the scores, or broadcast against them (``shape``)."""
+        shape = sizes(layout) if shape is None else shape
+        return [[self.factor(a, broadcast=extent == 1) for a in dim] for dim, extent in zip(layout, shape, strict=True)]
+
+    def head_numbers(self, layout: Layout, device: torch.device) -> Tensor:
+        """For every entry of a tensor laid out like the scores: the number of its head, from 0. Any shape that fits."""
+        atoms = [a for dim in layout for a in dim]
+        heads = sorted((self.factor(a).place, i) for i, a in enumerate(atoms) if self.of(a) == "H")
+        steps, step = dict[int, int](), 1
+        for _, i in reversed(heads):
+            steps[i], step = step, step * atoms[i].size
+        number = torch.zeros((), dtype=torch.long, device=device)
+        for i, atom in enumerate(atoms):
+            number = number[..., None] + torch.arange(atom.size, device=device) * steps.get(i, 0)
+        return number.reshape(sizes(layout))
+
+
+def basis_of(guessed: Container[str]) -> dict[str, str]:
+    """For each of B, H, T, S and G how it is known, where axes are followed; ``guessed``: the letters that are not."""
+    return {x: "guessed" if x in guessed else "followed" for x in "BHTSG"}
+
+
+class Roles(AxisRoles):
     """The role of each atom of a score product, given the atoms of the keys.
 
     What is summed with the values are the keys; the side they are on is ``k``, and the other is ``q``. Of what is left,
@@ -274,6 +323,7 @@ class Roles:
     """
 
     def __init__(self, product: Product, softmax_atoms: Sequence[Atom], label: Label | None = None):
+        super().__init__(product.axes)
         self.product = product
         self._known: dict[Atom, str] = {}
         self.softmaxed = {self.root(a) for a in softmax_atoms}
@@ -282,7 +332,6 @@ class Roles:
         self.given: set[str] = set()
         self.told = False
         self.heads: set[Atom] = set()
-        self._places = {a: i for i, a in enumerate(product.axes)}
         free = [a for a in product.axes if a not in self.softmaxed]
         named = self._named_by_user(free)
         self._find([a for a in free if a not in named])
@@ -477,10 +526,6 @@ class Roles:
             places = sorted(self._places[a] for a in mine)
             self._places.update(zip(inner_last, places, strict=True))
 
-    def heads_in_order(self) -> list[Atom]:
-        """The atoms that are heads, the outermost first."""
-        return sorted(self.heads, key=lambda a: self._places[a])
-
     def _query_source(self, atom: Atom) -> Atom:
         """The queries' own atom; the keys' where the queries have none."""
         matched = next(m for of in self.product.matched.values() for m in of if m.out is atom)
@@ -505,16 +550,7 @@ class Roles:
             return dict.fromkeys("BHTSG", "adapter")
         if self.told:
             return dict(KERNEL_BASIS)
-        return {x: "guessed" if x in self.guessed else "followed" for x in "BHTSG"}
-
-    def root(self, atom: Atom) -> Atom:
-        """The atom of the product that this one is, or was split from."""
-        if atom in self.product.axes:
-            return atom
-        for parent in atom.lineage():
-            if parent in self.product.axes:
-                return parent
-        raise LayoutError("an axis appeared between the scores and their use")
+        return basis_of(self.guessed)
 
     def of(self, atom: Atom) -> str:
         """B, H, T or S."""
@@ -533,15 +569,6 @@ class Roles:
                 role = "T" if self.product.axes[root].side == self.queries else "B"
             self._known[atom] = role
         return role
-
-    def factor(self, atom: Atom, *, broadcast: bool = False, repeated: bool = False) -> Factor:
-        """An atom as a factor of a tensor that is brought into B H T S."""
-        return Factor(atom.size, self.of(atom), broadcast, repeated, (self._places[self.root(atom)], -atom.step))
-
-    def factors(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Factor]]:
-        """The factors of a tensor laid out like the scores, or broadcast against them (``shape``)."""
-        shape = [extent_of(dim) for dim in layout] if shape is None else shape
-        return [[self.factor(a, broadcast=extent == 1) for a in dim] for dim, extent in zip(layout, shape, strict=True)]
 
 
 def _groups(lines: Sequence[set[Atom]]) -> int:
@@ -594,7 +621,7 @@ def _unsure(atom: Atom) -> int:
 def mixes_heads(product: Product, atoms: Sequence[Atom]) -> bool:
     """Whether these axes of a product's result are heads (or batch), all of them: a sum over them mixes heads."""
     axes = product.axes
-    found = [next((a for a in (x, *x.lineage()) if a in axes), None) for x in atoms]
+    found = [x.nearest(axes) for x in atoms]
     return bool(found) and all(a is not None and (axes[a].side == "batch" or axes[a].head) for a in found)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...torch_internals.tensor_identity import address_of
+from .axis_history import extent_of, shown
 from .products import Label, LayoutError, Product
 from .states import ScatteredSoftmax
 
@@ -99,28 +100,13 @@ class ScatteredLayout:
 
     def _head_of(self, product: Product, keys: Literal["a", "b"]) -> Tensor:
         """For every entry of a product, flat: the number of its head."""
-        product.layout(product.shape)
+        layout = shown(product.layout(product.shape))
         mine, other = (product.la, product.lb) if keys == "a" else (product.lb, product.la)
         own = [x for x in product.lo if x in mine and x not in other]
         roles = product.roles(tuple(a for x in own for a in product.atoms_of(x)))
         self.guessed |= roles.guessed
-        heads = roles.heads_in_order()
-        self.heads = math.prod(a.size for a in heads)
-        step, steps = 1, {}
-        for atom in reversed(heads):
-            steps[atom] = step
-            step *= atom.size
-        device = self.own.device
-        number = torch.zeros((1,) * len(product.lo), dtype=torch.long, device=device)
-        for i, label in enumerate(product.lo):
-            place = torch.arange(product.shape[i], device=device)
-            inner = product.shape[i]
-            for atom in product.atoms_of(label):
-                inner //= atom.size
-                if atom in steps:
-                    view = [-1 if j == i else 1 for j in range(len(product.lo))]
-                    number = number + (place // inner % atom.size * steps[atom]).view(view)
-        return number.expand(product.shape).flatten()
+        self.heads = extent_of(roles.heads)
+        return roles.head_numbers(layout, self.own.device).flatten()
 
     def _sides(
         self, product: Product, at: Tensor, mine: Tensor

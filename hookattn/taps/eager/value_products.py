@@ -259,8 +259,7 @@ def _of_activations(state: State | None) -> bool:
 
 def _roots(product: Product, atoms: Sequence[Atom]) -> set[Atom]:
     """The axes of a product that these are, or are parts of."""
-    found = (next((a for a in (x, *x.lineage()) if a in product.axes), None) for x in atoms)
-    return {a for a in found if a is not None}
+    return {found for x in atoms if (found := x.nearest(product.axes)) is not None}
 
 
 def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, composed: bool, chained: bool) -> None:

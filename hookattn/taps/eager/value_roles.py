@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-from .axis_history import Atom, Layout, refine
-from .products import Factor, LayoutError
+from .axis_history import Atom, refine
+from .products import AxisRoles, LayoutError, basis_of
 from .states import ValueProduct
 
 
-class ValueRoles:
+class ValueRoles(AxisRoles):
     """The roles of the axes of weights, given their product with values.
 
     What is summed with the values are the keys. What the weights alone have are queries, or heads of theirs: heads
@@ -33,15 +30,13 @@ class ValueRoles:
         )
         extents = dict(zip(use.v_labels, use.v.shape, strict=True))
         self._roles: dict[Atom, str] = {}
-        self._places: dict[Atom, int] = {}
+        super().__init__(atom for atoms in dims.values() for atom in atoms)
         guessed: set[str] = set()
         own: list[Atom] = []
         shared: list[tuple[Atom, tuple[Atom, ...]]] = []
         keys: list[Atom] = []
         values: list[Atom] = []
         for label, atoms in dims.items():
-            for atom in atoms:
-                self._places[atom] = len(self._places)
             if label in use.v_labels and label not in use.out_labels:
                 keys += atoms
                 values += vectors[label]
@@ -75,24 +70,8 @@ class ValueRoles:
             self._roles[shared[-1][0]] = "H"
         if any(a.birth == "lost" for a in keys):
             guessed.add("S")
-        self.basis = {x: "guessed" if x in guessed else "followed" for x in "BHTSG"}
-
-    def root(self, atom: Atom) -> Atom:
-        """The atom of the weights that this one is, or was split from."""
-        for one in (atom, *atom.lineage()):
-            if one in self._roles:
-                return one
-        raise LayoutError("an axis appeared between the scores and their use")
+        self.basis = basis_of(guessed)
 
     def of(self, atom: Atom) -> str:
         """B, H, T or S."""
         return self._roles[self.root(atom)]
-
-    def factor(self, atom: Atom, *, broadcast: bool = False, repeated: bool = False) -> Factor:
-        """An atom as a factor of a tensor that is brought into B H T S."""
-        return Factor(atom.size, self.of(atom), broadcast, repeated, (self._places[self.root(atom)], -atom.step))
-
-    def factors(self, layout: Layout, shape: Sequence[int] | None = None) -> list[list[Factor]]:
-        """The factors of a tensor laid out like the weights."""
-        shape = [math.prod(a.size for a in dim) for dim in layout] if shape is None else shape
-        return [[self.factor(a, broadcast=extent == 1) for a in dim] for dim, extent in zip(layout, shape, strict=True)]

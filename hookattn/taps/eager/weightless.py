@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -32,7 +32,11 @@ def sums_of_positions(state: Scores, labels: Sequence[Label], contracted: Sequen
     if state.composed or len(layout) != len(labels) or "parameter" in (of.origin_a.birth, of.origin_b.birth):
         return None
     summed = {
-        of.axes[a].side for x, dim in zip(labels, layout, strict=True) if x in contracted for a in _known(of, dim)
+        of.axes[root].side
+        for x, dim in zip(labels, layout, strict=True)
+        if x in contracted
+        for a in dim
+        if (root := a.nearest(of.axes)) is not None
     }
     if len(summed) != 1 or "batch" in summed or not _features(of, "a") or not _features(of, "b"):
         return None
@@ -78,11 +82,6 @@ def _at_each_position(shared: Sequence[Sequence[Atom] | None]) -> bool:
             outermost is the batch.
     """
     return any(dim and all(a.birth != "feature" and a.size > 1 for a in dim) for dim in shared[1:])
-
-
-def _known(of: Product, atoms: Iterable[Atom]) -> list[Atom]:
-    found = (next((x for x in (a, *a.lineage()) if x in of.axes), None) for a in atoms)
-    return [a for a in found if a is not None]
 
 
 def _features(of: Product, side: str) -> bool:
