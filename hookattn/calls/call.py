@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KernelCall, asked_for
+from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KERNEL_BASIS, KernelCall, asked_for
 from ..errors import FieldAbsent, FieldNotCaptured
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
@@ -345,7 +345,7 @@ class Call:
     @property
     def verdict(self) -> str:
         """The certificate in a word, and beside it what no certificate can tell: ``faithful, axes guessed: H T``."""
-        return self.certificate.status + (f", axes guessed: {' '.join(self.guessed)}" if self.guessed else "")
+        return self.certificate.status + (f", {guessed_axes([self])}" if self.guessed else "")
 
     @property
     def shape(self) -> str:
@@ -358,6 +358,12 @@ class Call:
             f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
             f"step {self.step}, {self.shape}, {self.tap}, {self.verdict})"
         )
+
+
+def guessed_axes(calls: Iterable[Call]) -> str:
+    """Which axes were guessed in any of some calls, in words; empty: none was."""
+    found = {letter for call in calls for letter in call.guessed}
+    return f"axes guessed: {' '.join(x for x in KERNEL_BASIS if x in found)}" if found else ""
 
 
 def scale_of(call: KernelCall) -> float | Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.kernel_call import DOT
 from ..attention.normalizers import SOFTMAX
-from ..calls.call import Call
+from ..calls.call import Call, guessed_axes
 from ..calls.certificate import Certificate
 from ..calls.extents import extents_of
 from ..store import LazyFile
@@ -132,8 +132,8 @@ class CallRow:
 
     def verdict(self) -> str:
         """What the certificate says, and beside it the axes that nothing but convention tells from others."""
-        guessed = [x for x in "BHTSG" if any(x in c.guessed for c in self.calls)]
-        return self.worst.status + (f", {guessed_axes(guessed)}" if guessed else "")
+        guessed = guessed_axes(self.calls)
+        return self.worst.status + (f", {guessed}" if guessed else "")
 
     def error(self) -> str:
         """The largest distance between what was rebuilt and what the kernel returned."""
@@ -216,20 +216,14 @@ def _style(row: CallRow) -> str:
     return _STYLES["unverified" if guessed else row.worst.status]
 
 
-def guessed_axes(letters: Iterable[str]) -> str:
-    """Which axes were guessed, in the words of :attr:`hookattn.Call.verdict`."""
-    return f"axes guessed: {' '.join(letters)}"
-
-
 def lines_beside(calls: Sequence[Call]) -> list[tuple[str, str]]:
     """Lines and their styles on what a reader has to know and no certificate says: axes that were guessed, weights that
     were changed after the softmax."""
     lines = []
     guessed = [c for c in calls if c.guessed]
     if guessed:
-        letters = [x for x in "BHTSG" if any(x in c.guessed for c in guessed)]
         text = (
-            f"{guessed_axes(letters)} in {len(guessed)} of {counted(len(calls), 'call')}, by convention, which no "
+            f"{guessed_axes(guessed)} in {len(guessed)} of {counted(len(calls), 'call')}, by convention, which no "
             "certificate can tell; layout= (hookattn trace --layout PATH=BTHD) or an adapter settles it"
         )
         lines.append((text, "yellow"))
