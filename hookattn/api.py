@@ -224,12 +224,11 @@ def _warn(trace: Trace, unused: Sequence[str]) -> None:
             SkippedWarning,
             stacklevel=4,
         )
-    guessed = {call.site.label: call.guessed for call in trace.calls if call.guessed}
+    guessed = list({call.site.path: call for call in trace.calls if call.guessed}.values())
     if guessed:
-        few = ", ".join(f"{label} ({' '.join(letters)})" for label, letters in list(guessed.items())[:_NAMED])
+        few = ", ".join(f"{call.site.label} ({' '.join(call.guessed)})" for call in guessed[:_NAMED])
         more = f" and {len(guessed) - _NAMED} more" if len(guessed) > _NAMED else ""
-        label = next(iter(guessed))
-        path = "" if label == "<model>" else label
+        path = guessed[0].site.path
         warnings.warn(
             f"which axis is which was guessed by convention in {few}{more}; certificates cannot tell. Say it with "
             f'layout={{{path!r}: "BTHD"}}, the axes of q as it enters the dot product, or write an adapter '

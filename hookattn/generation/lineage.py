@@ -250,7 +250,7 @@ class Lineage:
             return range(first + t - s, first + t)
         raise FieldNotCaptured(
             f"{call.site.label} has dropped keys before step {step}: only keys tell which. Trace again with "
-            f"capture={(*call.fields, 'k')!r}."
+            f"capture={(*call.captured, 'k')!r}."
         )
 
     def _goes_on(self, i: int, call: Call, t: int, n: int) -> bool:
