@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from ...attention.functional import dot_scores, finish_scores
 from ...attention.kernel_call import DOT, KernelCall
 from ...attention.masks import FILL, MASKED, split_additive
 from ...attention.normalizers import OF_ONE, SOFTMAX
+from ...attention.pieces import Piece
 from ...torch_internals.tensor_identity import version_of
-from .axis_history import Layout, Origin, refine
+from .axis_history import Origin, refine
 from .normalizer_names import name_of_steps, verified_name
 from .operations import mixes_axis
-from .products import AxisRoles, Factor, Label, LayoutError, Product, Roles, arrange
+from .products import Arrangement, AxisRoles, Factor, Label, LayoutError, arrange, arrangement
 from .sequences import describe_product
-from .states import Scores, Term, ValueProduct, Weights
+from .states import Scores, ValueProduct, Weights
 
 NAME = "eager"
 
@@ -48,118 +49,227 @@ def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence
         return False
 
 
-@dataclass
+@dataclass(slots=True)
+class Ingredients:
+    """The tensors of a model that one call is made of, as the model has them.
+
+    Attributes:
+        a, b: the operands of the score product.
+        untouched: whether neither was written to since.
+        weights: of each part, the weights that met the values.
+        own: of each part, the weights before dropout or mixing; None: neither happened.
+        values: of each part.
+        out: the output.
+        terms: what was added to the scores.
+        fills: the masks that overwrote scores.
+        factors: what the scores were multiplied by.
+        shifts: what was subtracted from them: tensors or numbers.
+        sink: the column that was joined to them.
+        scores: what the softmax ran over.
+        finite: the scores before anything joined them, if they are still what they were.
+    """
+
+    a: Tensor
+    b: Tensor
+    untouched: bool
+    weights: Sequence[Tensor]
+    own: Sequence[Tensor | None]
+    values: Sequence[Tensor]
+    out: Tensor
+    terms: Sequence[Tensor] = ()
+    fills: Sequence[Tensor] = ()
+    factors: Sequence[Tensor] = ()
+    shifts: Sequence[Tensor | float] = ()
+    sink: Tensor | None = None
+    scores: Tensor | None = None
+    finite: Tensor | None = None
+
+
+def ingredients_of(parts: Sequence[tuple[Weights, ValueProduct]], out: Tensor) -> Ingredients:
+    """The tensors that a call is made of, out of the states of its parts."""
+    state = parts[0][0]
+    scores = state.scores
+    assert scores is not None
+    product, finite = scores.product, scores.finite
+    return Ingredients(
+        a=product.a,
+        b=product.b,
+        untouched=product.untouched,
+        weights=[use.weights for _, use in parts],
+        own=[None if w.own is None else w.own[0] for w, _ in parts],
+        values=[use.v for _, use in parts],
+        out=out,
+        terms=[t.tensor for t in scores.terms],
+        fills=[t.tensor for t in scores.fills],
+        factors=[t.tensor for t in scores.factors],
+        shifts=scores.shifts,
+        sink=scores.sink,
+        scores=state.scores_tensor,
+        finite=finite[0] if finite is not None and finite[1] == version_of(finite[0]) else None,
+    )
+
+
 class CallBuilder:
     """Brings everything that belongs to one hand-written attention into B H T S.
 
-    Attributes:
+    How each tensor is brought there is found out once, by where its axes come from. :meth:`call` may be asked again
+    with the tensors of another run of the same operations, and then only does the same to them; what depends on values
+    is looked at each time.
+
+    Args:
         parts: the weights and their product with the values; several where the weights were split along the keys.
         out: the output.
         out_origin: its axes, where there are several parts.
         formed: whether the weights' tensors are weights; else they follow from the scores.
+
+    Attributes:
+        given: the tensors of the first run.
+        again: whether the builder can be asked again: nothing but views of tensors is to be remembered.
+        piece: which part of one attention the call is; filled by :meth:`call`.
     """
 
-    parts: Sequence[tuple[Weights, ValueProduct]]
-    out: Tensor
-    out_origin: Origin | None = None
-    formed: bool = True
-    state: Weights = field(init=False)
-    scores: Scores = field(init=False)
-    product: Product = field(init=False)
-    roles: Roles = field(init=False)
+    def __init__(
+        self,
+        parts: Sequence[tuple[Weights, ValueProduct]],
+        out: Tensor,
+        out_origin: Origin | None = None,
+        formed: bool = True,
+    ):
+        parts = sorted(parts, key=lambda part: part[0].key_range or (0, 0))
+        self.given: Ingredients | None = ingredients_of(parts, out)
+        self._parts: Sequence[tuple[Weights, ValueProduct]] = parts
+        self._out_origin, self._formed = out_origin, formed
+        self._state = parts[0][0]
+        assert self._state.scores is not None and self._state.scores_origin is not None
+        self._scores = self._state.scores
+        self._product = self._scores.product
+        self._roles = self._product.roles_over(self._state.scores_origin, self._state.dim)
+        self.again = self._state.entries is None
+        self.piece: Piece | None = None
+        self._kind: str | None = None
+        self._heads: list[int] | None = None
+        self._made: dict[object, Arrangement] = {}
+        self._known = False
 
-    def __post_init__(self) -> None:
-        self.parts = sorted(self.parts, key=lambda part: part[0].key_range or (0, 0))
-        self.state = self.parts[0][0]
-        assert self.state.scores is not None and self.state.scores_origin is not None
-        self.scores = self.state.scores
-        self.product = self.scores.product
-        self.roles = self.product.roles_over(self.state.scores_origin, self.state.dim)
+    def call(self, given: Ingredients | None = None) -> KernelCall:
+        """The call in the contract's layout.
 
-    def call(self) -> KernelCall:
-        """The call in the contract's layout. Raises LayoutError where the axes can't be told apart."""
-        scores = self.scores
-        q, k = self._queries_and_keys()
-        v = _joined([values_in_layout(use, self.roles) for _, use in self.parts])
-        own, applied = self._weights()
+        Args:
+            given: its tensors; None: those of the first run.
+
+        Raises:
+            LayoutError: the axes can't be told apart.
+        """
+        t = given or self.given
+        assert t is not None
+        if not self._known:
+            self._learn()
+        scores, state = self._scores, self._state
+        q, k = self._queries_and_keys(t)
+        v = _joined([self._arranged(("v", i), x, self._value_arrangement) for i, x in enumerate(t.values)])
+        own, applied = self._weights(t)
         b, h = own.shape[:2]
-        if self.heads is not None:
+        if self._heads is not None:
             q, k = self._picked(q), self._picked(k.repeat_interleave(q.shape[1] // k.shape[1], 1))
-        if not self.formed:
+        if not self._formed:
             own = applied = own[:0]
-        k, v = _same_groups(k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1))
-        mixed = list(dict.fromkeys(name for w, _ in self.parts for name in w.mixed))
+        k, v = _same_groups(_expanded(k, b), _expanded(v, b))
+        mixed = self._mixed
         call = KernelCall(
-            q=q.expand(b, h, -1, -1),
+            q=q if q.shape[:2] == (b, h) else q.expand(b, h, -1, -1),
             k=k,
             v=v,
-            output=arrange(self.out, self._output_factors(), "BHTD"),
+            output=self._arranged("out", t.out, self._output_arrangement),
             # Divided by the cap in here, multiplied by it outside: the contract's scale is that of q·k itself.
-            scale=self._scale() if scores.cap is None else self._scale() * scores.cap,
+            scale=self._scale(t) if scores.cap is None else self._scale(t) * scores.cap,
             tap=NAME,
             softcap=scores.cap,
-            weights=None if not self.formed else own.to(v.dtype) if own.dtype != v.dtype and applied is own else own,
-            dropout=max(w.dropout for w, _ in self.parts),
-            softmax_dtype=self.state.dtype,
+            weights=None if not self._formed else own.to(v.dtype) if own.dtype != v.dtype and applied is own else own,
+            dropout=self._dropout,
+            softmax_dtype=state.dtype,
             mixed=bool(mixed),
-            basis=self.roles.basis,
+            basis=self._basis,
         )
         if applied is not own:
             call.applied = applied
         if mixed:
             call.notes.append(f"weights changed after the softmax by {operations_note(mixed)}")
-        describe_product(call, self.product, self.roles)
+        if not self._known:
+            describe_product(call, self._product, self._roles)
+            self._kind, self.piece = call.kind, call.piece
+        call.kind, call.piece = self._kind, self.piece
         call.score = scores.score
-        self._terms(call, own)
-        if scores.sink is not None:
-            call.sinks = self.sinks(scores.sink, h)
+        self._terms(call, own, t)
+        if t.sink is not None:
+            call.sinks = self._sinks(t.sink, h)
             if float(call.sinks.abs().amax()) <= slack_of(call.sinks.dtype):  # one in the denominator, and no more
                 call.normalizer = OF_ONE
         if scores.opaque:
-            self._own_values(call)
+            self._own_values(call, t)
         elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
-            self._finite(call)
-        self._check(call)
+            self._finite(call, t)
+        if not self._known:
+            self._check(call)
         self._name(call)
         if scores.score != DOT:
             call.opaque = False
             call.q = call.k = call.scale = None  # type: ignore[assignment]
+        self._known = True
         return call
 
-    def _name(self, call: KernelCall) -> None:
-        """Say what made weights of the scores, where it was no softmax over the keys."""
-        steps = self.state.steps
-        if self.state.normalizer != SOFTMAX:
-            call.normalizer = self.state.normalizer
-        if steps is None:
-            return
-        name = name_of_steps(steps)
-        assert call.weights is not None
-        own = call.opaque or self.scores.score != DOT
-        scores = call.scores if own else finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
-        call.normalizer = verified_name(name, call.weights, scores, call.mask, slack_of(call.weights.dtype))
-
-    def _queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """B H T D, and B G S D."""
-        product, roles = self.product, self.roles
-        if not product.untouched:
-            raise LayoutError("q or k was written to between the score product and its use")
+    def _learn(self) -> None:
+        """What holds for every run."""
+        parts, roles = self._parts, self._roles
         if roles.queries == "batch" or roles.keys == "batch":
             raise LayoutError("the operands of the score product can't be told apart")
-        sides = {"a": product.a, "b": product.b}
-        q = arrange(sides[roles.queries], product.operand_factors(roles.queries, roles), "BHTD")
-        return q, arrange(sides[roles.keys], product.operand_factors(roles.keys, roles), "BHSD", group=True)
+        self._basis = roles.basis
+        self._mixed = list(dict.fromkeys(name for w, _ in parts for name in w.mixed))
+        self._dropout = max(w.dropout for w, _ in parts)
+        self._queries_first = roles.queries == "a"
+        self._dtype = self._product.dtype
+        self._heads = self._heads_taken()
 
-    @cached_property
-    def heads(self) -> list[int] | None:
+    def forget_tensors(self) -> None:
+        """Keep nothing of the first run but how its tensors were brought into B H T S."""
+        bare = _without_tensors(self._scores)
+        self._state = replace(self._state, scores=bare, own=None, scores_tensor=None, joined=[], met=None, use=None)
+        self._scores = bare
+        self.given = None
+        self._parts = ()
+        del self._product, self._roles
+
+    def _arranged(self, key: object, x: Tensor, how: Callable[[Any, Tensor], Arrangement]) -> Tensor:
+        """A tensor in its roles; ``how``: tells how it is brought there, the first time."""
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = how(key, x)
+        return made(x)
+
+    def _queries_and_keys(self, t: Ingredients) -> tuple[Tensor, Tensor]:
+        """B H T D, and B G S D."""
+        if not t.untouched:
+            raise LayoutError("q or k was written to between the score product and its use")
+        q, k = (t.a, t.b) if self._queries_first else (t.b, t.a)
+        q, k = self._arranged("q", q, self._operand), self._arranged("k", k, self._operand)
+        # Autocast casts an operand inside the product, where nobody sees it.
+        return _cast(q, self._dtype), _cast(k, self._dtype)
+
+    def _operand(self, key: object, x: Tensor) -> Arrangement:
+        roles, product = self._roles, self._product
+        if key == "q":
+            return arrangement(x.shape, product.operand_factors(roles.queries, roles), "BHTD")  # type: ignore[arg-type]
+        return arrangement(x.shape, product.operand_factors(roles.keys, roles), "BHSD", group=True)  # type: ignore[arg-type]
+
+    def _heads_taken(self) -> list[int] | None:
         """The heads of the scores that the weights are of, where they are of some of them; None: they are of all."""
-        entries = self.state.entries
+        entries = self._state.entries
         if entries is None:
             return None
         root: Origin = entries.sources()[0]
-        number = self.roles.head_numbers(root.layout(), self.out.device)
+        use = self._parts[0][1]
+        number = self._roles.head_numbers(root.layout(), use.out.device)
         part = number.reshape(-1)[entries.numbers(lambda _: 0, number.device)]
-        arranged = self._like_scores(part, self.parts[0][1].weights_origin.layout())
+        arranged = arrange(part, self._roles.factors(use.weights_origin.layout()), "BHTS")
         found = arranged[0, :, 0, 0]
         if not torch.equal(arranged, found[None, :, None, None].expand_as(arranged)):
             raise LayoutError("the weights of some of the heads were taken, others for each query or batch entry")
@@ -167,49 +277,62 @@ class CallBuilder:
 
     def _picked(self, x: Tensor) -> Tensor:
         """Of all heads of the scores, B H …, those that the weights are of."""
-        return x if self.heads is None or x.shape[1] == 1 else x[:, self.heads]
+        return x if self._heads is None or x.shape[1] == 1 else x[:, self._heads]
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
+    def _weights(self, t: Ingredients) -> tuple[Tensor, Tensor]:
         """B H T S, as the softmax made them and as the values met them: one tensor where nothing lies between."""
-        applied = _cat([self._like_scores(use.weights, use.weights_origin.layout()) for _, use in self.parts])
-        if all(w.own is None for w, _ in self.parts):
+        applied = _cat([self._like_scores(("weights", i), x) for i, x in enumerate(t.weights)])
+        if all(x is None for x in t.own):
             return applied, applied
-        own = [w.own or (use.weights, use.weights_origin) for w, use in self.parts]
-        return _cat([self._like_scores(x, origin.layout()) for x, origin in own]), applied
+        both = enumerate(zip(t.own, t.weights, strict=True))
+        own = [
+            self._like_scores(("weights", i) if x is None else ("own", i), y if x is None else x) for i, (x, y) in both
+        ]
+        return _cat(own), applied
 
     def sinks(self, sink: Tensor, heads: int) -> Tensor:
         """The sink's column: H where it is a parameter of each head, else B H T 1."""
-        column = self._aligned(Term(sink, self.state.scores_origin or self.state.origin))
+        if not self._known:
+            self._learn()
+        return self._sinks(sink, heads)
+
+    def _sinks(self, sink: Tensor, heads: int) -> Tensor:
+        column = self._aligned("sink", sink)
         if not column.shape[0] == column.shape[2] == 1:
             return column
         column = column.reshape(-1)
         return column.expand(heads) if column.shape[0] == 1 else column
 
-    def _scale(self) -> float | Tensor:
-        scale: float | Tensor = self.scores.scale
-        for factor in self.scores.factors:
-            scale = self._aligned(factor) * scale
+    def _scale(self, t: Ingredients) -> float | Tensor:
+        scale: float | Tensor = self._scores.scale
+        for i, x in enumerate(t.factors):
+            scale = self._aligned(("factors", i), self._scores.factors[i].value(x)) * scale
         return scale
 
-    def _terms(self, call: KernelCall, weights: Tensor) -> None:
+    def _terms(self, call: KernelCall, weights: Tensor, t: Ingredients) -> None:
         """What joined the scores, as the call's bias and mask; ``weights``: B H T S, or none where none are formed."""
         biases, masks = [], []
-        for term in self.scores.terms:
-            if term.tensor.dtype == torch.bool:
-                term = Term(term.tensor.to(call.q.dtype), term.origin, term.factor)
-            added = term.tensor * term.factor if term.factor != 1 else term.tensor
+        for i, (term, x) in enumerate(zip(self._scores.terms, t.terms, strict=True)):
+            x = term.value(x)
+            if x.dtype == torch.bool:
+                x = x.to(call.q.dtype)
+            added = x * term.factor if term.factor != 1 else x
             bias, mask = split_additive(added)
-            hides = None if mask is None else self._aligned(Term(mask, term.origin))
+            hides = None if mask is None else self._aligned(("terms", i), mask)
             if hides is not None and self._outweighed(hides, added, weights):
                 bias, hides = added, None
             if bias is not None:
-                biases.append(self._aligned(Term(bias, term.origin)))
+                biases.append(self._aligned(("terms", i), bias))
             if hides is not None:
                 masks.append(hides)
-        if self.state.steps is not None:  # a softmax is the same whatever is added to a row; what stands here is not
-            for shift in scores_shifts(self.scores, call.v):
-                biases.append(-self._aligned(Term(shift, self.scores.origin)))
-        masks += [~self._aligned(fill) for fill in self.scores.fills]
+        if self._state.steps is not None:  # a softmax is the same whatever is added to a row; what stands here is not
+            for i, shift in enumerate(t.shifts):
+                shift = shift if isinstance(shift, Tensor) else call.v.new_tensor(shift)
+                biases.append(-self._aligned(("shifts", i), shift))
+        masks += [
+            ~self._aligned(("fills", i), fill.value(x))
+            for i, (fill, x) in enumerate(zip(self._scores.fills, t.fills, strict=True))
+        ]
         # Joined in B H T S, where each is 1 where it broadcasts: the sum has no more extents than its parts.
         for bias in biases:
             call.bias = bias if call.bias is None else call.bias + bias
@@ -224,33 +347,29 @@ class CallBuilder:
             added: what was added to the scores.
             weights: B H T S, as the softmax made them; none where none are formed.
         """
-        if not len(weights) or self.state.steps is not None or self.state.normalizer != SOFTMAX:
+        if not len(weights) or self._state.steps is not None or self._state.normalizer != SOFTMAX:
             return False
         if float(added.amin()) <= MASKED:  # nothing outweighs that
             return False
         return bool((weights.masked_fill(mask, 0) > slack_of(weights.dtype)).any())
 
-    def _finite(self, call: KernelCall) -> None:
+    def _finite(self, call: KernelCall, t: Ingredients) -> None:
         """The model's own scores, if they were formed before anything was masked."""
-        scores, tensor = self.scores, self.state.scores_tensor
-        if not scores.terms and not scores.fills and scores.sink is None and tensor is not None:
-            assert self.state.scores_origin is not None
-            call.scores = self._picked(self._like_scores(tensor, self.state.scores_origin.layout()))
-        elif scores.finite is not None and call.bias is None:
-            kept, version, origin = scores.finite
-            if version == version_of(kept):
-                call.scores = self._picked(self._like_scores(kept, origin.layout()))
+        if not t.terms and not t.fills and t.sink is None and t.scores is not None:
+            call.scores = self._picked(self._like_scores("scores", t.scores))
+        elif t.finite is not None and call.bias is None:
+            call.scores = self._picked(self._like_scores("finite", t.finite))
 
-    def _own_values(self, call: KernelCall) -> None:
+    def _own_values(self, call: KernelCall, t: Ingredients) -> None:
         """Scores that went through something unknown: the model's own values, and a mask read off them.
 
         What was unknown may have changed nothing (a custom copy, a mask by multiplication): then the call is as any.
         """
-        tensor, scores = self.state.scores_tensor, self.scores
-        if tensor is None or self.state.scores_origin is None:
+        tensor, scores = t.scores, self._scores
+        if tensor is None or self._state.scores_origin is None:
             raise LayoutError(f"the scores went through {', '.join(scores.opaque)}, and their values were not kept")
-        own = self._picked(self._like_scores(tensor, self.state.scores_origin.layout()))
-        if scores.sink is not None:
+        own = self._picked(self._like_scores("scores", tensor))
+        if t.sink is not None:
             raise LayoutError(f"a sink joined scores that went through {', '.join(scores.opaque)}")
         # Where something is as low as masks usually are, that alone is masked, and a low score is a score.
         # A distance may be as low as masks are that somebody writes by hand.
@@ -267,6 +386,19 @@ class CallBuilder:
             call.scores = torch.where(keep, own, derived.to(own.dtype)) if call.mask is not None else own
             call.notes.append(f"scores are the model's own: q·k went through {operations_note(scores.opaque)}")
 
+    def _name(self, call: KernelCall) -> None:
+        """Say what made weights of the scores, where it was no softmax over the keys."""
+        steps = self._state.steps
+        if self._state.normalizer != SOFTMAX:
+            call.normalizer = self._state.normalizer
+        if steps is None:
+            return
+        name = name_of_steps(steps)
+        assert call.weights is not None
+        own = call.opaque or self._scores.score != DOT
+        scores = call.scores if own else finish_scores(dot_scores(call.q, call.k, call.scale), call.softcap, call.bias)
+        call.normalizer = verified_name(name, call.weights, scores, call.mask, slack_of(call.weights.dtype))
+
     def _check(self, call: KernelCall) -> None:
         b, h, t, _ = call.q.shape
         s = call.k.shape[2]
@@ -282,26 +414,83 @@ class CallBuilder:
                 f"output {tuple(call.output.shape)}"
             )
 
-    def _like_scores(self, x: Tensor, layout: Layout) -> Tensor:
-        return arrange(x, self.roles.factors(layout), "BHTS")
+    def _like_scores(self, key: object, x: Tensor) -> Tensor:
+        return self._arranged(key, x, self._scores_arrangement)
 
-    def _aligned(self, term: Term) -> Tensor:
-        layout, x = term.origin.layout(), term.tensor
-        x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
-        return self._picked(arrange(x, self.roles.factors(layout, x.shape), "BHTS", broadcast=True))
+    def _scores_arrangement(self, key: Any, x: Tensor) -> Arrangement:
+        """Of what is laid out like the scores: by the axes of whatever the key names."""
+        origin: Origin | None
+        if key == "scores":
+            origin = self._state.scores_origin
+        elif key == "finite":
+            assert self._scores.finite is not None
+            origin = self._scores.finite[2]
+        elif key[0] == "own":
+            own = self._parts[key[1]][0].own
+            assert own is not None
+            origin = own[1]
+        else:
+            origin = self._parts[key[1]][1].weights_origin
+        assert origin is not None
+        return arrangement(x.shape, self._roles.factors(origin.layout()), "BHTS")
 
-    def _output_factors(self) -> list[list[Factor]]:
-        if self.out_origin is None:
-            return output_factors(self.parts[0][1], self.roles)
-        width = {a for _, use in self.parts for a in use.width}
-        return [
-            [Factor(a.size, "D") if a in width or width & {*a.lineage()} else self.roles.factor(a) for a in dim]
-            for dim in self.out_origin.layout()
+    def _aligned(self, key: object, x: Tensor) -> Tensor:
+        """What was broadcast against the scores."""
+        return self._picked(self._arranged(key, x, self._term_arrangement))
+
+    def _term_arrangement(self, key: Any, x: Tensor) -> Arrangement:
+        if key == "sink":
+            origin = self._state.scores_origin or self._state.origin
+        elif key[0] == "shifts":
+            origin = self._scores.origin
+        else:
+            origin = getattr(self._scores, key[0])[key[1]].origin
+        layout = origin.layout()
+        shape = (1,) * (len(layout) - x.dim()) + tuple(x.shape)
+        made = arrangement(shape, self._roles.factors(layout, shape), "BHTS", broadcast=True)
+        return made if len(shape) == x.dim() or made.split is not None else replace(made, split=shape)
+
+    def _value_arrangement(self, key: Any, x: Tensor) -> Arrangement:
+        return values_arrangement(self._parts[key[1]][1], self._roles)
+
+    def _output_arrangement(self, key: object, x: Tensor) -> Arrangement:
+        if self._out_origin is None:
+            return arrangement(x.shape, output_factors(self._parts[0][1], self._roles), "BHTD")
+        width = {a for _, use in self._parts for a in use.width}
+        factors = [
+            [Factor(a.size, "D") if a in width or width & {*a.lineage()} else self._roles.factor(a) for a in dim]
+            for dim in self._out_origin.layout()
         ]
+        return arrangement(x.shape, factors, "BHTD")
+
+
+def _without_tensors(scores: Scores) -> Scores:
+    """The scores as a builder reads them again: numbers, names and how many tensors of each kind there are."""
+    nothing = torch.empty(0)
+    terms, fills, factors = (
+        [replace(t, tensor=nothing) for t in of] for of in (scores.terms, scores.fills, scores.factors)
+    )
+    return scores.but(
+        product=None, terms=terms, fills=fills, factors=factors, sink=None, before=None, held=None, dropped=None,
+        finite=None, shifts=[0.0 for _ in scores.shifts], entries=None,
+    )  # fmt: skip
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None or x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
+
+
+def _expanded(x: Tensor, b: int) -> Tensor:
+    return x if x.shape[0] == b else x.expand(b, -1, -1, -1)
 
 
 def values_in_layout(use: ValueProduct, roles: AxisRoles) -> Tensor:
     """The values of a product with weights, B G S E."""
+    return values_arrangement(use, roles)(use.v)
+
+
+def values_arrangement(use: ValueProduct, roles: AxisRoles) -> Arrangement:
+    """How the values of a product with weights are brought to B G S E."""
     dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
     layout = dict(zip(use.v_labels, use.v_origin.layout(), strict=True))
     extents = dict(zip(use.v_labels, use.v.shape, strict=True))
@@ -327,7 +516,8 @@ def values_in_layout(use: ValueProduct, roles: AxisRoles) -> Tensor:
         if label not in dims:
             order.append(i)
             pieces.append([Factor(extents[label], "D")])
-    return arrange(use.v.permute(order), pieces, "BHSD", group=True)
+    made = arrangement([use.v.shape[i] for i in order], pieces, "BHSD", group=True)
+    return made if order == sorted(order) else replace(made, first=tuple(order))
 
 
 def output_factors(use: ValueProduct, roles: AxisRoles) -> list[list[Factor]]:
@@ -362,11 +552,6 @@ def operations_note(names: Sequence[str]) -> str:
     """The operations that scores or weights went through, for a note."""
     # One that sums over an axis and left scores or weights behind summed over heads; all else loses them.
     return ", ".join(names) + (" (mixed across heads)" if any(mixes_axis(x) for x in names) else "")
-
-
-def scores_shifts(scores: Scores, like: Tensor) -> list[Tensor]:
-    """What was subtracted from every score of a row, as tensors."""
-    return [x if isinstance(x, Tensor) else like.new_tensor(x) for x in scores.shifts]
 
 
 def differs(residual: Tensor, derived: Tensor, dtype: torch.dtype) -> bool:

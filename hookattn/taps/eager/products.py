@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class Product:
         widths: the atoms that are summed over, of either operand; filled by :meth:`layout`.
         log_sums: whether the logsumexp of its rows was taken, as for a merge of blocks of keys.
         given: asked for what the user said of the axes of the queries, a letter for each; None: nothing.
+        dtype: that autocast casts the operands to inside the product; None: nothing is known of it.
     """
 
     def __init__(self, a: Tensor, b: Tensor, labels: ProductLabels, origin_a: Origin, origin_b: Origin):
@@ -111,6 +112,7 @@ class Product:
         self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
         self.given: Callable[[], str | None] | None = None
         self.log_sums = False
+        self.dtype: torch.dtype | None = None
         # Asked for by every term, mask and operand of one call, and by all uses of one softmax: made once.
         self._roles: tuple[tuple[Atom, ...], Roles] | None = None
 
@@ -625,47 +627,99 @@ def mixes_heads(product: Product, atoms: Sequence[Atom]) -> bool:
     return bool(found) and all(a is not None and (axes[a].side == "batch" or axes[a].head) for a in found)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """The views that bring tensors of one shape into B H T S, each None where it would change nothing.
+
+    Attributes:
+        first: the dimensions in the order in which the factors are.
+        split: the extents of the factors, to which the dimensions are split.
+        index: leaves out copies.
+        expanded: the extents to which what is there only by broadcasting is expanded.
+        order: the dimensions in their new order.
+        joined: the extents of the result, in which the factors of each role are one dimension.
+    """
+
+    split: tuple[int, ...] | None
+    index: tuple[Any, ...] | None
+    expanded: tuple[int, ...] | None
+    order: tuple[int, ...] | None
+    joined: tuple[int, ...] | None
+    first: tuple[int, ...] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A tensor in its roles."""
+        if self.first is not None:
+            x = x.permute(self.first)
+        if self.split is not None:
+            x = x.reshape(self.split)
+        if self.index is not None:
+            x = x[self.index]
+        if self.expanded is not None:
+            x = x.expand(self.expanded)
+        if self.order is not None:
+            x = x.permute(self.order)
+        return x if self.joined is None else x.reshape(self.joined)
+
+
 def arrange(
     x: Tensor, dims: Sequence[Sequence[Factor]], roles: str, *, group: bool = False, broadcast: bool = False
 ) -> Tensor:
-    """Bring a tensor into the given roles, one dimension each.
+    """Bring a tensor into the given roles, as :func:`arrangement` says."""
+    return arrangement(x.shape, dims, roles, group=group, broadcast=broadcast)(x)
+
+
+def arrangement(
+    shape: Sequence[int],
+    dims: Sequence[Sequence[Factor]],
+    roles: str,
+    *,
+    group: bool = False,
+    broadcast: bool = False,
+) -> Arrangement:
+    """How a tensor is brought into the given roles, one dimension each.
 
     Args:
-        x: any tensor.
+        shape: the tensor's.
         dims: the factors of each of its dimensions.
         roles: the target, for example ``"BHTS"``.
         group: heads that are there only as copies are left out (``k`` and ``v`` of grouped queries).
         broadcast: extents that are there only by broadcasting stay 1 (bias, mask).
+
+    Raises:
+        LayoutError: an axis has none of the roles.
     """
     factors = [f for dim in dims for f in dim]
     left_over = next((f.role for f in factors if f.role not in roles), None)
     if left_over is not None:
         raise LayoutError(f"an axis in the role {left_over} is left over")
-    split = [1 if f.broadcast else f.size for f in factors]
-    if list(x.shape) != split:
-        x = x.reshape(split)
+    now = [1 if f.broadcast else f.size for f in factors]
+    split = tuple(now) if list(shape) != now else None
+    index = None
     if group:
         keep = _grouped(factors)
         if not all(keep):
-            x = x[tuple(slice(None) if k else 0 for k in keep)]
+            index = tuple(slice(None) if k else 0 for k in keep)
+            now = [n for n, k in zip(now, keep, strict=True) if k]
             factors = [f for f, k in zip(factors, keep, strict=True) if k]
     by_role = [[i for i, f in enumerate(factors) if f.role == role] for role in roles]
     for mine in by_role:
         if len(mine) > 1:
             mine.sort(key=lambda i: factors[i].place)
-    shape = list(x.shape)
+    whole = list(now)
     for mine in by_role:
-        if not (broadcast and all(shape[i] == 1 for i in mine)):
+        if not (broadcast and all(whole[i] == 1 for i in mine)):
             for i in mine:
-                shape[i] = factors[i].size
-    # Each step is left out where it changes nothing: this runs for every tensor of every call.
-    if shape != list(x.shape):
-        x = x.expand(shape)
+                whole[i] = factors[i].size
     order = [i for mine in by_role for i in mine]
-    if order != sorted(order):
-        x = x.permute(order)
-    extents = [math.prod(shape[i] for i in mine) for mine in by_role]
-    return x if list(x.shape) == extents else x.reshape(extents)
+    extents = [math.prod(whole[i] for i in mine) for mine in by_role]
+    return Arrangement(
+        split,
+        index,
+        tuple(whole) if whole != now else None,
+        tuple(order) if order != sorted(order) else None,
+        tuple(extents) if [whole[i] for i in order] != extents else None,
+    )
 
 
 def _grouped(factors: Sequence[Factor]) -> list[bool]:

@@ -110,12 +110,12 @@ def _scaled(c: Operation, sign: int) -> State | None:
     if made is not None:
         return made
     if sign > 0 and not state.product.learned and is_indicator(other, c):
-        return _weighing_nothing(c, other == 0)
+        return _weighing_nothing(c, other, "zero")
     plain = state.cap is None and not state.terms and not state.fills and not state.opaque
     if isinstance(other, Tensor) and plain and c.look(other) is None and other.dim() >= 2:
         layout = other.shape[-2:] == (1, 1)
         if layout:
-            factor = Term(other if sign > 0 else other.reciprocal(), c.origin)
+            factor = Term(other, c.origin, how="" if sign > 0 else "inverse")
             return state.but(origin=c.origin, factors=[*state.factors, factor])
     return opaque_scores(c)
 
@@ -175,28 +175,29 @@ def unmasked_scores(c: Operation) -> tuple[Tensor, int, Origin] | None:
 
 def mask_filled(c: Operation) -> State | None:
     """``masked_fill``."""
-    return filled(c, c.arg(1, "mask").bool(), c.arg(2, "value"))
+    return filled(c, c.arg(1, "mask"), "bool", c.arg(2, "value"))
 
 
-def filled(c: Operation, mask: Tensor, value: Any) -> State | None:
-    """Overwriting where ``mask`` (True = masked)."""
+def filled(c: Operation, mask: Tensor, how: str, value: Any) -> State | None:
+    """Overwriting where ``mask`` says; ``how``: what of it is True where a score is masked (:attr:`.Term.how`)."""
+    if mask.dtype == torch.bool and how == "bool":
+        how = ""
     level = number(value)
     if level is None and isinstance(value, Tensor) and value.numel() and c.look(value) is None:
         level = float(value.amax()) if value.is_floating_point() else None  # a tensor full of one number, say
         level = level if level is not None and level <= FILL else None
     if isinstance(c.state, Scores) and level == 0:
-        return _weighing_nothing(c, mask)
+        return _weighing_nothing(c, mask, how)
     if isinstance(c.state, Exponentials):
         if level == 0:
             of = c.state.of
-            return replace(c.state, origin=c.origin, of=of.but(fills=[*of.fills, Term(mask, c.origin)]))
+            return replace(c.state, origin=c.origin, of=of.but(fills=[*of.fills, Term(mask, c.origin, how=how)]))
         return None
     state: Scores = c.state
     if level is None or level > FILL or c.out.shape != c.x.shape:
         return opaque_scores(c)
-    return state.but(
-        origin=c.origin, fills=[*state.fills, Term(mask, c.origin)], finite=state.finite or unmasked_scores(c)
-    )
+    fills = [*state.fills, Term(mask, c.origin, how=how)]
+    return state.but(origin=c.origin, fills=fills, finite=state.finite or unmasked_scores(c))
 
 
 def item_filled(c: Operation) -> State | None:
@@ -211,7 +212,7 @@ def item_filled(c: Operation) -> State | None:
     return state.but(fills=[*state.fills, Term(mask, c.origin)], finite=None)
 
 
-def _weighing_nothing(c: Operation, mask: Tensor) -> State | None:
+def _weighing_nothing(c: Operation, mask: Tensor, how: str) -> State | None:
     """Entries set to 0, which are hidden if these are weights already."""
     made = opaque_scores(c)
     if not isinstance(made, Scores):
@@ -219,7 +220,7 @@ def _weighing_nothing(c: Operation, mask: Tensor) -> State | None:
     before = made.before or made.but(held=None if c.out is c.x else (c.x, version_of(c.x), c.state.origin))
     if made.before is None:
         before = c.state.but(held=before.held)
-    return made.but(before=before.but(fills=[*before.fills, Term(mask, c.origin)]))
+    return made.but(before=before.but(fills=[*before.fills, Term(mask, c.origin, how=how)]))
 
 
 def is_indicator(other: Any, c: Operation) -> bool:
@@ -274,9 +275,9 @@ def where_filled(c: Operation) -> State | None:
     """``where(condition, scores, fill)`` either way round, method or function."""
     condition, one, two = (c.args[1], c.args[0], c.args[2]) if c.name == "where_method" else c.args[:3]
     if one is c.x:
-        return filled(c, ~condition.bool(), two)
+        return filled(c, condition, "not", two)
     if two is c.x:
-        return filled(c, condition.bool(), one)
+        return filled(c, condition, "bool", one)
     return None
 
 

@@ -5,7 +5,7 @@ The package's docstring has the order in which they come. "Scattered" is what do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,6 +19,13 @@ from .axis_history import Atom, Origin
 from .entries import Entries
 from .products import Label, Product
 
+_MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "bool": lambda x: x.bool(),
+    "not": lambda x: ~x.bool(),
+    "zero": lambda x: x == 0,
+    "inverse": lambda x: x.reciprocal(),
+}
+
 
 @dataclass(slots=True)
 class Term:
@@ -28,11 +35,18 @@ class Term:
         tensor: the tensor, which broadcasts against the scores.
         origin: the scores' axes at that moment.
         factor: what the tensor is multiplied by.
+        how: what is made of it: nothing else, ``bool``, ``not``, ``zero`` (where it is 0) or ``inverse``. Said and not
+            done, so that a run of the same operations is known to need the same tensors.
     """
 
     tensor: Tensor
     origin: Origin
     factor: float = 1.0
+    how: str = ""
+
+    def value(self, x: Tensor) -> Tensor:
+        """What joined the scores, of the tensor or of that of another run."""
+        return x if not self.how else _MADE[self.how](x)
 
 
 @dataclass(slots=True)

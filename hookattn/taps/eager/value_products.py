@@ -267,9 +267,9 @@ def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, compos
 
     Nothing is worked out here: axes are, once a softmax over them has met values.
     """
-    a, b = _autocast(parsed.a, out), _autocast(parsed.b, out)
-    product = Product(a, b, parsed.labels, watch.origin(parsed.a), watch.origin(parsed.b))
-    product.shape, product.given = tuple(out.shape), watch.layout_here
+    a, b = parsed.a, parsed.b
+    product = Product(a, b, parsed.labels, watch.origin(a), watch.origin(b))
+    product.shape, product.given, product.dtype = tuple(out.shape), watch.layout_here, out.dtype
     origin = Origin(out.shape, product.layout)
     opaque = [] if parsed.score == DOT else [parsed.score]
     scores = Scores(
@@ -617,8 +617,3 @@ def _around(use: SoftmaxUse | None, path: str | None) -> str | None:
             break
         both.append(a)
     return ".".join(both)
-
-
-def _autocast(x: Tensor, out: Tensor) -> Tensor:
-    """The operand as the product read it: autocast casts it inside the function, where nobody sees it."""
-    return x if x.dtype == out.dtype or not x.is_floating_point() else x.to(out.dtype)

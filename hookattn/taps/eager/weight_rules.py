@@ -267,7 +267,7 @@ def normalized(c: Operation) -> State | None:
 def masked_exponentials(c: Operation) -> State | None:
     """A mask of zeros and ones multiplied into the exponentials; or these times values, each key's vector."""
     other = c.other()
-    return weighted_values(c) or (filled(c, other == 0, 0.0) if is_indicator(other, c) else None)
+    return weighted_values(c) or (filled(c, other, "zero", 0.0) if is_indicator(other, c) else None)
 
 
 def whole_exponentials(c: Operation) -> State | None:
