@@ -26,8 +26,8 @@ from ..models.unread import unread_sites
 from ..taps import kernels, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change
-from ..taps.eager.axis_history import seeded
 from ..taps.eager.follower import Follower
+from ..taps.eager.recipe import recipes_of
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.function_modes import ModeStack
@@ -200,7 +200,13 @@ class Session:
         if current() is self:
             set_current(None)
         if "_follower" in vars(self):  # else the cached property would make one
-            self._follower.flush()  # attention that it has seen and that nobody has used says so now
+            follower = self._follower
+            try:
+                follower.flush()  # attention that it has seen and that nobody has used says so now
+            finally:
+                if follower.recipes is not None:
+                    follower.recipes.busy.release()
+                    follower.recipes = None
 
     def close(self) -> None:
         """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
@@ -215,7 +221,11 @@ class Session:
     @cached_property
     def _follower(self) -> Follower:
         """The function mode, made when it is first needed."""
-        return Follower(self, kernels())
+        follower = Follower(self, kernels())
+        recipes = None if self.shapes_only or self._layouts is not None else recipes_of(self.plan.model)
+        if recipes is not None and not self._adapter_layouts and recipes.busy.acquire(blocking=False):
+            follower.recipes = recipes
+        return follower
 
     @property
     def compiling(self) -> bool:
@@ -240,6 +250,7 @@ class Session:
     def follow(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation that dispatches to no function mode as if it had."""
         self._compiled_run.add(name)
+        self._follower.leave_run()
         return self._follower.follow(name, func, args, kwargs)
 
     def followed(self, values: Any) -> bool:
@@ -257,8 +268,7 @@ class Session:
 
     def seed(self, x: Tensor, roles: str) -> None:
         """Say what the axes of a tensor are."""
-        origins = self._follower.origins
-        origins.set(x, seeded(x.shape, tuple(roles), origins.of(x) if origins.knows(x) else None))
+        self._follower.seed(x, roles)
 
     # Where we are
 
@@ -270,8 +280,12 @@ class Session:
         self._follower.model_runs = True
         if self._steps.model_begins():
             self._entered.clear()
+            if self.plan.watch_all:
+                self._follower.begin((type(self.plan.model), self.wants("scores")), several=True)
 
     def _model_ends(self) -> None:
+        if self.plan.watch_all:
+            self._follower.end()
         self._follower.model_runs = False
         self._steps.model_ends()
 
@@ -286,6 +300,7 @@ class Session:
         opened = not self._modes.open()
         if opened:
             self._modes.push()
+            self._follower.begin((type(module), self.wants("scores")), several=False)
         site = self.plan.sites.get(id(module)) or self._hooks.site(self.plan.paths[id(module)])
         self._entered.append((site, opened))
 
@@ -293,8 +308,10 @@ class Session:
         if self._entered:
             _, opened = self._entered.pop()
             # With another mode on top, the module left one open: closing "the innermost" would take that one.
-            if opened and self._modes.on_top():
-                self._modes.pop()
+            if opened:
+                self._follower.end()
+                if self._modes.on_top():
+                    self._modes.pop()
 
     def _note_run(self, module: nn.Module) -> None:
         self._modules_run[id(module)] = module

@@ -16,7 +16,7 @@ from .private import private
 _PIECE = "looks into torch.vmap and torch.func"
 _is_batched: Callable[[Tensor], bool] = private("torch._C._functorch", "is_batchedtensor", _PIECE)
 _is_functional: Callable[[Tensor], bool] = private("torch._C._functorch", "is_functionaltensor", _PIECE)
-_is_wrapped: Callable[[Tensor], bool] = private("torch._C._functorch", "is_functorch_wrapped_tensor", _PIECE)
+is_wrapped: Callable[[Tensor], bool] = private("torch._C._functorch", "is_functorch_wrapped_tensor", _PIECE)
 _level: Callable[[Tensor], int] = private("torch._C._functorch", "maybe_get_level", _PIECE)
 _examples_dim: Callable[[Tensor], int] = private("torch._C._functorch", "maybe_get_bdim", _PIECE)
 _inner: Callable[[Tensor], Tensor] = private("torch._C._functorch", "get_unwrapped", _PIECE)
@@ -30,7 +30,7 @@ def stands_for_others(x: Tensor) -> bool:
     """Whether a tensor is one of several at once, or a plan of one: it is gone when the transform ends."""
     if _is_functional(x):
         return True
-    while _is_wrapped(x):
+    while is_wrapped(x):
         if _is_batched(x) or _is_functional(x):
             return True
         x = _inner(x)
@@ -48,7 +48,7 @@ def examples(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[in
     places = dict[str, tuple[Tensor, dict[int, int], list[int]]]()
     for name, x in tensors.items():
         wrappers = list[tuple[int, int]]()
-        while _is_wrapped(x):
+        while is_wrapped(x):
             if _is_functional(x):
                 return None
             if _is_batched(x):

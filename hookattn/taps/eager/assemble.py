@@ -124,6 +124,7 @@ class CallBuilder:
 
     Attributes:
         given: the tensors of the first run.
+        product: the product that its scores are.
         again: whether the builder can be asked again: nothing but views of tensors is to be remembered.
         piece: which part of one attention the call is; filled by :meth:`call`.
     """
@@ -145,6 +146,7 @@ class CallBuilder:
         self._product = self._scores.product
         self._roles = self._product.roles_over(self._state.scores_origin, self._state.dim)
         self.again = self._state.entries is None
+        self.product = self._product
         self.piece: Piece | None = None
         self._kind: str | None = None
         self._heads: list[int] | None = None
@@ -236,7 +238,7 @@ class CallBuilder:
         self._scores = bare
         self.given = None
         self._parts = ()
-        del self._product, self._roles
+        del self._product, self._roles, self.product
 
     def _arranged(self, key: object, x: Tensor, how: Callable[[Any, Tensor], Arrangement]) -> Tensor:
         """A tensor in its roles; ``how``: tells how it is brought there, the first time."""

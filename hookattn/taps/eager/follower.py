@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
 from ..foreign import handler_of
 from . import axis_history
+from .assemble import NAME, CallBuilder
 from .axis_history import Origin
-from .operation import Operation, OperationKind
+from .operation import DECISIONS, Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
 from .pairwise import paired
-from .product_labels import parse_product, parse_several
+from .product_labels import ParsedProduct, parse_product, parse_several
+from .products import LayoutError
+from .recipe import Beginning, Made, Recipes, Step, Told, Unlearnable
+from .replay import PART, Run
 from .rules import next_state, piece_states, scattered_scores
 from .states import (
     Pairwise,
@@ -42,6 +47,7 @@ from .states import (
     Weights,
 )
 from .value_products import (
+    around,
     finish_scattered,
     finish_sum,
     finish_unnormalized,
@@ -66,6 +72,15 @@ _POURED = (Scores, ScoresSlice, ScatteredScores, Unnormalized, TopScores)
 _MINOR = (RowStatistic, ScatteredScores, ScoresSlice, Pairwise)
 
 
+def seed_axes(x: Tensor, roles: str) -> None:
+    """Stands among the operations of a run for what somebody says of the axes of a tensor."""
+
+
+_NONE: dict[str, Any] = {}
+# Runs that begin alike and could so often not be learned are followed, and not tried again.
+_TRIES = 2
+
+
 class _Followed(NamedTuple):
     """The argument of an operation that is part of an attention: its place among the arguments, and its state."""
 
@@ -85,6 +100,19 @@ class _Ran(NamedTuple):
     out: Any
 
 
+class _Begun(NamedTuple):
+    """An operation that is about to run."""
+
+    name: str
+    kind: OperationKind
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    found: _Followed | None = None
+    writes: bool = False
+    parsed: ParsedProduct | None = None
+
+
 class Follower(TorchFunctionMode):
     """The function mode of one trace: sees every torch operation of the model, and knows the state of every tensor.
 
@@ -99,6 +127,10 @@ class Follower(TorchFunctionMode):
         uses: what became of every softmax so far.
         model_runs: whether the traced model's own forward runs; a part of it may, where it does not.
         interpreting: whether what the model did is looked at right now; False: the model itself is at work.
+        recipes: what was learned of the model; None: nothing is, and all is followed.
+        run: the run that is known or learned; None: what happens is followed.
+        past: while a run is followed afterwards, the run and the number of the step.
+        parts: the tensors that are part of an attention of a run that is over, by identity.
     """
 
     def __init__(self, recorder: ActiveTrace, kernels: dict[str, Handler]):
@@ -112,15 +144,37 @@ class Follower(TorchFunctionMode):
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
         self.interpreting = False
+        self.recipes: Recipes | None = None
+        self.run: Run | None = None
+        self.past: tuple[Run, int] | None = None
+        self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
+        self._begins: Beginning | None = None
+        self._several = False
+        self._happened: list[Any] = []
+        self._asked_where = False
+        self._unlearnable = ""
         # The last product that was broadcast to the shape of one operand, and its operands.
         self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, handler, special, kind = self.operations.get(func) or self._operation(func)
-        if not name:
+        run = self.run
+        if run is not None:
+            return self._in_run(run, func, args, kwargs or _NONE)
+        known = self.operations.get(func) or self._operation(func)
+        if not known[0]:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if handler is not None:
-            return handler(self, func, args, kwargs or {})
+        if known[1] is not None:
+            return known[1](self, func, args, kwargs or {})
+        return self._watch(known, func, args, kwargs)
+
+    def _watch(self, known: _Known, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
+        """Run an operation and follow it."""
+        name, _, special, kind = known
+        if func is seed_axes:
+            self.origins.seed(*args)
+            return None
+        if self.parts:
+            self._restore((args, kwargs))
         if special or self.live:
             return self.follow(name, func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -132,9 +186,287 @@ class Follower(TorchFunctionMode):
             self._failed(name, error)
         return out
 
+    # Runs that are known, or learned
+
+    def begin(self, key: object, several: bool) -> None:
+        """A piece of the model begins, which may run as it did before.
+
+        Args:
+            key: tells pieces of this kind from others.
+            several: whether it is cut into runs wherever a call is complete; else it is one.
+        """
+        self.end()
+        if self.recipes is not None:
+            self._begins, self._several = self.recipes.beginning(key), several
+            self._new_run()
+
+    def end(self) -> None:
+        """It ends."""
+        self._end_run()
+        self._begins = None
+
+    def _new_run(self) -> None:
+        if self._begins is not None and self.recipes is not None:
+            self.run = Run(self.recipes, self._begins, self.origins, self._is_part)
+
+    def _in_run(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One operation of a run."""
+        if not run.learning:
+            step = run.expect(func, args, kwargs)
+            if step is not None:
+                if run.path or step.hopeless < _TRIES:
+                    return self._again(run, step, func, args, kwargs)
+                self.run = None
+        known = self.operations.get(func) or self._operation(func)
+        if not known[0]:
+            return func(*args, **kwargs)
+        if self.run is None:
+            return self._watch(known, func, args, kwargs)
+        if known[1] is not None:  # a kernel's tap, which may ask for anything: a run ends before it
+            self._end_run()
+            try:
+                return known[1](self, func, args, kwargs)
+            finally:
+                self._new_run()
+        if not run.learning:
+            self._catch_up(run)
+        if self.run is not run:
+            return self._watch(known, func, args, kwargs)
+        return self._learn(run, known, func, args, kwargs)
+
+    def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """An operation that is expected: it is run, and nothing is followed."""
+        if step.extra and step.guards and not run.spares(step, _target(args, kwargs)):
+            return self._otherwise(run, func, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except BaseException:
+            run.back()
+            self._catch_up(run)
+            self.run = None
+            raise
+        if run.advance(step, out):
+            if step.extra:
+                self._happens(run, step)
+            return out
+        # It ran, and gave something else: what it was given is as it was, but for what it may have written to, and that
+        # is nothing that is needed.
+        return self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
+
+    def _otherwise(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None) -> Any:
+        """An operation that is not what was expected after all."""
+        named = func if named is None else named
+        run.back()
+        self._catch_up(run)
+        known = self.operations.get(named) or self._operation(named)
+        if self.run is not run:
+            return self._watch(known, func, args, kwargs)
+        return self._learn(run, known, func, args, kwargs, named)
+
+    def _happens(self, run: Run, step: Step) -> None:
+        """What comes of a step that ran as it did before."""
+        run.note(step)
+        if step.where:
+            run.wheres[step.number] = self.recorder.where()
+        for effect in step.effects:
+            if type(effect) is Told:
+                self.recorder.skip(effect.reason)
+            elif type(effect) is Made:
+                self._make_again(run, effect)
+        if step.follows:
+            self._catch_up(run)
+            self.run = None
+        elif step.effects and self._several and step.end is not None and not run.beginning.whole:
+            self._end_run()
+            self._new_run()
+
+    def _make_again(self, run: Run, made: Made) -> None:
+        """A call is complete that was made before, of other tensors."""
+        self.interpreting = True
+        try:
+            with torch.no_grad():
+                call = made.builder.call(run.ingredients(made))
+        except LayoutError as error:
+            self.recorder.skip(str(error))
+            return
+        except Exception as error:  # noqa: BLE001 - as in _try
+            self._failed(NAME, error)
+            return
+        finally:
+            self.interpreting = False
+        if call.piece is not None:
+            call.piece = call.piece._replace(whole=run.here.origin(cast(Origin, call.piece.whole)))
+        call.path = around(run.wheres.get(made.softmax), self.recorder.where())
+        self.recorder.record(call)
+
+    def _learn(
+        self, run: Run, known: _Known, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None
+    ) -> Any:
+        """Run an operation, follow it and learn it; ``named``: the function that it is said to be."""
+        name, _, _, kind = known
+        self._happened, self._asked_where, self._unlearnable = [], False, ""
+        try:
+            patterns = run.describe(args, kwargs)
+        except Unlearnable as why:
+            self._give_up(run, why)
+            return self._watch(known, func, args, kwargs)
+        before = DECISIONS.noted
+        noted: list[Any] = []
+        DECISIONS.noted = noted
+        count = len(self.uses)
+        try:
+            out = self._watch(known, func, args, kwargs)
+        except BaseException:
+            self._give_up(run, Unlearnable("an error of the model"))
+            raise
+        finally:
+            DECISIONS.noted = before
+        if self.run is not run:
+            return out
+        try:
+            if self._unlearnable:
+                raise Unlearnable(self._unlearnable)
+            written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
+            step = run.append(
+                func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
+            )
+            run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
+            run.effects(step, self._happened)
+        except Unlearnable as why:
+            self._give_up(run, why)
+            return out
+        if self._several and self._happened and not run.beginning.whole and not run.waits():
+            self._end_run()
+            self._new_run()
+        return out
+
+    def _give_up(self, run: Run, why: Unlearnable) -> None:
+        """What runs here can't be learned: it is followed, to where the next run begins."""
+        run.give_up()
+        if str(why) == PART:
+            run.beginning.whole = True
+        if self.run is run:
+            self.run = None
+
+    def _catch_up(self, run: Run) -> None:
+        """Follow all that a run did so far, as if it had been followed from the start."""
+        self.run = None  # whatever is asked meanwhile is asked of what is followed
+        for step, args, kwargs, out in run.past():
+            self.past = run, step.number
+            count = len(self.uses)
+            try:
+                if step.func is seed_axes:
+                    self.origins.seed(*args)
+                else:
+                    self.after(self.before(step.name, step.func, args, kwargs), out)
+            finally:
+                self.past = None
+            run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
+        run.learn()
+        self.run = run
+
+    def _end_run(self) -> None:
+        """The run ends here."""
+        run, self.run = self.run, None
+        if run is None or not run.path:
+            return
+        end = run.path[-1].end
+        if not run.learning and (end is None or not run.is_clear(end)):
+            self._catch_up(run)
+            self.run = None
+        if run.learning:
+            try:
+                end = run.close(self.state)
+            except Unlearnable as why:
+                self._give_up(run, why)
+                return
+            for slot in end.parts:
+                self._is_of(run.tensor(slot), run)
+            return
+        assert end is not None
+        for x in run.finish(end):
+            self._is_of(x, run)
+
+    def _is_of(self, x: Tensor, run: Run) -> None:
+        """A tensor is part of an attention of a run that is over: the run is kept for as long as the tensor."""
+        key, parts = id(x), self.parts
+
+        def gone(ref: Any) -> None:
+            entry = parts.get(key)
+            if entry is not None and entry[0] is ref:
+                del parts[key]
+
+        parts[key] = weakref.ref(x, gone), run
+
+    def _is_part(self, x: Tensor) -> bool:
+        """Whether a tensor is part of an attention of an earlier run."""
+        known = self.parts.get(id(x)) or self.live.get(id(x))
+        return known is not None and known[0]() is x
+
+    def _restore(self, values: Any) -> None:
+        """Follow the runs that are over and of whose attention a tensor is part, before something is done with it."""
+        for x in _tensors(*values) if values[1] else _tensors(values[0], {}):
+            known = self.parts.get(id(x))
+            if known is None or known[0]() is not x:
+                continue
+            run = known[1]
+            self.parts = {key: one for key, one in self.parts.items() if one[1] is not run}
+            if not run.learning:
+                now, self.run = self.run, None
+                self._catch_up(run)
+                self.run = now
+
+    # What following tells
+
+    def where(self) -> str | None:
+        """The path of the module that is running; of an operation that is followed afterwards, that ran then."""
+        if self.past is not None:
+            run, number = self.past
+            return run.wheres[number] if number in run.wheres else self.recorder.where()
+        self._asked_where = True
+        return self.recorder.where()
+
+    def tell(self, reason: str, path: str | None = None) -> None:
+        """Attention ran that cannot be read; ``path`` None: in the module that is running."""
+        if self.past is not None:
+            return
+        if self.run is not None:
+            self._happened.append(reason)
+        if path is not None:
+            self._unlearnable = "what is told of another module than the one that runs"
+        self.recorder.skip(reason, path)
+
+    def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
+        """A call is complete; ``builder``: what made it of its tensors, if nothing else has a part in it."""
+        if self.past is not None:
+            return
+        if builder is None:
+            self._unlearnable = "a call that is not made of views of its tensors alone"
+        elif self.run is not None:
+            self._happened.append((builder, use))
+        self.recorder.record(call)
+
+    def seed(self, x: Tensor, roles: str) -> None:
+        """Somebody says what the axes of a tensor are."""
+        run = self.run
+        if run is not None:
+            self._in_run(run, seed_axes, (x, roles), _NONE)
+        else:
+            self.origins.seed(x, roles)
+
+    def leave_run(self) -> None:
+        """Something is done that is no operation: what ran so far is followed, and what comes until the next run."""
+        run = self.run
+        if run is not None:
+            if not run.learning:
+                self._catch_up(run)
+            self._give_up(run, Unlearnable("something that is no operation"))
+
     def _operation(self, func: Any) -> _Known:
         """What is known of a function, looked up once."""
         name = name_of(func)
+        if func is seed_axes:
+            name = "seed"
         kind = kind_of(name)
         handler = self.kernels.get(name) or handler_of(name)
         found = self.operations[func] = name, handler, kind.product or kind.softmax, kind
@@ -173,6 +505,7 @@ class Follower(TorchFunctionMode):
 
     def same(self, x: Tensor, like: Tensor) -> None:
         """Say that a tensor is what another is, whose values it has."""
+        self.leave_run()
         if self.origins.knows(like):
             self.set_origin(x, self.origin(like))
         if (state := self.state(like)) is not None:
@@ -182,23 +515,39 @@ class Follower(TorchFunctionMode):
 
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what its result is."""
+        begun = self.before(name, func, args, kwargs)
+        out = begun.func(*begun.args, **begun.kwargs)
+        self.after(begun, out)
+        return out
+
+    def before(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Begun:
+        """An operation is about to run: look at its arguments, which it may write to; to be followed by :meth:`after`.
+
+        The function and the arguments to run it with are those of the result.
+        """
         kind = kind_of(name)
         if kind.product:
             moved = rearranges(args) if name == "einsum" else None
-            if moved is None:
-                return self._product(name, func, args, kwargs)
+            if moved is None:  # parsed before it runs: baddbmm_ writes to what it adds
+                return _Begun(name, kind, func, args, kwargs, parsed=parse_product(name, args, kwargs))
             func, args, kind = rearrange, moved, REARRANGED
         found = self._followed(kind, args, kwargs) if self.live else None
         writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
             self._try(name, self._before_write, kind, found, args, kwargs)
-        out = func(*args, **kwargs)
+        return _Begun(name, kind, func, args, kwargs, found=found, writes=writes)
+
+    def after(self, begun: _Begun, out: Any) -> None:
+        """It ran; ``out``: its result."""
+        name, kind, func, args, kwargs, found, writes, _ = begun
+        if kind.product:
+            self._after_product(begun, out)
+            return
         ran = _Ran(name, kind, func, args, kwargs, out)
         if found is None:
             self._try(name, self._not_followed, ran)
         else:
             self._try(name, self._after_write if writes else self._after, ran, found)
-        return out
 
     def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
         """A fault in following the model is reported as attention not read; the model goes on."""
@@ -213,7 +562,7 @@ class Follower(TorchFunctionMode):
     def _failed(self, name: str, error: Exception) -> None:
         if isinstance(error, HookattnError):
             raise error
-        self.recorder.skip(f"following {name!r} failed: {type(error).__name__}: {error}")
+        self.tell(f"following {name!r} failed: {type(error).__name__}: {error}")
 
     def _not_followed(self, ran: _Ran) -> None:
         """An operation on tensors that are no part of an attention yet."""
@@ -363,15 +712,15 @@ class Follower(TorchFunctionMode):
         if isinstance(new, Weights) and not isinstance(before, Weights):
             self._softmax_of_scores(new, x)
         elif isinstance(new, ScatteredWeights) and not isinstance(before, ScatteredWeights):
-            new.root.use.path = self.recorder.where()
+            new.root.use.path = self.where()
             self.uses.append(new.root.use)
         elif isinstance(new, TopScores) and new.weights and new.use is None:
-            new.use = SoftmaxUse(self.recorder.where(), why=_LARGEST)
+            new.use = SoftmaxUse(self.where(), why=_LARGEST)
             self.uses.append(new.use)
         elif isinstance(new, Pairwise) and new.summed:
             why = carried_pairs(new, new.summed)
             if why is not None:
-                self.recorder.skip(why)
+                self.tell(why)
             return
         elif isinstance(before, (Pairwise, TopScores)) and isinstance(new, Scores):
             self.set_origin(x, new.origin)
@@ -404,7 +753,7 @@ class Follower(TorchFunctionMode):
                 return
         if weights.use is not None:  # of a softmax that ran over some of them
             return
-        weights.use = SoftmaxUse(self.recorder.where())
+        weights.use = SoftmaxUse(self.where())
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
 
@@ -463,27 +812,28 @@ class Follower(TorchFunctionMode):
             return
         x = ran.args[0] if ran.args else ran.kwargs.get("input")
         held = x if isinstance(x, Tensor) and x is not out and self.recorder.wants("scores") else None
-        use = SoftmaxUse(self.recorder.where(), done=True)
+        use = SoftmaxUse(self.where(), done=True)
         dtype = ran.kwargs.get("dtype") or out.dtype
         state = Weights(origin, dim=dim % out.dim(), scores_tensor=held, use=use, dtype=dtype)
         state.scores_origin, state.read = origin, -1 if held is None else version_of(held)
         self.set_state(out, state)
 
-    def _product(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        parsed = parse_product(name, args, kwargs)  # before it runs: baddbmm_ writes to what it adds
-        out = func(*args, **kwargs)
-        if parsed is None and name == "einsum" and isinstance(out, Tensor):
-            several = parse_several(args)
-            if several is not None:
-                self.origins.note(kind_of(name), args, kwargs, out)
-                self._try(name, note_several, self, several, out)
-        if parsed is None or not isinstance(out, Tensor):
-            return out
-        self._try(name, note_product, self, name, parsed, out)
-        return out
+    def _after_product(self, begun: _Begun, out: Any) -> None:
+        name, parsed = begun.name, begun.parsed
+        if not isinstance(out, Tensor):
+            return
+        if parsed is not None:
+            self._try(name, note_product, self, name, parsed, out)
+        elif name == "einsum" and (several := parse_several(begun.args)) is not None:
+            self.origins.note(begun.kind, begun.args, begun.kwargs, out)
+            self._try(name, note_several, self, several, out)
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
+        run, self.run, self._begins = self.run, None, None
+        if run is not None and not run.learning and run.path and run.path[-1].waits:
+            self._catch_up(run)
+            self.run = None
         for ref, state in list(self.live.values()):
             out = ref()
             if isinstance(state, Unnormalized) and out is not None:
@@ -493,6 +843,7 @@ class Follower(TorchFunctionMode):
                 self.recorder.skip(use.why, use.path)
         self.uses.clear()
         self.live.clear()
+        self.parts.clear()
         self.origins.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -115,12 +116,42 @@ class Operation:
         return self.kwargs.get(name, self.args[index] if len(self.args) > index else default)
 
 
+class _Decisions(threading.local):
+    """What was decided by the values of tensors in this thread: question, tensors, answer; None: nobody notes it."""
+
+    noted: list[tuple[Callable[..., Any], tuple[Tensor, ...], Any]] | None = None
+
+
+DECISIONS = _Decisions()
+
+
+def decide(ask: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Ask something of the values of tensors.
+
+    What is done to a state depends on the operation and on shapes, and then a run of the same operations is known to do
+    the same; where it depends on values it says so here, so that these are looked at again in every run.
+
+    Args:
+        ask: a function of the tensors, which is the same object each time.
+        tensors: arguments of operations.
+    """
+    answer = ask(*tensors)
+    if DECISIONS.noted is not None:
+        DECISIONS.noted.append((ask, tensors, answer))
+    return answer
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether all entries are 0; to be asked by :func:`decide`."""
+    return not bool(x.any())
+
+
 def number(value: Any) -> float | None:
     """A Python number, or the value of a one-element tensor; None for anything else."""
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, Tensor) and value.dim() == 0 and not stands_for_others(value):
-        return float(value.item())
+        return float(decide(Tensor.item, value))
     return None
 
 

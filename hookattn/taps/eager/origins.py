@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import axis_history
-from .axis_history import Origin, same
+from .axis_history import Origin, same, seeded
 from .cuts import cut_of
 from .operation import OperationKind
 from .view_rules import AxesRule, dim_dropped, indexed, map_of, resized, same_axes
@@ -45,6 +45,11 @@ class Origins:
         known = self._known.get(id(x))
         return known is not None and known[0]() is x
 
+    def peek(self, x: Tensor) -> Origin | None:
+        """What is known of where the axes of a tensor come from; None: nothing."""
+        known = self._known.get(id(x))
+        return known[1] if known is not None and known[0]() is x else None
+
     def of(self, x: Tensor) -> Origin:
         """Where the axes of a tensor come from."""
         known = self._known.get(id(x))
@@ -58,6 +63,10 @@ class Origins:
             self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
         self._known[id(x)] = (_ref(x), origin)
         return origin
+
+    def seed(self, x: Tensor, roles: str) -> None:
+        """Say what the axes of a tensor are, a letter of B H T S D each."""
+        self.set(x, seeded(x.shape, tuple(roles), self.of(x) if self.knows(x) else None))
 
     def note(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any] | None, out: Any) -> None:
         """Say where the axes of the results of an operation come from. Runs for every operation: it has to be quick."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, known, resized
-from .operation import Operation, number, same_state
+from .operation import Operation, decide, number, same_state
 from .products import mixes_heads
 from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
 
@@ -184,7 +184,7 @@ def filled(c: Operation, mask: Tensor, how: str, value: Any) -> State | None:
         how = ""
     level = number(value)
     if level is None and isinstance(value, Tensor) and value.numel() and c.look(value) is None:
-        level = float(value.amax()) if value.is_floating_point() else None  # a tensor full of one number, say
+        level = decide(_largest, value) if value.is_floating_point() else None  # a tensor full of one number, say
         level = level if level is not None and level <= FILL else None
     if isinstance(c.state, Scores) and level == 0:
         return _weighing_nothing(c, mask, how)
@@ -227,7 +227,15 @@ def is_indicator(other: Any, c: Operation) -> bool:
     """Whether an operand is a mask of zeros and ones."""
     if not isinstance(other, Tensor) or c.look(other) is not None or other.dim() == 0:
         return False
-    return other.dtype == torch.bool or bool(((other == 0) | (other == 1)).all())
+    return other.dtype == torch.bool or bool(decide(_zeros_and_ones, other))
+
+
+def _zeros_and_ones(x: Tensor) -> bool:
+    return bool(((x == 0) | (x == 1)).all())
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.amax())
 
 
 def weighted_values(c: Operation) -> State | None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...attention.kernel_call import DOT, KernelCall
 from ...torch_internals.tensor_identity import storage_of, version_of
-from ..base import ActiveTrace
 from .assemble import CallBuilder, contracts_keys
 from .assemble_plain import plain_call
 from .assemble_scattered import scattered_call
@@ -53,9 +52,14 @@ class KnownTensors(Protocol):
     The mode calls the functions below, so this file names what it needs and does not import the mode.
     """
 
-    @property
-    def recorder(self) -> ActiveTrace:
-        """Gets the attention calls that are seen."""
+    def where(self) -> str | None:
+        """The path of the module that is running."""
+
+    def tell(self, reason: str, path: str | None = None) -> None:
+        """Attention ran that cannot be read; ``path`` None: in the module that is running."""
+
+    def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
+        """A call is complete; ``builder``: what made it of its tensors, if nothing else has a part in it."""
 
     @property
     def live(self) -> Mapping[int, Any]:
@@ -144,7 +148,7 @@ def _note_followed(watch: KnownTensors, product: _Product, state: State | None) 
             watch.set_origin(product.out, state.origin)
             watch.set_state(product.out, state.but(opaque=[*state.opaque, product.name], finite=None))
     elif isinstance(state, Scores) and delta_rule(state, watch.state(product.other)):
-        watch.recorder.skip(CARRIED)
+        watch.tell(CARRIED)
         return False
     elif isinstance(state, Scores) and (weights := weights_without_softmax(watch, product, state)) is not None:
         return _note_weights(watch, product, weights)
@@ -183,7 +187,7 @@ def _note_weightless(watch: KnownTensors, product: _Product, state: Scores | Pai
         dims = [i for i, label in enumerate(product.x_labels) if label in product.contracted]
         why = carried_pairs(state, dims) if len(state.dims) == len(product.x_labels) else None
     if why is not None:
-        watch.recorder.skip(why)
+        watch.tell(why)
 
 
 def weights_without_softmax(watch: KnownTensors, product: _Product, state: Scores) -> Weights | None:
@@ -303,14 +307,14 @@ def _note_weights(watch: KnownTensors, product: _Product, state: Weights) -> boo
         _note_axes(watch, product, over)
         if over.scores is None and over.why:
             _finish(over.use)
-            watch.recorder.skip(over.why)
+            watch.tell(over.why)
         elif over.scores is None:
             _note_plain(watch, product, over)
         else:
             _note_values(watch, product, over)
     except LayoutError as error:
         _finish(state.use)
-        watch.recorder.skip(str(error))
+        watch.tell(str(error))
     return True
 
 
@@ -398,18 +402,18 @@ def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None
         return
     if state.scores is not None and state.scores.product.log_sums and state.steps is None:
         # Somebody took the logsumexp of the same scores: the output may be merged with that of other keys.
-        use = SoftmaxUse(watch.recorder.where())
+        use = SoftmaxUse(watch.where())
         origin = watch.origin(product.out)
         watch.set_state(product.out, Unnormalized(origin, parts=[(state, values)], use=use, normalized=True))
         return
-    _record(watch, CallBuilder([(state, values)], product.out).call(), state.use)
+    _build(watch, CallBuilder([(state, values)], product.out), state.use)
     for other, tensor in state.joined:
         # The same weights as the other softmax has them: its own, and what the values met.
         mine = other.but(own=other.own or (tensor, other.origin))
         theirs = replace(values, weights_origin=other.origin)
         _finish(other.use)
         if product.x.shape == other.origin.shape:
-            _record(watch, CallBuilder([(mine, theirs)], product.out).call(), other.use)
+            _build(watch, CallBuilder([(mine, theirs)], product.out), other.use)
 
 
 def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentials) -> bool:
@@ -427,7 +431,7 @@ def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentia
     except LayoutError:
         return False
     origin = watch.origin(product.out)
-    use = SoftmaxUse(watch.recorder.where())
+    use = SoftmaxUse(watch.where())
     watch.set_state(product.out, Unnormalized(origin, parts=[(weights, values)], use=use))
     return True
 
@@ -444,17 +448,17 @@ def finish_unnormalized(watch: KnownTensors, state: Unnormalized, out: Tensor) -
             raise LayoutError("sums of weighted values were written to")
         call = unnormalized_call(state, out)
     except LayoutError as error:
-        watch.recorder.skip(str(error), use.path)
+        watch.tell(str(error), use.path)
         return
     call.path = use.path
-    watch.recorder.record(call)
+    watch.made(call, None, None)
 
 
 def _note_plain(watch: KnownTensors, product: _Product, state: Weights) -> None:
     """Weights whose scores are no product of queries and keys met values, or something that a router chooses from."""
     made = plain_call(state, _value_product(watch, product, state))
     if isinstance(made, str):
-        watch.recorder.skip(made)
+        watch.tell(made)
     elif made is not None:
         _record(watch, made, state.use)
 
@@ -464,7 +468,7 @@ def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -
     of = state.state
     if isinstance(of, Weights) and of.met is state.v:
         if watch.origin(state.v).birth != "parameter":
-            watch.recorder.skip(POOLED)
+            watch.tell(POOLED)
         return
     labels = [y for y in sorted({*state.labels, *state.v_labels}) if y not in state.summed]
     kept = out.squeeze(tuple(state.summed)) if out.dim() > len(labels) else out
@@ -498,7 +502,7 @@ def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None
             ):
                 if state.scores is not None:
                     _finish(state.use)
-                    watch.recorder.skip(_SEVERAL)
+                    watch.tell(_SEVERAL)
                 return
         _note_bilinear(watch, parsed, out)
 
@@ -533,9 +537,13 @@ def _finish(use: SoftmaxUse | None) -> None:
         use.done = True
 
 
-def _record(watch: KnownTensors, call: KernelCall, use: SoftmaxUse | None) -> None:
-    call.path = _around(use, watch.recorder.where())
-    watch.recorder.record(call)
+def _build(watch: KnownTensors, builder: CallBuilder, use: SoftmaxUse | None) -> None:
+    _record(watch, builder.call(), use, builder)
+
+
+def _record(watch: KnownTensors, call: KernelCall, use: SoftmaxUse | None, builder: CallBuilder | None = None) -> None:
+    call.path = around(None if use is None else use.path, watch.where())
+    watch.made(call, builder, use)
 
 
 def _begin_sum(watch: KnownTensors, state: Weights, use: ValueProduct) -> None:
@@ -586,7 +594,7 @@ def finish_scattered(watch: KnownTensors, state: ScatteredOutput, out: Tensor) -
         call = scattered_call(state.root, state.uses, out, state.entries)
     except LayoutError as error:
         use.done = True
-        watch.recorder.skip(f"{use.why}: {error}")
+        watch.tell(f"{use.why}: {error}")
         return True
     if call is None:
         return False
@@ -600,19 +608,17 @@ def finish_sum(watch: KnownTensors, state: PartialOutput, out: Tensor) -> None:
     use = state.parts[0][0].use
     _finish(use)
     try:
-        call = CallBuilder(state.parts, out, state.origin).call()
+        _build(watch, CallBuilder(state.parts, out, state.origin), use)
     except LayoutError as error:
-        watch.recorder.skip(str(error))
-        return
-    _record(watch, call, use)
+        watch.tell(str(error))
 
 
-def _around(use: SoftmaxUse | None, path: str | None) -> str | None:
+def around(softmax: str | None, path: str | None) -> str | None:
     """The module around both the softmax and its product with the values."""
-    if use is None or use.path is None or path is None or use.path == path:
+    if softmax is None or path is None or softmax == path:
         return path
     both = []
-    for a, b in zip(use.path.split("."), path.split("."), strict=False):
+    for a, b in zip(softmax.split("."), path.split("."), strict=False):
         if a != b:
             break
         both.append(a)

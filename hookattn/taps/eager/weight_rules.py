@@ -13,7 +13,7 @@ from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
 from .entries import Entries
-from .operation import EntriesOf, Operation, number, same_state
+from .operation import EntriesOf, Operation, decide, is_zero, number, same_state
 from .pairwise import pairs_as_scores
 from .score_rules import clamped, filled, is_indicator, keeps_axes, weighted_values
 from .states import (
@@ -218,18 +218,22 @@ def scattered_largest(c: Operation) -> State | None:
     state, dim, index = c.look(c.args[3]), c.args[1], c.args[2]
     if not isinstance(state, TopScores) or dim % c.out.dim() != state.dim or c.out.shape != state.held.shape:
         return None
-    if index is not state.index and not (index.shape == state.index.shape and torch.equal(index, state.index)):
+    if index is not state.index and not (index.shape == state.index.shape and decide(torch.equal, index, state.index)):
         return None
     left = torch.ones(c.out.shape, dtype=torch.bool, device=c.out.device).scatter_(state.dim, index, False)
     scores = state.of.but(fills=[*state.of.fills, Term(left, state.of.origin)], finite=None)
     rest = c.out[left]
     if state.weights:
-        if bool((rest != 0).any()):
+        if not decide(is_zero, rest):
             return None
         made = new_weights(scores, state.of.origin, state.of.origin, state.dim, state.held)
         made.use = state.use
         return made
-    return scores.but() if bool((rest <= FILL).all()) else None
+    return scores.but() if decide(_is_masked, rest) else None
+
+
+def _is_masked(x: Tensor) -> bool:
+    return bool((x <= FILL).all())
 
 
 def denominator(c: Operation) -> State | None:
@@ -450,7 +454,7 @@ def masked_weights(c: Operation) -> State | None:
 def where_weights(c: Operation) -> State | None:
     """``where`` of weights and zeros: weights set to 0 where masked."""
     others = [x for x in c.args if x is not c.x and not (isinstance(x, Tensor) and x.dtype == torch.bool)]
-    zeros = all(number(x) == 0 if not isinstance(x, Tensor) else not bool(x.any()) for x in others)
+    zeros = all(number(x) == 0 if not isinstance(x, Tensor) else decide(is_zero, x) for x in others)
     return same_state(c) if zeros and isinstance(c.out, Tensor) and c.out.shape == c.x.shape else mixed_weights(c)
 
 

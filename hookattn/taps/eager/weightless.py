@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .axis_history import Atom
+from .operation import decide, is_zero
 from .products import Label, Product
 from .states import Pairwise, Scores, State
 
@@ -71,7 +72,7 @@ def _corrected(state: State | None) -> bool:
     if not isinstance(state, Scores) or _JOINS.isdisjoint(state.opaque):
         return False
     of = state.product
-    return any(not isinstance(x, nn.Parameter) and not bool(x.any()) for x in (of.a, of.b))
+    return any(not isinstance(x, nn.Parameter) and decide(is_zero, x) for x in (of.a, of.b))
 
 
 def _at_each_position(shared: Sequence[Sequence[Atom] | None]) -> bool:

@@ -1,0 +1,447 @@
+"""What is learned of a model's operations: a tree of steps, whose paths are the runs that were seen.
+
+A run is a piece of what a model does: all operations in an attention site, or, of a model that is watched as a whole,
+those from one attention call to the next. Each of its tensors has a number, its *slot*: what comes from outside when
+it is first used, results as they are made. A :class:`Step` is one operation on slots. Runs that begin alike share
+their first steps, and where they differ the tree branches.
+
+Nothing here holds a tensor, a module or a value of one. What a model decides by value is in :attr:`Step.asked`, and is
+asked again in every run.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...torch_internals.transforms import is_wrapped
+from .assemble import CallBuilder, Ingredients
+from .axis_history import Atom, Origin
+from .entries import Entries
+from .operation import OperationKind
+from .products import Product
+
+# Of an argument or a result: a constant; the tensor of a slot; a new tensor, from outside or made by the operation,
+# which has a slot from then on (Outside, Result); a list or tuple of these.
+CONSTANT, SLOT, NEW, SEVERAL = range(4)
+Pattern = tuple[int, Any]
+
+_CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
+)
+
+
+class Unlearnable(Exception):
+    """What ran can't be recognised again; the message says why. Never leaves the follower."""
+
+
+class Outside(NamedTuple):
+    """What is known of a tensor that comes from outside of a run.
+
+    Attributes:
+        slot: its slot.
+        shape: its shape.
+        dtype: its dtype.
+        device: its device.
+        stride: its strides; of a parameter None, since nothing depends on them.
+        origin: where its axes come from; None: nothing was known of them when it was first used.
+    """
+
+    slot: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...] | None
+    origin: Origin | None
+
+
+class Result(NamedTuple):
+    """What is known of a tensor that an operation makes.
+
+    Attributes:
+        slot: its slot.
+        shape: its shape.
+        dtype: its dtype.
+        stride: its strides.
+    """
+
+    slot: int
+    shape: torch.Size
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+
+class Asked(NamedTuple):
+    """Something that was decided by the values of tensors.
+
+    Attributes:
+        ask: the question.
+        slots: of the tensors.
+        answer: what was decided.
+    """
+
+    ask: Callable[..., Any]
+    slots: tuple[int, ...]
+    answer: Any
+
+
+class Made(NamedTuple):
+    """An attention call that was complete after a step.
+
+    Attributes:
+        builder: brings its tensors into B H T S.
+        slots: for each of :class:`~.assemble.Ingredients` the slots of its tensors.
+        softmax: the number of the step in which the softmax ran.
+    """
+
+    builder: CallBuilder
+    slots: dict[str, Any]
+    softmax: int
+
+
+class Told(NamedTuple):
+    """Attention that was told of and not read, after a step."""
+
+    reason: str
+
+
+class End(NamedTuple):
+    """What was there when a run ended.
+
+    Attributes:
+        known: the slots of tensors of which it is known since where their axes come from, and that.
+        parts: the slots of tensors that were part of an attention.
+        unclear: the slots of tensors that were gone, of which it was known where their axes come from.
+        maps: what tells each learned map that was applied from others, and its slot.
+    """
+
+    known: tuple[tuple[int, Origin], ...]
+    parts: tuple[int, ...]
+    unclear: tuple[int, ...]
+    maps: dict[Any, int]
+
+
+class Step:
+    """One operation of a run.
+
+    Attributes:
+        func: the function.
+        name: its name.
+        kind: its row in the table of operations.
+        args: the patterns of its arguments.
+        kwargs: those of its keyword arguments.
+        out: that of its result; tensors that it makes are :class:`Result`.
+        number: how many steps are before it.
+        next: the steps that came after it.
+        drops: the slots that no operation after it needs.
+        guards: of an operation that writes to memory: the slots that must not lie in it. None: it does not write.
+        asked: what was decided by values.
+        where: whether the path of the running module was asked for.
+        watched: the slots of which it is noted how often they were written to.
+        addresses: the slots of which it is noted where they lie, since a map is told from others by that.
+        effects: the calls that were complete after it, and what else was told.
+        end: what there was when a run ended after it; None: none did.
+        hopeless: how many runs that begin with it could not be learned, since one was.
+        pairs: whether it takes something from outside of which it is known where its axes come from.
+        extra: whether there is more to it than its operation; filled by :meth:`settle`.
+        waits: whether a softmax ran until then of which nothing came yet.
+        follows: whether what comes after it is followed, and not learned.
+    """
+
+    __slots__ = (
+        "addresses",
+        "args",
+        "asked",
+        "drops",
+        "effects",
+        "end",
+        "extra",
+        "follows",
+        "func",
+        "guards",
+        "hopeless",
+        "kind",
+        "kwargs",
+        "name",
+        "next",
+        "number",
+        "out",
+        "pairs",
+        "waits",
+        "watched",
+        "where",
+    )
+
+    def __init__(
+        self,
+        func: Any,
+        name: str,
+        kind: OperationKind,
+        args: tuple[Pattern, ...],
+        kwargs: dict[str, Pattern],
+        out: Pattern,
+        number: int,
+    ):
+        self.func, self.name, self.kind = func, name, kind
+        self.args, self.kwargs, self.out, self.number = args, kwargs, out, number
+        self.next: list[Step] = []
+        self.drops: list[int] = []
+        self.guards: tuple[int, ...] | None = None
+        self.asked: tuple[Asked, ...] = ()
+        self.where = False
+        self.watched: list[int] = []
+        self.addresses: list[int] = []
+        self.effects: list[Made | Told] = []
+        self.end: End | None = None
+        self.hopeless = 0
+        self.follows = False
+        self.waits = False
+        given = new_in((*args, *kwargs.values()))
+        self.pairs = any(one.origin is not None for one in given)
+        self.extra = True
+
+    def settle(self) -> None:
+        """The run that it is of was learned: see whether there is more to do than to run it."""
+        self.extra = bool(
+            self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
+        )
+
+    def slots(self) -> set[int]:
+        """Of all tensors that it takes or makes."""
+        return {*slots_in((*self.args, *self.kwargs.values(), self.out))}
+
+
+class Beginning:
+    """Where the runs of a kind begin.
+
+    Attributes:
+        first: their first steps.
+        whole: whether something of one attention is used after another is complete, so that a run goes on.
+    """
+
+    __slots__ = ("first", "whole")
+
+    def __init__(self) -> None:
+        self.first: list[Step] = []
+        self.whole = False
+
+
+class Recipes:
+    """What was learned of one model.
+
+    Attributes:
+        steps: how many there are.
+        busy: held while a trace uses them; another of the same model at the same time goes without.
+    """
+
+    # A step of a hand-written model takes a kilobyte or two. A model whose lengths change with every forward (a
+    # generation) has new ones each time, and forgets them all when there are so many.
+    LIMIT = 20_000
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()
+        self.steps = 0
+        self._beginnings: dict[object, Beginning] = {}
+
+    def beginning(self, key: object) -> Beginning:
+        """Where the runs of a kind begin, which ``key`` tells from others."""
+        if self.steps > self.LIMIT:
+            self._beginnings.clear()
+            self.steps = 0
+        found = self._beginnings.get(key)
+        if found is None:
+            found = self._beginnings[key] = Beginning()
+        return found
+
+
+_OF: weakref.WeakKeyDictionary[nn.Module, Recipes] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def recipes_of(model: nn.Module) -> Recipes | None:
+    """What was learned of a model, forgotten with it; None: it can't be told from others."""
+    try:
+        with _LOCK:
+            found = _OF.get(model)
+            if found is None:
+                found = _OF[model] = Recipes()
+            return found
+    except TypeError:  # a class with an equality of its own and no hash
+        return None
+
+
+# Patterns
+
+
+def pattern_of(x: Any, slot_of: Callable[[Tensor], Pattern]) -> Pattern:
+    """The pattern of an argument.
+
+    Raises:
+        Unlearnable: it is something that can't be compared.
+    """
+    if isinstance(x, Tensor):
+        return slot_of(x)
+    if type(x) in (list, tuple):
+        inner = tuple(pattern_of(one, slot_of) for one in x)
+        if all(code == CONSTANT for code, _ in inner):
+            return CONSTANT, x if type(x) is tuple else list(x)
+        return SEVERAL, (type(x), inner)
+    if isinstance(x, _CONSTANTS) or (type(x) is slice and all(type(i) in (int, type(None)) for i in _bounds(x))):
+        return CONSTANT, x
+    raise Unlearnable(f"an argument of type {type(x).__name__}")
+
+
+def _bounds(x: slice) -> tuple[Any, Any, Any]:
+    return x.start, x.stop, x.step
+
+
+def same_constant(x: Any, want: Any) -> bool:
+    """Whether an argument is a constant of a step; 1, 1.0 and True are three."""
+    if x is want:
+        return True
+    if type(x) is not type(want):
+        return False
+    if type(x) in (list, tuple):
+        return len(x) == len(want) and all(map(same_constant, x, want))
+    return bool(x == want)
+
+
+def outside_of(slot: int, x: Tensor, origin: Origin | None) -> Outside:
+    """What is known of a tensor that comes from outside.
+
+    Raises:
+        Unlearnable: it is no plain tensor.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
+        raise Unlearnable("a tensor that is none of torch's own")
+    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin)
+
+
+def result_of(slot: int, x: Tensor) -> Result:
+    """What is known of a tensor that an operation made.
+
+    Raises:
+        Unlearnable: it is no plain tensor.
+    """
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
+        raise Unlearnable("a tensor that is none of torch's own")
+    return Result(slot, x.shape, x.dtype, x.stride())
+
+
+def new_in(patterns: Iterable[Pattern]) -> Iterator[Any]:
+    """What is known of the tensors that have a slot since."""
+    for code, want in patterns:
+        if code == NEW:
+            yield want
+        elif code == SEVERAL:
+            yield from new_in(want[1])
+
+
+def slots_in(patterns: Iterable[Pattern]) -> Iterator[int]:
+    """The slots of all tensors."""
+    for code, want in patterns:
+        if code == SLOT:
+            yield want
+        elif code == NEW:
+            yield want.slot
+        elif code == SEVERAL:
+            yield from slots_in(want[1])
+
+
+# What a state holds
+
+
+def tensors_in(thing: Any) -> Iterator[Tensor]:
+    """Every tensor that a state holds, in whatever it is made of."""
+    seen: set[int] = set()
+    waiting: list[Any] = [thing]
+    while waiting:
+        one = waiting.pop()
+        if one is None or isinstance(one, (str, int, float, Origin, Atom, type, torch.dtype)) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting.extend(one)
+        elif isinstance(one, dict):
+            waiting.extend(one.values())
+        elif isinstance(one, Product):
+            waiting += one.a, one.b
+        elif isinstance(one, Entries):
+            waiting += one.make, one.of, one.source
+        elif isinstance(one, functools.partial):
+            waiting += one.func, one.args, one.keywords
+        elif isinstance(one, types.FunctionType):
+            waiting += [cell.cell_contents for cell in one.__closure__ or ()]
+        elif is_dataclass(one):
+            waiting += [getattr(one, f.name) for f in fields(one)]
+
+
+class Slot(NamedTuple):
+    """A slot, where it stands beside numbers."""
+
+    number: int
+
+
+def numbers_in(slots: dict[str, Any]) -> Iterator[int]:
+    """The slots of all tensors of a call."""
+    for x in slots.values():
+        for one in x if type(x) is list else [x]:
+            if type(one) is Slot:
+                yield one.number
+
+
+def slots_of(given: Ingredients, slot: Callable[[Tensor], int]) -> dict[str, Any]:
+    """For each ingredient of a call the slots of its tensors; what is no tensor stays what it is.
+
+    Raises:
+        Unlearnable: one of them is no tensor of the run.
+    """
+
+    def of(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return Slot(slot(x))
+        return [of(one) for one in x] if isinstance(x, (list, tuple)) else x
+
+    return {f.name: of(getattr(given, f.name)) for f in fields(given) if f.name != "untouched"}
+
+
+def filled(slots: dict[str, Any], tensors: Sequence[Any], untouched: bool, finite: bool) -> Ingredients:
+    """The ingredients of a call, out of the tensors of a run.
+
+    Args:
+        slots: as :func:`slots_of` gave them.
+        tensors: by slot.
+        untouched: whether the operands were not written to since.
+        finite: whether the finite scores were not.
+    """
+
+    def of(x: Any) -> Any:
+        if type(x) is Slot:
+            return tensors[x.number]
+        return [of(one) for one in x] if type(x) is list else x
+
+    made = Ingredients(untouched=untouched, **{name: of(x) for name, x in slots.items()})
+    if not finite:
+        made.finite = None
+    return made
