@@ -8,7 +8,8 @@ when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from .axis_history import Atom, Birth, Cut, Layout, Origin, broadcast, keep_dims
@@ -61,34 +62,31 @@ def maps_in(origins: Iterable[Origin]) -> set[Any]:
 
 
 class Correspondence:
-    """Which axis of a run is which of the recipe's.
+    """Which axis of a run is which of the recipe's."""
 
-    Args:
-        map_here: of what tells a learned map of the recipe from others, what tells that of the run; None: it is none
-            of those that the recipe itself applies.
-    """
+    __slots__ = ("_atoms", "_maps", "_maps_taken", "_origins", "_pictures", "_taken", "_turned")
 
-    __slots__ = ("_atoms", "_map_here", "_maps", "_maps_taken", "_origins", "_taken")
-
-    def __init__(self, map_here: Callable[[Any], Any]):
+    def __init__(self, turned: bool = False) -> None:
+        self._turned = turned
         self._atoms: dict[Atom, Atom] = {}
         self._taken: dict[Atom, Atom] = {}  # the other way round
         self._maps: dict[Any, Any] = {}
         self._maps_taken: dict[Any, Any] = {}
         self._origins: dict[int, tuple[Origin, Origin]] = {}
-        self._map_here = map_here
+        # Weakly: a picture knows whose it is, and of what it is.
+        self._pictures: dict[int, weakref.ref[Picture]] = {}
 
     def copy(self) -> Correspondence:
         """As it is now: what is paired since can be let go of."""
-        other = Correspondence(self._map_here)
+        other = Correspondence()
         other._atoms, other._taken = dict(self._atoms), dict(self._taken)
         other._maps, other._maps_taken = dict(self._maps), dict(self._maps_taken)
         other._origins = dict(self._origins)
         return other
 
     def turned(self) -> Correspondence:
-        """The other way round: which axis of the recipe is which of the run."""
-        other = Correspondence(lambda here: here)
+        """The other way round: which axis of the recipe is which of the run. What only the run has stays what it is."""
+        other = Correspondence(turned=True)
         other._atoms, other._taken = dict(self._taken), dict(self._atoms)
         other._maps, other._maps_taken = dict(self._maps_taken), dict(self._maps)
         other._origins = {id(here): (here, learned) for learned, here in self._origins.values()}
@@ -138,20 +136,28 @@ class Correspondence:
         self._atoms[a], self._taken[b] = b, a
         if not (a.maps is b.maps or self._pair_maps(a.maps, b.maps)):
             return False
-        if len(a.beside) != len(b.beside) or len(a.beside) > 1:  # of several nothing tells which is which
-            return False
         return (
             self._pair_atoms(a.parent, b.parent)
             and self._pair_atoms(a._root, b._root)
             and self._pair_atoms(a.through, b.through)
-            and all(map(self._pair_atoms, a.beside, b.beside))
+            and (a.beside is b.beside or self._pair_beside(a.beside, b.beside))
         )
 
+    def _pair_beside(self, one: frozenset[Atom], other: frozenset[Atom]) -> bool:
+        left = [a for a in one if a not in self._atoms]
+        taken = {self._atoms[a] for a in one if a in self._atoms}
+        right = [b for b in other if b not in taken]
+        # Of several nothing tells which is which.
+        return taken <= other and len(left) == len(right) < 2 and all(map(self._pair_atoms, left, right))
+
     def _pair_maps(self, one: frozenset[Any], other: frozenset[Any]) -> bool:
+        for m in one & other:  # the same layer as then
+            if m not in self._maps and m not in self._maps_taken:
+                self._maps[m] = self._maps_taken[m] = m
         left = [m for m in one if m not in self._maps]
         taken = {self._maps[m] for m in one if m in self._maps}
         right = [m for m in other if m not in taken]
-        if not taken <= other or len(left) != len(right) or len(left) > 1:
+        if not taken <= other or len(left) != len(right) or len(left) > 1:  # of several nothing tells which is which
             return False
         for a, b in zip(left, right, strict=True):
             if b in self._maps_taken:
@@ -159,18 +165,23 @@ class Correspondence:
             self._maps[a], self._maps_taken[b] = b, a
         return True
 
-    def meets(self, learned: Any, here: Any) -> bool:
-        """Whether a learned map that the run applies is what the recipe's is to the axes that were given."""
-        return bool(self._maps.get(learned, here) == here and self._maps_taken.get(here, learned) == learned)
+    def apply(self, learned: Any, here: Any) -> None:
+        """The run applied a learned map where the recipe applied another; what tells each from others."""
+        self._maps.setdefault(learned, here)
 
     # What a run makes
 
     def origin(self, learned: Origin) -> Origin:
         """The run's origin that is the recipe's ``learned``."""
         known = self._origins.get(id(learned))
-        if known is None:
-            known = self._origins[id(learned)] = learned, Picture(learned, self)
-        return known[1]
+        if known is not None:
+            return known[1]
+        picture = self._pictures.get(id(learned))
+        made = None if picture is None else picture()
+        if made is None:
+            made = Picture(learned, self)
+            self._pictures[id(learned)] = weakref.ref(made)
+        return made
 
     def layout(self, learned: Layout) -> Layout:
         """The axes of the run that are those of the recipe."""
@@ -194,7 +205,9 @@ class Correspondence:
 
     def _map(self, learned: Any) -> Any:
         here = self._maps.get(learned)
-        return self._map_here(learned) if here is None else here
+        if here is not None:
+            return here
+        return learned if self._turned else (id(self), learned)  # of something that is not there any more
 
 
 class Picture(Origin):
@@ -205,7 +218,7 @@ class Picture(Origin):
         by: which axis is which.
     """
 
-    __slots__ = ("_by", "_learned")
+    __slots__ = ("__weakref__", "_by", "_learned")
 
     def __init__(self, learned: Origin, by: Correspondence):
         self._learned, self._by = learned, by

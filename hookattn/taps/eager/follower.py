@@ -296,7 +296,8 @@ class Follower(TorchFunctionMode):
             self.interpreting = False
         if call.piece is not None:
             call.piece = call.piece._replace(whole=run.here.origin(cast(Origin, call.piece.whole)))
-        call.path = around(run.wheres.get(made.softmax), self.recorder.where())
+        softmax = None if made.softmax is None else run.wheres[made.softmax]
+        call.path = around(softmax, self.recorder.where())
         self.recorder.record(call)
 
     def _learn(
@@ -310,7 +311,7 @@ class Follower(TorchFunctionMode):
         except Unlearnable as why:
             self._give_up(run, why)
             return self._watch(known, func, args, kwargs)
-        before = DECISIONS.noted
+        before, steps = DECISIONS.noted, len(run.path)
         noted: list[Any] = []
         DECISIONS.noted = noted
         count = len(self.uses)
@@ -333,16 +334,22 @@ class Follower(TorchFunctionMode):
             run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
             run.effects(step, self._happened)
         except Unlearnable as why:
-            self._give_up(run, why)
+            self._give_up(run, why, steps)
             return out
         if self._several and self._happened and not run.beginning.whole and not run.waits():
             self._end_run()
             self._new_run()
         return out
 
-    def _give_up(self, run: Run, why: Unlearnable) -> None:
-        """What runs here can't be learned: it is followed, to where the next run begins."""
-        run.give_up()
+    def _give_up(self, run: Run, why: Unlearnable, steps: int | None = None) -> None:
+        """What runs here can't be learned: it is followed, to where the next run begins.
+
+        Args:
+            run: the run.
+            why: what is in the way.
+            steps: so many steps are learned all the same; None: those that there are.
+        """
+        run.give_up(len(run.path) if steps is None else steps)
         if str(why) == PART:
             run.beginning.whole = True
         if self.run is run:
@@ -381,7 +388,9 @@ class Follower(TorchFunctionMode):
                 self._give_up(run, why)
                 return
             for slot in end.parts:
-                self._is_of(run.tensor(slot), run)
+                x = run.tensor(slot)
+                if x is not None:
+                    self._is_of(x, run)
             return
         assert end is not None
         for x in run.finish(end):

@@ -110,12 +110,12 @@ class Made(NamedTuple):
     Attributes:
         builder: brings its tensors into B H T S.
         slots: for each of :class:`~.assemble.Ingredients` the slots of its tensors.
-        softmax: the number of the step in which the softmax ran.
+        softmax: the number of the step in which the softmax ran; None: it does not count where.
     """
 
     builder: CallBuilder
     slots: dict[str, Any]
-    softmax: int
+    softmax: int | None
 
 
 class Told(NamedTuple):
@@ -417,13 +417,19 @@ def slots_of(given: Ingredients, slot: Callable[[Tensor], int]) -> dict[str, Any
     Raises:
         Unlearnable: one of them is no tensor of the run.
     """
+    return {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
 
-    def of(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return Slot(slot(x))
-        return [of(one) for one in x] if isinstance(x, (list, tuple)) else x
 
-    return {f.name: of(getattr(given, f.name)) for f in fields(given) if f.name != "untouched"}
+def _slots_of(x: Any, slot: Callable[[Tensor], int]) -> Any:
+    if isinstance(x, Tensor):
+        return Slot(slot(x))
+    return [_slots_of(one, slot) for one in x] if isinstance(x, (list, tuple)) else x
+
+
+def _tensors_of(x: Any, tensors: Sequence[Any]) -> Any:
+    if type(x) is Slot:
+        return tensors[x.number]
+    return [_tensors_of(one, tensors) for one in x] if type(x) is list else x
 
 
 def filled(slots: dict[str, Any], tensors: Sequence[Any], untouched: bool, finite: bool) -> Ingredients:
@@ -435,13 +441,7 @@ def filled(slots: dict[str, Any], tensors: Sequence[Any], untouched: bool, finit
         untouched: whether the operands were not written to since.
         finite: whether the finite scores were not.
     """
-
-    def of(x: Any) -> Any:
-        if type(x) is Slot:
-            return tensors[x.number]
-        return [of(one) for one in x] if type(x) is list else x
-
-    made = Ingredients(untouched=untouched, **{name: of(x) for name, x in slots.items()})
+    made = Ingredients(untouched=untouched, **{name: _tensors_of(x, tensors) for name, x in slots.items()})
     if not finite:
         made.finite = None
     return made

@@ -9,7 +9,7 @@ learned as a branch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -82,7 +82,7 @@ class Run:
         self.next = beginning.first
         self.tensors: list[Any] = []
         self.learning = not beginning.first
-        self.here = Correspondence(self._map_here)
+        self.here = Correspondence()
         self.wheres: dict[int, str | None] = {}
         self._recipes, self._origins, self._is_part = recipes, origins, is_part
         self._ids: set[int] = set()
@@ -230,8 +230,12 @@ class Run:
         count = sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out)))
         del self.tensors[count:]
 
-    def give_up(self) -> None:
-        """It can't be learned, or not further than to here."""
+    def give_up(self, number: int) -> None:
+        """It can't be learned, or not further than before the step of a number."""
+        if len(self.path) > number:
+            self.path.pop()
+            before = self.path[-1].next if self.path else self.beginning.first
+            before.pop()
         if self.path:
             self.path[0].hopeless += 1
             self.path[-1].follows = self.path[-1].extra = True
@@ -263,16 +267,12 @@ class Run:
         seen = self._versions.get(slot)
         return seen is None or seen[-1] == version_of(self.tensor(slot))
 
-    def _map_here(self, learned: Any) -> Any:
-        """What tells a learned map of this run from others, by what tells the recipe's."""
-        end = self.path[-1].end if self.path else None
-        slot = None if end is None else end.maps.get(learned)
-        if slot is None:  # of something that is not there any more
-            return id(self), learned
+    def _map(self, slot: int) -> Any:
+        """What tells the learned map that a tensor is from others."""
         if slot in self._addresses:
             return self._addresses[slot]
         x = self.tensor(slot)
-        return map_of(x) if x is not None else (id(self), slot)
+        return (id(self), slot) if x is None else map_of(x)
 
     def finish(self, end: End) -> Iterator[Tensor]:
         """A run ended as one did before: say where the axes of its tensors come from.
@@ -281,6 +281,8 @@ class Run:
             The tensors that are part of an attention.
         """
         origins = self._origins
+        for key, slot in end.maps.items():
+            self.here.apply(key, self._map(slot))
         for slot, learned in end.known:
             x = self.tensor(slot)
             if x is not None:
@@ -298,25 +300,26 @@ class Run:
 
     def past(self) -> Iterator[tuple[Step, Sequence[Any], dict[str, Any], Any]]:
         """The operations that ran, each with its arguments and its result; for a tensor that is gone stands another."""
-
-        def of(code: int, want: Any) -> Any:
-            if code == CONSTANT:
-                return want
-            if code == SEVERAL:
-                cls, inner = want
-                return _several(cls, [of(*one) for one in inner])
-            slot = want if code == SLOT else want.slot
-            x = self.tensor(slot)
-            if x is None:
-                x = self.tensors[slot] = _stand_in(known[slot])
-            return x
-
         known: dict[int, Outside | Result] = {}
         for step in self.path:
             known.update((one.slot, one) for one in new_in((*step.args, *step.kwargs.values(), step.out)))
-            args = [of(*one) for one in step.args]
-            kwargs = {name: of(*one) for name, one in step.kwargs.items()}
-            yield step, args, kwargs, of(*step.out)
+            args = [self._past(code, want, known) for code, want in step.args]
+            kwargs = {name: self._past(code, want, known) for name, (code, want) in step.kwargs.items()}
+            code, want = step.out
+            yield step, args, kwargs, self._past(code, want, known)
+
+    def _past(self, code: int, want: Any, known: Mapping[int, Outside | Result]) -> Any:
+        if code == CONSTANT:
+            return want
+        if code == SEVERAL:
+            cls, inner = want
+            values = [self._past(kind, one, known) for kind, one in inner]
+            return cls(*values) if hasattr(cls, "_fields") else cls(values)
+        slot = want if code == SLOT else want.slot
+        x = self.tensor(slot)
+        if x is None:
+            x = self.tensors[slot] = _stand_in(known[slot])
+        return x
 
     def learn(self) -> None:
         """Go on by learning; all that ran has been followed."""
@@ -500,7 +503,7 @@ class Run:
                 step.effects.append(Told(one))
                 continue
             builder, use = one
-            if not builder.again or use is None or id(use) not in self._softmaxes:
+            if not builder.again or (use is not None and id(use) not in self._softmaxes):
                 raise Unlearnable("a call that is not made of views of its tensors alone")
             slots = slots_of(builder.given, self.slot)
             if id(builder.product) not in self._products:
@@ -509,8 +512,9 @@ class Run:
                 self._watch(self._products[id(builder.product)][1], slots[side].number)
             if slots["finite"] is not None:
                 self._watch(self._finite[slots["finite"].number], slots["finite"].number)
-            softmax = self._softmaxes[id(use)][1]
-            self.path[softmax].where = True
+            softmax = None if use is None else self._softmaxes[id(use)][1]
+            if softmax is not None:
+                self.path[softmax].where = True
             step.effects.append(Made(builder, slots, softmax))
             self._needed |= {*numbers_in(slots)}
 
@@ -573,10 +577,6 @@ class Run:
 
 
 PART = "part of an attention of which another part ran before"
-
-
-def _several(cls: type, values: list[Any]) -> Any:
-    return cls(*values) if hasattr(cls, "_fields") else cls(values)
 
 
 def _stand_in(want: Outside | Result) -> Tensor:
