@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -120,7 +120,10 @@ class Session:
             another's kernel compares it before and after: the kernel inside may be any, and a count is the one trace
             that all of them leave.
         listened: whether there is a listener.
+        follower_class: of the function mode.
     """
+
+    follower_class: ClassVar[type[Follower]] = Follower
 
     def __init__(
         self,
@@ -221,7 +224,7 @@ class Session:
     @cached_property
     def _follower(self) -> Follower:
         """The function mode, made when it is first needed."""
-        follower = Follower(self, kernels())
+        follower = self.follower_class(self, kernels())
         recipes = None if self.shapes_only or self._layouts is not None else recipes_of(self.plan.model)
         if recipes is not None and not self._adapter_layouts and recipes.busy.acquire(blocking=False):
             follower.recipes = recipes

@@ -88,11 +88,11 @@ class Run:
         self._ids: set[int] = set()
         self._versions: dict[int, list[int]] = {}  # by slot, of each that is watched, in the order of the steps
         self._addresses: dict[int, Any] = {}
+        self._came_with: dict[int, Origin] = {}  # by slot, what was known of a tensor from outside
         # While it is learned:
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
         self._given: dict[int, Outside] = {}
-        self._came_with: dict[int, Origin] = {}  # by slot, what was known of a tensor from outside
         self._needed: set[int] = set()  # by a state
         self._last: dict[int, int] = {}  # by slot, the last step that needs it
         self._products: dict[int, tuple[Product, int]] = {}  # by its identity, and the step that made it
@@ -174,6 +174,8 @@ class Run:
                 return False
         elif not self.here.pair(want.origin, origin):
             return False
+        else:
+            self._came_with[want.slot] = origin
         self.tensors.append(x)
         self._ids.add(key)
         return True
@@ -319,6 +321,8 @@ class Run:
         x = self.tensor(slot)
         if x is None:
             x = self.tensors[slot] = _stand_in(known[slot])
+            if slot in self._came_with:
+                self._origins.set(x, self._came_with[slot])
         return x
 
     def learn(self) -> None:
@@ -335,8 +339,6 @@ class Run:
             self._last.update(dict.fromkeys(step.slots(), step.number))
             for one in new_in((*step.args, *step.kwargs.values())):
                 self._given[one.slot] = one
-                if one.origin is not None:
-                    self._came_with[one.slot] = self.here.origin(one.origin)
         self._back, self._fork = self.here.turned(), len(self.path)
 
     # Learning
@@ -582,5 +584,5 @@ PART = "part of an attention of which another part ran before"
 def _stand_in(want: Outside | Result) -> Tensor:
     """A tensor without values for one that is gone: nothing but its shape is asked for."""
     if want.stride is None:
-        return torch.empty(want.shape, dtype=want.dtype, device="meta")
+        return nn.Parameter(torch.empty(want.shape, dtype=want.dtype, device="meta"), requires_grad=False)
     return torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device="meta")
