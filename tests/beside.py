@@ -65,7 +65,12 @@ class Checked(Follower):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = self.operations.get(func) or self._operation(func)
-        if not known[0] or known[1] is not None or self._inner:
+        if known[1] is not None:  # a kernel's tap, that tells by itself
+            try:
+                return super().__torch_function__(func, types, args, kwargs)
+            finally:
+                self.recorder.told.clear()  # type: ignore[attr-defined]
+        if not known[0] or self._inner:
             return super().__torch_function__(func, types, args, kwargs)
         name, _, special, kind = known
         other, given = self.other, kwargs or {}
@@ -113,7 +118,7 @@ class Checked(Follower):
         super()._end_run()
         end = run.path[-1].end if run is not None and run.path else None
         if run is not None and end is not None:  # what the other follower alone keeps alive
-            self.excused = [weakref.ref(x) for slot in end.unclear if (x := run.tensor(slot)) is not None]
+            self.excused += [weakref.ref(x) for slot in end.unclear if (x := run.tensor(slot)) is not None]
         if self.run is None and not self._inner:
             self._compare_axes()
 

@@ -359,7 +359,7 @@ class Follower(TorchFunctionMode):
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
         for step, args, kwargs, out in run.past():
-            self.past = run, step.number
+            self.past, DECISIONS.answers = (run, step.number), [asked.answer for asked in step.asked]
             count = len(self.uses)
             try:
                 if step.func is seed_axes:
@@ -367,7 +367,7 @@ class Follower(TorchFunctionMode):
                 else:
                     self.after(self.before(step.name, step.func, args, kwargs), out)
             finally:
-                self.past = None
+                self.past = DECISIONS.answers = None
             run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
         run.learn()
         self.run = run

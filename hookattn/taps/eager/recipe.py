@@ -161,6 +161,7 @@ class Step:
         effects: the calls that were complete after it, and what else was told.
         end: what there was when a run ended after it; None: none did.
         hopeless: how many runs that begin with it could not be learned, since one was.
+        reads: whether it reads an attribute (``x.mT``), whose function is another object each time.
         pairs: whether it takes something from outside of which it is known where its axes come from.
         extra: whether there is more to it than its operation; filled by :meth:`settle`.
         waits: whether a softmax ran until then of which nothing came yet.
@@ -186,6 +187,7 @@ class Step:
         "number",
         "out",
         "pairs",
+        "reads",
         "waits",
         "watched",
         "where",
@@ -215,6 +217,7 @@ class Step:
         self.hopeless = 0
         self.follows = False
         self.waits = False
+        self.reads = type(func) is types.MethodWrapperType
         given = new_in((*args, *kwargs.values()))
         self.pairs = any(one.origin is not None for one in given)
         self.extra = True

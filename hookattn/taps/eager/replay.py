@@ -108,7 +108,7 @@ class Run:
     def expect(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
         """The step that an operation is; None: none of those that are expected."""
         for step in self.next:
-            if step.func is not func or len(args) != len(step.args) or len(kwargs) != len(step.kwargs):
+            if (step.func is not func and not (step.reads and step.func == func)) or len(args) != len(step.args) or len(kwargs) != len(step.kwargs):
                 continue
             count = len(self.tensors)
             before = self.here.copy() if step.pairs else None
