@@ -79,6 +79,7 @@ def seed_axes(x: Tensor, roles: str) -> None:
 _NONE: dict[str, Any] = {}
 # Runs that begin alike and could so often not be learned are followed, and not tried again.
 _TRIES = 2
+_OVERWRITTEN = "what an operation overwrites is needed still"
 
 
 class _Followed(NamedTuple):
@@ -358,6 +359,7 @@ class Follower(TorchFunctionMode):
     def _catch_up(self, run: Run) -> None:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
+        run.recall()
         for step, args, kwargs, out in run.past():
             self.past, DECISIONS.answers = (run, step.number), [asked.answer for asked in step.asked]
             count = len(self.uses)
@@ -369,7 +371,7 @@ class Follower(TorchFunctionMode):
             finally:
                 self.past = DECISIONS.answers = None
             run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
-        run.learn()
+        run.let_go()
         self.run = run
 
     def _end_run(self) -> None:
@@ -538,6 +540,8 @@ class Follower(TorchFunctionMode):
         if kind.product:
             moved = rearranges(args) if name == "einsum" else None
             if moved is None:  # parsed before it runs: baddbmm_ writes to what it adds
+                if writes_to(name, args, kwargs):
+                    self._unlearnable = _OVERWRITTEN
                 return _Begun(name, kind, func, args, kwargs, parsed=parse_product(name, args, kwargs))
             func, args, kind = rearrange, moved, REARRANGED
         found = self._followed(kind, args, kwargs) if self.live else None
@@ -792,14 +796,15 @@ class Follower(TorchFunctionMode):
         """
         if found is not None and isinstance(found.state, Weights) and kind.drops_out and found.state.own is None:
             found.state.own = (found.x.clone(), found.state.origin)
+            self._unlearnable = _OVERWRITTEN
         x = _target(args, kwargs)
         if not strided(x):
             return
         storage = storage_of(x)
         for _, state in list(self.live.values()):
             scores = state if isinstance(state, Scores) else getattr(state, "of", getattr(state, "scores", None))
-            if scores is not None:
-                scores.product.keep(storage)
+            if scores is not None and scores.product.keep(storage):
+                self._unlearnable = _OVERWRITTEN
 
     def _mark_sharing(self, x: Tensor) -> None:
         """``x`` was written to: mark all other scores that lie in the same memory as overwritten."""

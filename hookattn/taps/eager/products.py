@@ -131,15 +131,14 @@ class Product:
         """Whether neither operand was written to since."""
         return self.versions == (version_of(self.a), version_of(self.b))
 
-    def keep(self, storage: int) -> None:
-        """The memory at ``storage`` is about to be written to: copy an operand that lies in it."""
+    def keep(self, storage: int) -> bool:
+        """The memory at ``storage`` is about to be written to: copy an operand that lies in it; whether one does."""
         if not self.untouched:
-            return
-        if storage_of(self.a) == storage:
-            self.a = self.a.clone()
-        if storage_of(self.b) == storage:
-            self.b = self.b.clone()
+            return False
+        before = self.a, self.b
+        self.a, self.b = (x.clone() if storage_of(x) == storage else x for x in before)
         self.versions = (version_of(self.a), version_of(self.b))
+        return self.a is not before[0] or self.b is not before[1]
 
     def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:
         """The layout of the result, worked out once; fills :attr:`axes` and :attr:`matched`.

@@ -321,25 +321,27 @@ class Run:
         x = self.tensor(slot)
         if x is None:
             x = self.tensors[slot] = _stand_in(known[slot])
+            self._slots[id(x)] = slot
             if slot in self._came_with:
                 self._origins.set(x, self._came_with[slot])
         return x
 
-    def learn(self) -> None:
-        """Go on by learning; all that ran has been followed."""
+    def recall(self) -> None:
+        """All that ran is about to be followed, and the run learned from there on."""
         self.learning = True
-        self._slots = {}
+        self._back, self._fork = self.here.turned(), len(self.path)
         for slot in range(len(self.tensors)):
             x = self.tensor(slot)
-            if x is None:
-                continue
-            self._slots[id(x)] = slot
-            self.tensors[slot] = _ref(x)
+            if x is not None:
+                self._slots[id(x)] = slot
         for step in self.path:
             self._last.update(dict.fromkeys(step.slots(), step.number))
             for one in new_in((*step.args, *step.kwargs.values())):
                 self._given[one.slot] = one
-        self._back, self._fork = self.here.turned(), len(self.path)
+
+    def let_go(self) -> None:
+        """All that ran has been followed: what is needed of its tensors is held by what is known of them."""
+        self.tensors = [x if x is None or type(x) is _ref else _ref(x) for x in self.tensors]
 
     # Learning
 
