@@ -187,4 +187,3 @@ def checked_replays() -> Iterator[Counter[str]]:
         yield CHECKED
     finally:
         Session.follower_class, Run.is_clear = before, clear  # type: ignore[method-assign]
-

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...torch_internals.tensor_identity import address_of
 from .axis_history import Atom, Layout, Origin, known
-from .operation import Operation, decide
+from .decisions import decide, see
+from .operation import Operation
 from .products import Label, LayoutError, Product, ProductLabels
 from .score_rules import scores_with_sink
 from .states import ScatteredScores, Scores, State, Term
@@ -112,9 +113,12 @@ def _operand(product: Product, x: Tensor, labels: Sequence[Label], origin: Origi
     return _Operand(x, has, (*layout, inner))
 
 
+def _same_place(x: Tensor, y: Tensor) -> bool:
+    return address_of(x) == address_of(y) and x.stride() == y.stride() and x.shape == y.shape
+
+
 def _equal(x: Tensor, y: Tensor) -> bool:
-    same = address_of(x) == address_of(y) and x.stride() == y.stride() and x.shape == y.shape
-    return same or (x.shape == y.shape and bool(decide(torch.equal, x, y)))
+    return bool(see(_same_place, x, y)) or (x.shape == y.shape and bool(decide(torch.equal, x, y)))
 
 
 def _keys(parts: Sequence[_Operand], batch: Sequence[int], dim: int, out: Tensor) -> tuple[Tensor, Layout]:

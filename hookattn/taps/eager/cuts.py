@@ -10,6 +10,7 @@ from torch import Tensor
 from ...attention.pieces import Piece
 from ...torch_internals.tensor_identity import storage_of
 from .axis_history import Atom, Cut, Origin
+from .decisions import see
 from .products import HeadTest
 
 
@@ -21,6 +22,12 @@ def cut_of(source: Origin, x: Tensor, out: Tensor) -> Cut | None:
         x: a tensor.
         out: a view of it, perhaps.
     """
+    place = see(_place_in, x, out)
+    return None if place is None else Cut(source, *place)
+
+
+def _place_in(x: Tensor, out: Tensor) -> tuple[tuple[int, ...], int, int] | None:
+    """The dimensions of a tensor that a view of it was cut along, the first entry and one after the last."""
     missing, storage = x.dim() - out.dim(), storage_of(out)
     if not 0 <= missing <= 2 or not storage or storage != storage_of(x) or not x.numel() or not out.numel():
         return None
@@ -48,7 +55,7 @@ def cut_of(source: Origin, x: Tensor, out: Tensor) -> Cut | None:
     extent = math.prod(shape[d] for d in dims)
     if offset or not 0 <= start <= extent - count:
         return None
-    return Cut(source, tuple(dims), start, start + count)
+    return tuple(dims), start, start + count
 
 
 def piece_of(query: Origin, named: Mapping[Atom, str], width: Iterable[Atom], keys: Iterable[Atom]) -> Piece | None:

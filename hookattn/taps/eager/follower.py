@@ -21,7 +21,8 @@ from ..foreign import handler_of
 from . import axis_history
 from .assemble import NAME, CallBuilder
 from .axis_history import Origin
-from .operation import DECISIONS, Operation, OperationKind
+from .decisions import DECISIONS
+from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
 from .pairwise import paired
@@ -312,9 +313,8 @@ class Follower(TorchFunctionMode):
         except Unlearnable as why:
             self._give_up(run, why)
             return self._watch(known, func, args, kwargs)
-        before, steps = DECISIONS.noted, len(run.path)
-        noted: list[Any] = []
-        DECISIONS.noted = noted
+        steps, noted, seen = len(run.path), list[Any](), list[Any]()
+        DECISIONS.noted, DECISIONS.seen = noted, seen
         count = len(self.uses)
         try:
             out = self._watch(known, func, args, kwargs)
@@ -322,7 +322,7 @@ class Follower(TorchFunctionMode):
             self._give_up(run, Unlearnable("an error of the model"))
             raise
         finally:
-            DECISIONS.noted = before
+            DECISIONS.noted = DECISIONS.seen = None
         if self.run is not run:
             return out
         try:
@@ -332,6 +332,7 @@ class Follower(TorchFunctionMode):
             step = run.append(
                 func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
             )
+            step.seen = tuple(seen)
             run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
             run.effects(step, self._happened)
         except Unlearnable as why:
@@ -361,7 +362,8 @@ class Follower(TorchFunctionMode):
         self.run = None  # whatever is asked meanwhile is asked of what is followed
         run.recall()
         for step, args, kwargs, out in run.past():
-            self.past, DECISIONS.answers = (run, step.number), [asked.answer for asked in step.asked]
+            self.past = run, step.number
+            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], list(step.seen)
             count = len(self.uses)
             try:
                 if step.func is seed_axes:
@@ -369,7 +371,7 @@ class Follower(TorchFunctionMode):
                 else:
                     self.after(self.before(step.name, step.func, args, kwargs), out)
             finally:
-                self.past = DECISIONS.answers = None
+                self.past = DECISIONS.answers = DECISIONS.sights = None
             run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
         run.let_go()
         self.run = run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...torch_internals.transforms import stands_for_others
 from .axis_history import Origin
+from .decisions import decide
 from .entries import Entries
 from .states import ScatteredScores, ScatteredWeights, Scores, ScoresSlice, State, Weights
 from .view_rules import AxesRule, same_axes
@@ -114,38 +114,6 @@ class Operation:
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or name."""
         return self.kwargs.get(name, self.args[index] if len(self.args) > index else default)
-
-
-class _Decisions(threading.local):
-    """What was decided by the values of tensors in this thread: question, tensors, answer; None: nobody notes it."""
-
-    noted: list[tuple[Callable[..., Any], tuple[Tensor, ...], Any]] | None = None
-    #: What was decided of an operation that is followed only now, when its tensors may be gone, in the same order.
-    answers: list[Any] | None = None
-
-
-DECISIONS = _Decisions()
-
-
-def decide(ask: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Ask something of the values of tensors.
-
-    What is done to a state depends on the operation and on shapes, and then a run of the same operations is known to do
-    the same; where it depends on values it says so here, so that these are looked at again in every run.
-
-    Args:
-        ask: a function of the tensors, which is the same object each time.
-        tensors: arguments of operations.
-    """
-    answer = DECISIONS.answers.pop(0) if DECISIONS.answers else ask(*tensors)
-    if DECISIONS.noted is not None:
-        DECISIONS.noted.append((ask, tensors, answer))
-    return answer
-
-
-def is_zero(x: Tensor) -> bool:
-    """Whether all entries are 0; to be asked by :func:`decide`."""
-    return not bool(x.any())
 
 
 def number(value: Any) -> float | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...attention.kernel_call import KERNEL_BASIS
 from ...torch_internals.tensor_identity import address_of, storage_of, version_of
 from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine, sizes
+from .decisions import see
 from .view_rules import map_of
 
 Label = int | str
@@ -124,7 +125,7 @@ class Product:
     @property
     def of_one(self) -> bool:
         """Whether both operands lie in the same memory, from the same place on: a Gram matrix."""
-        return address_of(self.a) == address_of(self.b) and self.a.numel() == self.b.numel()
+        return bool(see(_lie_as_one, self.a, self.b))
 
     @property
     def untouched(self) -> bool:
@@ -570,6 +571,10 @@ class Roles(AxisRoles):
                 role = "T" if self.product.axes[root].side == self.queries else "B"
             self._known[atom] = role
         return role
+
+
+def _lie_as_one(a: Tensor, b: Tensor) -> bool:
+    return address_of(a) == address_of(b) and a.numel() == b.numel()
 
 
 def _groups(lines: Sequence[set[Atom]]) -> int:

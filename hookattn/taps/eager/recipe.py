@@ -155,6 +155,7 @@ class Step:
         drops: the slots that no operation after it needs.
         guards: of an operation that writes to memory: the slots that must not lie in it. None: it does not write.
         asked: what was decided by values.
+        seen: what was seen of where its tensors lie.
         where: whether the path of the running module was asked for.
         watched: the slots of which it is noted how often they were written to.
         addresses: the slots of which it is noted where they lie, since a map is told from others by that.
@@ -188,6 +189,7 @@ class Step:
         "out",
         "pairs",
         "reads",
+        "seen",
         "waits",
         "watched",
         "where",
@@ -209,6 +211,7 @@ class Step:
         self.drops: list[int] = []
         self.guards: tuple[int, ...] | None = None
         self.asked: tuple[Asked, ...] = ()
+        self.seen: tuple[Any, ...] = ()
         self.where = False
         self.watched: list[int] = []
         self.addresses: list[int] = []
@@ -406,15 +409,31 @@ class Slot(NamedTuple):
     number: int
 
 
+class View(NamedTuple):
+    """A view of the tensor of a slot that no operation of the model made.
+
+    Attributes:
+        number: the slot.
+        shape: of the view.
+        stride: its strides.
+        offset: where it begins, from the first entry of the tensor on.
+    """
+
+    number: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
 def numbers_in(slots: dict[str, Any]) -> Iterator[int]:
     """The slots of all tensors of a call."""
     for x in slots.values():
         for one in x if type(x) is list else [x]:
-            if type(one) is Slot:
+            if type(one) in (Slot, View):
                 yield one.number
 
 
-def slots_of(given: Ingredients, slot: Callable[[Tensor], int]) -> dict[str, Any]:
+def slots_of(given: Ingredients, slot: Callable[[Tensor], Slot | View]) -> dict[str, Any]:
     """For each ingredient of a call the slots of its tensors; what is no tensor stays what it is.
 
     Raises:
@@ -423,15 +442,18 @@ def slots_of(given: Ingredients, slot: Callable[[Tensor], int]) -> dict[str, Any
     return {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
 
 
-def _slots_of(x: Any, slot: Callable[[Tensor], int]) -> Any:
+def _slots_of(x: Any, slot: Callable[[Tensor], Slot | View]) -> Any:
     if isinstance(x, Tensor):
-        return Slot(slot(x))
+        return slot(x)
     return [_slots_of(one, slot) for one in x] if isinstance(x, (list, tuple)) else x
 
 
 def _tensors_of(x: Any, tensors: Sequence[Any]) -> Any:
     if type(x) is Slot:
         return tensors[x.number]
+    if type(x) is View:
+        of = tensors[x.number]
+        return of.as_strided(x.shape, x.stride, of.storage_offset() + x.offset)
     return [_tensors_of(one, tensors) for one in x] if type(x) is list else x
 
 

@@ -36,9 +36,11 @@ from .recipe import (
     Pattern,
     Recipes,
     Result,
+    Slot,
     Step,
     Told,
     Unlearnable,
+    View,
     filled,
     new_in,
     numbers_in,
@@ -108,7 +110,9 @@ class Run:
     def expect(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
         """The step that an operation is; None: none of those that are expected."""
         for step in self.next:
-            if (step.func is not func and not (step.reads and step.func == func)) or len(args) != len(step.args) or len(kwargs) != len(step.kwargs):
+            if step.func is not func and not (step.reads and step.func == func):
+                continue
+            if len(args) != len(step.args) or len(kwargs) != len(step.kwargs):
                 continue
             count = len(self.tensors)
             before = self.here.copy() if step.pairs else None
@@ -387,6 +391,24 @@ class Run:
         self._slots[id(x)] = len(self.tensors)
         self.tensors.append(_ref(x))
 
+    def place(self, x: Tensor) -> Slot | View:
+        """The slot of a tensor, or of which one it is a view.
+
+        Raises:
+            Unlearnable: it is none of the run.
+        """
+        found = self._slot(x)
+        if found is not None:
+            return Slot(found)
+        storage = storage_of(x)
+        for slot in range(len(self.tensors)) if storage else ():
+            of = self.tensor(slot)
+            # Of a parameter the strides are not compared.
+            if of is None or type(of) is nn.Parameter or storage_of(of) != storage or of.dtype != x.dtype:
+                continue
+            return View(slot, x.shape, x.stride(), int(x.storage_offset()) - int(of.storage_offset()))
+        raise Unlearnable("a tensor that no operation was seen to make")
+
     def slot(self, x: Tensor) -> int:
         """The slot of a tensor.
 
@@ -509,7 +531,7 @@ class Run:
             builder, use = one
             if not builder.again or (use is not None and id(use) not in self._softmaxes):
                 raise Unlearnable("a call that is not made of views of its tensors alone")
-            slots = slots_of(builder.given, self.slot)
+            slots = slots_of(builder.given, self.place)
             if id(builder.product) not in self._products:
                 raise Unlearnable("a product that was made elsewhere")
             for side in ("a", "b"):

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, known, resized
-from .operation import Operation, decide, number, same_state
+from .decisions import decide
+from .operation import Operation, number, same_state
 from .products import mixes_heads
 from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
 

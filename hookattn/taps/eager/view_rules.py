@@ -295,4 +295,6 @@ def map_of(weight: Any) -> Any:
     """What tells a learned map from others: the parameter, or where the part of it lies that was taken."""
     if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):
         return id(weight)
+    if weight.is_meta:  # it has no address, or none any more
+        return "gone", id(weight)
     return "address", address_of(weight)

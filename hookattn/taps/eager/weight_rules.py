@@ -12,8 +12,9 @@ from torch import Tensor
 from ...attention.masks import FILL
 from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
+from .decisions import decide, is_zero
 from .entries import Entries
-from .operation import EntriesOf, Operation, decide, is_zero, number, same_state
+from .operation import EntriesOf, Operation, number, same_state
 from .pairwise import pairs_as_scores
 from .score_rules import clamped, filled, is_indicator, keeps_axes, weighted_values
 from .states import (

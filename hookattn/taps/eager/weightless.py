@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .axis_history import Atom
-from .operation import decide, is_zero
+from .decisions import decide, is_zero
 from .products import Label, Product
 from .states import Pairwise, Scores, State
 
