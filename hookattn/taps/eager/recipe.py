@@ -131,12 +131,14 @@ class End(NamedTuple):
         known: the slots of tensors of which it is known since where their axes come from, and that.
         parts: the slots of tensors that were part of an attention.
         unclear: the slots of tensors that were gone, of which it was known where their axes come from.
+        needed: the slots of tensors that a state holds.
         maps: what tells each learned map that was applied from others, and its slot.
     """
 
     known: tuple[tuple[int, Origin], ...]
     parts: tuple[int, ...]
     unclear: tuple[int, ...]
+    needed: tuple[int, ...]
     maps: dict[Any, int]
 
 

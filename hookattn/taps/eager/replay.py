@@ -280,11 +280,27 @@ class Run:
         x = self.tensor(slot)
         return (id(self), slot) if x is None else map_of(x)
 
+    def is_clear(self, end: End) -> bool:
+        """The run ends as one did before: let go of its tensors. Whether nothing is left of what was gone then.
+
+        What a part of an attention is made of is kept for as long as that part is there.
+        """
+        tensors = self.tensors
+        held = [(slot, self.tensor(slot)) for slot in end.needed]
+        self.tensors = [x if type(x) is _ref else _ref(x) for x in tensors]
+        del tensors
+        clear = all(self.tensors[slot]() is None for slot in end.unclear)
+        if not clear or any(self.tensors[slot]() is not None for slot in end.parts):
+            for slot, x in held:
+                if not clear or slot not in end.parts:
+                    self.tensors[slot] = x
+        return clear
+
     def finish(self, end: End) -> Iterator[Tensor]:
-        """A run ended as one did before: say where the axes of its tensors come from.
+        """Say where the axes of the tensors come from that are there still.
 
         Returns:
-            The tensors that are part of an attention.
+            Those that are part of an attention.
         """
         origins = self._origins
         for key, slot in end.maps.items():
@@ -297,10 +313,6 @@ class Run:
             x = self.tensor(slot)
             if x is not None:
                 yield x
-
-    def is_clear(self, end: End) -> bool:
-        """Whether nothing is left of what was gone when the run was learned."""
-        return all(self.tensor(slot) is None for slot in end.unclear)
 
     # What ran so far
 
@@ -575,7 +587,7 @@ class Run:
         used = maps_in(origin for _, origin in known)
         maps = {key: slot for key, slot in self._maps.items() if key in used}
         last = self.path[-1]
-        last.end = End(tuple(known), tuple(parts), tuple(unclear), maps)
+        last.end = End(tuple(known), tuple(parts), tuple(unclear), tuple(sorted(self._needed)), maps)
         self.path[0].hopeless = 0
         for key, slot in maps.items():
             if type(key) is tuple:  # an address: it is gone with its tensor
