@@ -11,7 +11,7 @@ import torch
 
 from .check import self_check
 from .judge import judge
-from .runner import BAD, GROUPS, grouped, run, summary, telling
+from .runner import BAD, GROUPS, beside, grouped, one, run, summary, telling
 from .source import build
 
 
@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--show", action="store_true")
+    parser.add_argument("--beside", action="store_true", help="follow beside what is recognised, and judge that alone")
     parser.add_argument("--having", nargs="*", default=[], metavar="FEATURE=VALUE")
     parser.add_argument("--group", nargs="*", default=list(GROUPS))
     parser.add_argument("--outcomes", nargs="*", default=list(BAD), help="which outcomes are listed in groups")
@@ -88,14 +89,15 @@ def main() -> int:
             show(seed, fixed)
         return 0
     began = time.perf_counter()
-    results = run(seeds, min(options.processes, len(seeds)), fixed)
+    results = run(seeds, min(options.processes, len(seeds)), fixed, beside if options.beside else one)
     took = time.perf_counter() - began
     outcomes = tuple(options.outcomes)
     print(grouped(results, outcomes, tuple(options.group)))
     print("\nmore often than elsewhere:\n" + telling(results, outcomes))
     also = Counter(a for r in results for a in r.verdict.also)
     if also:
-        print("\nbeside the fields: " + ", ".join(f"{n} × {a}" for a, n in also.most_common(12)))
+        what = "not recognised in the last trace, and why" if options.beside else "beside the fields"
+        print(f"\n{what}: " + ", ".join(f"{n} × {a}" for a, n in also.most_common(12)))
     print(f"\n{len(results)} cases in {took:.0f} s ({len(results) / took:.0f} a second): {summary(results)}")
     return int(any(r.verdict.outcome in BAD for r in results))
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
 
+from tests.beside import trace_beside
+
 from .check import self_check
 from .judge import Verdict, judge
 from .source import build
 
-BAD = ("wrong", "silent", "crash", "broken")
-ORDER = ("right", "parts", "guessed", "skipped", *BAD)
+BAD = ("wrong", "silent", "crash", "differs", "broken")
+ORDER = ("right", "parts", "guessed", "skipped", "same", *BAD)
 GROUPS = ("why", "layout", "heads", "product", "score", "normalizer", "chunking")
 
 
@@ -43,20 +45,40 @@ def one(seed: int, fixed: dict[str, str] | None = None, check: bool = True) -> R
     return Result(seed, case.features, judge(case))
 
 
-def run(seeds: Iterable[int], processes: int = 1, fixed: dict[str, str] | None = None) -> list[Result]:
-    """The results of many seeds, in their order."""
+def beside(seed: int, fixed: dict[str, str] | None = None) -> Result:
+    """Trace the case of a seed several times and follow beside it: ``same``, or ``differs``; why runs were followed."""
+    try:
+        case = build(seed, fixed)
+    except Exception as e:  # noqa: BLE001 - as in one
+        return Result(seed, {}, Verdict("broken", f"{type(e).__name__}: {str(e)[:100]}"))
+    try:
+        with torch.no_grad():
+            found = trace_beside(case.module, lambda: case.inputs)
+    except Exception as e:  # noqa: BLE001 - whatever a trace raises is a finding
+        return Result(seed, case.features, Verdict("crash", f"{type(e).__name__}: {str(e)[:110]}"))
+    outcome = "differs" if found.problem else "same"
+    return Result(seed, case.features, Verdict(outcome, found.problem, also=list(found.why) if found.followed else []))
+
+
+def run(
+    seeds: Iterable[int],
+    processes: int = 1,
+    fixed: dict[str, str] | None = None,
+    how: Callable[[int, dict[str, str] | None], Result] = one,
+) -> list[Result]:
+    """The results of many seeds, in their order; ``how``: what each is put to, :func:`one` or :func:`beside`."""
     if processes == 1:
-        return [one(s, fixed) for s in seeds]
+        return [how(s, fixed) for s in seeds]
     seeds = list(seeds)
-    batches = [(seeds[i : i + 25], fixed) for i in range(0, len(seeds), 25)]
+    batches = [(seeds[i : i + 25], fixed, how) for i in range(0, len(seeds), 25)]
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return [r for part in pool.map(several, batches) for r in part]
 
 
-def several(batch: tuple[Sequence[int], dict[str, str] | None]) -> list[Result]:
+def several(batch: tuple[Sequence[int], dict[str, str] | None, Callable[..., Result]]) -> list[Result]:
     """The results of some seeds, in this process."""
-    seeds, fixed = batch
-    return [one(s, fixed) for s in seeds]
+    seeds, fixed, how = batch
+    return [how(s, fixed) for s in seeds]
 
 
 def summary(results: list[Result]) -> str:

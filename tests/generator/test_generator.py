@@ -15,7 +15,7 @@ import hookattn
 
 from .check import self_check
 from .judge import Verdict, compare
-from .runner import BAD, grouped, one, run, summary
+from .runner import BAD, beside, grouped, one, run, summary
 from .source import Case, build
 
 # Some seeds are the same in every run, and some are of the day, so that nobody can tune for them. A failure prints its
@@ -23,6 +23,9 @@ from .source import Case, build
 OF_THE_DAY = int(os.environ.get("GENERATOR_SEED", datetime.date.today().strftime("%Y%m%d00000")))
 SLICE = 200
 ALL = 20_000
+# Of the cases that are traced again and again, with following beside: each takes as long as eight of the others.
+SLICE_BESIDE = 60
+ALL_BESIDE = 3_000
 
 
 # Of 3,000 cases that nobody has seen, two are known to be wrong or silent. The slice of the day may meet one of them;
@@ -32,6 +35,18 @@ def test_a_slice_is_right_or_says_what_it_does_not_know(first: int, known: int) 
     results = run(range(first, first + SLICE))
     told = f"{summary(results)}\n{grouped(results, BAD, ('why', 'layout', 'heads', 'product', 'normalizer'))}"
     assert len([r for r in results if r.verdict.outcome in BAD]) <= known, told
+
+
+@pytest.mark.parametrize("first", [1, OF_THE_DAY], ids=["fixed", "of the day"])
+def test_a_slice_is_recognised_as_it_is_followed(first: int) -> None:
+    results = run(range(first, first + SLICE_BESIDE), how=beside)
+    assert not [r for r in results if r.verdict.outcome != "same"], grouped(results, BAD, ("why", "chunking"))
+
+
+@pytest.mark.slow
+def test_all_of_it_is_recognised_as_it_is_followed() -> None:
+    results = run(range(OF_THE_DAY, OF_THE_DAY + ALL_BESIDE), processes=2, how=beside)
+    assert not [r for r in results if r.verdict.outcome != "same"], grouped(results, BAD, ("why", "chunking"))
 
 
 @pytest.mark.slow

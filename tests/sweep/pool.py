@@ -17,12 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Worker:
-    """One subprocess that takes cases on its standard input and answers with rows."""
+    """One subprocess that takes cases on its standard input and answers with rows.
 
-    def __init__(self) -> None:
+    Args:
+        options: of :mod:`.worker`.
+    """
+
+    def __init__(self, *options: str) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sweep.worker"],
+            [sys.executable, "-m", "tests.sweep.worker", *options],
             cwd=ROOT,
             env=env,
             stdin=subprocess.PIPE,
@@ -69,7 +73,9 @@ def failed(case: Case, why: str) -> dict[str, Any]:
     return {"model_type": case[0], "implementation": case[1], "status": "red", "problems": [why]}
 
 
-def run_all(cases: Iterable[Case], jobs: int, timeout: float, done: Callable[[dict[str, Any]], None]) -> None:
+def run_all(
+    cases: Iterable[Case], jobs: int, timeout: float, done: Callable[[dict[str, Any]], None], *options: str
+) -> None:
     """Run cases in ``jobs`` workers; ``done`` gets each row as it comes, in one thread at a time."""
     waiting: queue.Queue[Case] = queue.Queue()
     for case in cases:
@@ -84,10 +90,10 @@ def run_all(cases: Iterable[Case], jobs: int, timeout: float, done: Callable[[di
             except queue.Empty:
                 break
             if worker is None or not worker.alive():
-                worker = Worker()
+                worker = Worker(*options)
             row = worker.run(case, timeout)
             if not worker.alive():  # once more: a machine that stood still is not the case's fault
-                worker = Worker()
+                worker = Worker(*options)
                 row = worker.run(case, timeout)
             with lock:
                 done(row)
