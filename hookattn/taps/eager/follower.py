@@ -21,6 +21,7 @@ from ..foreign import handler_of
 from . import axis_history
 from .assemble import NAME, CallBuilder
 from .axis_history import Origin
+from .correspondence import Correspondence
 from .decisions import DECISIONS
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
@@ -151,6 +152,7 @@ class Follower(TorchFunctionMode):
         self.past: tuple[Run, int] | None = None
         self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
         self._begins: Beginning | None = None
+        self._before: Correspondence | None = None  # of the run before, if it was recognised
         self._several = False
         self._happened: list[Any] = []
         self._asked_where = False
@@ -209,7 +211,7 @@ class Follower(TorchFunctionMode):
 
     def _new_run(self) -> None:
         if self._begins is not None and self.recipes is not None:
-            self.run = Run(self.recipes, self._begins, self.origins, self._is_part)
+            self.run = Run(self.recipes, self._begins, self.origins, self._is_part, self._before)
 
     def _in_run(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One operation of a run."""
@@ -381,6 +383,7 @@ class Follower(TorchFunctionMode):
         run, self.run = self.run, None
         if run is None or not run.path:
             return
+        self._before = None
         end = run.path[-1].end
         if not run.learning and (end is None or not run.is_clear(end)):
             self._catch_up(run)
@@ -399,6 +402,7 @@ class Follower(TorchFunctionMode):
         assert end is not None
         for x in run.finish(end):
             self._is_of(x, run)
+        self._before = run.here
 
     def _is_of(self, x: Tensor, run: Run) -> None:
         """A tensor is part of an attention of a run that is over: the run is kept for as long as the tensor."""
@@ -846,7 +850,7 @@ class Follower(TorchFunctionMode):
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
-        run, self.run, self._begins = self.run, None, None
+        run, self.run, self._begins, self._before = self.run, None, None, None
         if run is not None and not run.learning and run.path and run.path[-1].waits:
             self._catch_up(run)
             self.run = None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...torch_internals.transforms import is_wrapped
 from .assemble import CallBuilder, Ingredients
 from .axis_history import Atom, Origin
+from .correspondence import Context, Correspondence
 from .entries import Entries
 from .operation import OperationKind
 from .products import Product
@@ -258,6 +259,7 @@ class Recipes:
 
     Attributes:
         steps: how many there are.
+        context: of a run and the one before it, nothing paired.
         busy: held while a trace uses them; another of the same model at the same time goes without.
     """
 
@@ -268,13 +270,14 @@ class Recipes:
     def __init__(self) -> None:
         self.busy = threading.Lock()
         self.steps = 0
+        self.context = Context(Correspondence())
         self._beginnings: dict[object, Beginning] = {}
 
     def beginning(self, key: object) -> Beginning:
         """Where the runs of a kind begin, which ``key`` tells from others."""
         if self.steps > self.LIMIT:
             self._beginnings.clear()
-            self.steps = 0
+            self.steps, self.context = 0, Context(Correspondence())
         found = self._beginnings.get(key)
         if found is None:
             found = self._beginnings[key] = Beginning()

@@ -67,6 +67,7 @@ class Run:
         beginning: where the runs of this kind begin.
         origins: what is known of where the tensors' axes come from.
         is_part: whether a tensor is part of an attention of an earlier run.
+        before: which axes were which in the run before, if that was recognised.
 
     Attributes:
         beginning: where it began.
@@ -78,13 +79,20 @@ class Run:
         wheres: by the number of a step, the path of the module that ran then.
     """
 
-    def __init__(self, recipes: Recipes, beginning: Beginning, origins: Origins, is_part: Callable[[Tensor], bool]):
+    def __init__(
+        self,
+        recipes: Recipes,
+        beginning: Beginning,
+        origins: Origins,
+        is_part: Callable[[Tensor], bool],
+        before: Correspondence | None,
+    ):
         self.beginning = beginning
         self.path: list[Step] = []
         self.next = beginning.first
         self.tensors: list[Any] = []
         self.learning = not beginning.first
-        self.here = Correspondence()
+        self.here = Correspondence(before, recipes.context)
         self.wheres: dict[int, str | None] = {}
         self._recipes, self._origins, self._is_part = recipes, origins, is_part
         self._ids: set[int] = set()
@@ -176,7 +184,7 @@ class Run:
         if origin is None or want.origin is None:
             if origin is not want.origin:
                 return False
-        elif not self.here.pair(want.origin, origin):
+        elif not self.here.meets(want.origin, origin):
             return False
         else:
             self._came_with[want.slot] = origin
