@@ -164,7 +164,25 @@ class Follower(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         if run is not None:
-            return self._in_run(run, func, args, kwargs or _NONE)
+            if kwargs or not run.quick or (step := run.next[0]).func is not func:
+                return self._in_run(run, func, args, kwargs or _NONE)
+            # Most operations of a model that was seen before come here, where nothing is called but they themselves and
+            # what compares their arguments.
+            tensors = run.tensors
+            count = len(tensors)
+            if not step.fits(args, _NONE, tensors, run):
+                del tensors[count:]
+                return self._in_run(run, func, args, _NONE)
+            try:
+                out = func(*args)
+            except BaseException:
+                self._raised(run)
+                raise
+            want = step.out[1]
+            if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
+                run.made(step, out)
+                return out
+            return self._otherwise(run, lambda *_: out, args, _NONE, func)
         known = self.operations.get(func) or self._operation(func)
         if not known[0]:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -242,8 +260,7 @@ class Follower(TorchFunctionMode):
         try:
             out = func(*args, **kwargs)
         except BaseException:
-            run.back()
-            self._follow_from_here(run)
+            self._raised(run)
             raise
         if run.advance(step, out):
             if step.extra:
@@ -252,6 +269,11 @@ class Follower(TorchFunctionMode):
         # It ran, and gave something else: what it was given is as it was, but for what it may have written to, and that
         # is nothing that is needed.
         return self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
+
+    def _raised(self, run: Run) -> None:
+        """An operation that was expected raised, as the model may do and go on."""
+        run.back()
+        self._follow_from_here(run)
 
     def _otherwise(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None) -> Any:
         """An operation that is not what was expected after all."""

@@ -101,6 +101,7 @@ class Lesson:
         if path:
             path[0].hopeless += 1
             path[-1].follows = path[-1].extra = True
+            path[-1].quick = False
 
     def describe(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Pattern, ...], dict[str, Pattern]]:
         """The patterns of the arguments of an operation that is about to run.
@@ -297,13 +298,14 @@ class Lesson:
                 self._watch(kept, slots["finite"].number)
             softmax = None if use is None else self._softmaxes[id(use)][1]
             if softmax is not None:
-                self.run.path[softmax].where = self.run.path[softmax].extra = True
+                at = self.run.path[softmax]
+                at.where, at.extra, at.quick = True, True, False
             step.effects.append(Made(builder, slots, softmax, since, kept))
             self._needed |= {*numbers_in(slots)}
 
     def _watch(self, number: int, slot: int) -> None:
         step = self.run.path[number]
-        step.extra = True
+        step.extra, step.quick = True, False
         if slot not in step.watched:
             step.watched.append(slot)
 

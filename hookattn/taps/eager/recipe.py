@@ -173,6 +173,7 @@ class Step:
         pairs: whether it takes something from outside of which it is known where its axes come from.
         fits: whether arguments fit it, by those, the tensors of a run and the run.
         extra: whether there is more to it than its operation; filled by :meth:`settle`.
+        quick: whether it takes nothing but arguments by position and makes one tensor; filled by :meth:`settle`.
         waits: whether a softmax ran until then of which nothing came yet.
         follows: whether what comes after it is followed, and not learned.
     """
@@ -197,6 +198,7 @@ class Step:
         "number",
         "out",
         "pairs",
+        "quick",
         "reads",
         "seen",
         "waits",
@@ -232,7 +234,7 @@ class Step:
         self.reads = type(func) is types.MethodWrapperType
         given = new_in((*args, *kwargs.values()))
         self.pairs = any(one.origin is not None for one in given)
-        self.extra = True
+        self.extra, self.quick = True, False
         self.fits = checker(self.args, self.kwargs)
 
     def settle(self) -> None:
@@ -240,6 +242,7 @@ class Step:
         self.extra = bool(
             self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
         )
+        self.quick = not (self.extra or self.pairs or self.kwargs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
         """Of all tensors that it takes or makes."""

@@ -45,6 +45,7 @@ class Run:
         tensors: by slot; a weak reference where no operation needs the tensor any more. While it is learned all are.
         lesson: what is learned of it; None: it is recognised, or over.
         followed: whether it was followed, all of it.
+        quick: whether it is recognised, and one step alone may come, which is quick.
         origins: what is known of where the tensors' axes come from.
         given: by slot, what was known of the axes of a tensor from outside when it was first used.
         here: which axes are which of the recipe's.
@@ -63,7 +64,7 @@ class Run:
         self.path: list[Step] = []
         self.next = beginning.first
         self.tensors: list[Any] = []
-        self.followed = False
+        self.followed = self.quick = False
         self.lesson: Lesson | None = None if beginning.first else Lesson(self)
         self.here = Correspondence(before, recipes.context)
         self.wheres: dict[int, str | None] = {}
@@ -143,14 +144,25 @@ class Run:
             return False
         if step.asked and not self._decided(step):
             return False
-        self.path.append(step)
-        self.next = step.next
-        tensors = self.tensors
-        for slot in step.drops:
-            held = tensors[slot]
-            if type(held) is not _ref:
-                tensors[slot] = _ref(held)
+        self._passed(step)
         return True
+
+    def made(self, step: Step, out: Tensor) -> None:
+        """As :meth:`advance`, of a quick step whose result is as expected."""
+        self.tensors.append(out)
+        self._ids.add(id(out))
+        self._passed(step)
+
+    def _passed(self, step: Step) -> None:
+        self.path.append(step)
+        after = self.next = step.next
+        self.quick = len(after) == 1 and after[0].quick
+        if step.drops:
+            tensors = self.tensors
+            for slot in step.drops:
+                held = tensors[slot]
+                if type(held) is not _ref:
+                    tensors[slot] = _ref(held)
 
     def _takes(self, code: int, want: Any, out: Any) -> bool:
         if code == NEW:
@@ -273,6 +285,7 @@ class Run:
 
     def recall(self) -> Lesson:
         """All that ran is about to be followed, and the run learned from there on."""
+        self.quick = False
         self.lesson = Lesson(self)
         self.lesson.recall()
         return self.lesson
