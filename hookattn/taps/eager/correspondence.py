@@ -334,6 +334,11 @@ class Picture(Origin):
             self._layout = self._by.layout(self._learned.full())
         return self._layout
 
+    def adopt(self, origin: Origin) -> None:
+        """It is of a tensor that has been followed after all; ``origin``: what following says."""
+        if self._layout is None:
+            self._layout = origin.full()
+
     @property
     def cut(self) -> Cut | None:  # type: ignore[override]
         """What it was cut off."""

@@ -300,7 +300,7 @@ class Lesson:
             if softmax is not None:
                 at = self.run.path[softmax]
                 at.where, at.extra, at.quick = True, True, False
-            step.effects.append(Made(builder, slots, softmax, since, kept))
+            step.effects.append(Made(builder, slots, softmax, since, kept, []))
             self._needed |= {*numbers_in(slots)}
 
     def _watch(self, number: int, slot: int) -> None:
@@ -336,7 +336,13 @@ class Lesson:
         used = maps_in(origin for _, origin in known)
         maps = {key: slot for key, slot in self._maps.items() if key in used}
         last = self.run.path[-1]
-        last.end = End(tuple(known), tuple(parts), tuple(unclear), tuple(sorted(self._needed)), maps)
+        last.end = End(
+            tuple(known),
+            tuple(parts),
+            tuple(unclear),
+            tuple(slot for slot in sorted(self._needed) if self.run.tensor(slot) is not None),
+            maps,
+        )
         self.run.path[0].hopeless = 0
         for key, slot in maps.items():
             if type(key) is tuple:  # an address: it is gone with its tensor
@@ -350,7 +356,9 @@ class Lesson:
                     builder = effect.builder
                     builder.forget_tensors()
                     if builder.piece is not None:
-                        builder.piece = builder.piece._replace(whole=self._freeze(cast(Origin, builder.piece.whole)))
+                        whole = cast(Origin, builder.piece.whole)
+                        effect.whole[:] = [slot for slot, origin in self._found.items() if origin is whole][:1]
+                        builder.piece = builder.piece._replace(whole=self._freeze(whole))
         return last.end
 
     def _drop(self, last: Step) -> None:

@@ -114,6 +114,7 @@ class Made(NamedTuple):
         softmax: the number of the step in which the softmax ran; None: it does not count where.
         product: that of the step since which the operands must not have been written to.
         finite: likewise of the finite scores; None: there are none.
+        whole: of a piece, the slot of the tensor that its queries were cut off; empty: it is none of the run.
     """
 
     builder: CallBuilder
@@ -121,6 +122,7 @@ class Made(NamedTuple):
     softmax: int | None
     product: int
     finite: int | None
+    whole: list[int]
 
 
 class Told(NamedTuple):
@@ -136,7 +138,7 @@ class End(NamedTuple):
         known: the slots of tensors of which it is known since where their axes come from, and that.
         parts: the slots of tensors that were part of an attention.
         unclear: the slots of tensors that were gone, of which it was known where their axes come from.
-        needed: the slots of tensors that a state holds.
+        needed: the slots of tensors that a state holds still.
         maps: what tells each learned map that was applied from others, and its slot.
     """
 
@@ -173,7 +175,7 @@ class Step:
         pairs: whether it takes something from outside of which it is known where its axes come from.
         fits: whether arguments fit it, by those, the tensors of a run and the run.
         extra: whether there is more to it than its operation; filled by :meth:`settle`.
-        quick: whether it takes nothing but arguments by position and makes one tensor; filled by :meth:`settle`.
+        quick: whether there is no more to it, and it makes one tensor; filled by :meth:`settle`.
         waits: whether a softmax ran until then of which nothing came yet.
         follows: whether what comes after it is followed, and not learned.
     """
@@ -242,7 +244,7 @@ class Step:
         self.extra = bool(
             self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
         )
-        self.quick = not (self.extra or self.pairs or self.kwargs or self.reads) and self.out[0] == NEW
+        self.quick = not (self.extra or self.pairs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
         """Of all tensors that it takes or makes."""

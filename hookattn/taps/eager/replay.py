@@ -19,7 +19,7 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence
+from .correspondence import Correspondence, Picture
 from .learning import Lesson
 from .origins import Origins
 from .recipe import CONSTANT, NEW, SEVERAL, SLOT, Beginning, End, Made, Outside, Recipes, Result, Step, filled, new_in
@@ -68,6 +68,7 @@ class Run:
         self.lesson: Lesson | None = None if beginning.first else Lesson(self)
         self.here = Correspondence(before, recipes.context)
         self.wheres: dict[int, str | None] = {}
+        self._wholes: dict[int, Origin] = {}  # by slot, what pieces were said to be of
         self.recipes, self.origins, self.is_part = recipes, origins, is_part
         self._ids: set[int] = set()
         self._versions: dict[tuple[int, int], int] = {}  # by slot and step, of those that are watched
@@ -104,9 +105,13 @@ class Run:
         if want.stride is None:
             if type(x) is not nn.Parameter:
                 return False
-        elif type(x) is not Tensor or is_wrapped(x) or x.stride() != want.stride:
+        elif type(x) is not Tensor or is_wrapped(x):
             return False
-        if x.shape != want.shape or x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
+        if x.layout is not torch.strided or x.is_nested:  # which have no strides, and may have no shape
+            return False
+        if x.shape != want.shape or (want.stride is not None and x.stride() != want.stride):
+            return False
+        if x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
             return False
         key = id(x)
         if key in self._ids and self._slot_here(x) is not None:
@@ -131,6 +136,19 @@ class Run:
             return True
         storage = storage_of(target)
         return all(storage_of(self.tensor(slot)) != storage for slot in step.guards)
+
+    def other(self, than: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Step | None:
+        """Another step that an operation is, whose result is not that of the one that was expected; None: none."""
+        self.back()
+        for step in self.next:
+            if step is than or step.func != func:
+                continue
+            before = self.here.copy()
+            if step.fits(args, kwargs, self.tensors, self) and self.advance(step, out):
+                return step
+            self.here = before
+            self.back()
+        return None
 
     def advance(self, step: Step, out: Any) -> bool:
         """An operation ran as it was expected; whether its result is as expected, too."""
@@ -210,6 +228,11 @@ class Run:
         finite = made.finite is None or self._unwritten(slots["finite"].number, made.finite)
         return filled(slots, self.tensors, untouched, finite)
 
+    def whole(self, made: Made, learned: Origin) -> Origin:
+        """What a piece is of, the same for all pieces of it; ``learned``: as the recipe has it."""
+        found = self.here.origin(learned)
+        return self._wholes.setdefault(made.whole[0], found) if made.whole else found
+
     def _unwritten(self, slot: int, since: int) -> bool:
         return self._versions[slot, since] == version_of(self.tensor(slot))
 
@@ -248,7 +271,7 @@ class Run:
         for slot, learned in end.known:
             x = self.tensor(slot)
             if x is not None:
-                origins.set(x, self.here.origin(learned))
+                origins.set(x, self._wholes.get(slot) or self.here.origin(learned))
         for slot in end.parts:
             x = self.tensor(slot)
             if x is not None:
@@ -265,6 +288,16 @@ class Run:
             kwargs = {name: self._past(code, want, known) for name, (code, want) in step.kwargs.items()}
             code, want = step.out
             yield step, args, kwargs, self._past(code, want, known)
+            for one in new_in((step.out,)) if self._wholes else ():
+                self._is_whole(one.slot)
+
+    def _is_whole(self, slot: int) -> None:
+        """A tensor has been followed after all; if pieces were said to be of it, those to come are of the same."""
+        whole, x = self._wholes.get(slot), self.tensor(slot)
+        origin = None if x is None else self.origins.peek(x)
+        if isinstance(whole, Picture) and origin is not None:
+            whole.adopt(origin)
+            self.origins.set(x, whole)
 
     def _past(self, code: int, want: Any, known: Mapping[int, Outside | Result]) -> Any:
         if code == CONSTANT:
