@@ -29,12 +29,19 @@ def peers(fused: nn.Module, eager: nn.Module, x: Tensor) -> Iterator[Variant]:
         fused, eager: the model in sdpa and in eager, which nobody else runs.
         x: token ids.
     """
-    yield Variant(OUTPUT_ATTENTIONS, lambda: eager(x, output_attentions=True), peer=True)
-    for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight), ("torchlens", _torchlens)):
-        if find_spec(library) is not None:
-            yield makes(eager, x)
+    yield from same_fields(eager, x)
+    if find_spec("torchlens") is not None:
+        yield _torchlens(eager, x)
     if find_spec("attnread") is not None:
         yield _attnread(fused, x)
+
+
+def same_fields(eager: nn.Module, x: Tensor) -> Iterator[Variant]:
+    """The peers that hand out what an eager model makes in its own forward."""
+    yield Variant(OUTPUT_ATTENTIONS, lambda: eager(x, output_attentions=True), peer=True)
+    for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight)):
+        if find_spec(library) is not None:
+            yield makes(eager, x)
 
 
 def generating_peer(generate: Callable[..., Any]) -> Variant:
