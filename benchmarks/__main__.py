@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nOnce more with freed memory kept, {_KEEPING:g} of the time: the rows that bars are about.")
         found["freed memory kept"] = allocator.run_keeping(_once_more(options, _KEEPING * seconds))
     if not options.again:
-        print(_bar_table(bars, found.get("freed memory kept")))
+        told = [bar for bar in bars if bar.measured is not None or not options.only]
+        print(_bar_table(told, found.get("freed memory kept")))
         print(f"took {time.perf_counter() - start:.0f} s")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)

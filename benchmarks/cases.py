@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import models
 from .clock import Variant
-from .hands import HANDS, plain_gpt
+from .hands import HANDS, LOOP, plain_gpt
 from .libraries import LibraryModel, library_models
 from .variants import eager_generation_rows, eager_rows, fused_rows, generation_rows, plain_rows
 
@@ -143,7 +143,8 @@ def _plain(hand: str, toy: bool) -> Case:
 
     weight = 0.3 if toy else 0.8
     of_case: dict[str, Any] = {"places": ("cpu",), "rows": plain_rows, "has_bars": True, "group": HAND}
-    return Case(plain_name(hand, toy), make, tokens, layers, heads, weight=weight, **of_case)
+    calls, heads_of_one = (layers * heads, 1) if hand == LOOP else (layers, heads)
+    return Case(plain_name(hand, toy), make, tokens, calls, heads_of_one, weight=weight, **of_case)
 
 
 def _library(model: LibraryModel) -> Case:

@@ -311,11 +311,12 @@ class FlatGPT(nn.Module):
         return self.rms(x, self.gf) @ self.emb.T
 
 
+LOOP = "a loop over heads"  # each head of which is an attention call
 HANDS: dict[str, Any] = {
     "views": ViewsGPT,
     "einsum": EinsumGPT,
     "heads in the batch": FoldedGPT,
-    "a loop over heads": LoopGPT,
+    LOOP: LoopGPT,
     "one module, rotary": FlatGPT,
 }
 
