@@ -43,8 +43,8 @@ from .table import bar_table, case_table
 
 # Seconds after which no further case of a GPU begins: those that bars are about come first.
 _LATEST = 300
-_SECONDS = {"cpu": 12.0, "cuda": 8.0}  # for a case of weight 1
-_KEEPING = 0.45  # of the time, once more with freed memory kept
+_SECONDS = {"cpu": 10.0, "cuda": 8.0}  # for a case of weight 1
+_KEEPING = 0.4  # of the time, once more with freed memory kept
 _LIBRARIES = (
     *("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens", "attnread"),
     *("timm", "open_clip_torch", "diffusers", "x-transformers", "vit-pytorch"),
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["freed memory kept"] = allocator.run_keeping(_once_more(options, _KEEPING * seconds))
     if not options.again:
         told = [bar for bar in bars if bar.measured is not None or not options.only]
-        print(_bar_table(told, found.get("freed memory kept")))
+        if told:
+            print(_bar_table(told, found.get("freed memory kept")))
         print(f"took {time.perf_counter() - start:.0f} s")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", type=_groups, default=(), help=f"only cases of these groups, separated by commas: {', '.join(GROUPS)}"
     )
     parser.add_argument(
-        "--seconds", type=float, help="about how long the rounds take in all (default: 12 a case of weight 1; cuda: 8)"
+        "--seconds", type=float, help="about how long the rounds take in all (default: 10 a case of weight 1; cuda: 8)"
     )
     parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")

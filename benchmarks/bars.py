@@ -23,9 +23,9 @@ from .cases import (
 from .hands import HANDS
 from .libraries import library_models
 from .measure import Row
+from .peers import BRIDGE
 
 Rows = Mapping[str, Sequence[Row]]
-BRIDGE = "TransformerBridge.run_with_cache (same fields)"
 
 
 @dataclass(frozen=True)

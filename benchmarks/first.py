@@ -15,7 +15,7 @@ import hookattn
 from .clock import Clock, cpu_clock
 from .models import sibling
 
-MODELS, LATER = 9, 4
+MODELS, LATER = 7, 3
 
 
 def first_over_later(

@@ -1,7 +1,7 @@
 """The tables of docs/speed.md, of the numbers of a run.
 
-Each cell is a ratio to the untraced forward with the allocator's defaults, and behind it, where that was measured, the one
-with freed memory kept.
+Each cell is a ratio to the untraced forward with the allocator's defaults. Where it was measured, the ratio with freed
+memory kept stands behind it.
 
     python -m benchmarks.page out/bench.json
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from . import variants as v
-from .bars import BRIDGE
 from .cases import FUSED, HAND, LIBRARIES, cases
+from .peers import BRIDGE, NNSIGHT
 
 _NAMES = {
     v.TRACE: "trace",
@@ -24,6 +24,7 @@ _NAMES = {
     v.ALL: "trace + all weights",
     v.OUTPUT_ATTENTIONS: "`output_attentions`",
     BRIDGE: "TransformerBridge",
+    NNSIGHT: "nnsight",
 }
 _TITLES = {HAND: "Attention written by hand", LIBRARIES: "Other libraries' models", FUSED: "Fused kernels"}
 

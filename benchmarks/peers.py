@@ -19,6 +19,8 @@ from .clock import Variant
 from .models import sibling
 
 OUTPUT_ATTENTIONS = "eager, output_attentions=True (weights)"
+BRIDGE = "TransformerBridge.run_with_cache (same fields)"
+NNSIGHT = "nnsight (q, k, v, masked scores, weights)"
 HOOKS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern")
 
 
@@ -62,8 +64,7 @@ def _bridge(eager: nn.Module, x: Tensor) -> Variant:
     def wanted(name: str) -> bool:
         return name.endswith(HOOKS)
 
-    name = "TransformerBridge.run_with_cache (same fields)"
-    return Variant(name, lambda: bridge.run_with_cache(x, names_filter=wanted), peer=True)
+    return Variant(BRIDGE, lambda: bridge.run_with_cache(x, names_filter=wanted), peer=True)
 
 
 def _nnsight(eager: nn.Module, x: Tensor) -> Variant:
@@ -84,7 +85,7 @@ def _nnsight(eager: nn.Module, x: Tensor) -> Variant:
                 kept.append((given[1], given[2], given[3], scores, call.output[1]))
         return kept
 
-    return Variant("nnsight (q, k, v, masked scores, weights)", run, peer=True)
+    return Variant(NNSIGHT, run, peer=True)
 
 
 def _torchlens(eager: nn.Module, x: Tensor) -> Variant:

@@ -563,6 +563,8 @@ def test_groups_of_cases_are_chosen_and_missing_libraries_are_named(
     assert "untraced after tracing" in out and "not run" not in out  # only bars of what was chosen
     assert command.main(["--cases", "tiny", *given]) == 0
     assert "not run" in capsys.readouterr().out
+    assert command.main(["--only", "hand", *given[:-1], "no such row"]) == 0  # which no bar is about
+    assert "what has to be reached" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command.main(["--only", "feet"])
     assert "no such group: feet; there are: hand, libraries, fused" in capsys.readouterr().err
