@@ -26,6 +26,7 @@ from hookattn.recording.session import Session
 from hookattn.taps.eager.axis_history import Atom
 from hookattn.taps.eager.correspondence import Correspondence
 from hookattn.taps.eager.follower import Follower
+from hookattn.taps.eager.learning import Lesson
 from hookattn.taps.eager.recipe import _OF, Unlearnable
 from hookattn.taps.eager.replay import Run
 
@@ -148,9 +149,9 @@ class Checked(Follower):
         UNLEARNED[str(why)] += 1
         super()._give_up(run, why, steps)
 
-    def _catch_up(self, run: Run) -> None:
+    def _catch_up(self, run: Run) -> Lesson:
         UNLEARNED["differs"] += 1
-        super()._catch_up(run)
+        return super()._catch_up(run)
 
     def _end_run(self) -> None:
         run = self.run
