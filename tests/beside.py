@@ -93,6 +93,7 @@ class Checked(Follower):
         # By the identity of what a piece was cut off: that, and what the other follower says that it was cut off.
         self.wholes: dict[int, tuple[Any, Any]] = {}
         self._inner = False
+        self.differed = False  # it was raised, and what is left is not compared
         self.excused: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,9 +166,17 @@ class Checked(Follower):
     def flush(self) -> None:
         self.other.flush()
         super().flush()
-        self._compare("the end")
+        if not self.differed:
+            self._compare("the end")
 
     def _compare(self, name: str) -> None:
+        try:
+            self._compare_told(name)
+        except ReplayError:
+            self.differed = True
+            raise
+
+    def _compare_told(self, name: str) -> None:
         mine, theirs = self.recorder.told, self.other.recorder.told  # type: ignore[attr-defined]
         if len(mine) != len(theirs):
             raise ReplayError(f"after {name}: {list(map(_short, mine))} in place of {list(map(_short, theirs))}")
