@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -324,7 +324,7 @@ class Follower(TorchFunctionMode):
         finally:
             self.interpreting = False
         if call.piece is not None:
-            call.piece = call.piece._replace(whole=run.whole(made, cast(Origin, call.piece.whole)))
+            call.piece = call.piece._replace(whole=run.here.mark(call.piece.whole))
         softmax = None if made.softmax is None else run.wheres[made.softmax]
         call.path = around(softmax, self.recorder.where())
         self.recorder.record(call)
@@ -364,9 +364,8 @@ class Follower(TorchFunctionMode):
                 raise Unlearnable(self._unlearnable)
             written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
             step = lesson.append(
-                func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
+                func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
             )
-            step.seen = tuple(seen)
             lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
             lesson.effects(step, self._happened)
         except Unlearnable as why:
@@ -405,7 +404,7 @@ class Follower(TorchFunctionMode):
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
-            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], list(step.seen)
+            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], run.sights(step)
             count = len(self.uses)
             try:
                 if step.func is seed_axes:
