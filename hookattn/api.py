@@ -164,7 +164,9 @@ def tracing(
         stream = Stream(to, trace)
     sink = None if stream is None else stream.add
     recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
-    session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts)
+    session = Session(
+        plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts, holder=recorder
+    )
     try:
         session.start()
         try:
@@ -224,7 +226,7 @@ def _warn(trace: Trace, unused: Sequence[str]) -> None:
             SkippedWarning,
             stacklevel=4,
         )
-    guessed = list({call.site.path: call for call in trace.calls if call.guessed}.values())
+    guessed = list({call.site.path: call for call in trace.calls if "guessed" in call.basis.values()}.values())
     if guessed:
         few = ", ".join(f"{call.site.label} ({' '.join(call.guessed)})" for call in guessed[:_NAMED])
         more = f" and {len(guessed) - _NAMED} more" if len(guessed) > _NAMED else ""
