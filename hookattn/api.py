@@ -143,7 +143,8 @@ def tracing(
     A part of the model that is called alone is a step, too; ``call.entry`` is its path. ``with trace.step():`` makes
     one step of several forwards.
 
-    The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file.
+    The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file. While
+    the model's own forward runs, calls that it has made may be missing still.
     Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
     if verify not in _VERIFY:
