@@ -202,26 +202,6 @@ class KernelCall:
         """What the kernel hides by itself, beside ``mask``."""
         return Diagonal(self.causal, self.offset, self.window)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a softmax over scale·q·kᵀ with a mask at most, whose weights nobody formed, changed or dropped
-        out: most calls of most models are, and are kept by a shorter way."""
-        return (
-            self.bias is self.sinks is self.scores is self.weights is self.applied is None
-            and self.undropped is self.outer_error is None
-            and self.softcap is None
-            and self.softmax_dtype is None
-            and self.piece is None
-            and self.basis is KERNEL_BASIS
-            and self.output is not None
-            and type(self.scale) is float
-            and self.score == DOT
-            and self.normalizer == "softmax"
-            and self.q is not None
-            and self.k is not None
-            and not (self.dropout or self.notes or self.opaque or self.mixed)
-        )
-
     @classmethod
     def of_weights(
         cls,
@@ -274,3 +254,23 @@ class KernelCall:
     def is_product(self) -> bool:
         """Whether the scores are scale·q·kᵀ, soft-capped, plus bias, and nothing else."""
         return not self.opaque and self.score == DOT and self.q is not None and self.k is not None
+
+
+def is_plain(call: KernelCall) -> bool:
+    """Whether a call is a softmax over scale·q·kᵀ with a mask at most, whose weights nobody formed, changed or dropped
+    out: most calls of most models are, and are kept by a shorter way."""
+    return (
+        call.bias is call.sinks is call.scores is call.weights is call.applied is None
+        and call.undropped is call.outer_error is None
+        and call.softcap is None
+        and call.softmax_dtype is None
+        and call.piece is None
+        and call.basis is KERNEL_BASIS
+        and call.output is not None
+        and type(call.scale) is float
+        and call.score == DOT
+        and call.normalizer == "softmax"
+        and call.q is not None
+        and call.k is not None
+        and not (call.dropout or call.notes or call.opaque or call.mixed)
+    )

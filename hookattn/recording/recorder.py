@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELD_SPECS, KERNEL_BASIS, KernelCall
+from ..attention.kernel_call import FIELD_SPECS, KERNEL_BASIS, KernelCall, is_plain
 from ..attention.masks import split_additive
 from ..attention.normalizers import OF_ONE
-from ..calls.call import Call
+from ..calls.call import Call, call_like
 from ..calls.deriving import derive_field
 from ..calls.fields import DERIVED, Derived, Field, Later
 from ..calls.key_history import KeyHistories
@@ -45,8 +45,7 @@ _CACHES = (False, True, True, False)
 def _plain_values(
     tap: str, dtype: torch.dtype, scale: float, causal: bool, window: int | None, derivable: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What plain calls (:attr:`KernelCall.is_plain`) of one kind have in common, as the attributes of a Call; there is
-    no tensor among it."""
+    """What plain calls of one kind have in common, as the attributes of a Call; there is no tensor among it."""
     call = Call(Site(""), 0, 0, tap, dtype, scale, causal=causal, window=window, derivable=derivable)
     call.basis = dict(KERNEL_BASIS)
     return dict(vars(call))
@@ -101,7 +100,7 @@ class CallRecorder:
 
     def hold(self, call: KernelCall) -> bool:
         """See :class:`~hookattn.recording.session.Holder`: a plain call without a mask can be held."""
-        if not self._keeps_plain or call.mask is not None or not call.is_plain:
+        if not self._keeps_plain or call.mask is not None or not is_plain(call):
             return False
         with isolated(call.v):
             self._hold_plain(call)
@@ -114,7 +113,7 @@ class CallRecorder:
             SelectionError: a selected head or query is not there.
         """
         with isolated(call.v):
-            if self._keeps_plain and call.is_plain:
+            if self._keeps_plain and is_plain(call):
                 self._hold_plain(call)
                 return self.keep_held(call, site, step, index)
             if call.normalizer == OF_ONE and call.sinks is None:
@@ -184,7 +183,7 @@ class CallRecorder:
             "applied": None,
             "output": call.output,
         }
-        made = Call.like(values, site, step, index, fields)
+        made = call_like(values, site, step, index, fields)
         if self.verify != "off":
             self._certifier.wait(made, None)
         if self._histories is not None:

@@ -237,19 +237,11 @@ def covers(modules: Iterable[nn.Module]) -> set[int]:
         config = getattr(module, "config", None)
         key = type(module), id(config)
         if key not in known:
-            fused = _implementation(config) not in ("eager", None)
+            fused = getattr(config, "_attn_implementation", None) not in ("eager", None)
             known[key] = fused and _asks(getattr(type(module), "forward", None))
         if known[key]:
             found.add(id(module))
     return found
-
-
-def _implementation(config: Any) -> Any:
-    """The name of the implementation that a configuration asks for; None: it names none."""
-    try:  # past what a configuration of transformers does when any attribute is asked for (0.5 % of a toy)
-        return object.__getattribute__(config, "_attn_implementation")
-    except AttributeError:
-        return getattr(config, "_attn_implementation", None)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -131,7 +131,7 @@ def test_what_is_held_is_what_would_have_been_kept_at_once(
         monkeypatch.setattr(CallRecorder, "hold", lambda self, call: False)
         at_once = hookattn.trace(model, X, strict=True)
         alike(found, at_once)
-        monkeypatch.setattr("hookattn.attention.kernel_call.KernelCall.is_plain", False)
+        monkeypatch.setattr("hookattn.recording.recorder.is_plain", lambda call: False)
         alike(found, hookattn.trace(model, X, strict=True))  # and by the way of calls that are not plain
     found[0].basis["H"] = "guessed"  # type: ignore[index]
     assert found[1].basis["H"] == "kernel" and hookattn.trace(model, X)[0].basis["H"] == "kernel"
