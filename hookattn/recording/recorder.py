@@ -26,7 +26,7 @@ from ..calls.key_history import KeyHistories
 from ..calls.mask_rule import MaskRule
 from ..calls.site import Site
 from ..torch_internals import devices
-from ..torch_internals.isolation import isolated
+from ..torch_internals.isolation import is_isolated, isolated
 from ..torch_internals.lazy_copies import snapshots
 from ..torch_internals.tensor_memo import TensorMemo
 from .call_statistics import captured_statistics
@@ -102,8 +102,11 @@ class CallRecorder:
         """See :class:`~hookattn.recording.session.Holder`: a plain call without a mask can be held."""
         if not self._keeps_plain or call.mask is not None or not is_plain(call):
             return False
-        with isolated(call.v):
+        if is_isolated(call.v):
             self._hold_plain(call)
+        else:
+            with isolated(call.v):
+                self._hold_plain(call)
         return True
 
     def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
@@ -166,7 +169,8 @@ class CallRecorder:
         call.q, call.k, call.v, call.output = snapshots(several, _CACHES, self._copy)  # type: ignore[arg-type]
 
     def keep_held(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
-        """What :meth:`keep` makes of a plain call whose tensors are copied, where everything is kept as it is."""
+        """What :meth:`keep` makes of a plain call whose tensors are copied, where everything is kept as it is: by a
+        shorter way (4 % of a toy)."""
         q, k, scale = call.q, call.k, call.scale
         assert type(scale) is float
         values = _plain_values(call.tap, q.dtype, scale, call.causal, call.window, self.selection.derivable)

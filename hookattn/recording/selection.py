@@ -30,7 +30,7 @@ _BROADCAST = frozenset(name for name, spec in TENSOR_SPECS.items() if spec.broad
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of every call. What follows from it is worked out once, and traces may share one (1 % of a toy).
+    """What is kept of every call. What follows from it is worked out once, and traces may share one (0.5 % of a toy).
 
     Attributes:
         capture: fields, a subset of :data:`~hookattn.attention.kernel_call.FIELDS`.

@@ -27,6 +27,11 @@ _DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = private(
 _graph_task: Callable[[], int] = private("torch._C", "_current_graph_task_id", "checks for a backward pass")
 
 
+def is_isolated(x: Tensor) -> bool:
+    """Whether :class:`isolated` would change nothing: asked where each call counts (1.5 % of a toy)."""
+    return not (torch.is_grad_enabled() or depth() or _autocast_enabled()) and type(x) is Tensor
+
+
 class isolated:
     """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing."""
 

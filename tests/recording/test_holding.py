@@ -41,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.qkv = config, nn.Linear(16, 48)
         self.mask: Tensor | None = None
-        self.passes = False
+        self.passes, self.scaling = False, 0.4
         self.after: Callable[[Tensor, Tensor], Any] = lambda qkv, out: None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in qkv.chunk(3, -1))
         run = KNOWN.get_interface(self.config._attn_implementation, by_hand)
-        out: Tensor = run(self, q, k, v, self.mask, scaling=0.4, dropout=0.0, is_causal=False)[0]
+        out: Tensor = run(self, q, k, v, self.mask, scaling=self.scaling, dropout=0.0, is_causal=False)[0]
         self.after(qkv, out)
         return out.flatten(2)
 
@@ -207,6 +207,7 @@ def test_a_forward_that_raises_out_of_the_block() -> None:
     assert [c.site.path for c in found.calls] == PATHS
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_recomputed_parts_and_transforms(held: list[bool]) -> None:
     model = net()
     model.recompute = True
@@ -231,6 +232,32 @@ def test_the_implementation_is_changed_between_traces(held: list[bool]) -> None:
     model.layers[1].config = SimpleNamespace(_attn_implementation="sdpa")  # one module alone
     assert [c.tap for c in hookattn.trace(model, X, strict=True)] == ["eager", "sdpa", "eager"]
     assert held == [True] * 3 + [True] and torch.allclose(fused[2].weights, eager[2].weights, atol=1e-6)
+
+
+def test_a_model_that_was_changed_between_traces(held: list[bool]) -> None:
+    model = net()
+    hookattn.trace(model, X)
+    model.double()  # its parameters are others
+    found = hookattn.trace(model, X.double(), strict=True)
+    assert [c.dtype for c in found] == [torch.float64] * 3 and found[0].q.dtype == torch.float64
+    ran: list[nn.Module] = []
+    with model.layers[1].register_forward_pre_hook(lambda module, args: ran.append(module)):
+        assert len(hookattn.trace(model, X.double(), strict=True)) == 3 and ran == [model.layers[1]]
+    model.layers[1] = Attention(SimpleNamespace(_attn_implementation="sdpa")).double()  # a submodule is another
+    found = hookattn.trace(model, X.double(), strict=True)
+    assert [c.site.path for c in found] == PATHS
+    q = model.layers[1].qkv(X.double() + model.layers[0](X.double()))[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
+    assert torch.equal(found[1].q, q)
+    model.layers[1] = nn.Identity()
+    assert [c.site.path for c in hookattn.trace(model, X.double(), strict=True)] == ["layers.0", "layers.2"]
+    assert all(held)
+
+
+def test_the_factor_of_each_call_is_its_own() -> None:
+    model = net()
+    model.layers[1].scaling, model.layers[2].scaling = 1.0, 0.5
+    found = hookattn.trace(model, X, strict=True)
+    assert [c.scale for c in found] == [0.4, 1.0, 0.5]
 
 
 # ------------------------------------------------------------------------------------------------ what tells of runs
