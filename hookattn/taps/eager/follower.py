@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
+from ...torch_internals.tensor_memo import TensorMemo
 from ..foreign import handler_of
 from . import axis_history
 from .assemble import NAME, CallBuilder
@@ -82,6 +83,7 @@ def seed_axes(x: Tensor, roles: str) -> None:
 _NONE: dict[str, Any] = {}
 # Runs that begin alike and could so often not be learned are followed, and not tried again.
 _TRIES = 2
+_SHARED = 256
 _OVERWRITTEN = "what an operation overwrites is needed still"
 
 
@@ -158,6 +160,7 @@ class Follower(TorchFunctionMode):
         self._happened: list[Any] = []
         self._asked_where = False
         self._unlearnable = ""
+        self._memo, self._count = TensorMemo(), 0
         # The last product that was broadcast to the shape of one operand, and its operands.
         self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
 
@@ -314,7 +317,7 @@ class Follower(TorchFunctionMode):
         self.interpreting = True
         try:
             with torch.no_grad():
-                call = made.builder.call(run.ingredients(made))
+                call = made.builder.call(run.ingredients(made), self.shared)
         except LayoutError as error:
             self.recorder.skip(str(error))
             return
@@ -324,7 +327,7 @@ class Follower(TorchFunctionMode):
         finally:
             self.interpreting = False
         if call.piece is not None:
-            call.piece = call.piece._replace(whole=run.whole(made, cast(Origin, call.piece.whole)))
+            call.piece = call.piece._replace(whole=run.here.mark(call.piece.whole))
         softmax = None if made.softmax is None else run.wheres[made.softmax]
         call.path = around(softmax, self.recorder.where())
         self.recorder.record(call)
@@ -364,9 +367,8 @@ class Follower(TorchFunctionMode):
                 raise Unlearnable(self._unlearnable)
             written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
             step = lesson.append(
-                func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
+                func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
             )
-            step.seen = tuple(seen)
             lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
             lesson.effects(step, self._happened)
         except Unlearnable as why:
@@ -405,7 +407,7 @@ class Follower(TorchFunctionMode):
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
-            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], list(step.seen)
+            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], run.sights(step)
             count = len(self.uses)
             try:
                 if step.func is seed_axes:
@@ -504,6 +506,14 @@ class Follower(TorchFunctionMode):
         elif self.run is not None:
             self._happened.append((builder, use))
         self.recorder.record(call)
+
+    def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
+        """What is made of a tensor that many layers share, such as a mask: once."""
+        if self._count > _SHARED:  # of so many forwards, say
+            self._memo.forget()
+            self._count = 0
+        self._count += 1
+        return self._memo(key, x, make)
 
     def seed(self, x: Tensor, roles: str) -> None:
         """Somebody says what the axes of a tensor are."""
@@ -905,6 +915,7 @@ class Follower(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.parts.clear()
+        self._memo.forget()
         self.origins.clear()
 
 

@@ -65,6 +65,7 @@ class Outside(NamedTuple):
         device: its device.
         stride: its strides; of a parameter None, since nothing depends on them.
         origin: where its axes come from; None: nothing was known of them when it was first used.
+        mark: what tells it from others that pieces were cut off; None: none was.
     """
 
     slot: int
@@ -73,6 +74,7 @@ class Outside(NamedTuple):
     device: torch.device
     stride: tuple[int, ...] | None
     origin: Origin | None
+    mark: object | None
 
 
 class Result(NamedTuple):
@@ -114,7 +116,6 @@ class Made(NamedTuple):
         softmax: the number of the step in which the softmax ran; None: it does not count where.
         product: that of the step since which the operands must not have been written to.
         finite: likewise of the finite scores; None: there are none.
-        whole: of a piece, the slot of the tensor that its queries were cut off; empty: it is none of the run.
     """
 
     builder: CallBuilder
@@ -122,7 +123,6 @@ class Made(NamedTuple):
     softmax: int | None
     product: int
     finite: int | None
-    whole: list[int]
 
 
 class Told(NamedTuple):
@@ -140,6 +140,7 @@ class End(NamedTuple):
         unclear: the slots of tensors that were gone, of which it was known where their axes come from.
         needed: the slots of tensors that a state holds still.
         maps: what tells each learned map that was applied from others, and its slot.
+        marks: the slots of tensors that pieces were cut off, and what tells these from others.
     """
 
     known: tuple[tuple[int, Origin], ...]
@@ -147,6 +148,7 @@ class End(NamedTuple):
     unclear: tuple[int, ...]
     needed: tuple[int, ...]
     maps: dict[Any, int]
+    marks: tuple[tuple[int, object], ...]
 
 
 class Step:
@@ -235,7 +237,7 @@ class Step:
         self.waits = False
         self.reads = type(func) is types.MethodWrapperType
         given = new_in((*args, *kwargs.values()))
-        self.pairs = any(one.origin is not None for one in given)
+        self.pairs = any(one.origin is not None or one.mark is not None for one in given)
         self.extra, self.quick = True, False
         self.fits = checker(self.args, self.kwargs)
 
@@ -416,7 +418,7 @@ def same_constant(x: Any, want: Any) -> bool:
     return bool(x == want)
 
 
-def outside_of(slot: int, x: Tensor, origin: Origin | None) -> Outside:
+def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None) -> Outside:
     """What is known of a tensor that comes from outside.
 
     Raises:
@@ -424,7 +426,7 @@ def outside_of(slot: int, x: Tensor, origin: Origin | None) -> Outside:
     """
     if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
         raise Unlearnable("a tensor that is none of torch's own")
-    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin)
+    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin, mark)
 
 
 def result_of(slot: int, x: Tensor) -> Result:

@@ -19,7 +19,7 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence, Picture
+from .correspondence import Correspondence, sight_by
 from .learning import Lesson
 from .origins import Origins
 from .recipe import CONSTANT, NEW, SEVERAL, SLOT, Beginning, End, Made, Outside, Recipes, Result, Step, filled, new_in
@@ -68,7 +68,6 @@ class Run:
         self.lesson: Lesson | None = None if beginning.first else Lesson(self)
         self.here = Correspondence(before, recipes.context)
         self.wheres: dict[int, str | None] = {}
-        self._wholes: dict[int, Origin] = {}  # by slot, what pieces were said to be of
         self.recipes, self.origins, self.is_part = recipes, origins, is_part
         self._ids: set[int] = set()
         self._versions: dict[tuple[int, int], int] = {}  # by slot and step, of those that are watched
@@ -83,13 +82,13 @@ class Run:
             if step.func is not func and not (step.reads and step.func == func):
                 continue
             count = len(self.tensors)
-            if not step.pairs:
-                if step.fits(args, kwargs, self.tensors, self):
-                    return step
-            else:
-                before = self.here.copy()
-                if step.fits(args, kwargs, self.tensors, self):
-                    return step
+            before = self.here.copy() if step.pairs else None
+            if step.fits(args, kwargs, self.tensors, self):
+                if step is not self.next[0]:  # what ran last comes first: in a generation the other lengths are over
+                    self.next.remove(step)
+                    self.next.insert(0, step)
+                return step
+            if before is not None:
                 self.here = before
             del self.tensors[count:]
         return None
@@ -122,6 +121,9 @@ class Run:
                 return False
             self.given[want.slot] = origin
         elif want.origin is not None:
+            return False
+        mark = self.origins.peek_mark(x)
+        if mark is not want.mark and (mark is None or want.mark is None or not self.here.pair_marks(want.mark, mark)):
             return False
         self.tensors.append(x)
         self._ids.add(key)
@@ -228,11 +230,6 @@ class Run:
         finite = made.finite is None or self._unwritten(slots["finite"].number, made.finite)
         return filled(slots, self.tensors, untouched, finite)
 
-    def whole(self, made: Made, learned: Origin) -> Origin:
-        """What a piece is of, the same for all pieces of it; ``learned``: as the recipe has it."""
-        found = self.here.origin(learned)
-        return self._wholes.setdefault(made.whole[0], found) if made.whole else found
-
     def _unwritten(self, slot: int, since: int) -> bool:
         return self._versions[slot, since] == version_of(self.tensor(slot))
 
@@ -271,7 +268,11 @@ class Run:
         for slot, learned in end.known:
             x = self.tensor(slot)
             if x is not None:
-                origins.set(x, self._wholes.get(slot) or self.here.origin(learned))
+                origins.set(x, self.here.origin(learned))
+        for slot, mark in end.marks:
+            x = self.tensor(slot)
+            if x is not None:
+                origins.set_mark(x, self.here.mark(mark))
         for slot in end.parts:
             x = self.tensor(slot)
             if x is not None:
@@ -288,16 +289,10 @@ class Run:
             kwargs = {name: self._past(code, want, known) for name, (code, want) in step.kwargs.items()}
             code, want = step.out
             yield step, args, kwargs, self._past(code, want, known)
-            for one in new_in((step.out,)) if self._wholes else ():
-                self._is_whole(one.slot)
 
-    def _is_whole(self, slot: int) -> None:
-        """A tensor has been followed after all; if pieces were said to be of it, those to come are of the same."""
-        whole, x = self._wholes.get(slot), self.tensor(slot)
-        origin = None if x is None else self.origins.peek(x)
-        if isinstance(whole, Picture) and origin is not None:
-            whole.adopt(origin)
-            self.origins.set(x, whole)
+    def sights(self, step: Step) -> list[Any]:
+        """What was seen of where the tensors of a step lie, as it is in this run."""
+        return [sight_by(self.here, one) for one in step.seen]
 
     def _past(self, code: int, want: Any, known: Mapping[int, Outside | Result]) -> Any:
         if code == CONSTANT:
