@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import hookattn
 from hookattn.attention.kernel_call import KernelCall
 from hookattn.recording.session import Session
-from hookattn.taps.eager.axis_history import Atom
+from hookattn.taps.eager.axis_history import Atom, Origin
 from hookattn.taps.eager.correspondence import Correspondence
 from hookattn.taps.eager.follower import Follower
 from hookattn.taps.eager.learning import Lesson
@@ -69,6 +69,14 @@ class _Alike(Correspondence):
     So parameters are the same on both sides. What else made an axis is told by an address, which another tensor may
     have later, so that it is only counted.
     """
+
+    def pair(self, learned: Origin, here: Origin) -> bool:
+        known = self._origins.get(id(learned))
+        if (
+            known is not None and known[1] is not here
+        ):  # where one has an object for two tensors, the other may have two
+            del self._origins[id(learned)]
+        return super().pair(learned, here)
 
     def _pair_maps(self, one: frozenset[Any], other: frozenset[Any]) -> bool:
         named = ({m for m in maps if type(m) is int} for maps in (one, other))

@@ -1,4 +1,4 @@
-"""``python -m tests.sweep``: run the cases and write docs/coverage.md."""
+"""``python -m tests.sweep``: run the cases and write docs/coverage.md; with ``--beside`` check replays instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from .beside import little_recognised
 from .classes import model_types
 from .pool import ROOT, run_all
 from .report import write
@@ -21,13 +22,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types alone; their rows are printed")
     parser.add_argument("--impl", choices=IMPLEMENTATIONS, help="this implementation alone")
+    parser.add_argument(
+        "--beside", action="store_true", help="follow beside what is recognised instead; what is not is told at the end"
+    )
     parser.add_argument("--resume", action="store_true", help="keep rows of the same versions and sources")
     parser.add_argument(
         "--redo", nargs="+", metavar="TYPE", help="keep the rows of the results file, whatever it is of, but for these"
     )
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one case")
-    parser.add_argument("--results", default=str(ROOT / "out" / "sweep.jsonl"), help="rows, one JSON document a line")
+    parser.add_argument("--results", help="rows, one JSON document a line (default: in out/)")
     parser.add_argument("--report", default=str(ROOT / "docs" / "coverage.md"), help="the page that is written")
     args = parser.parse_args()
     known = model_types()
@@ -35,8 +39,10 @@ def main() -> int:
     unknown = sorted(set(types) - set(known))
     if unknown:
         parser.error(f"transformers has no model type {', '.join(unknown)}")
-    cases = [(t, i) for t in types for i in IMPLEMENTATIONS if args.impl in (None, i)]
-    results = Results(None if args.only else args.results, resume=args.resume, without=args.redo)
+    wanted = IMPLEMENTATIONS[:1] if args.beside else IMPLEMENTATIONS
+    cases = [(t, i) for t in types for i in wanted if args.impl in (None, i)]
+    file = args.results or ROOT / "out" / ("beside.jsonl" if args.beside else "sweep.jsonl")
+    results = Results(None if args.only else file, resume=args.resume, without=args.redo)
     waiting = [c for c in cases if c not in results]
     started, total = time.monotonic(), len(waiting)
 
@@ -56,8 +62,10 @@ def main() -> int:
                 flush=True,
             )
 
-    run_all(waiting, 1 if args.only else args.jobs, args.timeout, done)
-    if not args.only and args.impl is None:
+    run_all(waiting, 1 if args.only else args.jobs, args.timeout, done, *(["--beside"] if args.beside else []))
+    if args.beside:
+        print(little_recognised(results.rows.values()))
+    elif not args.only and args.impl is None:
         write(args.report, results.ordered(cases), time.monotonic() - started)
     counts = Counter(row["status"] for row in results.rows.values())
     print(", ".join(f"{n} {status}" for status, n in counts.most_common()), f"in {time.monotonic() - started:.0f} s")

@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
 
+from hookattn.taps.eager.replay import Run
 from tests.sweep import check as checking
 from tests.sweep.axes import untrue, watch_inputs
+from tests.sweep.beside import check_beside, little_recognised
 from tests.sweep.cases import build, inputs_of
 from tests.sweep.check import FLAT, Row, check
 from tests.sweep.classes import model_types
@@ -72,6 +75,48 @@ def test_a_type_that_is_newer_than_the_page(model_type: str, implementation: str
     row = check(model_type, implementation)
     if row.status == "red":
         pytest.xfail(f"new in transformers {HERE}: {model_type} in {implementation}: {'; '.join(row.problems)}")
+
+
+# Attention that is written in ways of its own, where what is learned may go wrong: one of each, not of the tenth above
+# but for the first, so that both together cost no more than they tell.
+LEARNED = """gpt2 llama t5 bart mixtral gptj bloom codegen deberta-v2 xlnet swinv2 gpt_neo mpnet sam detr wavlm speecht5
+gemma3n_audio blip_text_model exaone4_5_vision deepseek_v4 layoutlmv3""".split()
+
+
+@pytest.mark.parametrize("model_type", [t for t in LEARNED if t in model_types()])
+def test_what_is_recognised_of_a_type_is_what_following_makes(model_type: str) -> None:
+    row = check_beside(model_type)
+    assert row.status == "green", row.problems or row.reason
+
+
+@pytest.mark.slow
+def test_what_is_recognised_of_every_type_is_what_following_makes() -> None:
+    rows: list[dict[str, Any]] = []
+    run_all([(t, "eager") for t in model_types()], 2, 120, rows.append, "--beside")
+    red = [f"{row['model_type']}: {row['problems'][0]}" for row in rows if row["status"] == "red"]
+    assert not red, "\n".join(red)
+    assert sum(row["status"] == "green" for row in rows) > 0.9 * len(rows)
+
+
+def test_a_replay_that_goes_wrong_makes_a_red_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that turns the values of a call round, say."""
+    honest = Run.ingredients
+
+    def lies(self: Run, made: Any) -> Any:
+        given = honest(self, made)
+        return dataclasses.replace(given, values=[v.flip(-1) for v in given.values])
+
+    monkeypatch.setattr(Run, "ingredients", lies)
+    row = check_beside("gpt2")
+    assert row.status == "red", row
+
+
+def test_what_is_little_recognised_is_told_with_its_reasons() -> None:
+    row = {"model_type": "bert", "status": "green", "recognised": 1, "followed": 3, "why": {"a loop": 2}}
+    assert little_recognised([row, {**row, "recognised": 90}, {**row, "status": "red"}]).splitlines() == [
+        "1 types: a loop",
+        " 25% of 4 bert: 2 × a loop",
+    ]
 
 
 def of_rows(page: Coverage, types: Iterable[str], here: str) -> tuple[list[str], list[str]]:
