@@ -138,7 +138,7 @@ class Recogniser(Follower):
                 self._give_up(run, why)
                 return
             run.learned()
-            self._are_of(filter(None, map(run.tensor, end.parts)), run)
+            self._are_of((x for x in map(run.tensor, end.parts) if x is not None), run)
             return
         assert end is not None
         self._are_of(run.finish(end), run)
