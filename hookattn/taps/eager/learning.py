@@ -168,17 +168,6 @@ class Lesson:
             return View(slot, x.shape, x.stride(), int(x.storage_offset()) - int(of.storage_offset()))
         raise Unlearnable("a tensor that no operation was seen to make")
 
-    def slot(self, x: Tensor) -> int:
-        """The slot of a tensor.
-
-        Raises:
-            Unlearnable: it is none of the run.
-        """
-        found = self._slot(x)
-        if found is None:
-            raise Unlearnable("a tensor that no operation was seen to make")
-        return found
-
     def _made_slot(self, x: Tensor) -> Pattern:
         slot = self._slot(x)
         if slot is not None:
@@ -228,7 +217,7 @@ class Lesson:
             Unlearnable: it can't be recognised again.
         """
         step = Step(func, name, kind, *patterns, self.result(out), len(self.run.path))
-        step.asked = tuple(Asked(ask, tuple(map(self.slot, tensors)), answer) for ask, tensors, answer in asked)
+        step.asked = tuple(Asked(ask, tuple(map(self.place, tensors)), answer) for ask, tensors, answer in asked)
         step.seen = tuple(seen if self._back is None else [sight_by(self._back, one) for one in seen])
         step.where = where
         if isinstance(written, Tensor):

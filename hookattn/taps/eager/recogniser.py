@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
+from ...torch_internals.tensor_identity import storage_of
 from .assemble import CallBuilder
 from .correspondence import Correspondence
 from .decisions import DECISIONS
@@ -220,8 +221,12 @@ class Recogniser(Follower):
 
     def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operation that is expected: it is run, and nothing is followed."""
-        if step.extra and step.guards and not run.spares(step, target_of(args, kwargs)):
-            return self._otherwise(run, func, args, kwargs)
+        if step.guards is not None:
+            target = target_of(args, kwargs)
+            if self.parts:
+                self._before_overwriting(target)
+            if not run.spares(step, target):
+                return self._otherwise(run, func, args, kwargs)
         try:
             out = self._run(func, args, kwargs)
         except BaseException:
@@ -298,7 +303,9 @@ class Recogniser(Follower):
             self.origins.seed(*args)
             return None
         if self.parts:
-            self._restore((args, kwargs))
+            self._restore(tensors_among(args, kwargs or _NONE))
+            if writes_to(known[0], args, kwargs or _NONE):
+                self._before_overwriting(target_of(args, kwargs or _NONE))
         return super().watch(known, func, args, kwargs)
 
     def operation(self, func: Any) -> Known:
@@ -416,19 +423,28 @@ class Recogniser(Follower):
         known = self.parts.get(id(x)) or self.live.get(id(x))
         return known is not None and known[0]() is x
 
-    def _restore(self, values: tuple[Sequence[Any], dict[str, Any] | None]) -> None:
+    def _restore(self, tensors: Iterable[Tensor]) -> None:
         """Follow the runs that are over and of whose attention a tensor is part, before something is done with it."""
-        for x in tensors_among(values[0], values[1] or _NONE):
+        for x in tensors:
             known = self.parts.get(id(x))
-            if known is None or known[0]() is not x:
-                continue
-            run = known[1]
-            for key in [key for key, one in self.parts.items() if one[1] is run]:
-                del self.parts[key]
-            if not run.followed:
-                now = self.run
-                self._follow_from_here(run)
-                self.run = now
+            if known is not None and known[0]() is x:
+                self._follow_past(known[1])
+
+    def _before_overwriting(self, target: Any) -> None:
+        """Memory is about to be written to: follow the runs that are over and that need what is in it still."""
+        if isinstance(target, Tensor):
+            storage = storage_of(target)
+            for run in {id(run): run for _, run in self.parts.values()}.values():
+                if not run.followed and run.needs(storage):
+                    self._follow_past(run)
+
+    def _follow_past(self, run: Run) -> None:
+        for key in [key for key, one in self.parts.items() if one[1] is run]:
+            del self.parts[key]
+        if not run.followed:
+            now = self.run
+            self._follow_from_here(run)
+            self.run = now
 
     # What following tells, and asks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,23 @@ from .axis_history import Origin
 from .correspondence import Correspondence, sight_by
 from .learning import Lesson
 from .origins import Origins
-from .recipe import CONSTANT, NEW, SEVERAL, SLOT, Beginning, End, Made, Outside, Recipes, Result, Step, filled, new_in
+from .recipe import (
+    CONSTANT,
+    NEW,
+    SEVERAL,
+    SLOT,
+    Beginning,
+    End,
+    Made,
+    Outside,
+    Recipes,
+    Result,
+    Slot,
+    Step,
+    View,
+    filled,
+    new_in,
+)
 from .view_rules import map_of
 
 _ref = weakref.ref
@@ -208,7 +224,11 @@ class Run:
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
         with torch.no_grad():
-            return all(ask(*map(self.tensor, slots)) == answer for ask, slots, answer in step.asked)
+            return all(ask(*map(self._at, places)) == answer for ask, places, answer in step.asked)
+
+    def _at(self, place: Slot | View) -> Tensor:
+        x: Tensor = self.tensor(place.number)
+        return x if type(place) is Slot else cast(View, place).of(x)
 
     def note(self, step: Step) -> None:
         """Keep what is to be known later of how the tensors of a step are now."""
@@ -278,6 +298,12 @@ class Run:
             x = self.tensor(slot)
             if x is not None:
                 yield x
+
+    def needs(self, storage: int) -> bool:
+        """Whether something that a part of an attention is made of lies in a storage; of a run that is over."""
+        end = self.path[-1].end
+        held = () if end is None else map(self.tensor, end.needed)
+        return any(x is not None and storage_of(x) == storage for x in held)
 
     # What ran so far
 
