@@ -84,7 +84,12 @@ class Recogniser(Follower):
         # what compares their arguments.
         tensors = run.tensors
         count = len(tensors)
-        if not step.fits(args, kwargs or _NONE, tensors, run):
+        try:
+            fits = step.fits(args, kwargs or _NONE, tensors, run)
+        except Exception as error:  # noqa: BLE001 - as in _guard
+            self._broke(error)
+            return super().__torch_function__(func, types, args, kwargs)
+        if not fits:
             del tensors[count:]
             return self._in_run(run, func, args, kwargs or _NONE)
         try:
@@ -230,7 +235,7 @@ class Recogniser(Follower):
         try:
             out = self._run(func, args, kwargs)
         except BaseException:
-            self._raised(run)
+            self._guard(self._raised, run)
             raise
         if not run.advance(step, out):
             self._ran_otherwise(run, step, func, args, kwargs, out)
@@ -303,9 +308,9 @@ class Recogniser(Follower):
             self.origins.seed(*args)
             return None
         if self.parts:
-            self._restore(tensors_among(args, kwargs or _NONE))
+            self._guard(self._restore, tensors_among(args, kwargs or _NONE))
             if writes_to(known[0], args, kwargs or _NONE):
-                self._before_overwriting(target_of(args, kwargs or _NONE))
+                self._guard(self._before_overwriting, target_of(args, kwargs or _NONE))
         return super().watch(known, func, args, kwargs)
 
     def operation(self, func: Any) -> Known:
@@ -389,6 +394,7 @@ class Recogniser(Follower):
     def _catch_up(self, run: Run) -> Lesson:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
+        pictures = run.pictures()
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
@@ -401,7 +407,13 @@ class Recogniser(Follower):
                     self.after(self.before(step.name, step.func, args, kwargs), out)
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = None
-            lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
+            tensors = list(tensors_among((*args, out), kwargs))
+            for x in tensors if pictures else ():
+                picture, origin = pictures.get(id(x)), self.origins.peek(x)
+                if picture is not None and origin is not None and origin is not picture:
+                    picture.adopt(origin)
+                    self.origins.set(x, picture)  # by which others know it
+            lesson.seen(step, tensors, self.state, self.uses[count:])
         run.let_go()
         self.run = run
         return lesson
@@ -465,6 +477,11 @@ class Recogniser(Follower):
         if path is not None:
             self._unlearnable = "what is told of another module than the one that runs"
         super().tell(reason, path)
+
+    def failed(self, name: str, error: Exception) -> None:
+        """As of any follower; what went wrong once may not go wrong again."""
+        self._unlearnable = "a fault in following it"
+        super().failed(name, error)
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
         """Likewise."""

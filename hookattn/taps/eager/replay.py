@@ -19,7 +19,7 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence, sight_by
+from .correspondence import Correspondence, Picture, sight_by
 from .learning import Lesson
 from .origins import Origins
 from .recipe import (
@@ -337,6 +337,15 @@ class Run:
             if slot in self.given:
                 self.origins.set(x, self.given[slot])
         return x
+
+    def pictures(self) -> dict[int, Picture]:
+        """What was said of the axes of the tensors that are there still, by their identity; of a run that is over."""
+        found = {}
+        for x in filter(lambda x: x is not None, map(self.tensor, range(len(self.tensors)))):
+            origin = self.origins.peek(x)
+            if isinstance(origin, Picture) and origin.is_by(self.here):
+                found[id(x)] = origin
+        return found
 
     def recall(self) -> Lesson:
         """All that ran is about to be followed, and the run learned from there on."""
