@@ -28,6 +28,7 @@ from hookattn.taps.eager.correspondence import Correspondence
 from hookattn.taps.eager.follower import Follower
 from hookattn.taps.eager.learning import Lesson
 from hookattn.taps.eager.recipe import _OF, Unlearnable
+from hookattn.taps.eager.recogniser import Recogniser
 from hookattn.taps.eager.replay import Run
 
 # Of what was checked: operations that were recognised, calls that were made again, tensors whose axes were compared.
@@ -72,9 +73,7 @@ class _Alike(Correspondence):
 
     def pair(self, learned: Origin, here: Origin) -> bool:
         known = self._origins.get(id(learned))
-        if (
-            known is not None and known[1] is not here
-        ):  # where one has an object for two tensors, the other may have two
+        if known is not None and known[1] is not here:  # one may have an object for two tensors where the other has two
             del self._origins[id(learned)]
         return super().pair(learned, here)
 
@@ -91,7 +90,7 @@ class _Alike(Correspondence):
         return len(left) != 1 or self._pair_atoms(left[0], right[0])  # of several nothing tells which is which
 
 
-class Checked(Follower):
+class Checked(Recogniser):
     """A follower with another beside it, which never recognises anything."""
 
     def __init__(self, recorder: Any, kernels: Any):
@@ -105,7 +104,7 @@ class Checked(Follower):
         self.excused: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = self.operations.get(func) or self._operation(func)
+        known = self.operations.get(func) or self.operation(func)
         if known[1] is not None:  # a kernel's tap, that tells by itself
             try:
                 return super().__torch_function__(func, types, args, kwargs)
@@ -132,7 +131,7 @@ class Checked(Follower):
                 if kind.pairs:
                     other._pair(name, kind, args, given, out)
             except Exception as error:  # noqa: BLE001 - as the follower has it
-                other._failed(name, error)
+                other.failed(name, error)
         self._compare(name)
         return out
 
