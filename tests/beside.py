@@ -170,6 +170,12 @@ class Checked(Recogniser):
         if self.run is None and not self._inner:
             self._compare_axes()
 
+    def failed(self, name: str, error: Exception) -> None:
+        if isinstance(error, ReplayError):  # no fault of what is tested, which would say so and go on
+            self.differed = True
+            raise error
+        super().failed(name, error)
+
     def flush(self) -> None:
         self.other.flush()
         super().flush()
