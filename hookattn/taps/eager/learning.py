@@ -272,10 +272,11 @@ class Lesson:
                 self._note_made(step, state)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
-        if step.kind.sums_axis or step.kind.product:
-            for x in tensors:
-                if (slot := self._slot(x)) is not None:
-                    self._maps.setdefault(map_of(x), slot)
+        # A map is applied by a product, or looked up in, as a table of biases is.
+        maps = step.kind.sums_axis or step.kind.product
+        for x in tensors:
+            if (maps or isinstance(x, nn.Parameter)) and (slot := self._slot(x)) is not None:
+                self._maps.setdefault(map_of(x), slot)
         step.waits = self.waits()
 
     def _note_made(self, step: Step, state: State) -> None:
