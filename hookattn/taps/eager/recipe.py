@@ -63,7 +63,8 @@ class Outside(NamedTuple):
         shape: its shape.
         dtype: its dtype.
         device: its device.
-        stride: its strides; of a parameter None, since nothing depends on them.
+        stride: its strides.
+        parameter: whether it is a parameter.
         origin: where its axes come from; None: nothing was known of them when it was first used.
         mark: what tells it from others that pieces were cut off; None: none was.
     """
@@ -72,7 +73,8 @@ class Outside(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    stride: tuple[int, ...] | None
+    stride: tuple[int, ...]
+    parameter: bool
     origin: Origin | None
     mark: object | None
 
@@ -434,14 +436,14 @@ def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[A
 
 
 def same_constant(x: Any, want: Any) -> bool:
-    """Whether an argument is a constant of a step; 1, 1.0 and True are three."""
+    """Whether an argument is a constant of a step; 1, 1.0 and True are three, and not a number is one."""
     if x is want:
         return True
     if type(x) is not type(want):
         return False
     if type(x) in (list, tuple):
         return len(x) == len(want) and all(map(same_constant, x, want))
-    return bool(x == want)
+    return bool(x == want or (x != x and want != want))
 
 
 def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None) -> Outside:
@@ -452,7 +454,7 @@ def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None)
     """
     if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
         raise Unlearnable("a tensor that is none of torch's own")
-    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin, mark)
+    return Outside(slot, x.shape, x.dtype, x.device, x.stride(), type(x) is nn.Parameter, origin, mark)
 
 
 def result_of(slot: int, x: Tensor) -> Result:

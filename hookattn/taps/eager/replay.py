@@ -106,8 +106,14 @@ class Run:
                 return step
             if before is not None:
                 self.here = before
-            del self.tensors[count:]
+            self._cut(count)
         return None
+
+    def _cut(self, count: int) -> None:
+        """Forget the tensors that an operation brought which is not the expected one; ``count``: so many were before."""
+        del self.tensors[count:]
+        for slot in [slot for slot in self.given if slot >= count]:
+            del self.given[slot]
 
     def holds(self, slot: int, x: Any) -> bool:
         """Whether a tensor is that of a slot which was thought to be needed no more."""
@@ -116,15 +122,14 @@ class Run:
 
     def meets(self, want: Outside, x: Any) -> bool:
         """Whether a tensor from outside is alike to the recipe's; then it has the next slot."""
-        # Looked at for each tensor of the model's parameters, so that what says no most often comes last.
-        if want.stride is None:
+        if want.parameter:
             if type(x) is not nn.Parameter:
                 return False
         elif type(x) is not Tensor or is_wrapped(x):
             return False
         if x.layout is not torch.strided or x.is_nested:  # which have no strides, and may have no shape
             return False
-        if x.shape != want.shape or (want.stride is not None and x.stride() != want.stride):
+        if x.shape != want.shape or x.stride() != want.stride:
             return False
         if x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
             return False
@@ -218,8 +223,7 @@ class Run:
 
     def back(self) -> None:
         """Forget what the operation that is looked at brought from outside or made, which is none of the expected."""
-        count = sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out)))
-        del self.tensors[count:]
+        self._cut(sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out))))
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
@@ -365,6 +369,5 @@ class Run:
 
 def _stand_in(want: Outside | Result) -> Tensor:
     """A tensor without values for one that is gone: nothing but its shape is asked for."""
-    if want.stride is None:
-        return nn.Parameter(torch.empty(want.shape, dtype=want.dtype, device="meta"), requires_grad=False)
-    return torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device="meta")
+    made = torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device="meta")
+    return nn.Parameter(made, requires_grad=False) if isinstance(want, Outside) and want.parameter else made
