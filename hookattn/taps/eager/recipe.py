@@ -271,9 +271,8 @@ class Step:
 
     def settle(self) -> None:
         """The run that it is of was learned: see whether there is more to do than to run it."""
-        self.extra = bool(
-            self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
-        )
+        more = self.asked, self.where, self.watched, self.addresses, self.effects, self.follows
+        self.extra = self.guards is not None or any(more)
         self.quick = not (self.extra or self.pairs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
