@@ -357,12 +357,16 @@ def pattern_of(x: Any, slot_of: Callable[[Tensor], Pattern]) -> Pattern:
         if all(code == CONSTANT for code, _ in inner):
             return CONSTANT, x if type(x) is tuple else list(x)
         return SEVERAL, (type(x), inner)
-    if isinstance(x, _CONSTANTS) or (type(x) is slice and all(type(i) in (int, type(None)) for i in _bounds(x))):
+    if type(x) is slice:  # its bounds may be tensors of one number
+        inner = tuple(pattern_of(one, slot_of) for one in bounds(x))
+        return (CONSTANT, x) if all(code == CONSTANT for code, _ in inner) else (SEVERAL, (slice, inner))
+    if isinstance(x, _CONSTANTS):
         return CONSTANT, x
     raise Unlearnable(f"an argument of type {type(x).__name__}")
 
 
-def _bounds(x: slice) -> tuple[Any, Any, Any]:
+def bounds(x: slice) -> tuple[Any, Any, Any]:
+    """From where to where a slice goes, and its step."""
     return x.start, x.stop, x.step
 
 
@@ -417,7 +421,7 @@ def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[A
     cls, inner = want
     if type(x) is not cls:
         return False
-    values = cast(Sequence[Any], x)
+    values = bounds(x) if type(x) is slice else cast(Sequence[Any], x)
     if len(values) != len(inner):
         return False
     for (code, wanted), one in zip(inner, values, strict=True):
