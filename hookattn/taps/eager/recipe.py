@@ -530,12 +530,13 @@ def numbers_in(slots: dict[str, Any]) -> Iterator[int]:
 
 
 def slots_of(given: Ingredients, slot: Callable[[Tensor], Slot | View]) -> dict[str, Any]:
-    """For each ingredient of a call the slots of its tensors; what is no tensor stays what it is.
+    """For each ingredient of a call that there is the slots of its tensors; what is no tensor stays what it is.
 
     Raises:
         Unlearnable: one of them is no tensor of the run.
     """
-    return {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
+    made = {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
+    return {name: x for name, x in made.items() if x is not None and x != []}
 
 
 def _slots_of(x: Any, slot: Callable[[Tensor], Slot | View]) -> Any:
