@@ -89,6 +89,8 @@ class Run:
         self._versions: dict[tuple[int, int], int] = {}  # by slot and step, of those that are watched
         self._addresses: dict[int, Any] = {}
         self.given: dict[int, Origin] = {}
+        self._writes: list[tuple[int, int]] = []  # which step wrote to which storage
+        self._given_versions: dict[int, int] = {}  # by slot, of tensors from outside when they were first used
 
     # One operation of a run that is known
 
@@ -110,7 +112,7 @@ class Run:
         return None
 
     def _cut(self, count: int) -> None:
-        """Forget the tensors that an operation brought which is not the expected one; ``count``: so many were before."""
+        """Forget the tensors that an operation brought which is not the expected one; ``count``: those before."""
         del self.tensors[count:]
         for slot in [slot for slot in self.given if slot >= count]:
             del self.given[slot]
@@ -146,6 +148,8 @@ class Run:
         mark = self.origins.peek_mark(x)
         if mark is not want.mark and (mark is None or want.mark is None or not self.here.pair_marks(want.mark, mark)):
             return False
+        if not want.parameter:
+            self._given_versions[want.slot] = version_of(x)
         self.tensors.append(x)
         self._ids.add(key)
         return True
@@ -331,7 +335,7 @@ class Run:
         if code == SEVERAL:
             cls, inner = want
             values = [self._past(kind, one, known) for kind, one in inner]
-            return cls(*values) if hasattr(cls, "_fields") else cls(values)
+            return cls(*values) if cls is slice or hasattr(cls, "_fields") else cls(values)
         slot = want if code == SLOT else want.slot
         x = self.tensor(slot)
         if x is None:
@@ -341,6 +345,33 @@ class Run:
             if slot in self.given:
                 self.origins.set(x, self.given[slot])
         return x
+
+    def touched(self) -> frozenset[int]:
+        """The tensors, by identity, that were written to by something that nobody saw, as far as that can be told.
+
+        What an operation of the run wrote to may have been written to by it alone, or not.
+        """
+        there = {slot: x for slot in range(len(self.tensors)) if (x := self.tensor(slot)) is not None}
+        written = {storage for _, storage in self._writes}
+        given = {storage_of(there[slot]): slot for slot in self._given_versions if slot in there}
+        found = set()
+        for slot, x in there.items():
+            storage = storage_of(x)
+            if storage in written or type(x) is nn.Parameter:
+                continue
+            if version_of(x) > self._given_versions.get(given.get(storage, slot), 0):
+                found.add(id(x))
+        return frozenset(found)
+
+    def wrote(self, step: Step, target: Any) -> None:
+        """A step wrote to the memory of a tensor."""
+        if isinstance(target, Tensor):
+            self._writes.append((step.number, storage_of(target)))
+
+    def writes_since(self, number: int, x: Tensor) -> int:
+        """How often steps of the run have written to the memory of a tensor, from the step of a number on."""
+        storage = storage_of(x) if self._writes else 0
+        return sum(n >= number and one == storage for n, one in self._writes)
 
     def pictures(self) -> dict[int, Picture]:
         """What was said of the axes of the tensors that are there still, by their identity; of a run that is over."""
