@@ -77,13 +77,13 @@ class Checked(Follower):
         other, given = self.other, kwargs or {}
         other.model_runs = self.model_runs
         begun = other.before(name, func, args, given) if special or other.live else None
-        replays = self.run is not None and not self.run.learning
+        replays = self.run is not None and self.run.lesson is None
         self._inner = True
         try:
             out = super().__torch_function__(func, types, args, kwargs)
         finally:
             self._inner = False
-        CHECKED["recognised" if replays and self.run is not None and not self.run.learning else "followed"] += 1
+        CHECKED["recognised" if replays and self.run is not None and self.run.lesson is None else "followed"] += 1
         if begun is not None:
             other.after(begun, out)
         else:

@@ -61,13 +61,67 @@ def maps_in(origins: Iterable[Origin]) -> set[Any]:
     return found
 
 
+class Context:
+    """Which axes of a recipe are which of another, of all that a run of the one is given by a run of the other.
+
+    It is the same in every pair of such runs, so that it is worked out once. Immutable; :meth:`grown` gives the next.
+
+    Attributes:
+        pairs: what is paired.
+    """
+
+    __slots__ = ("_grown", "pairs")
+
+    def __init__(self, pairs: Correspondence) -> None:
+        self.pairs = pairs
+        self._grown: dict[tuple[int, int], tuple[Origin, Origin, Context | None]] = {}
+
+    def grown(self, learned: Origin, given: Origin) -> Context | None:
+        """With one more pair; None: they are not alike, or not as they lie to what was paired before."""
+        found = self._grown.get((id(learned), id(given)))
+        if found is None:
+            pairs = self.pairs.copy()
+            found = learned, given, Context(pairs) if pairs.pair(learned, given) else None
+            self._grown[id(learned), id(given)] = found
+        return found[2]
+
+
+# A run knows the run before it, which knows the one before that. So many are known; the next is worked out by itself.
+_LONGEST = 24
+
+
 class Correspondence:
-    """Which axis of a run is which of the recipe's."""
+    """Which axis of a run is which of the recipe's.
 
-    __slots__ = ("_atoms", "_maps", "_maps_taken", "_origins", "_pictures", "_taken", "_turned")
+    Args:
+        before: of the run before it, which may have made what this one is given.
+        context: nothing paired.
+        turned: whether it was made by :meth:`turned`.
+    """
 
-    def __init__(self, turned: bool = False) -> None:
+    __slots__ = (
+        "_atoms",
+        "_before",
+        "_context",
+        "_given",
+        "_maps",
+        "_maps_taken",
+        "_origins",
+        "_pictures",
+        "_taken",
+        "_turned",
+        "depth",
+    )
+
+    def __init__(
+        self, before: Correspondence | None = None, context: Context | None = None, turned: bool = False
+    ) -> None:
         self._turned = turned
+        # While all that is given is of the run before, the context says what is what and nothing else is paired.
+        self._before = before if before is not None and before.depth < _LONGEST else None
+        self._context = context
+        self.depth: int = 0 if self._before is None else self._before.depth + 1
+        self._given: dict[int, tuple[Origin, Origin]] = {}  # by the identity of the run's, with the recipe's
         self._atoms: dict[Atom, Atom] = {}
         self._taken: dict[Atom, Atom] = {}  # the other way round
         self._maps: dict[Any, Any] = {}
@@ -78,7 +132,8 @@ class Correspondence:
 
     def copy(self) -> Correspondence:
         """As it is now: what is paired since can be let go of."""
-        other = Correspondence()
+        other = Correspondence(self._before, self._context, self._turned)
+        other._given = dict(self._given)
         other._atoms, other._taken = dict(self._atoms), dict(self._taken)
         other._maps, other._maps_taken = dict(self._maps), dict(self._maps_taken)
         other._origins = dict(self._origins)
@@ -86,6 +141,7 @@ class Correspondence:
 
     def turned(self) -> Correspondence:
         """The other way round: which axis of the recipe is which of the run. What only the run has stays what it is."""
+        self._settle()
         other = Correspondence(turned=True)
         other._atoms, other._taken = dict(self._taken), dict(self._atoms)
         other._maps, other._maps_taken = dict(self._maps_taken), dict(self._maps)
@@ -93,6 +149,43 @@ class Correspondence:
         return other
 
     # What a run is given
+
+    def meets(self, learned: Origin, here: Origin) -> bool:
+        """As :meth:`pair`, of something that a run is given."""
+        before = self._before
+        if before is not None and self._context is not None:
+            given = before._learned_of(here)
+            known = self._given.get(id(here))
+            if known is not None:
+                return known[1] is learned
+            if given is not None:
+                context = self._context.grown(learned, given)
+                if context is None:
+                    return False
+                self._context = context
+                self._given[id(here)] = here, learned
+                self._origins[id(learned)] = learned, here
+                return True
+            if not self._settle():
+                return False
+        self._given[id(here)] = here, learned
+        return self.pair(learned, here)
+
+    def _learned_of(self, here: Origin) -> Origin | None:
+        """The recipe's origin that one of the run is, if it was made by the run or given to it."""
+        if type(here) is Picture and here._by is self:
+            return here._learned
+        given = self._given.get(id(here))
+        return None if given is None else given[1]
+
+    def _settle(self) -> bool:
+        """Pair all that was given by itself, and not by what the run before was given."""
+        before, context = self._before, self._context
+        if before is None or context is None:
+            return True
+        self._before, self.depth = None, 0
+        self._origins.clear()
+        return all(self.pair(learned, before.origin(given)) for learned, given in list(context.pairs._origins.values()))
 
     def pair(self, learned: Origin, here: Origin) -> bool:
         """Take two origins for the same; False where they are not alike, or not as they lie to what was paired before.
@@ -192,6 +285,11 @@ class Correspondence:
         found = self._atoms.get(learned)
         if found is not None:
             return found
+        if self._before is not None and self._context is not None:
+            given = self._context.pairs._atoms.get(learned)
+            if given is not None:
+                found = self._atoms[learned] = self._before.atom(given)
+                return found
         made = Atom.__new__(Atom)
         self._atoms[learned] = made
         made.size, made.role, made.repeated = learned.size, learned.role, learned.repeated
@@ -207,6 +305,10 @@ class Correspondence:
         here = self._maps.get(learned)
         if here is not None:
             return here
+        if self._before is not None and self._context is not None:
+            given = self._context.pairs._maps.get(learned)
+            if given is not None:
+                return self._before._map(given)
         return learned if self._turned else (id(self), learned)  # of something that is not there any more
 
 

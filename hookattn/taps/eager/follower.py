@@ -21,7 +21,9 @@ from ..foreign import handler_of
 from . import axis_history
 from .assemble import NAME, CallBuilder
 from .axis_history import Origin
+from .correspondence import Correspondence
 from .decisions import DECISIONS
+from .learning import PART, Lesson
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
@@ -29,7 +31,7 @@ from .pairwise import paired
 from .product_labels import ParsedProduct, parse_product, parse_several
 from .products import LayoutError
 from .recipe import Beginning, Made, Recipes, Step, Told, Unlearnable
-from .replay import PART, Run
+from .replay import Run
 from .rules import next_state, piece_states, scattered_scores
 from .states import (
     Pairwise,
@@ -151,6 +153,7 @@ class Follower(TorchFunctionMode):
         self.past: tuple[Run, int] | None = None
         self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
         self._begins: Beginning | None = None
+        self._before: Correspondence | None = None  # of the run before, if it was recognised
         self._several = False
         self._happened: list[Any] = []
         self._asked_where = False
@@ -161,7 +164,25 @@ class Follower(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         if run is not None:
-            return self._in_run(run, func, args, kwargs or _NONE)
+            if kwargs or not run.quick or (step := run.next[0]).func is not func:
+                return self._in_run(run, func, args, kwargs or _NONE)
+            # Most operations of a model that was seen before come here, where nothing is called but they themselves and
+            # what compares their arguments.
+            tensors = run.tensors
+            count = len(tensors)
+            if not step.fits(args, _NONE, tensors, run):
+                del tensors[count:]
+                return self._in_run(run, func, args, _NONE)
+            try:
+                out = func(*args)
+            except BaseException:
+                self._raised(run)
+                raise
+            want = step.out[1]
+            if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
+                run.made(step, out)
+                return out
+            return self._otherwise(run, lambda *_: out, args, _NONE, func)
         known = self.operations.get(func) or self._operation(func)
         if not known[0]:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -209,11 +230,11 @@ class Follower(TorchFunctionMode):
 
     def _new_run(self) -> None:
         if self._begins is not None and self.recipes is not None:
-            self.run = Run(self.recipes, self._begins, self.origins, self._is_part)
+            self.run = Run(self.recipes, self._begins, self.origins, self._is_part, self._before)
 
     def _in_run(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One operation of a run."""
-        if not run.learning:
+        if run.lesson is None:
             step = run.expect(func, args, kwargs)
             if step is not None:
                 if run.path or step.hopeless < _TRIES:
@@ -222,19 +243,15 @@ class Follower(TorchFunctionMode):
         known = self.operations.get(func) or self._operation(func)
         if not known[0]:
             return func(*args, **kwargs)
-        if self.run is None:
-            return self._watch(known, func, args, kwargs)
         if known[1] is not None:  # a kernel's tap, which may ask for anything: a run ends before it
             self._end_run()
             try:
                 return known[1](self, func, args, kwargs)
             finally:
                 self._new_run()
-        if not run.learning:
-            self._catch_up(run)
-        if self.run is not run:
+        if self.run is None:
             return self._watch(known, func, args, kwargs)
-        return self._learn(run, known, func, args, kwargs)
+        return self._learn(run, run.lesson or self._catch_up(run), known, func, args, kwargs)
 
     def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operation that is expected: it is run, and nothing is followed."""
@@ -243,9 +260,7 @@ class Follower(TorchFunctionMode):
         try:
             out = func(*args, **kwargs)
         except BaseException:
-            run.back()
-            self._catch_up(run)
-            self.run = None
+            self._raised(run)
             raise
         if run.advance(step, out):
             if step.extra:
@@ -255,15 +270,18 @@ class Follower(TorchFunctionMode):
         # is nothing that is needed.
         return self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
 
+    def _raised(self, run: Run) -> None:
+        """An operation that was expected raised, as the model may do and go on."""
+        run.back()
+        self._follow_from_here(run)
+
     def _otherwise(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None) -> Any:
         """An operation that is not what was expected after all."""
         named = func if named is None else named
         run.back()
-        self._catch_up(run)
+        lesson = self._catch_up(run)
         known = self.operations.get(named) or self._operation(named)
-        if self.run is not run:
-            return self._watch(known, func, args, kwargs)
-        return self._learn(run, known, func, args, kwargs, named)
+        return self._learn(run, lesson, known, func, args, kwargs, named)
 
     def _happens(self, run: Run, step: Step) -> None:
         """What comes of a step that ran as it did before."""
@@ -276,8 +294,7 @@ class Follower(TorchFunctionMode):
             elif type(effect) is Made:
                 self._make_again(run, effect)
         if step.follows:
-            self._catch_up(run)
-            self.run = None
+            self._follow_from_here(run)
         elif step.effects and self._several and step.end is not None and not run.beginning.whole:
             self._end_run()
             self._new_run()
@@ -303,13 +320,20 @@ class Follower(TorchFunctionMode):
         self.recorder.record(call)
 
     def _learn(
-        self, run: Run, known: _Known, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None
+        self,
+        run: Run,
+        lesson: Lesson,
+        known: _Known,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        named: Any = None,
     ) -> Any:
         """Run an operation, follow it and learn it; ``named``: the function that it is said to be."""
         name, _, _, kind = known
         self._happened, self._asked_where, self._unlearnable = [], False, ""
         try:
-            patterns = run.describe(args, kwargs)
+            patterns = lesson.describe(args, kwargs)
         except Unlearnable as why:
             self._give_up(run, why)
             return self._watch(known, func, args, kwargs)
@@ -329,16 +353,16 @@ class Follower(TorchFunctionMode):
             if self._unlearnable:
                 raise Unlearnable(self._unlearnable)
             written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
-            step = run.append(
+            step = lesson.append(
                 func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
             )
             step.seen = tuple(seen)
-            run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
-            run.effects(step, self._happened)
+            lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
+            lesson.effects(step, self._happened)
         except Unlearnable as why:
             self._give_up(run, why, steps)
             return out
-        if self._several and self._happened and not run.beginning.whole and not run.waits():
+        if self._several and self._happened and not run.beginning.whole and not lesson.waits():
             self._end_run()
             self._new_run()
         return out
@@ -351,16 +375,24 @@ class Follower(TorchFunctionMode):
             why: what is in the way.
             steps: so many steps are learned all the same; None: those that there are.
         """
-        run.give_up(len(run.path) if steps is None else steps)
+        if run.lesson is not None:
+            run.lesson.give_up(len(run.path) if steps is None else steps)
+        run.learned()
         if str(why) == PART:
             run.beginning.whole = True
         if self.run is run:
             self.run = None
 
-    def _catch_up(self, run: Run) -> None:
+    def _follow_from_here(self, run: Run) -> None:
+        """Follow what a run did so far and what comes after, to where the next run begins."""
+        self._catch_up(run)
+        run.learned()
+        self.run = None
+
+    def _catch_up(self, run: Run) -> Lesson:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
-        run.recall()
+        lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
             DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], list(step.seen)
@@ -372,25 +404,28 @@ class Follower(TorchFunctionMode):
                     self.after(self.before(step.name, step.func, args, kwargs), out)
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = None
-            run.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
+            lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
         run.let_go()
         self.run = run
+        return lesson
 
     def _end_run(self) -> None:
         """The run ends here."""
         run, self.run = self.run, None
         if run is None or not run.path:
             return
-        end = run.path[-1].end
-        if not run.learning and (end is None or not run.is_clear(end)):
-            self._catch_up(run)
+        self._before = None
+        end, lesson = run.path[-1].end, run.lesson
+        if lesson is None and (end is None or not run.is_clear(end)):
+            lesson = self._catch_up(run)
             self.run = None
-        if run.learning:
+        if lesson is not None:
             try:
-                end = run.close(self.state)
+                end = lesson.close(self.state)
             except Unlearnable as why:
                 self._give_up(run, why)
                 return
+            run.learned()
             for slot in end.parts:
                 x = run.tensor(slot)
                 if x is not None:
@@ -399,6 +434,7 @@ class Follower(TorchFunctionMode):
         assert end is not None
         for x in run.finish(end):
             self._is_of(x, run)
+        self._before = run.here
 
     def _is_of(self, x: Tensor, run: Run) -> None:
         """A tensor is part of an attention of a run that is over: the run is kept for as long as the tensor."""
@@ -424,9 +460,9 @@ class Follower(TorchFunctionMode):
                 continue
             run = known[1]
             self.parts = {key: one for key, one in self.parts.items() if one[1] is not run}
-            if not run.learning:
-                now, self.run = self.run, None
-                self._catch_up(run)
+            if not run.followed:
+                now = self.run
+                self._follow_from_here(run)
                 self.run = now
 
     # What following tells
@@ -471,7 +507,7 @@ class Follower(TorchFunctionMode):
         """Something is done that is no operation: what ran so far is followed, and what comes until the next run."""
         run = self.run
         if run is not None:
-            if not run.learning:
+            if run.lesson is None:
                 self._catch_up(run)
             self._give_up(run, Unlearnable("something that is no operation"))
 
@@ -846,10 +882,9 @@ class Follower(TorchFunctionMode):
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
-        run, self.run, self._begins = self.run, None, None
-        if run is not None and not run.learning and run.path and run.path[-1].waits:
-            self._catch_up(run)
-            self.run = None
+        run, self.run, self._begins, self._before = self.run, None, None, None
+        if run is not None and run.lesson is None and run.path and run.path[-1].waits:
+            self._follow_from_here(run)
         for ref, state in list(self.live.values()):
             out = ref()
             if isinstance(state, Unnormalized) and out is not None:

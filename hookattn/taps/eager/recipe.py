@@ -17,7 +17,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...torch_internals.transforms import is_wrapped
 from .assemble import CallBuilder, Ingredients
 from .axis_history import Atom, Origin
+from .correspondence import Context, Correspondence
 from .entries import Entries
 from .operation import OperationKind
 from .products import Product
@@ -111,11 +112,15 @@ class Made(NamedTuple):
         builder: brings its tensors into B H T S.
         slots: for each of :class:`~.assemble.Ingredients` the slots of its tensors.
         softmax: the number of the step in which the softmax ran; None: it does not count where.
+        product: that of the step since which the operands must not have been written to.
+        finite: likewise of the finite scores; None: there are none.
     """
 
     builder: CallBuilder
     slots: dict[str, Any]
     softmax: int | None
+    product: int
+    finite: int | None
 
 
 class Told(NamedTuple):
@@ -166,7 +171,9 @@ class Step:
         hopeless: how many runs that begin with it could not be learned, since one was.
         reads: whether it reads an attribute (``x.mT``), whose function is another object each time.
         pairs: whether it takes something from outside of which it is known where its axes come from.
+        fits: whether arguments fit it, by those, the tensors of a run and the run.
         extra: whether there is more to it than its operation; filled by :meth:`settle`.
+        quick: whether it takes nothing but arguments by position and makes one tensor; filled by :meth:`settle`.
         waits: whether a softmax ran until then of which nothing came yet.
         follows: whether what comes after it is followed, and not learned.
     """
@@ -179,6 +186,7 @@ class Step:
         "effects",
         "end",
         "extra",
+        "fits",
         "follows",
         "func",
         "guards",
@@ -190,6 +198,7 @@ class Step:
         "number",
         "out",
         "pairs",
+        "quick",
         "reads",
         "seen",
         "waits",
@@ -225,13 +234,15 @@ class Step:
         self.reads = type(func) is types.MethodWrapperType
         given = new_in((*args, *kwargs.values()))
         self.pairs = any(one.origin is not None for one in given)
-        self.extra = True
+        self.extra, self.quick = True, False
+        self.fits = checker(self.args, self.kwargs)
 
     def settle(self) -> None:
         """The run that it is of was learned: see whether there is more to do than to run it."""
         self.extra = bool(
             self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
         )
+        self.quick = not (self.extra or self.pairs or self.kwargs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
         """Of all tensors that it takes or makes."""
@@ -258,6 +269,7 @@ class Recipes:
 
     Attributes:
         steps: how many there are.
+        context: of a run and the one before it, nothing paired.
         busy: held while a trace uses them; another of the same model at the same time goes without.
     """
 
@@ -268,13 +280,14 @@ class Recipes:
     def __init__(self) -> None:
         self.busy = threading.Lock()
         self.steps = 0
+        self.context = Context(Correspondence())
         self._beginnings: dict[object, Beginning] = {}
 
     def beginning(self, key: object) -> Beginning:
         """Where the runs of a kind begin, which ``key`` tells from others."""
         if self.steps > self.LIMIT:
             self._beginnings.clear()
-            self.steps = 0
+            self.steps, self.context = 0, Context(Correspondence())
         found = self._beginnings.get(key)
         if found is None:
             found = self._beginnings[key] = Beginning()
@@ -320,6 +333,74 @@ def pattern_of(x: Any, slot_of: Callable[[Tensor], Pattern]) -> Pattern:
 
 def _bounds(x: slice) -> tuple[Any, Any, Any]:
     return x.start, x.stop, x.step
+
+
+class Meeting(Protocol):
+    """A run, as far as it takes to see whether the arguments of an operation fit a step."""
+
+    def holds(self, slot: int, x: Any) -> bool:
+        """Whether a tensor is that of a slot that is held weakly."""
+
+    def meets(self, want: Outside, x: Any) -> bool:
+        """Whether a tensor from outside is alike to another; then it has the next slot."""
+
+
+Checker = Callable[[Sequence[Any], dict[str, Any], Sequence[Any], Meeting], bool]
+
+_TESTS = {
+    CONSTANT: "({x} is {want} or same({x}, {want}))",
+    SLOT: "(tensors[{want}] is {x} or run.holds({want}, {x}))",
+    NEW: "run.meets({want}, {x})",
+    SEVERAL: "several({want}, {x}, tensors, run)",
+}
+
+
+def checker(args: tuple[Pattern, ...], kwargs: dict[str, Pattern]) -> Checker:
+    """What tells whether arguments fit patterns.
+
+    Written out for each sequence of kinds of arguments, of which there are few: a loop over the patterns took three
+    times as long, for every operation of a model.
+    """
+    return _checker_of(tuple(code for code, _ in args), tuple((name, code) for name, (code, _) in kwargs.items()))(
+        same_constant, _several, *(want for _, want in (*args, *kwargs.values()))
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _checker_of(args: tuple[int, ...], kwargs: tuple[tuple[str, int], ...]) -> Callable[..., Checker]:
+    tests = [_TESTS[code].format(x=f"args[{i}]", want=f"w{i}") for i, code in enumerate(args)]
+    for i, (name, code) in enumerate(kwargs, len(args)):
+        tests.append(f"{name!r} in kwargs and {_TESTS[code].format(x=f'kwargs[{name!r}]', want=f'w{i}')}")
+    counts = [f"len(args) == {len(args)}", f"len(kwargs) == {len(kwargs)}" if kwargs else "not kwargs"]
+    wants = ", ".join(f"w{i}" for i in range(len(tests)))
+    made: dict[str, Any] = {}
+    exec(
+        f"def make(same, several, {wants}):\n return lambda args, kwargs, tensors, run: {' and '.join(counts + tests)}",
+        made,
+    )
+    return cast(Callable[..., Checker], made["make"])
+
+
+def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[Any], run: Meeting) -> bool:
+    """Whether a list or tuple fits its pattern."""
+    cls, inner = want
+    if type(x) is not cls:
+        return False
+    values = cast(Sequence[Any], x)
+    if len(values) != len(inner):
+        return False
+    for (code, wanted), one in zip(inner, values, strict=True):
+        if code == CONSTANT:
+            fits = one is wanted or same_constant(one, wanted)
+        elif code == SLOT:
+            fits = tensors[wanted] is one or run.holds(wanted, one)
+        elif code == NEW:
+            fits = run.meets(wanted, one)
+        else:
+            fits = _several(wanted, one, tensors, run)
+        if not fits:
+            return False
+    return True
 
 
 def same_constant(x: Any, want: Any) -> bool:
