@@ -57,9 +57,9 @@ def _paid() -> Iterator[Counter[str]]:
         count["paid"] += 1
         return watch(self, *args)
 
-    def caught_up(self: Follower, run: Run) -> None:
+    def caught_up(self: Follower, run: Run) -> Any:
         count["paid"] += len(run.path)
-        catch_up(self, run)
+        return catch_up(self, run)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Follower, "_watch", watched)
