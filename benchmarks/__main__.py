@@ -5,6 +5,7 @@ On the CPU all is measured with the allocator as it is, and what bars are about 
 python -m benchmarks                                  # the CPU's cases
 python -m benchmarks --device cuda --json out.json    # the GPU's
 python -m benchmarks --cases toy --rounds 50
+python -m benchmarks --only hand --once               # attention written out by hand, in some minutes
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import torch
 
 from . import allocator
 from .bars import Verdict, verdicts
-from .cases import GENERATION, LARGE, LLAMA, LONG, SMALL, Case, cases
+from .cases import GENERATION, GROUPS, LARGE, LLAMA, LONG, SMALL, SMALL_EAGER_128, Case, cases
 from .checkout import register_adapters
 from .clock import Clock, Variant, clock_of
 from .derivation import derivation
 from .disk import streaming
+from .first import first_traces
 from .held import held_bytes, long_generation
 from .measure import Row, measure
 from .models import llama
@@ -41,9 +43,12 @@ from .table import bar_table, case_table
 
 # Seconds after which no further case of a GPU begins: those that bars are about come first.
 _LATEST = 300
-_SECONDS = {"cpu": 160.0, "cuda": 150.0}
-_KEEPING = 0.45  # of the time, once more with freed memory kept
-_LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens", "attnread")
+_SECONDS = {"cpu": 10.0, "cuda": 8.0}  # for a case of weight 1
+_KEEPING = 0.4  # of the time, once more with freed memory kept
+_LIBRARIES = (
+    *("torch", "transformers", "triton", "transformer-lens", "nnsight", "torchlens", "attnread"),
+    *("timm", "open_clip_torch", "diffusers", "x-transformers", "vit-pytorch"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,13 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = clock_of(device, options.busy)
     if options.busy:
         torch.set_num_threads(1)
-    chosen = [c for c in cases() if _chosen(c, options.cases, device) and (c.has_bars or not options.bars)]
-    if not chosen:
-        parser.error(f"no case has {options.cases!r} in its name; there are: {'; '.join(c.name for c in cases())}")
+    asked = [c for c in cases() if _chosen(c, options, device)]
+    if not asked:
+        parser.error(
+            f"no case has {options.cases or ''!r} in its name; there are: {'; '.join(c.name for c in cases())}"
+        )
+    chosen = [c for c in asked if c.missing is None]
     about = {**_about(device), "adapters": register_adapters(), "clock": clock.__name__}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
+    if not options.again and (names := [f"{c.name} ({c.missing})" for c in asked if c.missing is not None]):
+        print(f"left out, since their library is not installed: {'; '.join(names)}")
     start = time.perf_counter()
-    seconds = options.seconds or _SECONDS[device.type]
+    seconds = options.seconds or _SECONDS[device.type] * sum(c.weight for c in chosen)
     rows, extra = _measured(chosen, device, clock, seconds, options)
     for name, value in extra.items():
         print(f"{name}: {value:.4g}")
@@ -85,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nOnce more with freed memory kept, {_KEEPING:g} of the time: the rows that bars are about.")
         found["freed memory kept"] = allocator.run_keeping(_once_more(options, _KEEPING * seconds))
     if not options.again:
-        print(_bar_table(bars, found.get("freed memory kept")))
+        told = [bar for bar in bars if bar.measured is not None or not options.only]
+        if told:
+            print(_bar_table(told, found.get("freed memory kept")))
         print(f"took {time.perf_counter() - start:.0f} s")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _once_more(options: argparse.Namespace, seconds: float) -> list[str]:
     """The arguments of the run that measures the rows that bars are about once more."""
     given = ["--again", "--seconds", str(seconds), "--rounds", str(options.rounds), "--rows", options.rows]
-    return [*given, *(("--cases", options.cases) if options.cases else ()), *(("--busy",) if options.busy else ())]
+    if options.cases:
+        given += ["--cases", options.cases]
+    if options.only:
+        given += ["--only", ",".join(options.only)]
+    return [*given, *(("--busy",) if options.busy else ())]
 
 
 def _bar_table(bars: list[Verdict], kept: dict[str, Any] | None) -> str:
@@ -111,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cases", help="only cases whose name contains this, wherever they are measured by default")
-    parser.add_argument("--seconds", type=float, help="about how long the rounds take in all (default: 160; cuda: 150)")
+    parser.add_argument(
+        "--only", type=_groups, default=(), help=f"only cases of these groups, separated by commas: {', '.join(GROUPS)}"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="about how long the rounds take in all (default: 10 a case of weight 1; cuda: 8)"
+    )
     parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds of each case")
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
     parser.add_argument(
@@ -122,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # the second part of a run
     parser.add_argument("--json", help="write the numbers to this file")
     return parser
+
+
+def _groups(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := sorted(set(names) - set(GROUPS)):
+        raise argparse.ArgumentTypeError(f"no such group: {', '.join(unknown)}; there are: {', '.join(GROUPS)}")
+    return names
 
 
 def _measured(
@@ -158,6 +186,8 @@ def _measured(
 def _beside(case: Case, device: torch.device, clock: Clock) -> dict[str, float]:
     """What is measured with a case and is no ratio to its untraced forward."""
     found: dict[str, float] = {}
+    if case.name == SMALL_EAGER_128:
+        found.update(first_traces(case.make(device), case.inputs(device), clock))
     if case.name == SMALL:
         found.update(streaming(case.make(device), case.inputs(device), clock, rounds=5))
     if case.name == LLAMA:
@@ -172,8 +202,9 @@ def _beside(case: Case, device: torch.device, clock: Clock) -> dict[str, float]:
     return found
 
 
-def _chosen(case: Case, name: str | None, device: torch.device) -> bool:
-    return device.type in case.places if name is None else name in case.name
+def _chosen(case: Case, options: argparse.Namespace, device: torch.device) -> bool:
+    named = device.type in case.places if options.cases is None else options.cases in case.name
+    return named and (not options.only or case.group in options.only) and (case.has_bars or not options.bars)
 
 
 def _about(device: torch.device) -> dict[str, str]:

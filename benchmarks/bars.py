@@ -6,11 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import variants as v
-from .cases import GENERATION, LARGE, LLAMA, LONG, SMALL, SMALL_EAGER, TOY
+from .cases import (
+    GENERATION,
+    GENERATION_EAGER,
+    LARGE,
+    LLAMA,
+    LONG,
+    SMALL,
+    SMALL_EAGER,
+    SMALL_EAGER_32,
+    SMALL_EAGER_128,
+    TOY,
+    TOY_EAGER,
+    plain_name,
+)
+from .hands import HANDS
+from .libraries import library_models
 from .measure import Row
+from .peers import BRIDGE
 
 Rows = Mapping[str, Sequence[Row]]
-BRIDGE = "TransformerBridge.run_with_cache (same fields)"
 
 
 @dataclass(frozen=True)
@@ -73,12 +88,30 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
             *both,
         ]
     megabytes = {name: extra[name] / 1e6 for name in extra if name.startswith("generated, ")}
+    sizes = ((SMALL_EAGER_32, "32", 1.08), (SMALL_EAGER_128, "128", 1.03), (SMALL_EAGER, "512", 1.02))
     return [
+        Verdict("toy, eager: trace ÷ untraced", 1.35, ratio(TOY_EAGER, v.TRACE)),
+        Verdict("toy, eager: trace ÷ untraced, in a block", 1.20, ratio(TOY_EAGER, v.BLOCK)),
+        *(Verdict(f"small, eager, {n} tokens: trace ÷ untraced", most, ratio(of, v.TRACE)) for of, n, most in sizes),
+        *(
+            Verdict(
+                f"plain GPT, {hand}, {size}: trace ÷ untraced", most, ratio(plain_name(hand, size == "toy"), v.TRACE)
+            )
+            for size, most in (("toy", 1.5), ("width 768", 1.05))
+            for hand in HANDS
+        ),
+        Verdict("generation, eager: trace ÷ untraced", 1.25, ratio(GENERATION_EAGER, v.TRACE)),
+        Verdict("small, eager: first trace of a new model ÷ later ones", 1.2, extra.get("first trace ÷ later ones")),
+        *(
+            Verdict(f"{model.name.partition(' (')[0]}: trace ÷ untraced", 1.10, ratio(model.name, v.TRACE))
+            for model in library_models()
+            if not model.toy
+        ),
         Verdict("Llama: trace ÷ untraced", 1.03, ratio(LLAMA, v.TRACE)),
         Verdict("small: trace ÷ untraced", 1.02, ratio(SMALL, v.TRACE)),
         Verdict("long: trace ÷ untraced", 1.01, ratio(LONG, v.TRACE)),
-        Verdict("toy: trace ÷ untraced", 1.30, ratio(TOY, v.TRACE)),
-        Verdict("toy: trace ÷ untraced, in a block", 1.15, ratio(TOY, v.BLOCK)),
+        Verdict("toy: trace ÷ untraced", 1.15, ratio(TOY, v.TRACE)),
+        Verdict("toy: trace ÷ untraced, in a block", 1.08, ratio(TOY, v.BLOCK)),
         Verdict("toy: µs a call, one trace()", 45, per_call(TOY, v.TRACE)),
         Verdict("toy: µs a call, in a block", 20, per_call(TOY, v.BLOCK)),
         Verdict("small, eager: trace less q k v, in forwards", 0.03, more(SMALL_EAGER, v.TRACE, v.QKV)),

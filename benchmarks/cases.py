@@ -12,17 +12,27 @@ from torch import Tensor, nn
 
 from . import models
 from .clock import Variant
-from .variants import eager_rows, fused_rows, generation_rows
+from .hands import HANDS, LOOP, plain_gpt
+from .libraries import LibraryModel, library_models
+from .variants import eager_generation_rows, eager_rows, fused_rows, generation_rows, plain_rows
 
 TOY = "toy (4 layers, width 64, 32 tokens)"
 SMALL = "small (12 layers, width 768, 512 tokens)"
 LLAMA = "Llama (8 layers, 8 heads on 4 key heads, width 512, 512 tokens)"
+TOY_EAGER = "toy, eager (4 layers, width 64, 32 tokens)"
+SMALL_EAGER_32 = "small, eager (12 layers, width 768, 32 tokens)"
+SMALL_EAGER_128 = "small, eager (12 layers, width 768, 128 tokens)"
 SMALL_EAGER = "small, eager (12 layers, width 768, 512 tokens)"
 LONG = "long (4 layers, width 768, 2048 tokens, no vocabulary head)"
 GENERATION = "generation (Llama of 12 layers, 16 tokens and 64 new ones)"
+GENERATION_EAGER = "generation, eager (Llama of 12 layers, 16 tokens and 64 new ones)"
 LARGE = "8B-shaped (32 layers, width 4096, 2048 tokens, bfloat16)"
 
-Rows = Callable[[nn.Module, Tensor], list[Variant]]
+# Groups, for who wants only some of them: attention written out by hand, other libraries' models, and fused kernels.
+HAND, LIBRARIES, FUSED = "hand", "libraries", "fused"
+GROUPS = (HAND, LIBRARIES, FUSED)
+
+Rows = Callable[[nn.Module, Any], list[Variant]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Case:
         name: says what it is.
         make: the model, on a device.
         tokens, batch, dtype: of the input.
-        layers, heads: of the model, for what it will take.
+        layers, heads: of the model, for what it will take; a layer is an attention call.
         width: of the input, where it is no token ids.
         places: the devices that it is measured on unless it is asked for by name.
         weight: its share of the time.
@@ -41,6 +51,9 @@ class Case:
         steps: forwards of one run of a row.
         context_every: rows that no bar is about are measured in every such round alone.
         has_bars: whether any bar is about it.
+        group: one of ``GROUPS``.
+        given: makes the input, where it is neither token ids nor vectors: the arguments of the model.
+        missing: the library that it needs and that is not installed.
     """
 
     name: str
@@ -57,14 +70,19 @@ class Case:
     steps: int = 1
     context_every: int = 1
     has_bars: bool = False
+    group: str = FUSED
+    given: Callable[[], tuple[Tensor, ...]] | None = None
+    missing: str | None = None
 
     @property
     def calls(self) -> int:
         """Attention calls of one run of a row."""
         return self.layers * self.steps
 
-    def inputs(self, device: torch.device) -> Tensor:
-        """Token ids, or vectors."""
+    def inputs(self, device: torch.device) -> Any:
+        """Token ids, or vectors, or a tuple of several arguments."""
+        if self.given is not None:
+            return tuple(x.to(device) for x in self.given())
         made = torch.Generator().manual_seed(0)
         if self.width:
             return torch.randn(self.batch, self.tokens, self.width, generator=made).to(device, self.dtype)
@@ -88,13 +106,14 @@ def _gpt2(
     return Case(name, make, tokens, layers, heads, dtype=dtype, **of_case)
 
 
-def llama_of(layers: int, device: torch.device) -> nn.Module:
+def llama_of(layers: int, implementation: str, device: torch.device) -> nn.Module:
     """The Llama of the CPU's cases: 8 heads on 4 key heads, width 512, up to 512 tokens."""
-    return models.llama(layers, 512, 8, 4, 512, 1408, 1000, device, torch.float32)
+    return models.llama(layers, 512, 8, 4, 512, 1408, 1000, device, torch.float32, implementation)
 
 
-def _llama(name: str, layers: int, tokens: int, **of_case: Any) -> Case:
-    return Case(name, partial(llama_of, layers), tokens, layers, 8, places=("cpu",), has_bars=True, **of_case)
+def _llama(name: str, layers: int, tokens: int, implementation: str = "sdpa", **of_case: Any) -> Case:
+    make = partial(llama_of, layers, implementation)
+    return Case(name, make, tokens, layers, 8, places=("cpu",), has_bars=True, **of_case)
 
 
 def _llama_8b(name: str, layers: int, tokens: int, **of_case: Any) -> Case:
@@ -111,7 +130,66 @@ def _unknown_case(name: str, layers: int, width: int, heads: int, tokens: int, w
     return Case(name, make, tokens, layers, heads, width=width, weight=weight)
 
 
+def plain_name(hand: str, toy: bool) -> str:
+    """The name of the case of one of ``HANDS``."""
+    return f"plain GPT, {hand} ({'4 layers, width 64, 32 tokens' if toy else '12 layers, width 768, 128 tokens'})"
+
+
+def _plain(hand: str, toy: bool) -> Case:
+    layers, width, heads, tokens = (4, 64, 4, 32) if toy else (12, 768, 12, 128)
+
+    def make(device: torch.device) -> nn.Module:
+        return plain_gpt(hand, layers, width, heads, tokens, 1000, device)
+
+    weight = 0.3 if toy else 0.8
+    of_case: dict[str, Any] = {"places": ("cpu",), "rows": plain_rows, "has_bars": True, "group": HAND}
+    calls, heads_of_one = (layers * heads, 1) if hand == LOOP else (layers, heads)
+    return Case(plain_name(hand, toy), make, tokens, calls, heads_of_one, weight=weight, **of_case)
+
+
+def _library(model: LibraryModel) -> Case:
+    def make(device: torch.device) -> nn.Module:
+        torch.manual_seed(0)
+        return model.make().to(device).eval()
+
+    return Case(
+        model.name,
+        make,
+        model.tokens,
+        model.calls,
+        model.heads,
+        places=("cpu",),
+        weight=0.2 if model.toy else 0.6,
+        rows=plain_rows,
+        has_bars=not model.toy,
+        group=LIBRARIES,
+        given=model.given,
+        missing=model.package if model.missing else None,
+    )
+
+
 def cases() -> Iterator[Case]:
+    """What is written by hand, what other libraries have, and what calls fused kernels."""
+    yield from _by_hand()
+    yield from map(_library, library_models())
+    yield from _fused()
+
+
+def _by_hand() -> Iterator[Case]:
+    of_case: dict[str, Any] = {"implementation": "eager", "has_bars": True, "group": HAND}
+    large = partial(eager_rows, ends=False)  # of a forward that takes far longer than a trace's two ends
+    yield _gpt2(TOY_EAGER, 4, 64, 4, 32, 1000, weight=1, rows=eager_rows, places=("cpu",), **of_case)
+    for name, tokens in ((SMALL_EAGER_32, 32), (SMALL_EAGER_128, 128)):
+        yield _gpt2(name, 12, 768, 12, tokens, 50257, weight=1, rows=large, places=("cpu",), **of_case)
+    yield _gpt2(SMALL_EAGER, 12, 768, 12, 512, 50257, weight=2, rows=large, context_every=3, **of_case)
+    for toy in (True, False):
+        yield from (_plain(hand, toy) for hand in HANDS)
+    steps = 64
+    rows = partial(eager_generation_rows, steps=steps)
+    yield _llama(GENERATION_EAGER, 12, 16, "eager", weight=1.5, rows=rows, steps=steps, context_every=3, group=HAND)
+
+
+def _fused() -> Iterator[Case]:
     """From the smallest to the largest."""
     half = torch.bfloat16
     large = partial(fused_rows, ends=False)  # of a forward that takes far longer than a trace's two ends
@@ -122,18 +200,6 @@ def cases() -> Iterator[Case]:
     yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.4, context_every=3)
     yield _llama(LLAMA, 8, 512, weight=2, rows=large, context_every=4)
     yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2.5, rows=large, context_every=5, has_bars=True)
-    yield _gpt2(
-        SMALL_EAGER,
-        12,
-        768,
-        12,
-        512,
-        vocabulary=50257,
-        implementation="eager",
-        weight=1.5,
-        rows=eager_rows,
-        has_bars=True,
-    )
     yield _gpt2(LONG, 4, 768, 12, 2048, weight=3, rows=large, context_every=8, has_bars=True)
     steps = 64
     rows = partial(generation_rows, steps=steps)

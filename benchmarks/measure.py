@@ -13,7 +13,7 @@ from hookattn.torch_internals.devices import free_memory, size_of
 from .cases import Case, bytes_taken
 from .clock import Clock, Timed, Variant, added, clock_of, compare, quartiles, time_all
 from .memory import peak
-from .variants import BASE, EAGER
+from .variants import BASE, EAGER, UNTRACED
 
 _SPARE = 0.8  # of the free memory
 _MOST_FORWARDS = 40  # of one run
@@ -88,7 +88,7 @@ def too_large(case: Case, variant: Variant, device: torch.device) -> str | None:
     kept = variant.kept or 0
     if variant.peer:
         kept = case.layers * scores * case.dtype.itemsize * (1 if "output_attentions" in variant.name else 2)
-    need = 0 if variant.name == BASE else bytes_taken(case, eager, kept)
+    need = 0 if variant.name in (BASE, UNTRACED) else bytes_taken(case, eager, kept)
     if variant.forwards > _MOST_FORWARDS:
         return f"left out: it runs the model {variant.forwards} times"
     for where, size, most in (("disk", variant.disk, _TO_DISK), ("the host", variant.host, _TO_HOST)):

@@ -72,8 +72,9 @@ def llama(
     vocabulary: int,
     device: torch.device,
     dtype: torch.dtype,
+    implementation: str = "sdpa",
 ) -> nn.Module:
-    """A Llama of transformers, in sdpa; ``inner``: the width between the two maps of its MLPs."""
+    """A Llama of transformers; ``inner``: the width between the two maps of its MLPs."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -88,7 +89,7 @@ def llama(
         eos_token_id=0,
         pad_token_id=0,
     )
-    return _made("LlamaForCausalLM", config, device, dtype)
+    return _made("LlamaForCausalLM", config, device, dtype, implementation)
 
 
 def _made(name: str, config: Any, device: torch.device, dtype: torch.dtype, implementation: str = "sdpa") -> nn.Module:

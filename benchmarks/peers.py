@@ -19,6 +19,8 @@ from .clock import Variant
 from .models import sibling
 
 OUTPUT_ATTENTIONS = "eager, output_attentions=True (weights)"
+BRIDGE = "TransformerBridge.run_with_cache (same fields)"
+NNSIGHT = "nnsight (q, k, v, masked scores, weights)"
 HOOKS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern")
 
 
@@ -29,12 +31,19 @@ def peers(fused: nn.Module, eager: nn.Module, x: Tensor) -> Iterator[Variant]:
         fused, eager: the model in sdpa and in eager, which nobody else runs.
         x: token ids.
     """
-    yield Variant(OUTPUT_ATTENTIONS, lambda: eager(x, output_attentions=True), peer=True)
-    for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight), ("torchlens", _torchlens)):
-        if find_spec(library) is not None:
-            yield makes(eager, x)
+    yield from same_fields(eager, x)
+    if find_spec("torchlens") is not None:
+        yield _torchlens(eager, x)
     if find_spec("attnread") is not None:
         yield _attnread(fused, x)
+
+
+def same_fields(eager: nn.Module, x: Tensor) -> Iterator[Variant]:
+    """The peers that hand out what an eager model makes in its own forward."""
+    yield Variant(OUTPUT_ATTENTIONS, lambda: eager(x, output_attentions=True), peer=True)
+    for library, makes in (("transformer_lens", _bridge), ("nnsight", _nnsight)):
+        if find_spec(library) is not None:
+            yield makes(eager, x)
 
 
 def generating_peer(generate: Callable[..., Any]) -> Variant:
@@ -55,8 +64,7 @@ def _bridge(eager: nn.Module, x: Tensor) -> Variant:
     def wanted(name: str) -> bool:
         return name.endswith(HOOKS)
 
-    name = "TransformerBridge.run_with_cache (same fields)"
-    return Variant(name, lambda: bridge.run_with_cache(x, names_filter=wanted), peer=True)
+    return Variant(BRIDGE, lambda: bridge.run_with_cache(x, names_filter=wanted), peer=True)
 
 
 def _nnsight(eager: nn.Module, x: Tensor) -> Variant:
@@ -77,7 +85,7 @@ def _nnsight(eager: nn.Module, x: Tensor) -> Variant:
                 kept.append((given[1], given[2], given[3], scores, call.output[1]))
         return kept
 
-    return Variant("nnsight (q, k, v, masked scores, weights)", run, peer=True)
+    return Variant(NNSIGHT, run, peer=True)
 
 
 def _torchlens(eager: nn.Module, x: Tensor) -> Variant:

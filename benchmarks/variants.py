@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from hookattn.taps.active import paused
 
 from .clock import Variant
 from .models import sibling
-from .peers import OUTPUT_ATTENTIONS, generating_peer, peers
+from .peers import OUTPUT_ATTENTIONS, generating_peer, peers, same_fields
 
 BASE = "untraced, sdpa"
 EAGER = "untraced, eager"
+UNTRACED = "untraced"
 IDLE = "hooks installed, idle"
 TAP = "tap only, in a block"
 TAP_ONCE = "tap only"
@@ -94,31 +95,57 @@ def fused_rows(model: nn.Module, x: Tensor, ends: bool = True) -> list[Variant]:
     return _with_context(rows)
 
 
-def eager_rows(model: nn.Module, x: Tensor) -> list[Variant]:
-    """Those of a model that writes its attention out by hand: its scores and weights are its own."""
+def eager_rows(model: nn.Module, x: Tensor, ends: bool = True) -> list[Variant]:
+    """Those of a model of transformers in eager: its scores and weights are its own.
+
+    Args:
+        ends: whether there is the row that leaves out what it costs to begin and end a trace.
+    """
     fresh = sibling(model)
-    return [
+    rows = [
         Variant(EAGER, lambda: fresh(x)),
+        *([Variant(BLOCK, lambda: model(x), lambda: _block(model, x))] if ends else ()),
         _traced(QKV, model, x, capture=_QKV),
         _traced(TRACE, model, x),
         _traced(ALL, model, x, all_weights),
         Variant(AFTER, lambda: model(x)),
-        Variant(OUTPUT_ATTENTIONS, lambda: fresh(x, output_attentions=True), peer=True, context=True),
+        *same_fields(sibling(model), x),
     ]
+    return _with_context(rows, {QKV, BLOCK, TRACE, ALL, AFTER})
+
+
+def plain_rows(model: nn.Module, x: Any) -> list[Variant]:
+    """Those of any model; ``x`` is its argument, or a tuple of several."""
+    fresh, given = sibling(model), _arguments(x)
+    rows = [
+        Variant(UNTRACED, lambda: fresh(*given)),
+        Variant(BLOCK, lambda: model(*given), lambda: _block(model, x)),
+        _traced(TRACE, model, x),
+        _traced(ALL, model, x, all_weights),
+        Variant(AFTER, lambda: model(*given)),
+    ]
+    return _with_context(rows, {TRACE, AFTER})
+
+
+def eager_generation_rows(model: nn.Module, x: Tensor, steps: int) -> list[Variant]:
+    """Those of greedy generation in eager, each a whole ``generate()``."""
+    fresh = sibling(model)
+    run, traced = _generating(model, x, steps)
+    rows = [
+        Variant(EAGER, lambda: run(fresh)),
+        Variant(QKV, lambda: traced(capture=_QKV)),
+        Variant(TRACE, traced),
+        Variant(ALL, lambda: traced(all_weights)),
+        Variant(AFTER, lambda: run(model)),
+        generating_peer(lambda **options: run(fresh, **options)),
+    ]
+    return _with_context(rows, {TRACE, AFTER})
 
 
 def generation_rows(model: nn.Module, x: Tensor, steps: int) -> list[Variant]:
     """Those of greedy generation after a prompt, each a whole ``generate()``."""
     fresh, eager = sibling(model), sibling(model, "eager")
-
-    def run(model: Any, **options: Any) -> Any:
-        return model.generate(x, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=True, **options)
-
-    def traced(then: Callable[[Trace], Any] = lambda trace: trace, **options: Any) -> Any:
-        with hookattn.tracing(model, **options) as trace:
-            run(model)
-        return trace, then(trace)
-
+    run, traced = _generating(model, x, steps)
     rows = [
         Variant(BASE, lambda: run(fresh)),
         Variant(QKV_OFF, lambda: traced(capture=_QKV, verify="off")),
@@ -176,14 +203,14 @@ def _traces(model: nn.Module, x: Tensor) -> list[Variant]:
 def _traced(
     name: str,
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     then: Callable[[Trace], Any] = lambda trace: trace,
     held: int = 0,
     **options: Any,
 ) -> Variant:
     """A trace, and something that is done with it, of which ``held`` more bytes are held."""
     kept = hookattn.plan(model, x, **{k: v for k, v in options.items() if k != "verify"}).in_memory + held
-    there = x.is_cuda and options.get("device") == "cpu"
+    there = _arguments(x)[0].is_cuda and options.get("device") == "cpu"
 
     def run() -> Any:
         trace = hookattn.trace(model, x, **options)
@@ -217,15 +244,35 @@ def _file() -> tuple[str, Callable[[], None]]:
     return os.fspath(path), gone
 
 
-def _with_context(rows: list[Variant]) -> list[Variant]:
-    return [replace(row, context=row.name not in _BARS) for row in rows]
+def _generating(model: nn.Module, x: Tensor, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Two functions: one runs ``generate()`` of the model it is given, the other that of ``model`` in a block."""
+
+    def run(model: Any, **options: Any) -> Any:
+        return model.generate(x, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=True, **options)
+
+    def traced(then: Callable[[Trace], Any] = lambda trace: trace, **options: Any) -> Any:
+        with hookattn.tracing(model, **options) as trace:
+            run(model)
+        return trace, then(trace)
+
+    return run, traced
+
+
+def _with_context(rows: list[Variant], told: Collection[str] = _BARS) -> list[Variant]:
+    """Bars are about the first row, which the others are compared with, and about those that are ``told``."""
+    return [rows[0], *(replace(row, context=row.name not in told) for row in rows[1:])]
+
+
+def _arguments(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 @contextmanager
-def _block(model: nn.Module, x: Tensor, **options: Any) -> Iterator[None]:
+def _block(model: nn.Module, x: Any, **options: Any) -> Iterator[None]:
+    given = _arguments(x)
     with hookattn.tracing(model, **options):
-        model(x)  # the first forward of a block looks things up
-        if x.is_cuda:
+        model(*given)  # the first forward of a block looks things up
+        if given[0].is_cuda:
             torch.cuda.synchronize()
         yield
 

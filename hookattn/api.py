@@ -143,7 +143,8 @@ def tracing(
     A part of the model that is called alone is a step, too; ``call.entry`` is its path. ``with trace.step():`` makes
     one step of several forwards.
 
-    The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file.
+    The Trace is complete when the block ends; a field can be read before, with ``to=`` from the unfinished file. While
+    the model's own forward runs, calls that it has made may be missing still.
     Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
     if verify not in _VERIFY:
@@ -164,7 +165,9 @@ def tracing(
         stream = Stream(to, trace)
     sink = None if stream is None else stream.add
     recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
-    session = Session(plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts)
+    session = Session(
+        plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts, holder=recorder
+    )
     try:
         session.start()
         try:
@@ -224,7 +227,7 @@ def _warn(trace: Trace, unused: Sequence[str]) -> None:
             SkippedWarning,
             stacklevel=4,
         )
-    guessed = list({call.site.path: call for call in trace.calls if call.guessed}.values())
+    guessed = list({call.site.path: call for call in trace.calls if "guessed" in call.basis.values()}.values())
     if guessed:
         few = ", ".join(f"{call.site.label} ({' '.join(call.guessed)})" for call in guessed[:_NAMED])
         more = f" and {len(guessed) - _NAMED} more" if len(guessed) > _NAMED else ""

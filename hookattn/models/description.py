@@ -78,8 +78,8 @@ def _noted(config: Any) -> Any:
     if not hasattr(type(config), "to_dict"):
         return dict(values)
     copy = object.__new__(type(config))
-    own = object.__getattribute__(copy, "__dict__")
-    own.update(values)
+    own = values.copy()
+    object.__setattr__(copy, "__dict__", own)
     for name in _nested(type(config), len(values), values):
         own[name] = _noted(values[name])
     return copy

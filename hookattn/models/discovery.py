@@ -8,13 +8,13 @@ configuration is asked again each time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..calls.site import Site
 from ..errors import ModelError
@@ -30,9 +30,12 @@ from .registry import adapter_for, generation
 _TORCH_ATTENDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
-@dataclass
 class WatchPlan:
     """Which modules of a model are watched, and how.
+
+    Args:
+        model: the model.
+        found: what was found in it, whose attributes it has where they are not of modules.
 
     Attributes:
         sites: the sites that adapters named, by module identity.
@@ -43,19 +46,24 @@ class WatchPlan:
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
         classes: those of all modules; one that has several places in the model comes several times.
+        has_graphs: whether graphs are among the modules, which torch.fx has written.
         sites_by_path: path -> site, as far as they were asked for; those of all traces of one model.
     """
 
-    model: nn.Module
-    sites: dict[int, Site] = field(default_factory=dict)
-    sealed: set[int] = field(default_factory=set)
-    watch_all: bool = False
-    modules: dict[int, nn.Module] = field(default_factory=dict)
-    torch_modules: list[nn.Module] = field(default_factory=list)
-    suspects: list[tuple[str, nn.Module]] = field(default_factory=list)
-    named: dict[int, Adapter] = field(default_factory=dict)
-    classes: list[type] = field(default_factory=list)
-    sites_by_path: dict[str, Site] = field(default_factory=dict)
+    def __init__(self, model: nn.Module, found: _Found):
+        self.model, self._found = model, found
+        self.watch_all, self.has_graphs = found.watch_all, found.has_graphs
+        self.classes, self.sites_by_path = found.classes, found.sites_by_path
+        self.sites: dict[int, Site] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.named: dict[int, Adapter] = {}
+        for known, site, adapter in found.sites:
+            module = _there(known)
+            key = id(module)
+            self.sites[key], self.modules[key], self.named[key] = site, module, adapter
+        self.sealed = covered(self.modules.values())
+        self.torch_modules = list(map(_there, found.torch_modules))
+        self.suspects = [(path, _there(known)) for path, known in found.suspects]
 
     @property
     def adapters(self) -> set[str]:
@@ -65,32 +73,72 @@ class WatchPlan:
     @functools.cached_property
     def paths(self) -> dict[int, str]:
         """Module identity -> path, of every module."""
-        return {id(module): path for path, module in self.model.named_modules()}
+        # What is asked for may be asked for late, when the block has changed the model.
+        if not self._found.shape.holds(self.model):
+            return _paths(self.model)
+        known = self._found.paths
+        if not known:  # 1 % of a toy that no adapter covers
+            known.update(_paths(self.model))
+        return known
+
+    @functools.cached_property
+    def site_paths(self) -> frozenset[str]:
+        """The paths of the sites."""
+        return frozenset([site.path for site in self.sites.values()])
 
 
-class _Shape(NamedTuple):
-    """What modules there are: their names, identities and classes, the children of one module together."""
+class _Shape:
+    """What modules a model had when it was looked at, none of which it keeps alive.
 
-    generation: int
-    names: list[str]
-    modules: list[int]
-    classes: list[type]
+    That it still has these is asked at the start of every trace, by functions that run in C over lists: it takes 2 % of
+    a toy, and a walk through the model took more.
+
+    Args:
+        model: the model.
+        modules: all its modules, each once, the model first.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]):
+        self.generation = generation()
+        # Those of torch that have no children will get none.
+        inner = [m for m in modules if m is model or children_of(m) or not _never_attends(type(m))]
+        self.inner = list(map(ref, inner))
+        self.kind, self.names, self.children, self.kinds, self.counts = type(model), *_family(inner)
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether a model has the same modules under the same names, of the same classes."""
+        inner = [found() for found in self.inner]
+        if inner[0] is not model or type(model) is not self.kind or generation() != self.generation:
+            return False
+        # Each of them is a child of one before it, which is looked at: all that are left are in their old place.
+        return None not in inner and _family(inner) == (self.names, self.children, self.kinds, self.counts)  # type: ignore[arg-type]
+
+
+def _family(modules: list[nn.Module]) -> tuple[list[str], list[int], list[type], list[int]]:
+    """The children of some modules: their names, identities and classes, and how many each module has."""
+    dicts = list(map(children_of, modules))
+    some = [x for x in dicts if x]
+    # That of a scripted module is no dict, and cannot be iterated over itself.
+    children = list(chain.from_iterable([x.values() for x in some]))
+    names = list(chain.from_iterable([x.keys() for x in some]))
+    return names, list(map(id, children)), list(map(type, children)), list(map(len, dicts))
 
 
 class _Found(NamedTuple):
-    """What was found in a model of one shape; modules by their place in it, so that nothing keeps them alive."""
+    """What was found in a model of one shape; nothing in it keeps a module alive. Attributes are a plan's."""
 
     shape: _Shape
-    sites: list[tuple[int, Site, Adapter]]
-    suspects: list[tuple[int, str]]
-    torch_modules: list[int]
+    sites: list[tuple[ref[nn.Module], Site, Adapter]]
+    suspects: list[tuple[str, ref[nn.Module]]]
+    torch_modules: list[ref[nn.Module]]
     watch_all: bool
-    leaves: list[bool]
+    classes: list[type]
+    has_graphs: bool
     sites_by_path: dict[str, Site]
+    paths: dict[int, str]
 
 
 _MANY = 10_000
-_UNKNOWN = (False,) * _MANY
 _known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
@@ -103,53 +151,46 @@ def make_watch_plan(model: nn.Module) -> WatchPlan:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
-    known = _known.get(model)
-    modules, shape = _walk(model, _UNKNOWN if known is None else known.leaves)
-    if known is not None and known.shape == shape:
-        found = known
-        for place, site, adapter in found.sites:
-            registry.check(adapter, site.path, modules[place])
+    found = _known.get(model)
+    if found is not None and found.shape.holds(model):
+        for there, site, adapter in found.sites:
+            registry.check(adapter, site.path, _there(there))
     else:
-        modules, shape = _walk(model, _UNKNOWN)
-        found = _known[model] = _look(model, modules, shape)
-    plan = WatchPlan(model, watch_all=found.watch_all, classes=shape.classes, sites_by_path=found.sites_by_path)
-    for place, site, adapter in found.sites:
-        module = modules[place]
-        plan.sites[id(module)], plan.modules[id(module)] = site, module
-        plan.named[id(module)] = adapter
-    plan.sealed = covered(plan.modules.values())
-    plan.torch_modules = [modules[place] for place in found.torch_modules]
-    plan.suspects = [(path, modules[place]) for place, path in found.suspects]
-    return plan
+        found = _known[model] = _look(model)
+    return WatchPlan(model, found)
 
 
-def _walk(model: nn.Module, leaves: Sequence[bool]) -> tuple[list[nn.Module], _Shape]:
-    """Every module; one that has several places comes several times, unless there are too many of them (a circle).
+def _paths(model: nn.Module) -> dict[int, str]:
+    return {id(module): path for path, module in model.named_modules()}
 
-    Those that ``leaves`` marks had no children when the model was last looked at, and are of torch: they are not asked.
-    """
+
+def _there(known: ref[nn.Module]) -> nn.Module:
+    module = known()
+    assert module is not None, "a model that has its old shape has its old modules"
+    return module
+
+
+def _classes(model: nn.Module) -> list[type]:
+    """Those of all modules; one that has several places comes several times, unless there are too many (a circle)."""
     modules: list[nn.Module] = [model]
-    names: list[str] = []
-    for module, leaf in zip(modules, leaves, strict=False):
-        if not leaf and (children := children_of(module)):
-            names.extend(children.keys())  # that of a scripted module is no dict and cannot be iterated over itself
-            modules.extend([child for child in children.values() if child is not None])
-    if len(modules) > _MANY:
-        modules, names = list(model.modules()), [path for path, _ in model.named_modules()]
-    return modules, _Shape(generation(), names, list(map(id, modules)), list(map(type, modules)))
+    for module in modules:
+        modules.extend([child for child in children_of(module).values() if child is not None])
+        if len(modules) > _MANY:
+            return list(map(type, model.modules()))
+    return list(map(type, modules))
 
 
-def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
-    places = {key: place for place, key in enumerate(shape.modules)}
+def _look(model: nn.Module) -> _Found:
     _check_scripted(model)
     check_meta(model)
-    sites: list[tuple[int, Site, Adapter]] = []
+    sites: list[tuple[ref[nn.Module], Site, Adapter]] = []
     suspects: list[tuple[str, nn.Module]] = []
     fixed: list[nn.Module] = []
     unnamed: list[tuple[str, nn.Module]] = []
-    torch_modules: list[int] = []
+    torch_modules: list[ref[nn.Module]] = []
     watch_all = False
-    for path, module in model.named_modules():
+    every = list(model.named_modules())
+    for path, module in every:
         cls = type(module)
         if _never_attends(cls):
             continue
@@ -157,14 +198,14 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
         if adapter is not None:
             if cls.__name__ in adapter.attention:
                 registry.check(adapter, path, module)
-                sites.append((places[id(module)], registry.site_of(adapter, path, module, model), adapter))
+                sites.append((ref(module), registry.site_of(adapter, path, module, model), adapter))
             elif sounds_like_attention(cls.__name__):
                 unnamed.append((path, module))
             continue
         if isinstance(module, _TORCH_ATTENDS):
             fixed.append(module)
         if cls is nn.MultiheadAttention:
-            torch_modules.append(places[id(module)])
+            torch_modules.append(ref(module))
         else:
             watch_all = True
         if sounds_like_attention(cls.__name__):
@@ -174,9 +215,11 @@ def _look(model: nn.Module, modules: list[nn.Module], shape: _Shape) -> _Found:
             watch_all = True
             suspects.append((path, module))
     locked = {id(m) for top in fixed for m in top.modules()}
-    hookable = [(places[id(m)], path) for path, m in suspects if id(m) not in locked]
-    leaves = [not children_of(m) and _never_attends(type(m)) for m in modules]
-    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, leaves, {})
+    hookable = [(path, ref(m)) for path, m in suspects if id(m) not in locked]
+    classes = _classes(model)
+    graphs = any(issubclass(cls, fx.GraphModule) for cls in classes)
+    shape = _Shape(model, [module for _, module in every])
+    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, classes, graphs, {}, {})
 
 
 def check_meta(model: nn.Module) -> None:

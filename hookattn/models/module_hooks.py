@@ -10,21 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
 from ..taps.active import current
 from ..torch_internals.frames import call_arguments, running_path
-from ..torch_internals.module_state import children_of, pre_hooks_of
+from ..torch_internals.module_state import always_called_of, children_of, post_hooks_of, pre_hooks_of
 from .discovery import WatchPlan
 from .graph_sites import UNKNOWN, GraphSites
 from .site_names import site_of_path
 
 
 class ModuleHooks:
-    """The hooks of one running trace."""
+    """The hooks of one running trace.
+
+    Args:
+        plan: what is watched.
+        enter, leave: called around the forward of each site whose kernels don't say themselves where they run.
+        model_begins, model_ends: called around that of the model.
+        ran: gets, by identity, what ran of the sites and of the modules that sound like attention.
+        active: whether a hook that is called is of the trace's own thread, and not in a backward pass.
+    """
 
     def __init__(
         self,
@@ -33,7 +41,7 @@ class ModuleHooks:
         leave: Callable[[], None],
         model_begins: Callable[[], None],
         model_ends: Callable[[], None],
-        ran: Callable[[nn.Module], None],
+        ran: dict[int, nn.Module],
         active: Callable[[], bool],
     ):
         self.plan = plan
@@ -42,25 +50,29 @@ class ModuleHooks:
         self._callbacks = (enter, leave, model_begins, model_ends, ran, active)
         # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
         self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
-        graphs = any(issubclass(cls, fx.GraphModule) for cls in plan.classes)
-        self._graphs = GraphSites(plan.model) if graphs else None
+        self._graphs = GraphSites(plan.model) if plan.has_graphs else None
 
     def install(self) -> None:
         """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
         enter, leave, model_begins, model_ends, ran, active = self._callbacks
-        plan = self.plan
+        plan, model = self.plan, self.plan.model
+        # Plain data, and no handle's number: a model may be copied while it runs, with its hooks.
+        key = "hookattn", id(self)
+        ran_key = *key, "ran"
 
         def begins(module: nn.Module, _: Any) -> None:
-            if module is plan.model and active():
+            if module is model and active():
                 model_begins()
 
         def ends(module: nn.Module, *_: Any) -> None:
-            if module is plan.model and active():
+            if module is model and active():
                 model_ends()
 
         def runs(module: nn.Module, _: Any) -> None:
             if active():
-                ran(module)
+                ran[id(module)] = module
+                # That it runs is told once: a module with a hook takes a longer way to its forward (3 % of a toy).
+                pre_hooks_of(module).pop(ran_key, None)
 
         def enters(module: nn.Module, _: Any) -> None:
             if active():
@@ -71,26 +83,31 @@ class ModuleHooks:
                 leave()
 
         if self.tells_end:
-            self._handles.append(plan.model.register_forward_pre_hook(begins, prepend=True))
-            self._handles.append(plan.model.register_forward_hook(ends, always_call=True))
+            self._before(model, key, begins)
+            pre_hooks_of(model).move_to_end(key, last=False)
+            self._after(model, key, ends)
         else:
             self._handles.append(register_module_forward_pre_hook(begins))
         for _, module in plan.suspects:
-            self._before(module, runs)
+            self._before(module, ran_key, runs)
         for module in (*plan.modules.values(), *plan.torch_modules):
             if id(module) in plan.sealed:
-                self._before(module, runs)
+                self._before(module, ran_key, runs)
             else:
-                self._before(module, enters)
-                self._handles.append(module.register_forward_hook(leaves, always_call=True))
+                self._before(module, (*key, "site"), enters)
+                self._after(module, (*key, "site"), leaves)
 
-    def _before(self, module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> None:
+    def _before(self, module: nn.Module, key: Any, hook: Callable[..., None]) -> None:
         """What ``register_forward_pre_hook`` does, without a handle for each of a model's many modules."""
         hooks = pre_hooks_of(module)
-        # Plain data, and no handle's number: a model may be copied while it runs, with its hooks.
-        key = ("hookattn", id(self), len(self._hooked))
         hooks[key] = hook
         self._hooked.append((hooks, key))
+
+    def _after(self, module: nn.Module, key: Any, hook: Callable[..., None]) -> None:
+        """What ``register_forward_hook(hook, always_call=True)`` does, likewise."""
+        hooks, always = post_hooks_of(module), always_called_of(module)
+        hooks[key], always[key] = hook, True
+        self._hooked += ((hooks, key), (always, key))
 
     def remove(self) -> None:
         """Detach every hook."""

@@ -58,6 +58,9 @@ class Pieces:
             calls: all of the trace, complete; changed in place.
             merge: whether calls may be replaced; else each only says which part it is.
         """
+        if len({(call.site.path, call.step) for call in calls}) == len(calls):  # mostly each site has made one call
+            self._of.clear()
+            return
         changed = False
         made: list[Call] = []
         for run in _runs(calls):

@@ -23,7 +23,7 @@ LARGE = 1 << 24
 def is_large(call: KernelCall) -> bool:
     """Whether a call is looked at."""
     if call.q is not None and call.k is not None:
-        return call.q.numel() * call.k.shape[2] > LARGE
+        return call.q.numel() * call.k.size(2) > LARGE
     b, h, t, s = call.shape
     return b * h * t * s * call.v.shape[3] > LARGE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ _OF_QUERIES = tuple(name for name, spec in TENSOR_SPECS.items() if spec.per_quer
 _BROADCAST = frozenset(name for name, spec in TENSOR_SPECS.items() if spec.broadcast)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Selection:
-    """What is kept of every call.
+    """What is kept of every call. What follows from it is worked out once, and traces may share one (0.5 % of a toy).
 
     Attributes:
         capture: fields, a subset of :data:`~hookattn.attention.kernel_call.FIELDS`.
@@ -75,10 +76,21 @@ class Selection:
         chosen = _indices("layers", layers), _indices("heads", heads)
         return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
 
-    @property
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that are kept, in the order of all."""
+        return tuple(f for f in FIELDS if f in self.capture)
+
+    @cached_property
     def derivable(self) -> tuple[str, ...]:
         """The fields that can be derived from those that are kept, of a softmax over q·k."""
         return DERIVED if self.capture.issuperset(SOURCES) else ()
+
+    @cached_property
+    def keeps_all(self) -> bool:
+        """Whether every field is kept, of all calls as they are, and nothing beside."""
+        unchanged = self.dtype is None and self.device is None and not self.statistics
+        return unchanged and len(self.capture) == len(FIELDS)
 
     def derivable_of(self, call: KernelCall) -> tuple[str, ...]:
         """The same of any call, as whoever reads a file can derive them: what else makes weights of scores has to be
@@ -161,7 +173,11 @@ class Selection:
         return [] not in self.within(call, where)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """As plain data, which is the caller's own."""
+        return {key: x.copy() if isinstance(x, (list, dict)) else x for key, x in self._json.items()}
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
         q = self.queries
         statistics = {s.key: s.parameters for s in self.statistics}
         return {

@@ -72,7 +72,7 @@ class Steps:
             self._begin()
             self._entries.append(entry)
         self._ran.add(path)
-        return max(self.number, 0), entry
+        return self.number if self.number > 0 else 0, entry
 
     def _read_stack(self) -> None:
         seen = outermost(self._plan.paths, self._method_names)

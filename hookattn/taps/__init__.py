@@ -64,6 +64,12 @@ def patches() -> tuple[Patch, ...]:
 
 
 @functools.cache
+def mode_patches() -> tuple[Patch, ...]:
+    """What has to be exchanged, too, while a trace has its function mode open: all of it of torch."""
+    return tuple(patch for tap in TAPS if tap.mode_patches is not None for patch in tap.mode_patches())
+
+
+@functools.cache
 def kernels() -> dict[str, Any]:
     """Torch function name -> handler, of every tap."""
     return {name: handler for tap in TAPS for name, handler in (tap.kernels or {}).items()}
@@ -77,4 +83,4 @@ def covered(modules: Collection[Any]) -> set[int]:
     return set().union(*(covers(modules) for covers in _COVERS))
 
 
-__all__ = ["TAPS", "ActiveTrace", "Change", "Tap", "covered", "kernels", "patches"]
+__all__ = ["TAPS", "ActiveTrace", "Change", "Tap", "covered", "kernels", "mode_patches", "patches"]

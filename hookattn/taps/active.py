@@ -8,13 +8,19 @@ from contextlib import contextmanager
 
 from .base import ActiveTrace
 
-_local = threading.local()
+
+class _Local(threading.local):
+    """What is running in each thread."""
+
+    trace: ActiveTrace | None = None
+
+
+_local = _Local()
 
 
 def current() -> ActiveTrace | None:
     """The running trace of this thread, or None; None too inside :func:`paused`."""
-    trace: ActiveTrace | None = getattr(_local, "trace", None)
-    return trace
+    return _local.trace
 
 
 def set_current(trace: ActiveTrace | None) -> ActiveTrace | None:

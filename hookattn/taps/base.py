@@ -152,6 +152,7 @@ class Tap:
         kernels: torch function name -> handler ``(watch, func, args, kwargs) -> result``, called inside the mode.
         patches: the functions that don't dispatch to function modes; made only when a trace starts, since some live
             in optional packages that may be imported later.
+        mode_patches: of these functions, the ones whose bodies do nothing unless the function mode is open.
         covers: of some modules, by identity, those in which this tap alone sees every attention call, so that the mode
             can stay closed in them.
     """
@@ -159,4 +160,5 @@ class Tap:
     name: str
     kernels: dict[str, Callable[..., Any]] | None = None
     patches: Callable[[], Iterable[Patch]] | None = None
+    mode_patches: Callable[[], Iterable[Patch]] | None = None
     covers: Callable[[Iterable[Any]], set[int]] | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.frames import names_used
+from ..torch_internals.function_modes import depth
 from ..torch_internals.isolation import isolated
 from . import sdpa
 from .active import current
@@ -85,7 +86,7 @@ def run(
     tracing = current()
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
-    if name == "sdpa" and not tracing.watching():
+    if name == "sdpa" and not (depth() and tracing.watching()):
         # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
         heard, around = tracing.heard, _glances.running  # an implementation may look up another
         # By hand and no context manager: this runs in every layer, and entering one took as long as a small kernel.
@@ -123,7 +124,7 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     out = original(*args, **kwargs)
     scale = kwargs.get("scale")
     if len(args) == 3 and args[0] is query and args[1] is key and args[2] is value and type(scale) is float:
-        same = query.dtype is key.dtype is value.dtype is out.dtype and query.shape[0] == key.shape[0] == out.shape[0]
+        same = query.dtype is key.dtype is value.dtype is out.dtype and query.size(0) == key.size(0) == out.size(0)
         if same and kwargs.get("attn_mask") is None and not kwargs.get("dropout_p"):
             # As it stands: reading the arguments by name takes longer than recording them.
             call = KernelCall(query, key, value, out, scale, "sdpa")

@@ -222,5 +222,5 @@ TAP = Tap(
         "_native_multi_head_attention": handle_native,
         "_transformer_encoder_layer_fwd": handle_layer,
     },
-    patches=lambda: (Patch(torch.overrides, "has_torch_function", _no_dispatch),),
+    mode_patches=lambda: (Patch(torch.overrides, "has_torch_function", _no_dispatch),),
 )

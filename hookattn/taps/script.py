@@ -124,4 +124,4 @@ def patches() -> Iterable[Patch]:
     yield Patch(torch.ScriptMethod, "__call__", body)
 
 
-TAP = Tap("script", patches=patches)
+TAP = Tap("script", mode_patches=patches)

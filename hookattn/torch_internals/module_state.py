@@ -2,12 +2,13 @@
 
 ``named_children``, ``named_parameters`` and ``named_buffers`` are public. They leave out places that are empty or hold
 what another place holds already, which number layers and tell whether a model is still the same; and they are
-generators over every module in it, ten times as slow. ``register_forward_pre_hook`` makes a handle for each hook, which
-for each of a model's many modules costs as much as the hook.
+generators over every module in it, ten times as slow. ``register_forward_pre_hook`` and ``register_forward_hook`` make
+a handle for each hook, which for each of a model's many modules costs as much as the hook.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -29,8 +30,12 @@ parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _attribut
 """The parameters of a module itself by name, likewise."""
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = _attribute("_buffers")
 """The buffers of a module itself by name, likewise."""
-pre_hooks_of: Callable[[nn.Module], dict[Any, Any]] = _attribute("_forward_pre_hooks")
+pre_hooks_of: Callable[[nn.Module], OrderedDict[Any, Any]] = _attribute("_forward_pre_hooks")
 """The hooks that run before a module's forward, by the keys of their handles; any other key will do."""
+post_hooks_of: Callable[[nn.Module], dict[Any, Any]] = _attribute("_forward_hooks")
+"""The hooks that run after it, likewise."""
+always_called_of: Callable[[nn.Module], dict[Any, bool]] = _attribute("_forward_hooks_always_called")
+"""Of those, the keys of the ones that are called where the forward raises, too."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")

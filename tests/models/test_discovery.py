@@ -331,3 +331,40 @@ def test_the_description_is_of_the_model_as_it_was() -> None:
 )
 def test_what_sounds_like_attention(name: str, attends: bool) -> None:
     assert sounds_like_attention(name) is attends
+
+
+def test_a_child_that_moved_to_the_module_beside_is_noticed(monkeypatch: pytest.MonkeyPatch, adapters: bool) -> None:
+    model, seen = Model(), looked(monkeypatch)
+    assert paths(model)[0] == ("layers.0.attn", "self")
+    model.layers[1].add_module("last", model.layers[1].attn)
+    del model.layers[1].attn
+    model.layers[1].forward = lambda x: model.layers[1].last(x)  # type: ignore[method-assign]
+    paths(model)
+    first, second = model.layers[0], model.layers[1]
+    moved = first.attn
+    del first.attn
+    children = dict(second.named_children())
+    for name in children:
+        delattr(second, name)
+    for name, child in {"attn": moved, **children}.items():
+        second.add_module(name, child)
+    first.forward = first.norm.forward  # type: ignore[method-assign]
+    second.forward = lambda x: second.last(second.attn(x))  # type: ignore[method-assign]
+    assert paths(model) == [("layers.1.attn", "self"), ("layers.1.last", "self")] and seen == [model] * 3
+
+
+def test_paths_are_of_the_model_as_it_is_when_they_are_asked_for(adapters: bool) -> None:
+    model = Model()
+    known = make_watch_plan(model).paths
+    assert known[id(model.layers[1].attn)] == "layers.1.attn"
+    assert make_watch_plan(model).paths is known  # of one shape, put together once
+    later = make_watch_plan(model)
+    model.layers.append(Block())  # the block of a trace changes the model
+    assert later.paths[id(model.layers[2].attn)] == "layers.2.attn"
+    del model.layers[2]
+    assert id(model) in make_watch_plan(model).paths and "layers.2.attn" not in make_watch_plan(model).paths.values()
+    with using():  # where no adapter covers it, calls are placed by these paths
+        with hookattn.tracing(model) as found:
+            model.layers.append(Block())
+            model(X)
+        assert [c.site.path for c in found] == [f"layers.{i}.attn" for i in range(3)]

@@ -7,22 +7,43 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import hookattn
 from benchmarks import __main__ as command
 from benchmarks import allocator, bars, checkout, clock, held, measure, memory, peers, reading, table, variants
-from benchmarks.cases import GENERATION, LONG, SMALL_EAGER, TOY, Case, bytes_taken, cases
+from benchmarks.cases import (
+    GENERATION,
+    GROUPS,
+    HAND,
+    LIBRARIES,
+    LONG,
+    SMALL_EAGER,
+    SMALL_EAGER_32,
+    TOY,
+    TOY_EAGER,
+    Case,
+    bytes_taken,
+    cases,
+    plain_name,
+)
 from benchmarks.clock import Variant
 from benchmarks.derivation import derivation
 from benchmarks.disk import streaming
+from benchmarks.first import first_over_later, first_traces
+from benchmarks.hands import HANDS, LOOP, plain_gpt
+from benchmarks.libraries import LibraryModel, library_models
 from benchmarks.models import gpt2, llama, sibling, unknown_model
+from benchmarks.page import page
 from benchmarks.statistics_cost import statistics_cost
+from hookattn.models.registry import adapter_for
 from hookattn.testing import check_clean
 
 pytest.importorskip("transformers")
@@ -31,8 +52,8 @@ CPU = torch.device("cpu")
 TINY = Case("tiny", lambda device: unknown_model(2, 16, 2, device, torch.float32), 8, 2, 2, width=16, has_bars=True)
 
 
-def tiny_llama() -> torch.nn.Module:
-    return llama(2, 32, 4, 2, 64, 48, 10, CPU, torch.float32)
+def tiny_llama(implementation: str = "sdpa") -> torch.nn.Module:
+    return llama(2, 32, 4, 2, 64, 48, 10, CPU, torch.float32, implementation)
 
 
 class Hands:
@@ -189,6 +210,94 @@ def test_rows_of_a_model_that_writes_its_attention_out() -> None:
     weights = rows[variants.OUTPUT_ATTENTIONS].run().attentions
     assert all(torch.equal(a, b) for a, b in zip(rows[variants.ALL].run()[1], weights, strict=True))
     assert rows[variants.TRACE].run()[0][0].tap == "eager"
+    with rows[variants.BLOCK].around():
+        rows[variants.BLOCK].run()
+    assert rows[variants.EAGER].run().logits.shape == (1, 8, 10)
+    assert variants.BLOCK not in {v.name for v in variants.eager_rows(model, x, ends=False)}
+    told = [v.name for v in rows.values() if not v.context]
+    asked = ["EAGER", "BLOCK", "QKV", "TRACE", "ALL", "AFTER"]
+    assert told == [getattr(variants, name) for name in asked]
+    check_clean(model)
+
+
+def test_rows_of_any_model() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, k)
+
+    one, two = unknown_model(1, 16, 2, CPU, torch.float32), Two()
+    for model, x in ((one, torch.randn(1, 4, 16)), (two, (torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)))):
+        rows = {v.name: v for v in variants.plain_rows(model, x)}
+        for variant in rows.values():
+            with variant.around():
+                variant.run()
+        assert torch.equal(rows[variants.UNTRACED].run(), rows[variants.TRACE].run()[0].output)
+        told = [v.name for v in rows.values() if not v.context]
+        assert told == [variants.UNTRACED, variants.TRACE, variants.AFTER]
+        check_clean(model)
+
+
+@pytest.mark.parametrize("hand", HANDS)
+def test_hands_are_gpts_of_their_own_that_no_adapter_knows(hand: str) -> None:
+    model = plain_gpt(hand, 2, 32, 4, 8, 10, CPU)
+    ids = torch.arange(7)[None] % 5
+    assert not [name for name, part in model.named_modules() if adapter_for(part) and "benchmarks" in str(type(part))]
+    trace = hookattn.trace(model, ids, verify="full")
+    calls, heads = (8, 1) if hand == LOOP else (2, 4)
+    assert len(trace) == calls and {call.tap for call in trace} == {"eager"} and trace.certify().faithful
+    for call in trace:
+        assert call.weights.shape == (1, heads, 7, 7) and not call.weights.triu(1).any()
+        assert torch.allclose(call.weights.sum(-1), torch.ones(()), atol=1e-5)
+    with torch.no_grad():
+        logits, other = model(ids), model(torch.cat((ids[:, :-1], ids[:, -1:] + 1), 1))
+    assert logits.shape == (1, 7, 10) and torch.allclose(logits[:, :-1], other[:, :-1], atol=1e-6)
+    assert not torch.allclose(logits[:, -1], other[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("model", [*library_models()], ids=lambda model: model.name)
+def test_models_of_other_libraries(model: LibraryModel) -> None:
+    if model.missing:
+        pytest.skip(f"{model.package} is not installed")
+    made, given = model.make().eval(), model.given()
+    with torch.no_grad():
+        assert len(hookattn.trace(made, given)) == model.calls
+
+
+def test_the_first_trace_of_a_new_model() -> None:
+    seconds = iter([3.0, 1.0, 2.0, 9.0, 5.0, 5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    made: list[torch.nn.Module] = []
+    seen: list[int] = []
+
+    def make() -> torch.nn.Module:
+        made.append(unknown_model(1, 16, 2, CPU, torch.float32))
+        return made[-1]
+
+    def inputs(n: int) -> torch.Tensor:
+        seen.append(n)
+        return torch.zeros(1, 4, 16)
+
+    def hands(run: Callable[[], Any]) -> float:
+        assert isinstance(run(), hookattn.Trace)
+        return next(seconds)
+
+    assert first_over_later(make, inputs, models=3, later=3, clock=hands) == 1.25  # of 1.5, 1.25 and 1
+    assert len(made) == 3 and seen == [0, 1, 2]
+    model = gpt2(1, 16, 2, 8, 10, CPU, torch.float32, "eager")
+    found = first_traces(model, torch.zeros(1, 8, dtype=torch.long), models=2, later=1)
+    assert len(found) == 2 and min(found.values()) > 0
+    check_clean(model)
+
+
+def test_rows_of_a_generation_in_eager() -> None:
+    model, x = tiny_llama("eager"), torch.arange(4)[None]
+    rows = {v.name: v for v in variants.eager_generation_rows(model, x, 3)}
+    out = rows[variants.OUTPUT_ATTENTIONS].run()
+    assert torch.equal(rows[variants.EAGER].run(), out.sequences) and out.sequences.shape == (1, 7)
+    trace, read = rows[variants.ALL].run()
+    assert len(trace) == 2 * 3 and {call.tap for call in trace} == {"eager"}
+    expected = [layer for step in out.attentions for layer in step]
+    assert all(torch.equal(a, b) for a, b in zip(read, expected, strict=True))
+    assert [v.name for v in rows.values() if not v.context] == [variants.EAGER, variants.TRACE, variants.AFTER]
     check_clean(model)
 
 
@@ -313,17 +422,30 @@ def test_the_bars() -> None:
         return measure.Row(name, milliseconds, ratio, ratio, ratio, per_call=7.0)
 
     rows = {
-        TOY: [row(variants.TRACE, 1, 1.2), row(variants.BLOCK, 1, 1.3), row(variants.AFTER, 1, 0.99)],
+        TOY: [row(variants.TRACE, 1, 1.1), row(variants.BLOCK, 1, 1.3), row(variants.AFTER, 1, 0.99)],
         LONG: [row(variants.ALL, 3, 1.5), row(variants.OUTPUT_ATTENTIONS, 2, 1.2)],
         SMALL_EAGER: [row(variants.TRACE, 1, 1.25), row(variants.QKV, 1, 1.21)],
         GENERATION: [row(variants.TRACE, 1, 1.1)],
+        TOY_EAGER: [row(variants.TRACE, 1, 1.3), row(variants.BLOCK, 1, 1.25)],
+        SMALL_EAGER_32: [row(variants.TRACE, 1, 1.09)],
+        plain_name("views", True): [row(variants.TRACE, 1, 1.4)],
+        plain_name("views", False): [row(variants.TRACE, 1, 1.4)],
+        next(library_models()).name: [row(variants.TRACE, 1, 1.05)],
     }
     extra = {"generated, bytes of the file": 41e6, "generated, bytes in memory": 61e6, "report, peak in calls": 1.5}
+    extra["first trace ÷ later ones"] = 1.3
     told = {v.name: v for v in bars.verdicts(rows, extra, "cpu")}
     assert told["toy: trace ÷ untraced"].reached and not told["toy: trace ÷ untraced, in a block"].reached
     assert told["toy: µs a call, one trace()"].measured == 7.0
     assert told["long: trace + all weights ÷ output_attentions"].measured == 1.25
     assert told["small, eager: trace less q k v, in forwards"].measured == pytest.approx(0.04)
+    assert told["toy, eager: trace ÷ untraced"].reached
+    assert not told["toy, eager: trace ÷ untraced, in a block"].reached
+    assert told["small, eager, 32 tokens: trace ÷ untraced"].measured == 1.09
+    assert told["plain GPT, views, toy: trace ÷ untraced"].reached
+    assert not told["plain GPT, views, width 768: trace ÷ untraced"].reached
+    assert told["timm vit_base: trace ÷ untraced"].reached
+    assert told["small, eager: first trace of a new model ÷ later ones"].measured == 1.3
     assert told["generation: trace ÷ untraced"].reached and told["report on 12 × 12 × 512: peak in calls"].reached
     assert told["300 generated tokens: megabytes of the file"].measured == 41
     assert not told["300 generated tokens: megabytes in memory"].reached
@@ -336,10 +458,35 @@ def test_the_bars() -> None:
     )
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert lines["what has to be reached"][-1] == "kept"
-    assert lines["toy: trace ÷ untraced"][-3:] == ["1.2", "reached", "1.12"]
+    assert lines["toy: trace ÷ untraced"][-3:] == ["1.1", "reached", "1.12"]
     assert lines["small: trace ÷ untraced"][-2:] == ["not", "run"]
     gpu = bars.verdicts({}, {"derive ÷ copy": 0.9, "statistics ÷ forward": 3.5}, "cuda")
     assert [v.reached for v in gpu if v.measured is not None] == [True, False]
+
+
+def test_the_tables_of_the_page() -> None:
+    def row(name: str, ratio: float, left_out: str | None = None) -> dict[str, Any]:
+        return {"name": name, "ratio": ratio, "left_out": left_out}
+
+    hand = [row(variants.EAGER, 1), row(variants.TRACE, 1.254), row(variants.OUTPUT_ATTENTIONS, 1.1)]
+    found = {
+        "cases": {
+            TOY_EAGER: hand,
+            SMALL_EAGER_32: [row(variants.TRACE, 1.1)],
+            TOY: [row(variants.ALL, 0, "too large")],
+        },
+        "freed memory kept": {"cases": {TOY_EAGER: [row(variants.TRACE, 1.2)]}},
+    }
+    by_hand, fused = page(found).split("\n\n## Fused kernels\n\n")
+    assert by_hand.splitlines() == [
+        "## Attention written by hand",
+        "",
+        "| model | trace | `output_attentions` |",
+        "| --- | --- | --- |",
+        f"| {TOY_EAGER} | 1.25, 1.20 | 1.10 |",
+        f"| {SMALL_EAGER_32} | 1.10 |  |",
+    ]
+    assert fused.splitlines()[0] == "| model |"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +544,32 @@ def test_the_cases() -> None:
     for case in every:
         assert set(case.places) <= {"cpu", "cuda"} and case.places
     assert max(c.tokens for c in every) == 32768 and {c.batch for c in every} == {1, 16}
+    assert [c.group for c in every] == sorted((c.group for c in every), key=GROUPS.index)
+    assert {plain_name(hand, toy) for hand in HANDS for toy in (True, False)} < {c.name for c in every}
+    assert {c.group for c in every if isinstance(c.inputs(CPU), tuple)} == {LIBRARIES}
+
+
+def test_groups_of_cases_are_chosen_and_missing_libraries_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(TINY, rows=variants.plain_rows)
+    mine, absent = replace(tiny, name="mine", group=HAND), replace(tiny, name="absent", group=HAND, missing="nowhere")
+    monkeypatch.setattr(command, "cases", lambda: iter([tiny, mine, absent]))
+    given = ["--rounds", "1", "--once", "--rows", variants.TRACE]
+    assert command.main(["--only", "hand,libraries", *given]) == 0
+    out = capsys.readouterr().out
+    assert "\nmine; " in out and "\ntiny; " not in out and "\nabsent; " not in out
+    assert "not installed: absent (nowhere)\n" in out
+    assert "untraced after tracing" in out and "not run" not in out  # only bars of what was chosen
+    assert command.main(["--cases", "tiny", *given]) == 0
+    assert "not run" in capsys.readouterr().out
+    assert command.main(["--only", "hand", *given[:-1], "no such row"]) == 0  # which no bar is about
+    assert "what has to be reached" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--only", "feet"])
+    assert "no such group: feet; there are: hand, libraries, fused" in capsys.readouterr().err
+    options = command._parser().parse_args(["--only", "hand"])
+    assert command._once_more(options, 1.0)[-2:] == ["--only", "hand"]
 
 
 def test_from_a_checkout_the_adapters_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,21 @@ def test_isolated_is_without_gradients_autocast_and_modes() -> None:
         assert (x @ x).dtype == torch.bfloat16 and "matmul" in "".join(log.seen), "all of it is back"
 
 
+def test_what_is_isolated_already() -> None:
+    x = torch.randn(3, 3)
+    assert not isolation.is_isolated(x)  # with gradients
+    with torch.no_grad():
+        assert isolation.is_isolated(x) and not isolation.is_isolated(nn.Parameter(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not isolation.is_isolated(x)
+        with Log():
+            assert not isolation.is_isolated(x)
+        with isolation.isolated(x):
+            assert isolation.is_isolated(x)
+    with torch.inference_mode():
+        assert isolation.is_isolated(x)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_backward_pass_is_known_as_one(reentrant: bool) -> None:
     seen: list[bool] = []

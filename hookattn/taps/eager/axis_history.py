@@ -110,12 +110,14 @@ class Cut(NamedTuple):
         dims: its dimensions that were cut.
         start: the first entry, of two dimensions as if they were one.
         stop: one after the last.
+        mark: tells the tensor that was cut from others.
     """
 
     source: Origin
     dims: tuple[int, ...]
     start: int
     stop: int
+    mark: object
 
 
 class Origin:

@@ -106,6 +106,7 @@ class Correspondence:
         "_given",
         "_maps",
         "_maps_taken",
+        "_marks",
         "_origins",
         "_pictures",
         "_taken",
@@ -126,6 +127,7 @@ class Correspondence:
         self._taken: dict[Atom, Atom] = {}  # the other way round
         self._maps: dict[Any, Any] = {}
         self._maps_taken: dict[Any, Any] = {}
+        self._marks: dict[int, tuple[object, object]] = {}
         self._origins: dict[int, tuple[Origin, Origin]] = {}
         # Weakly: a picture knows whose it is, and of what it is.
         self._pictures: dict[int, weakref.ref[Picture]] = {}
@@ -136,7 +138,7 @@ class Correspondence:
         other._given = dict(self._given)
         other._atoms, other._taken = dict(self._atoms), dict(self._taken)
         other._maps, other._maps_taken = dict(self._maps), dict(self._maps_taken)
-        other._origins = dict(self._origins)
+        other._origins, other._marks = dict(self._origins), dict(self._marks)
         return other
 
     def turned(self) -> Correspondence:
@@ -145,6 +147,7 @@ class Correspondence:
         other = Correspondence(turned=True)
         other._atoms, other._taken = dict(self._taken), dict(self._atoms)
         other._maps, other._maps_taken = dict(self._maps_taken), dict(self._maps)
+        other._marks = {id(here): (here, learned) for learned, here in self._marks.values()}
         other._origins = {id(here): (here, learned) for learned, here in self._origins.values()}
         return other
 
@@ -209,7 +212,12 @@ class Correspondence:
     def _pair_cuts(self, one: Cut | None, other: Cut | None) -> bool:
         if one is None or other is None:
             return one is other
-        return one[1:] == other[1:] and self.pair(one.source, other.source)
+        same = one[1:-1] == other[1:-1] and self.pair_marks(one.mark, other.mark)
+        return same and self.pair(one.source, other.source)
+
+    def pair_marks(self, learned: object, here: object) -> bool:
+        """As :meth:`pair`, of what tells tensors that pieces are cut off from others."""
+        return self.mark(learned, here) is here
 
     def _pair_entries(self, one: tuple[Origin, int] | None, other: tuple[Origin, int] | None) -> bool:
         if one is None or other is None:
@@ -276,6 +284,16 @@ class Correspondence:
             self._pictures[id(learned)] = weakref.ref(made)
         return made
 
+    def mark(self, learned: object, here: object | None = None) -> object:
+        """What tells a tensor of the run from others that was cut as one of the recipe was; ``here``: if it is new."""
+        known = self._marks.get(id(learned))
+        if known is None:
+            if here is None and self._before is not None and self._context is not None:
+                given = self._context.pairs._marks.get(id(learned))
+                here = None if given is None else self._before.mark(given[1])
+            known = self._marks[id(learned)] = learned, object() if here is None else here
+        return known[1]
+
     def layout(self, learned: Layout) -> Layout:
         """The axes of the run that are those of the recipe."""
         return tuple([tuple([self.atom(a) for a in dim]) for dim in learned])
@@ -312,6 +330,11 @@ class Correspondence:
         return learned if self._turned else (id(self), learned)  # of something that is not there any more
 
 
+def sight_by(by: Correspondence, seen: Any) -> Any:
+    """What was seen of where tensors lie (:func:`.decisions.see`), with the run's marks in place of the recipe's."""
+    return (*seen[:-1], by.mark(seen[-1])) if isinstance(seen, tuple) else seen
+
+
 class Picture(Origin):
     """The origin of a tensor of a run, as a recipe has it; worked out when it is asked for.
 
@@ -338,7 +361,7 @@ class Picture(Origin):
     def cut(self) -> Cut | None:  # type: ignore[override]
         """What it was cut off."""
         cut = self._learned.cut
-        return None if cut is None else cut._replace(source=self._by.origin(cut.source))
+        return None if cut is None else cut._replace(source=self._by.origin(cut.source), mark=self._by.mark(cut.mark))
 
     @property
     def _entry_of(self) -> tuple[Origin, int] | None:  # type: ignore[override]

@@ -9,25 +9,15 @@ from torch import Tensor
 
 from ...attention.pieces import Piece
 from ...torch_internals.tensor_identity import storage_of
-from .axis_history import Atom, Cut, Origin
-from .decisions import see
+from .axis_history import Atom, Origin
 from .products import HeadTest
 
 
-def cut_of(source: Origin, x: Tensor, out: Tensor) -> Cut | None:
-    """How a view was cut off a tensor; None: it is no such part of it.
+def place_in(x: Tensor, out: Tensor) -> tuple[tuple[int, ...], int, int] | None:
+    """The dimensions of a tensor that a view of it was cut along, the first entry and one after the last.
 
-    Args:
-        source: the origin of ``x``.
-        x: a tensor.
-        out: a view of it, perhaps.
+    None: it is no such part of it.
     """
-    place = see(_place_in, x, out)
-    return None if place is None else Cut(source, *place)
-
-
-def _place_in(x: Tensor, out: Tensor) -> tuple[tuple[int, ...], int, int] | None:
-    """The dimensions of a tensor that a view of it was cut along, the first entry and one after the last."""
     missing, storage = x.dim() - out.dim(), storage_of(out)
     if not 0 <= missing <= 2 or not storage or storage != storage_of(x) or not x.numel() or not out.numel():
         return None
@@ -96,7 +86,7 @@ def piece_of(query: Origin, named: Mapping[Atom, str], width: Iterable[Atom], ke
         axes.append((found, atom.size))
     if len({letter for letter, _ in axes}) < len(axes):
         axes = _joined(axes)
-    return Piece(cut.source, tuple(axes), cut.start, cut.stop) if axes else None
+    return Piece(cut.mark, tuple(axes), cut.start, cut.stop) if axes else None
 
 
 def _missing(letters: Iterable[str]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,17 +164,17 @@ class Follower(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         if run is not None:
-            if kwargs or not run.quick or (step := run.next[0]).func is not func:
+            if not run.quick or (step := run.next[0]).func is not func:
                 return self._in_run(run, func, args, kwargs or _NONE)
             # Most operations of a model that was seen before come here, where nothing is called but they themselves and
             # what compares their arguments.
             tensors = run.tensors
             count = len(tensors)
-            if not step.fits(args, _NONE, tensors, run):
+            if not step.fits(args, kwargs or _NONE, tensors, run):
                 del tensors[count:]
-                return self._in_run(run, func, args, _NONE)
+                return self._in_run(run, func, args, kwargs or _NONE)
             try:
-                out = func(*args)
+                out = func(*args, **kwargs) if kwargs else func(*args)
             except BaseException:
                 self._raised(run)
                 raise
@@ -182,7 +182,7 @@ class Follower(TorchFunctionMode):
             if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
                 run.made(step, out)
                 return out
-            return self._otherwise(run, lambda *_: out, args, _NONE, func)
+            return self._ran_otherwise(run, step, func, args, kwargs or _NONE, out)
         known = self.operations.get(func) or self._operation(func)
         if not known[0]:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -266,8 +266,18 @@ class Follower(TorchFunctionMode):
             if step.extra:
                 self._happens(run, step)
             return out
-        # It ran, and gave something else: what it was given is as it was, but for what it may have written to, and that
-        # is nothing that is needed.
+        return self._ran_otherwise(run, step, func, args, kwargs, out)
+
+    def _ran_otherwise(
+        self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        """An operation ran as it was expected, and gave something else than ``step``, as with autocast."""
+        other = run.other(step, func, args, kwargs, out)
+        if other is not None:
+            if other.extra:
+                self._happens(run, other)
+            return out
+        # What it was given is as it was, but for what it may have written to, and that is nothing that is needed.
         return self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
 
     def _raised(self, run: Run) -> None:
@@ -314,7 +324,7 @@ class Follower(TorchFunctionMode):
         finally:
             self.interpreting = False
         if call.piece is not None:
-            call.piece = call.piece._replace(whole=run.here.origin(cast(Origin, call.piece.whole)))
+            call.piece = call.piece._replace(whole=run.here.mark(call.piece.whole))
         softmax = None if made.softmax is None else run.wheres[made.softmax]
         call.path = around(softmax, self.recorder.where())
         self.recorder.record(call)
@@ -354,9 +364,8 @@ class Follower(TorchFunctionMode):
                 raise Unlearnable(self._unlearnable)
             written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
             step = lesson.append(
-                func if named is None else named, name, kind, patterns, out, noted, self._asked_where, written
+                func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
             )
-            step.seen = tuple(seen)
             lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
             lesson.effects(step, self._happened)
         except Unlearnable as why:
@@ -395,7 +404,7 @@ class Follower(TorchFunctionMode):
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
-            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], list(step.seen)
+            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], run.sights(step)
             count = len(self.uses)
             try:
                 if step.func is seed_axes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ...torch_internals.tensor_identity import storage_of
 from .assemble import CallBuilder
 from .axis_history import Origin
-from .correspondence import Correspondence, frozen, maps_in
+from .correspondence import Correspondence, frozen, maps_in, sight_by
 from .operation import OperationKind
 from .products import LayoutError, Product
 from .recipe import (
@@ -122,7 +122,9 @@ class Lesson:
         if self.run.is_part(x):
             raise Unlearnable(PART)
         origin = self.run.origins.peek(x)
-        want = outside_of(len(self.run.tensors), x, None if origin is None else self._freeze(origin))
+        mark = self.run.origins.peek_mark(x)
+        learned = None if origin is None else self._freeze(origin)
+        want = outside_of(len(self.run.tensors), x, learned, None if mark is None else self._mark(mark))
         self._outside[want.slot] = want
         if origin is not None:
             self.run.given[want.slot] = origin
@@ -136,6 +138,9 @@ class Lesson:
             return made if self._back is None else frozen(self._back.origin(made), self._frozen)
         except LayoutError as error:
             raise Unlearnable(str(error)) from error
+
+    def _mark(self, here: object) -> object:
+        return here if self._back is None else self._back.mark(here)
 
     def _slot(self, x: Tensor) -> int | None:
         slot = self._slots.get(id(x))
@@ -202,6 +207,7 @@ class Lesson:
         patterns: tuple[tuple[Pattern, ...], dict[str, Pattern]],
         out: Any,
         asked: Sequence[tuple[Any, tuple[Tensor, ...], Any]],
+        seen: Sequence[Any],
         where: bool,
         written: Any,
     ) -> Step:
@@ -214,6 +220,7 @@ class Lesson:
             patterns: of its arguments, as :meth:`describe` gave them.
             out: its result.
             asked: what was decided by values: the question, its tensors, the answer.
+            seen: what was seen of where its tensors lie.
             where: whether it was asked which module runs.
             written: the tensor that was written to; None: none was.
 
@@ -222,6 +229,7 @@ class Lesson:
         """
         step = Step(func, name, kind, *patterns, self.result(out), len(self.run.path))
         step.asked = tuple(Asked(ask, tuple(map(self.slot, tensors)), answer) for ask, tensors, answer in asked)
+        step.seen = tuple(seen if self._back is None else [sight_by(self._back, one) for one in seen])
         step.where = where
         if isinstance(written, Tensor):
             storage = storage_of(written)
@@ -321,7 +329,7 @@ class Lesson:
         """
         if self.waits():
             raise Unlearnable("a softmax of which nothing came")
-        known, parts, unclear = [], [], []
+        known, parts, unclear, marks = [], [], [], []
         for slot in range(len(self.run.tensors)):
             x = self.run.tensor(slot)
             if x is None:
@@ -333,10 +341,13 @@ class Lesson:
                 known.append((slot, self._freeze(origin)))
             if state_of(x) is not None:
                 parts.append(slot)
+            if (mark := self.run.origins.peek_mark(x)) is not None:
+                marks.append((slot, self._mark(mark)))
         used = maps_in(origin for _, origin in known)
         maps = {key: slot for key, slot in self._maps.items() if key in used}
         last = self.run.path[-1]
-        last.end = End(tuple(known), tuple(parts), tuple(unclear), tuple(sorted(self._needed)), maps)
+        needed = tuple(slot for slot in sorted(self._needed) if self.run.tensor(slot) is not None)
+        last.end = End(tuple(known), tuple(parts), tuple(unclear), needed, maps, tuple(marks))
         self.run.path[0].hopeless = 0
         for key, slot in maps.items():
             if type(key) is tuple:  # an address: it is gone with its tensor
@@ -350,7 +361,7 @@ class Lesson:
                     builder = effect.builder
                     builder.forget_tensors()
                     if builder.piece is not None:
-                        builder.piece = builder.piece._replace(whole=self._freeze(cast(Origin, builder.piece.whole)))
+                        builder.piece = builder.piece._replace(whole=self._mark(builder.piece.whole))
         return last.end
 
     def _drop(self, last: Step) -> None:

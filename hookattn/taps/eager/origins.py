@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import axis_history
-from .axis_history import Origin, same, seeded
-from .cuts import cut_of
+from .axis_history import Cut, Origin, same, seeded
+from .cuts import place_in
+from .decisions import see
 from .operation import OperationKind
 from .view_rules import AxesRule, dim_dropped, indexed, map_of, resized, same_axes
 
@@ -34,10 +35,12 @@ class Origins:
     def __init__(self, inside: Callable[[], bool] | None = None) -> None:
         self._inside = inside or _always
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self._marks: dict[int, tuple[weakref.ref[Tensor], object]] = {}
 
     def clear(self) -> None:
         """Forget everything, and who may be asked whether the model runs: that is what has these origins."""
         self._known.clear()
+        self._marks.clear()
         self._inside = _always
 
     def knows(self, x: Tensor) -> bool:
@@ -61,6 +64,7 @@ class Origins:
         """Say where the axes of a tensor come from."""
         if len(self._known) > _PURGE:
             self._known = {i: e for i, e in self._known.items() if e[0]() is not None}
+            self._marks = {i: m for i, m in self._marks.items() if m[0]() is not None}
         self._known[id(x)] = (_ref(x), origin)
         return origin
 
@@ -157,10 +161,32 @@ class Origins:
         elif rule is not resized:
             _one_entry(rule, origin, source, x, args, kwargs)
         # What a caller cuts is whole to the model.
-        cut = cut_of(source, x, out)
-        if cut is not None and self._inside():
-            origin.cut = cut
+        place = see(self._cut, x, out)
+        if place is not None:
+            self.set_mark(x, place[-1])  # which it has, unless what is followed now ran before
+            if self._inside():
+                origin.cut = Cut(source, *place)
         return origin
+
+    def _cut(self, x: Tensor, out: Tensor) -> tuple[tuple[int, ...], int, int, object] | None:
+        """Where a view of a tensor lies in it, as a :class:`Cut` has it; None: it is no part of it."""
+        place = place_in(x, out)
+        return None if place is None else (*place, self.mark(x))
+
+    def mark(self, x: Tensor) -> object:
+        """What tells a tensor that pieces are cut off from others."""
+        known = self.peek_mark(x)
+        return self.set_mark(x, object()) if known is None else known
+
+    def peek_mark(self, x: Tensor) -> object | None:
+        """The same; None: no piece was cut off it."""
+        known = self._marks.get(id(x))
+        return known[1] if known is not None and known[0]() is x else None
+
+    def set_mark(self, x: Tensor, mark: object) -> object:
+        """Say what tells a tensor from others."""
+        self._marks[id(x)] = _ref(x), mark
+        return mark
 
     def _joined(self, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Origin:
         """Tensors laid end to end; the axes are those of the first that is not made of parameters alone.

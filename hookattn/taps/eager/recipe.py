@@ -65,6 +65,7 @@ class Outside(NamedTuple):
         device: its device.
         stride: its strides; of a parameter None, since nothing depends on them.
         origin: where its axes come from; None: nothing was known of them when it was first used.
+        mark: what tells it from others that pieces were cut off; None: none was.
     """
 
     slot: int
@@ -73,6 +74,7 @@ class Outside(NamedTuple):
     device: torch.device
     stride: tuple[int, ...] | None
     origin: Origin | None
+    mark: object | None
 
 
 class Result(NamedTuple):
@@ -136,8 +138,9 @@ class End(NamedTuple):
         known: the slots of tensors of which it is known since where their axes come from, and that.
         parts: the slots of tensors that were part of an attention.
         unclear: the slots of tensors that were gone, of which it was known where their axes come from.
-        needed: the slots of tensors that a state holds.
+        needed: the slots of tensors that a state holds still.
         maps: what tells each learned map that was applied from others, and its slot.
+        marks: the slots of tensors that pieces were cut off, and what tells these from others.
     """
 
     known: tuple[tuple[int, Origin], ...]
@@ -145,6 +148,7 @@ class End(NamedTuple):
     unclear: tuple[int, ...]
     needed: tuple[int, ...]
     maps: dict[Any, int]
+    marks: tuple[tuple[int, object], ...]
 
 
 class Step:
@@ -173,7 +177,7 @@ class Step:
         pairs: whether it takes something from outside of which it is known where its axes come from.
         fits: whether arguments fit it, by those, the tensors of a run and the run.
         extra: whether there is more to it than its operation; filled by :meth:`settle`.
-        quick: whether it takes nothing but arguments by position and makes one tensor; filled by :meth:`settle`.
+        quick: whether there is no more to it, and it makes one tensor; filled by :meth:`settle`.
         waits: whether a softmax ran until then of which nothing came yet.
         follows: whether what comes after it is followed, and not learned.
     """
@@ -233,7 +237,7 @@ class Step:
         self.waits = False
         self.reads = type(func) is types.MethodWrapperType
         given = new_in((*args, *kwargs.values()))
-        self.pairs = any(one.origin is not None for one in given)
+        self.pairs = any(one.origin is not None or one.mark is not None for one in given)
         self.extra, self.quick = True, False
         self.fits = checker(self.args, self.kwargs)
 
@@ -242,7 +246,7 @@ class Step:
         self.extra = bool(
             self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
         )
-        self.quick = not (self.extra or self.pairs or self.kwargs or self.reads) and self.out[0] == NEW
+        self.quick = not (self.extra or self.pairs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
         """Of all tensors that it takes or makes."""
@@ -414,7 +418,7 @@ def same_constant(x: Any, want: Any) -> bool:
     return bool(x == want)
 
 
-def outside_of(slot: int, x: Tensor, origin: Origin | None) -> Outside:
+def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None) -> Outside:
     """What is known of a tensor that comes from outside.
 
     Raises:
@@ -422,7 +426,7 @@ def outside_of(slot: int, x: Tensor, origin: Origin | None) -> Outside:
     """
     if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
         raise Unlearnable("a tensor that is none of torch's own")
-    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin)
+    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin, mark)
 
 
 def result_of(slot: int, x: Tensor) -> Result:

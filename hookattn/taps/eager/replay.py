@@ -19,7 +19,7 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence
+from .correspondence import Correspondence, sight_by
 from .learning import Lesson
 from .origins import Origins
 from .recipe import CONSTANT, NEW, SEVERAL, SLOT, Beginning, End, Made, Outside, Recipes, Result, Step, filled, new_in
@@ -104,9 +104,13 @@ class Run:
         if want.stride is None:
             if type(x) is not nn.Parameter:
                 return False
-        elif type(x) is not Tensor or is_wrapped(x) or x.stride() != want.stride:
+        elif type(x) is not Tensor or is_wrapped(x):
             return False
-        if x.shape != want.shape or x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
+        if x.layout is not torch.strided or x.is_nested:  # which have no strides, and may have no shape
+            return False
+        if x.shape != want.shape or (want.stride is not None and x.stride() != want.stride):
+            return False
+        if x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
             return False
         key = id(x)
         if key in self._ids and self._slot_here(x) is not None:
@@ -117,6 +121,9 @@ class Run:
                 return False
             self.given[want.slot] = origin
         elif want.origin is not None:
+            return False
+        mark = self.origins.peek_mark(x)
+        if mark is not want.mark and (mark is None or want.mark is None or not self.here.pair_marks(want.mark, mark)):
             return False
         self.tensors.append(x)
         self._ids.add(key)
@@ -131,6 +138,19 @@ class Run:
             return True
         storage = storage_of(target)
         return all(storage_of(self.tensor(slot)) != storage for slot in step.guards)
+
+    def other(self, than: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Step | None:
+        """Another step that an operation is, whose result is not that of the one that was expected; None: none."""
+        self.back()
+        for step in self.next:
+            if step is than or step.func != func:
+                continue
+            before = self.here.copy()
+            if step.fits(args, kwargs, self.tensors, self) and self.advance(step, out):
+                return step
+            self.here = before
+            self.back()
+        return None
 
     def advance(self, step: Step, out: Any) -> bool:
         """An operation ran as it was expected; whether its result is as expected, too."""
@@ -249,6 +269,10 @@ class Run:
             x = self.tensor(slot)
             if x is not None:
                 origins.set(x, self.here.origin(learned))
+        for slot, mark in end.marks:
+            x = self.tensor(slot)
+            if x is not None:
+                origins.set_mark(x, self.here.mark(mark))
         for slot in end.parts:
             x = self.tensor(slot)
             if x is not None:
@@ -265,6 +289,10 @@ class Run:
             kwargs = {name: self._past(code, want, known) for name, (code, want) in step.kwargs.items()}
             code, want = step.out
             yield step, args, kwargs, self._past(code, want, known)
+
+    def sights(self, step: Step) -> list[Any]:
+        """What was seen of where the tensors of a step lie, as it is in this run."""
+        return [sight_by(self.here, one) for one in step.seen]
 
     def _past(self, code: int, want: Any, known: Mapping[int, Outside | Result]) -> Any:
         if code == CONSTANT:
