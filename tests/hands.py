@@ -1,4 +1,4 @@
-"""Models whose attention is written out by hand, as researchers write it: what is traced again and again in the tests."""
+"""Models whose attention is written out by hand, as researchers write it, for tests that trace them again and again."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def recognised(counts: list[Counts], start: int = 1) -> None:
-    """Traces from one on are recognised; the first of them may have to look again at what is left at the end of runs."""
+    """Traces from one on are recognised; at the first of them it may be found out what is left at the end of runs."""
     for i, one in enumerate(counts[start:], start):
         few = one.recognised // 10
         assert one.recognised and one.followed <= few, f"trace {i} of {counts}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hookattn
 from hookattn.models.registry import using
 from tests.beside import checked_replays
-from tests.hands import B, D, E, H, Attention, Cached, InOneModule, Model, plain, rotated
+from tests.hands import Attention, B, Cached, D, E, H, InOneModule, Model, plain, rotated
 from tests.reference import draw, heads, merge, same_bits
 from tests.replayed import alike, play, seen, traced, without_recipes
 
@@ -454,7 +454,7 @@ def test_a_model_that_raises_in_the_middle(way: str, spot: str, error: type[Base
 
 
 class Falls(nn.Module):
-    """Tries one way, and where that raises another: by values that an operation refuses, or by a memory that is full."""
+    """Tries one way, and where that raises another: by values that an operation refuses, or as memory is full."""
 
     def __init__(self) -> None:
         super().__init__()
