@@ -152,8 +152,8 @@ def test_wrong_weights_of_a_hand_written_attention(monkeypatch: pytest.MonkeyPat
         put("mask", (torch.arange(12) != 2).view(1, 1, 1, 12)),
     ):
 
-        def changed(self: Any, given: Any = None, change: Change = change) -> KernelCall:
-            call = build(self, given)
+        def changed(self: Any, given: Any = None, shared: Any = None, change: Change = change) -> KernelCall:
+            call = build(self, given, shared)
             call.scores = None
             change(call)
             return call

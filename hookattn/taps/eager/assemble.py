@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...attention.masks import FILL, MASKED, split_additive
 from ...attention.normalizers import OF_ONE, SOFTMAX
 from ...attention.pieces import Piece
 from ...torch_internals.tensor_identity import version_of
+from ...torch_internals.transforms import stands_for_others
 from .axis_history import Origin, refine
 from .normalizer_names import name_of_steps, verified_name
 from .operations import mixes_axis
@@ -23,6 +25,9 @@ from .sequences import describe_product
 from .states import Scores, ValueProduct, Weights
 
 NAME = "eager"
+
+
+Shared = Callable[[str, Tensor, Callable[[], Any]], Any]
 
 
 def contracts_keys(state: Weights, labels: Sequence[Label], contracted: Sequence[Label], origin: Origin) -> bool:
@@ -152,18 +157,21 @@ class CallBuilder:
         self._heads: list[int] | None = None
         self._made: dict[object, Arrangement] = {}
         self._known = False
+        self._shared: Shared = _made_anew
 
-    def call(self, given: Ingredients | None = None) -> KernelCall:
+    def call(self, given: Ingredients | None = None, shared: Shared | None = None) -> KernelCall:
         """The call in the contract's layout.
 
         Args:
             given: its tensors; None: those of the first run.
+            shared: remembers what is made of a tensor that many layers share.
 
         Raises:
             LayoutError: the axes can't be told apart.
         """
         t = given or self.given
         assert t is not None
+        self._shared = shared or _made_anew
         if not self._known:
             self._learn()
         scores, state = self._scores, self._state
@@ -210,6 +218,7 @@ class CallBuilder:
             self._own_values(call, t)
         elif not scores.shifts:  # shifted scores give the same weights, and are not q·k
             self._finite(call, t)
+        self._shared = _made_anew  # which is the trace's
         if not self._known:
             self._check(call)
         self._name(call)
@@ -314,14 +323,17 @@ class CallBuilder:
     def _terms(self, call: KernelCall, weights: Tensor, t: Ingredients) -> None:
         """What joined the scores, as the call's bias and mask; ``weights``: B H T S, or none where none are formed."""
         biases, masks = [], []
-        for i, (term, x) in enumerate(zip(self._scores.terms, t.terms, strict=True)):
-            x = term.value(x)
+        for i, (term, term_tensor) in enumerate(zip(self._scores.terms, t.terms, strict=True)):
+            x = term.value(term_tensor)
             if x.dtype == torch.bool:
                 x = x.to(call.q.dtype)
             added = x * term.factor if term.factor != 1 else x
-            bias, mask = split_additive(added)
+            shared = added is term_tensor and not stands_for_others(added)
+            bias, mask, lowest = (
+                self._shared("term", added, partial(_read_term, added)) if shared else _read_term(added)
+            )
             hides = None if mask is None else self._aligned(("terms", i), mask)
-            if hides is not None and self._outweighed(hides, added, weights):
+            if hides is not None and self._outweighed(hides, lowest, weights):
                 bias, hides = added, None
             if bias is not None:
                 biases.append(self._aligned(("terms", i), bias))
@@ -341,17 +353,17 @@ class CallBuilder:
         for mask in masks:
             call.mask = mask if call.mask is None else call.mask & mask
 
-    def _outweighed(self, mask: Tensor, added: Tensor, weights: Tensor) -> bool:
+    def _outweighed(self, mask: Tensor, lowest: float, weights: Tensor) -> bool:
         """Whether a penalty is no mask after all, since scores are so large that what it would hide weighs something.
 
         Args:
             mask: bool, B H T S or broadcastable to it, True = may attend.
-            added: what was added to the scores.
+            lowest: the least of what was added to the scores.
             weights: B H T S, as the softmax made them; none where none are formed.
         """
         if not len(weights) or self._state.steps is not None or self._state.normalizer != SOFTMAX:
             return False
-        if float(added.amin()) <= MASKED:  # nothing outweighs that
+        if lowest <= MASKED:  # nothing outweighs that
             return False
         return bool((weights.masked_fill(mask, 0) > slack_of(weights.dtype)).any())
 
@@ -464,6 +476,16 @@ class CallBuilder:
             for dim in self._out_origin.layout()
         ]
         return arrangement(x.shape, factors, "BHTD")
+
+
+def _made_anew(key: str, tensor: Tensor, make: Callable[[], Any]) -> Any:
+    return make()
+
+
+def _read_term(added: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
+    """Of what was added to scores: the bias, the mask and the least of it, which is asked for beside a mask alone."""
+    bias, mask = split_additive(added)
+    return bias, mask, 0.0 if mask is None else float(added.amin())
 
 
 def _without_tensors(scores: Scores) -> Scores:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
 from ...torch_internals.tensor_identity import storage_of, version_of
+from ...torch_internals.tensor_memo import TensorMemo
 from ..foreign import handler_of
 from . import axis_history
 from .assemble import NAME, CallBuilder
@@ -82,6 +83,7 @@ def seed_axes(x: Tensor, roles: str) -> None:
 _NONE: dict[str, Any] = {}
 # Runs that begin alike and could so often not be learned are followed, and not tried again.
 _TRIES = 2
+_SHARED = 256
 _OVERWRITTEN = "what an operation overwrites is needed still"
 
 
@@ -158,6 +160,7 @@ class Follower(TorchFunctionMode):
         self._happened: list[Any] = []
         self._asked_where = False
         self._unlearnable = ""
+        self._memo, self._count = TensorMemo(), 0
         # The last product that was broadcast to the shape of one operand, and its operands.
         self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
 
@@ -314,7 +317,7 @@ class Follower(TorchFunctionMode):
         self.interpreting = True
         try:
             with torch.no_grad():
-                call = made.builder.call(run.ingredients(made))
+                call = made.builder.call(run.ingredients(made), self.shared)
         except LayoutError as error:
             self.recorder.skip(str(error))
             return
@@ -503,6 +506,14 @@ class Follower(TorchFunctionMode):
         elif self.run is not None:
             self._happened.append((builder, use))
         self.recorder.record(call)
+
+    def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
+        """What is made of a tensor that many layers share, such as a mask: once."""
+        if self._count > _SHARED:  # of so many forwards, say
+            self._memo.forget()
+            self._count = 0
+        self._count += 1
+        return self._memo(key, x, make)
 
     def seed(self, x: Tensor, roles: str) -> None:
         """Somebody says what the axes of a tensor are."""
@@ -904,6 +915,7 @@ class Follower(TorchFunctionMode):
         self.uses.clear()
         self.live.clear()
         self.parts.clear()
+        self._memo.forget()
         self.origins.clear()
 
 

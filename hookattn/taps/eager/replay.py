@@ -82,13 +82,13 @@ class Run:
             if step.func is not func and not (step.reads and step.func == func):
                 continue
             count = len(self.tensors)
-            if not step.pairs:
-                if step.fits(args, kwargs, self.tensors, self):
-                    return step
-            else:
-                before = self.here.copy()
-                if step.fits(args, kwargs, self.tensors, self):
-                    return step
+            before = self.here.copy() if step.pairs else None
+            if step.fits(args, kwargs, self.tensors, self):
+                if step is not self.next[0]:  # what ran last comes first: in a generation the other lengths are over
+                    self.next.remove(step)
+                    self.next.insert(0, step)
+                return step
+            if before is not None:
                 self.here = before
             del self.tensors[count:]
         return None

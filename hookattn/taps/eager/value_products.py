@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +58,9 @@ class KnownTensors(Protocol):
 
     def tell(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read; ``path`` None: in the module that is running."""
+
+    def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
+        """What is made of a tensor that many layers share, once."""
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
         """A call is complete; ``builder``: what made it of its tensors, if nothing else has a part in it."""
@@ -544,7 +547,7 @@ def _finish(use: SoftmaxUse | None) -> None:
 
 
 def _build(watch: KnownTensors, builder: CallBuilder, use: SoftmaxUse | None) -> None:
-    _record(watch, builder.call(), use, builder)
+    _record(watch, builder.call(shared=watch.shared), use, builder)
 
 
 def _record(watch: KnownTensors, call: KernelCall, use: SoftmaxUse | None, builder: CallBuilder | None = None) -> None:
