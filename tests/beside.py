@@ -20,6 +20,7 @@ from hookattn.attention.kernel_call import KernelCall
 from hookattn.recording.session import Session
 from hookattn.taps.eager.correspondence import Correspondence
 from hookattn.taps.eager.follower import Follower
+from hookattn.taps.eager.recogniser import Recogniser
 from hookattn.taps.eager.replay import Run
 from hookattn.torch_internals.transforms import is_wrapped, outside
 
@@ -54,7 +55,7 @@ class _Heard:
             self._recorder.skip(reason, path)
 
 
-class Checked(Follower):
+class Checked(Recogniser):
     """A follower with another beside it, which never recognises anything."""
 
     def __init__(self, recorder: Any, kernels: Any):
@@ -65,7 +66,7 @@ class Checked(Follower):
         self.excused: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = self.operations.get(func) or self._operation(func)
+        known = self.operations.get(func) or self.operation(func)
         if known[1] is not None:  # a kernel's tap, that tells by itself
             try:
                 return super().__torch_function__(func, types, args, kwargs)
@@ -92,7 +93,7 @@ class Checked(Follower):
                 if kind.pairs:
                     other._pair(name, kind, args, given, out)
             except Exception as error:  # noqa: BLE001 - as the follower has it
-                other._failed(name, error)
+                other.failed(name, error)
         self._compare(name)
         return out
 

@@ -26,8 +26,8 @@ from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change
-from ..taps.eager.follower import Follower
 from ..taps.eager.recipe import recipes_of
+from ..taps.eager.recogniser import Recogniser
 from ..torch_internals.code_patching import Exchange, install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.function_modes import ModeStack
@@ -134,7 +134,7 @@ class Session:
         follower_class: of the function mode.
     """
 
-    follower_class: ClassVar[type[Follower]] = Follower
+    follower_class: ClassVar[type[Recogniser]] = Recogniser
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Session:
     # How a kernel is run
 
     @cached_property
-    def _follower(self) -> Follower:
+    def _follower(self) -> Recogniser:
         """The function mode, made when it is first needed: of many traces never."""
         made = self.follower_class(self, kernels())
         made.model_runs = self._model_runs
@@ -247,7 +247,7 @@ class Session:
             made.recipes = recipes
         return made
 
-    def _make_mode(self) -> Follower:
+    def _make_mode(self) -> Recogniser:
         """The function mode as it is opened for the first time, and what is exchanged for its sake: of many traces
         nothing (0.6 % of a toy)."""
         self._exchanges += install(mode_patches())

@@ -20,19 +20,13 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.tensor_memo import TensorMemo
 from ..foreign import handler_of
 from . import axis_history
-from .assemble import NAME, CallBuilder
+from .assemble import CallBuilder
 from .axis_history import Origin
-from .correspondence import Correspondence
-from .decisions import DECISIONS
-from .learning import PART, Lesson
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
 from .pairwise import paired
 from .product_labels import ParsedProduct, parse_product, parse_several
-from .products import LayoutError
-from .recipe import Beginning, Made, Recipes, Step, Told, Unlearnable
-from .replay import Run
 from .rules import next_state, piece_states, scattered_scores
 from .states import (
     Pairwise,
@@ -51,7 +45,6 @@ from .states import (
     Weights,
 )
 from .value_products import (
-    around,
     finish_scattered,
     finish_sum,
     finish_unnormalized,
@@ -69,22 +62,15 @@ Handler = Callable[["Follower", Any, Sequence[Any], dict[str, Any]], Any]
 # Of a function: its name (empty: to be ignored), the handler of its tap, whether it has to be looked at even where
 # nothing is known to be part of an attention yet, and its row in the table. A plain tuple: it is unpacked for every
 # operation of the model.
-_Known = tuple[str, Handler | None, bool, OperationKind]
+Known = tuple[str, Handler | None, bool, OperationKind]
 # Followed for what they may become; where an operation has scores or weights as well, it is an operation on those.
 _LARGEST = "softmax over the largest scores of each query, whose result was not put back among all keys"
 _POURED = (Scores, ScoresSlice, ScatteredScores, Unnormalized, TopScores)
 _MINOR = (RowStatistic, ScatteredScores, ScoresSlice, Pairwise)
 
 
-def seed_axes(x: Tensor, roles: str) -> None:
-    """Stands among the operations of a run for what somebody says of the axes of a tensor."""
-
-
-_NONE: dict[str, Any] = {}
-# Runs that begin alike and could so often not be learned are followed, and not tried again.
-_TRIES = 2
+# Of so many asked for, those of earlier forwards go: masks that layers share.
 _SHARED = 256
-_OVERWRITTEN = "what an operation overwrites is needed still"
 
 
 class _Followed(NamedTuple):
@@ -133,74 +119,34 @@ class Follower(TorchFunctionMode):
         uses: what became of every softmax so far.
         model_runs: whether the traced model's own forward runs; a part of it may, where it does not.
         interpreting: whether what the model did is looked at right now; False: the model itself is at work.
-        recipes: what was learned of the model; None: nothing is, and all is followed.
-        run: the run that is known or learned; None: what happens is followed.
-        past: while a run is followed afterwards, the run and the number of the step.
-        parts: the tensors that are part of an attention of a run that is over, by identity.
     """
 
     def __init__(self, recorder: ActiveTrace, kernels: dict[str, Handler]):
         super().__init__()
         self.recorder = recorder
         self.kernels = kernels
-        self.operations: dict[Any, _Known] = {}
+        self.operations: dict[Any, Known] = {}
         self.model_runs = False
         self.origins = Origins(lambda: self.model_runs or recorder.where() is not None)
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
         self.interpreting = False
-        self.recipes: Recipes | None = None
-        self.run: Run | None = None
-        self.past: tuple[Run, int] | None = None
-        self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
-        self._begins: Beginning | None = None
-        self._before: Correspondence | None = None  # of the run before, if it was recognised
-        self._several = False
-        self._happened: list[Any] = []
-        self._asked_where = False
-        self._unlearnable = ""
         self._memo, self._count = TensorMemo(), 0
         # The last product that was broadcast to the shape of one operand, and its operands.
         self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run = self.run
-        if run is not None:
-            if not run.quick or (step := run.next[0]).func is not func:
-                return self._in_run(run, func, args, kwargs or _NONE)
-            # Most operations of a model that was seen before come here, where nothing is called but they themselves and
-            # what compares their arguments.
-            tensors = run.tensors
-            count = len(tensors)
-            if not step.fits(args, kwargs or _NONE, tensors, run):
-                del tensors[count:]
-                return self._in_run(run, func, args, kwargs or _NONE)
-            try:
-                out = func(*args, **kwargs) if kwargs else func(*args)
-            except BaseException:
-                self._raised(run)
-                raise
-            want = step.out[1]
-            if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
-                run.made(step, out)
-                return out
-            return self._ran_otherwise(run, step, func, args, kwargs or _NONE, out)
-        known = self.operations.get(func) or self._operation(func)
+        known = self.operations.get(func) or self.operation(func)
         if not known[0]:
             return func(*args, **kwargs) if kwargs else func(*args)
         if known[1] is not None:
             return known[1](self, func, args, kwargs or {})
-        return self._watch(known, func, args, kwargs)
+        return self.watch(known, func, args, kwargs)
 
-    def _watch(self, known: _Known, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
+    def watch(self, known: Known, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
         """Run an operation and follow it."""
         name, _, special, kind = known
-        if func is seed_axes:
-            self.origins.seed(*args)
-            return None
-        if self.parts:
-            self._restore((args, kwargs))
         if special or self.live:
             return self.follow(name, func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -209,333 +155,46 @@ class Follower(TorchFunctionMode):
             if kind.pairs:
                 self._pair(name, kind, args, kwargs or {}, out)
         except Exception as error:  # noqa: BLE001 - as in _try
-            self._failed(name, error)
+            self.failed(name, error)
         return out
 
-    # Runs that are known, or learned
-
-    def begin(self, key: object, several: bool) -> None:
-        """A piece of the model begins, which may run as it did before.
-
-        Args:
-            key: tells pieces of this kind from others.
-            several: whether it is cut into runs wherever a call is complete; else it is one.
-        """
-        self.end()
-        if self.recipes is not None:
-            self._begins, self._several = self.recipes.beginning(key), several
-            self._new_run()
-
-    def end(self) -> None:
-        """It ends."""
-        self._end_run()
-        self._begins = None
-
-    def _new_run(self) -> None:
-        if self._begins is not None and self.recipes is not None:
-            self.run = Run(self.recipes, self._begins, self.origins, self._is_part, self._before)
-
-    def _in_run(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One operation of a run."""
-        if run.lesson is None:
-            step = run.expect(func, args, kwargs)
-            if step is not None:
-                if run.path or step.hopeless < _TRIES:
-                    return self._again(run, step, func, args, kwargs)
-                self.run = None
-        known = self.operations.get(func) or self._operation(func)
-        if not known[0]:
-            return func(*args, **kwargs)
-        if known[1] is not None:  # a kernel's tap, which may ask for anything: a run ends before it
-            self._end_run()
-            try:
-                return known[1](self, func, args, kwargs)
-            finally:
-                self._new_run()
-        if self.run is None:
-            return self._watch(known, func, args, kwargs)
-        return self._learn(run, run.lesson or self._catch_up(run), known, func, args, kwargs)
-
-    def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """An operation that is expected: it is run, and nothing is followed."""
-        if step.extra and step.guards and not run.spares(step, _target(args, kwargs)):
-            return self._otherwise(run, func, args, kwargs)
-        try:
-            out = func(*args, **kwargs)
-        except BaseException:
-            self._raised(run)
-            raise
-        if run.advance(step, out):
-            if step.extra:
-                self._happens(run, step)
-            return out
-        return self._ran_otherwise(run, step, func, args, kwargs, out)
-
-    def _ran_otherwise(
-        self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
-    ) -> Any:
-        """An operation ran as it was expected, and gave something else than ``step``, as with autocast."""
-        other = run.other(step, func, args, kwargs, out)
-        if other is not None:
-            if other.extra:
-                self._happens(run, other)
-            return out
-        # What it was given is as it was, but for what it may have written to, and that is nothing that is needed.
-        return self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
-
-    def _raised(self, run: Run) -> None:
-        """An operation that was expected raised, as the model may do and go on."""
-        run.back()
-        self._follow_from_here(run)
-
-    def _otherwise(self, run: Run, func: Any, args: Sequence[Any], kwargs: dict[str, Any], named: Any = None) -> Any:
-        """An operation that is not what was expected after all."""
-        named = func if named is None else named
-        run.back()
-        lesson = self._catch_up(run)
-        known = self.operations.get(named) or self._operation(named)
-        return self._learn(run, lesson, known, func, args, kwargs, named)
-
-    def _happens(self, run: Run, step: Step) -> None:
-        """What comes of a step that ran as it did before."""
-        run.note(step)
-        if step.where:
-            run.wheres[step.number] = self.recorder.where()
-        for effect in step.effects:
-            if type(effect) is Told:
-                self.recorder.skip(effect.reason)
-            elif type(effect) is Made:
-                self._make_again(run, effect)
-        if step.follows:
-            self._follow_from_here(run)
-        elif step.effects and self._several and step.end is not None and not run.beginning.whole:
-            self._end_run()
-            self._new_run()
-
-    def _make_again(self, run: Run, made: Made) -> None:
-        """A call is complete that was made before, of other tensors."""
-        self.interpreting = True
-        try:
-            with torch.no_grad():
-                call = made.builder.call(run.ingredients(made), self.shared)
-        except LayoutError as error:
-            self.recorder.skip(str(error))
-            return
-        except Exception as error:  # noqa: BLE001 - as in _try
-            self._failed(NAME, error)
-            return
-        finally:
-            self.interpreting = False
-        if call.piece is not None:
-            call.piece = call.piece._replace(whole=run.here.mark(call.piece.whole))
-        softmax = None if made.softmax is None else run.wheres[made.softmax]
-        call.path = around(softmax, self.recorder.where())
-        self.recorder.record(call)
-
-    def _learn(
-        self,
-        run: Run,
-        lesson: Lesson,
-        known: _Known,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        named: Any = None,
-    ) -> Any:
-        """Run an operation, follow it and learn it; ``named``: the function that it is said to be."""
-        name, _, _, kind = known
-        self._happened, self._asked_where, self._unlearnable = [], False, ""
-        try:
-            patterns = lesson.describe(args, kwargs)
-        except Unlearnable as why:
-            self._give_up(run, why)
-            return self._watch(known, func, args, kwargs)
-        steps, noted, seen = len(run.path), list[Any](), list[Any]()
-        DECISIONS.noted, DECISIONS.seen = noted, seen
-        count = len(self.uses)
-        try:
-            out = self._watch(known, func, args, kwargs)
-        except BaseException:
-            self._give_up(run, Unlearnable("an error of the model"))
-            raise
-        finally:
-            DECISIONS.noted = DECISIONS.seen = None
-        if self.run is not run:
-            return out
-        try:
-            if self._unlearnable:
-                raise Unlearnable(self._unlearnable)
-            written = _target(args, kwargs) if writes_to(name, args, kwargs) else None
-            step = lesson.append(
-                func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
-            )
-            lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
-            lesson.effects(step, self._happened)
-        except Unlearnable as why:
-            self._give_up(run, why, steps)
-            return out
-        if self._several and self._happened and not run.beginning.whole and not lesson.waits():
-            self._end_run()
-            self._new_run()
-        return out
-
-    def _give_up(self, run: Run, why: Unlearnable, steps: int | None = None) -> None:
-        """What runs here can't be learned: it is followed, to where the next run begins.
-
-        Args:
-            run: the run.
-            why: what is in the way.
-            steps: so many steps are learned all the same; None: those that there are.
-        """
-        if run.lesson is not None:
-            run.lesson.give_up(len(run.path) if steps is None else steps)
-        run.learned()
-        if str(why) == PART:
-            run.beginning.whole = True
-        if self.run is run:
-            self.run = None
-
-    def _follow_from_here(self, run: Run) -> None:
-        """Follow what a run did so far and what comes after, to where the next run begins."""
-        self._catch_up(run)
-        run.learned()
-        self.run = None
-
-    def _catch_up(self, run: Run) -> Lesson:
-        """Follow all that a run did so far, as if it had been followed from the start."""
-        self.run = None  # whatever is asked meanwhile is asked of what is followed
-        lesson = run.recall()
-        for step, args, kwargs, out in run.past():
-            self.past = run, step.number
-            DECISIONS.answers, DECISIONS.sights = [asked.answer for asked in step.asked], run.sights(step)
-            count = len(self.uses)
-            try:
-                if step.func is seed_axes:
-                    self.origins.seed(*args)
-                else:
-                    self.after(self.before(step.name, step.func, args, kwargs), out)
-            finally:
-                self.past = DECISIONS.answers = DECISIONS.sights = None
-            lesson.seen(step, list(_tensors((*args, out), kwargs)), self.state, self.uses[count:])
-        run.let_go()
-        self.run = run
-        return lesson
-
-    def _end_run(self) -> None:
-        """The run ends here."""
-        run, self.run = self.run, None
-        if run is None or not run.path:
-            return
-        self._before = None
-        end, lesson = run.path[-1].end, run.lesson
-        if lesson is None and (end is None or not run.is_clear(end)):
-            lesson = self._catch_up(run)
-            self.run = None
-        if lesson is not None:
-            try:
-                end = lesson.close(self.state)
-            except Unlearnable as why:
-                self._give_up(run, why)
-                return
-            run.learned()
-            for slot in end.parts:
-                x = run.tensor(slot)
-                if x is not None:
-                    self._is_of(x, run)
-            return
-        assert end is not None
-        for x in run.finish(end):
-            self._is_of(x, run)
-        self._before = run.here
-
-    def _is_of(self, x: Tensor, run: Run) -> None:
-        """A tensor is part of an attention of a run that is over: the run is kept for as long as the tensor."""
-        key, parts = id(x), self.parts
-
-        def gone(ref: Any) -> None:
-            entry = parts.get(key)
-            if entry is not None and entry[0] is ref:
-                del parts[key]
-
-        parts[key] = weakref.ref(x, gone), run
-
-    def _is_part(self, x: Tensor) -> bool:
-        """Whether a tensor is part of an attention of an earlier run."""
-        known = self.parts.get(id(x)) or self.live.get(id(x))
-        return known is not None and known[0]() is x
-
-    def _restore(self, values: Any) -> None:
-        """Follow the runs that are over and of whose attention a tensor is part, before something is done with it."""
-        for x in _tensors(*values) if values[1] else _tensors(values[0], {}):
-            known = self.parts.get(id(x))
-            if known is None or known[0]() is not x:
-                continue
-            run = known[1]
-            self.parts = {key: one for key, one in self.parts.items() if one[1] is not run}
-            if not run.followed:
-                now = self.run
-                self._follow_from_here(run)
-                self.run = now
-
-    # What following tells
+    # What following tells, and asks
 
     def where(self) -> str | None:
-        """The path of the module that is running; of an operation that is followed afterwards, that ran then."""
-        if self.past is not None:
-            run, number = self.past
-            return run.wheres[number] if number in run.wheres else self.recorder.where()
-        self._asked_where = True
+        """The path of the module that is running."""
         return self.recorder.where()
 
     def tell(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read; ``path`` None: in the module that is running."""
-        if self.past is not None:
-            return
-        if self.run is not None:
-            self._happened.append(reason)
-        if path is not None:
-            self._unlearnable = "what is told of another module than the one that runs"
         self.recorder.skip(reason, path)
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
-        """A call is complete; ``builder``: what made it of its tensors, if nothing else has a part in it."""
-        if self.past is not None:
-            return
-        if builder is None:
-            self._unlearnable = "a call that is not made of views of its tensors alone"
-        elif self.run is not None:
-            self._happened.append((builder, use))
+        """A call is complete.
+
+        Args:
+            call: the call.
+            builder: what made it of its tensors, if nothing else has a part in it.
+            use: the softmax that it is of.
+        """
         self.recorder.record(call)
+
+    def keeps(self) -> None:
+        """What is about to be overwritten was copied, since it is needed still."""
 
     def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
         """What is made of a tensor that many layers share, such as a mask: once."""
-        if self._count > _SHARED:  # of so many forwards, say
-            self._memo.forget()
-            self._count = 0
         self._count += 1
+        if self._count % _SHARED == 0:  # those of earlier forwards go
+            self._memo.forget()
         return self._memo(key, x, make)
 
     def seed(self, x: Tensor, roles: str) -> None:
-        """Somebody says what the axes of a tensor are."""
-        run = self.run
-        if run is not None:
-            self._in_run(run, seed_axes, (x, roles), _NONE)
-        else:
-            self.origins.seed(x, roles)
+        """Somebody says what the axes of a tensor are, a letter of B H T S D each."""
+        self.origins.seed(x, roles)
 
-    def leave_run(self) -> None:
-        """Something is done that is no operation: what ran so far is followed, and what comes until the next run."""
-        run = self.run
-        if run is not None:
-            if run.lesson is None:
-                self._catch_up(run)
-            self._give_up(run, Unlearnable("something that is no operation"))
-
-    def _operation(self, func: Any) -> _Known:
+    def operation(self, func: Any) -> Known:
         """What is known of a function, looked up once."""
         name = name_of(func)
-        if func is seed_axes:
-            name = "seed"
         kind = kind_of(name)
         handler = self.kernels.get(name) or handler_of(name)
         found = self.operations[func] = name, handler, kind.product or kind.softmax, kind
@@ -574,7 +233,6 @@ class Follower(TorchFunctionMode):
 
     def same(self, x: Tensor, like: Tensor) -> None:
         """Say that a tensor is what another is, whose values it has."""
-        self.leave_run()
         if self.origins.knows(like):
             self.set_origin(x, self.origin(like))
         if (state := self.state(like)) is not None:
@@ -599,7 +257,7 @@ class Follower(TorchFunctionMode):
             moved = rearranges(args) if name == "einsum" else None
             if moved is None:  # parsed before it runs: baddbmm_ writes to what it adds
                 if writes_to(name, args, kwargs):
-                    self._unlearnable = _OVERWRITTEN
+                    self.keeps()
                 return _Begun(name, kind, func, args, kwargs, parsed=parse_product(name, args, kwargs))
             func, args, kind = rearrange, moved, REARRANGED
         found = self._followed(kind, args, kwargs) if self.live else None
@@ -626,11 +284,11 @@ class Follower(TorchFunctionMode):
         try:
             return action(*args)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the model's
-            return self._failed(name, error)
+            return self.failed(name, error)
         finally:
             self.interpreting = False
 
-    def _failed(self, name: str, error: Exception) -> None:
+    def failed(self, name: str, error: Exception) -> None:
         if isinstance(error, HookattnError):
             raise error
         self.tell(f"following {name!r} failed: {type(error).__name__}: {error}")
@@ -733,7 +391,7 @@ class Follower(TorchFunctionMode):
             if new is not None and isinstance(result, Tensor):
                 self._became(result, found.state, new)
             elif isinstance(found.state, Unnormalized):
-                for x in _tensors(ran.args, ran.kwargs):
+                for x in tensors_among(ran.args, ran.kwargs):
                     if isinstance(state := self.state(x), Unnormalized):
                         finish_unnormalized(self, state, x)
             elif ran.kind.pairs:
@@ -742,7 +400,7 @@ class Follower(TorchFunctionMode):
     def _after_write(self, ran: _Ran, found: _Followed) -> None:
         """An operation on a part of an attention ran, and wrote to an argument."""
         x, state = found.x, found.state
-        written = _target(ran.args, ran.kwargs)
+        written = target_of(ran.args, ran.kwargs)
         if written is not x:
             self._poured(ran, found, written)
             return
@@ -854,15 +512,15 @@ class Follower(TorchFunctionMode):
         """
         if found is not None and isinstance(found.state, Weights) and kind.drops_out and found.state.own is None:
             found.state.own = (found.x.clone(), found.state.origin)
-            self._unlearnable = _OVERWRITTEN
-        x = _target(args, kwargs)
+            self.keeps()
+        x = target_of(args, kwargs)
         if not strided(x):
             return
         storage = storage_of(x)
         for _, state in list(self.live.values()):
             scores = state if isinstance(state, Scores) else getattr(state, "of", getattr(state, "scores", None))
             if scores is not None and scores.product.keep(storage):
-                self._unlearnable = _OVERWRITTEN
+                self.keeps()
 
     def _mark_sharing(self, x: Tensor) -> None:
         """``x`` was written to: mark all other scores that lie in the same memory as overwritten."""
@@ -902,9 +560,6 @@ class Follower(TorchFunctionMode):
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
-        run, self.run, self._begins, self._before = self.run, None, None, None
-        if run is not None and run.lesson is None and run.path and run.path[-1].waits:
-            self._follow_from_here(run)
         for ref, state in list(self.live.values()):
             out = ref()
             if isinstance(state, Unnormalized) and out is not None:
@@ -914,7 +569,6 @@ class Follower(TorchFunctionMode):
                 self.recorder.skip(use.why, use.path)
         self.uses.clear()
         self.live.clear()
-        self.parts.clear()
         self._memo.forget()
         self.origins.clear()
 
@@ -924,7 +578,7 @@ def _mapped(state: State) -> bool:
     return isinstance(state, Scores) and "parameter" in (state.product.origin_a.birth, state.product.origin_b.birth)
 
 
-def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors among the arguments of an operation, and in their lists."""
     for arg in (*args, *kwargs.values()):
         for one in arg if isinstance(arg, (list, tuple)) else (arg,):
@@ -932,7 +586,7 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
                 yield one
 
 
-def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def target_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What an operation writes to."""
     return kwargs.get("out", args[0] if args else None)
 

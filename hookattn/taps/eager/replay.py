@@ -207,7 +207,8 @@ class Run:
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
-        return all(ask(*map(self.tensor, slots)) == answer for ask, slots, answer in step.asked)
+        with torch.no_grad():
+            return all(ask(*map(self.tensor, slots)) == answer for ask, slots, answer in step.asked)
 
     def note(self, step: Step) -> None:
         """Keep what is to be known later of how the tensors of a step are now."""
