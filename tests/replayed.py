@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.recording import session
-from hookattn.taps.eager.follower import Follower
+from hookattn.taps.eager.recogniser import Recogniser
 from hookattn.taps.eager.replay import Run
 from tests.beside import checked_replays
 from tests.reference import FIELDS, assert_close, masked_softmax, repeat_heads, same_bits
@@ -51,19 +51,19 @@ class Counts(NamedTuple):
 def _paid() -> Iterator[Counter[str]]:
     """In the block it is counted what is followed."""
     count = Counter[str]()
-    watch, catch_up = Follower._watch, Follower._catch_up
+    watch, catch_up = Recogniser.watch, Recogniser._catch_up
 
-    def watched(self: Follower, *args: Any) -> Any:
+    def watched(self: Recogniser, *args: Any) -> Any:
         count["paid"] += 1
         return watch(self, *args)
 
-    def caught_up(self: Follower, run: Run) -> Any:
+    def caught_up(self: Recogniser, run: Run) -> Any:
         count["paid"] += len(run.path)
         return catch_up(self, run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Follower, "_watch", watched)
-        patch.setattr(Follower, "_catch_up", caught_up)
+        patch.setattr(Recogniser, "watch", watched)
+        patch.setattr(Recogniser, "_catch_up", caught_up)
         yield count
 
 

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.models.registry import using
+from hookattn.taps.eager.assemble import CallBuilder
+from hookattn.taps.eager.correspondence import Correspondence
+from hookattn.taps.eager.learning import Lesson
+from hookattn.taps.eager.recogniser import Recogniser
+from hookattn.taps.eager.replay import Run
 from tests.beside import checked_replays
 from tests.hands import Attention, B, Cached, D, E, H, InOneModule, Model, plain, rotated
 from tests.reference import draw, heads, merge, same_bits
@@ -915,3 +920,51 @@ def test_rotated_outside_of_the_sites() -> None:
     for adapters in ([], [Sites()]):
         with using(*adapters):
             play(Outer, scene)
+
+
+# ------------------------------------------------------------------------------------------ faults of our own
+
+FAULTS = [
+    *((Run, name) for name in ("meets", "expect", "advance", "ingredients", "is_clear", "finish", "past", "recall")),
+    *((Lesson, name) for name in ("describe", "append", "seen", "effects", "close", "give_up")),
+    *((Recogniser, name) for name in ("_restore", "_happens")),
+    (CallBuilder, "call"),
+    (Correspondence, "meets"),
+]
+
+
+@pytest.mark.parametrize("at", [1, 7])
+@pytest.mark.parametrize(("owner", "name"), FAULTS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_fault_in_recognising_is_none_of_the_model(
+    way: str, owner: Any, name: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks, the model runs each operation once and goes on, and what is recorded is right."""
+    torch.manual_seed(0)
+    model = Net()
+    model.layers[1].q.register_forward_hook(lambda module, args, out: out.mul_(2))
+    other = X[:, :3]
+    with torch.no_grad():
+        with without_recipes():
+            expected = [seen(traced(model, x)) for x in (X, other)]
+        before, count = getattr(owner, name), 0
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise ZeroDivisionError("ours")
+            return before(*args, **kwargs)
+
+        for x in (X, other, X, X, other):
+            count = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, broken)
+                mine = seen(traced(model, x))
+            want = expected[0 if x is X else 1]
+            assert same_bits(mine.output, want.output)
+            for told, tensors in zip(mine.told, mine.tensors, strict=True):
+                like = next(i for i, one in enumerate(want.told) if one["path"] == told["path"])
+                for key in ("weights", "v", "output"):  # of what it was made of, not all may have been seen
+                    assert same_bits(tensors[key], want.tensors[like][key])
+            assert len(mine.told) == len(want.told) or mine.skipped
+            alike(seen(traced(model, x)), want, "after it")

@@ -343,7 +343,9 @@ def test_nothing_is_kept_between_traces(name: str, grad: bool) -> None:
                 gc.collect()
             own = {id(x) for x in model.buffers()}
             made.held()
-            left = [tuple(x.shape) for ref, _, _ in made.there.values() if (x := ref()) is not None and id(x) not in own]
+            left = [
+                tuple(x.shape) for ref, _, _ in made.there.values() if (x := ref()) is not None and id(x) not in own
+            ]
             assert not left
     finally:
         gc.enable()
