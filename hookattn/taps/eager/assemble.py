@@ -242,10 +242,19 @@ class CallBuilder:
 
     def forget_tensors(self) -> None:
         """Keep nothing of the first run but how its tensors were brought into B H T S."""
-        bare = _without_tensors(self._scores)
-        self._state = replace(self._state, scores=bare, own=None, scores_tensor=None, joined=[], met=None, use=None)
-        self._scores = bare
-        self.given = None
+        self._scores = _bare(self._scores)
+        self._state = replace(
+            self._state,
+            origin=_NOWHERE,
+            scores=self._scores,
+            scores_origin=_NOWHERE,
+            own=None,
+            scores_tensor=None,
+            joined=[],
+            met=None,
+            use=None,
+        )
+        self.given = self._out_origin = None
         self._parts = ()
         del self._product, self._roles, self.product
 
@@ -488,15 +497,19 @@ def _read_term(added: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
     return bias, mask, 0.0 if mask is None else float(added.amin())
 
 
-def _without_tensors(scores: Scores) -> Scores:
+# In place of origins that are not asked for again: they know of what they are made, and so keep it.
+_NOWHERE = Origin(())
+
+
+def _bare(scores: Scores) -> Scores:
     """The scores as a builder reads them again: numbers, names and how many tensors of each kind there are."""
     nothing = torch.empty(0)
     terms, fills, factors = (
-        [replace(t, tensor=nothing) for t in of] for of in (scores.terms, scores.fills, scores.factors)
+        [replace(t, tensor=nothing, origin=_NOWHERE) for t in of] for of in (scores.terms, scores.fills, scores.factors)
     )
     return scores.but(
-        product=None, terms=terms, fills=fills, factors=factors, sink=None, before=None, held=None, dropped=None,
-        finite=None, shifts=[0.0 for _ in scores.shifts], entries=None,
+        origin=_NOWHERE, product=None, terms=terms, fills=fills, factors=factors, sink=None, before=None, held=None,
+        dropped=None, finite=None, shifts=[0.0 for _ in scores.shifts], entries=None,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...torch_internals.tensor_identity import address_of
 from .axis_history import Atom, Layout, Origin, known
-from .decisions import decide, see
+from .decisions import decide
 from .operation import Operation
 from .products import Label, LayoutError, Product, ProductLabels
 from .score_rules import scores_with_sink
@@ -118,7 +118,7 @@ def _same_place(x: Tensor, y: Tensor) -> bool:
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
-    return bool(see(_same_place, x, y)) or (x.shape == y.shape and bool(decide(torch.equal, x, y)))
+    return bool(decide(_same_place, x, y)) or (x.shape == y.shape and bool(decide(torch.equal, x, y)))
 
 
 def _keys(parts: Sequence[_Operand], batch: Sequence[int], dim: int, out: Tensor) -> tuple[Tensor, Layout]:

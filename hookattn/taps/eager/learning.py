@@ -62,7 +62,8 @@ class Lesson:
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
         self._outside: dict[int, Outside] = {}
-        self._needed: set[int] = set()  # by a state
+        self._held: set[int] = set()  # by a state
+        self._needed: set[int] = set()  # by a state, or for a call
         self._last: dict[int, int] = {}  # by slot, the last step that needs it
         self._products: dict[int, tuple[Product, int]] = {}  # by its identity, and the step that made it
         self._finite: dict[int, int] = {}  # by slot, the step since which scores are kept as they were then
@@ -168,17 +169,6 @@ class Lesson:
             return View(slot, x.shape, x.stride(), int(x.storage_offset()) - int(of.storage_offset()))
         raise Unlearnable("a tensor that no operation was seen to make")
 
-    def slot(self, x: Tensor) -> int:
-        """The slot of a tensor.
-
-        Raises:
-            Unlearnable: it is none of the run.
-        """
-        found = self._slot(x)
-        if found is None:
-            raise Unlearnable("a tensor that no operation was seen to make")
-        return found
-
     def _made_slot(self, x: Tensor) -> Pattern:
         slot = self._slot(x)
         if slot is not None:
@@ -228,7 +218,7 @@ class Lesson:
             Unlearnable: it can't be recognised again.
         """
         step = Step(func, name, kind, *patterns, self.result(out), len(self.run.path))
-        step.asked = tuple(Asked(ask, tuple(map(self.slot, tensors)), answer) for ask, tensors, answer in asked)
+        step.asked = tuple(Asked(ask, tuple(map(self.place, tensors)), answer) for ask, tensors, answer in asked)
         step.seen = tuple(seen if self._back is None else [sight_by(self._back, one) for one in seen])
         step.where = where
         if isinstance(written, Tensor):
@@ -260,7 +250,8 @@ class Lesson:
                 self._found[slot] = origin
             state: State | None = state_of(x)
             if state is not None:
-                self._needed |= {s for one in tensors_in(state) if (s := self._slot(one)) is not None}
+                self._held |= {s for one in tensors_in(state) if (s := self._slot(one)) is not None}
+                self._needed |= self._held
                 self._note_made(step, state)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
@@ -346,7 +337,7 @@ class Lesson:
         used = maps_in(origin for _, origin in known)
         maps = {key: slot for key, slot in self._maps.items() if key in used}
         last = self.run.path[-1]
-        needed = tuple(slot for slot in sorted(self._needed) if self.run.tensor(slot) is not None)
+        needed = tuple(slot for slot in sorted(self._held) if self.run.tensor(slot) is not None)
         last.end = End(tuple(known), tuple(parts), tuple(unclear), needed, maps, tuple(marks))
         self.run.path[0].hopeless = 0
         for key, slot in maps.items():

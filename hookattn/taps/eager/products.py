@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...attention.kernel_call import KERNEL_BASIS
 from ...torch_internals.tensor_identity import address_of, storage_of, version_of
 from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine, sizes
-from .decisions import see
+from .decisions import decide
 from .view_rules import map_of
 
 Label = int | str
@@ -125,7 +125,7 @@ class Product:
     @property
     def of_one(self) -> bool:
         """Whether both operands lie in the same memory, from the same place on: a Gram matrix."""
-        return bool(see(_lie_as_one, self.a, self.b))
+        return bool(decide(_lie_as_one, self.a, self.b))
 
     @property
     def untouched(self) -> bool:

@@ -93,17 +93,43 @@ class Result(NamedTuple):
     stride: tuple[int, ...]
 
 
+class Slot(NamedTuple):
+    """A slot, where it stands beside numbers."""
+
+    number: int
+
+
+class View(NamedTuple):
+    """A view of the tensor of a slot that no operation of the model made.
+
+    Attributes:
+        number: the slot.
+        shape: of the view.
+        stride: its strides.
+        offset: where it begins, from the first entry of the tensor on.
+    """
+
+    number: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The view of the tensor of another run."""
+        return x.as_strided(self.shape, self.stride, int(x.storage_offset()) + self.offset)
+
+
 class Asked(NamedTuple):
     """Something that was decided by the values of tensors.
 
     Attributes:
         ask: the question.
-        slots: of the tensors.
+        tensors: where the tensors are.
         answer: what was decided.
     """
 
     ask: Callable[..., Any]
-    slots: tuple[int, ...]
+    tensors: tuple[Slot | View, ...]
     answer: Any
 
 
@@ -490,28 +516,6 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
             waiting += [getattr(one, f.name) for f in fields(one)]
 
 
-class Slot(NamedTuple):
-    """A slot, where it stands beside numbers."""
-
-    number: int
-
-
-class View(NamedTuple):
-    """A view of the tensor of a slot that no operation of the model made.
-
-    Attributes:
-        number: the slot.
-        shape: of the view.
-        stride: its strides.
-        offset: where it begins, from the first entry of the tensor on.
-    """
-
-    number: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
 def numbers_in(slots: dict[str, Any]) -> Iterator[int]:
     """The slots of all tensors of a call."""
     for x in slots.values():
@@ -539,8 +543,7 @@ def _tensors_of(x: Any, tensors: Sequence[Any]) -> Any:
     if type(x) is Slot:
         return tensors[x.number]
     if type(x) is View:
-        of = tensors[x.number]
-        return of.as_strided(x.shape, x.stride, of.storage_offset() + x.offset)
+        return x.of(tensors[x.number])
     return [_tensors_of(one, tensors) for one in x] if type(x) is list else x
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
+from ...torch_internals.tensor_identity import storage_of
 from .assemble import CallBuilder
 from .correspondence import Correspondence
 from .decisions import DECISIONS
@@ -83,7 +84,12 @@ class Recogniser(Follower):
         # what compares their arguments.
         tensors = run.tensors
         count = len(tensors)
-        if not step.fits(args, kwargs or _NONE, tensors, run):
+        try:
+            fits = step.fits(args, kwargs or _NONE, tensors, run)
+        except Exception as error:  # noqa: BLE001 - as in _guard
+            self._broke(error)
+            return super().__torch_function__(func, types, args, kwargs)
+        if not fits:
             del tensors[count:]
             return self._in_run(run, func, args, kwargs or _NONE)
         try:
@@ -220,12 +226,16 @@ class Recogniser(Follower):
 
     def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operation that is expected: it is run, and nothing is followed."""
-        if step.extra and step.guards and not run.spares(step, target_of(args, kwargs)):
-            return self._otherwise(run, func, args, kwargs)
+        if step.guards is not None:
+            target = target_of(args, kwargs)
+            if self.parts:
+                self._before_overwriting(target)
+            if not run.spares(step, target):
+                return self._otherwise(run, func, args, kwargs)
         try:
             out = self._run(func, args, kwargs)
         except BaseException:
-            self._raised(run)
+            self._guard(self._raised, run)
             raise
         if not run.advance(step, out):
             self._ran_otherwise(run, step, func, args, kwargs, out)
@@ -298,7 +308,9 @@ class Recogniser(Follower):
             self.origins.seed(*args)
             return None
         if self.parts:
-            self._restore((args, kwargs))
+            self._guard(self._restore, tensors_among(args, kwargs or _NONE))
+            if writes_to(known[0], args, kwargs or _NONE):
+                self._guard(self._before_overwriting, target_of(args, kwargs or _NONE))
         return super().watch(known, func, args, kwargs)
 
     def operation(self, func: Any) -> Known:
@@ -382,6 +394,7 @@ class Recogniser(Follower):
     def _catch_up(self, run: Run) -> Lesson:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
+        pictures = run.pictures()
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
@@ -394,7 +407,13 @@ class Recogniser(Follower):
                     self.after(self.before(step.name, step.func, args, kwargs), out)
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = None
-            lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
+            tensors = list(tensors_among((*args, out), kwargs))
+            for x in tensors if pictures else ():
+                picture, origin = pictures.get(id(x)), self.origins.peek(x)
+                if picture is not None and origin is not None and origin is not picture:
+                    picture.adopt(origin)
+                    self.origins.set(x, picture)  # by which others know it
+            lesson.seen(step, tensors, self.state, self.uses[count:])
         run.let_go()
         self.run = run
         return lesson
@@ -416,19 +435,28 @@ class Recogniser(Follower):
         known = self.parts.get(id(x)) or self.live.get(id(x))
         return known is not None and known[0]() is x
 
-    def _restore(self, values: tuple[Sequence[Any], dict[str, Any] | None]) -> None:
+    def _restore(self, tensors: Iterable[Tensor]) -> None:
         """Follow the runs that are over and of whose attention a tensor is part, before something is done with it."""
-        for x in tensors_among(values[0], values[1] or _NONE):
+        for x in tensors:
             known = self.parts.get(id(x))
-            if known is None or known[0]() is not x:
-                continue
-            run = known[1]
-            for key in [key for key, one in self.parts.items() if one[1] is run]:
-                del self.parts[key]
-            if not run.followed:
-                now = self.run
-                self._follow_from_here(run)
-                self.run = now
+            if known is not None and known[0]() is x:
+                self._follow_past(known[1])
+
+    def _before_overwriting(self, target: Any) -> None:
+        """Memory is about to be written to: follow the runs that are over and that need what is in it still."""
+        if isinstance(target, Tensor):
+            storage = storage_of(target)
+            for run in {id(run): run for _, run in self.parts.values()}.values():
+                if not run.followed and run.needs(storage):
+                    self._follow_past(run)
+
+    def _follow_past(self, run: Run) -> None:
+        for key in [key for key, one in self.parts.items() if one[1] is run]:
+            del self.parts[key]
+        if not run.followed:
+            now = self.run
+            self._follow_from_here(run)
+            self.run = now
 
     # What following tells, and asks
 
@@ -449,6 +477,11 @@ class Recogniser(Follower):
         if path is not None:
             self._unlearnable = "what is told of another module than the one that runs"
         super().tell(reason, path)
+
+    def failed(self, name: str, error: Exception) -> None:
+        """As of any follower; what went wrong once may not go wrong again."""
+        self._unlearnable = "a fault in following it"
+        super().failed(name, error)
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
         """Likewise."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,26 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence, sight_by
+from .correspondence import Correspondence, Picture, sight_by
 from .learning import Lesson
 from .origins import Origins
-from .recipe import CONSTANT, NEW, SEVERAL, SLOT, Beginning, End, Made, Outside, Recipes, Result, Step, filled, new_in
+from .recipe import (
+    CONSTANT,
+    NEW,
+    SEVERAL,
+    SLOT,
+    Beginning,
+    End,
+    Made,
+    Outside,
+    Recipes,
+    Result,
+    Slot,
+    Step,
+    View,
+    filled,
+    new_in,
+)
 from .view_rules import map_of
 
 _ref = weakref.ref
@@ -208,7 +224,11 @@ class Run:
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
         with torch.no_grad():
-            return all(ask(*map(self.tensor, slots)) == answer for ask, slots, answer in step.asked)
+            return all(ask(*map(self._at, places)) == answer for ask, places, answer in step.asked)
+
+    def _at(self, place: Slot | View) -> Tensor:
+        x: Tensor = self.tensor(place.number)
+        return x if type(place) is Slot else cast(View, place).of(x)
 
     def note(self, step: Step) -> None:
         """Keep what is to be known later of how the tensors of a step are now."""
@@ -279,6 +299,12 @@ class Run:
             if x is not None:
                 yield x
 
+    def needs(self, storage: int) -> bool:
+        """Whether something that a part of an attention is made of lies in a storage; of a run that is over."""
+        end = self.path[-1].end
+        held = () if end is None else map(self.tensor, end.needed)
+        return any(x is not None and storage_of(x) == storage for x in held)
+
     # What ran so far
 
     def past(self) -> Iterator[tuple[Step, Sequence[Any], dict[str, Any], Any]]:
@@ -311,6 +337,15 @@ class Run:
             if slot in self.given:
                 self.origins.set(x, self.given[slot])
         return x
+
+    def pictures(self) -> dict[int, Picture]:
+        """What was said of the axes of the tensors that are there still, by their identity; of a run that is over."""
+        found = {}
+        for x in filter(lambda x: x is not None, map(self.tensor, range(len(self.tensors)))):
+            origin = self.origins.peek(x)
+            if isinstance(origin, Picture) and origin.is_by(self.here):
+                found[id(x)] = origin
+        return found
 
     def recall(self) -> Lesson:
         """All that ran is about to be followed, and the run learned from there on."""

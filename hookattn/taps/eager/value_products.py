@@ -16,7 +16,7 @@ from .assemble_plain import plain_call
 from .assemble_scattered import scattered_call
 from .axis_history import Atom, Origin, known, sizes
 from .blockwise import unnormalized_call
-from .decisions import see
+from .decisions import decide
 from .entries import Entries
 from .pairwise import scores_of_pairs
 from .product_labels import ParsedEinsum, ParsedProduct
@@ -220,7 +220,7 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     if any(s.birth in ("feature", "parameter") for a in keys for s in of.axes[a].sources):
         return None
     made = any(a.birth == "feature" for side in of.widths.values() for a in side)
-    if not state.steps and (not made or (of.of_one and see(_share_memory, of.a, product.other))):
+    if not state.steps and (not made or (of.of_one and decide(_share_memory, of.a, product.other))):
         return None  # nothing was done to them: products of one tensor, or such that no learned map made q or k
     dim = next((i for i, atoms in enumerate(scores.origin.layout()) if keys & _roots(of, atoms)), None)
     if not keys:  # one key: its axis has an extent of 1
