@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -143,6 +144,34 @@ def test_a_write_that_is_always_there(way: str, spot: str) -> None:
     def scene(model: Any, trace: Callable[..., Any]) -> Iterator[Any]:
         for writes in (True, True, True, False, True):
             model.met_by(meet if writes else lambda *_: None)
+            with torch.no_grad():
+                yield trace(model, X)
+
+    play(Net, scene, math=False)
+
+
+def in_a_thread(x: Tensor) -> None:
+    """A write that torch counts and no function mode sees."""
+    thread = threading.Thread(target=torch.no_grad()(lambda: x.mul_(-1)))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("spot", ["q scored", "k scored", "scaled masked", "masked masked", "q made"])
+@pytest.mark.parametrize("seen_at", ["q used", "weights softmaxed", "out used", "q masked"])
+def test_a_write_that_is_not_seen_before_a_run_turns_out_to_be_another(spot: str, seen_at: str) -> None:
+    """What was written to before what ran is followed after all."""
+
+    def scene(model: Any, trace: Callable[..., Any]) -> Iterator[Any]:
+        for writes in (False, False, True, True, False):
+
+            def meet(number: int, where: str, x: Tensor, writes: bool = writes) -> None:
+                if number == 1 and where == spot and writes:
+                    in_a_thread(x)
+                if number == 1 and where == seen_at and writes:
+                    x.sum()
+
+            model.met_by(meet)
             with torch.no_grad():
                 yield trace(model, X)
 
