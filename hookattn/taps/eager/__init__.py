@@ -40,6 +40,13 @@ of each state. The rules of a row take an :class:`~.operation.Operation`; those 
 of any name in :mod:`.rules`. Products have two operands and are read by :mod:`.product_labels` and
 :mod:`.value_products`.
 
+**What ran before is recognised** and not followed again (:mod:`.recogniser`, with :mod:`.recipe`, :mod:`.learning`,
+:mod:`.replay` and :mod:`.correspondence`). So a rule may depend on the operation, on states and on shapes; where it
+asks for values it does so by :func:`.decisions.decide`, and where for which tensors share memory by
+:func:`.decisions.see`. What it keeps of a tensor it keeps as it is, and says what is to be made of it
+(:attr:`.states.Term.how`): a call that is made of the model's own tensors, and of views of them, can be made again of
+those of another run.
+
 To add an operation, add its name to a row of the table that fits, or write a row; a rule that is new goes to the file
 of the state that it makes. Then add a model to tests/zoo that uses it, with the attention that it computes.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from .assemble import CallBuilder
 from .axis_history import Origin
 from .correspondence import Correspondence, frozen, maps_in, sight_by
 from .operation import OperationKind
+from .origins import Origins
 from .products import LayoutError, Product
 from .recipe import (
     CONSTANT,
@@ -20,10 +21,12 @@ from .recipe import (
     SEVERAL,
     SLOT,
     Asked,
+    Beginning,
     End,
     Made,
     Outside,
     Pattern,
+    Recipes,
     Slot,
     Step,
     Told,
@@ -40,14 +43,28 @@ from .recipe import (
 from .states import Scores, SoftmaxUse, State, Weights
 from .view_rules import map_of
 
-if TYPE_CHECKING:
-    from .replay import Run
-
 # So many operations are learned as one run; what is longer is followed.
 _LONGEST = 4000
 PART = "part of an attention of which another part ran before"
 
 StateOf = Callable[[Tensor], State | None]
+
+
+class RunSoFar(Protocol):
+    """The part of a run (:class:`.replay.Run`, which makes lessons) that a lesson needs."""
+
+    recipes: Recipes
+    beginning: Beginning
+    path: list[Step]
+    next: list[Step]
+    tensors: list[Any]
+    origins: Origins
+    given: dict[int, Origin]
+    here: Correspondence
+    is_part: Callable[[Tensor], bool]
+
+    def tensor(self, slot: int) -> Any:
+        """The tensor of a slot; None where it is gone."""
 
 
 class Lesson:
@@ -57,7 +74,7 @@ class Lesson:
         run: the run; it holds its tensors weakly while it is learned.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunSoFar):
         self.run = run
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
@@ -255,10 +272,11 @@ class Lesson:
                 self._note_made(step, state)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
-        if step.kind.sums_axis or step.kind.product:
-            for x in tensors:
-                if (slot := self._slot(x)) is not None:
-                    self._maps.setdefault(map_of(x), slot)
+        # A map is applied by a product, or looked up in, as a table of biases is.
+        maps = step.kind.sums_axis or step.kind.product
+        for x in tensors:
+            if (maps or isinstance(x, nn.Parameter)) and (slot := self._slot(x)) is not None:
+                self._maps.setdefault(map_of(x), slot)
         step.waits = self.waits()
 
     def _note_made(self, step: Step, state: State) -> None:

@@ -434,14 +434,14 @@ def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[A
 
 
 def same_constant(x: Any, want: Any) -> bool:
-    """Whether an argument is a constant of a step; 1, 1.0 and True are three."""
+    """Whether an argument is a constant of a step; 1, 1.0 and True are three, and not a number is one."""
     if x is want:
         return True
     if type(x) is not type(want):
         return False
     if type(x) in (list, tuple):
         return len(x) == len(want) and all(map(same_constant, x, want))
-    return bool(x == want)
+    return bool(x == want or (x != x and want != want))
 
 
 def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None) -> Outside:
