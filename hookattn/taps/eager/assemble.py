@@ -15,9 +15,9 @@ from ...attention.kernel_call import DOT, KernelCall
 from ...attention.masks import FILL, MASKED, split_additive
 from ...attention.normalizers import OF_ONE, SOFTMAX
 from ...attention.pieces import Piece
-from ...torch_internals.tensor_identity import version_of
 from ...torch_internals.transforms import stands_for_others
 from .axis_history import Origin, refine
+from .decisions import version_then
 from .normalizer_names import name_of_steps, verified_name
 from .operations import mixes_axis
 from .products import Arrangement, AxisRoles, Factor, Label, LayoutError, arrange, arrangement
@@ -110,7 +110,7 @@ def ingredients_of(parts: Sequence[tuple[Weights, ValueProduct]], out: Tensor) -
         shifts=scores.shifts,
         sink=scores.sink,
         scores=state.scores_tensor,
-        finite=finite[0] if finite is not None and finite[1] == version_of(finite[0]) else None,
+        finite=finite[0] if finite is not None and finite[1] == version_then(finite[0]) else None,
     )
 
 

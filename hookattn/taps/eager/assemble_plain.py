@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED
-from ...torch_internals.tensor_identity import version_of
 from . import axis_history
 from .assemble import NAME, operations_note, output_factors, values_in_layout
 from .axis_history import Origin
+from .decisions import version_then
 from .products import LayoutError, arrange
 from .states import ValueProduct, Weights
 from .value_roles import ValueRoles
@@ -85,7 +85,7 @@ def _score(origin: Origin | None) -> str:
 def _scores(call: KernelCall, state: Weights, roles: ValueRoles) -> None:
     """The scores, and a mask that is read off them."""
     x, origin = state.scores_tensor, state.scores_origin
-    if x is None or origin is None or version_of(x) != state.read:
+    if x is None or origin is None or version_then(x) != state.read:
         return
     try:
         scores: Tensor = arrange(x, roles.factors(origin.layout()), "BHTS")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED
-from ...torch_internals.tensor_identity import version_of
 from .assemble import differs
+from .decisions import version_then
 from .entries import Entries
 from .products import LayoutError, basis_of
 from .scattered_layout import ScatteredLayout, rows_of, vectors_of
@@ -39,7 +39,7 @@ def scattered_call(
     Raises:
         LayoutError: it can't be laid out so.
     """
-    if version_of(root.scores) != root.version or any(version_of(use.weights) != use.version for use in uses):
+    if version_then(root.scores) != root.version or any(version_then(use.weights) != use.version for use in uses):
         raise LayoutError("scores or weights were written to after the softmax")
     layout = root.layout = root.layout or ScatteredLayout(root)
     return _ScatteredCall(layout, uses).call(out, entries)

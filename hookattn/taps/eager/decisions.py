@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...torch_internals.tensor_identity import version_of
+
 
 class _Decisions(threading.local):
     """What was decided by the values of tensors in this thread: question, tensors, answer; None: nobody notes it."""
@@ -24,6 +26,8 @@ class _Decisions(threading.local):
     #: What was decided and seen of an operation that is followed only now, when its tensors may be gone.
     answers: list[Any] | None = None
     sights: list[Any] | None = None
+    #: How often a tensor was written to since it ran.
+    since: Callable[[Tensor], int] | None = None
 
 
 DECISIONS = _Decisions()
@@ -58,3 +62,8 @@ def see(look: Callable[..., Any], *tensors: Tensor) -> Any:
 def is_zero(x: Tensor) -> bool:
     """Whether all entries are 0; to be asked by :func:`decide`."""
     return not bool(x.any())
+
+
+def version_then(x: Tensor) -> int:
+    """How often a tensor had been written to, when the operation ran that is followed now; −1 where nobody counts."""
+    return version_of(x) if DECISIONS.since is None else version_of(x) - DECISIONS.since(x)

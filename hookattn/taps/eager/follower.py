@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
-from ...torch_internals.tensor_identity import storage_of, version_of
+from ...torch_internals.tensor_identity import storage_of
 from ...torch_internals.tensor_memo import TensorMemo
 from ..foreign import handler_of
 from . import axis_history
 from .assemble import CallBuilder
 from .axis_history import Origin
+from .decisions import version_then
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
@@ -213,7 +214,7 @@ class Follower(TorchFunctionMode):
         if known is None or known[0]() is not x:  # the identity of a tensor that is gone may be another's
             return None
         state = known[1]
-        if state.version != version_of(x) and isinstance(state, Scores):
+        if state.version != version_then(x) and isinstance(state, Scores):
             # It was written to through a tensor that shares its memory: nobody knows which scores are left.
             state = _overwritten(state, x)
             self.live[id(x)] = (known[0], state)
@@ -221,7 +222,7 @@ class Follower(TorchFunctionMode):
 
     def set_state(self, x: Tensor, state: State) -> None:
         """Say what a tensor is."""
-        state.version = version_of(x)
+        state.version = version_then(x)
         key, live = id(x), self.live
 
         def gone(ref: Any) -> None:
@@ -545,7 +546,7 @@ class Follower(TorchFunctionMode):
         use = SoftmaxUse(self.where(), done=True)
         dtype = ran.kwargs.get("dtype") or out.dtype
         state = Weights(origin, dim=dim % out.dim(), scores_tensor=held, use=use, dtype=dtype)
-        state.scores_origin, state.read = origin, -1 if held is None else version_of(held)
+        state.scores_origin, state.read = origin, -1 if held is None else version_then(held)
         self.set_state(out, state)
 
     def _after_product(self, begun: _Begun, out: Any) -> None:
@@ -593,4 +594,4 @@ def target_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def _overwritten(scores: Scores, x: Tensor) -> Scores:
     """Scores whose tensor was written to through another: their values have to be read off the tensor."""
-    return scores.but(opaque=[*scores.opaque, "a write through a view"], finite=None, version=version_of(x))
+    return scores.but(opaque=[*scores.opaque, "a write through a view"], finite=None, version=version_then(x))

@@ -180,8 +180,7 @@ class Lesson:
         storage = storage_of(x)
         for slot in range(len(self.run.tensors)) if storage else ():
             of = self.run.tensor(slot)
-            # Of a parameter the strides are not compared.
-            if of is None or type(of) is nn.Parameter or storage_of(of) != storage or of.dtype != x.dtype:
+            if of is None or storage_of(of) != storage or of.dtype != x.dtype:
                 continue
             return View(slot, x.shape, x.stride(), int(x.storage_offset()) - int(of.storage_offset()))
         raise Unlearnable("a tensor that no operation was seen to make")

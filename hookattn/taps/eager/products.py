@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.kernel_call import KERNEL_BASIS
-from ...torch_internals.tensor_identity import address_of, storage_of, version_of
+from ...torch_internals.tensor_identity import address_of, storage_of
 from .axis_history import Atom, Birth, Layout, Origin, extent_of, fresh, mapped_birth, refine, sizes
-from .decisions import decide
+from .decisions import decide, version_then
 from .view_rules import map_of
 
 Label = int | str
@@ -103,7 +103,7 @@ class Product:
         self.a, self.b = a, b
         self.la, self.lb, self.lo = (tuple(x) for x in labels)
         self.origin_a, self.origin_b = origin_a, origin_b
-        self.versions = (version_of(a), version_of(b))
+        self.versions = (version_then(a), version_then(b))
         self.shape: tuple[int, ...] = ()
         self.axes: dict[Atom, Axis] = {}
         self.matched: dict[Label, list[MatchedAtoms]] = {}
@@ -130,7 +130,7 @@ class Product:
     @property
     def untouched(self) -> bool:
         """Whether neither operand was written to since."""
-        return self.versions == (version_of(self.a), version_of(self.b))
+        return self.versions == (version_then(self.a), version_then(self.b))
 
     def keep(self, storage: int) -> bool:
         """The memory at ``storage`` is about to be written to: copy an operand that lies in it; whether one does."""
@@ -138,7 +138,7 @@ class Product:
             return False
         before = self.a, self.b
         self.a, self.b = (x.clone() if storage_of(x) == storage else x for x in before)
-        self.versions = (version_of(self.a), version_of(self.b))
+        self.versions = (version_then(self.a), version_then(self.b))
         return self.a is not before[0] or self.b is not before[1]
 
     def layout(self, shape: tuple[int, ...], args: object = None) -> Layout:

@@ -63,7 +63,8 @@ class Outside(NamedTuple):
         shape: its shape.
         dtype: its dtype.
         device: its device.
-        stride: its strides; of a parameter None, since nothing depends on them.
+        stride: its strides.
+        parameter: whether it is a parameter.
         origin: where its axes come from; None: nothing was known of them when it was first used.
         mark: what tells it from others that pieces were cut off; None: none was.
     """
@@ -72,7 +73,8 @@ class Outside(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    stride: tuple[int, ...] | None
+    stride: tuple[int, ...]
+    parameter: bool
     origin: Origin | None
     mark: object | None
 
@@ -269,9 +271,8 @@ class Step:
 
     def settle(self) -> None:
         """The run that it is of was learned: see whether there is more to do than to run it."""
-        self.extra = bool(
-            self.guards or self.asked or self.where or self.watched or self.addresses or self.effects or self.follows
-        )
+        more = self.asked, self.where, self.watched, self.addresses, self.effects, self.follows
+        self.extra = self.guards is not None or any(more)
         self.quick = not (self.extra or self.pairs or self.reads) and self.out[0] == NEW
 
     def slots(self) -> set[int]:
@@ -452,7 +453,7 @@ def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None)
     """
     if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
         raise Unlearnable("a tensor that is none of torch's own")
-    return Outside(slot, x.shape, x.dtype, x.device, None if type(x) is nn.Parameter else x.stride(), origin, mark)
+    return Outside(slot, x.shape, x.dtype, x.device, x.stride(), type(x) is nn.Parameter, origin, mark)
 
 
 def result_of(slot: int, x: Tensor) -> Result:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,8 +227,8 @@ class Recogniser(Follower):
 
     def _again(self, run: Run, step: Step, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operation that is expected: it is run, and nothing is followed."""
+        target = None if step.guards is None else target_of(args, kwargs)
         if step.guards is not None:
-            target = target_of(args, kwargs)
             if self.parts:
                 self._before_overwriting(target)
             if not run.spares(step, target):
@@ -237,6 +238,8 @@ class Recogniser(Follower):
         except BaseException:
             self._guard(self._raised, run)
             raise
+        if step.guards is not None:
+            run.wrote(step, target)
         if not run.advance(step, out):
             self._ran_otherwise(run, step, func, args, kwargs, out)
         elif step.extra:
@@ -394,7 +397,7 @@ class Recogniser(Follower):
     def _catch_up(self, run: Run) -> Lesson:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
-        pictures = run.pictures()
+        pictures, touched = run.pictures(), run.touched()
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
@@ -404,9 +407,12 @@ class Recogniser(Follower):
                 if step.func is seed:
                     self.origins.seed(*args)
                 else:
-                    self.after(self.before(step.name, step.func, args, kwargs), out)
+                    DECISIONS.since = partial(_writes_since, run, touched, step.number)
+                    begun = self.before(step.name, step.func, args, kwargs)
+                    DECISIONS.since = partial(_writes_since, run, touched, step.number + 1)
+                    self.after(begun, out)
             finally:
-                self.past = DECISIONS.answers = DECISIONS.sights = None
+                self.past = DECISIONS.answers = DECISIONS.sights = DECISIONS.since = None
             tensors = list(tensors_among((*args, out), kwargs))
             for x in tensors if pictures else ():
                 picture, origin = pictures.get(id(x)), self.origins.peek(x)
@@ -509,3 +515,8 @@ class Recogniser(Follower):
         """As of any follower."""
         self.leave_run()
         super().same(x, like)
+
+
+def _writes_since(run: Run, touched: frozenset[int], number: int, x: Tensor) -> int:
+    """How often a tensor was written to from the step of a number on: by steps, and by what nobody saw."""
+    return run.writes_since(number, x) + (id(x) in touched)

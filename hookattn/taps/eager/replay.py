@@ -89,6 +89,8 @@ class Run:
         self._versions: dict[tuple[int, int], int] = {}  # by slot and step, of those that are watched
         self._addresses: dict[int, Any] = {}
         self.given: dict[int, Origin] = {}
+        self._writes: list[tuple[int, int]] = []  # which step wrote to which storage
+        self._given_versions: dict[int, int] = {}  # by slot, of tensors from outside when they were first used
 
     # One operation of a run that is known
 
@@ -106,8 +108,14 @@ class Run:
                 return step
             if before is not None:
                 self.here = before
-            del self.tensors[count:]
+            self._cut(count)
         return None
+
+    def _cut(self, count: int) -> None:
+        """Forget the tensors that an operation brought which is not the expected one; ``count``: those before."""
+        del self.tensors[count:]
+        for slot in [slot for slot in self.given if slot >= count]:
+            del self.given[slot]
 
     def holds(self, slot: int, x: Any) -> bool:
         """Whether a tensor is that of a slot which was thought to be needed no more."""
@@ -116,15 +124,14 @@ class Run:
 
     def meets(self, want: Outside, x: Any) -> bool:
         """Whether a tensor from outside is alike to the recipe's; then it has the next slot."""
-        # Looked at for each tensor of the model's parameters, so that what says no most often comes last.
-        if want.stride is None:
+        if want.parameter:
             if type(x) is not nn.Parameter:
                 return False
         elif type(x) is not Tensor or is_wrapped(x):
             return False
         if x.layout is not torch.strided or x.is_nested:  # which have no strides, and may have no shape
             return False
-        if x.shape != want.shape or (want.stride is not None and x.stride() != want.stride):
+        if x.shape != want.shape or x.stride() != want.stride:
             return False
         if x.dtype is not want.dtype or x.device != want.device or self.is_part(x):
             return False
@@ -141,6 +148,8 @@ class Run:
         mark = self.origins.peek_mark(x)
         if mark is not want.mark and (mark is None or want.mark is None or not self.here.pair_marks(want.mark, mark)):
             return False
+        if not want.parameter:
+            self._given_versions[want.slot] = version_of(x)
         self.tensors.append(x)
         self._ids.add(key)
         return True
@@ -218,8 +227,7 @@ class Run:
 
     def back(self) -> None:
         """Forget what the operation that is looked at brought from outside or made, which is none of the expected."""
-        count = sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out)))
-        del self.tensors[count:]
+        self._cut(sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out))))
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
@@ -338,6 +346,33 @@ class Run:
                 self.origins.set(x, self.given[slot])
         return x
 
+    def touched(self) -> frozenset[int]:
+        """The tensors, by identity, that were written to by something that nobody saw, as far as that can be told.
+
+        What an operation of the run wrote to may have been written to by it alone, or not.
+        """
+        there = {slot: x for slot in range(len(self.tensors)) if (x := self.tensor(slot)) is not None}
+        written = {storage for _, storage in self._writes}
+        given = {storage_of(there[slot]): slot for slot in self._given_versions if slot in there}
+        found = set()
+        for slot, x in there.items():
+            storage = storage_of(x)
+            if storage in written or type(x) is nn.Parameter:
+                continue
+            if version_of(x) > self._given_versions.get(given.get(storage, slot), 0):
+                found.add(id(x))
+        return frozenset(found)
+
+    def wrote(self, step: Step, target: Any) -> None:
+        """A step wrote to the memory of a tensor."""
+        if isinstance(target, Tensor):
+            self._writes.append((step.number, storage_of(target)))
+
+    def writes_since(self, number: int, x: Tensor) -> int:
+        """How often steps of the run have written to the memory of a tensor, from the step of a number on."""
+        storage = storage_of(x) if self._writes else 0
+        return sum(n >= number and one == storage for n, one in self._writes)
+
     def pictures(self) -> dict[int, Picture]:
         """What was said of the axes of the tensors that are there still, by their identity; of a run that is over."""
         found = {}
@@ -365,6 +400,5 @@ class Run:
 
 def _stand_in(want: Outside | Result) -> Tensor:
     """A tensor without values for one that is gone: nothing but its shape is asked for."""
-    if want.stride is None:
-        return nn.Parameter(torch.empty(want.shape, dtype=want.dtype, device="meta"), requires_grad=False)
-    return torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device="meta")
+    made = torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device="meta")
+    return nn.Parameter(made, requires_grad=False) if isinstance(want, Outside) and want.parameter else made

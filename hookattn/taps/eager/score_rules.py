@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...attention.masks import FILL
-from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, known, resized
-from .decisions import decide
+from .decisions import decide, version_then
 from .operation import Operation, number, same_state
 from .products import mixes_heads
 from .states import Exponentials, LogWeights, RowStatistic, Scores, State, Step, Term, WeightedValues
@@ -28,7 +27,7 @@ def opaque_scores(c: Operation) -> State | None:
         return None
     before = state.before
     if before is None and not _is_factor(c) and not (state.score == "distance" and c.name in _POWERS):
-        held = None if c.out is c.x else (c.x, version_of(c.x), state.origin)
+        held = None if c.out is c.x else (c.x, version_then(c.x), state.origin)
         before = state.but(held=held)
     return state.but(opaque=[*state.opaque, c.name], finite=None, before=before)
 
@@ -171,7 +170,7 @@ def unmasked_scores(c: Operation) -> tuple[Tensor, int, Origin] | None:
     state: Scores = c.state
     if not c.keep_finite or c.out is c.x or state.terms or state.fills or state.opaque or state.shifts:
         return None
-    return c.x, version_of(c.x), state.origin
+    return c.x, version_then(c.x), state.origin
 
 
 def mask_filled(c: Operation) -> State | None:
@@ -218,7 +217,7 @@ def _weighing_nothing(c: Operation, mask: Tensor, how: str) -> State | None:
     made = opaque_scores(c)
     if not isinstance(made, Scores):
         return made
-    before = made.before or made.but(held=None if c.out is c.x else (c.x, version_of(c.x), c.state.origin))
+    before = made.before or made.but(held=None if c.out is c.x else (c.x, version_then(c.x), c.state.origin))
     if made.before is None:
         before = c.state.but(held=before.held)
     return made.but(before=before.but(fills=[*before.fills, Term(mask, c.origin, how=how)]))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ...attention.kernel_call import DOT, KernelCall
-from ...torch_internals.tensor_identity import storage_of, version_of
+from ...torch_internals.tensor_identity import storage_of
 from .assemble import CallBuilder, contracts_keys
 from .assemble_plain import plain_call
 from .assemble_scattered import scattered_call
 from .axis_history import Atom, Origin, known, sizes
 from .blockwise import unnormalized_call
-from .decisions import decide
+from .decisions import decide, version_then
 from .entries import Entries
 from .pairwise import scores_of_pairs
 from .product_labels import ParsedEinsum, ParsedProduct
@@ -229,7 +229,7 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
         dim = next((i for i in dims if of.label_of(scores.origin, i) == label), None)
     if dim is None:
         return None
-    tensor = scores.held[0] if scores.held and scores.held[1] == version_of(scores.held[0]) else None
+    tensor = scores.held[0] if scores.held and scores.held[1] == version_then(scores.held[0]) else None
     if state.before is None:
         tensor = product.x
     return Weights(
@@ -453,7 +453,7 @@ def finish_unnormalized(watch: KnownTensors, state: Unnormalized, out: Tensor) -
         return
     use.done = True
     try:
-        if state.version != version_of(out):
+        if state.version != version_then(out):
             raise LayoutError("sums of weighted values were written to")
         call = unnormalized_call(state, out)
     except LayoutError as error:
@@ -586,7 +586,7 @@ def _note_scattered_weights(watch: KnownTensors, product: _Product, state: Scatt
         out_labels=product.out_labels,
         own=state.own,
         dropout=state.dropout,
-        version=version_of(product.x),
+        version=version_then(product.x),
     )
     entries = Entries(source=met, shape=tuple(product.out.shape))
     output = ScatteredOutput(watch.origin(product.out), root=state.root, uses=[met], entries=[entries])

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...attention.masks import FILL
-from ...torch_internals.tensor_identity import version_of
 from .axis_history import Origin, resized
-from .decisions import decide, is_zero
+from .decisions import decide, is_zero, version_then
 from .entries import Entries
 from .operation import EntriesOf, Operation, number, same_state
 from .pairwise import pairs_as_scores
@@ -70,7 +69,7 @@ def scattered_softmax(c: Operation) -> State | None:
     opaque = state.opaque if isinstance(state, ScatteredScores) else bool(state.of.opaque)
     scale = next(iter(scales.values()))
     root = ScatteredSoftmax(
-        c.x, c.out, dim % c.x.dim(), state.entries, scale, opaque, SoftmaxUse(None, why=why), version_of(c.x)
+        c.x, c.out, dim % c.x.dim(), state.entries, scale, opaque, SoftmaxUse(None, why=why), version_then(c.x)
     )
     return ScatteredWeights(c.origin, root=root, entries=Entries(source=root, shape=tuple(c.out.shape)))
 
