@@ -309,7 +309,7 @@ class Lesson:
             since, kept = self._products[id(builder.product)][1], None
             for side in ("a", "b"):
                 self._watch(since, slots[side].number)
-            if slots["finite"] is not None:
+            if "finite" in slots:
                 kept = self._finite[slots["finite"].number]
                 self._watch(kept, slots["finite"].number)
             softmax = None if use is None else self._softmaxes[id(use)][1]

@@ -357,12 +357,16 @@ def pattern_of(x: Any, slot_of: Callable[[Tensor], Pattern]) -> Pattern:
         if all(code == CONSTANT for code, _ in inner):
             return CONSTANT, x if type(x) is tuple else list(x)
         return SEVERAL, (type(x), inner)
-    if isinstance(x, _CONSTANTS) or (type(x) is slice and all(type(i) in (int, type(None)) for i in _bounds(x))):
+    if type(x) is slice:  # its bounds may be tensors of one number
+        inner = tuple(pattern_of(one, slot_of) for one in bounds(x))
+        return (CONSTANT, x) if all(code == CONSTANT for code, _ in inner) else (SEVERAL, (slice, inner))
+    if isinstance(x, _CONSTANTS):
         return CONSTANT, x
     raise Unlearnable(f"an argument of type {type(x).__name__}")
 
 
-def _bounds(x: slice) -> tuple[Any, Any, Any]:
+def bounds(x: slice) -> tuple[Any, Any, Any]:
+    """From where to where a slice goes, and its step."""
     return x.start, x.stop, x.step
 
 
@@ -417,7 +421,7 @@ def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[A
     cls, inner = want
     if type(x) is not cls:
         return False
-    values = cast(Sequence[Any], x)
+    values = bounds(x) if type(x) is slice else cast(Sequence[Any], x)
     if len(values) != len(inner):
         return False
     for (code, wanted), one in zip(inner, values, strict=True):
@@ -526,12 +530,13 @@ def numbers_in(slots: dict[str, Any]) -> Iterator[int]:
 
 
 def slots_of(given: Ingredients, slot: Callable[[Tensor], Slot | View]) -> dict[str, Any]:
-    """For each ingredient of a call the slots of its tensors; what is no tensor stays what it is.
+    """For each ingredient of a call that there is the slots of its tensors; what is no tensor stays what it is.
 
     Raises:
         Unlearnable: one of them is no tensor of the run.
     """
-    return {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
+    made = {f.name: _slots_of(getattr(given, f.name), slot) for f in fields(given) if f.name != "untouched"}
+    return {name: x for name, x in made.items() if x is not None and x != []}
 
 
 def _slots_of(x: Any, slot: Callable[[Tensor], Slot | View]) -> Any:

@@ -335,7 +335,7 @@ class Run:
         if code == SEVERAL:
             cls, inner = want
             values = [self._past(kind, one, known) for kind, one in inner]
-            return cls(*values) if hasattr(cls, "_fields") else cls(values)
+            return cls(*values) if cls is slice or hasattr(cls, "_fields") else cls(values)
         slot = want if code == SLOT else want.slot
         x = self.tensor(slot)
         if x is None:
