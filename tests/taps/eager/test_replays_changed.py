@@ -329,7 +329,11 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [(way, name) for name in CHANGES for way in ("whole", "sites")[: 1 + (":" in name)]],
+    indirect=["way"],
+)
 def test_a_model_that_changes(way: str, name: str) -> None:
     """As it was, twice changed, and as it was before."""
 
