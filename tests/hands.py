@@ -411,3 +411,43 @@ class Batched(nn.Module):
             q, k, v = (heads(one, H) for one in layer(x).chunk(3, -1))
             x = x + merge(torch.vmap(attend, 1, 1)(q, k, v))
         return x
+
+
+class Pass(nn.Module):
+    """Stands where somebody may hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Modular(nn.Module):
+    """An attention whose every step is a module that may be hooked or exchanged."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.heads = H
+        self.q, self.k, self.v, self.out = (nn.Linear(E, E) for _ in range(4))
+        self.scores, self.softmax, self.dropout, self.merged = Pass(), nn.Softmax(-1), nn.Dropout(p), Pass()
+        self.hides = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(one(x), self.heads) for one in (self.q, self.k, self.v))
+        scores = self.scores(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))
+        if self.hides:
+            t = x.shape[1]
+            scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+        weights = self.dropout(self.softmax(scores))
+        return self.out(self.merged(merge(weights @ v)))
+
+
+class ModularNet(nn.Module):
+    """Three modular ones."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Modular(p) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
