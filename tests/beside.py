@@ -30,6 +30,7 @@ from hookattn.taps.eager.learning import Lesson
 from hookattn.taps.eager.recipe import _OF, Unlearnable
 from hookattn.taps.eager.recogniser import Recogniser
 from hookattn.taps.eager.replay import Run
+from hookattn.torch_internals.transforms import is_wrapped, outside
 
 # Of what was checked: operations that were recognised, calls that were made again, tensors whose axes were compared.
 CHECKED: Counter[str] = Counter()
@@ -235,8 +236,17 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
-        return a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num())
+        with torch.no_grad(), outside():  # nothing that a checkpoint or a transform would see
+            a, b = _plain(a), _plain(b)
+            return a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num())
     return bool(a is b or a == b)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """What a tensor of ``vmap`` stands for."""
+    while is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _short(x: Any) -> str:
