@@ -281,7 +281,7 @@ class Session:
 
     def followed(self, values: Any) -> bool:
         """Whether a tensor among these is part of an attention."""
-        return any(self._follower.state(x) is not None for x in tree_leaves(values) if isinstance(x, Tensor))
+        return self._follower.followed([x for x in tree_leaves(values) if isinstance(x, Tensor)])
 
     def same(self, x: Tensor, like: Tensor) -> None:
         """Say that a tensor is what another is, whose values it has."""

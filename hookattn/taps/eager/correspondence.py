@@ -357,15 +357,6 @@ class Picture(Origin):
             self._layout = self._by.layout(self._learned.full())
         return self._layout
 
-    def is_by(self, by: Correspondence) -> bool:
-        """Whether a run's correspondence made it."""
-        return self._by is by
-
-    def adopt(self, origin: Origin) -> None:
-        """Its tensor has been followed after all; ``origin``: what following says of its axes."""
-        if self._layout is None:
-            self._layout = origin.full()
-
     @property
     def cut(self) -> Cut | None:  # type: ignore[override]
         """What it was cut off."""

@@ -7,7 +7,7 @@ tensor has which state, and what a write to memory spoils, is kept here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -231,6 +231,10 @@ class Follower(TorchFunctionMode):
                 del live[key]
 
         self.live[key] = (weakref.ref(x, gone), state)
+
+    def followed(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether one of some tensors is part of an attention."""
+        return any(self.state(x) is not None for x in tensors)
 
     def same(self, x: Tensor, like: Tensor) -> None:
         """Say that a tensor is what another is, whose values it has."""

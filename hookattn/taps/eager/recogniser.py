@@ -63,7 +63,7 @@ class Recogniser(Follower):
         self.past: tuple[Run, int] | None = None
         self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
         self._begins: Beginning | None = None
-        self._several = False
+        self._several = self._complete = False
         self._before: Correspondence | None = None  # of the run before, if it was recognised
         # Of the operation that is learned: what came of it, whether the running module was asked for, and why it can't
         # be learned.
@@ -314,7 +314,11 @@ class Recogniser(Follower):
             self._guard(self._restore, tensors_among(args, kwargs or _NONE))
             if writes_to(known[0], args, kwargs or _NONE):
                 self._guard(self._before_overwriting, target_of(args, kwargs or _NONE))
-        return super().watch(known, func, args, kwargs)
+        out = super().watch(known, func, args, kwargs)
+        if self._complete and self.run is None:  # what could not be learned is over
+            self._new_run()
+        self._complete = False
+        return out
 
     def operation(self, func: Any) -> Known:
         """What is known of a function, looked up once."""
@@ -397,7 +401,7 @@ class Recogniser(Follower):
     def _catch_up(self, run: Run) -> Lesson:
         """Follow all that a run did so far, as if it had been followed from the start."""
         self.run = None  # whatever is asked meanwhile is asked of what is followed
-        pictures, touched = run.pictures(), run.touched()
+        touched = run.touched()
         lesson = run.recall()
         for step, args, kwargs, out in run.past():
             self.past = run, step.number
@@ -413,13 +417,7 @@ class Recogniser(Follower):
                     self.after(begun, out)
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = DECISIONS.since = None
-            tensors = list(tensors_among((*args, out), kwargs))
-            for x in tensors if pictures else ():
-                picture, origin = pictures.get(id(x)), self.origins.peek(x)
-                if picture is not None and origin is not None and origin is not picture:
-                    picture.adopt(origin)
-                    self.origins.set(x, picture)  # by which others know it
-            lesson.seen(step, tensors, self.state, self.uses[count:])
+            lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
         run.let_go()
         self.run = run
         return lesson
@@ -497,6 +495,7 @@ class Recogniser(Follower):
             self._unlearnable = _OTHERS
         elif self.run is not None:
             self._happened.append((builder, use))
+        self._complete = self._several
         super().made(call, builder, use)
 
     def keeps(self) -> None:
@@ -510,6 +509,13 @@ class Recogniser(Follower):
             super().seed(x, roles)
         else:
             self._in_run(run, seed, (x, roles), _NONE)
+
+    def followed(self, tensors: Iterable[Tensor]) -> bool:
+        """As of any follower; what is recognised has no states, and is followed before they are asked for."""
+        run = self.run
+        if run is not None and run.lesson is None and any(run.has(x) for x in tensors):
+            self._catch_up(run)
+        return super().followed(tensors)
 
     def same(self, x: Tensor, like: Tensor) -> None:
         """As of any follower."""

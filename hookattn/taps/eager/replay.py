@@ -19,7 +19,7 @@ from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
 from .axis_history import Origin
-from .correspondence import Correspondence, Picture, sight_by
+from .correspondence import Correspondence, sight_by
 from .learning import Lesson
 from .origins import Origins
 from .recipe import (
@@ -153,6 +153,10 @@ class Run:
         self.tensors.append(x)
         self._ids.add(key)
         return True
+
+    def has(self, x: Tensor) -> bool:
+        """Whether a tensor is one of the run."""
+        return self._slot_here(x) is not None
 
     def _slot_here(self, x: Tensor) -> int | None:
         return next((i for i, held in enumerate(self.tensors) if held is x or self.holds(i, x)), None)
@@ -372,15 +376,6 @@ class Run:
         """How often steps of the run have written to the memory of a tensor, from the step of a number on."""
         storage = storage_of(x) if self._writes else 0
         return sum(n >= number and one == storage for n, one in self._writes)
-
-    def pictures(self) -> dict[int, Picture]:
-        """What was said of the axes of the tensors that are there still, by their identity; of a run that is over."""
-        found = {}
-        for x in filter(lambda x: x is not None, map(self.tensor, range(len(self.tensors)))):
-            origin = self.origins.peek(x)
-            if isinstance(origin, Picture) and origin.is_by(self.here):
-                found[id(x)] = origin
-        return found
 
     def recall(self) -> Lesson:
         """All that ran is about to be followed, and the run learned from there on."""
