@@ -79,7 +79,6 @@ class Lesson:
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
         self._outside: dict[int, Outside] = {}
-        self._held: set[int] = set()  # by a state
         self._needed: set[int] = set()  # by a state, or for a call
         self._last: dict[int, int] = {}  # by slot, the last step that needs it
         self._products: dict[int, tuple[Product, int]] = {}  # by its identity, and the step that made it
@@ -266,8 +265,7 @@ class Lesson:
                 self._found[slot] = origin
             state: State | None = state_of(x)
             if state is not None:
-                self._held |= {s for one in tensors_in(state) if (s := self._slot(one)) is not None}
-                self._needed |= self._held
+                self._needed |= self._slots_in(state)
                 self._note_made(step, state)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
@@ -277,6 +275,10 @@ class Lesson:
             if (maps or isinstance(x, nn.Parameter)) and (slot := self._slot(x)) is not None:
                 self._maps.setdefault(map_of(x), slot)
         step.waits = self.waits()
+
+    def _slots_in(self, state: State) -> set[int]:
+        """The slots of the tensors that a state holds."""
+        return {slot for x in tensors_in(state) if (slot := self._slot(x)) is not None}
 
     def _note_made(self, step: Step, state: State) -> None:
         scores = state if isinstance(state, Scores) else state.scores if isinstance(state, Weights) else None
@@ -347,15 +349,14 @@ class Lesson:
             origin, given = self.run.origins.peek(x), self._outside.get(slot)
             if origin is not None and (given is None or self.run.given.get(slot) is not origin):
                 known.append((slot, self._freeze(origin)))
-            if state_of(x) is not None:
-                parts.append(slot)
+            if (state := state_of(x)) is not None:
+                parts.append((slot, tuple(sorted(self._slots_in(state)))))
             if (mark := self.run.origins.peek_mark(x)) is not None:
                 marks.append((slot, self._mark(mark)))
         used = maps_in(origin for _, origin in known)
         maps = {key: slot for key, slot in self._maps.items() if key in used}
         last = self.run.path[-1]
-        needed = tuple(slot for slot in sorted(self._held) if self.run.tensor(slot) is not None)
-        last.end = End(tuple(known), tuple(parts), tuple(unclear), needed, maps, tuple(marks))
+        last.end = End(tuple(known), tuple(parts), tuple(unclear), maps, tuple(marks))
         self.run.path[0].hopeless = 0
         for key, slot in maps.items():
             if type(key) is tuple:  # an address: it is gone with its tensor

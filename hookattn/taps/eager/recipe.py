@@ -164,17 +164,15 @@ class End(NamedTuple):
 
     Attributes:
         known: the slots of tensors of which it is known since where their axes come from, and that.
-        parts: the slots of tensors that were part of an attention.
+        parts: the slots of tensors that were part of an attention, each with those of the tensors that its state holds.
         unclear: the slots of tensors that were gone, of which it was known where their axes come from.
-        needed: the slots of tensors that a state holds still.
         maps: what tells each learned map that was applied from others, and its slot.
         marks: the slots of tensors that pieces were cut off, and what tells these from others.
     """
 
     known: tuple[tuple[int, Origin], ...]
-    parts: tuple[int, ...]
+    parts: tuple[tuple[int, tuple[int, ...]], ...]
     unclear: tuple[int, ...]
-    needed: tuple[int, ...]
     maps: dict[Any, int]
     marks: tuple[tuple[int, object], ...]
 

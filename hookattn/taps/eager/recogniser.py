@@ -53,7 +53,8 @@ class Recogniser(Follower):
         recipes: what was learned of the model; None: nothing is, and all is followed.
         run: the run that is recognised or learned; None: what happens is followed.
         past: while a run is followed afterwards, the run and the number of the step.
-        parts: the tensors that are part of an attention of a run that is over, by identity, with the run.
+        parts: the tensors that are part of an attention of a run that is over, by identity, with the run and with the
+            tensors that they are made of.
     """
 
     def __init__(self, recorder: ActiveTrace, kernels: dict[str, Handler]):
@@ -61,7 +62,7 @@ class Recogniser(Follower):
         self.recipes: Recipes | None = None
         self.run: Run | None = None
         self.past: tuple[Run, int] | None = None
-        self.parts: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
+        self.parts: dict[int, tuple[weakref.ref[Tensor], Run, Sequence[Tensor]]] = {}
         self._begins: Beginning | None = None
         self._several = self._complete = False
         self._before: Correspondence | None = None  # of the run before, if it was recognised
@@ -145,7 +146,7 @@ class Recogniser(Follower):
                 self._give_up(run, why)
                 return
             run.learned()
-            self._are_of((x for x in map(run.tensor, end.parts) if x is not None), run)
+            self._are_of(((x, ()) for slot, _ in end.parts if (x := run.tensor(slot)) is not None), run)
             return
         assert end is not None
         self._are_of(run.finish(end), run)
@@ -415,24 +416,29 @@ class Recogniser(Follower):
                     begun = self.before(step.name, step.func, args, kwargs)
                     DECISIONS.since = partial(_writes_since, run, touched, step.number + 1)
                     self.after(begun, out)
+                lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = DECISIONS.since = None
-            lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
         run.let_go()
         self.run = run
         return lesson
 
-    def _are_of(self, tensors: Iterable[Tensor], run: Run) -> None:
-        """Tensors are part of an attention of a run that is over: the run is kept for as long as one of them."""
+    def _are_of(self, tensors: Iterable[tuple[Tensor, Sequence[Tensor]]], run: Run) -> None:
+        """Tensors are part of an attention of a run that is over: it is kept for as long as one of them.
+
+        Args:
+            tensors: each with those that what it is is made of, which are kept for as long as it.
+            run: the run.
+        """
         parts = self.parts
-        for x in tensors:
+        for x, made_of in tensors:
 
             def gone(ref: Any, key: int = id(x)) -> None:
                 entry = parts.get(key)
                 if entry is not None and entry[0] is ref:
                     del parts[key]
 
-            parts[id(x)] = weakref.ref(x, gone), run
+            parts[id(x)] = weakref.ref(x, gone), run, made_of
 
     def _is_part(self, x: Tensor) -> bool:
         """Whether a tensor is part of an attention of an earlier run."""
@@ -450,14 +456,13 @@ class Recogniser(Follower):
         """Memory is about to be written to: follow the runs that are over and that need what is in it still."""
         if isinstance(target, Tensor):
             storage = storage_of(target)
-            for run in {id(run): run for _, run in self.parts.values()}.values():
+            for run in {id(run): run for _, run, _ in self.parts.values()}.values():
                 if not run.followed and run.needs(storage):
                     self._follow_past(run)
 
     def _follow_past(self, run: Run) -> None:
-        for key in [key for key, one in self.parts.items() if one[1] is run]:
-            del self.parts[key]
-        if not run.followed:
+        held = [self.parts.pop(key) for key in [key for key, one in self.parts.items() if one[1] is run]]
+        if held and not run.followed:
             now = self.run
             self._follow_from_here(run)
             self.run = now

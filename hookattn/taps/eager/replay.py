@@ -89,6 +89,7 @@ class Run:
         self._versions: dict[tuple[int, int], int] = {}  # by slot and step, of those that are watched
         self._addresses: dict[int, Any] = {}
         self.given: dict[int, Origin] = {}
+        self._parts: list[tuple[int, list[Tensor]]] = []  # of a run that is over
         self._writes: list[tuple[int, int]] = []  # which step wrote to which storage
         self._given_versions: dict[int, int] = {}  # by slot, of tensors from outside when they were first used
 
@@ -276,24 +277,32 @@ class Run:
     def is_clear(self, end: End) -> bool:
         """The run ends as one did before: let go of its tensors. Whether nothing is left of what was gone then.
 
-        What a part of an attention is made of is kept for as long as that part is there.
+        What a part of an attention is made of is kept for as long as that part is there, by whatever else than the run.
         """
-        tensors = self.tensors
-        held = [(slot, self.tensor(slot)) for slot in end.needed]
-        self.tensors = [x if type(x) is _ref else _ref(x) for x in tensors]
-        del tensors
-        clear = all(self.tensors[slot]() is None for slot in end.unclear)
-        if not clear or any(self.tensors[slot]() is not None for slot in end.parts):
-            for slot, x in held:
-                if not clear or slot not in end.parts:
-                    self.tensors[slot] = x
-        return clear
+        held = {slot: self.tensor(slot) for _, needed in end.parts for slot in needed}
+        self.tensors = [x if type(x) is _ref else _ref(x) for x in self.tensors]
+        kept: set[int] = set()
+        waiting = list(end.parts)
+        while waiting:
+            # One that no other is made of, if there is one: it alone tells of itself whether it is there.
+            others = [n for slot, needed in waiting for n in needed if n != slot]
+            part = next((part for part in waiting if part[0] not in others), waiting[0])
+            waiting.remove(part)
+            slot, needed = part
+            made_of = [held[n] for n in needed if n != slot and n in held]
+            if slot not in kept:
+                held.pop(slot, None)
+            if self.tensors[slot]() is not None:
+                self._parts.append((slot, made_of))
+                kept.update(needed)
+        held.clear()
+        return all(self.tensors[slot]() is None for slot in end.unclear)
 
-    def finish(self, end: End) -> Iterator[Tensor]:
+    def finish(self, end: End) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Say where the axes of the tensors come from that are there still.
 
         Returns:
-            Those that are part of an attention.
+            Those that are part of an attention, each with what it is made of.
         """
         origins = self.origins
         for key, slot in end.maps.items():
@@ -306,16 +315,14 @@ class Run:
             x = self.tensor(slot)
             if x is not None:
                 origins.set_mark(x, self.here.mark(mark))
-        for slot in end.parts:
+        for slot, made_of in self._parts:
             x = self.tensor(slot)
             if x is not None:
-                yield x
+                yield x, made_of
 
     def needs(self, storage: int) -> bool:
         """Whether something that a part of an attention is made of lies in a storage; of a run that is over."""
-        end = self.path[-1].end
-        held = () if end is None else map(self.tensor, end.needed)
-        return any(x is not None and storage_of(x) == storage for x in held)
+        return any(storage_of(x) == storage for _, made_of in self._parts for x in made_of)
 
     # What ran so far
 
