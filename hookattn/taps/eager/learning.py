@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -79,8 +79,11 @@ class Lesson:
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
         self._outside: dict[int, Outside] = {}
-        self._needed: set[int] = set()  # by a state, or for a call
-        self._last: dict[int, int] = {}  # by slot, the last step that needs it
+        self._holding: dict[
+            int, tuple[State, frozenset[int]]
+        ] = {}  # by the identity of a state, the slots that it holds
+        self._needed: set[int] = set()  # by states now
+        self._last: dict[int, int] = {}  # by slot, the last step that needs it, or after which a state or a call does
         self._products: dict[int, tuple[Product, int]] = {}  # by its identity, and the step that made it
         self._finite: dict[int, int] = {}  # by slot, the step since which scores are kept as they were then
         self._softmaxes: dict[int, tuple[SoftmaxUse, int]] = {}
@@ -100,9 +103,17 @@ class Lesson:
             if x is not None:
                 self._slots[id(x)] = slot
         for step in run.path:
-            self._last.update(dict.fromkeys(step.slots(), step.number))
+            self._needs(step.slots(), step)
+            for effect in step.effects:
+                if type(effect) is Made:
+                    self._needs(numbers_in(effect.slots), step)
             for one in new_in((*step.args, *step.kwargs.values())):
                 self._outside[one.slot] = one
+
+    def _needs(self, slots: Iterable[int], step: Step, later: int = 0) -> None:
+        """Tensors are needed in a step, or as long as so many that come later may turn out to be others."""
+        for slot in slots:
+            self._last[slot] = max(self._last.get(slot, 0), step.number + later)
 
     def is_in(self, x: Tensor, slot: int) -> None:
         """A tensor is that of a slot."""
@@ -116,6 +127,7 @@ class Lesson:
             before = path[-1].next if path else self.run.beginning.first
             before.pop()
         if path:
+            self._drop(path[-1])
             path[0].hopeless += 1
             path[-1].follows = path[-1].extra = True
             path[-1].quick = False
@@ -244,15 +256,23 @@ class Lesson:
         self.run.recipes.steps += 1
         self.run.path.append(step)
         self.run.next = step.next
-        self._last.update(dict.fromkeys(step.slots(), step.number))
+        self._needs(step.slots(), step)
         return step
 
-    def seen(self, step: Step, tensors: Sequence[Tensor], state_of: StateOf, uses: Sequence[SoftmaxUse]) -> None:
+    def seen(
+        self,
+        step: Step,
+        tensors: Sequence[Tensor],
+        live: Sequence[Tensor],
+        state_of: StateOf,
+        uses: Sequence[SoftmaxUse],
+    ) -> None:
         """What following made of a step.
 
         Args:
             step: the step.
             tensors: its arguments and results.
+            live: those that are part of an attention, of this run or not.
             state_of: gives the state of a tensor.
             uses: the softmaxes that are new.
         """
@@ -265,7 +285,6 @@ class Lesson:
                 self._found[slot] = origin
             state: State | None = state_of(x)
             if state is not None:
-                self._needed |= self._slots_in(state)
                 self._note_made(step, state)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
@@ -274,11 +293,20 @@ class Lesson:
         for x in tensors:
             if (maps or isinstance(x, nn.Parameter)) and (slot := self._slot(x)) is not None:
                 self._maps.setdefault(map_of(x), slot)
+        self._needed = set()
+        for x in live:
+            if self._slot(x) is not None and (state := state_of(x)) is not None:
+                self._needed |= self._slots_in(state)
+        self._needs(self._needed, step, 1)
         step.waits = self.waits()
 
-    def _slots_in(self, state: State) -> set[int]:
+    def _slots_in(self, state: State) -> frozenset[int]:
         """The slots of the tensors that a state holds."""
-        return {slot for x in tensors_in(state) if (slot := self._slot(x)) is not None}
+        known = self._holding.get(id(state))
+        if known is None:
+            slots = frozenset(slot for x in tensors_in(state) if (slot := self._slot(x)) is not None)
+            known = self._holding[id(state)] = state, slots
+        return known[1]
 
     def _note_made(self, step: Step, state: State) -> None:
         scores = state if isinstance(state, Scores) else state.scores if isinstance(state, Weights) else None
@@ -319,7 +347,7 @@ class Lesson:
                 at = self.run.path[softmax]
                 at.where, at.extra, at.quick = True, True, False
             step.effects.append(Made(builder, slots, softmax, since, kept))
-            self._needed |= {*numbers_in(slots)}
+            self._needs(numbers_in(slots), step)
 
     def _watch(self, number: int, slot: int) -> None:
         step = self.run.path[number]
@@ -374,10 +402,9 @@ class Lesson:
         return last.end
 
     def _drop(self, last: Step) -> None:
-        """Say after which step each tensor is needed no more; what a state holds is needed to the end."""
+        """Say after which step each tensor is needed no more."""
         for step in self.run.path:
-            step.drops = [slot for slot in step.drops if self._last[slot] <= step.number and slot not in self._needed]
+            step.drops = [slot for slot in step.drops if self._last[slot] <= step.number]
         for slot, number in self._last.items():
-            step = self.run.path[number]
-            if number >= self._fork and number < last.number and slot not in self._needed:
-                step.drops.append(slot)
+            if self._fork <= number < last.number:
+                self.run.path[number].drops.append(slot)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ...torch_internals.tensor_identity import version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import CallBuilder, Ingredients
 from .axis_history import Atom, Origin
@@ -87,12 +88,14 @@ class Result(NamedTuple):
         shape: its shape.
         dtype: its dtype.
         stride: its strides.
+        version: how often its memory had been written to, which an operation may do that is made of others.
     """
 
     slot: int
     shape: torch.Size
     dtype: torch.dtype
     stride: tuple[int, ...]
+    version: int
 
 
 class Slot(NamedTuple):
@@ -466,7 +469,7 @@ def result_of(slot: int, x: Tensor) -> Result:
     """
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
         raise Unlearnable("a tensor that is none of torch's own")
-    return Result(slot, x.shape, x.dtype, x.stride())
+    return Result(slot, x.shape, x.dtype, x.stride(), version_of(x))
 
 
 def new_in(patterns: Iterable[Pattern]) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
-from ...torch_internals.tensor_identity import storage_of
+from ...torch_internals.tensor_identity import storage_of, version_of
 from .assemble import CallBuilder
 from .correspondence import Correspondence
 from .decisions import DECISIONS
@@ -243,8 +243,10 @@ class Recogniser(Follower):
             run.wrote(step, target)
         if not run.advance(step, out):
             self._ran_otherwise(run, step, func, args, kwargs, out)
-        elif step.extra:
-            self._happens(run, step)
+        else:
+            if step.extra:
+                self._happens(run, step)
+            run.drop(step)
         return out
 
     def _ran_otherwise(
@@ -255,8 +257,10 @@ class Recogniser(Follower):
         if other is None:
             # What it was given is as it was, but for what it may have written to, and that is nothing that is needed.
             self._otherwise(run, lambda *_, **__: out, args, kwargs, func)
-        elif other.extra:
-            self._happens(run, other)
+        else:
+            if other.extra:
+                self._happens(run, other)
+            run.drop(other)
 
     def _raised(self, run: Run) -> None:
         """An operation that was expected raised, as the model may do and go on."""
@@ -365,7 +369,8 @@ class Recogniser(Follower):
             step = lesson.append(
                 func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
             )
-            lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
+            tensors = list(tensors_among((*args, out), kwargs))
+            lesson.seen(step, tensors, self._live_tensors(), self.state, self.uses[count:])
             lesson.effects(step, self._happened)
         except Unlearnable as why:
             self._give_up(run, why, steps)
@@ -416,7 +421,8 @@ class Recogniser(Follower):
                     begun = self.before(step.name, step.func, args, kwargs)
                     DECISIONS.since = partial(_writes_since, run, touched, step.number + 1)
                     self.after(begun, out)
-                lesson.seen(step, list(tensors_among((*args, out), kwargs)), self.state, self.uses[count:])
+                tensors = list(tensors_among((*args, out), kwargs))
+                lesson.seen(step, tensors, self._live_tensors(), self.state, self.uses[count:])
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = DECISIONS.since = None
         run.let_go()
@@ -439,6 +445,9 @@ class Recogniser(Follower):
                     del parts[key]
 
             parts[id(x)] = weakref.ref(x, gone), run, made_of
+
+    def _live_tensors(self) -> list[Tensor]:
+        return [x for ref, _ in self.live.values() if (x := ref()) is not None]
 
     def _is_part(self, x: Tensor) -> bool:
         """Whether a tensor is part of an attention of an earlier run."""
@@ -530,4 +539,7 @@ class Recogniser(Follower):
 
 def _writes_since(run: Run, touched: frozenset[int], number: int, x: Tensor) -> int:
     """How often a tensor was written to from the step of a number on: by steps, and by what nobody saw."""
-    return run.writes_since(number, x) + (id(x) in touched)
+    if id(x) not in touched:
+        return run.writes_since(number, x)
+    noted = run.version_at(number - 1, x)
+    return run.writes_since(number, x) + 1 if noted is None else version_of(x) - noted

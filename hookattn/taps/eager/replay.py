@@ -202,17 +202,21 @@ class Run:
         self.tensors.append(out)
         self._ids.add(id(out))
         self._passed(step)
+        if step.drops:
+            self.drop(step)
 
     def _passed(self, step: Step) -> None:
         self.path.append(step)
         after = self.next = step.next
         self.quick = len(after) == 1 and after[0].quick
-        if step.drops:
-            tensors = self.tensors
-            for slot in step.drops:
-                held = tensors[slot]
-                if type(held) is not _ref:
-                    tensors[slot] = _ref(held)
+
+    def drop(self, step: Step) -> None:
+        """A step is over: what it was the last to need is held weakly."""
+        tensors = self.tensors
+        for slot in step.drops:
+            held = tensors[slot]
+            if type(held) is not _ref:
+                tensors[slot] = _ref(held)
 
     def _takes(self, code: int, want: Any, out: Any) -> bool:
         if code == NEW:
@@ -365,14 +369,20 @@ class Run:
         there = {slot: x for slot in range(len(self.tensors)) if (x := self.tensor(slot)) is not None}
         written = {storage for _, storage in self._writes}
         given = {storage_of(there[slot]): slot for slot in self._given_versions if slot in there}
+        made = {one.slot: one.version for step in self.path for one in new_in((step.out,))}
         found = set()
         for slot, x in there.items():
             storage = storage_of(x)
-            if storage in written or type(x) is nn.Parameter:
-                continue
-            if version_of(x) > self._given_versions.get(given.get(storage, slot), 0):
-                found.add(id(x))
+            if storage not in written and type(x) is not nn.Parameter:
+                before = self._given_versions[given[storage]] if storage in given else made.get(slot)
+                if before is not None and version_of(x) != before:
+                    found.add(id(x))
         return frozenset(found)
+
+    def version_at(self, number: int, x: Tensor) -> int | None:
+        """How often a tensor had been written to when the step of a number had run; None: that was not noted."""
+        found = [version for (slot, n), version in self._versions.items() if n == number and self.tensor(slot) is x]
+        return found[0] if found else None
 
     def wrote(self, step: Step, target: Any) -> None:
         """A step wrote to the memory of a tensor."""
