@@ -465,9 +465,9 @@ class Recogniser(Follower):
         """Memory is about to be written to: follow the runs that are over and that need what is in it still."""
         if isinstance(target, Tensor):
             storage = storage_of(target)
-            for run in {id(run): run for _, run, _ in self.parts.values()}.values():
-                if not run.followed and run.needs(storage):
-                    self._follow_past(run)
+            needing = [run for _, run, made_of in self.parts.values() if any(storage_of(x) == storage for x in made_of)]
+            for run in needing:
+                self._follow_past(run)
 
     def _follow_past(self, run: Run) -> None:
         held = [self.parts.pop(key) for key in [key for key, one in self.parts.items() if one[1] is run]]

@@ -319,14 +319,11 @@ class Run:
             x = self.tensor(slot)
             if x is not None:
                 origins.set_mark(x, self.here.mark(mark))
-        for slot, made_of in self._parts:
+        parts, self._parts = self._parts, []  # a part that knows the run would else be kept by it
+        for slot, made_of in parts:
             x = self.tensor(slot)
             if x is not None:
                 yield x, made_of
-
-    def needs(self, storage: int) -> bool:
-        """Whether something that a part of an attention is made of lies in a storage; of a run that is over."""
-        return any(storage_of(x) == storage for _, made_of in self._parts for x in made_of)
 
     # What ran so far
 
