@@ -286,6 +286,8 @@ class Lesson:
             state: State | None = state_of(x)
             if state is not None:
                 self._note_made(step, state)
+                if self._holds_others(state):  # which would have to be made again
+                    self._needs(step.slots(), step, _LONGEST)
         for use in uses:
             self._softmaxes[id(use)] = use, step.number
         # A map is applied by a product, or looked up in, as a table of biases is.
@@ -304,9 +306,18 @@ class Lesson:
         """The slots of the tensors that a state holds."""
         known = self._holding.get(id(state))
         if known is None:
-            slots = frozenset(slot for x in tensors_in(state) if (slot := self._slot(x)) is not None)
-            known = self._holding[id(state)] = state, slots
+            slots = [self._slot(x) for x in tensors_in(state)]
+            known = self._holding[id(state)] = (
+                state,
+                frozenset(slot for slot in slots if slot is not None),
+                None in slots,
+            )
         return known[1]
+
+    def _holds_others(self, state: State) -> bool:
+        """Whether a state holds a tensor that was made for it, of the values of others."""
+        self._slots_in(state)
+        return self._holding[id(state)][2]
 
     def _note_made(self, step: Step, state: State) -> None:
         scores = state if isinstance(state, Scores) else state.scores if isinstance(state, Weights) else None
