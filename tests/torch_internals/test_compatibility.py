@@ -44,7 +44,7 @@ NAMES = {  # the piece of each private name, as its module looks it up
     dispatch_modes: ("TorchDispatchMode", "tree_leaves"),
     fake_tensors: ("FakeTensor", "FakeTensorMode", *(f"IMPOSSIBLE[{i}]" for i in range(4))),
     operators: ("_OVERLOAD", "_PACKET", "_HIGHER_ORDER"),
-    transforms: ("_is_batched", "_is_functional", "_is_wrapped", "_level", "_examples_dim", "_inner", "outside"),
+    transforms: ("_is_batched", "_is_functional", "is_wrapped", "_level", "_examples_dim", "_inner", "outside"),
     module_state: ("children_of", "parameters_of", "buffers_of", "pre_hooks_of"),
 }
 

@@ -79,9 +79,8 @@ class Lesson:
         self._slots: dict[int, int] = {}  # by the identity of a tensor
         self._found: dict[int, Origin] = {}  # by slot, where the axes come from
         self._outside: dict[int, Outside] = {}
-        self._holding: dict[
-            int, tuple[State, frozenset[int]]
-        ] = {}  # by the identity of a state, the slots that it holds
+        # By the identity of a state: the slots of its tensors, and whether it has others.
+        self._holding: dict[int, tuple[State, frozenset[int], bool]] = {}
         self._needed: set[int] = set()  # by states now
         self._last: dict[int, int] = {}  # by slot, the last step that needs it, or after which a state or a call does
         self._products: dict[int, tuple[Product, int]] = {}  # by its identity, and the step that made it

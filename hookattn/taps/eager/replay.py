@@ -90,7 +90,7 @@ class Run:
         self._addresses: dict[int, Any] = {}
         self.given: dict[int, Origin] = {}
         self._parts: list[tuple[int, list[Tensor]]] = []  # of a run that is over
-        self._writes: list[tuple[int, int]] = []  # which step wrote to which storage
+        self._writes: list[tuple[int, int, int]] = []  # which step wrote to which storage, and its version since
         self._given_versions: dict[int, int] = {}  # by slot, of tensors from outside when they were first used
 
     # One operation of a run that is known
@@ -359,21 +359,21 @@ class Run:
         return x
 
     def touched(self) -> frozenset[int]:
-        """The tensors, by identity, that were written to by something that nobody saw, as far as that can be told.
-
-        What an operation of the run wrote to may have been written to by it alone, or not.
-        """
+        """The tensors, by identity, that were written to by something that nobody saw."""
         there = {slot: x for slot in range(len(self.tensors)) if (x := self.tensor(slot)) is not None}
-        written = {storage for _, storage in self._writes}
+        written = {storage: version for _, storage, version in self._writes}
         given = {storage_of(there[slot]): slot for slot in self._given_versions if slot in there}
         made = {one.slot: one.version for step in self.path for one in new_in((step.out,))}
         found = set()
         for slot, x in there.items():
             storage = storage_of(x)
-            if storage not in written and type(x) is not nn.Parameter:
+            if type(x) is nn.Parameter:
+                continue
+            before = written.get(storage)
+            if before is None:
                 before = self._given_versions[given[storage]] if storage in given else made.get(slot)
-                if before is not None and version_of(x) != before:
-                    found.add(id(x))
+            if before is not None and version_of(x) != before:
+                found.add(id(x))
         return frozenset(found)
 
     def version_at(self, number: int, x: Tensor) -> int | None:
@@ -384,12 +384,12 @@ class Run:
     def wrote(self, step: Step, target: Any) -> None:
         """A step wrote to the memory of a tensor."""
         if isinstance(target, Tensor):
-            self._writes.append((step.number, storage_of(target)))
+            self._writes.append((step.number, storage_of(target), version_of(target)))
 
     def writes_since(self, number: int, x: Tensor) -> int:
         """How often steps of the run have written to the memory of a tensor, from the step of a number on."""
         storage = storage_of(x) if self._writes else 0
-        return sum(n >= number and one == storage for n, one in self._writes)
+        return sum(n >= number and one == storage for n, one, _ in self._writes)
 
     def recall(self) -> Lesson:
         """All that ran is about to be followed, and the run learned from there on."""

@@ -140,7 +140,10 @@ def test_other_lengths_and_back(build: Callable[[], nn.Module]) -> None:
             yield trace(model, X[:, :n])
 
     counts = play(build, scene, math=build is not RawParameters)
-    if build is not Steps:
+    if build not in (
+        Steps,
+        WeightsAgain,
+    ):  # weights that are used again join two runs, which takes a trace more to learn
         recognised([counts[2], counts[5]], int(build in WHOLE))
         recognised([counts[3], counts[7]], 0)
         recognised([counts[6], counts[8]], 0)
