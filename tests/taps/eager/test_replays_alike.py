@@ -469,9 +469,7 @@ def test_an_autograd_function_with_backward() -> None:
     play(Autograd, scene)
 
 
-@pytest.mark.xfail(
-    reason="axes of parameters that the optimiser writes to are others; what is recorded is the same"
-)
+@pytest.mark.xfail(reason="axes of parameters that the optimiser writes to are others; what is recorded is the same")
 def test_a_training_step_in_a_block() -> None:
     """Forward, backward and an optimiser that writes to the parameters, in one trace."""
 
