@@ -539,6 +539,8 @@ class Recogniser(Follower):
 
 def _writes_since(run: Run, touched: frozenset[int], number: int, x: Tensor) -> int:
     """How often a tensor was written to from the step of a number on: by steps, and by what nobody saw."""
+    if x.is_meta:  # it stands for one that is gone, and its memory may be where that of another was
+        return 0
     if id(x) not in touched:
         return run.writes_since(number, x)
     noted = run.version_at(number - 1, x)

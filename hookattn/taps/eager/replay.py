@@ -361,19 +361,23 @@ class Run:
     def touched(self) -> frozenset[int]:
         """The tensors, by identity, that were written to by something that nobody saw."""
         there = {slot: x for slot in range(len(self.tensors)) if (x := self.tensor(slot)) is not None}
-        written = {storage: version for _, storage, version in self._writes}
-        given = {storage_of(there[slot]): slot for slot in self._given_versions if slot in there}
-        made = {one.slot: one.version for step in self.path for one in new_in((step.out,))}
+        given = {storage_of(there[slot]): version for slot, version in self._given_versions.items() if slot in there}
+        parameters = {storage_of(x) for x in there.values() if type(x) is nn.Parameter}
         found = set()
-        for slot, x in there.items():
-            storage = storage_of(x)
-            if type(x) is nn.Parameter:
-                continue
-            before = written.get(storage)
-            if before is None:
-                before = self._given_versions[given[storage]] if storage in given else made.get(slot)
-            if before is not None and version_of(x) != before:
-                found.add(id(x))
+        for step in self.path:
+            for one in new_in((*step.args, *step.kwargs.values(), step.out)):
+                x = there.get(one.slot)
+                storage = 0 if x is None else storage_of(x)
+                if x is None or storage in parameters:  # which are written to between runs
+                    continue
+                before = one.version if isinstance(one, Result) else 0
+                before = given.get(storage, before)
+                # An earlier write was to something else, which had this memory and is gone, or came before a view.
+                for number, where, version in self._writes:
+                    if where == storage and number >= step.number:
+                        before = version
+                if version_of(x) != before:
+                    found.add(id(x))
         return frozenset(found)
 
     def version_at(self, number: int, x: Tensor) -> int | None:
