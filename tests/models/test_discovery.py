@@ -230,8 +230,8 @@ def test_attention_of_torch_in_covered_classes_is_watched_by_itself(
     torch.manual_seed(0)
     plain = model(X)
     names: list[str] = []
-    follow = Follower._operation
-    monkeypatch.setattr(Follower, "_operation", lambda self, func: names.append(name_of(func)) or follow(self, func))
+    follow = Follower.operation
+    monkeypatch.setattr(Follower, "operation", lambda self, func: names.append(name_of(func)) or follow(self, func))
     with using(Mine()):
         plan = make_watch_plan(model)
         assert not plan.watch_all and len(plan.torch_modules) == 6
