@@ -370,13 +370,13 @@ class Run:
                 storage = 0 if x is None else storage_of(x)
                 if x is None or storage in parameters:  # which are written to between runs
                     continue
-                before = one.version if isinstance(one, Result) else 0
-                before = given.get(storage, before)
-                # An earlier write was to something else, which had this memory and is gone, or came before a view.
-                for number, where, version in self._writes:
-                    if where == storage and number >= step.number:
-                        before = version
-                if version_of(x) != before:
+                # A write before there was the tensor is counted by it if it is a view, as its result told; or it was to
+                # something else, which had this memory and is gone, unless the memory is of what was given. And one is
+                # not counted by a tensor that was made of the same memory by other means than a view.
+                first = 0 if storage in given else step.number
+                known = {v for n, where, v in self._writes if where == storage and n >= first}
+                known.add(given.get(storage, one.version if isinstance(one, Result) else 0))
+                if version_of(x) not in known:
                     found.add(id(x))
         return frozenset(found)
 
