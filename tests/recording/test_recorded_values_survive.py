@@ -869,6 +869,14 @@ def test_memory_is_given_back() -> None:
         del model.q, model.k, model.v, model.output
         gc.collect()  # what other tests left would go in the middle of this one
         start = resident()
+        torch.ones(1, 1, 10 << 13, 128)
+        if resident() - start > 5:
+            pytest.skip("in this process the allocator keeps what is freed, so that nothing can be told by it")
+        held = torch.ones(1, 1, 10 << 13, 128)
+        if resident() - start < 35:
+            pytest.skip("in this process the allocator has kept what was freed, so that nothing can be told by it")
+        del held
+        start = resident()
         trace = hookattn.trace(model, x, verify="off")
     assert resident() - start < 90, "q and output, once"
     tensors = [weakref.ref(y) for y in (model.q, model.output)]
