@@ -92,7 +92,7 @@ class Recogniser(Follower):
             self._broke(error)
             return super().__torch_function__(func, types, args, kwargs)
         if not fits:
-            del tensors[count:]
+            run.cut(count)
             return self._in_run(run, func, args, kwargs or _NONE)
         try:
             out = func(*args, **kwargs) if kwargs else func(*args)

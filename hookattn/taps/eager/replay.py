@@ -109,14 +109,15 @@ class Run:
                 return step
             if before is not None:
                 self.here = before
-            self._cut(count)
+            self.cut(count)
         return None
 
-    def _cut(self, count: int) -> None:
+    def cut(self, count: int) -> None:
         """Forget the tensors that an operation brought which is not the expected one; ``count``: those before."""
         del self.tensors[count:]
-        for slot in [slot for slot in self.given if slot >= count]:
-            del self.given[slot]
+        for known in (self.given, self._given_versions):
+            for slot in [slot for slot in known if slot >= count]:
+                del known[slot]
 
     def holds(self, slot: int, x: Any) -> bool:
         """Whether a tensor is that of a slot which was thought to be needed no more."""
@@ -236,7 +237,7 @@ class Run:
 
     def back(self) -> None:
         """Forget what the operation that is looked at brought from outside or made, which is none of the expected."""
-        self._cut(sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out))))
+        self.cut(sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out))))
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
