@@ -25,6 +25,7 @@ from .recipe import (
     End,
     Made,
     Outside,
+    PartOfEarlier,
     Pattern,
     Recipes,
     Slot,
@@ -32,7 +33,6 @@ from .recipe import (
     Told,
     Unlearnable,
     View,
-    new_in,
     numbers_in,
     outside_of,
     pattern_of,
@@ -45,7 +45,6 @@ from .view_rules import map_of
 
 # So many operations are learned as one run; what is longer is followed.
 _LONGEST = 4000
-PART = "part of an attention of which another part ran before"
 
 StateOf = Callable[[Tensor], State | None]
 
@@ -106,8 +105,7 @@ class Lesson:
             for effect in step.effects:
                 if type(effect) is Made:
                     self._needs(numbers_in(effect.slots), step)
-            for one in new_in((*step.args, *step.kwargs.values())):
-                self._outside[one.slot] = one
+            self._outside.update((one.slot, one) for one in step.given())
 
     def _needs(self, slots: Iterable[int], step: Step, later: int = 0) -> None:
         """Tensors are needed in a step, or as long as so many that come later may turn out to be others."""
@@ -148,7 +146,7 @@ class Lesson:
         if slot is not None:
             return SLOT, slot
         if self.run.is_part(x):
-            raise Unlearnable(PART)
+            raise PartOfEarlier
         origin = self.run.origins.peek(x)
         mark = self.run.origins.peek_mark(x)
         learned = None if origin is None else self._freeze(origin)

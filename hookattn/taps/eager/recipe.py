@@ -56,6 +56,13 @@ class Unlearnable(Exception):
     """What ran can't be recognised again; the message says why. Never leaves the follower."""
 
 
+class PartOfEarlier(Unlearnable):
+    """A run can't be learned by itself, since it is part of an attention that began in the one before."""
+
+    def __init__(self) -> None:
+        super().__init__("part of an attention of which another part ran before")
+
+
 class Outside(NamedTuple):
     """What is known of a tensor that comes from outside of a run.
 
@@ -102,6 +109,10 @@ class Slot(NamedTuple):
     """A slot, where it stands beside numbers."""
 
     number: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tensor itself, as :meth:`View.of`."""
+        return x
 
 
 class View(NamedTuple):
@@ -265,8 +276,7 @@ class Step:
         self.follows = False
         self.waits = False
         self.reads = type(func) is types.MethodWrapperType
-        given = new_in((*args, *kwargs.values()))
-        self.pairs = any(one.origin is not None or one.mark is not None for one in given)
+        self.pairs = any(one.origin is not None or one.mark is not None for one in self.given())
         self.extra, self.quick = True, False
         self.fits = checker(self.args, self.kwargs)
 
@@ -279,6 +289,14 @@ class Step:
     def slots(self) -> set[int]:
         """Of all tensors that it takes or makes."""
         return {*slots_in((*self.args, *self.kwargs.values(), self.out))}
+
+    def given(self) -> Iterator[Outside]:
+        """What is known of the tensors from outside that it is the first to use."""
+        return _new_in((*self.args, *self.kwargs.values()))
+
+    def new(self) -> Iterator[Outside | Result]:
+        """What is known of the tensors that have a slot since it: those, and what it makes, by their slots."""
+        return _new_in((*self.args, *self.kwargs.values(), self.out))
 
 
 class Beginning:
@@ -418,7 +436,10 @@ def _checker_of(args: tuple[int, ...], kwargs: tuple[tuple[str, int], ...]) -> C
 
 
 def _several(want: tuple[type, tuple[Pattern, ...]], x: Any, tensors: Sequence[Any], run: Meeting) -> bool:
-    """Whether a list or tuple fits its pattern."""
+    """Whether a list or tuple fits its pattern.
+
+    Not written out as arguments are: lists have as many lengths as there are, and each would be compiled.
+    """
     cls, inner = want
     if type(x) is not cls:
         return False
@@ -456,8 +477,7 @@ def outside_of(slot: int, x: Tensor, origin: Origin | None, mark: object | None)
     Raises:
         Unlearnable: it is no plain tensor.
     """
-    if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
-        raise Unlearnable("a tensor that is none of torch's own")
+    _check_plain(x, Tensor, nn.Parameter)
     return Outside(slot, x.shape, x.dtype, x.device, x.stride(), type(x) is nn.Parameter, origin, mark)
 
 
@@ -467,18 +487,21 @@ def result_of(slot: int, x: Tensor) -> Result:
     Raises:
         Unlearnable: it is no plain tensor.
     """
-    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
-        raise Unlearnable("a tensor that is none of torch's own")
+    _check_plain(x, Tensor)
     return Result(slot, x.shape, x.dtype, x.stride(), version_of(x))
 
 
-def new_in(patterns: Iterable[Pattern]) -> Iterator[Any]:
-    """What is known of the tensors that have a slot since."""
+def _check_plain(x: Tensor, *types: type[Tensor]) -> None:
+    if type(x) not in types or x.layout is not torch.strided or x.is_nested or is_wrapped(x):
+        raise Unlearnable("a tensor that is none of torch's own")
+
+
+def _new_in(patterns: Iterable[Pattern]) -> Iterator[Any]:
     for code, want in patterns:
         if code == NEW:
             yield want
         elif code == SEVERAL:
-            yield from new_in(want[1])
+            yield from _new_in(want[1])
 
 
 def slots_in(patterns: Iterable[Pattern]) -> Iterator[int]:
@@ -547,9 +570,7 @@ def _slots_of(x: Any, slot: Callable[[Tensor], Slot | View]) -> Any:
 
 
 def _tensors_of(x: Any, tensors: Sequence[Any]) -> Any:
-    if type(x) is Slot:
-        return tensors[x.number]
-    if type(x) is View:
+    if type(x) in (Slot, View):
         return x.of(tensors[x.number])
     return [_tensors_of(one, tensors) for one in x] if type(x) is list else x
 

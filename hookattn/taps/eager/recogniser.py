@@ -24,10 +24,10 @@ from .assemble import CallBuilder
 from .correspondence import Correspondence
 from .decisions import DECISIONS
 from .follower import Follower, Handler, Known, target_of, tensors_among
-from .learning import PART, Lesson
+from .learning import Lesson
 from .operations import writes_to
 from .products import LayoutError
-from .recipe import Beginning, Made, Recipes, Step, Told, Unlearnable
+from .recipe import Beginning, Made, PartOfEarlier, Recipes, Step, Told, Unlearnable
 from .replay import Run
 from .states import SoftmaxUse
 from .value_products import around
@@ -369,8 +369,7 @@ class Recogniser(Follower):
             step = lesson.append(
                 func if named is None else named, name, kind, patterns, out, noted, seen, self._asked_where, written
             )
-            tensors = list(tensors_among((*args, out), kwargs))
-            lesson.seen(step, tensors, self._live_tensors(), self.state, self.uses[count:])
+            self._see(lesson, step, args, kwargs, out, count)
             lesson.effects(step, self._happened)
         except Unlearnable as why:
             self._give_up(run, why, steps)
@@ -379,6 +378,14 @@ class Recogniser(Follower):
             self._end_run()
             self._new_run()
         return out
+
+    def _see(
+        self, lesson: Lesson, step: Step, args: Sequence[Any], kwargs: dict[str, Any], out: Any, uses: int
+    ) -> None:
+        """Note what following made of the tensors of a step; ``uses``: how many softmaxes ran before it."""
+        tensors = list(tensors_among((*args, out), kwargs))
+        live = [x for ref, _ in self.live.values() if (x := ref()) is not None]
+        lesson.seen(step, tensors, live, self.state, self.uses[uses:])
 
     def _give_up(self, run: Run, why: Unlearnable, steps: int | None = None) -> None:
         """What runs here can't be learned: it is followed, to where the next run begins.
@@ -391,7 +398,7 @@ class Recogniser(Follower):
         if run.lesson is not None:
             run.lesson.give_up(len(run.path) if steps is None else steps)
         run.learned()
-        if str(why) == PART:
+        if isinstance(why, PartOfEarlier):
             run.beginning.whole = True
         if self.run is run:
             self.run = None
@@ -421,8 +428,7 @@ class Recogniser(Follower):
                     begun = self.before(step.name, step.func, args, kwargs)
                     DECISIONS.since = partial(_writes_since, run, touched, step.number + 1)
                     self.after(begun, out)
-                tensors = list(tensors_among((*args, out), kwargs))
-                lesson.seen(step, tensors, self._live_tensors(), self.state, self.uses[count:])
+                self._see(lesson, step, args, kwargs, out, count)
             finally:
                 self.past = DECISIONS.answers = DECISIONS.sights = DECISIONS.since = None
         run.let_go()
@@ -445,9 +451,6 @@ class Recogniser(Follower):
                     del parts[key]
 
             parts[id(x)] = weakref.ref(x, gone), run, made_of
-
-    def _live_tensors(self) -> list[Tensor]:
-        return [x for ref, _ in self.live.values() if (x := ref()) is not None]
 
     def _is_part(self, x: Tensor) -> bool:
         """Whether a tensor is part of an attention of an earlier run."""

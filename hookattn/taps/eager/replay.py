@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,8 @@ from .recipe import (
     Outside,
     Recipes,
     Result,
-    Slot,
     Step,
-    View,
     filled,
-    new_in,
 )
 from .view_rules import map_of
 
@@ -185,13 +182,7 @@ class Run:
 
     def advance(self, step: Step, out: Any) -> bool:
         """An operation ran as it was expected; whether its result is as expected, too."""
-        code, want = step.out
-        if code == NEW:
-            if type(out) is not Tensor or out.shape != want.shape or out.dtype is not want.dtype:
-                return False
-            self.tensors.append(out)
-            self._ids.add(id(out))
-        elif not self._takes(code, want, out):
+        if not self._takes(*step.out, out):
             return False
         if step.asked and not self._decided(step):
             return False
@@ -237,16 +228,15 @@ class Run:
 
     def back(self) -> None:
         """Forget what the operation that is looked at brought from outside or made, which is none of the expected."""
-        self.cut(sum(1 for step in self.path for _ in new_in((*step.args, *step.kwargs.values(), step.out))))
+        self.cut(sum(1 for step in self.path for _ in step.new()))
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
         with torch.no_grad():
-            return all(ask(*map(self._at, places)) == answer for ask, places, answer in step.asked)
-
-    def _at(self, place: Slot | View) -> Tensor:
-        x: Tensor = self.tensor(place.number)
-        return x if type(place) is Slot else cast(View, place).of(x)
+            return all(
+                ask(*[place.of(self.tensor(place.number)) for place in places]) == answer
+                for ask, places, answer in step.asked
+            )
 
     def note(self, step: Step) -> None:
         """Keep what is to be known later of how the tensors of a step are now."""
@@ -332,7 +322,7 @@ class Run:
         """The operations that ran, each with its arguments and its result; for a tensor that is gone stands another."""
         known: dict[int, Outside | Result] = {}
         for step in self.path:
-            known.update((one.slot, one) for one in new_in((*step.args, *step.kwargs.values(), step.out)))
+            known.update((one.slot, one) for one in step.new())
             args = [self._past(code, want, known) for code, want in step.args]
             kwargs = {name: self._past(code, want, known) for name, (code, want) in step.kwargs.items()}
             code, want = step.out
@@ -366,7 +356,7 @@ class Run:
         parameters = {storage_of(x) for x in there.values() if type(x) is nn.Parameter}
         found = set()
         for step in self.path:
-            for one in new_in((*step.args, *step.kwargs.values(), step.out)):
+            for one in step.new():
                 x = there.get(one.slot)
                 storage = 0 if x is None else storage_of(x)
                 if x is None or storage in parameters:  # which are written to between runs

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.models.registry import using
 from tests.beside import checked_replays
 from tests.hands import (
     B,
@@ -54,13 +53,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 class Ours(hookattn.Adapter):
     name, covers = "replays", ("tests.hands",)
     attention = {"Attention": "self"}
-
-
-@pytest.fixture(params=["whole", "sites"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether a model is watched as a whole, or at the sites that an adapter names alone."""
-    with using(*([Ours()] if request.param == "sites" else [])):
-        yield request.param
 
 
 def recognised(counts: list[Counts], start: int = 1) -> None:

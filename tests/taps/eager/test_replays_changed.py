@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
-from hookattn.models.registry import using
 from hookattn.taps.eager.assemble import CallBuilder
 from hookattn.taps.eager.correspondence import Correspondence
 from hookattn.taps.eager.learning import Lesson
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 class Ours(hookattn.Adapter):
     name, covers = "replays", ("tests.hands", __name__)
     attention = {"Attention": "self", "Modular": "self", "Decided": "self"}
-
-
-@pytest.fixture(params=["whole", "sites"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether a model is watched as a whole, or at the sites that an adapter names alone."""
-    with using(*([Ours()] if request.param == "sites" else [])):
-        yield request.param
 
 
 # --------------------------------------------------------------------------------- what changes between runs

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hookattn
-from hookattn.models.registry import using
 from hookattn.taps.eager.recipe import Recipes, recipes_of
 from tests.hands import B, Cached, Chunked, D, Dropped, E, H, Model, WeightsAgain, plain
 from tests.reference import draw, heads, merge
@@ -79,13 +78,6 @@ class Net(nn.Module):
 class Ours(hookattn.Adapter):
     name, covers = "replays", (__name__,)
     attention = {"Attention": "self"}
-
-
-@pytest.fixture(params=["whole", "sites"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether a model is watched as a whole, or at the sites that an adapter names alone."""
-    with using(*([Ours()] if request.param == "sites" else [])):
-        yield request.param
 
 
 # ------------------------------------------------------------------------------------------------- writes

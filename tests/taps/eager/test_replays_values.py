@@ -28,13 +28,6 @@ class Ours(hookattn.Adapter):
     attention = {"Attention": "self", "Modular": "self", "Decided": "self"}
 
 
-@pytest.fixture(params=["whole", "sites"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether a model is watched as a whole, or at the sites that an adapter names alone."""
-    with using(*([Ours()] if request.param == "sites" else [])):
-        yield request.param
-
-
 # ---------------------------------------------------------------------------------- what is told by values
 
 
