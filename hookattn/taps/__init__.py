@@ -5,7 +5,7 @@ compiled         ``torch.compile``: runs what was compiled as plain Python where
 flash_attn       flash-attn 2, 3 and 4, batched, packed and with a cache
 flex             ``torch.nn.attention.flex_attention``
 hf_interface     the attention interface of transformers, whatever runs in it
-nn_attention     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, fast path included
+nn_attention     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, fast path included (native_layers)
 script           code of ``torch.jit``: what it was made from is followed beside it, or it is one operation
 sdpa             ``scaled_dot_product_attention``, and the kernels that it chooses from
 varlen           ``torch.nn.attention.varlen``
