@@ -1,8 +1,8 @@
 """Attacks: what hits a trace, a file, a reader or a server in the field, many times over, and how often it got through.
 
 ``python -m tests.attack`` runs them whole and prints a figure for each bar (``make test-attack``, minutes);
-``test_slices.py`` runs a slice of each in ``make test``. An attack is a module in this folder with a function ``attack``;
-:data:`ATTACKS` is the one list of them.
+``test_slices.py`` runs a slice of each in ``make test``. An attack is a module in this folder with a function
+``attack``; :data:`ATTACKS` is the one list of them.
 """
 
 from __future__ import annotations
