@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from .statistics.base import Statistic
 from .torch_internals.frames import level_outside
 from .torch_internals.lazy_copies import LAZY_COPIES
 from .traces import Trace
+
+if TYPE_CHECKING:
+    from .store.stream import Stream
 
 _VERIFY = ("sample", "full", "off")
 # So many paths are named in a warning.
@@ -96,7 +99,7 @@ def trace(
     args, kwargs = arguments(inputs)
     if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
         check_text(model, args, kwargs)  # before the run: a forward may choke on text deep inside
-    with tracing(
+    block = tracing(
         model,
         capture=capture,
         layers=layers,
@@ -110,14 +113,18 @@ def trace(
         strict=strict,
         copy=copy,
         layout=layout,
-    ) as running:
-        if running.tokens is None:  # they were given for other stacks alone
-            running.tokens = tokens_of(inputs)
-        try:
-            running.output = model(*args, **kwargs)
-        except TypeError:
-            check_fit(model, args, kwargs)
-            raise
+    )
+    try:
+        with block as running:
+            if running.tokens is None:  # they were given for other stacks alone
+                running.tokens = tokens_of(inputs)
+            try:
+                running.output = model(*args, **kwargs)
+            except TypeError:
+                check_fit(model, args, kwargs)
+                raise
+    finally:
+        block.gen.close()  # an interrupt can hit the first line of what ends a block, and then that never runs
     return running
 
 
@@ -158,47 +165,67 @@ def tracing(
     layouts = None if layout is None else Layouts(layout, plan.paths.values())
     own, named = stacked_tokens(tokens)
     trace = Trace(tokens=own, stack_tokens=named, model=describe_model(model), selection=selection.to_json())
-    stream = None
-    if to is not None:
-        from .store.stream import Stream
-
-        stream = Stream(to, trace)
-    sink = None if stream is None else stream.add
-    recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
-    session = Session(
-        plan, trace, selection, recorder, strict, sink, RoomGuard(selection, to), layouts=layouts, holder=recorder
-    )
+    stream: Stream | None = None
+    session: Session | None = None
+    # Twice, one around the other: an exception can hit the end of the block itself, which is then done once more.
     try:
-        session.start()
         try:
-            yield trace
-        except Exception as error:
-            if not isinstance(error, HookattnError):
-                check_meta(model)  # weights without values are the reason, where there are any
-                error.add_note(
-                    "hookattn: raised by the model or the traced block itself; nothing is left on the model."
-                )
-                if LAZY_COPIES in str(error):
-                    error.add_note(
-                        "hookattn: memory was resized after it was recorded, and torch writes to none that a lazy copy "
-                        "shares; trace with copy=True."
-                    )
-            raise
+            if to is not None:
+                from .store.stream import Stream
+
+                stream = Stream(to, trace)
+            sink = None if stream is None else stream.add
+            recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
+            room = RoomGuard(selection, to)
+            session = Session(plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=recorder)
+            failure: BaseException | None = None
+            try:
+                session.start()
+                yield trace
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                session.stop()
+                if isinstance(failure, Exception):
+                    _explain(failure, model)
+                failure = None  # it knows this frame: a circle would keep both
+            session.finish()
+            if named:
+                trace.notes += _unread_tokens(trace, named)
+            session.check_found()
+            unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
+            trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
+            if stream is not None:
+                stream.finish()
         finally:
-            session.stop()
-        session.finish()
-        if named:
-            trace.notes += _unread_tokens(trace, named)
-        session.check_found()
-        unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
-        trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
-        if stream is not None:
-            stream.finish()
+            _end(session, stream)
     finally:
-        session.close()  # before the stream: copies on their way from a GPU end in it
+        _end(session, stream)
+    _warn(trace, unused)
+
+
+def _end(session: Session | None, stream: Stream | None) -> None:
+    """Detach everything and remove what is unfinished; can be called again."""
+    try:
+        if session is not None:
+            session.close()  # before the stream: copies on their way from a GPU end in it
+    finally:
         if stream is not None:
             stream.close()
-    _warn(trace, unused)
+
+
+def _explain(error: Exception, model: nn.Module) -> None:
+    """Say beside an error of the model or the block what is true of the trace, once it is detached."""
+    if isinstance(error, HookattnError):
+        return
+    check_meta(model)  # weights without values are the reason, where there are any
+    error.add_note("hookattn: raised by the model or the traced block itself; nothing is left on the model.")
+    if LAZY_COPIES in str(error):
+        error.add_note(
+            "hookattn: memory was resized after it was recorded, and torch writes to none that a lazy copy shares; "
+            "trace with copy=True."
+        )
 
 
 def _unread_tokens(trace: Trace, named: Iterable[str]) -> list[str]:

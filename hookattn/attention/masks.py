@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_internals.isolation import no_gradients
+
 
 class Reach(NamedTuple):
     """Which keys a run of queries may attend to, as far as the kernel says it by itself.
@@ -234,7 +236,7 @@ def complete_mask(
 
 @functools.lru_cache(maxsize=64)
 def _by_shape(t: int, s: int, diagonal: Diagonal, device: torch.device) -> CompleteMask:
-    with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that is on now
+    with torch.inference_mode(False), no_gradients():  # it outlives the mode that is on now
         mask = diagonal.mask(t, s, device).contiguous()
         return CompleteMask(mask, mask, _leaves_empty(mask), additive_mask(mask))
 

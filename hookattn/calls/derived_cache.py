@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+
+from ..torch_internals.forks import lock
 
 LIMIT = 256 << 20
 """Bytes that derived fields of all traces of the process may take, beside those that somebody holds."""
@@ -35,7 +36,7 @@ class DerivedCache:
     def __init__(self, limit: int = LIMIT):
         self.limit = limit
         self.size = 0
-        self._lock = threading.RLock()  # a value that goes may end an owner, whose end is told here
+        self._lock = lock()  # a value that goes may end an owner, whose end is told here
         self._held: OrderedDict[tuple[int, str], tuple[weakref.ref[Any], int]] = OrderedDict()
 
     def get(self, owner: Owner, name: str, make: Callable[[], Made]) -> Made:

@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..calls.site import Site
 from ..taps.active import current
 from ..torch_internals.frames import call_arguments, running_path
-from ..torch_internals.module_state import always_called_of, children_of, post_hooks_of, pre_hooks_of
+from ..torch_internals.module_state import always_called_of, children_of, global_hooks, post_hooks_of, pre_hooks_of
 from .discovery import WatchPlan
 from .graph_sites import UNKNOWN, GraphSites
 from .site_names import site_of_path
@@ -46,7 +45,7 @@ class ModuleHooks:
     ):
         self.plan = plan
         self._hooked: list[tuple[dict[Any, Any], Any]] = []
-        self._handles: list[RemovableHandle] = []
+        self._global: Callable[..., None] | None = None  # the hook that is called before every module
         self._callbacks = (enter, leave, model_begins, model_ends, ran, active)
         # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
         self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
@@ -87,7 +86,8 @@ class ModuleHooks:
             pre_hooks_of(model).move_to_end(key, last=False)
             self._after(model, key, ends)
         else:
-            self._handles.append(register_module_forward_pre_hook(begins))
+            self._global = begins
+            register_module_forward_pre_hook(begins)
         for _, module in plan.suspects:
             self._before(module, ran_key, runs)
         for module in (*plan.modules.values(), *plan.torch_modules):
@@ -100,23 +100,26 @@ class ModuleHooks:
     def _before(self, module: nn.Module, key: Any, hook: Callable[..., None]) -> None:
         """What ``register_forward_pre_hook`` does, without a handle for each of a model's many modules."""
         hooks = pre_hooks_of(module)
+        self._hooked.append((hooks, key))  # first: if this is broken off, it tells what is to be removed
         hooks[key] = hook
-        self._hooked.append((hooks, key))
 
     def _after(self, module: nn.Module, key: Any, hook: Callable[..., None]) -> None:
         """What ``register_forward_hook(hook, always_call=True)`` does, likewise."""
         hooks, always = post_hooks_of(module), always_called_of(module)
-        hooks[key], always[key] = hook, True
         self._hooked += ((hooks, key), (always, key))
+        hooks[key], always[key] = hook, True
 
     def remove(self) -> None:
-        """Detach every hook."""
+        """Detach every hook. It can be broken off and called again."""
         for hooks, key in self._hooked:
             hooks.pop(key, None)
         self._hooked.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._global is not None:
+            # By identity: the handle may have been lost on its way here.
+            for hooks in global_hooks().values():
+                for key in [key for key, hook in hooks.items() if hook is self._global]:
+                    hooks.pop(key, None)
+            self._global = None
 
     def running(self) -> str | None:
         """The path of the innermost module of the model whose forward is on this thread's stack; None: none of them."""

@@ -7,7 +7,6 @@ A package offers adapters through an entry point in the group ``hookattn.adapter
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
@@ -17,6 +16,7 @@ from torch import nn
 from ..attention.axis_letters import problem_of
 from ..calls.site import Site
 from ..errors import BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
+from ..torch_internals.forks import lock_of_all
 from .adapter import Adapter
 from .moved import moved_to
 
@@ -24,7 +24,7 @@ GROUP = "hookattn.adapters"
 _HERE = "register()"
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
-_lock = threading.RLock()
+_lock = lock_of_all()
 _adapters: dict[str, tuple[Adapter, str]] = {}
 _by_module: dict[str, Adapter | None] = {}
 _loaded = False

@@ -26,6 +26,7 @@ from ..torch_internals.fake_tensors import (
     reads_a_value,
 )
 from ..torch_internals.frames import argument_names
+from ..torch_internals.isolation import no_gradients
 from ..torch_internals.module_state import hooks_of, parameters_of
 
 # Up to this many elements a table (relative positions, sinks) stays real; so does what is no parameter.
@@ -105,13 +106,13 @@ def fake_copy(
                 continue
             table = isinstance(module, nn.Embedding) or not name.endswith("weight")
             real = table and x.numel() <= _TABLE and not x.is_meta
-            with torch.no_grad():
+            with no_gradients():
                 memo[id(x)] = nn.Parameter(x.detach().clone() if real else fake(x), x.requires_grad)
     for name, x in [*((_name(model, i), x) for i, x in enumerate(args)), *kwargs.items()]:
         if isinstance(x, Tensor) and x.is_floating_point() and not _MASK_NAME.search(name):
             memo[id(x)] = fake(x)
     try:
-        with torch.no_grad(), _Copying(fake):
+        with no_gradients(), _Copying(fake):
             return copy.deepcopy((model, args, kwargs), memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -26,13 +27,16 @@ from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change
+from ..taps.eager import decisions
 from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
-from ..torch_internals.code_patching import Exchange, install, remove
+from ..torch_internals.code_patching import install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
 from ..torch_internals.function_modes import ModeStack
 from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import outside, stands_for_others
+from ..torch_internals.undo import mark, undo_since
+from . import live
 from .kinds import SiteKinds
 from .layouts import Layouts
 from .mapped import examples_as_batch
@@ -44,6 +48,11 @@ from .steps import Steps
 
 Sink = Callable[[Call], None]
 
+# How often what was hit by an exception as it detached is begun again.
+_TRIES = 3
+_HEALED = (
+    "an earlier trace of this thread was broken off as it ended; what it had left was put back before this one began"
+)
 _TRANSFORMED = (
     "it runs inside torch.func.functionalize, where tensors are plans that are gone when it ends; call the module "
     "itself"
@@ -131,10 +140,16 @@ class Session:
             another's kernel compares it before and after: the kernel inside may be any, and a count is the one trace
             that all of them leave.
         listened: whether there is a listener.
+        glanced: see :class:`~hookattn.taps.base.ActiveTrace`.
+        thread: that it runs in; 0: it is attached to nothing, since it has not begun or has ended.
+        ending: it has begun to end, and may have been broken off as it did.
         follower_class: of the function mode.
     """
 
     follower_class: ClassVar[type[Recogniser]] = Recogniser
+    # Of the class, too: a trace that has ended has nothing of its own any more, and is asked for these.
+    thread: int = 0
+    ending: bool = False
 
     def __init__(
         self,
@@ -180,24 +195,33 @@ class Session:
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
         self._skipped: dict[tuple[str, str], set[int]] = {}  # path and reason -> steps
-        self._exchanges: list[Exchange] = []
-        self._running = False
+        self.glanced: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
+        self._mark = 0
 
     # From its start to its end
 
     def start(self) -> None:
-        """Attach everything.
+        """Attach everything, after what an earlier trace of this thread may have left was detached.
 
         Raises:
-            ModelError: a trace already runs in this thread.
+            ModelError: a trace already runs here.
         """
+        if live.heal():
+            self.note(_HEALED)
         if current() is not None:
             raise ModelError("a trace is already running in this thread; finish it before starting another.")
-        # Before anything is attached: what is attached asks whose trace runs in its thread, and does nothing in others.
-        set_current(self)
-        self._running = True
+        if not live.of_this_thread():
+            # Nobody is in the middle of anything here, so what is written down still was broken off.
+            undo_since(0)
+            decisions.forget()
+        self._mark = mark()
         try:
-            self._exchanges = install(patches())
+            # Each of these writes down what it is about to attach before it does, so that it can be detached wherever
+            # this is broken off. What is attached asks whose trace runs in its thread, and does nothing in others.
+            live.attaches(self)
+            self.thread = get_ident()
+            set_current(self)
+            install(patches(), self)
             self._hooks.install()
             if self.plan.watch_all:
                 self._modes.push()
@@ -206,31 +230,53 @@ class Session:
             raise
 
     def stop(self) -> None:
-        """Detach everything, whatever state the forward left it in."""
-        if not self._running:
+        """Detach everything, whatever state the forward left it in. It can be broken off and called again.
+
+        An exception that hits it as it runs (an interrupt, say) is raised when all is detached.
+        """
+        if not self.thread:
             return
-        self._running = False
-        self._modes.close()
-        self._hooks.remove()
-        remove(self._exchanges)
-        self._exchanges = []
-        self._entered.clear()
-        if current() is self:
-            set_current(None)
+        self.ending = True
+        broken: BaseException | None = None
+        for _ in range(_TRIES):
+            try:
+                self._detach()
+                break
+            except BaseException as error:  # noqa: BLE001 - raised below
+                broken = broken or error
+        if broken is not None:
+            raise broken
         if "_follower" in vars(self):  # else the cached property would make one
             follower = self._follower
             try:
                 follower.flush()  # attention that it has seen and that nobody has used says so now
             finally:
                 if follower.recipes is not None:
-                    follower.recipes.busy.release()
+                    follower.recipes.given_back_by(follower)
                     follower.recipes = None
         self._take_held()  # of a forward that was broken off
 
+    def _detach(self) -> None:
+        """Every step of it may be done again."""
+        if self.thread == get_ident():  # else a garbage collection ends it in another thread, where its mode is not
+            undo_since(self._mark)
+            self._modes.close()
+        self._hooks.remove()
+        remove(self)
+        self._entered.clear()
+        if current() is self:
+            set_current(None)
+        live.detached(self)
+        self.thread = 0
+
     def close(self) -> None:
-        """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection."""
+        """Detach everything, and let go of the trace: its tensors shall not wait for a garbage collection.
+
+        It can be broken off and called again.
+        """
         self.stop()
-        self._recorder.drop()
+        if "_recorder" in vars(self):
+            self._recorder.drop()
         # The session, its hooks, its mode and its follower know each other; without this the circle would hold the
         # trace, which may be most of the memory there is.
         vars(self).clear()
@@ -241,16 +287,16 @@ class Session:
     def _follower(self) -> Recogniser:
         """The function mode, made when it is first needed: of many traces never."""
         made = self.follower_class(self, kernels())
-        made.model_runs = self._model_runs
+        made.trace, made.model_runs = self, self._model_runs
         recipes = None if self.shapes_only or self._layouts is not None else recipes_of(self.plan.model)
-        if recipes is not None and not self._adapter_layouts and recipes.busy.acquire(blocking=False):
+        if recipes is not None and not self._adapter_layouts and recipes.taken_by(made):
             made.recipes = recipes
         return made
 
     def _make_mode(self) -> Recogniser:
         """The function mode as it is opened for the first time, and what is exchanged for its sake: of many traces
         nothing (0.6 % of a toy)."""
-        self._exchanges += install(mode_patches())
+        install(mode_patches(), self)
         return self._follower
 
     @property

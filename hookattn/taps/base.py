@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
@@ -34,7 +34,18 @@ class Change:
 
 
 class ActiveTrace(Protocol):
-    """The running trace of a thread, as :func:`~hookattn.taps.active.current` returns it to a tap."""
+    """The running trace of a thread, as :func:`~hookattn.taps.active.current` returns it to a tap.
+
+    Attributes:
+        glanced: the implementation of the transformers interface that runs without the function mode: its module, q, k
+            and v; None: there is none. Of that tap alone, and kept here since it has to end with the trace.
+    """
+
+    glanced: tuple[nn.Module, Tensor, Tensor, Tensor] | None
+
+    @property
+    def thread(self) -> int:
+        """The identity of the thread that it runs in; 0 once it has ended."""
 
     @property
     def heard(self) -> int:

@@ -13,6 +13,7 @@ from ..attention.functional import dot_scores
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import split_additive
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.isolation import no_gradients
 from .active import current
 from .base import Tap
 
@@ -35,7 +36,7 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     instead = None
     with tracing.kernel(True):
         if tracing.listened:
-            with torch.no_grad():
+            with no_gradients():
                 call = read(given, None, understand)
             change = tracing.before(call, _CHANGEABLE)
             for name, x in zip(_OPERANDS, (change.q, change.k, change.v) if change else (None,) * 3, strict=True):
@@ -43,11 +44,11 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             args = (*(given[name] for name in _OPERANDS), *args[3:])
             kwargs = {name: x for name, x in kwargs.items() if name not in _OPERANDS}
         out = shaped(given) if tracing.shapes_only else original(*args, **kwargs)
-        with torch.no_grad():
+        with no_gradients():
             call = read(given, out[0] if isinstance(out, tuple) else out, understand)
         if tracing.listened:
             instead = tracing.after(call)
-        with torch.no_grad():
+        with no_gradients():
             tracing.record(call)
     if instead is None:
         return out

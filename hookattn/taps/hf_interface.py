@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.frames import names_used
 from ..torch_internals.function_modes import depth
-from ..torch_internals.isolation import isolated
+from ..torch_internals.isolation import isolated, no_gradients
 from . import sdpa
 from .active import current
 from .base import ActiveTrace, Tap
@@ -30,15 +29,6 @@ from .flex import block_mask_dense
 _MODULE = "transformers.modeling_utils"
 # Implementations that run compiled or foreign code: the mode must not be open inside.
 _SEALED = ("flex", "flash", "paged", "kernels")
-
-
-class _Glances(threading.local):
-    """The implementation that runs in this thread without the function mode: its module, q, k and v; or None."""
-
-    running: tuple[nn.Module, Tensor, Tensor, Tensor] | None = None
-
-
-_glances = _Glances()
 
 
 def patches() -> Iterable[Patch]:
@@ -88,13 +78,13 @@ def run(
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     if name == "sdpa" and not (depth() and tracing.watching()):
         # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
-        heard, around = tracing.heard, _glances.running  # an implementation may look up another
+        heard, around = tracing.heard, tracing.glanced  # an implementation may look up another
         # By hand and no context manager: this runs in every layer, and entering one took as long as a small kernel.
-        _glances.running = module, query, key, value
+        tracing.glanced = module, query, key, value
         try:
             out = function(module, query, key, value, attention_mask, *args, **kwargs)
         finally:
-            _glances.running = around
+            tracing.glanced = around
         if tracing.heard == heard:
             with isolated(query):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
@@ -107,7 +97,7 @@ def run(
                     tracing.seed(x, roles)
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
-        with torch.no_grad(), tracing.aside():
+        with no_gradients(), tracing.aside():
             first = out[0] if isinstance(out, tuple) else out
             tracing.record(read(tracing, name, module, query, key, value, attention_mask, kwargs, first))
     return out
@@ -115,8 +105,8 @@ def run(
 
 def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The fused kernel; inside an implementation that is glanced at, its real arguments are reported."""
-    tracing, running = current(), _glances.running
-    if tracing is None or running is None:
+    tracing = current()
+    if tracing is None or (running := tracing.glanced) is None:
         return original(*args, **kwargs)
     module, query, key, value = running
     if tracing.listened:

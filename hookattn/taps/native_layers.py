@@ -21,7 +21,8 @@ from torch.nn import Parameter
 
 from ..attention.functional import dot_scores, softmax_weights, weighted_values
 from ..attention.kernel_call import KernelCall
-from ..torch_internals.dispatch_modes import TorchDispatchMode, dispatch_modes, has_own_kernel, run_kernel
+from ..torch_internals.dispatch_modes import TorchDispatchMode, dispatch_modes, has_own_kernel, opened, run_kernel
+from ..torch_internals.isolation import no_gradients
 
 if TYPE_CHECKING:
     from .eager.follower import Follower
@@ -63,7 +64,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def opened(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operator that is made of others: its own kernel runs with this mode on for what it calls."""
-        with self:
+        with opened(self):
             return run_kernel(func, self.device, *args, **kwargs)
 
     def transformed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -143,7 +144,7 @@ def _run(watch: Follower, operator: str, func: Any, given: dict[str, Any], x: Te
     if not _can_be_opened(operator, x, given.values()):
         return func(**given), False
     inside = _Inside(x.device.type)
-    with inside:
+    with opened(inside):
         out = func(**given)
     call = inside.call(_mask(given.get("mask"), given.get("mask_type"), *x.shape[:2]))
     if call is None:
@@ -186,7 +187,7 @@ def handle_native(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[
     given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
     out, seen = _run(watch, "_native_multi_head_attention", func, given, given["query"], "")
     if not seen:
-        with torch.no_grad():
+        with no_gradients():
             report(
                 watch,
                 given["query"],
@@ -238,7 +239,7 @@ def handle_layer(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[s
         hidden = F.gelu(hidden) if g["use_gelu"] else F.relu(hidden)
         return F.linear(hidden, g["ffn_weight_2"], g["ffn_bias_2"])
 
-    with torch.no_grad():
+    with no_gradients():
         src, _ = dense(g["src"])
         x = norm(src, 1) if g["norm_first"] else src
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.isolation import no_gradients
 from .active import current, paused
 
 
@@ -71,7 +72,7 @@ class _Body:
             return original(*args, **kwargs)
         with tracing.aside(), paused():  # paused: one such function may be made of another
             out = original(*args, **kwargs)
-        with tracing.aside(), torch.no_grad():
+        with tracing.aside(), no_gradients():
             try:
                 call = self._read(original, args, kwargs, out)
             except UnreadableError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.dispatch_modes import tree_leaves
+from ..torch_internals.isolation import no_gradients
 from ..torch_internals.scripted import made_from
 from .active import current, paused
 from .base import ActiveTrace, Tap
@@ -67,7 +68,7 @@ def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any)
     written = found.written
     if written is not None and not tracing.listened and (found.attends or tracing.followed((args, kwargs))):
         run = functools.partial(written, *args, **kwargs)
-        with torch.no_grad():
+        with no_gradients():
             if tracing.shapes_only or _gives(tracing, run, out):
                 for mine, like in zip(_tensors(out), _tensors(run()), strict=True):
                     tracing.same(mine, like)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
-from ..torch_internals.isolation import isolated
+from ..torch_internals.isolation import isolated, no_gradients
 from ..torch_internals.operators import argument_defaults
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
@@ -180,7 +180,7 @@ def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, 
     call.causal, call.module = bool(given["is_causal"]), module
     if given["dropout_p"]:
         call.dropout = float(given["dropout_p"])
-        with torch.no_grad():
+        with no_gradients():
             call.undropped = func(**{**given, "dropout_p": 0.0})
     if mask is not None:
         if mask.dtype == torch.bool:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from . import compilation
+from .forks import lock_of_all
 
-_lock = threading.RLock()
+_lock = lock_of_all()
 _known: dict[tuple[int, str], Exchange] = {}  # used again as long as they fit: a trace pays for switching alone
 BODIES: dict[int, Callable[..., Any]] = {}
 """Identity of an exchanged function -> what runs in its place. Its new code finds it here, since it has no globals or
@@ -38,10 +38,12 @@ class Patch(NamedTuple):
 
 
 class Exchange:
-    """One exchanged function and how many traces need it so."""
+    """One exchanged function, and who needs it so. To install and to remove can each be broken off and done again."""
 
     def __init__(self, patch: Patch):
-        self.patch, self.users = patch, 0
+        self.patch = patch
+        self.users: frozenset[object] = frozenset()
+        self.installed = False
         self.original = original = vars(patch.owner)[patch.name]
         self.by_code = isinstance(original, types.FunctionType) and isinstance(patch.owner, types.ModuleType)
         if self.by_code:
@@ -79,9 +81,9 @@ class Exchange:
     def remove(self) -> None:
         if self.by_code:
             self.original.__code__ = self.code
+            # BODIES keeps its body: another thread may have begun to run the exchanged code, and look for it now.
             if not self.signed:
                 vars(self.original).pop("__signature__", None)
-            BODIES.pop(id(self.original), None)
         else:
             setattr(self.patch.owner, self.patch.name, self.original)
 
@@ -111,22 +113,17 @@ def _uncompiled(body: Callable[..., Any], original: Callable[..., Any], *args: A
     """Run a body as plain Python where compiled code calls it, and the original in it compiled, as it would be."""
     if not compilation.loaded():
         return body(original, *args, **kwargs)
-    callback = compilation.set_callback(None)
-    if callback is None:  # nothing was being compiled
+    callback = compilation.callback()
+    if callback is None:  # nothing is being compiled
         return body(original, *args, **kwargs)
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        compilation.set_callback(callback)
-        try:
+        with compilation.compiling_by(callback):
             return original(*args, **kwargs)
-        finally:
-            compilation.set_callback(None)
 
     compilation.skip(compiled.__code__)
-    try:
+    with compilation.compiling_by(None):
         return body(compiled, *args, **kwargs)
-    finally:
-        compilation.set_callback(callback)
 
 
 @functools.cache
@@ -148,29 +145,30 @@ def _trampoline(key: int, code: types.CodeType) -> types.CodeType:
     return trampoline
 
 
-def install(patches: Iterable[Patch]) -> list[Exchange]:
-    """Exchange the functions; returns what :func:`remove` needs."""
-    exchanges = []
+def install(patches: Iterable[Patch], user: object) -> None:
+    """Exchange functions for a user, who has to call :func:`remove`, also if this is broken off."""
     with _lock:
         for patch in patches:
             key = (id(patch.owner), patch.name)
             exchange = _known.get(key)
             if exchange is None or (not exchange.users and not exchange.fits(patch)):
                 exchange = _known[key] = Exchange(patch)
-            if not exchange.users:
+            exchange.users |= {user}  # first: if what follows is broken off, this tells that it is to be undone
+            if not exchange.installed:
                 exchange.install()
-            exchange.users += 1
-            exchanges.append(exchange)
-    return exchanges
+                exchange.installed = True
 
 
-def remove(exchanges: Iterable[Exchange]) -> None:
-    """Undo :func:`install`."""
+def remove(user: object) -> None:
+    """Undo what :func:`install` did for a user; it can be broken off and called again."""
     with _lock:
-        for exchange in exchanges:
-            exchange.users -= 1
-            if not exchange.users:
-                exchange.remove()
+        for exchange in _known.values():
+            if user in exchange.users:
+                others = exchange.users - {user}
+                if not others:
+                    exchange.installed = False
+                    exchange.remove()
+                exchange.users = others
 
 
 def exchanged() -> list[str]:

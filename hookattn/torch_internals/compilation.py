@@ -14,6 +14,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from .private import missing, private
+from .undo import Change
 
 _PIECE = "taps of compiled code"
 _EVALUATOR = "torch._dynamo.eval_frame"
@@ -44,12 +45,28 @@ def skip(code: CodeType) -> None:
     private(_EVALUATOR, "skip_code", _PIECE)(code)
 
 
-def set_callback(callback: Any) -> Any:
-    """Make a callback the one that compiles in this thread (None: nothing is compiled); returns the one before it."""
-    return _set_callback(callback)
+def callback() -> Any:
+    """The callback that compiles in this thread; None: nothing is compiled."""
+    return _callback()
+
+
+class compiling_by(Change):
+    """A callback is the one that compiles in this thread while a block runs; None: nothing is compiled in it."""
+
+    __slots__ = ("_before", "_callback")
+
+    def __init__(self, callback: Any):
+        self._callback, self._before = callback, _callback()
+
+    def make(self) -> None:
+        _set_callback(self._callback)
+
+    def undo(self) -> None:
+        _set_callback(self._before)
 
 
 _set_callback = private("torch._C", "_dynamo.eval_frame.set_eval_frame", _PIECE)
+_callback = private("torch._C", "_dynamo.eval_frame.get_eval_frame_callback", _PIECE)
 
 
 def count_no_frames() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .private import private
+from .undo import Change
 
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,15 +21,33 @@ else:
 
 _PIECE = "readings of native calls from inside"
 _count: Any = private("torch._C", "_len_torch_dispatch_stack", _PIECE)
+_push: Any = private("torch._C", "_push_on_torch_dispatch_stack", _PIECE)
+_pop: Any = private("torch._C", "_pop_torch_dispatch_stack", _PIECE)
 _below_autograd: Any = private("torch._C", "_AutoDispatchBelowAutograd", _PIECE)
 _dispatch_key: Any = private("torch._C", "DispatchKey", _PIECE)
 
-__all__ = ["TorchDispatchMode", "dispatch_modes", "has_own_kernel", "run_kernel", "tree_leaves"]
+__all__ = ["TorchDispatchMode", "dispatch_modes", "has_own_kernel", "opened", "run_kernel", "tree_leaves"]
 
 
 def dispatch_modes() -> int:
     """How many dispatch modes are on in this thread."""
     return int(_count())
+
+
+class opened(Change):
+    """A dispatch mode is open while a block runs: ``with mode:``, but put back whatever happens."""
+
+    __slots__ = ("_before", "_mode")
+
+    def __init__(self, mode: TorchDispatchMode):
+        self._mode, self._before = mode, dispatch_modes()
+
+    def make(self) -> None:
+        _push(self._mode)
+
+    def undo(self) -> None:
+        while dispatch_modes() > self._before:
+            _pop(None)
 
 
 def has_own_kernel(operator: Any, device: str) -> bool:

@@ -7,13 +7,14 @@ for kernels that must not see its mode, and come back to its old place. So the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 from torch.overrides import TorchFunctionMode
 
 from .private import private
+from .undo import Change
 
 _PIECE = "function modes"
 
@@ -28,6 +29,79 @@ _pop: Callable[[], TorchFunctionMode] = private("torch._C", "_pop_torch_function
 def open_modes() -> list[TorchFunctionMode]:
     """The function modes of this thread, the outermost first."""
     return [_at(i) for i in range(depth())]
+
+
+def set_open_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    """Make these the open modes, the outermost first. It can be broken off and called again."""
+    kept = 0
+    while kept < min(depth(), len(modes)) and _at(kept) is modes[kept]:
+        kept += 1
+    while depth() > kept:
+        _pop()
+    for mode in modes[kept:]:
+        _push(mode)
+
+
+class _Stack(Change):
+    """Other modes are open while a block runs."""
+
+    __slots__ = ("_before", "_modes")
+
+    def __init__(self, modes: Sequence[TorchFunctionMode]):
+        self._modes, self._before = modes, open_modes()
+
+    def make(self) -> None:
+        set_open_modes(self._modes)
+
+    def undo(self) -> None:
+        set_open_modes(self._before)
+
+
+class _Kept(_Stack):
+    """These are the open modes from now on, however often that is broken off."""
+
+    __slots__ = ()
+
+    def undo(self) -> None:
+        set_open_modes(self._modes)
+
+
+class _Opened(Change):
+    """One mode more is open while a block runs."""
+
+    __slots__ = ("_mode",)
+
+    def __init__(self, mode: TorchFunctionMode):
+        self._mode = mode
+
+    def make(self) -> None:
+        _push(self._mode)
+
+    def undo(self) -> None:
+        close(self._mode)
+
+
+class _Nothing(Change):
+    """Nothing is changed while a block runs."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NOTHING = _Nothing()
+
+
+def close(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack, however often it is on it, and leave the others. It can be called again."""
+    n = depth()
+    if n and _at(n - 1) is mode:  # mostly it is the innermost
+        _pop()
+    if any(_at(i) is mode for i in range(depth())):
+        with _Kept([m for m in open_modes() if m is not mode]):
+            pass
 
 
 class ModeStack:
@@ -71,76 +145,45 @@ class ModeStack:
         _pop()
 
     def close(self) -> None:
-        """Take our mode off the stack, however often it is on it, and leave the others."""
-        if depth():
-            for mode in reversed([m for m in self._popped_down_to_ours() if m is not self.mode]):
-                _push(mode)
+        """Take our mode off the stack, however often it is on it, and leave the others. It can be called again."""
+        if depth() and "mode" in vars(self):
+            close(self.mode)
         self.compiling = 0
 
-    def _popped_down_to_ours(self) -> list[TorchFunctionMode]:
-        """Pop modes, the innermost first, until ours is not open any more; returns them."""
-        popped: list[TorchFunctionMode] = []
-        while self.open():
-            popped.append(_pop())
-        return popped
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """Without our mode: for kernels that must not see it. What others opened stays open around the kernel."""
-        popped = self._popped_down_to_ours()
-        others = [m for m in reversed(popped) if m is not self.mode]
-        for mode in others:
-            _push(mode)
-        try:
-            yield
-        finally:
-            # The kernel has closed what it opened, so the innermost modes are the others again. All that was popped
-            # goes back in its old order, ours among them.
-            for _ in others:
-                _pop()
-            for mode in reversed(popped):
-                _push(mode)
+        return _Stack([m for m in open_modes() if m is not self.mode]) if self.open() else _NOTHING
 
-    @contextmanager
-    def sealed(self) -> Iterator[None]:
+    def sealed(self) -> AbstractContextManager[None]:
         """Without our mode, and with compiled code compiled: for kernels that are read from outside."""
-        self.compiling += 1
-        try:
-            with self.aside():
-                yield
-        finally:
-            self.compiling -= 1
+        return _Sealed(self)
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> AbstractContextManager[None]:
         """With our mode, once: twice on the stack it would see every operation twice."""
-        if self.open():
-            yield
-            return
-        self.push()
-        try:
-            yield
-        finally:
-            self.pop()
+        return _NOTHING if self.open() else _Opened(self.mode)
 
 
-@contextmanager
-def beneath(mode: TorchFunctionMode) -> Iterator[None]:
+class _Sealed(Change):
+    """See :meth:`ModeStack.sealed`."""
+
+    __slots__ = ("_before", "_compiling", "_stack")
+
+    def __init__(self, stack: ModeStack):
+        self._stack, self._compiling, self._before = stack, stack.compiling, open_modes()
+
+    def make(self) -> None:
+        self._stack.compiling = self._compiling + 1
+        if self._stack.open():
+            set_open_modes([m for m in self._before if m is not self._stack.mode])
+
+    def undo(self) -> None:
+        set_open_modes(self._before)
+        self._stack.compiling = self._compiling
+
+
+def beneath(mode: TorchFunctionMode) -> AbstractContextManager[None]:
     """With a mode, which is not open, below all that are.
 
     It gets what the others hand on. They get nothing of what it does itself, which they would with it on top.
     """
-    others = _pop_all()
-    for each in (mode, *reversed(others)):
-        _push(each)
-    try:
-        yield
-    finally:
-        _pop_all()
-        for each in reversed(others):
-            _push(each)
-
-
-def _pop_all() -> list[TorchFunctionMode]:
-    """Empty the stack; returns the modes, the innermost first."""
-    return [_pop() for _ in range(depth())]
+    return _Stack([mode, *open_modes()])

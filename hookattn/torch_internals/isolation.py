@@ -1,7 +1,8 @@
 """Around our own arithmetic: no gradients, no autocast, and unseen by function modes, the user's own included.
 
 ``torch.no_grad``, ``torch.autocast`` and their kind do the same, each at the price of a small kernel, entered or not.
-This runs several times a layer, so each is asked for whether it is in force, and only what is in force is left.
+This runs several times a layer, so each is asked for whether it is in force, and only what is in force is left. Nor do
+they survive an interrupt in their own last line; these are :class:`~hookattn.torch_internals.undo.Change`.
 ``DisableTorchFunction`` has no public name that leaves modes aside, too.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .function_modes import depth
 from .private import private
+from .undo import Change
 
 set_grad_enabled: Callable[[bool], None] = private("torch._C", "_set_grad_enabled", "arithmetic without gradients")
 """As ``torch.set_grad_enabled``, for who puts it back by hand."""
@@ -32,39 +33,57 @@ def is_isolated(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or depth() or _autocast_enabled()) and type(x) is Tensor
 
 
-class isolated:
+class no_gradients(Change):
+    """``torch.no_grad()``, but as a change that is put back whatever happens."""
+
+    __slots__ = ("_grad",)
+
+    def __init__(self) -> None:
+        self._grad = False
+
+    def make(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        if self._grad:
+            set_grad_enabled(False)
+
+    def undo(self) -> None:
+        if self._grad:
+            set_grad_enabled(True)
+
+
+class isolated(Change):
     """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing."""
 
-    __slots__ = ("_entered", "_grad", "_x")
+    __slots__ = ("_autocast", "_grad", "_unseen", "_x")
 
     def __init__(self, x: Tensor):
         self._x = x
+        self._unseen: AbstractContextManager[Any] | None = None
+        self._grad = False
+        self._autocast = ""
 
-    def __enter__(self) -> None:
-        self._entered: list[AbstractContextManager[Any]] | None = None
+    def make(self) -> None:
         # First, since modes see gradients being switched off, too. A tensor of another class may have a
         # __torch_function__ of its own, with no mode open at all.
         if depth() or type(self._x) is not Tensor:
-            self._enter(_DisableTorchFunction())
+            self._unseen = _DisableTorchFunction()
+            self._unseen.__enter__()
         self._grad = torch.is_grad_enabled()
         if self._grad:
             set_grad_enabled(False)
         if _autocast_enabled():
-            self._enter(torch.autocast(self._x.device.type, enabled=False))
+            device = self._x.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                self._autocast = device
+                torch.set_autocast_enabled(device, False)
 
-    def _enter(self, other: AbstractContextManager[Any]) -> None:
-        other.__enter__()
-        if self._entered is None:
-            self._entered = []
-        self._entered.append(other)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def undo(self) -> None:
+        if self._autocast:
+            torch.set_autocast_enabled(self._autocast, True)
         if self._grad:
             set_grad_enabled(True)
-        for other in reversed(self._entered or ()):
-            other.__exit__(kind, error, trace)
+        if self._unseen is not None:
+            self._unseen.__exit__(None, None, None)
 
 
 def in_backward() -> bool:

@@ -40,8 +40,16 @@ from hookattn.torch_internals import (
 NAMES = {  # the piece of each private name, as its module looks it up
     function_modes: ("depth", "_at", "_push", "_pop"),
     isolation: ("set_grad_enabled", "_autocast_enabled", "_DisableTorchFunction", "_graph_task"),
-    compilation: ("_set_callback",),
-    dispatch_modes: ("TorchDispatchMode", "tree_leaves"),
+    compilation: ("_set_callback", "_callback"),
+    dispatch_modes: (
+        "TorchDispatchMode",
+        "tree_leaves",
+        "_count",
+        "_push",
+        "_pop",
+        "_below_autograd",
+        "_dispatch_key",
+    ),
     fake_tensors: ("FakeTensor", "FakeTensorMode", *(f"IMPOSSIBLE[{i}]" for i in range(4))),
     operators: ("_OVERLOAD", "_PACKET", "_HIGHER_ORDER"),
     transforms: ("_is_batched", "_is_functional", "is_wrapped", "_level", "_examples_dim", "_inner", "outside"),
@@ -177,12 +185,12 @@ def test_exchanged_code_is_seen_by_who_imported_the_function_before(
     def body(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:
         return -original(*args, **kwargs)
 
-    exchanges = code_patching.install([code_patching.Patch(module, name, body)])
+    code_patching.install([code_patching.Patch(module, name, body)], "test")
     try:
         assert imported(3) == -before and getattr(module, name) is imported
         assert compilation.evaluator() is sys.modules.get("torch._dynamo.eval_frame")
     finally:
-        code_patching.remove(exchanges)
+        code_patching.remove("test")
     assert imported(3) == before and not code_patching.exchanged()
 
 
@@ -207,16 +215,20 @@ def test_a_compiled_function_is_compiled_where_torch_asks_for_the_callback() -> 
     evaluator = compilation.evaluator()
     assert evaluator is not None
     patch = code_patching.Patch(evaluator, compilation.STANCE, lambda original, callback: original(callback) and None)
-    exchanges = code_patching.install([patch])
+    code_patching.install([patch], "test")
     try:
         function(torch.zeros(2))
         assert compiled == [], "asked before it compiles"
     finally:
-        code_patching.remove(exchanges)
+        code_patching.remove("test")
     function(torch.zeros(2))
     assert compiled == [1]
-    before = compilation.set_callback(None)
-    assert compilation.set_callback(before) is None
+    before = compilation.callback()
+    with compilation.compiling_by(False):  # run what is compiled, compile nothing
+        assert compilation.callback() is False
+        with compilation.compiling_by(None):
+            assert compilation.callback() is None
+    assert compilation.callback() is before
     torch.compiler.reset()
 
 
@@ -229,14 +241,14 @@ def test_a_function_that_has_to_be_compiled_complains_only_where_frames_are_coun
     function = torch.compile(lambda x: x.exp() + 1, backend="eager", fullgraph=True)
     evaluator, counted = compilation.evaluator(), [False, True]
     assert evaluator is not None
-    exchanges = code_patching.install([code_patching.Patch(evaluator, compilation.STANCE, nothing)])
+    code_patching.install([code_patching.Patch(evaluator, compilation.STANCE, nothing)], "test")
     try:
         assert function(torch.zeros(1)).item() == 2
         if hasattr(evaluator, compilation.COUNT):
             with pytest.raises(RuntimeError, match="no compiled frames"):
                 function(torch.zeros(1))
     finally:
-        code_patching.remove(exchanges)
+        code_patching.remove("test")
         torch.compiler.reset()
 
 
@@ -272,13 +284,14 @@ def test_a_scripted_function_is_called_by_its_class() -> None:
 
     kind = torch.jit.ScriptFunction
     assert type(double) is kind and "__call__" in vars(kind)
-    exchanges = code_patching.install(
-        [code_patching.Patch(kind, "__call__", lambda original, function, x: -original(function, x))]
+    code_patching.install(
+        [code_patching.Patch(kind, "__call__", lambda original, function, x: -original(function, x))],
+        "test",
     )
     try:
         assert double(torch.ones(1)).item() == -2
     finally:
-        code_patching.remove(exchanges)
+        code_patching.remove("test")
     assert double(torch.ones(1)).item() == 2
     assert scripted.made_from(double)(torch.ones(1)).item() == 2  # type: ignore[misc]
     method = torch.jit.script(nn.Linear(1, 1)).forward

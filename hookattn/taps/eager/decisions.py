@@ -33,6 +33,11 @@ class _Decisions(threading.local):
 DECISIONS = _Decisions()
 
 
+def forget() -> None:
+    """Nothing is noted, and no answers are left: of a trace of this thread that was broken off."""
+    vars(DECISIONS).clear()
+
+
 def decide(ask: Callable[..., Any], *tensors: Tensor) -> Any:
     """Ask something of the values of tensors.
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
+from ...torch_internals.isolation import no_gradients
 from ...torch_internals.tensor_identity import storage_of
 from ...torch_internals.tensor_memo import TensorMemo
 from ..foreign import handler_of
@@ -326,7 +327,7 @@ class Follower(TorchFunctionMode):
             return
         if not out.is_floating_point() or not (strided(a) and strided(b)):
             return
-        with torch.no_grad():
+        with no_gradients():
             state = paired(name, kind.arithmetic, a, b, out, self.origin(a), self.origin(b))
         if state is not None:
             if isinstance(state, Scores):
@@ -364,7 +365,7 @@ class Follower(TorchFunctionMode):
         x, a, b = (ref() for ref in self._multiplied) if self._multiplied is not None else (None, None, None)
         if x is not args[0] or a is None or b is None or not out.is_floating_point():
             return
-        with torch.no_grad():
+        with no_gradients():
             pairs = paired("mul", "mul", a, b, x, self.origin(a), self.origin(b), alone=True)
             if not isinstance(pairs, Pairwise):
                 return
@@ -386,7 +387,7 @@ class Follower(TorchFunctionMode):
             if isinstance(a, Tensor) and isinstance(b, Tensor) and self._pairs_of_one(a, b, dims):
                 self._pair(ran.name, ran.kind, ran.args, ran.kwargs, result)
                 return
-        with torch.no_grad():
+        with no_gradients():
             if ran.kind.splits and isinstance(out, (tuple, list)):
                 for one, state in zip(out, piece_states(self._operation_on(found, ran, out, origin)), strict=True):
                     if state is not None:
@@ -412,7 +413,7 @@ class Follower(TorchFunctionMode):
         self._mark_sharing(x)
         if isinstance(state, ScoresSlice):  # the scores that it is a slice of are marked
             return
-        with torch.no_grad():
+        with no_gradients():
             new = next_state(self._operation_on(found, ran, x, state.origin))
             if new is None:
                 self.live.pop(id(x), None)
@@ -434,7 +435,7 @@ class Follower(TorchFunctionMode):
 
     def _summed_into(self, ran: _Ran, found: _Followed, written: Tensor) -> None:
         """Sums of values were added to a tensor in place, or written into one; or a softmax scattered into zeros."""
-        with torch.no_grad():
+        with no_gradients():
             new = next_state(self._operation_on(found, ran, written, found.state.origin))
             if new is not None:
                 self._became(written, found.state, new)

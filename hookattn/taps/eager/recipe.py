@@ -12,7 +12,6 @@ asked again in every run.
 from __future__ import annotations
 
 import functools
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ...torch_internals.forks import lock_of_all
 from ...torch_internals.tensor_identity import version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import CallBuilder, Ingredients
@@ -320,7 +320,7 @@ class Recipes:
     Attributes:
         steps: how many there are.
         context: of a run and the one before it, nothing paired.
-        busy: held while a trace uses them; another of the same model at the same time goes without.
+        user: what uses them; another trace of the same model goes without at the same time.
     """
 
     # A step of a hand-written model takes a kilobyte or two. A model whose lengths change with every forward (a
@@ -328,16 +328,34 @@ class Recipes:
     LIMIT = 20_000
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()
+        self._user: weakref.ref[object] | None = None
         self.steps = 0
         self.context = Context(Correspondence())
         self._beginnings: dict[object, Beginning] = {}
 
+    def taken_by(self, user: object) -> bool:
+        """Take them into use, if nobody has; a user that is gone gives them back."""
+        with _LOCK:
+            other = None if self._user is None else self._user()
+            if other is None:
+                self._user = weakref.ref(user)
+            return other is None or other is user
+
+    def given_back_by(self, user: object) -> None:
+        """The user has no use for them any more; can be called again."""
+        with _LOCK:
+            if self._user is not None and self._user() is user:
+                self._user = None
+
+    def forget(self) -> None:
+        """Forget what was learned."""
+        self._beginnings.clear()
+        self.steps, self.context = 0, Context(Correspondence())
+
     def beginning(self, key: object) -> Beginning:
         """Where the runs of a kind begin, which ``key`` tells from others."""
         if self.steps > self.LIMIT:
-            self._beginnings.clear()
-            self.steps, self.context = 0, Context(Correspondence())
+            self.forget()
         found = self._beginnings.get(key)
         if found is None:
             found = self._beginnings[key] = Beginning()
@@ -345,7 +363,7 @@ class Recipes:
 
 
 _OF: weakref.WeakKeyDictionary[nn.Module, Recipes] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = lock_of_all()
 
 
 def recipes_of(model: nn.Module) -> Recipes | None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...errors import HookattnError
+from ...torch_internals.isolation import no_gradients
 from ...torch_internals.tensor_identity import storage_of, version_of
+from ..active import current
 from .assemble import CallBuilder
 from .correspondence import Correspondence
 from .decisions import DECISIONS
@@ -50,6 +51,7 @@ class Recogniser(Follower):
     """A follower that need not follow what it has seen before.
 
     Attributes:
+        trace: what it is the mode of: where another trace runs, or none, it does nothing.
         recipes: what was learned of the model; None: nothing is, and all is followed.
         run: the run that is recognised or learned; None: what happens is followed.
         past: while a run is followed afterwards, the run and the number of the step.
@@ -59,6 +61,7 @@ class Recogniser(Follower):
 
     def __init__(self, recorder: ActiveTrace, kernels: dict[str, Handler]):
         super().__init__(recorder, kernels)
+        self.trace = recorder
         self.recipes: Recipes | None = None
         self.run: Run | None = None
         self.past: tuple[Run, int] | None = None
@@ -77,34 +80,52 @@ class Recogniser(Follower):
         self._theirs: BaseException | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if current() is not self.trace:  # another task of this thread, or a trace that was broken off
+            return func(*args, **kwargs) if kwargs else func(*args)
         run = self.run
-        if run is None:
-            return super().__torch_function__(func, types, args, kwargs)
-        if not run.quick or (step := run.next[0]).func is not func:
-            return self._in_run(run, func, args, kwargs or _NONE)
-        # Most operations of a model that was seen before come here, where nothing is called but they themselves and
-        # what compares their arguments.
-        tensors = run.tensors
-        count = len(tensors)
+        theirs = False
         try:
-            fits = step.fits(args, kwargs or _NONE, tensors, run)
-        except Exception as error:  # noqa: BLE001 - as in _guard
-            self._broke(error)
-            return super().__torch_function__(func, types, args, kwargs)
-        if not fits:
-            run.cut(count)
-            return self._in_run(run, func, args, kwargs or _NONE)
-        try:
-            out = func(*args, **kwargs) if kwargs else func(*args)
-        except BaseException:
-            self._guard(self._raised, run)
-            raise
-        want = step.out[1]
-        if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
-            run.made(step, out)
+            if run is None:
+                return super().__torch_function__(func, types, args, kwargs)
+            if not run.quick or (step := run.next[0]).func is not func:
+                return self._in_run(run, func, args, kwargs or _NONE)
+            # Most operations of a model that was seen before come here, where nothing is called but they themselves
+            # and what compares their arguments.
+            tensors = run.tensors
+            count = len(tensors)
+            try:
+                fits = step.fits(args, kwargs or _NONE, tensors, run)
+            except Exception as error:  # noqa: BLE001 - as in _guard
+                self._broke(error)
+                return super().__torch_function__(func, types, args, kwargs)
+            if not fits:
+                run.cut(count)
+                return self._in_run(run, func, args, kwargs or _NONE)
+            try:
+                out = func(*args, **kwargs) if kwargs else func(*args)
+            except BaseException:
+                self._guard(self._raised, run)
+                theirs = True
+                raise
+            want = step.out[1]
+            if type(out) is Tensor and out.dtype is want.dtype and out.shape == want.shape:
+                run.made(step, out)
+                return out
+            self._guard(self._ran_otherwise, run, step, func, args, kwargs or _NONE, out)
             return out
-        self._guard(self._ran_otherwise, run, step, func, args, kwargs or _NONE, out)
-        return out
+        except BaseException as error:
+            # What is no Exception can have hit anything in here, between any two steps.
+            theirs = theirs or self._theirs is error or run is None
+            self._theirs = None
+            if not theirs or not isinstance(error, Exception):
+                self.forget()
+            raise
+
+    def forget(self) -> None:
+        """What was being recognised or learned was broken off in its middle: nothing that was learned is used again."""
+        self.run = self._begins = self.past = self._before = None
+        if self.recipes is not None:
+            self.recipes.forget()
 
     # From its beginning to its end
 
@@ -176,7 +197,7 @@ class Recogniser(Follower):
             self._broke(error)
 
     def _broke(self, error: Exception) -> None:
-        self.run = self._begins = self.past = None
+        self.forget()
         if isinstance(error, HookattnError):
             raise error
         self.failed("what ran before", error)
@@ -188,8 +209,7 @@ class Recogniser(Follower):
         try:
             return self._operated(run, func, args, kwargs)
         except Exception as error:
-            theirs, self._theirs = self._theirs, None
-            if theirs is error or isinstance(error, HookattnError):
+            if self._theirs is error or isinstance(error, HookattnError):
                 raise
             self._broke(error)
             return self._out if self._done else func(*args, **kwargs)
@@ -295,7 +315,7 @@ class Recogniser(Follower):
         """A call is complete that was made before, of other tensors."""
         self.interpreting = True
         try:
-            with torch.no_grad():
+            with no_gradients():
                 call = made.builder.call(run.ingredients(made), self.shared)
         except LayoutError as error:
             self.recorder.skip(str(error))

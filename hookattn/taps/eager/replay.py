@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...torch_internals.isolation import no_gradients
 from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
 from .assemble import Ingredients
@@ -232,7 +233,7 @@ class Run:
 
     def _decided(self, step: Step) -> bool:
         """Whether what was decided by values is decided as it was."""
-        with torch.no_grad():
+        with no_gradients():
             return all(
                 ask(*[place.of(self.tensor(place.number)) for place in places]) == answer
                 for ask, places, answer in step.asked

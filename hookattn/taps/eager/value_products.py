@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ...attention.kernel_call import DOT, KernelCall
+from ...torch_internals.isolation import no_gradients
 from ...torch_internals.tensor_identity import storage_of
 from .assemble import CallBuilder, contracts_keys
 from .assemble_plain import plain_call
@@ -120,7 +120,7 @@ class _Product(NamedTuple):
 def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Tensor) -> None:
     """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
     a, b, labels = parsed.a, parsed.b, parsed.labels
-    with torch.no_grad():
+    with no_gradients():
         # Mostly nothing is followed, and then no operand has to be looked up.
         for product in (
             (
@@ -494,7 +494,7 @@ def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -
 
 def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None:
     """An einsum of three tensors or more: q·M·k, or weights, values and an output projection in one."""
-    with torch.no_grad():
+    with no_gradients():
         states = [watch.state(x) for x in parsed.operands] if watch.live else [None] * len(parsed.operands)
         for one, state, labels in zip(parsed.operands, states, parsed.labels, strict=True):
             if isinstance(state, Pairwise) or _of_activations(state):
