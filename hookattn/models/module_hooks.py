@@ -16,7 +16,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..calls.site import Site
 from ..taps.active import current
 from ..torch_internals.frames import call_arguments, running_path
-from ..torch_internals.module_state import always_called_of, children_of, global_hooks, post_hooks_of, pre_hooks_of
+from ..torch_internals.module_state import (
+    always_called_of,
+    children_of,
+    global_hooks,
+    is_replica,
+    post_hooks_of,
+    pre_hooks_of,
+)
 from .discovery import WatchPlan
 from .graph_sites import UNKNOWN, GraphSites
 from .site_names import site_of_path
@@ -30,6 +37,7 @@ class ModuleHooks:
         enter, leave: called around the forward of each site whose kernels don't say themselves where they run.
         model_begins, model_ends: called around that of the model.
         ran: gets, by identity, what ran of the sites and of the modules that sound like attention.
+        in_replica: called where a copy of a module runs, in a thread of its own.
         active: whether a hook that is called is of the trace's own thread, and not in a backward pass.
     """
 
@@ -41,19 +49,20 @@ class ModuleHooks:
         model_begins: Callable[[], None],
         model_ends: Callable[[], None],
         ran: dict[int, nn.Module],
+        in_replica: Callable[[], None],
         active: Callable[[], bool],
     ):
         self.plan = plan
         self._hooked: list[tuple[dict[Any, Any], Any]] = []
         self._global: Callable[..., None] | None = None  # the hook that is called before every module
-        self._callbacks = (enter, leave, model_begins, model_ends, ran, active)
+        self._callbacks = (enter, leave, model_begins, model_ends, ran, in_replica, active)
         # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
         self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
         self._graphs = GraphSites(plan.model) if plan.has_graphs else None
 
     def install(self) -> None:
         """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
-        enter, leave, model_begins, model_ends, ran, active = self._callbacks
+        enter, leave, model_begins, model_ends, ran, in_replica, active = self._callbacks
         plan, model = self.plan, self.plan.model
         # Plain data, and no handle's number: a model may be copied while it runs, with its hooks.
         key = "hookattn", id(self)
@@ -62,6 +71,8 @@ class ModuleHooks:
         def begins(module: nn.Module, _: Any) -> None:
             if module is model and active():
                 model_begins()
+            elif is_replica(module):
+                in_replica()
 
         def ends(module: nn.Module, *_: Any) -> None:
             if module is model and active():
@@ -72,10 +83,14 @@ class ModuleHooks:
                 ran[id(module)] = module
                 # That it runs is told once: a module with a hook takes a longer way to its forward (3 % of a toy).
                 pre_hooks_of(module).pop(ran_key, None)
+            elif is_replica(module):
+                in_replica()
 
         def enters(module: nn.Module, _: Any) -> None:
             if active():
                 enter(module)
+            elif is_replica(module):
+                in_replica()
 
         def leaves(*_: Any) -> None:
             if active():

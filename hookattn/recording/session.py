@@ -32,7 +32,8 @@ from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
 from ..torch_internals.code_patching import install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
-from ..torch_internals.function_modes import ModeStack
+from ..torch_internals.function_modes import ModeStack, open_modes
+from ..torch_internals.function_modes import close as close_mode
 from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import outside, stands_for_others
 from ..torch_internals.undo import mark, undo_since
@@ -52,6 +53,10 @@ Sink = Callable[[Call], None]
 _TRIES = 3
 _HEALED = (
     "an earlier trace of this thread was broken off as it ended; what it had left was put back before this one began"
+)
+_REPLICA = (
+    "it ran in copies of the model, one a device, in threads of their own (torch.nn.DataParallel), and a trace is of "
+    "one thread; trace the module that DataParallel holds, on one device"
 )
 _TRANSFORMED = (
     "it runs inside torch.func.functionalize, where tensors are plans that are gone when it ends; call the module "
@@ -178,6 +183,7 @@ class Session:
             self._model_begins,
             self._model_ends,
             self._modules_run,
+            self._in_replica,
             self._in_forward,
         )
         self._model_runs = False  # whether the model's own forward does
@@ -214,6 +220,9 @@ class Session:
             # Nobody is in the middle of anything here, so what is written down still was broken off.
             undo_since(0)
             decisions.forget()
+            for mode in open_modes():
+                if isinstance(mode, Recogniser):  # another thread has ended its trace, and can't reach this one's stack
+                    close_mode(mode)
         self._mark = mark()
         try:
             # Each of these writes down what it is about to attach before it does, so that it can be detached wherever
@@ -347,6 +356,10 @@ class Session:
     def _in_forward(self) -> bool:
         """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
         return current() is self and not in_backward()
+
+    def _in_replica(self) -> None:
+        """A part of the model runs as a copy, in another thread: its calls are not seen, which has to be said."""
+        self._skipped.setdefault(("", _REPLICA), set()).add(max(self._steps.number, 0))
 
     def _model_begins(self) -> None:
         self._take_held()

@@ -41,6 +41,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether it is a copy for one device, as ``torch.nn.DataParallel`` makes it; its hooks are the original's."""
+    return "_is_replica" in vars(module)
+
+
 def hooks_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
     """The hooks of a module: kind -> those of this kind, by the keys of their handles."""
     return {name: vars(module)[name] for name in _HOOKS}
