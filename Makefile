@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-browser test-field test-gpu test-latest check-all bench bench-gpu train coverage \
+.PHONY: demo test lint test-slow test-attack test-soak test-browser test-field test-gpu test-latest check-all bench bench-gpu train coverage \
 	lock newest clean help
 
 help: ## list the targets
@@ -76,6 +76,10 @@ test-field: $(VENV)/.field ## the other libraries of the field, installed for it
 
 test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong calls, other users: minutes, with figures
 	$(BIN)/python -m tests.attack
+
+SECONDS ?= 3600
+test-soak: $(VENV)/.dev ## traces of changing models in one process for an hour (SECONDS=): nothing may grow
+	$(BIN)/python -m tests.attack --only soak --rounds $(SECONDS)
 
 test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
 	$(BIN)/python -m pytest tests/attention/test_kernels*.py tests/test_on_device.py tests/recording/test_host_transfer.py tests/store/test_writer.py -n 1 -rs
