@@ -110,8 +110,8 @@ def scenes(folder: Path) -> list[Scene]:
         return hookattn.trace(model, IDS, **options)
 
     def without_gradients(model: nn.Module) -> hookattn.Trace:
-        with torch.no_grad():
-            return hookattn.trace(model, IDS)
+        # Not torch.no_grad(), which an interrupt in its own last line leaves on.
+        return hookattn.trace(model.requires_grad_(False), IDS)
 
     def block(model: nn.Module) -> hookattn.Trace:
         with hookattn.tracing(model, strict=True) as trace:
@@ -125,7 +125,7 @@ def scenes(folder: Path) -> list[Scene]:
 
     ways: dict[str, Callable[[nn.Module], hookattn.Trace]] = {
         "trace": plain_trace,
-        "no_grad": without_gradients,
+        "frozen": without_gradients,
         "block": block,
         "to": to_file,
         "statistics": lambda model: plain_trace(model, capture=("weights", "entropy")),
@@ -138,7 +138,7 @@ def scenes(folder: Path) -> list[Scene]:
         ("eager", "block"),
         ("plain", "trace"),
         ("plain", "statistics"),
-        ("encoder", "no_grad"),
+        ("encoder", "frozen"),
         ("encoder", "to"),
     ):
         torch.manual_seed(0)
