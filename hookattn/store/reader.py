@@ -117,12 +117,13 @@ class LazyFile:
         """
         entry = self._entry(name)
         selection = select(entry.shape, index)
+        dtype = torch.uint8 if entry.dtype is torch.bool else entry.dtype
         # Against close(): the number of a closed descriptor soon belongs to another file.
         with self._lock:
             if not self._close.alive:
                 raise TraceFileError(f"{self.path}: the file is closed. Open it again to read {name!r}.")
             try:
-                found = map_tensor(self._descriptor, self._header.start + entry.begin, entry.dtype, selection)
+                found = map_tensor(self._descriptor, self._header.start + entry.begin, dtype, selection)
             except ValueError:
                 size = os.fstat(self._descriptor).st_size
                 corrupt(str(self.path), f"the file was cut to {size} bytes while it was open, in or before {name!r}")
@@ -131,10 +132,12 @@ class LazyFile:
                     f"{self.path}: cannot map {name!r}: {error.strerror or error}. Drop tensors that are not needed "
                     "any more, or read a smaller slice."
                 ) from error
-        if entry.dtype is torch.bool and found.numel() and int(found.view(torch.uint8).max()) > 1:
+        if dtype is entry.dtype:
+            return found
+        if found.numel() and int(found.max()) > 1:
             # Another byte is neither true nor false, and torch's operations make of it what they like.
             corrupt(str(self.path), f"the tensor {name!r} is bool, and has a byte that is neither 0 nor 1")
-        return found
+        return found.view(torch.bool)
 
     def intact(self, name: str) -> bool | None:
         """Whether a tensor's bytes, name, dtype and shape are what the file has a checksum of; read once, in pieces.

@@ -75,7 +75,8 @@ class _Calls:
         self._file = file
         # What was captured and has no name of the tables' own; None: the document does not say what was captured.
         captured = selection.get("capture")
-        self._captured = captured if isinstance(captured, list) else None
+        known = isinstance(captured, list)
+        self._captured = [x for x in captured if type(x) is str and x not in FIELD_SPECS] if known else None
         self._newer = newer_minor(file.document["format_version"])
         self._sound: set[Any] = set()  # what was found to agree, as most calls of a trace are alike
 
@@ -161,7 +162,7 @@ class _Calls:
             if name in FIELD_SPECS or spec_of(name) is not None:
                 continue
             # A statistic of somebody's own: some of its fields may have more to their names.
-            if not any(type(x) is str and plain.startswith(x.partition("(")[0]) for x in self._captured):
+            if not any(plain.startswith(x.partition("(")[0]) for x in self._captured):
                 return f"{name[:80]!r} is no field, and nothing of that name was captured"
         return None
 

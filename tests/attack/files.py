@@ -148,9 +148,9 @@ _DEEP = "\0deep\0"
 _ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 99, 2**31, 2**63, 2**64, 10**400, -(10**400), 0.5, -0.5, 1e308, math.nan,
     math.inf, "nan", "inf", "-inf", "", "x", "dot", "softmax", "sigmoid", "additive", "float64", "int64", "bool",
-    "quint8", "float8_e4m3fn", "faithful", "good", "q", "k", "weights", "shared/mask/000", "\ud800", "a" * 5000, [], [0],
-    [99], [-1], [0, 1], [1, 0], [0, 1, 2, 3], ["q"], ["weights"], [None], [[]], [["a"]], {}, {"tensor": "x"}, {"x": 1}, _DEEP,
-    [10**400], {"tensor": "shared/mask/000"},
+    "quint8", "float8_e4m3fn", "faithful", "good", "q", "k", "weights", "shared/mask/000", "\ud800", "a" * 5000,
+    [], [0], [99], [-1], [0, 1], [1, 0], [0, 1, 2, 3], ["q"], ["weights"], [None], [[]], [["a"]], [10**400],
+    {}, {"tensor": "x"}, {"x": 1}, {"tensor": "shared/mask/000"}, _DEEP,
 ]  # fmt: skip
 
 
