@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
 
@@ -118,12 +117,12 @@ class CallWriter:
 
 
 def stored_scale(call: Call) -> Tensor | None:
-    """The scale of a call as a tensor, where it is one, or where it is infinite or undefined, for which JSON has no
-    number; None: the document says it."""
+    """The scale of a call as a tensor, where it is one, or where it is infinite, undefined or beyond float32, which is
+    no number of the document; None: the document says it."""
     scale = call.scale
     if scale is None or isinstance(scale, Tensor):
         return scale
-    return None if math.isfinite(scale) else torch.tensor(scale, dtype=torch.float64)
+    return None if abs(scale) <= torch.finfo(torch.float32).max else torch.tensor(scale, dtype=torch.float64)
 
 
 def _content(place: Place) -> Tensor:

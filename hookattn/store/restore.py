@@ -75,8 +75,9 @@ class _Calls:
         self._file = file
         # What was captured and has no name of the tables' own; None: the document does not say what was captured.
         captured = selection.get("capture")
-        known = isinstance(captured, list)
-        self._captured = [x for x in captured if type(x) is str and x not in FIELD_SPECS] if known else None
+        self._captured: list[str] | None = None
+        if isinstance(captured, list):
+            self._captured = [x for x in captured if type(x) is str and x not in FIELD_SPECS]
         self._newer = newer_minor(file.document["format_version"])
         self._sound: set[Any] = set()  # what was found to agree, as most calls of a trace are alike
 

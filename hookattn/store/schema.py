@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 from ..attention.kernel_call import BASES, DERIVED, DOT, KERNEL_BASIS
 from ..attention.normalizers import SOFTMAX
 from ..calls.certificate import STATUSES
@@ -19,6 +21,7 @@ from .json_values import DEEPEST, json_number, nesting
 
 FIRST = (1, 0)
 _LARGEST = 2**63 - 1  # what torch can count
+_MOST = torch.finfo(torch.float32).max  # what torch can multiply scores with
 
 
 class Kind(NamedTuple):
@@ -72,7 +75,7 @@ def _is_error(x: Any) -> bool:
 
 
 def _is_scale(x: Any) -> bool:
-    return type(x.get("tensor")) is str if type(x) is dict else math.isfinite(_number(x))
+    return type(x.get("tensor")) is str if type(x) is dict else abs(_number(x)) <= _MOST
 
 
 def _is_basis(x: dict[str, Any]) -> bool:
@@ -86,8 +89,8 @@ _KINDS: dict[str, Kind] = {
     "object": Kind("an object", (dict,)),
     "data": Kind(f"an object of at most {DEEPEST} levels", (dict,), lambda x: nesting(x) <= DEEPEST),
     "error": Kind("a number from 0", (int, float, str), _is_error, json_number, _number),
-    "factor": Kind("a finite number other than 0", (int, float), lambda x: 0 < abs(_number(x)) < math.inf),
-    "probability": Kind("a number from 0 to 1", (int, float), lambda x: 0 <= _number(x) <= 1),
+    "factor": Kind("a finite number other than 0", (int, float), lambda x: 0 < abs(_number(x)) <= _MOST, None, _number),
+    "probability": Kind("a number from 0 to 1", (int, float), lambda x: 0 <= _number(x) <= 1, None, _number),
     "scale": Kind('a finite number or {"tensor": name}', (int, float, dict), _is_scale),
     "counts": Kind("a list of integers from 0", (list,), _are_counts, list, tuple),
     "strs": Kind("a list of strings", (list,), _all(str), list, tuple),

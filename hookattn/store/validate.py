@@ -177,16 +177,18 @@ def _entry(path: str, name: str, value: object, newer: bool) -> Entry:
                 _newer(path, FORMAT_VERSION[0], "later", f"tensor {name!r} has the dtype {_show(code)}")
             )
         corrupt(path, f"tensor {name!r}: expected a dtype among {', '.join(TORCH_DTYPES)}, and got {_show(code)}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+    if type(shape) is not list:
         corrupt(path, f"tensor {name!r}: expected a shape of non-negative integers, and got {_show(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        corrupt(path, f"tensor {name!r}: expected two offsets, and got {_show(offsets)}")
     span = numel = dtype.itemsize
-    for size in shape:
+    for size in shape:  # not by all(): half of the time that a load takes is spent on these lines
+        if type(size) is not int or not 0 <= size <= _LARGEST:
+            corrupt(path, f"tensor {name!r}: expected a shape of non-negative integers, and got {_show(shape)}")
         # Zeros are left out of the span: torch's strides overflow even where a tensor is empty.
-        span, numel = span * max(size, 1), numel * size
+        span, numel = span * (size or 1), numel * size
         if span > _LARGEST:
             corrupt(path, f"tensor {name!r}: expected fewer than 2**63 bytes, and got the shape {_show(shape)}")
+    if type(offsets) is not list or len(offsets) != 2 or not (_is_count(offsets[0]) and _is_count(offsets[1])):
+        corrupt(path, f"tensor {name!r}: expected two offsets, and got {_show(offsets)}")
     begin, end = offsets
     if end - begin != numel:
         size = f"{numel} bytes for {code} of shape {_show(shape)}"
