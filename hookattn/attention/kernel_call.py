@@ -19,11 +19,12 @@ class FieldSpec(NamedTuple):
 
     Attributes:
         name: of the field.
-        axes: a letter for each axis; ``1``: an axis of size 1.
+        axes: a letter for each axis; ``1``: an axis of size 1; ``*`` at the end: maybe one more, of the field's own.
         broadcast: it may have size 1 on any axis, where all positions have the same.
         optional: a call that was captured whole may have none.
         shared: the calls of a forward often have the same one, which is then kept and stored once.
         boolean: it is bool, and else floating.
+        integer: it is int64.
         derived_from: the fields that it follows from; empty: it is kept or lost.
         kept_with: the field that it is captured with, asked for or not.
     """
@@ -34,6 +35,7 @@ class FieldSpec(NamedTuple):
     optional: bool = False
     shared: bool = False
     boolean: bool = False
+    integer: bool = False
     derived_from: tuple[str, ...] = ()
     kept_with: str = ""
 

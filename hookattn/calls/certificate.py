@@ -14,6 +14,10 @@ import torch
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
+STATUSES = ("unfaithful", "unverified", "faithful")
+"""What a certificate can say, from what outweighs the others where calls are put together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """How faithful one call is.
@@ -77,7 +81,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def joined(certificates: Sequence[Certificate]) -> Certificate:
     """What holds for all of several calls that were put together."""
     states = {c.status for c in certificates}
-    status = next(s for s in ("unfaithful", "unverified", "faithful") if s in states)
+    status = next(s for s in STATUSES if s in states)
     worst = max(certificates, key=lambda c: (c.status == status, c.output_error / (c.tolerance or 1.0)))
     formed = [c.weights_error for c in certificates if c.weights_error is not None]
     return replace(

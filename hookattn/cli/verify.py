@@ -11,7 +11,8 @@ from rich.text import Text
 from ..calls.call import Call
 from ..console.screen import Screen, counted
 from ..console.tables import print_beside
-from ..testing.recheck import CHECKS, Check, recheck
+from ..store import LazyFile
+from ..testing.recheck import CHECKS, STORED, Check, recheck
 from ..traces import Trace, load
 from .command import Command
 
@@ -34,6 +35,7 @@ def verify(screen: Screen, file: str) -> None:
     masked    a masked entry weighs 0
     rows      a row of weights sums to 1 (with sinks: to at most 1)
     output    weights @ v = output
+    stored    the bytes have the checksums that were written with them (since format 1.3)
 
     A call whose normalizer is no softmax is held to that one, and one whose scores are no q·k to the rest. Which axis
     is which no check can tell: where a trace guessed it, that stands beside the certificate.
@@ -41,23 +43,30 @@ def verify(screen: Screen, file: str) -> None:
     A call also fails if its stored certificate, which was measured against the model's own kernel, is unfaithful.
     """
     trace = load(file)
+    damaged = _damaged(file)
     results: list[Result] = []
     with screen.working("recomputing", total=len(trace)) as advance:
         for call in trace:
             results.append((call, recheck(call)))
             advance()
-    passed = all(_verdict(*result) != "FAIL" for result in results)
+    passed = not damaged and all(_verdict(*result) != "FAIL" for result in results)
     if screen.as_json:
-        screen.json(_json_results(trace, results, passed))
+        screen.json(_json_results(trace, results, passed) | {"damaged": damaged})
     else:
-        _print_results(screen, results)
+        _print_results(screen, results, damaged)
     if not passed:
         click.get_current_context().exit(1)
 
 
+def _damaged(path: str) -> list[str]:
+    """The tensors of a file whose bytes do not have their checksum."""
+    with LazyFile(path) as file:
+        return [name for name in file if file.intact(name) is False]
+
+
 def _verdict(call: Call, checks: dict[str, Check]) -> str:
-    found = [check.passed for check in checks.values()]
-    if False in found or call.certificate.status == "unfaithful":
+    found = [check.passed for name, check in checks.items() if name != STORED]
+    if False in found or checks[STORED].passed is False or call.certificate.status == "unfaithful":
         return "FAIL"
     return "pass" if True in found else "nothing to check"
 
@@ -94,10 +103,10 @@ def _check_cell(check: Check) -> Text:
     return Text(f"{check.error:.0e}" if check.error else "0", "green" if check.passed else "bold red")
 
 
-def _print_results(screen: Screen, results: list[Result]) -> None:
+def _print_results(screen: Screen, results: list[Result], damaged: list[str]) -> None:
     steps = len({call.step for call, _ in results}) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ["", *(["step"] if steps else []), "path", *CHECKS, "stored"]:
+    for name in ["", *(["step"] if steps else []), "path", *CHECKS, STORED, "certificate"]:
         table.add_column(name, overflow="fold", no_wrap=name != "path")
     styles = {"pass": "green", "FAIL": "bold red", "nothing to check": "yellow"}
     for call, checks in results:
@@ -113,9 +122,11 @@ def _print_results(screen: Screen, results: list[Result]) -> None:
     screen.out.print(Text())
     for call, checks in results:
         for name, check in checks.items():
-            if check.passed is False:
+            if check.passed is False and name in CHECKS:
                 said = f"{CHECKS[name]} is off by {check.error:.2e}, allowed {check.tolerance:.2e}"
                 screen.out.print(Text(f"call {call.index}, {call.site.label}: {said}", "red"))
+    for name in damaged:
+        screen.out.print(Text(f"{name}: its bytes are not those that were written: the checksum is another", "red"))
     reasons = dict.fromkeys((n, check.reason) for _, checks in results for n, check in checks.items() if check.reason)
     for name, reason in reasons:
         screen.out.print(Text(f"– {name} not checked: {reason}", "dim"))
@@ -123,7 +134,7 @@ def _print_results(screen: Screen, results: list[Result]) -> None:
     verdicts = [_verdict(*result) for result in results]
     failed, empty = verdicts.count("FAIL"), verdicts.count("nothing to check")
     total = counted(len(verdicts), "call")
-    if failed:
+    if failed or damaged:
         screen.out.print(Text(f"{failed} of {total} failed", "bold red"))
     elif empty:
         screen.out.print(Text(f"{empty} of {total} could not be checked, the rest pass", "yellow"))

@@ -26,6 +26,11 @@ class Statistic:
     last: ClassVar[bool] = False
     """Whether it writes over ``block.shifted``, for want of more memory in the cache; only one statistic may."""
 
+    axes: ClassVar[str] = "BHT"
+    """A letter for each axis of its fields; ``*`` at the end: one more, of its own."""
+    integers: ClassVar[frozenset[str]] = frozenset()
+    """The plain names of those of its fields that are int64; the others are floating."""
+
     @property
     def key(self) -> str:
         """The field's name in a call and in the file, for example ``first_mass(4)``."""

@@ -20,6 +20,7 @@ class Received(Statistic):
     """
 
     name: ClassVar[str] = "received"
+    axes: ClassVar[str] = "BHS"
 
     def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
         """See :class:`Statistic`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..attention.kernel_call import FieldSpec
 from .base import Statistic
 from .entropy import Entropy
 from .far_mass import FarMass
@@ -46,3 +47,10 @@ def named(name: str) -> Statistic | None:
 def resolve(name: str, fields: Iterable[str]) -> list[str]:
     """The fields that a plain name such as ``first_mass`` or ``top_k_keys`` may mean."""
     return [field for field in fields if field.partition("(")[0] == name]
+
+
+def spec_of(field: str) -> FieldSpec | None:
+    """What a field of a statistic is like, such as ``first_mass(4)``; None: it is of none of these."""
+    plain = field.partition("(")[0]
+    of = STATISTICS.get(plain) or next((kind for kind in STATISTICS.values() if plain in kind.integers), None)
+    return None if of is None else FieldSpec(field, of.axes, integer=plain in of.integers)

@@ -28,6 +28,7 @@ class SegmentMass(Statistic):
     """
 
     name: ClassVar[str] = "segment_mass"
+    axes: ClassVar[str] = "BHT*"
     sets: tuple[tuple[str, tuple[int, ...]], ...]
 
     def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:

@@ -25,6 +25,8 @@ class TopK(Statistic):
     """
 
     name: ClassVar[str] = "top_k"
+    axes: ClassVar[str] = "BHT*"
+    integers: ClassVar[frozenset[str]] = frozenset({"top_k_keys"})
     k: int = 8
 
     def __post_init__(self) -> None:

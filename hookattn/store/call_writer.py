@@ -62,10 +62,10 @@ class CallWriter:
             TraceTooLargeError: there is no memory to derive one of them. TraceWriteError: as :class:`StreamWriter`.
         """
         number, self._count = self._count, self._count + 1
-        scale = own_name(number, call.site.path, "scale") if isinstance(call.scale, Tensor) else None
-        done = WrittenCall(number, scale=scale)
-        if isinstance(call.scale, Tensor) and scale is not None:
-            self._writer.add(scale, call.scale)
+        of_scale = stored_scale(call)
+        done = WrittenCall(number, scale=None if of_scale is None else own_name(number, call.site.path, "scale"))
+        if of_scale is not None and done.scale is not None:
+            self._writer.add(done.scale, of_scale)
         scores = None
         for name in (*FIELDS, *(f for f in call.fields if f not in FIELDS)):
             if name not in call.fields or name in left_out:
@@ -114,6 +114,15 @@ class CallWriter:
         own = self._write_own(done, call, name, place.history.own(place.step)) if link.count else None
         done.links[name] = StoredLink(before, link.batch, link.dropped, link.at, own)
         return True
+
+
+def stored_scale(call: Call) -> Tensor | None:
+    """The scale of a call as a tensor, where it is one, or where it is infinite, undefined or beyond float32, which is
+    no number of the document; None: the document says it."""
+    scale = call.scale
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    return None if abs(scale) <= torch.finfo(torch.float32).max else torch.tensor(scale, dtype=torch.float64)
 
 
 def _content(place: Place) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
-from torch import Tensor
-
 from ..attention.kernel_call import DERIVED
 from ..calls.call import Call
 from ..calls.certificate import UNVERIFIED, Certificate
@@ -16,7 +14,8 @@ from ..calls.key_history import Continued
 from ..calls.trace_data import TraceData
 from ..errors import TraceTooLargeError
 from ..version import __version__
-from .call_writer import CallWriter, WrittenCall
+from .agreement import lacks
+from .call_writer import CallWriter, WrittenCall, stored_scale
 from .format import encode_document
 from .json_values import json_number, json_value
 from .names import SHARED, own_name
@@ -25,7 +24,7 @@ from .writer import StreamWriter
 
 # What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
 # its batch entries; in the numbers of a certificate beyond zeros; beside the document and the tensors.
-_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 100, 80, 160, 128
+_OF_TENSOR, _OF_LINK, _OF_NUMBERS, _OF_FILE = 112, 80, 160, 256
 
 
 def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, linked: bool = True) -> str:
@@ -33,11 +32,11 @@ def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, 
 
     Args:
         trace, path, compact: as there.
-        linked: whether keys and values may go on from those of an earlier call; else each call has them whole, for a
-            reader that does not put them together.
+        linked: whether keys and values may go on from those of an earlier call; else each call has them whole, for the
+            viewer, which does not put them together. Such a file has no checksums: a page changes its header.
     """
     entries = []
-    with StreamWriter(path, reserve=_header_size(trace, compact)) as file:
+    with StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
         writer = CallWriter(file, linked)
         for call in trace.calls:
             certificate = call.certificate  # before any number of the call is written
@@ -61,7 +60,7 @@ def _header_size(trace: TraceData, compact: bool) -> int:
     for i, call in enumerate(trace.calls):
         kept = {f: x for f, x in call.fields.items() if f not in _left_out(call, compact)}
         names = {f: None if x is None else own_name(i, call.site.path, f) for f, x in kept.items()}
-        scale = own_name(i, call.site.path, "scale") if isinstance(call.scale, Tensor) else None
+        scale = own_name(i, call.site.path, "scale") if stored_scale(call) is not None else None
         entry = call_entry(call, WrittenCall(i, names, scale=scale), UNVERIFIED)
         size += _text_size(encode_document(entry)) + _OF_NUMBERS
         own = [n for f, n in names.items() if n is not None and id(kept[f]) not in common]
@@ -93,12 +92,15 @@ def call_entry(
         name: to_entry(LINK, link if places is None else link._replace(continues=places[link.continues]))
         for name, link in written.links.items()
     }
+    there = written.fields | dict.fromkeys(written.links, "continued")
     return to_entry(
         CALL,
         call,
         site=to_entry(SITE, call.site),
         scale=json_number(scale),
         fields=written.fields,
+        # Of a call whose fields were taken away by hand less follows than it says.
+        derivable=[f for f in call.derivable if lacks(f, call.derivable, there) is None],
         certificate=to_entry(CERTIFICATE, certificate),
         continued=links or None,
     )

@@ -50,6 +50,10 @@ _TORCH_NAMES = {
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute) for name, attribute in _TORCH_NAMES.items() if hasattr(torch, attribute)
 }
+FLOATING: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point
+}
+"""By torch's own names, the floating ones: what a kernel can have run in."""
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -85,13 +89,14 @@ def encode_document(document: Mapping[str, Any]) -> str:
     return text
 
 
-def encode_header(entries: Mapping[str, Entry], document: str) -> bytes:
-    """The header's JSON, not padded; ``entries`` are in the order of their offsets.
+def encode_header(entries: Mapping[str, Entry], document: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header's JSON, not padded; ``entries`` are in the order of their offsets, ``metadata`` stands beside the
+    document.
 
     Raises:
         TraceWriteError: the header is longer than the safetensors library reads.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA_KEY: document}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA_KEY: document, **(metadata or {})}}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.end]
         header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}

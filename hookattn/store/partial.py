@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
+import stat
+import sys
 import weakref
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import TraceWriteError
 
@@ -64,8 +68,103 @@ def is_being_written(path: Path) -> bool:
     return False
 
 
+def partial_name(path: Path) -> Path:
+    """A new name beside a file for what will have its name: ``.NAME.PID-RANDOM.partial``."""
+    # Cut, as the name with its additions must not grow too long for the file system.
+    return path.with_name(f".{path.name[:_NAMED]}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+_ours: set[Path] = set()  # the unfinished files of this process: another one of its number is a former process's
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the unfinished files beside a file that a killed process left there, and none of a live process.
+
+    A live one has the number that is in the name, or, on another machine or in another container, a lock on the file.
+    """
+    left = re.compile(rf"\.{re.escape(path.name[:_NAMED])}\.(\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            found = left.fullmatch(name)
+            file = path.parent / name
+            if found is None or file in _ours:
+                continue
+            if int(found[1]) != os.getpid() and _lives(int(found[1])):
+                continue
+            with contextlib.suppress(OSError), open(file, "rb") as held:
+                if _locked(held.fileno()):
+                    file.unlink()
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of this number here."""
+    if sys.platform == "win32":
+        return False  # no signal asks; but Windows does not remove what a process has open
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether a file has a lock of ours now: nobody else had one. True where there are no locks."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks: the number of the process has to be enough
+        return True
+    return True
+
+
+class _Rights(NamedTuple):
+    """Who may do what with a file: its mode, and whose it is."""
+
+    mode: int
+    owner: int
+    group: int
+
+
+def _rights(path: Path) -> _Rights | None:
+    """Those of a file; None: there is none, or this system knows no such rights."""
+    if not hasattr(os, "fchmod"):
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return _Rights(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+
+
+def _give(descriptor: int, rights: _Rights) -> None:
+    """Give an open file these rights, as far as this process may."""
+    now, mode = os.fstat(descriptor), rights.mode
+    if (now.st_uid, now.st_gid) != rights[1:]:
+        try:
+            os.fchown(descriptor, rights.owner, rights.group)
+        except OSError:
+            try:
+                os.fchown(descriptor, -1, rights.group)
+            except OSError:
+                # What its group might do is nothing for the members of another one.
+                mode &= ~stat.S_IRWXG
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, mode)
+
+
 class PartialFile:
     """An unfinished file. It is deleted by :meth:`discard`, by the garbage collector and at the interpreter's exit.
+
+    It has the mode, the owner and the group of the file whose place it will take, as far as this process may give it
+    those, and from its first byte on; where there is none, those of any new file. What a killed process left unfinished
+    of the same file is removed. A forked process may read it, and neither writes nor finishes it.
 
     Raises:
         TraceWriteError: the file cannot be created there.
@@ -75,17 +174,37 @@ class PartialFile:
         self.path = path
         # Through a link to the file that it names, as any open() would write.
         self._final = Path(os.path.realpath(path))
+        self._owner = os.getpid()
         with explaining_os_errors(path, "create the file"):
             if self._final.exists() and not self._final.is_file():
                 # A rename would put the trace in the place of a device or a pipe.
                 code = errno.EISDIR if self._final.is_dir() else errno.EINVAL
                 raise OSError(code, os.strerror(code))
-            # Cut, as the name with its additions must not grow too long for the file system.
-            stem = self._final.name[:_NAMED]
-            self._temporary = self._final.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
-            # Not mkstemp, whose files nobody else may read: the trace is to have the permissions of any new file.
-            self._file = FileIO(self._temporary, "x+")
-        self._finalizer = weakref.finalize(self, _discard, self._file, self._temporary, os.getpid())
+            remove_leftovers(self._final)
+            self._temporary = partial_name(self._final)
+            rights = _rights(self._final)
+            # Not mkstemp, whose files nobody else may read: a new file is to have the permissions of any new file.
+            most = 0o666 if rights is None else 0o600
+            _ours.add(self._temporary)
+            try:
+                self._file = FileIO(self._temporary, "x+", opener=lambda name, flags: os.open(name, flags, most))
+            except BaseException:
+                _ours.discard(self._temporary)
+                raise
+        self._finalizer = weakref.finalize(self, _discard, self._file, self._temporary, self._owner)
+        _locked(self._file.fileno())
+        if rights is not None:
+            _give(self._file.fileno(), rights)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another process opened it, of which this one is a fork."""
+        return os.getpid() != self._owner
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is still there under its temporary name."""
+        return self._temporary.exists()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of ``data`` at ``offset``. Raises OSError."""
@@ -123,10 +242,13 @@ class PartialFile:
     def commit(self, size: int) -> None:
         """Cut the file to ``size``, and give it its final name once its bytes are on the disk. Raises OSError."""
         self._file.truncate(size)
+        if (rights := _rights(self._final)) is not None:  # they may have changed since
+            _give(self._file.fileno(), rights)
         os.fsync(self._file.fileno())
         self._file.close()  # Windows does not rename an open file
         os.replace(self._temporary, self._final)
         self._finalizer.detach()
+        _ours.discard(self._temporary)
         # The name is in place: where a directory cannot be synced (Windows, some network disks), that is all there is.
         with contextlib.suppress(OSError):
             directory = os.open(self._final.parent, os.O_RDONLY)
@@ -149,3 +271,4 @@ def _discard(file: FileIO, temporary: Path, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has the object too, and its parent is still writing
         with contextlib.suppress(OSError):
             temporary.unlink()
+        _ours.discard(temporary)

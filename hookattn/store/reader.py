@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TraceFileError
+from .checksums import begun
 from .format import LENGTH_BYTES, Entry
 from .indexing import Index, select
 from .mapping import map_tensor
-from .partial import PARTIAL, is_being_written
+from .partial import CHUNK, PARTIAL, is_being_written
 from .validate import Header, corrupt, header_length, validate_header
 
 _UNFINISHED = (
@@ -52,6 +54,7 @@ class LazyFile:
         self._close = weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self._intact: dict[str, bool] = {}  # of the tensors that were held against their checksums
         try:
             self._header = _read_header(str(self.path), descriptor)
         except TraceFileError as error:
@@ -89,6 +92,10 @@ class LazyFile:
         """A tensor's dtype, from the header alone. Raises KeyError."""
         return self._entry(name).dtype
 
+    def entry(self, name: str) -> Entry | None:
+        """What the header says of a tensor; None: there is none of this name."""
+        return self._header.entries.get(name)
+
     def tensor(self, name: str) -> Tensor:
         """One tensor.
 
@@ -110,12 +117,13 @@ class LazyFile:
         """
         entry = self._entry(name)
         selection = select(entry.shape, index)
+        dtype = torch.uint8 if entry.dtype is torch.bool else entry.dtype
         # Against close(): the number of a closed descriptor soon belongs to another file.
         with self._lock:
             if not self._close.alive:
                 raise TraceFileError(f"{self.path}: the file is closed. Open it again to read {name!r}.")
             try:
-                return map_tensor(self._descriptor, self._header.start + entry.begin, entry.dtype, selection)
+                found = map_tensor(self._descriptor, self._header.start + entry.begin, dtype, selection)
             except ValueError:
                 size = os.fstat(self._descriptor).st_size
                 corrupt(str(self.path), f"the file was cut to {size} bytes while it was open, in or before {name!r}")
@@ -124,6 +132,59 @@ class LazyFile:
                     f"{self.path}: cannot map {name!r}: {error.strerror or error}. Drop tensors that are not needed "
                     "any more, or read a smaller slice."
                 ) from error
+        if dtype is entry.dtype:
+            return found
+        if found.numel() and int(found.max()) > 1:
+            # Another byte is neither true nor false, and torch's operations make of it what they like.
+            corrupt(str(self.path), f"the tensor {name!r} is bool, and has a byte that is neither 0 nor 1")
+        return found.view(torch.bool)
+
+    def intact(self, name: str) -> bool | None:
+        """Whether a tensor's bytes, name, dtype and shape are what the file has a checksum of; read once, in pieces.
+
+        Returns:
+            None: the file has no checksums, as those before format 1.3.
+
+        Raises:
+            KeyError, TraceFileError, CorruptFileError: as :meth:`tensor`.
+        """
+        entry, checksums = self._entry(name), self._header.checksums
+        if checksums is None:
+            return None
+        if name not in self._intact:
+            found = begun(name, entry)
+            for begin in range(entry.begin, entry.end, CHUNK):
+                data = self._bytes(name, self._header.start + begin, min(CHUNK, entry.end - begin))
+                found = zlib.crc32(data, found)
+            self._intact[name] = found == checksums[name]
+        return self._intact[name]
+
+    def checked(self, name: str) -> Tensor:
+        """One tensor, held against its checksum, if there is one, before it is handed out.
+
+        Raises:
+            CorruptFileError: it is not what was written; and as :meth:`tensor`.
+        """
+        if self.intact(name) is False:
+            corrupt(str(self.path), f"the tensor {name!r} does not have the checksum that the file says")
+        return self.tensor(name)
+
+    def _bytes(self, name: str, begin: int, size: int) -> bytes:
+        with self._lock:
+            if not self._close.alive:
+                raise TraceFileError(f"{self.path}: the file is closed. Open it again to read {name!r}.")
+            try:
+                # Not closed with the file object: the descriptor stays with its owner.
+                with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
+                    file.seek(begin)
+                    data = b""
+                    while len(data) < size and (more := file.read(size - len(data))):
+                        data += more
+            except OSError as error:
+                raise TraceFileError(f"{self.path}: cannot read {name!r}: {error.strerror or error}.") from error
+        if len(data) < size:
+            corrupt(str(self.path), f"the file was cut while it was open, in or before {name!r}")
+        return data
 
     def close(self) -> None:
         """Close the file. Tensors that were read stay valid; reading another one raises."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..attention.kernel_call import DOT, FIELDS
+from ..attention.kernel_call import DOT, FIELD_SPECS, FIELDS
 from ..calls.call import Call, Skipped
 from ..calls.certificate import Certificate
 from ..calls.fields import Field, InFile
@@ -15,10 +16,14 @@ from ..calls.key_history import Continued
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import CorruptFileError
+from ..statistics.registry import spec_of
+from .agreement import Shown, problem
+from .format import Entry
 from .links import LINKED
 from .reader import LazyFile
-from .schema import CALL, CERTIFICATE, DOCUMENT, LINK, SITE, SKIPPED, from_entry
+from .schema import CALL, CERTIFICATE, DOCUMENT, LINK, MODEL, SITE, SKIPPED, from_entry
 from .stored_history import StoredHistory
+from .validate import newer_minor
 
 Made = TypeVar("Made", bound=TraceData)
 
@@ -32,69 +37,150 @@ def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
     """The trace of an open file, which is called ``path``, as an object of the class ``kind``.
 
     Raises:
-        CorruptFileError: its document is no trace's.
+        CorruptFileError: its document is no trace's, or says what cannot be; names the call and the field.
     """
     document = file.document
     try:
         values = from_entry(DOCUMENT, "the document", document)
-        skipped, calls = values.pop("skipped"), values.pop("calls")
+        skipped, calls, _ = values.pop("skipped"), values.pop("calls"), values.pop("compact")
+        from_entry(MODEL, "the model", values["model"])
         values |= {"notes": list(values["notes"]), "stack_tokens": dict(values.pop("stack_tokens", None) or {})}
         trace = kind(**values, path=path)
         trace.skipped = [Skipped(**from_entry(SKIPPED, "skipped", entry)) for entry in skipped]
-        for i, entry in enumerate(calls):
-            trace.calls.append(_call_of(file, i, entry, trace.calls))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reader = _Calls(file, values["selection"])
+        for entry in calls:
+            reader.read(entry)
+        trace.calls = reader.calls
+    except (TypeError, ValueError) as error:
         raise CorruptFileError(
-            f"{path}: the document in the header is not a trace's: {type(error).__name__}: {error}. The file "
-            "was damaged or written by something else; save the trace again."
+            f"{path}: the document in the header is not a trace's: {error}. The file was damaged or written by "
+            "something else; save the trace again."
         ) from error
     return trace
 
 
-def _call_of(file: LazyFile, index: int, entry: dict[str, Any], before: list[Call]) -> Call:
-    """One call of an open file, in which those ``before`` it are.
+class _Calls:
+    """The calls of an open file, made one after the other of their entries in the document.
 
-    Raises:
-        TypeError, ValueError, CorruptFileError: its entry is no call's.
+    Args:
+        file: the file.
+        selection: of its document.
+
+    Attributes:
+        calls: those that were made.
     """
-    where = f"call {index}"
-    values = from_entry(CALL, where, entry)
-    queries, of_queries = values["queries"], values.get("of_queries")
-    if of_queries is not None and queries is None:
-        raise ValueError(f"{where}: 'of_queries' is {of_queries}, and 'queries' is null: expected both or neither")
-    if of_queries is not None and of_queries <= max(queries, default=-1):
-        raise ValueError(f"{where}: 'of_queries' is {of_queries}, and query row {max(queries)} was kept")
-    names: dict[str, str | None] = values["fields"]
-    links = {f: from_entry(LINK, f"{where}, continued {f}", x) for f, x in (values.pop("continued", {}) or {}).items()}
-    missing = [n for n in (*names.values(), *(x["tensor"] for x in links.values())) if n is not None and n not in file]
-    if missing:
-        raise CorruptFileError(f"{file.path}: {where} names the tensor {missing[0]!r}, which is not in the file.")
-    scale = values["scale"]
-    fields: dict[str, Field] = {f: None if n is None else InFile(file, n) for f, n in names.items()}
-    for field, link in links.items():
-        if field not in LINKED or field in fields:
-            why = "'fields' has it, too" if field in fields else f"expected {' or '.join(LINKED)}"
-            raise ValueError(f"{where}, continued {field}: {why}")
-        try:
-            fields[field] = _continued(field, link, before)
-        except ValueError as error:
-            raise ValueError(f"{where}, continued {field}: {error}") from None
-    before_applied = "weights" in fields and "applied" not in fields
-    if before_applied and not values["mixed"] and not values["dropout"]:
-        fields["applied"] = None  # a file of format 1.2 or older does not name it, and here nothing lay in between
-    if links or before_applied:
-        fields = {f: fields[f] for f in (*FIELDS, *fields) if f in fields}
-    values |= {
-        "site": Site(**from_entry(SITE, f"{where}, site", values["site"])),
-        "scale": None if values.get("score") not in (None, DOT) else _scale_of(file, scale),
-        "certificate": Certificate(**from_entry(CERTIFICATE, f"{where}, certificate", values["certificate"])),
-        "fields": fields,
-    }
-    return Call(index=index, **values)
+
+    def __init__(self, file: LazyFile, selection: dict[str, Any]) -> None:
+        self.calls: list[Call] = []
+        self._file = file
+        # What was captured and has no name of the tables' own; None: the document does not say what was captured.
+        captured = selection.get("capture")
+        self._captured: list[str] | None = None
+        if isinstance(captured, list):
+            self._captured = [x for x in captured if type(x) is str and x not in FIELD_SPECS]
+        self._newer = newer_minor(file.document["format_version"])
+        self._sound: set[Any] = set()  # what was found to agree, as most calls of a trace are alike
+
+    def read(self, entry: dict[str, Any]) -> None:
+        """The next call.
+
+        Raises:
+            TypeError, ValueError, CorruptFileError: its entry is no call's.
+        """
+        where = f"call {len(self.calls)}"
+        values = from_entry(CALL, where, entry)
+        names: dict[str, str | None] = values["fields"]
+        continued = values.pop("continued", None)
+        links = (
+            {f: from_entry(LINK, f"{where}, continued {f}", link) for f, link in continued.items()} if continued else {}
+        )
+        scale, score = values["scale"], values.get("score")
+        of_scale = self._entry(where, "'scale'", scale["tensor"]) if type(scale) is dict else None
+        file = self._file
+        fields: dict[str, Field] = {}
+        shown: dict[str, Shown | None] = {}
+        for f, name in names.items():
+            if name is None:
+                fields[f] = shown[f] = None
+            else:
+                found = self._entry(where, f"field {f!r}", name)
+                fields[f], shown[f] = InFile(file, name), (found.dtype, found.shape)
+        for f, link in links.items():
+            if f not in LINKED or f in fields:
+                why = "'fields' has it, too" if f in fields else f"expected {' or '.join(LINKED)}"
+                raise ValueError(f"{where}, continued {f}: {why}")
+            if link["tensor"] is not None:
+                self._entry(where, f"continued {f}", link["tensor"])
+            try:
+                place = fields[f] = _continued(f, link, self.calls)
+            except ValueError as error:
+                raise ValueError(f"{where}, continued {f}: {error}") from None
+            shown[f] = place.history.dtype, place.shape
+        self._check(where, values, shown, None if of_scale is None else (of_scale.dtype, of_scale.shape))
+        before_applied = "weights" in fields and "applied" not in fields
+        if before_applied and not values["mixed"] and not values["dropout"]:
+            fields["applied"] = None  # a file of format 1.2 or older does not name it, and here nothing lay in between
+        if links or before_applied:
+            fields = {f: fields[f] for f in (*FIELDS, *fields) if f in fields}
+        values["site"] = Site(**from_entry(SITE, f"{where}, site", values["site"]))
+        values["certificate"] = _certificate_of(f"{where}, certificate", values["certificate"])
+        values["scale"] = None if score is not None and score != DOT else _scale_of(file, scale)
+        values["fields"] = fields
+        self.calls.append(Call(index=len(self.calls), **values))
+
+    def _entry(self, where: str, what: str, name: str) -> Entry:
+        found = self._file.entry(name)
+        if found is None:
+            raise ValueError(f"{where}, {what} names the tensor {name[:80]!r}, which is not in the file")
+        return found
+
+    def _check(self, where: str, values: dict[str, Any], shown: dict[str, Shown | None], scale: Shown | None) -> None:
+        """That all of a call can be true.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        get = values.get
+        alike = (
+            tuple(shown.items()),
+            scale,
+            (values["heads"], values["kv_heads"], values["queries"], get("of_queries"), get("keys")),
+            (values["own_scores"], get("score"), get("normalizer"), values["derivable"]),
+        )
+        if alike in self._sound:
+            return
+        wrong = problem(values, shown, scale) or self._unknown(shown)
+        if wrong is not None:
+            raise ValueError(f"{where}: {wrong}")
+        self._sound.add(alike)
+
+    def _unknown(self, names: Iterable[str]) -> str | None:
+        """A field that has no name of ours, and that the selection has not either; None: there is none."""
+        if self._captured is None or self._newer:
+            return None
+        for name in names:
+            plain = name.partition("(")[0]
+            if name in FIELD_SPECS or spec_of(name) is not None:
+                continue
+            # A statistic of somebody's own: some of its fields may have more to their names.
+            if not any(plain.startswith(x.partition("(")[0]) for x in self._captured):
+                return f"{name[:80]!r} is no field, and nothing of that name was captured"
+        return None
+
+
+def _certificate_of(where: str, entry: dict[str, Any]) -> Certificate:
+    made = Certificate(**from_entry(CERTIFICATE, where, entry))
+    if made.rows > made.of_rows:
+        raise ValueError(f"{where}: 'rows' is {made.rows} of {made.of_rows}")
+    if made.status == "faithful" and not made.output_error <= made.tolerance:
+        raise ValueError(f"{where}: 'status' is 'faithful', and the error is {made.output_error} of {made.tolerance}")
+    return made
 
 
 def _scale_of(file: LazyFile, scale: Any) -> float | Tensor:
-    return file.tensor(scale["tensor"]) if isinstance(scale, dict) else float(scale)
+    if not isinstance(scale, dict):
+        return float(scale)
+    return file.checked(scale["tensor"])
 
 
 def _continued(field: str, link: dict[str, Any], before: list[Call]) -> Continued:

@@ -94,6 +94,10 @@ class StoredHistory(KeyHistory):
         """See :meth:`KeyHistory.link`."""
         return self._links[step]
 
+    def names(self, step: int) -> list[str]:
+        """The tensors of the file that the keys of a step are read from."""
+        return [name for name in self._names[: step + 1] if name is not None]
+
     def own(self, step: int) -> Tensor:
         """See :meth:`KeyHistory.own`; read anew each time."""
         name = self._names[step]

@@ -151,7 +151,13 @@ class Stream:
         return keys, before
 
     def finish(self) -> None:
-        """Complete the file and let the trace read its fields from it."""
+        """Complete the file and let the trace read its fields from it.
+
+        In a fork of the process that opened it nothing is done to the file, which that process goes on writing.
+        """
+        if self.file.writer.foreign:
+            self.close()
+            return
         for call in self.trace.calls:
             if id(call) not in self.written:
                 self.add(call)
@@ -163,7 +169,7 @@ class Stream:
         self.trace.path = self.path
 
     def close(self) -> None:
-        """Remove what is unfinished."""
+        """Remove what is unfinished; in a fork of the process that opened the file it is let go alone."""
         self.file.writer.abort()
 
 

@@ -7,7 +7,8 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TraceFileError, TraceWriteError
+from .checksums import CHECKSUMS_KEY, begun, encode
 from .format import DATA_ALIGNMENT, Entry, data_start, encode_document, encode_header, frame_header
 from .indexing import Index, select
 from .partial import CHUNK, PartialFile, explaining_os_errors
@@ -33,6 +35,7 @@ class _Lane:
         self.start = start
         self.alignment = 1
         self.entries: dict[str, Entry] = {}
+        self.checksums: dict[str, int] = {}
 
     @property
     def size(self) -> int:
@@ -47,12 +50,14 @@ class _Lane:
 
     def append(self, name: str, entry: Entry, tensor: Tensor) -> None:
         begin = self.size
-        at = self.start + begin
+        at, checksum = self.start + begin, begun(name, entry)
         for block in byte_blocks(tensor):
             self.file.write(at, block)
+            checksum = zlib.crc32(block, checksum)
             at += len(block)
         self.alignment = max(self.alignment, entry.dtype.itemsize)
         # Only now, and in one step: what an interrupt leaves half written is overwritten by the next tensor.
+        self.checksums[name] = checksum
         self.entries[name] = entry._replace(begin=begin, end=begin + entry.end)
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -80,14 +85,17 @@ class StreamWriter:
         path: the file's name; its directory has to exist.
         overwrite: whether a file that is already there may be replaced.
         reserve: the bytes set aside for the header. A longer header costs one more pass over the data at the end.
+        checksums: whether the file gets them; not where somebody is about to change its header.
 
     Raises:
         TraceWriteError: the file cannot be created there, or it exists and ``overwrite`` is false.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = True, *, reserve: int = RESERVE) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], overwrite: bool = True, *, reserve: int = RESERVE, checksums: bool = True
+    ) -> None:
         self.path = Path(path)
-        self._overwrite = overwrite
+        self._overwrite, self._checksums = overwrite, checksums
         self._lock = threading.RLock()
         self._state = "open"
         file = PartialFile(self.path)
@@ -125,6 +133,11 @@ class StreamWriter:
         """
         with self._lock:
             lane = self._lane_of(name)
+            if self.foreign and not (self._state == "open" and lane.file.unfinished):
+                raise TraceFileError(
+                    f"{self.path}: {name!r} was written by another process, of which this one is a fork, and is not "
+                    "kept here. Load the file once that one has finished it."
+                )
             if self._state == "finished":
                 raise TraceFileError(f"{self.path}: the file is finished. Open it to read {name!r}.")
             if self._state == "aborted":
@@ -168,7 +181,10 @@ class StreamWriter:
                     entries[name] = entry._replace(begin=end, end=end + size)
                     moves.append((odd.file, entry.begin, size, end))
                     end += size
-            header = encode_header(entries, encode_document(document))
+            sums = main.checksums | ({} if odd is None else odd.checksums)
+            header = _header(
+                entries, encode_document(document), [sums[n] for n in entries] if self._checksums else None
+            )
             start = data_start(header)
             # Less data than room for a header is moved: the file would be padding for the most part.
             if start < main.start < main.size:
@@ -192,7 +208,7 @@ class StreamWriter:
                 self._state = "aborted"
             for lane in (self._main, self._odd):
                 if lane is not None:
-                    lane.file.discard()
+                    lane.file.discard()  # the fork of a process closes what it has, and removes nothing
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +256,17 @@ class StreamWriter:
                 self.abort()
             raise
 
+    @property
+    def foreign(self) -> bool:
+        """Whether another process opened the file, of which this one is a fork: it is that one's to finish."""
+        return self._main.file.foreign
+
     def _check_open(self) -> None:
+        if self.foreign:
+            raise TraceWriteError(
+                f"{self.path}: this file is being written by another process, of which this one is a fork. Open "
+                "another one here."
+            )
         if self._state != "open":
             raise TraceWriteError(f"{self.path}: this writer is {self._state}. Open another one.")
 
@@ -249,6 +275,12 @@ class StreamWriter:
             raise TraceWriteError(
                 f"{self.path}: {os.strerror(errno.EEXIST)}. Choose another name, or pass overwrite=True."
             )
+
+
+def _header(entries: Mapping[str, Entry], document: str, checksums: Sequence[int] | None) -> bytes:
+    """The header's JSON, with the checksums of the tensors in the order of their data; None: without any."""
+    metadata = {} if checksums is None else {CHECKSUMS_KEY: encode(document, checksums)}
+    return encode_header(entries, document, metadata)
 
 
 def write_file(
@@ -273,7 +305,7 @@ def write_file(
     for name, tensor in pairs:
         entries[name] = Entry(tensor.dtype, tuple(tensor.shape), end, end + tensor.nbytes)
         end += tensor.nbytes
-    reserve = data_start(encode_header(entries, encode_document(document)))
+    reserve = data_start(_header(entries, encode_document(document), [2**32 - 1] * len(entries)))
     with StreamWriter(path, overwrite, reserve=reserve) as writer:
         for name, tensor in pairs:
             writer._append(name, tensor, sorted_before=True)

@@ -5,6 +5,7 @@ Letters: B batch, H query heads, G key/value heads, T queries, S keys, D query/k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,10 @@ from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.extents import extents_of, per_query_head
+from ..calls.fields import Field, File, InFile, PartOf
+from ..calls.key_history import Continued
+from ..store import LazyFile
+from ..store.stored_history import StoredHistory
 from .oracle import NORMALIZERS, SUM_TO_ONE, column, defined_output, defined_scores, defined_weights
 
 CHECKS = {
@@ -23,6 +28,8 @@ CHECKS = {
     "rows": "a row of weights sums to 1 (with sinks: to at most 1), where the normalizer sees to it",
     "output": "weights @ v = output, or applied @ v where the weights were changed in between",
 }
+STORED = "stored"
+"""Beside these: whether the bytes that a file has of the call have the checksums that were written with them."""
 BUDGET = 1 << 22
 """Entries of B H T S that are looked at in one go."""
 
@@ -42,9 +49,37 @@ class Check:
 
 
 def recheck(call: Call, budget: int = BUDGET) -> dict[str, Check]:
-    """Check all of :data:`CHECKS` that the stored fields allow, a few query rows at a time."""
+    """Check all of :data:`CHECKS` that the stored fields allow, a few query rows at a time; and :data:`STORED`.
+
+    Raises:
+        TraceFileError: the call's file cannot be read.
+        CorruptFileError: a field is damaged so that it is none.
+    """
     own = replace(call)  # what is derived for the check goes with it
-    return _Recheck(own, {name: own.get(name) for name in own.fields}).run(budget)
+    stored = _stored_check(call)
+    found = _Recheck(own, {name: own.get(name) for name in own.fields}).run(budget)
+    return {**found, STORED: stored}
+
+
+def _stored_check(call: Call) -> Check:
+    """How many of a call's tensors are not what was written."""
+    tensors = {found for place in call.fields.values() for found in _in_files(place)}
+    if not tensors:
+        return Check(reason="the call is not read from a file")
+    found = [file.intact(name) if isinstance(file, LazyFile) else None for file, name in tensors]
+    if None in found:
+        return Check(reason="the file has no checksums")
+    return Check(error=float(found.count(False)))
+
+
+def _in_files(place: Field) -> Iterator[tuple[File, str]]:
+    """The tensors in files that a field is read from."""
+    if isinstance(place, PartOf):
+        yield from _in_files(place.whole)
+    elif isinstance(place, InFile):
+        yield place.file, place.name
+    elif isinstance(place, Continued) and isinstance(place.history, StoredHistory):
+        yield from ((place.history.file, name) for name in place.history.names(place.step))
 
 
 class _Recheck:
@@ -104,7 +139,8 @@ class _Recheck:
         if len(self.why) < len(CHECKS):
             found = extents_of(self.call)
             step = max(1, budget // max(1, (found.b or 1) * (found.h or 1) * (found.s or 1)))
-            for begin in range(0, found.t or 0, step):
+            some = found.b != 0 and found.s != 0  # else there is nothing in any of the rows
+            for begin in range(0, (found.t or 0) if some else 0, step):
                 for name, error in self._errors(slice(begin, begin + step)).items():
                     worst[name] = torch.maximum(worst[name], error)  # keeps NaN
         return {
@@ -196,6 +232,8 @@ class _Recheck:
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    if x is not None and 1 < x.dim() < 4:
+        x = x[(None,) * (4 - x.dim())]
     return x[:, :, rows] if x is not None and x.dim() == 4 and x.shape[2] > 1 else x
 
 

@@ -13,6 +13,7 @@ import torch
 
 import hookattn
 from hookattn import Call, Certificate, Site, Skipped, Trace
+from hookattn.errors import TraceWriteError
 from hookattn.store import FORMAT_VERSION, LazyFile
 from hookattn.store.schema import CALL, CERTIFICATE, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
 
@@ -58,31 +59,44 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         notes=("one", "two"),
         certificate=Certificate("unfaithful", math.nan, math.inf, 0.5, 1e-3, 1e-5, 4, 8, "what"),
         derivable=("weights",),
+        fields={"scores": torch.ones(1, 2, 2, 11), "mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "sinks": None},
         keys=11,
         of_queries=6,
         score="additive",
-        normalizer="sigmoid",
+        normalizer="softmax1",
         basis={"B": "followed", "H": "guessed"},
         entry="encoder",
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
     for field in dataclasses.fields(Call):
-        assert repr(getattr(back, field.name)) == repr(getattr(given, field.name)), field.name
+        if field.name != "fields":
+            assert repr(getattr(back, field.name)) == repr(getattr(given, field.name)), field.name
         default = field.default if field.default is not dataclasses.MISSING else Ellipsis
         assert field.name in ("index", "fields") or getattr(given, field.name) != default, field.name
 
 
-@pytest.mark.parametrize("name", ["softcap", "dropout", "scale"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_number_that_json_has_no_word_for_is_written_by_its_name(tmp_path: Path, name: str, value: float) -> None:
-    given = Call(Site("a"), 0, 0, "tap", torch.float32, 1.0)
-    setattr(given, name, value)
+def test_a_number_that_json_has_no_word_for_is_written_by_its_name(tmp_path: Path, value: float) -> None:
+    given = Call(Site("a"), 0, 0, "tap", torch.float32, value)
+    given.certificate = Certificate("unfaithful", abs(value), abs(value), abs(value), 1e-3, 1e-5, 4, 8, "what")
     path = Trace(calls=[given]).save(tmp_path / "run.safetensors")
     raw = Path(path).read_bytes()
     header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
     document = json.loads(json.loads(header)["__metadata__"]["hookattn"], parse_constant=pytest.fail)
-    assert document["calls"][0][name] == repr(value)
-    assert repr(getattr(hookattn.load(path)[0], name)) == repr(value)
+    assert document["calls"][0]["certificate"]["output_error"] == repr(abs(value))
+    back = hookattn.load(path)[0]
+    assert repr(back.certificate) == repr(given.certificate)
+    # A scale is a tensor then, of which any number can be one.
+    assert isinstance(back.scale, torch.Tensor) and repr(back.scale.item()) == repr(value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("softcap", math.inf), ("softcap", 0.0), ("dropout", math.nan)])
+def test_what_nobody_could_read_back_is_not_written(tmp_path: Path, name: str, value: float) -> None:
+    given = Call(Site("a"), 0, 0, "tap", torch.float32, 1.0)
+    setattr(given, name, value)
+    with pytest.raises(TraceWriteError, match=f"'{name}' is {value}, expected"):
+        Trace(calls=[given]).save(tmp_path / "run.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_came_with_a_later_version_is_left_out_where_there_is_none_and_may_be_missing(tmp_path: Path) -> None:
@@ -97,6 +111,6 @@ def test_what_is_missing_or_of_another_kind_is_named() -> None:
     entry = to_entry(SITE, Site("a", 1))
     with pytest.raises(TypeError, match="call 3, site has no 'stack'"):
         from_entry(SITE, "call 3, site", {k: v for k, v in entry.items() if k != "stack"})
-    with pytest.raises(TypeError, match="call 3, site: 'layer' is True, expected int or null"):
+    with pytest.raises(TypeError, match="call 3, site: 'layer' is True, expected an integer from 0 or null"):
         from_entry(SITE, "call 3, site", {**entry, "layer": True})
     assert Site(**from_entry(SITE, "", {**entry, "layer": None})) == Site("a")

@@ -234,12 +234,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def changed(good: bytes, path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """The file with another document in its header, sound otherwise."""
+    """The file with another document in its header, as of a writer that makes no checksums; sound otherwise."""
     n = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + n])
     found = json.loads(header["__metadata__"]["hookattn"])
     change(found)
-    header["__metadata__"]["hookattn"] = json.dumps(found)
+    header["__metadata__"] = {"hookattn": json.dumps(found)}
     raw = json.dumps(header).encode().ljust(n)
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + good[8 + n :])
     return path
@@ -274,18 +274,18 @@ def test_missing_keys_and_wrong_types(tmp_path: Path, good: bytes, place: str) -
                 found = hookattn.load(path)
             except CorruptFileError as error:
                 refused += 1
-                assert any(word in str(error) for word in (key, "names the tensor", "no tensor", "Overflow")), error
+                assert any(word in str(error) for word in (key, "names the tensor", "the error is")), error
             else:
                 assert len(repr(found)) and all(len(repr(c)) and c.has("q") in (True, False) for c in found)
         assert refused >= 6, f"{key}: only {refused} of 11 were refused"
 
 
 DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda d: d["calls"][1]["fields"].update(q="gone"), r"call 1 names the tensor 'gone', which is not in"),
+    (lambda d: d["calls"][1]["fields"].update(q="gone"), r"call 1, field 'q' names the tensor 'gone', which is not in"),
     (lambda d: d["calls"][0].update(dtype="nn"), "'dtype' is 'nn'"),
     (lambda d: d.update(calls=[3]), "'calls' is"),
-    (lambda d: d["calls"][0].update(scale=10**400), "OverflowError"),
-    (lambda d: d.update(tokens=[["a"], "b"]), "expected texts or null"),
+    (lambda d: d["calls"][0].update(scale=10**400), "'scale' is 1000.*expected a finite number"),
+    (lambda d: d.update(tokens=[["a"], "b"]), "'tokens' is .*expected a list of lists of strings or null"),
 ]
 
 
@@ -338,11 +338,11 @@ def test_how_many_queries_a_call_had(tmp_path: Path, streamed: bool) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("6", "'of_queries' is '6', expected int"),
-        (True, "'of_queries' is True, expected int"),
-        (6.0, "'of_queries' is 6.0, expected int"),
+        ("6", "'of_queries' is '6', expected an integer from 0"),
+        (True, "'of_queries' is True, expected an integer from 0"),
+        (6.0, "'of_queries' is 6.0, expected an integer from 0"),
         (5, "'of_queries' is 5, and query row 5 was kept"),
-        (-1, "'of_queries' is -1, and query row 5 was kept"),
+        (-1, "'of_queries' is -1, expected an integer from 0"),
     ],
 )
 def test_how_many_queries_there_cannot_have_been(tmp_path: Path, value: object, message: str) -> None:

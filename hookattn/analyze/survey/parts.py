@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MeasureError, TraceWriteError
+from ...store.partial import partial_name, remove_leftovers
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -42,6 +43,7 @@ class Parts:
         self.about = json.loads(json.dumps(about))
         self.complete = False
         self.done = 0
+        remove_leftovers(self.out)
         if self.out.exists():
             self._check(_survey_of_file(self.out), self.out)
             self.complete = True
@@ -102,7 +104,7 @@ class Parts:
 
         if not self.done:
             raise MeasureError("there was nothing to survey: no example was found.")
-        new = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
+        new = partial_name(self.out)
         schema = pq.read_schema(self._part(0))
         schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
         try:
