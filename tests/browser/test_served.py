@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,12 +17,10 @@ from hookattn.demo.induction import example_tokens, load_pretrained
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-import uvicorn
-
-from hookattn.render.connections import uvicorn_config
 from hookattn.render.options import viewer_options
-from hookattn.render.server import HOST, application, listen, open_in_browser
-from tests.render.test_server import TOKEN, ten_gigabytes
+from hookattn.render.server import open_in_browser
+from tests.render.test_server import ten_gigabytes
+from tests.serving import Serving
 
 pytestmark = pytest.mark.browser
 
@@ -39,20 +36,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def serving() -> Iterator[Callable[..., str]]:
     """Serves a file, and returns the address."""
-    running = []
-
-    def start(path: Path, **options: Any) -> str:
-        listening = listen(0)
-        server = uvicorn.Server(uvicorn_config(application(str(path), token=TOKEN, **options)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        return f"http://{HOST}:{listening.getsockname()[1]}/{TOKEN}/"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(20)
+    with ExitStack() as stack:
+        yield lambda path, **options: stack.enter_context(Serving(path, **options)).url
 
 
 def visit(tab: Any, url: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,13 +15,12 @@ pytest.importorskip("starlette")
 pytest.importorskip("httpx2")
 pytest.importorskip("uvicorn")
 
-import uvicorn
 from starlette.testclient import TestClient
 
 from hookattn.errors import RenderError
-from hookattn.render.connections import uvicorn_config
 from hookattn.render.server import HOST, application, listen, open_in_browser
-from tests.render.test_server import TOKEN, client, path, ten_gigabytes
+from tests.render.test_server import client, path, ten_gigabytes
+from tests.serving import TOKEN, Serving
 
 __all__ = ["path"]  # a fixture
 
@@ -165,39 +162,6 @@ def test_the_address_is_no_argument_of_a_process(path: Path, tmp_path: Path, mon
     assert not file.parent.exists()
 
 
-class Serving:
-    """The application in uvicorn, as ``serve`` runs it."""
-
-    def __init__(self, path: Path, patience: float) -> None:
-        self.listening = listen(0)
-        self.address = self.listening.getsockname()
-        self.server = uvicorn.Server(uvicorn_config(application(str(path), token=TOKEN), patience))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
-
-    def __enter__(self) -> Serving:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *why: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
-        self.listening.close()
-
-    def talk(self, *pieces: bytes, pause: float = 0.0) -> bytes:
-        """What comes back until the connection ends; b"" where it was cut off."""
-        with socket.create_connection(self.address, 10) as asking:
-            got = b""
-            try:
-                for piece in pieces:
-                    asking.sendall(piece)
-                    time.sleep(pause)
-                while data := asking.recv(1 << 16):
-                    got += data
-            except (ConnectionError, BrokenPipeError):
-                pass
-            return got
-
-
 def test_who_never_finishes_is_cut_off(path: Path) -> None:
     head = f"GET /{TOKEN}/trace HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n".encode()
     with Serving(path, 0.5) as serving:
@@ -220,8 +184,8 @@ def test_who_takes_nothing_is_cut_off_and_who_is_slow_is_not(path: Path) -> None
     ask_for = f"GET /{TOKEN}/trace HTTP/1.1\r\nHost: localhost\r\n"
     with Serving(big, 0.5) as serving:
         with (
-            socket.create_connection(serving.address, 10) as stuck,
-            socket.create_connection(serving.address, 10) as slow,
+            serving.connect() as stuck,
+            serving.connect() as slow,
         ):
             for one in (stuck, slow):
                 one.sendall(f"{ask_for}Range: bytes=0-{1 << 30}\r\n\r\n".encode())
@@ -237,4 +201,4 @@ def test_who_takes_nothing_is_cut_off_and_who_is_slow_is_not(path: Path) -> None
                 while more := len(stuck.recv(1 << 20)):
                     got += more
             assert got < 1 << 26, "of a gigabyte, what was on its way"
-        assert len(serving.server.server_state.connections) <= 1
+        assert serving.connections <= 1

@@ -32,9 +32,9 @@ from hookattn.cli.commands import app as command_line
 from hookattn.render.options import viewer_options
 from hookattn.render.server import HOST, application, listen
 from hookattn.render.trace_files import trace_file
+from tests.serving import TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "a-token_of-this-test"
 
 
 @pytest.fixture
