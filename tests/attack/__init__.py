@@ -66,7 +66,7 @@ ATTACKS = (
     Attack("kills", "SIGKILL in save, stream and survey", 600, 6),
     Attack("arguments", "wrong calls of the public functions", 800, 800),
     Attack("server", "requests to the viewer that are not for it", 400, 60),
-    Attack("terminals", "control characters and formulas in what a file says", 200, 20),
+    Attack("terminals", "control characters and formulas in what a file says", 200, 5),
 )
 """In the order in which they are run."""
 
