@@ -36,9 +36,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .printable import printable
+
+
+def _message(self: BaseException) -> str:
+    # Messages name paths, tokens and notes that are of a file or of a model, and tracebacks end in a terminal.
+    return printable(BaseException.__str__(self), keep="\n")
+
 
 class HookattnError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose. What it names of a file is printable in its message."""
+
+    __str__ = _message
 
 
 class ModelError(HookattnError):
@@ -136,14 +145,22 @@ class TraceWriteError(TraceFileError):
 class UnfaithfulWarning(UserWarning):
     """A call is over its tolerance."""
 
+    __str__ = _message
+
 
 class SkippedWarning(UserWarning):
     """Attention ran that could not be read; ``trace.skipped`` has the path and the reason."""
+
+    __str__ = _message
 
 
 class GuessedAxesWarning(UserWarning):
     """Which axis of a call is which was told by convention alone, or a ``layout=`` that would tell it was not used."""
 
+    __str__ = _message
+
 
 class TraceTooLargeWarning(UserWarning):
     """A trace may have no room in memory, or on the disk of ``to=``, and its exact size cannot be told."""
+
+    __str__ = _message

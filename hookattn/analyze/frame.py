@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import MeasureError
+from ..printable import printable
 from .call_view import View
 
 if TYPE_CHECKING:
@@ -54,6 +55,35 @@ def call_columns(view: View) -> dict[str, Any]:
     }
 
 
+def table_of(columns: Mapping[str, Any]) -> DataFrame:
+    """A table of columns, whose text is printable, and which writes text as text for spreadsheets.
+
+    Args:
+        columns: name → a value for all rows, or one for each.
+    """
+    from .spreadsheet import Table
+
+    return Table({printable(name): _printable_column(values) for name, values in columns.items()})
+
+
+def _printable_column(values: Any) -> Any:
+    if isinstance(values, str):
+        return printable(values)
+    own = values.tolist() if getattr(values, "dtype", None) is not None and values.dtype.kind in "OU" else values
+    if not isinstance(own, (list, tuple)):
+        return values  # numbers
+    seen: dict[str, str] = {}  # few words, many times
+
+    def written(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in seen:
+            seen[value] = printable(value)
+        return seen[value]
+
+    return [written(value) for value in own]
+
+
 def long_table(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Tensor]) -> DataFrame:
     """One row for each place: the columns of the call, a label for each axis, the values.
 
@@ -63,7 +93,6 @@ def long_table(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[st
         values: name → a tensor over all axes.
     """
     import numpy as np
-    import pandas as pd
 
     places = np.indices([len(labels) for labels in axes.values()]).reshape(len(axes), -1)
     columns = call_columns(view)
@@ -71,7 +100,7 @@ def long_table(view: View, axes: Mapping[str, Sequence[Any]], values: Mapping[st
         columns[name] = np.asarray(labels)[place]
     for name, value in values.items():
         columns[name] = value.detach().flatten().cpu().numpy()
-    return pd.DataFrame(columns)
+    return table_of(columns)
 
 
 def ranked_table(frames: Sequence[DataFrame], column: str) -> DataFrame:

@@ -12,7 +12,7 @@ from ..calls.key_tokens import has_tokens
 from ..errors import HookattnError, MeasureError, SelectionError
 from ..statistics.base import Statistic
 from .call_view import View
-from .frame import call_columns, views
+from .frame import call_columns, table_of, views
 from .labels import named_queries
 from .reading import Reading
 
@@ -58,7 +58,7 @@ def measure_table(
 
     if by not in BY:
         raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
-    frames = [pd.DataFrame(reading_columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
+    frames = [table_of(reading_columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
     table = pd.concat(frames, ignore_index=True)
     table.attrs["units"] = {m.key: m.unit for m in measures}
     return table

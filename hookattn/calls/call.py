@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KERNEL_BASIS, KernelCall, asked_for
 from ..errors import FieldAbsent, FieldNotCaptured
+from ..printable import printable
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
 from .derived_cache import DERIVED_CACHE
@@ -354,7 +355,7 @@ class Call:
         return " ".join(f"{x}{n}" for x, n in extents_of(self, letters).known(letters).items()) or "?"
 
     def __repr__(self) -> str:
-        return (
+        return printable(
             f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
             f"step {self.step}, {self.shape}, {self.tap}, {self.verdict})"
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..printable import printable
+
 # Allowed distance in units of the largest |v| (output) and of 1 (weights), by the dtype the kernel ran in: a few times
 # the rounding of the longest sum that occurs; a wrong mask, scale or head order is off by orders of magnitude more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
@@ -64,7 +66,7 @@ class Certificate:
     def __str__(self) -> str:
         weights = "" if self.weights_error is None else f", weights {self.weights_error:.1e}"
         finite = all(map(math.isfinite, (self.output_error, self.weights_error or 0.0, self.row_sum_error)))
-        return (
+        return printable(
             f"{self.status}: {self.basis} {self.output_error:.1e} of {self.tolerance:.1e}{weights}, "
             f"{self.rows} of {self.of_rows} rows" + ("" if finite else "; some numbers of the call are not finite")
         )

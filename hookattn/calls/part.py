@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
+from ..printable import printable
 from .call import Call
 from .extents import extents_of, per_query_head
 from .labels import labels
@@ -135,7 +136,7 @@ class Part:
         site, step = self.call.site, self.call.step
         named = [] if site.stack == "main" else [site.stack]
         named += [] if site.kind == "self" else [f"{site.kind}-attention"]
-        return " ".join(named + ([f"step {step}"] if step else []))
+        return printable(" ".join(named + ([f"step {step}"] if step else [])))
 
     @property
     def title(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..printable import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -35,4 +37,4 @@ class Site:
     @property
     def label(self) -> str:
         """The path as it is printed."""
-        return self.path or "<model>"
+        return printable(self.path) or "<model>"

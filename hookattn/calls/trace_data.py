@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self, overload
 
 from ..errors import SelectionError
+from ..printable import printable
 from .call import Call, Skipped
 from .layer_counts import LayerCounts
 
@@ -166,7 +167,7 @@ class TraceData:
         return all(c.certificate.faithful for c in self.calls)
 
     def __repr__(self) -> str:
-        where = f" of {self.model['class']}" if self.model.get("class") else ""
+        where = f" of {printable(str(self.model['class']))}" if self.model.get("class") else ""
         bad = sum(c.certificate.status == "unfaithful" for c in self.calls)
         state = f", {bad} unfaithful" if bad else ""
         guessed = sum(bool(c.guessed) for c in self.calls)

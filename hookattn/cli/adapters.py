@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..console.screen import Screen
+from ..console.screen import Screen, plain
 from ..models.registry import adapters as installed
 from .command import Command
 
@@ -30,6 +30,7 @@ def adapters(screen: Screen) -> None:
     for name in ("adapter", "distribution", "covers", "attention classes"):
         table.add_column(name, overflow="fold")
     for adapter, source in found.values():
-        classes = "\n".join(f"{name} ({kind})" for name, kind in adapter.attention.items())
-        table.add_row(Text(adapter.name, "bold"), Text(source), Text("\n".join(adapter.covers)), Text(classes))
+        covers = Text("\n").join(map(plain, adapter.covers))
+        classes = Text("\n").join(plain(f"{name} ({kind})") for name, kind in adapter.attention.items())
+        table.add_row(plain(adapter.name, "bold"), plain(str(source)), covers, classes)
     screen.out.print(table)

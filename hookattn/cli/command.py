@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from ..console.screen import Screen
 from ..errors import HookattnError
 from ..optional import install
+from ..printable import printable
 
 
 class Failure(click.ClickException):
@@ -66,9 +68,29 @@ class Command(click.Command):
 class Group(click.Group):
     """Commands in the order in which they are used, rather than by name."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click has it; what it says of the words that were typed is printable."""
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click has it; what it says of the words that were typed is printable."""
+        with _printable_errors():
+            return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names."""
         return list(self.commands)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    """Click prints its own errors, which name what was typed: file names, say, that a shell filled in."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message, keep="\n")  # type: ignore[misc]
+        raise
 
 
 def explain(error: BaseException) -> str:

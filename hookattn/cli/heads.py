@@ -10,8 +10,9 @@ from rich.text import Text
 
 from ..analyze import MEASURES, as_distribution, report
 from ..analyze.frame import views
-from ..console.screen import Screen, counted
+from ..console.screen import Screen, counted, plain
 from ..errors import SelectionError, TraceWriteError
+from ..printable import printable
 from ..traces import load
 from .command import Command
 from .options import names
@@ -148,7 +149,7 @@ def _print_heads(screen: Screen, table: DataFrame, measures: list[str], keep: in
     shown.add_column(Text("role").append("  and its evidence", "dim not bold"))
     for row in table.to_dict("records"):
         numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in heads]  # NaN is not equal to itself
-        place = [_place_text(c, row[c]) for c in where]
+        place = [plain(_place_text(c, row[c])) for c in where]
         shown.add_row(*place, *numbers, _role_lines(str(row["role"]), str(row["evidence"])))
     screen.out.print(shown)
     _print_left_out(screen, table)
@@ -174,5 +175,5 @@ def _role_lines(roles: str, evidence: str) -> Text:
     """A line for each role."""
     made = Text()
     for role, why in zip(roles.split("; "), evidence.split("; "), strict=True):
-        made.append("\n" if made else "").append(role, "green").append(f"  {why}", "dim")
+        made.append("\n" if made else "").append(printable(role), "green").append(f"  {printable(why)}", "dim")
     return made

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..calls.call import Call
-from ..console.screen import Screen, counted
+from ..console.screen import Screen, counted, plain
 from ..console.tables import print_beside
 from ..store import LazyFile
 from ..testing.recheck import CHECKS, STORED, Check, recheck
@@ -114,9 +114,9 @@ def _print_results(screen: Screen, results: list[Result], damaged: list[str]) ->
         table.add_row(
             Text("–" if verdict == "nothing to check" else verdict, styles[verdict]),
             *([str(call.step)] if steps else []),
-            Text(call.site.label),
+            plain(call.site.label),
             *map(_check_cell, checks.values()),
-            Text(call.verdict, "bold red" if status == "unfaithful" else "yellow" if call.guessed else ""),
+            plain(call.verdict, "bold red" if status == "unfaithful" else "yellow" if call.guessed else ""),
         )
     screen.out.print(table)
     screen.out.print(Text())
@@ -124,12 +124,12 @@ def _print_results(screen: Screen, results: list[Result], damaged: list[str]) ->
         for name, check in checks.items():
             if check.passed is False and name in CHECKS:
                 said = f"{CHECKS[name]} is off by {check.error:.2e}, allowed {check.tolerance:.2e}"
-                screen.out.print(Text(f"call {call.index}, {call.site.label}: {said}", "red"))
+                screen.out.print(plain(f"call {call.index}, {call.site.label}: {said}", "red"))
     for name in damaged:
-        screen.out.print(Text(f"{name}: its bytes are not those that were written: the checksum is another", "red"))
+        screen.out.print(plain(f"{name}: its bytes are not those that were written: the checksum is another", "red"))
     reasons = dict.fromkeys((n, check.reason) for _, checks in results for n, check in checks.items() if check.reason)
     for name, reason in reasons:
-        screen.out.print(Text(f"– {name} not checked: {reason}", "dim"))
+        screen.out.print(plain(f"– {name} not checked: {reason}", "dim"))
     print_beside(screen.out, [call for call, _ in results])
     verdicts = [_verdict(*result) for result in results]
     failed, empty = verdicts.count("FAIL"), verdicts.count("nothing to check")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -11,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import GuessedAxesWarning, SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+from ..printable import json_text, printable
 from ..store.json_values import json_value
 
 PIPED_WIDTH = 200
@@ -38,11 +39,11 @@ class Screen:
 
     def json(self, data: Any) -> None:
         """Write a JSON document to stdout."""
-        click.echo(json.dumps(json_value(data), indent=2, ensure_ascii=False, allow_nan=False))
+        click.echo(json_text(json_value(data)))
 
     def say(self, message: str, style: str = "") -> None:
         """Write one line to stderr."""
-        self.err.print(Text(" ".join(message.split()), style=style), soft_wrap=True)
+        self.err.print(plain(" ".join(message.split()), style), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Write one warning line to stderr."""
@@ -105,12 +106,29 @@ class _Live(ProgressColumn):
         self.text = text
 
     def render(self, task: Task) -> Text:
-        return Text(self.text())
+        return plain(self.text())
+
+
+def plain(text: str, style: str = "") -> Text:
+    """A line or a cell of text of any origin, as a terminal may get it.
+
+    Text of a file or a model goes through here, so that its width is measured as it is written.
+    """
+    return Text(printable(text), style)
+
+
+class PrintableConsole(Console):
+    """A console that writes no control character but its own, whatever it is given."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As rich has it, with the text of each segment made printable."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
 
 
 def console(stream: TextIO, quiet: bool = False) -> Console:
     """A console on a stream: as wide as the terminal, or wide enough for any table where there is none."""
-    made = Console(file=stream, highlight=False, emoji=False, quiet=quiet)
+    made = PrintableConsole(file=stream, highlight=False, emoji=False, quiet=quiet)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_WIDTH
     return made

@@ -18,7 +18,7 @@ from ..calls.certificate import Certificate
 from ..calls.extents import extents_of
 from ..store import LazyFile
 from ..traces import Trace
-from .screen import counted, decimal_size
+from .screen import counted, decimal_size, plain
 
 _STYLES = {"faithful": "green", "unfaithful": "bold red", "unverified": "yellow"}
 
@@ -204,7 +204,9 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
                 name, justify="right" if name in ("step", "layer") else "left", overflow="fold", no_wrap=name != "path"
             )
     for i, row in enumerate(rows):
-        table.add_row(*(Text(texts[n][i], _style(row) if n == "certificate" else "") for n in names if n not in common))
+        table.add_row(
+            *(plain(texts[n][i], _style(row) if n == "certificate" else "") for n in names if n not in common)
+        )
     out.print(Text())
     out.print(table)
     out.print(Text())
@@ -237,15 +239,15 @@ def lines_beside(calls: Sequence[Call]) -> list[tuple[str, str]]:
 def print_beside(out: Console, calls: Sequence[Call]) -> None:
     """Print :func:`lines_beside`."""
     for text, style in lines_beside(calls):
-        out.print(Text(text, style))
+        out.print(plain(text, style))
 
 
 def print_verdict(out: Console, trace: Trace) -> None:
     """One line on the certificates, and what was skipped."""
     for skipped in trace.skipped:
-        out.print(Text(f"skipped {skipped.path or '<model>'}: {skipped.reason}", "yellow"))
+        out.print(plain(f"skipped {skipped.path or '<model>'}: {skipped.reason}", "yellow"))
     for note in dict.fromkeys([*trace.notes, *(n for c in trace.calls for n in c.notes)]):
-        out.print(Text(f"note: {note}", "dim"))
+        out.print(plain(f"note: {note}", "dim"))
     print_beside(out, trace.calls)
     status = [c.certificate.status for c in trace.calls]
     bad, unknown = status.count("unfaithful"), status.count("unverified")
@@ -269,7 +271,7 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
         version = ".".join(map(str, data["format_version"] or ()))
         kind = f"format {version}{', compact' if data['compact'] else ''}"
         name = os.path.basename(data["file"])
-        line = Text.assemble((name, "bold"), f" · {decimal_size(data['bytes'])} · {kind} · {count}")
+        line = Text.assemble(plain(name, "bold"), f" · {decimal_size(data['bytes'])} · {kind} · {count}")
     else:
         line = Text(count)
     out.print(line)
@@ -295,5 +297,5 @@ def _print_facts(out: Console, facts: Sequence[tuple[str, str]]) -> None:
     grid.add_column(min_width=9, style="dim")
     grid.add_column(overflow="fold")
     for name, value in facts:
-        grid.add_row(name, Text(value))
+        grid.add_row(plain(name), plain(value))
     out.print(grid)

@@ -13,6 +13,7 @@ import torch
 
 from ..attention.kernel_call import FIELDS, STORED
 from ..calls.site import Site
+from ..printable import printable
 from ..recording.selection import Selection
 from ..statistics.registry import named
 from ..torch_internals.devices import size_of
@@ -114,7 +115,7 @@ def table(plan: MemoryPlan) -> str:
     text.extend(f"would fit: {x}" for x in plan.advice)
     text.extend(f"note: {x}" for x in plan.notes)
     text.extend(f"skipped: {path}: {reason}" for path, reason in plan.skipped)
-    return "\n".join(text)
+    return printable("\n".join(text), keep="\n")
 
 
 def room_sentence(plan: MemoryPlan) -> str:

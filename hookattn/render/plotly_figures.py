@@ -13,6 +13,7 @@ from ..calls.choose import part_of_one_call, parts_of_one_stack
 from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
+from ..printable import printable
 from ..traces import Trace
 from .by_distance import highest, lowest, mean_by_distance, notes_of
 from .palette import INK, MASKED, PAPER, head_style
@@ -108,7 +109,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         hover = [[f"query {q}<br>key {k}" for k in _escaped(keys)] for q in _escaped(queries)]
         for n, head in enumerate(part.heads):
             place = {"row": row, "col": numbers.index(head) + 1}
-            _add_heatmap(figure, data[n], hover, f"{part.title}, head {head}", place, scale)
+            _add_heatmap(figure, data[n], hover, _escaped([f"{part.title}, head {head}"])[0], place, scale)
             figure.update_yaxes(autorange="reversed", showticklabels=False, **place)
             figure.update_xaxes(showticklabels=False, **place)
         figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
@@ -159,7 +160,7 @@ def _subplots(titles: list[str], columns: int, rows: int | None = None) -> Figur
 
     rows = rows or math.ceil(len(titles) / columns)
     gaps = {"horizontal_spacing": min(0.06, 0.3 / columns), "vertical_spacing": min(0.12, 0.3 / rows)}
-    return make_subplots(rows, columns, subplot_titles=titles or None, **gaps)
+    return make_subplots(rows, columns, subplot_titles=_escaped(titles) or None, **gaps)
 
 
 def _labels_and_places(part: Part, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Any, Any]:
@@ -174,7 +175,7 @@ def _add_heatmap(figure: Figure, data: Any, hover: Any, name: str, place: dict[s
     drawn = np.log10(np.maximum(exact, FLOOR)) if scale == "log" else exact
     made = go.Heatmap(
         z=drawn, customdata=exact, text=hover, name=name, coloraxis="coloraxis", hoverongaps=False,
-        hovertemplate="%{text}<br>%{customdata:.4g}<extra>" + name + "</extra>",
+        hovertemplate="%{text}<br>%{customdata:.4g}<extra>" + name.replace("%{", "&#37;{") + "</extra>",
     )  # fmt: skip
     figure.add_trace(made, **place)
 
@@ -212,4 +213,4 @@ def _title(text: str, notes: list[str]) -> dict[str, Any]:
 
 def _escaped(labels: list[str]) -> list[str]:
     """Text that plotly, which reads some tags and formulas between dollars, shows as it is."""
-    return [html.escape(label, quote=False).replace("$", "&#36;") for label in labels]
+    return [html.escape(printable(label), quote=False).replace("$", "&#36;") for label in labels]

@@ -11,6 +11,7 @@ from os import PathLike, fspath
 from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
 from ..errors import RenderError, TraceFileError
+from ..printable import printable
 from ..store import LazyFile
 from ..store.document import save
 from ..traces import Trace, load
@@ -39,7 +40,7 @@ def name_of(trace: Trace) -> str:
 
 def title_of(trace: Trace) -> str:
     """The model's class, and the file."""
-    return " · ".join(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x)
+    return printable(" · ".join(x for x in (str(trace.model.get("class") or ""), name_of(trace)) if x))
 
 
 def _is_stored(place: Field) -> bool:

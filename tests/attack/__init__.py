@@ -67,7 +67,7 @@ ATTACKS = (
     Attack("arguments", "wrong calls of the public functions", 800, 800),
     Attack("server", "requests to the viewer that are not for it", 400, 60),
     Attack("soak", "traces of changing models for so many seconds", 120, 6),
-    Attack("terminals", "control characters and formulas in what a file says", 200, 20),
+    Attack("terminals", "control characters and formulas in what a file says", 200, 5),
 )
 """In the order in which they are run."""
 

@@ -11,6 +11,7 @@ import sys
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,3 +451,19 @@ def test_type_checkers_see_what_the_package_has() -> None:
     }
     assert typed == {(name, getattr(render, name).__module__) for name in render.__all__}
     assert {view.function for view in VIEWS.values()} < set(render.__all__)
+
+
+@pytest.mark.parametrize("view", sorted(VIEWS))
+def test_a_figure_of_a_hostile_trace_is_whole_xml(view: str, tmp_path: Path) -> None:
+    """XML has no form for control characters, so that a path with one in it would make a file that nothing opens."""
+    trace = measured(traced())
+    for call in trace:
+        call.site = replace(call.site, path="\x1b]0;t\x07\ud800", layer=None, stack="\x00\u202e", kind="\x9b$x$<g>")
+    where = {"heads": [0], "queries": [-1]} if view in ("lens", "neuron") else {}
+    options = {} if view in ("model", "layers", "distance") else where
+    part = trace if view in ("model", "layers", "distance") else trace[:1]
+    save(VIEWS[view].draw(part, **options), str(tmp_path / "a.svg"), "svg", 100)
+    text = (tmp_path / "a.svg").read_text("utf-8")
+    ET.fromstring(text)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert r"\x00\u202e" in text

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import Trace
+from hookattn import Skipped, Trace
 from hookattn.calls import deriving
+from hookattn.calls.site import Site
 from hookattn.errors import (
     FieldNotCaptured,
     ForeignFileError,
@@ -265,6 +266,41 @@ def test_hostile_tokens_are_data() -> None:
         assert reader.tags == plain.tags, "a token or a name has become an element"
         assert contents(text)[0]["tokens"] == [HOSTILE]
     assert reader.title == HOSTILE[0]
+
+
+def hostile(word: str) -> Trace:
+    """A trace that says a word wherever it has text."""
+    trace = made([word] * 4).certify()
+    for call in trace:
+        layer = call.site.layer
+        path = f"{layer}{word}".replace("\ud800", "")  # it is in names of tensors
+        call.site, call.notes = Site(path, layer, word, word, word, word), (word,)
+        call.tap, call.entry = word, word
+    return replace(
+        trace,
+        model={"class": word, "module": word, "versions": {word: word}, "config": {word: word}},
+        notes=[word],
+        skipped=[Skipped(word, word)],
+        stack_tokens={word: [[word] * 4]},
+    )
+
+
+WORDS = [*HOSTILE, '" onload="alert(1)', "' onload='alert(1)", "javascript:alert(1)", "\x00\x1b\u202e"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_hostile_trace_is_data(word: str) -> None:
+    """Wherever a word is in a file, the page has the elements and attributes of any other, and no address."""
+    scores = {"a": {"values": [[1.0] * 3] * 2, "description": word, "unit": word}, "roles": [[[word]] * 3] * 2}
+    text = page(hostile(word), compare=hostile(word), scores=scores, state={"stack": word})
+    reader, plain = Reader(text), Reader(page(made(4), compare=made(4), scores={"a": {"values": [[1.0] * 3] * 2}}))
+    assert reader.tags == plain.tags and reader.addresses == []
+    assert [sorted(a) for a, _ in reader.scripts] == [sorted(a) for a, _ in plain.scripts]
+    assert not re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800]", re.sub("<script.*?</script>", "", text, flags=re.S)
+    )
+    found = contents(text.split('<div id="compare"')[0])[0]
+    assert found["tokens"] == [[word] * 4] and found["skipped"][0]["reason"] == word
 
 
 def test_the_page_names_no_other_place() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,3 +76,17 @@ def test_errors() -> None:
         render.plotly(traced(), "distance", field="scores")
     with pytest.raises(FieldNotCaptured, match="trace again with capture="):
         render.plotly(traced(capture="mask"), layer=0)
+
+
+def test_a_path_is_text() -> None:
+    """Plotly reads tags, links and placeholders in titles; what a path has of them is shown as it is."""
+    trace = traced()
+    for call in trace:
+        path = f'<a href="https://x.test">{call.index}</a>%{{z}}\x1b[8m'
+        call.site = replace(call.site, path=path, layer=None, stack="<b>\u202e", kind="$x$")
+    for figure in (render.plotly(trace[:1]), render.plotly(trace, view="model"), render.plotly(trace, view="distance")):
+        shown = figure.to_dict()["layout"].get("annotations", ()), figure.layout.title.text
+        said = json.dumps([shown, [(t.name, t.hovertemplate) for t in figure.data]], ensure_ascii=False)
+        assert "&lt;b&gt;" in said and r"\\u202e" in said
+        assert not re.search(r"<a|<b>|[\x00-\x1f\u202e$]", said)
+        assert not any("%{z}" in (t.hovertemplate or "") for t in figure.data)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...calls.site import Site
 from ...errors import MeasureError
+from ...printable import printable
 from ..call_view import View
 
 
@@ -105,7 +106,7 @@ class Circuit:
             p: Projection | None = getattr(self, name)
             said = "unknown" if p is None else f"{tuple(p.weight.shape)} {p.basis} {p.name}".rstrip()
             parts.append(f"{name} {said}")
-        return f"Circuit({self.site.label}, layer {self.site.layer}: {'; '.join(parts)})"
+        return printable(f"Circuit({self.site.label}, layer {self.site.layer}: {'; '.join(parts)})")
 
 
 def circuit_of(view: View, circuits: Sequence[Circuit]) -> Circuit:

@@ -11,7 +11,7 @@ from einops import einsum, reduce
 from torch import Tensor
 
 from ...errors import MeasureError, SelectionError
-from ..frame import ranked_table
+from ..frame import ranked_table, table_of
 from .circuit import Circuit, triangular_factor
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
             of another width than what the other reads.
         SelectionError: an unknown kind.
     """
-    import pandas as pd
 
     bad = [kind for kind in kinds if kind not in KINDS]
     if bad or not kinds:
@@ -56,7 +55,7 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
     for a, b in combinations(circuits, 2):
         for kind in kinds:
             if a.site.stack == b.site.stack and (id(b), kind) in read:
-                frames.append(pd.DataFrame(_pair_columns(a, b, kind, written[id(a)], read[id(b), kind], baseline)))
+                frames.append(table_of(_pair_columns(a, b, kind, written[id(a)], read[id(b), kind], baseline)))
     if not frames:
         raise MeasureError(f"composition needs two calls of one stack that can be compared by {', '.join(kinds)}.")
     return ranked_table(frames, "value")

@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from ...errors import MeasureError
-from ..frame import ranked_table
+from ..frame import ranked_table, table_of
 from .circuit import Circuit
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
     Raises:
         MeasureError: the matrices do not fit each other or a circuit; or W_V or W_O of a circuit is not known.
     """
-    import pandas as pd
 
     inner, outer = _vocabulary_matrix("embed", embed), _vocabulary_matrix("unembed", unembed)
     if inner.shape != outer.shape:
@@ -62,7 +61,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
         values = torch.linalg.eigvals(products.double())
         score = values.real.sum(-1) / values.abs().sum(-1)
         place = {"layer": c.site.layer, "stack": c.site.stack, "path": c.site.path, "head": range(c.heads)}
-        frames.append(pd.DataFrame({**place, "value": score.cpu().numpy()}))
+        frames.append(table_of({**place, "value": score.cpu().numpy()}))
     return ranked_table(frames, "value")
 
 

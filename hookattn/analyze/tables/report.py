@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MeasureError
 from ..chance import Chance
-from ..frame import views
+from ..frame import table_of, views
 from ..measures.base import Measure
 from ..registry import MEASURES, resolve
 from ..table import reading_columns, readings
@@ -48,7 +48,7 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     left_out: dict[str, str] = {}
     for view in views(trace, real):
         found = readings(view, chosen, missing=True, why=left_out)
-        frame = pd.DataFrame(reading_columns(view, found, "head"))
+        frame = table_of(reading_columns(view, found, "head"))
         _insert_roles(frame, list(found), chance.of(view))
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)

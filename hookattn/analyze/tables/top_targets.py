@@ -11,7 +11,7 @@ from ... import statistics as st
 from ...errors import MeasureError, SelectionError
 from ...tokens.words import split_words
 from ..call_view import View
-from ..frame import call_columns, views
+from ..frame import call_columns, table_of, views
 from ..labels import named_keys, named_queries
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
             why = why or f"{view.where}: {found if isinstance(found, str) else 'tokens of its queries are not known'}"
             continue
         for row, place in _query_rows(view, example, of, tokens):
-            frames.append(pd.DataFrame(_target_columns(view, example, row, place, k, tokens)))
+            frames.append(table_of(_target_columns(view, example, row, place, k, tokens)))
     if frames:
         return pd.concat(frames, ignore_index=True)
     if why:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ...calls.part import Part
+from ...printable import printable
 from ..palette import ALARM, FAINT, GRID, INK, PAPER
 
 P = ParamSpec("P")
@@ -97,6 +98,7 @@ def in_own_style(view: Callable[P, Figure]) -> Callable[P, Figure]:
             figure = view(*args, **kwargs)
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # a token such as $x$ is what it says
+            text.set_text(printable(text.get_text(), keep="\n"))  # and a control character is no part of an SVG
         return figure
 
     return run

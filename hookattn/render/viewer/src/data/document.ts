@@ -1,5 +1,6 @@
 /** The JSON document of a trace file, as docs/trace-format.md describes it, and how it is read. */
 import { ViewerError } from "../errors";
+import { printableData } from "../printable";
 import type { Source } from "../source/source";
 
 export interface Site {
@@ -112,7 +113,7 @@ export async function readHeader(source: Source): Promise<Header> {
   const json = metadata?.["hookattn"];
   if (json === undefined)
     throw new ViewerError(`${source.name}: a safetensors file, but not a trace: it has no document.`);
-  const document = parse(json) as TraceDocument;
+  const document = printableData(parse(json)) as TraceDocument;
   if (document.format !== "hookattn-trace")
     throw new ViewerError(`${source.name}: the format is “${document.format}”, not a trace.`);
   if (document.format_version[0] > MAJOR) {

@@ -40,8 +40,12 @@ async function request(url: string, start: number, end: number, tag: string | nu
   });
   const other = tag !== null && response.headers.get("ETag") !== tag;
   if (response.status === 412 || (tag !== null && response.status === 200) || (response.status === 206 && other)) {
+    // A server that holds the file it opened says how to see the new one; from any other it is there after a reload.
+    const said = response.status === 412 ? (await response.text().catch(() => "")).trim().slice(0, 300) : "";
     stop.abort();
-    throw new ViewerError("The file has changed since it was opened. Reload the page to see what it holds now.");
+    throw new ViewerError(
+      said || "The file has changed since it was opened. Reload the page to see what it holds now.",
+    );
   }
   if (response.status === 404 || response.status === 410) {
     throw new ViewerError("The file is not there any more. Restore it and reload the page.");
