@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import split_additive
 from ..calls.call import Call
@@ -62,6 +63,8 @@ def plan(
         InputError, SelectionError: as in :func:`hookattn.trace`.
     """
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    if to is not None:
+        checks.path("to", to)
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
     return plan_with_advice(calls_on_shapes(model, *arguments(inputs), layout), selection, to)

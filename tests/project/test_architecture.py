@@ -24,6 +24,7 @@ ADAPTERS = ROOT.parent / "adapters" / "hookattn_adapters"
 ORDER = (
     "errors",
     "version",
+    "checks",
     "optional",
     "torch_internals",
     "tokens",

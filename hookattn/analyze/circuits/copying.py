@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import MeasureError
 from ..frame import ranked_table
-from .circuit import Circuit
+from .circuit import Circuit, checked_circuits
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,6 +40,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
     """
     import pandas as pd
 
+    circuits = checked_circuits(circuits)
     inner, outer = _vocabulary_matrix("embed", embed), _vocabulary_matrix("unembed", unembed)
     if inner.shape != outer.shape:
         raise MeasureError(

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import api
+from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
-from ...errors import HookattnError, InputError
+from ...errors import HookattnError, InputError, TraceWriteError
+from ...models.discovery import make_watch_plan
 from ..call_view import View
 from ..measures.base import Measure
 from ..reading import Reading
@@ -86,6 +87,18 @@ def survey(
         MeasureError: ``out`` is of another survey; there was no example.
         TraceWriteError: a file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        make_watch_plan(model)  # says what is wrong with it
+    checks.one_of("examples", examples, Iterable, "examples, one after the other")
+    if isinstance(examples, (str, bytes)):
+        raise checks.wrong("examples", examples, "examples, one after the other, and not one text")
+    checks.function("encode", encode, "a function from examples to batches")
+    checks.path("out", out, TraceWriteError)
+    batch = checks.whole("batch", batch, 1)
+    if about is not None:
+        checks.one_of("about", about, dict, "plain data by name")
+    if progress is not None:
+        checks.function("progress", progress, "a function of the number of examples")
     chosen = resolve(measures)
     described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": type(model).__name__}
     parts = Parts(out, described)
