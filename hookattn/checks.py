@@ -69,10 +69,10 @@ def whole(name: str, value: Any, least: int = -LARGEST, what: str | None = None,
 
 
 def _index(name: str, value: Any, what: str, error: Error) -> int:
-    if not isinstance(value, bool) and str(getattr(value, "dtype", "")) not in ("bool", "torch.bool"):
+    if not _is_bool(value):
         try:
             return operator.index(value)
-        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers has an index that fails
+        except Exception:  # noqa: BLE001 - a tensor of several numbers has an index that fails
             pass
     raise wrong(name, value, what, error) from None
 
@@ -84,14 +84,21 @@ def several_ints(
     if type(value) is int:
         return [value]
     if callable(getattr(value, "tolist", None)):  # of torch, numpy, pandas
-        value = value.tolist()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        try:
+            value = value.tolist()
+        except Exception:  # noqa: BLE001 - a tensor that is sparse, or has no values
+            raise wrong(name, value, what, error) from None
+    items = None if isinstance(value, Mapping) else items_of(value)
+    if items is None:
         return [_index(name, value, what, error)]
-    items = list(value)
     for item in items:
         if type(item) is not int:
             _index(name, item, what, error)
     return [operator.index(item) for item in items]
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def int_slice(name: str, value: slice, error: Error = SelectionError) -> slice:
@@ -113,18 +120,14 @@ def number(name: str, value: Any, what: str, fits: Callable[[float], bool], erro
         fits: whether it is in its range.
         error: that is raised.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        found: float | None = value
-    else:  # of numpy, or a tensor of one number
+    found = math.nan
+    # Of numpy or torch it has to be a number, and no array of one.
+    if not isinstance(value, (str, bytes)) and not _is_bool(value) and not getattr(value, "ndim", 0):
         try:
-            found = None if isinstance(value, (str, bytes, bool)) else float(value)
-        except (TypeError, ValueError, RuntimeError):
-            found = None
-    try:
-        good = found is not None and not math.isnan(found) and fits(found)
-    except OverflowError:  # an int that no float can hold
-        good = False
-    if found is None or not good:
+            found = float(value)
+        except Exception:  # noqa: BLE001 - whatever it is, it is no number
+            found = math.nan
+    if math.isnan(found) or not fits(found):
         raise wrong(name, value, what, error)
     return found
 
@@ -176,10 +179,21 @@ def one_of(
 
 def several(name: str, value: Any, kind: type[Kind], what: str, error: Error = InputError) -> Sequence[Kind]:
     """Several objects of a class, as a list."""
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
-        items = list(value)
-        bad = [item for item in items if not isinstance(item, kind)]
-        if not bad:
-            return items
+    items = None if isinstance(value, Mapping) else items_of(value)
+    if items is None:
+        raise wrong(name, value, what, error)
+    bad = [item for item in items if not isinstance(item, kind)]
+    if bad:
         raise wrong(name, bad[0], f"{what}, and nothing else in it", error)
-    raise wrong(name, value, what, error)
+    return items
+
+
+def items_of(value: Any) -> list[Any] | None:
+    """What can be gone through, as a list; None: it is text, or cannot be. What fails on the way is the caller's."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return None
+    try:
+        source = iter(value)
+    except Exception:  # noqa: BLE001 - a tensor of one number has the method, and so has one that is sparse
+        return None
+    return list(source)

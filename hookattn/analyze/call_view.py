@@ -58,7 +58,9 @@ def as_real(real: Any) -> Tensor | None:
         return None
     try:
         made = torch.as_tensor(real)
-        good = made.dim() == 2 and not made.is_complex() and bool(((made == 0) | (made == 1)).all())
+        good = (
+            made.dim() == 2 and made.numel() > 0 and not made.is_complex() and bool(((made == 0) | (made == 1)).all())
+        )
     except (TypeError, ValueError, RuntimeError, OverflowError):
         good = False
     if not good:
@@ -86,6 +88,8 @@ class View:
         if not isinstance(call, Call):
             raise checks.wrong("call", call, "a Call of a trace")
         check_trace(trace)
+        if whole is not None and not isinstance(whole, View):
+            raise checks.wrong("whole", whole, "a View, or None")
         # A call of its own: what is derived of it goes with the view, and the trace's keeps what it has.
         self.call = replace(call)
         self.traced: Call = call if whole is None else whole.traced

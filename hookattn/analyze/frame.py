@@ -32,7 +32,10 @@ def views(trace: TraceLike, real: Any = None) -> Iterator[View]:
     if not trace.calls:
         raise MeasureError("the trace has no calls to measure.")
     for call in trace.calls:
-        yield View(call, trace, real)
+        view = View(call, trace, real)
+        if real is not None:
+            _ = view.keys  # raises where it does not fit, for those as well that look at no padding
+        yield view
 
 
 def views_of_heads(trace: TraceLike, real: Any = None) -> Iterator[View]:

@@ -220,7 +220,9 @@ class Call:
 
         Raises:
             FieldNotCaptured: it was not kept.
+            InputError: ``name`` is no text.
         """
+        checks.text("name", name, "the name of a field")
         for held in (self.fields, self.beside):
             if name in held:
                 return held[name]

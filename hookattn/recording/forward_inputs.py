@@ -86,12 +86,7 @@ def token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
 
 def _items(x: Any) -> list[Any] | None:
     """What is in a sequence, in its order; None: it is text, or has no order, or is no sequence at all."""
-    if isinstance(x, (str, bytes, Mapping, Set)) or not isinstance(x, Iterable):
-        return None
-    try:
-        return list(x)
-    except TypeError:  # a tensor of one number
-        return None
+    return None if isinstance(x, (Mapping, Set)) else checks.items_of(x)
 
 
 # The stacks whose text a trace's tokens are of, as calls/key_tokens.py has it: what is given for one of them is both.

@@ -68,7 +68,7 @@ class Selection:
         fields, statistics = _captured(capture)
         fields += [f for f, spec in FIELD_SPECS.items() if spec.kept_with in fields]
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
+            raise checks.wrong("dtype", dtype, "a floating torch.dtype such as torch.float16", SelectionError)
         queries = checks.int_slice("queries", queries) if isinstance(queries, slice) else _indices("queries", queries)
         chosen = _indices("layers", layers), _indices("heads", heads)
         return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
@@ -194,11 +194,12 @@ def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
     if isinstance(capture, (str, Statistic)):
         capture = (capture,)
     known = f"choose among {', '.join(FIELDS)}, and the statistics {', '.join(STATISTICS)}"
-    if not isinstance(capture, Iterable):
-        raise SelectionError(f"capture={capture!r}: expected a list of fields; {known}.")
+    items = checks.items_of(capture)
+    if items is None:
+        raise checks.wrong("capture", capture, f"a list of fields; {known}", SelectionError)
     fields: list[str] = []
     statistics: dict[str, Statistic] = {}
-    for item in tuple(capture):
+    for item in items:
         if isinstance(item, str) and item in FIELDS:
             fields.append(item)
             continue

@@ -114,8 +114,6 @@ def page_pieces(
     second = None if compare is None else as_trace(compare, "compare")
     if title is not None:
         checks.text("title", title, error=RenderError)
-    if fields is not None:
-        fields = checks.several("fields", (fields,) if isinstance(fields, str) else fields, str, "names of fields")
     options = viewer_options(trace=first, **given)
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:

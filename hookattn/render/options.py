@@ -69,7 +69,7 @@ def _images(images: Mapping[str, Any]) -> dict[str, Any]:
         raise RenderError(
             'images: expected {"urls": [a data: URL or a path for each batch entry]} and, unless the patches are a '
             'square, "grid": (rows, columns), and, unless they are the last of the tokens, "prefix": the number of '
-            f"tokens before the first patch; and got {str(images)[:80]!r}."
+            f"tokens before the first patch; and got {checks.printed(images)}."
         )
     made: dict[str, Any] = {"urls": [_data_url(url) for url in urls]}
     return made | ({} if grid is None else {"grid": list(grid)}) | ({} if prefix is None else {"prefix": prefix})

@@ -55,6 +55,6 @@ def resolve(name: str, fields: Iterable[str]) -> list[str]:
         InputError: ``name`` is no text, or ``fields`` are no names.
     """
     checks.text("name", name)
-    if not isinstance(fields, Mapping):
-        fields = checks.several("fields", fields, str, "names of fields")
+    given = list(fields) if isinstance(fields, Mapping) else fields
+    fields = checks.several("fields", given, str, "names of fields")
     return [field for field in fields if field.partition("(")[0] == name]

@@ -33,7 +33,8 @@ class SegmentMass(Statistic):
 
     def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
         if not isinstance(sets, Mapping) or not sets:
-            raise SelectionError(f"SegmentMass({sets!r}): expected a name and key positions for each set of keys.")
+            what = "a name and key positions for each set of keys"
+            raise checks.wrong("SegmentMass: sets", sets, what, SelectionError)
         made = []
         for name, keys in sets.items():
             if not isinstance(name, str) or not name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -120,8 +120,8 @@ class Dependency(WordRelation):
         object.__setattr__(self, "heads", as_label_rows(self.heads, "dependency: heads"))
         if self.relations is not None:
             object.__setattr__(self, "relations", as_label_rows(self.relations, "dependency: relations"))
-        if any(isinstance(x, str) for row in self.heads for x in row):
-            raise MeasureError("dependency: heads: expected the number of a word, or None, got text.")
+        if any(isinstance(x, (str, bool)) for row in self.heads for x in row):
+            raise MeasureError("dependency: heads: expected the number of a word, or None, got text or a bool.")
         checks.word("Dependency: direction", self.direction, ("head", "dependent"), MeasureError)
         if self.relation is not None:
             checks.text("Dependency: relation", self.relation, "the name of a relation", MeasureError)
@@ -173,14 +173,16 @@ class Coreference(WordRelation):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
+            if isinstance(self.clusters, (str, bytes, Mapping)):
+                raise TypeError
             made = tuple(
                 tuple(tuple(map(_mention, mentions)) for mentions in labels_of_example)
                 for labels_of_example in self.clusters
             )
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise MeasureError(
                 "coreference: expected for each batch entry a list of clusters, each a list of mentions, each the "
-                f"number of a word or (start, stop); got {str(self.clusters)[:60]}."
+                f"number of a word or (start, stop); got {checks.printed(self.clusters)}."
             ) from None
         object.__setattr__(self, "clusters", made)
 

@@ -15,7 +15,8 @@ from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
 from ...errors import HookattnError, InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
-from ..call_view import View
+from ...recording.forward_inputs import token_lists
+from ..call_view import View, as_real
 from ..measures.base import Measure
 from ..reading import Reading
 from ..registry import capture as capture_of
@@ -40,12 +41,21 @@ class Batch:
         count: how many examples these are, B.
         tokens: one list of strings for each, where there are any.
         real: B S, an ``attention_mask``; None: there is no padding.
+
+    Raises:
+        InputError, MeasureError: one of these is something else.
     """
 
     inputs: Any
     count: int
     tokens: list[list[str]] | None = None
     real: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.count = checks.whole("Batch: count", self.count, 1, error=InputError)
+        if self.tokens is not None:
+            self.tokens = token_lists(self.tokens)
+        self.real = as_real(self.real)
 
 
 Encode = Callable[[Sequence[Value]], Iterable[Batch]]
@@ -89,9 +99,7 @@ def survey(
     """
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
-    checks.one_of("examples", examples, Iterable, "examples, one after the other")
-    if isinstance(examples, (str, bytes)):
-        raise checks.wrong("examples", examples, "examples, one after the other, and not one text")
+    source = _examples(examples)
     checks.function("encode", encode, "a function from examples to batches")
     checks.path("out", out, TraceWriteError)
     batch = checks.whole("batch", batch, 1)
@@ -105,7 +113,7 @@ def survey(
     total = 0
     skip = None if parts.complete else parts.done
     wanted = _Capture(chosen)
-    for number, values in enumerate(_batches_of(examples, batch)):
+    for number, values in enumerate(_batches_of(source, batch)):
         if skip is not None and number >= skip:
             parts.write(_measured_table(model, encode(values), total, len(values), chosen, wanted))
         total += len(values)
@@ -116,8 +124,21 @@ def survey(
     return total
 
 
-def _batches_of(examples: Iterable[Value], batch: int) -> Iterator[list[Value]]:
-    source = iter(examples)
+def _examples(given: Any) -> Iterator[Value]:
+    """What can be gone through, and is not one text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(given, (str, bytes)):
+        try:
+            return iter(given)
+        except Exception:  # noqa: BLE001 - said below
+            pass
+    raise checks.wrong("examples", given, "examples, one after the other, and not one text")
+
+
+def _batches_of(source: Iterator[Value], batch: int) -> Iterator[list[Value]]:
     while values := list(itertools.islice(source, batch)):
         yield values
 
@@ -128,7 +149,7 @@ def _measured_table(
     import pyarrow as pa
 
     tables, seen = [], first
-    for batch in batches:
+    for batch in checks.several("encode", batches, Batch, "a function that returns several Batch"):
         try:
             trace = wanted.trace(model, batch)
         except HookattnError:
