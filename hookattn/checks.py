@@ -62,13 +62,14 @@ def whole(name: str, value: Any, least: int = -LARGEST, what: str | None = None,
         error: that is raised.
     """
     what = what or ("an int" if least == -LARGEST else f"an int from {least}")
-    found = value if type(value) is int else _index(name, value, what, error)
+    found = value if type(value) is int else index(name, value, what, error)
     if not least <= found <= LARGEST:
         raise wrong(name, value, what if found < least else f"{what} to {LARGEST}", error)
     return found
 
 
-def _index(name: str, value: Any, what: str, error: Error) -> int:
+def index(name: str, value: Any, what: str = "an int", error: Error = SelectionError) -> int:
+    """An int of any library, however large; no bool."""
     if not _is_bool(value):
         try:
             return operator.index(value)
@@ -90,10 +91,10 @@ def several_ints(
             raise wrong(name, value, what, error) from None
     items = None if isinstance(value, Mapping) else items_of(value)
     if items is None:
-        return [_index(name, value, what, error)]
+        return [index(name, value, what, error)]
     for item in items:
         if type(item) is not int:
-            _index(name, item, what, error)
+            index(name, item, what, error)
     return [operator.index(item) for item in items]
 
 
@@ -105,7 +106,7 @@ def int_slice(name: str, value: slice, error: Error = SelectionError) -> slice:
     """A slice of ints that goes somewhere."""
     for part in (value.start, value.stop, value.step):
         if part is not None:
-            _index(name, part, "a slice of ints", error)
+            index(name, part, "a slice of ints", error)
     if value.step is not None and operator.index(value.step) == 0:
         raise wrong(name, value, "a slice whose step is not 0", error)
     return value

@@ -50,7 +50,7 @@ class TraceData:
         if isinstance(key, slice):
             return self._with(self.calls[checks.int_slice("trace[…]", key)])
         if not isinstance(key, str):
-            at = checks.whole("trace[…]", key, what="a position, a slice of them, or the path of a module")
+            at = checks.index("trace[…]", key, "a position, a slice of them, or the path of a module")
             if not -len(self.calls) <= at < len(self.calls):
                 raise NoSuchCallError(f"trace[{at}]: the trace has {len(self.calls)} calls, counted from 0.")
             return self.calls[at]
