@@ -36,6 +36,7 @@ from .errors import (
     TraceWriteError,
     UnfaithfulError,
     UnfaithfulWarning,
+    UnfitTokensWarning,
     UnsupportedConfigError,
 )
 from .models.adapter import Adapter
@@ -79,6 +80,7 @@ __all__ = [
     "TraceWriteError",
     "UnfaithfulError",
     "UnfaithfulWarning",
+    "UnfitTokensWarning",
     "UnsupportedConfigError",
     "adapters",
     "load",

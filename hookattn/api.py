@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import GuessedAxesWarning, HookattnError, SelectionError, SkippedWarning
+from . import checks
+from .errors import GuessedAxesWarning, HookattnError, SkippedWarning, TraceWriteError, UnfitTokensWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
@@ -26,6 +27,7 @@ from .recording.layouts import Layouts
 from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
+from .recording.token_fit import unfit_tokens
 from .statistics.base import Statistic
 from .torch_internals.frames import level_outside
 from .torch_internals.lazy_copies import LAZY_COPIES
@@ -75,6 +77,7 @@ def trace(
         to: stream to this file, call by call, instead of holding the fields in memory.
         tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them. Or
             such lists for each stack that reads a sequence of its own: ``{"encoder": source, "decoder": target}``.
+            Given ones that fit no call are told by an UnfitTokensWarning.
         verify: ``"sample"`` checks some query rows of every call against the model's own kernel, ``"full"`` all rows,
             ``"off"`` none.
         strict: raise if a call is not faithful, instead of warning. All calls are measured as soon as the model has
@@ -90,7 +93,7 @@ def trace(
 
     Raises:
         ModelError: a scripted module, parameters on the meta device; NoAttentionError: no attention ran.
-        InputError: the inputs do not fit the forward's signature.
+        InputError: the inputs do not fit the forward's signature; or ``tokens``, a flag or a path is none.
         SelectionError: an unknown field, layer or head, an empty selection, or a ``layout`` of no module or no axes.
         UnfaithfulError: with ``strict``.
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
@@ -108,7 +111,7 @@ def trace(
         dtype=dtype,
         device=device,
         to=to,
-        tokens=tokens if tokens is not None else tokens_of(inputs),
+        tokens=tokens,
         verify=verify,
         strict=strict,
         copy=copy,
@@ -116,7 +119,7 @@ def trace(
     )
     try:
         with block as running:
-            if running.tokens is None:  # they were given for other stacks alone
+            if running.tokens is None:  # none were given, or for other stacks alone
                 running.tokens = tokens_of(inputs)
             try:
                 running.output = model(*args, **kwargs)
@@ -154,8 +157,11 @@ def tracing(
     the model's own forward runs, calls that it has made may be missing still.
     Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
-    if verify not in _VERIFY:
-        raise SelectionError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}.")
+    checks.word("verify", verify, _VERIFY)
+    checks.flag("strict", strict)
+    checks.flag("copy", copy)
+    if to is not None:
+        checks.path("to", to, TraceWriteError)
     hashable = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
     if hashable and all(x is None for x in (layers, heads, queries, dtype, device)):
         selection = _selection_of_fields(capture)  # type: ignore[arg-type]
@@ -191,8 +197,8 @@ def tracing(
                     _explain(failure, model)
                 failure = None  # it knows this frame: a circle would keep both
             session.finish()
-            if named:
-                trace.notes += _unread_tokens(trace, named)
+            unfit = [] if tokens is None else unfit_tokens(trace, named)
+            trace.notes += unfit
             session.check_found()
             unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
             trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
@@ -202,7 +208,7 @@ def tracing(
             _end(session, stream)
     finally:
         _end(session, stream)
-    _warn(trace, unused)
+    _warn(trace, unused, unfit)
 
 
 def _end(session: Session | None, stream: Stream | None) -> None:
@@ -228,23 +234,14 @@ def _explain(error: Exception, model: nn.Module) -> None:
         )
 
 
-def _unread_tokens(trace: Trace, named: Iterable[str]) -> list[str]:
-    """What ``tokens`` names and no call reads."""
-    stacks = dict.fromkeys(call.site.stack for call in trace.calls)
-    unread = [stack for stack in named if stack not in stacks]
-    return (
-        [f"tokens= names {', '.join(unread)}, and the stacks that attended are {', '.join(stacks)}"] if unread else []
-    )
-
-
 # Cached: 0.1 µs in place of 3 a trace.
 @functools.lru_cache(maxsize=64)
 def _selection_of_fields(capture: tuple[str, ...] | None) -> Selection:
     return Selection.of(capture)
 
 
-def _warn(trace: Trace, unused: Sequence[str]) -> None:
-    """Say once, at the end, what could not be read or was guessed, and what ``layout`` said of no call."""
+def _warn(trace: Trace, unused: Sequence[str], unfit: Sequence[str]) -> None:
+    """Say once, at the end, what could not be read or was guessed, and which ``layout`` or ``tokens`` fit none."""
     # The stack level is that of the with statement, or of the call of trace().
     if trace.skipped:
         first = trace.skipped[0]
@@ -266,6 +263,8 @@ def _warn(trace: Trace, unused: Sequence[str]) -> None:
             GuessedAxesWarning,
             stacklevel=level_outside(__package__),
         )
+    for line in unfit:
+        warnings.warn(line, UnfitTokensWarning, stacklevel=level_outside(__package__))
     if unused:
         warnings.warn(
             f"layout= names {', '.join(map(repr, unused[:_NAMED]))}, where no attention was recorded; "

@@ -5,8 +5,10 @@
     HookattnError
     ├── ModelError             the model cannot be traced as it is (scripted, on the meta device, no attention)
     │   └── NoAttentionError   the forward ran, and no attention call was seen in it
-    ├── InputError             the inputs do not fit the model
-    ├── SelectionError         an unknown field, layer or head; an empty selection
+    ├── InputError             the inputs do not fit the model, or an argument is of another kind than it has to be
+    ├── SelectionError         an unknown field, layer or head; an empty selection; an option that there is none of
+    │   ├── NoSuchCallError    a trace has fewer calls than that (also an IndexError)
+    │   └── NoSuchFieldError   no call has a field of this name (also an AttributeError)
     ├── FieldNotCaptured       a field that this trace does not hold (also an AttributeError)
     ├── FieldAbsent            a field that a call does not have, as its attention is of another kind (also an
     │                          AttributeError)
@@ -28,8 +30,8 @@
         └── TraceWriteError
 
 Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
-:class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`TraceTooLargeWarning` (a trace
-that may have no room).
+:class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`UnfitTokensWarning`
+(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room).
 """
 
 from __future__ import annotations
@@ -59,11 +61,19 @@ class NoAttentionError(ModelError):
 
 
 class InputError(HookattnError):
-    """The inputs do not fit the model."""
+    """The inputs do not fit the model, or an argument is of another kind than it has to be."""
 
 
 class SelectionError(HookattnError):
-    """The selection names something that is not there, or nothing at all."""
+    """The selection, or an option, names something that is not there, or nothing at all."""
+
+
+class NoSuchCallError(SelectionError, IndexError):
+    """A trace has fewer calls than that."""
+
+
+class NoSuchFieldError(SelectionError, AttributeError):
+    """No call has a field of this name."""
 
 
 class FieldNotCaptured(HookattnError, AttributeError):
@@ -158,6 +168,10 @@ class GuessedAxesWarning(UserWarning):
     """Which axis of a call is which was told by convention alone, or a ``layout=`` that would tell it was not used."""
 
     __str__ = _message
+
+
+class UnfitTokensWarning(UserWarning):
+    """Tokens were given that are of no sequence which the model read; ``trace.notes`` says why."""
 
 
 class TraceTooLargeWarning(UserWarning):

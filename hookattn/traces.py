@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
 
+from . import checks
 from .calls.trace_data import TraceData
-from .errors import ModelError
+from .errors import ModelError, TraceFileError, TraceWriteError
 from .recording.session import Session
 from .taps.active import current
 
@@ -92,9 +93,12 @@ class Trace(TraceData):
 
         Raises:
             TraceWriteError: the file could not be written; nothing is left under its name.
+            InputError: ``path`` is no path, or ``compact`` no flag.
             TraceTooLargeError: there is no memory to derive one call's scores or weights; likewise. ``compact=True``
                 derives none.
         """
+        checks.path("path", path, TraceWriteError)
+        checks.flag("compact", compact)
         from .store.document import save
 
         return save(self, path, compact=compact)
@@ -108,7 +112,31 @@ def load(path: str | PathLike[str]) -> Trace:
         ForeignFileError: not a trace.
         NewerFormatError: written in a newer format than this version reads.
         TraceFileError: cannot be opened.
+        InputError: ``path`` is no path.
     """
+    checks.path("path", path, TraceFileError)
     from .store.restore import load as restored
 
     return restored(path, Trace)
+
+
+TraceLike = Trace | str | PathLike[str]
+"""What takes a trace takes the path of its file as well."""
+
+
+def as_trace(trace: TraceLike, name: str = "trace") -> Trace:
+    """A trace, or the one in a file: what every function begins with that reads one.
+
+    Args:
+        trace: either.
+        name: of the argument.
+
+    Raises:
+        InputError: neither.
+        TraceFileError: the file is no trace, or cannot be opened.
+    """
+    if isinstance(trace, Trace):
+        return trace
+    if isinstance(trace, (str, PathLike)):
+        return load(trace)
+    raise checks.wrong(name, trace, "a Trace, or the path of a trace file")

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.functional import compute_dtype, with_four_axes
 from ..attention.normalizers import is_softmax, normalized, normalizer_of
+from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.extents import extents_of, per_query_head
 from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
+from ..calls.trace_data import check_trace
 from ..errors import FieldNotCaptured, MeasureError
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from .score_inputs import score_inputs_of
 
 if TYPE_CHECKING:
-    from ..calls.call import Call
     from ..traces import Trace
 
 
@@ -43,6 +45,29 @@ class _of_all_heads(cached_property[Made]):
         return made
 
 
+def as_real(real: Any) -> Tensor | None:
+    """What a caller says of padding, as bool, B S: True = a real token; None: nothing is said.
+
+    Args:
+        real: bool or 0/1, a tensor, an array or lists.
+
+    Raises:
+        MeasureError: something else.
+    """
+    if real is None:
+        return None
+    try:
+        made = torch.as_tensor(real)
+        good = (
+            made.dim() == 2 and made.numel() > 0 and not made.is_complex() and bool(((made == 0) | (made == 1)).all())
+        )
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        good = False
+    if not good:
+        raise checks.wrong("real", real, "B S of bool or 0/1, as an attention_mask is", MeasureError)
+    return made.bool()
+
+
 class View:
     """One call of a trace, or some heads of one. What is expensive is computed once, when it is first asked for, and
     held as long as the view.
@@ -60,10 +85,15 @@ class View:
     """
 
     def __init__(self, call: Call, trace: Trace, real: Tensor | None = None, *, whole: View | None = None):
+        if not isinstance(call, Call):
+            raise checks.wrong("call", call, "a Call of a trace")
+        check_trace(trace)
+        if whole is not None and not isinstance(whole, View):
+            raise checks.wrong("whole", whole, "a View, or None")
         # A call of its own: what is derived of it goes with the view, and the trace's keeps what it has.
         self.call = replace(call)
         self.traced: Call = call if whole is None else whole.traced
-        self.trace, self._real, self._whole = trace, real, whole
+        self.trace, self._real, self._whole = trace, real if whole is not None else as_real(real), whole
         self._statistics: dict[str, Tensor | None] = {}
         self._made: dict[Hashable, Any] = {} if whole is None else whole._made
 
@@ -284,8 +314,8 @@ class View:
         b, _, _, s = self.shape
         if self._real is None:
             return self.mask.any(1).any(1).expand(b, s)
-        real = torch.as_tensor(self._real).bool().to(self.mask.device)
-        at = key_positions(self.traced, self.trace, s, [real.shape[1]]) if real.dim() == 2 else None
+        real = self._real.to(self.mask.device)
+        at = key_positions(self.traced, self.trace, s, [real.shape[1]])
         if at is None or at.stop > real.shape[1] or real.shape[0] not in (1, b) or not self.of_inputs:
             stack = self.call.site.stack
             whose = "decoder alone (it is taken to be the encoder's)"

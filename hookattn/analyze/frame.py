@@ -9,15 +9,16 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from ..printable import printable
-from .call_view import View
+from ..traces import as_trace
+from .call_view import View, as_real
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..traces import Trace
+    from ..traces import TraceLike
 
 
-def views(trace: Trace, real: Any = None) -> Iterator[View]:
+def views(trace: TraceLike, real: Any = None) -> Iterator[View]:
     """Each call of a trace, one at a time: a view holds what was read and derived, and goes when the next one comes.
 
     Args:
@@ -25,15 +26,20 @@ def views(trace: Trace, real: Any = None) -> Iterator[View]:
         real: B S, see :class:`View`.
 
     Raises:
-        MeasureError: there are none.
+        MeasureError: there are none, or ``real`` says of no token whether it is one.
+        InputError, TraceFileError: ``trace`` is none; see :func:`hookattn.traces.as_trace`.
     """
+    trace, real = as_trace(trace), as_real(real)
     if not trace.calls:
         raise MeasureError("the trace has no calls to measure.")
     for call in trace.calls:
-        yield View(call, trace, real)
+        view = View(call, trace, real)
+        if real is not None:
+            _ = view.keys  # raises where it does not fit, for those as well that look at no padding
+        yield view
 
 
-def views_of_heads(trace: Trace, real: Any = None) -> Iterator[View]:
+def views_of_heads(trace: TraceLike, real: Any = None) -> Iterator[View]:
     """The heads of each call in their order, a block of them at a time, for tables that look at each head alone.
 
     Args, Raises: as :func:`views`.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checks
 from ..calls.key_tokens import cross_positions, key_positions, lists_of_keys, lists_of_queries
 from ..errors import MeasureError
 from ..tokens.words import split_words
@@ -27,19 +28,24 @@ def as_label_rows(labels: Any, what: str) -> Rows:
         MeasureError: they are something else.
     """
     if isinstance(labels, Tensor):
-        labels = labels.tolist()
-    good = isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) > 0
+        labels = _listed(labels)
+    good = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes)) and len(labels) > 0
     if good:
-        rows = [r.tolist() if isinstance(r, Tensor) else r for r in labels]
-        nested = [isinstance(r, Sequence) and not isinstance(r, str) for r in rows]
+        rows = [_listed(r) if isinstance(r, Tensor) else r for r in labels]
+        nested = [isinstance(r, Sequence) and not isinstance(r, (str, bytes)) and len(r) > 0 for r in rows]
         flat = rows if not any(nested) else [x for r, n in zip(rows, nested, strict=True) if n for x in r]
         good = all(nested) or not any(nested)
         if good and all(x is None or isinstance(x, (str, int)) for x in flat):
             return tuple(map(tuple, rows)) if any(nested) else (tuple(rows),)
     raise MeasureError(
         f"{what}: expected one label (text, an int or None) for each token, or one such list for each batch entry; "
-        f"got {str(labels)[:60]!r}."
+        f"got {checks.printed(labels)}."
     )
+
+
+def _listed(labels: Tensor) -> Any:
+    """A tensor's numbers; itself, where it has none that can be read."""
+    return labels if labels.is_meta or labels.is_sparse else labels.tolist()
 
 
 def key_labels(view: View, labels: Rows | None = None, what: str = "tokens") -> list[tuple[Any, ...]] | str:

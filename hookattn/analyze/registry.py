@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
 from ..errors import SelectionError
 from ..statistics.base import Statistic
 from .measures.acronym import Acronyms
@@ -26,7 +27,7 @@ from .table import measure_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..traces import Trace
+    from ..traces import TraceLike
 
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind
@@ -57,14 +58,15 @@ MEASURES: dict[str, type[Measure]] = {
 }
 
 
-def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
-    """Measures by name, or as they are.
+def resolve(measures: str | Measure | Iterable[str | Measure], empty: bool = False) -> list[Measure]:
+    """Measures by name, or as they are; ``empty``: whether there may be none.
 
     Raises:
         SelectionError: there is no such measure, nothing was named, or two measures differ in their labels alone.
     """
-    several = [measures] if isinstance(measures, (str, Measure)) else list(measures)
-    if not several:
+    given: Any = [measures] if isinstance(measures, (str, Measure)) else measures
+    several: Sequence[Any] = checks.several("measures", given, object, "names of measures, or measures themselves")
+    if not several and not empty:
         raise SelectionError(f"no measure was named; there are {', '.join(MEASURES)}.")
     made: dict[str, Measure] = {}
     for one in map(_measure_of, several):
@@ -78,13 +80,14 @@ def resolve(measures: str | Measure | Iterable[str | Measure]) -> list[Measure]:
 def _measure_of(item: str | Measure) -> Measure:
     if isinstance(item, Measure):
         return item
-    if item not in MEASURES:
-        raise SelectionError(f"there is no measure {item!r}; there are {', '.join(MEASURES)}.")
+    if not isinstance(item, str) or item not in MEASURES:
+        hint = " (a class: give an object of it)" if isinstance(item, type) else ""
+        raise SelectionError(f"there is no measure {checks.printed(item)}{hint}; there are {', '.join(MEASURES)}.")
     return MEASURES[item]()
 
 
 def measure(
-    trace: Trace,
+    trace: TraceLike,
     measures: str | Measure | Iterable[str | Measure],
     *,
     by: str = "head",
@@ -113,6 +116,7 @@ def measure(
         FieldNotCaptured: the trace lacks a field; names the measure, the call and the ``capture=`` that keeps it.
         SelectionError: an unknown measure or ``by``.
     """
+    checks.flag("missing", missing)
     return measure_table(trace, resolve(measures), by=by, real=real, missing=missing)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..calls.key_tokens import has_tokens
-from ..errors import HookattnError, MeasureError, SelectionError
+from ..errors import HookattnError, MeasureError
 from ..statistics.base import Statistic
 from .call_view import View
 from .frame import call_columns, table_of, views
@@ -19,7 +20,7 @@ from .reading import Reading
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ..traces import Trace
+    from ..traces import TraceLike
 
 BY = ("head", "example", "query")
 
@@ -47,7 +48,7 @@ class TabledMeasure(Protocol):
 
 
 def measure_table(
-    trace: Trace, measures: Sequence[TabledMeasure], *, by: str = "head", real: Any = None, missing: bool = False
+    trace: TraceLike, measures: Sequence[TabledMeasure], *, by: str = "head", real: Any = None, missing: bool = False
 ) -> DataFrame:
     """The table that :func:`hookattn.analyze.measure` returns, of measures that have different keys.
 
@@ -56,8 +57,7 @@ def measure_table(
     """
     import pandas as pd
 
-    if by not in BY:
-        raise SelectionError(f"by={by!r}: expected one of {', '.join(BY)}.")
+    checks.word("by", by, BY)
     frames = [table_of(reading_columns(view, readings(view, measures, missing), by)) for view in views(trace, real)]
     table = pd.concat(frames, ignore_index=True)
     table.attrs["units"] = {m.key: m.unit for m in measures}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KERNEL_BASIS, KernelCall, asked_for
-from ..errors import FieldAbsent, FieldNotCaptured
+from ..errors import FieldAbsent, FieldNotCaptured, NoSuchFieldError
 from ..printable import printable
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
@@ -161,10 +162,12 @@ class Call:
 
         Raises:
             FieldNotCaptured: it was not kept, or several statistics have this plain name.
+            NoSuchFieldError: no call has such a field.
+            InputError: ``name`` is neither text nor a statistic.
             TraceFileError: it is in a file that cannot be read, or that was deleted as the traced block raised.
         """
         if not isinstance(name, str):
-            name = name.key
+            name = checks.text("name", getattr(name, "key", name), "the name of a field, or a statistic")
         _ = self.certificate  # before any number of the call is handed out
         if name in self.fields:
             place = self.fields[name]
@@ -189,7 +192,7 @@ class Call:
         plain = name.partition("(")[0]
         if plain.removesuffix("_keys") not in STATISTICS:
             known = ", ".join((*FIELDS, *STATISTICS))
-            raise AttributeError(f"a call has no field {name!r}; there are {known}.")
+            raise NoSuchFieldError(f"a call has no field {name!r}; there are {known}.")
         kept = ", ".join(self.fields) or "nothing"
         raise FieldNotCaptured(
             f"the statistic {name!r} of {self.site.label} was not captured (captured: {kept}); trace again with "
@@ -217,9 +220,14 @@ class Call:
         """Where a field is, be it one that was not asked for; nothing is derived, read or measured for it.
 
         Raises:
-            KeyError: it was not kept.
+            FieldNotCaptured: it was not kept.
+            InputError: ``name`` is no text.
         """
-        return self.fields[name] if name in self.fields else self.beside[name]
+        checks.text("name", name, "the name of a field")
+        for held in (self.fields, self.beside):
+            if name in held:
+                return held[name]
+        raise FieldNotCaptured(f"{name!r} of {self.site.label} was not kept.")
 
     def at(
         self,
@@ -327,7 +335,9 @@ class Call:
 
     def has(self, name: str) -> bool:
         """Whether a field was captured, or can be derived from what was, so that its attribute can be read: not ``q``
-        where the scores are no product and there is none."""
+        where the scores are no product and there is none. Raises InputError for a name that is no text."""
+        if not isinstance(name, str):
+            raise checks.wrong("name", name, "the name of a field")
         if name in self.fields:
             spec = FIELD_SPECS.get(name)
             return self.fields[name] is not None or spec is None or spec.optional

@@ -144,7 +144,7 @@ def placed(call: SourceCall, name: str) -> Field:
     """Where a field is; None: the call has none, or it was not kept."""
     try:
         return call.place(name)
-    except KeyError:
+    except FieldNotCaptured:
         return None
 
 
@@ -157,7 +157,7 @@ def own_field(call: SourceCall, name: str) -> Tensor | None:
 def _source(call: SourceCall, name: str) -> Tensor | None:
     try:
         place = call.place(name)
-    except KeyError:
+    except FieldNotCaptured:
         raise FieldNotCaptured(
             f"{call.site.label}: what is read follows from {name!r}, which was not captured; trace again with it in "
             "capture=."

@@ -39,6 +39,10 @@ def labels(
     else:
         if len(key_tokens) < s:
             raise InputError(f"key_tokens has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
+        # Of a sequence that grows, its first keys; of any other there are no more keys than these.
+        if len(key_tokens) > s and key_positions(call, trace, s, [len(key_tokens)]) is None:
+            name = "tokens" if key_tokens is tokens else "key_tokens"
+            raise InputError(f"{name} has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
         numbers = shown(key_tokens)[:s]
     if tokens is not None and own_labels:
         if len(tokens) not in (t, call.of_queries or max(own) + 1):

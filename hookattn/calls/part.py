@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
+from .. import checks
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
@@ -20,7 +21,7 @@ from .extents import extents_of, per_query_head
 from .labels import labels
 from .parts import chosen_positions
 from .query_positions import query_positions
-from .trace_data import TraceData
+from .trace_data import TraceData, check_trace
 
 Positions = slice | Sequence[int] | int | None
 
@@ -174,11 +175,14 @@ def parts_of(
 
     Raises:
         SelectionError: nothing fits; an unknown batch entry, head or position.
-        InputError: labels that are not as many as the positions.
+        InputError: labels that are not as many as the positions, or are no text; or ``trace`` is none.
         FieldNotCaptured: nothing that was captured tells the extents.
     """
+    check_trace(trace)
     if not trace.calls:
         raise SelectionError("the trace has no calls to draw.")
+    batch = checks.whole("batch", batch)
+    tokens, key_tokens = _label_list("tokens", tokens), _label_list("key_tokens", key_tokens)
     calls = trace.select(layer=layer, stack=stack, kind=kind, step=step, path=path).calls
     made = []
     for call in calls:
@@ -196,6 +200,10 @@ def parts_of(
         part = call.at(batch=None if b == 1 else entry, heads=None if chosen == numbers else chosen)
         made.append(Part(part, chosen, tuple(own.index(i) for i in rows), columns, at, *names))
     return made
+
+
+def _label_list(name: str, given: Any) -> Sequence[str] | None:
+    return None if given is None else checks.several(name, given, str, "labels, a text for each position")
 
 
 def _extents(call: Call) -> tuple[int, int, int, int]:

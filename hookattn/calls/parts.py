@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.functional import sink_column, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
@@ -134,14 +134,10 @@ def chosen_positions(name: str, wanted: Chosen, there: Sequence[int], call: Whol
     end = max(there, default=-1) + 1
     known = there if isinstance(there, range) else frozenset(there)
     if isinstance(wanted, slice):
-        found = [i for i in range(*wanted.indices(end)) if i in known]
+        found = [i for i in range(*checks.int_slice(name, wanted).indices(end)) if i in known]
         asked: list[int] = found
     else:
-        several = wanted if isinstance(wanted, Iterable) else (wanted,)
-        try:
-            asked = [operator.index(i) for i in several]  # type: ignore[arg-type]
-        except TypeError:
-            raise SelectionError(f"{name}={wanted!r}: expected an int, a slice or several ints.") from None
+        asked = checks.several_ints(name, wanted, "an int, a slice or several ints")
         found = [i + end if i < 0 else i for i in asked]
     if len(set(found)) < len(found):
         raise SelectionError(f"{name}={wanted}: expected each of the {what} once.")

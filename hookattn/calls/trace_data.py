@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any, Self, overload
 
-from ..errors import SelectionError
+from .. import checks
+from ..errors import NoSuchCallError, SelectionError
 from ..printable import printable
 from .call import Call, Skipped
 from .layer_counts import LayerCounts
@@ -43,13 +45,16 @@ class TraceData:
         """A call by position or by module path, or a trace of a slice of them.
 
         Raises:
-            SelectionError: no such call, or a path that ran more than once.
-            IndexError: a position out of range.
+            SelectionError: no such call, or a path that ran more than once. For a position out of range it is a
+                NoSuchCallError, which is an IndexError, too.
         """
         if isinstance(key, slice):
-            return self._with(self.calls[key])
-        if isinstance(key, int):
-            return self.calls[key]
+            return self._with(self.calls[checks.int_slice("trace[…]", key)])
+        if not isinstance(key, str):
+            at = checks.index("trace[…]", key, "a position, a slice of them, or the path of a module")
+            if not -len(self.calls) <= at < len(self.calls):
+                raise NoSuchCallError(f"trace[{at}]: the trace has {len(self.calls)} calls, counted from 0.")
+            return self.calls[at]
         found = [c for c in self.calls if c.site.path == key]
         if len(found) == 1:
             return found[0]
@@ -73,10 +78,14 @@ class TraceData:
         """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
 
         Raises:
-            SelectionError: nothing fits; says what there is.
+            SelectionError: nothing fits, which says what there is; or ``layer`` or ``step`` is no int.
+            InputError: one of the others is no text.
         """
-        layers = [layer] if isinstance(layer, int) else layer
-        steps = {step} if isinstance(step, int) else step
+        layers = None if layer is None else checks.several_ints("layer", layer)
+        steps = None if step is None else checks.several_ints("step", step)
+        for name, value in (("stack", stack), ("kind", kind), ("path", path), ("tap", tap)):
+            if value is not None:
+                checks.text(name, value)
         last_step = max((c.step for c in self.calls), default=0)
         counts = LayerCounts(c.site for c in self.calls)
         kept = [
@@ -174,3 +183,14 @@ class TraceData:
         state += f", axes guessed in {guessed}" if guessed else ""
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return f"{type(self).__name__}({len(self.calls)} calls{where}{state}{skipped})"
+
+
+def check_trace(trace: object, name: str = "trace") -> None:
+    """Refuse what is no trace, where a file can't be opened: what has to have one in memory.
+
+    Raises:
+        InputError: it is something else; of a path says how to open it.
+    """
+    if not isinstance(trace, TraceData):
+        opened = isinstance(trace, (str, PathLike))
+        raise checks.wrong(name, trace, "a Trace" + (" (hookattn.load(path) opens a file)" if opened else ""))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..calls.extents import kernel_queries
+from ..calls.trace_data import check_trace
 from ..errors import StitchError
 from ..statistics.received import Received
 from ..statistics.registry import STATISTICS
@@ -44,8 +46,11 @@ def merge(traces: Merged | Sequence[Merged], over: str = "steps") -> Merged:
         StitchError: the calls do not fit together, or have no statistics.
     """
     several: list[Merged] = list(traces) if isinstance(traces, (list, tuple)) else [traces]  # type: ignore[list-item]
-    if over not in ("steps", "batches") or not several:
-        raise StitchError(f"over={over!r}: expected 'steps' or 'batches', and at least one trace.")
+    checks.word("over", over, ("steps", "batches"), StitchError)
+    for trace in several:
+        check_trace(trace, "traces")
+    if not any(len(trace) for trace in several):
+        raise StitchError("traces: expected at least one trace, with calls.")
     groups: dict[tuple[object, ...], list[Call]] = defaultdict(list)
     for i, trace in enumerate(several):
         count: dict[tuple[object, ...], int] = defaultdict(int)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Size, Tensor
 
+from .. import checks
 from ..attention.functional import dot_scores, finish_scores, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, SOURCES
 from ..calls.call import Call, joint_basis
@@ -64,10 +65,8 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     """
     if not trace.calls:
         raise StitchError("the trace has no calls to stitch.")
-    if isinstance(beams, (list, tuple)):
-        beams = torch.tensor(beams)
-    if beams is not None and beams is not False and not (isinstance(beams, Tensor) and beams.dim() == 2):
-        raise StitchError(f"beams={beams!r}: expected beam_indices (sequences × steps), False or None.")
+    beams = _beam_indices(beams)
+    length = None if length is None else checks.whole("length", length, 1, error=StitchError)
     made: list[Call] = []
     for stack, sites in _stacks(trace).items():
         made += _stitched_stack(stack, sites, beams, length)
@@ -75,6 +74,21 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     for i, call in enumerate(made):
         call.index = i
     return replace(trace, calls=made)
+
+
+def _beam_indices(beams: Any) -> Any:
+    """The argument of that name as a tensor N T of ints; False or None as it is."""
+    if beams is None or beams is False:
+        return beams
+    try:
+        made = torch.tensor(beams) if isinstance(beams, (list, tuple)) else beams
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        made = None
+    whole = isinstance(made, Tensor) and made.dim() == 2 and made.dtype in (torch.int64, torch.int32)
+    if made is None or not whole or made.numel() == 0 or int(made.min()) < -1:
+        expected = "beam_indices (sequences × steps, ints from −1), False or None"
+        raise checks.wrong("beams", beams, expected, StitchError)
+    return made
 
 
 def _stacks(trace: TraceData) -> dict[str, list[list[Call]]]:

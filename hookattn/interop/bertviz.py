@@ -58,7 +58,7 @@ def to_bertviz(trace: TraceData, *, batch: int = 0) -> dict[str, Any]:
             queries that are not the keys (a step with a cache: ``trace.stitch()`` puts steps together).
         FieldNotCaptured: the weights were not kept.
     """
-    parts = parts_of(trace, batch=batch)
+    parts = parts_of(trace, batch=batch)  # checks both
     steps = sorted({part.call.step for part in parts})
     if len(steps) > 1:
         raise SelectionError(f"BertViz shows one step, and there are {steps}; select(step=…) or stitch() first.")

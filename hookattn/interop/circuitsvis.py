@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
 
+from .. import checks
 from ..calls.choose import parts_of_one_stack
 from ..calls.part import Part, Where
 from ..calls.trace_data import TraceData
@@ -26,6 +28,8 @@ def attention_heads(trace: TraceData, options: dict[str, Any] | None = None, **w
     """
     from circuitsvis.attention import attention_heads as view
 
+    if options is not None:
+        checks.one_of("options", options, Mapping, "a mapping of options of circuitsvis")
     return view(**{**to_circuitsvis(trace, **where), **(options or {})})
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..calls.call import Call
-from ..calls.trace_data import TraceData
+from ..calls.trace_data import TraceData, check_trace
 from ..errors import SelectionError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Hook:
         Raises:
             SelectionError: no name of an attention activation.
         """
-        found = _NAME.fullmatch(name)
+        found = _NAME.fullmatch(checks.text("name", name, "a hook name"))
         place = _BLOCKS.get((found[1], found[3])) if found else None
         if found is None or place is None or found[4] not in _FIELDS:
             raise SelectionError(
@@ -87,7 +88,8 @@ def hooks(trace: TraceData, *, model: Any = None, rotary: bool | None = None) ->
         SelectionError: several steps, or two calls that would have one name, or stacks without names here: select
             first; or nothing tells whether q and k are rotated.
     """
-    rotated = _rotary(trace, model) if rotary is None else rotary
+    check_trace(trace)
+    rotated = _rotary(trace, model) if rotary is None else checks.flag("rotary", rotary)
     stacks = {call.site.stack for call in trace}
     both = {"encoder", "decoder"} <= stacks or any(call.site.kind == "cross" for call in trace)
     taken: dict[str, Call] = {}
@@ -126,7 +128,10 @@ def activation(call: Call, field: str) -> Tensor:
 
     Raises:
         FieldNotCaptured: the field (for scores: or the mask) was not kept.
+        SelectionError: transformer-lens has no name for the field.
     """
+    checks.one_of("call", call, Call, "a Call of a trace")
+    checks.word("field", field, _HOOKS)
     call = call.at()  # what is derived of it is held by nobody but the caller
     if field == "scores":
         return torch.where(call.mask, call.scores, -torch.inf)
@@ -141,6 +146,7 @@ def find(trace: TraceData, name: str) -> Tensor:
         SelectionError: no such name, or no one call for it.
         FieldNotCaptured: its field was not kept.
     """
+    check_trace(trace)
     hook = Hook.of(name)
     found = [
         call

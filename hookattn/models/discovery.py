@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import fx, nn
 
+from .. import checks
 from ..calls.site import Site
 from ..errors import ModelError
 from ..taps import covered
@@ -150,7 +151,8 @@ def make_watch_plan(model: nn.Module) -> WatchPlan:
         UnsupportedConfigError: an adapter refuses the configuration.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"the model has to be a torch.nn.Module; got {type(model).__name__} {str(model)[:60]!r}.")
+        got = f"{type(model).__name__} {checks.printed(model)}"
+        raise ModelError(f"the model has to be a torch.nn.Module; got {got}.")
     found = _known.get(model)
     if found is not None and found.shape.holds(model):
         for there, site, adapter in found.sites:

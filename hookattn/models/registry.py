@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
+from .. import checks
 from ..attention.axis_letters import problem_of
 from ..calls.site import Site
 from ..errors import BrokenAdapterError, DuplicateAdapterError, UnsupportedConfigError
@@ -231,7 +232,7 @@ def _add(adapter: Adapter, source: str) -> None:
     who = source if source == _HERE else f"distribution {source!r}"
     if not isinstance(adapter, Adapter):
         hint = " (a class: register an instance)" if isinstance(adapter, type) else ""
-        raise BrokenAdapterError(f"{who}: expected an Adapter instance, got {adapter!r}{hint}.")
+        raise BrokenAdapterError(f"{who}: expected an Adapter instance, got {checks.printed(adapter)}{hint}.")
     if not adapter.name or not isinstance(adapter.name, str):
         raise BrokenAdapterError(f"{who}: the adapter {type(adapter).__name__} has no name.")
     if not adapter.covers or isinstance(adapter.covers, str):

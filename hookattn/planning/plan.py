@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import split_additive
 from ..calls.call import Call
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
-from ..errors import ModelError, NoAttentionError
+from ..errors import ModelError, NoAttentionError, TraceWriteError
 from ..models.discovery import make_watch_plan
 from ..recording.forward_inputs import arguments, check_fit
 from ..recording.layouts import Layouts
@@ -62,9 +64,16 @@ def plan(
         InputError, SelectionError: as in :func:`hookattn.trace`.
     """
     selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    if to is not None:
+        checks.path("to", to, TraceWriteError)
+        if os.path.isdir(to):
+            raise checks.wrong("to", os.fspath(to), "the path of a file, and this is a folder", TraceWriteError)
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
     return plan_with_advice(calls_on_shapes(model, *arguments(inputs), layout), selection, to)
+
+
+_WHILE_PLANNING = "hookattn: raised while the forward ran on shapes alone, for a plan."
 
 
 class ShapeRecorder(Recorder):
@@ -146,13 +155,14 @@ def calls_on_shapes(
                 # A tap asks where tensors lie in memory, which fake ones do nowhere.
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
                 copy(*args, **kwargs)
-        except TypeError:
+        except TypeError as error:
             check_fit(copy, args, kwargs)
+            error.add_note(_WHILE_PLANNING)
             raise
         except IMPOSSIBLE as error:
             raise ModelError(_impossible(model, str(error), session.where())) from error
         except Exception as error:
-            error.add_note("hookattn: raised while the forward ran on shapes alone, for a plan.")
+            error.add_note(_WHILE_PLANNING)
             raise
         finally:
             session.stop()

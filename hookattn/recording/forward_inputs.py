@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import InputError
 
 
@@ -73,13 +74,19 @@ def token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
     """
     if tokens is None:
         return None
-    rows = [tokens] if _strings(tokens) else tokens
-    if isinstance(rows, str) or not isinstance(rows, Iterable) or not all(map(_strings, rows)):
-        raise InputError(
-            "tokens has to be a list of strings, one for each position, or one such list for each batch "
-            f"entry; got {str(tokens)[:60]!r}."
-        )
-    return [list(row) for row in rows]
+    items = _items(tokens)
+    rows = [items] if items and all(isinstance(x, str) for x in items) else [_items(x) for x in items or ()]
+    if any(rows) and all(row is not None and all(isinstance(x, str) for x in row) for row in rows):
+        return [list(row) for row in rows if row is not None]
+    raise InputError(
+        "tokens has to be a list of strings, one for each position, or one such list for each batch "
+        f"entry; got {checks.printed(tokens)}."
+    )
+
+
+def _items(x: Any) -> list[Any] | None:
+    """What is in a sequence, in its order; None: it is text, or has no order, or is no sequence at all."""
+    return None if isinstance(x, (Mapping, Set)) else checks.items_of(x)
 
 
 # The stacks whose text a trace's tokens are of, as calls/key_tokens.py has it: what is given for one of them is both.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .. import checks
 from ..attention.axis_letters import problem_of
 from ..errors import SelectionError
 
@@ -24,7 +25,9 @@ class Layouts:
 
     def __init__(self, given: Any, paths: Collection[str]):
         if not isinstance(given, Mapping) or not all(isinstance(x, str) for x in (*given, *given.values())):
-            raise SelectionError(f"layout={given!r}: expected module paths with the letters of q's axes, {_EXAMPLE}.")
+            raise checks.wrong(
+                "layout", given, f"module paths with the letters of q's axes, {_EXAMPLE}", SelectionError
+            )
         self._given: dict[str, str] = dict(given)
         self._used: set[str] = set()
         for path, letters in self._given.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES, TENSOR_SPECS, KernelCall, asked_for
 from ..attention.normalizers import SOFTMAX, is_softmax
@@ -68,11 +68,8 @@ class Selection:
         fields, statistics = _captured(capture)
         fields += [f for f, spec in FIELD_SPECS.items() if spec.kept_with in fields]
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise SelectionError(f"dtype={dtype!r}: expected a floating torch.dtype such as torch.float16.")
-        if not isinstance(queries, slice):
-            queries = _indices("queries", queries)
-        elif not all(x is None or hasattr(x, "__index__") for x in (queries.start, queries.stop, queries.step)):
-            raise SelectionError(f"queries={queries!r}: expected a slice of ints.")
+            raise checks.wrong("dtype", dtype, "a floating torch.dtype such as torch.float16", SelectionError)
+        queries = checks.int_slice("queries", queries) if isinstance(queries, slice) else _indices("queries", queries)
         chosen = _indices("layers", layers), _indices("heads", heads)
         return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
 
@@ -197,11 +194,12 @@ def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
     if isinstance(capture, (str, Statistic)):
         capture = (capture,)
     known = f"choose among {', '.join(FIELDS)}, and the statistics {', '.join(STATISTICS)}"
-    if not isinstance(capture, Iterable):
-        raise SelectionError(f"capture={capture!r}: expected a list of fields; {known}.")
+    items = checks.items_of(capture)
+    if items is None:
+        raise checks.wrong("capture", capture, f"a list of fields; {known}", SelectionError)
     fields: list[str] = []
     statistics: dict[str, Statistic] = {}
-    for item in tuple(capture):
+    for item in items:
         if isinstance(item, str) and item in FIELDS:
             fields.append(item)
             continue
@@ -223,29 +221,25 @@ def _captured(capture: Any) -> tuple[list[str], tuple[Statistic, ...]]:
 def _indices(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if hasattr(value, "__index__") and not hasattr(value, "__len__"):
-        value = (value,)
-    if isinstance(value, (slice, str, bytes)) or not isinstance(value, Iterable):
-        raise SelectionError(f"{name}={value!r}: expected an int or a list of ints.")
-    items = tuple(value)
+    items = tuple(checks.several_ints(name, value))
     if not items:
         raise SelectionError(f"{name}=[] selects nothing; leave it out to keep all {name}.")
-    bad = [i for i in items if not hasattr(i, "__index__") or isinstance(i, bool)]
-    if bad:
-        raise SelectionError(f"{name}={value!r}: expected ints, got {bad[0]!r}.")
-    return tuple(operator.index(i) for i in items)
+    return items
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
+    if not isinstance(device, (str, torch.device, int)) or isinstance(device, bool):
+        raise checks.wrong("device", device, "a torch.device, or its name such as 'cpu'", SelectionError)
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise SelectionError(f"device={device!r}: there is no such device here: {reason}") from error
+        shown = checks.printed(device)
+        raise SelectionError(f"device={shown}: there is no such device here: {reason}") from error
+    if found.type == "meta":
+        raise SelectionError("device='meta': expected a device that holds values; hookattn.plan tells sizes alone.")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .. import checks
 from ..calls.call import Call
 from ..errors import RenderError
 from ..traces import Trace
@@ -37,7 +38,7 @@ def scores_of(scores: Any, trace: Trace | None = None) -> dict[str, Any]:
         if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
             rows = "a list for each call"
             expected = rows if name == "roles" else f'{{"unit", "description", "values": [{rows}]}}'
-            raise RenderError(f"scores[{name!r}]: expected {expected}, and got {str(scores[name])[:80]!r}.")
+            raise RenderError(f"scores[{name!r}]: expected {expected}, and got {checks.printed(entry)}.")
         if trace is not None and len(table) != len(trace):
             raise RenderError(f"scores[{name!r}]: expected {len(trace)} rows, one for each call, and got {len(table)}.")
         if name != "roles":

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .. import checks
+from ..errors import RenderError, TraceWriteError
 from ..store.document import save
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
 from ..store.partial import PartialFile, explaining_os_errors
@@ -82,7 +84,7 @@ def save_page(trace: TraceLike, path: str | PathLike[str], **options: Any) -> st
     Raises:
         TraceWriteError: it cannot be written there; and what :func:`page` raises.
     """
-    target = Path(path)
+    target = Path(checks.path("path", path, TraceWriteError))
     file = PartialFile(target)
     size = 0
     try:
@@ -109,7 +111,9 @@ def page_pieces(
 ) -> Iterator[str]:
     """The text of :func:`page`, piece by piece; ``given`` is for the viewer."""
     first = as_trace(trace)
-    second = None if compare is None else as_trace(compare)
+    second = None if compare is None else as_trace(compare, "compare")
+    if title is not None:
+        checks.text("title", title, error=RenderError)
     options = viewer_options(trace=first, **given)
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:

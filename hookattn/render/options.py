@@ -6,10 +6,11 @@ import base64
 import json
 import mimetypes
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..errors import RenderError
 from ..traces import Trace
 from .head_scores import scores_of
@@ -41,8 +42,7 @@ def viewer_options(
     Raises:
         RenderError: one of them is of another form; says which, and what was expected.
     """
-    if theme not in THEMES:
-        raise RenderError(f"theme={theme!r}: expected one of {', '.join(map(repr, THEMES))}.")
+    checks.word("theme", theme, THEMES, RenderError)
     made: dict[str, Any] = {"theme": theme}
     if state is not None:
         if not isinstance(state, Mapping):
@@ -69,7 +69,7 @@ def _images(images: Mapping[str, Any]) -> dict[str, Any]:
         raise RenderError(
             'images: expected {"urls": [a data: URL or a path for each batch entry]} and, unless the patches are a '
             'square, "grid": (rows, columns), and, unless they are the last of the tokens, "prefix": the number of '
-            f"tokens before the first patch; and got {str(images)[:80]!r}."
+            f"tokens before the first patch; and got {checks.printed(images)}."
         )
     made: dict[str, Any] = {"urls": [_data_url(url) for url in urls]}
     return made | ({} if grid is None else {"grid": list(grid)}) | ({} if prefix is None else {"prefix": prefix})
@@ -80,7 +80,7 @@ def _counts(number: Any) -> bool:
 
 
 def _data_url(picture: str | PathLike[str]) -> str:
-    text = fspath(picture)
+    text = checks.path("images: urls", picture, RenderError)
     if text.startswith("data:image/"):
         return text
     kind = mimetypes.guess_type(text)[0] or ""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS
 from ..calls.call import Call
 from ..calls.deriving import shape_and_dtype
@@ -100,8 +101,11 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
 
 
 def _fields_asked_for(trace: Trace, there: Sequence[str], fields: Sequence[str]) -> list[str]:
-    if isinstance(fields, str) or not fields or any(f not in FIELDS for f in fields):
-        raise SelectionError(f"fields={fields!r}: expected a tuple of some of {', '.join(FIELDS)}.")
+    known = f"a tuple of some of {', '.join(FIELDS)}"
+    asked = fields
+    fields = checks.items_of(fields) or ()
+    if not fields or any(not isinstance(f, str) or f not in FIELDS for f in fields):
+        raise checks.wrong("fields", asked, known, SelectionError)
     for f in fields:
         if f not in there:
             raise FieldNotCaptured(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
+from .. import checks
 from ..calls.choose import part_of_one_call, parts_of_one_stack
 from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
 from ..printable import printable
-from ..traces import Trace
+from ..traces import Trace, TraceLike, as_trace
 from .by_distance import highest, lowest, mean_by_distance, notes_of
 from .palette import INK, MASKED, PAPER, head_style
 from .values import FLOOR, Field, Scale, Sink, check_options, drawn_values
@@ -29,7 +30,7 @@ _BLUES, _SCORES = "Blues", "PuOr_r"
 
 
 def plotly(
-    trace: Trace,
+    trace: TraceLike,
     view: Literal["matrix", "model", "distance"] = "matrix",
     *,
     field: Field = "weights",
@@ -56,12 +57,11 @@ def plotly(
         SelectionError, FieldNotCaptured, InputError: as the figures of :mod:`hookattn.render` do.
     """
     check_options(field, scale, sink)
-    if view not in _VIEWS:
-        raise SelectionError(f"view={view!r}: expected one of {', '.join(_VIEWS)}.")
+    checks.word("view", view, _VIEWS)
     if view == "distance" and (field != "weights" or sink != "show"):
         raise SelectionError("field and sink have no meaning in the distance view; leave them out.")
     with extra_named():
-        figure = _VIEWS[view](trace, field, scale, sink, where)
+        figure = _VIEWS[view](as_trace(trace), field, scale, sink, where)
     figure.update_layout(
         template="plotly_white",
         plot_bgcolor=MASKED if view != "distance" else PAPER,

@@ -6,31 +6,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike, fspath
+from os import fspath
 
 from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
-from ..errors import RenderError, TraceFileError
+from ..errors import TraceFileError
 from ..printable import printable
 from ..store import LazyFile
 from ..store.document import save
-from ..traces import Trace, load
+from ..traces import Trace, TraceLike, as_trace, load
 
-TraceLike = Trace | str | PathLike[str]
-
-
-def as_trace(trace: TraceLike) -> Trace:
-    """A trace, or the one in a file.
-
-    Raises:
-        RenderError: neither.
-        TraceFileError: the file is no trace.
-    """
-    if isinstance(trace, Trace):
-        return trace
-    if not isinstance(trace, (str, PathLike)):
-        raise RenderError(f"expected a Trace or the path of a trace file, and got {type(trace).__name__}.")
-    return load(trace)
+__all__ = ["TraceLike", "as_trace", "name_of", "title_of", "trace_file"]
 
 
 def name_of(trace: Trace) -> str:
@@ -53,7 +39,8 @@ def trace_file(trace: TraceLike) -> Iterator[str]:
     """The path of a file of this trace, each call with its keys whole; a temporary one is deleted after the block.
 
     Raises:
-        RenderError, TraceFileError: as :func:`as_trace`; TraceWriteError: no room for the temporary file.
+        InputError, TraceFileError: as :func:`hookattn.traces.as_trace`.
+        TraceWriteError: no room for the temporary file.
     """
     found = as_trace(trace)
     linked = any(isinstance(place, Continued) for call in found.calls for place in call.fields.values())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import checks
 from ..attention.normalizers import is_softmax
 from ..calls.part import Part
 from ..errors import SelectionError
@@ -59,8 +60,7 @@ def check_options(field: str, scale: str, sink: str) -> None:
         SelectionError: an unknown word, a logarithm of scores, or scores made to sum to 1.
     """
     for name, value, known in (("field", field, FIELDS), ("scale", scale, SCALES), ("sink", sink, SINKS)):
-        if value not in known:
-            raise SelectionError(f"{name}={value!r}: expected one of {', '.join(known)}.")
+        checks.word(name, value, known)
     if scale == "log" and field not in WEIGHTS:
         raise SelectionError(f"scale='log' is for weights; field={field!r} has no logarithm.")
     if sink == "renormalise" and field not in WEIGHTS:

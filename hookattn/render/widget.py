@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import anywidget
 import traitlets
 
+from .. import checks
 from ..errors import PageTooLargeError, RenderError
 from ..traces import Trace
 from .html_page import page_pieces, save_page
@@ -102,10 +103,10 @@ class Widget(anywidget.AnyWidget):
             theme: ``"light"``, ``"dark"`` or ``"auto"``.
             page: whether the output carries the self-contained page too, up to some megabytes of the notebook.
         """
-        self._trace, self._page = as_trace(trace), page
+        self._trace, self._page = as_trace(trace), checks.flag("page", page)
         given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
         options = viewer_options(state=state, trace=self._trace, **given)
-        shown = {"trace": self._trace} | ({} if compare is None else {"compare": as_trace(compare)})
+        shown = {"trace": self._trace} | ({} if compare is None else {"compare": as_trace(compare, "compare")})
         with ExitStack() as stack:
             # If the second file cannot be opened, the first is closed; after that the finalizer owns both.
             self._files = {name: _open_file(stack, of) for name, of in shown.items()}
@@ -139,10 +140,9 @@ class Widget(anywidget.AnyWidget):
         Raises:
             RenderError: there are no such bytes, or they cannot be read any more.
         """
-        if of not in self._files:
-            raise RenderError(f"bytes of {of!r}: there is {' and '.join(self._files)}.")
+        checks.word("of", of, self._files, RenderError)
         descriptor, size = self._files[of]
-        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= size):
+        if not (type(start) is int and type(end) is int and 0 <= start <= end <= size):
             raise RenderError(f"bytes {start!r} to {end!r} of a trace of {size} bytes: there are none such.")
         if end - start > _READ:
             raise RenderError(f"{end - start} bytes at once; at most {_READ} fit in one message.")

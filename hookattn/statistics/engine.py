@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention.functional import compute_dtype, finish_scores, with_four_axes
 from ..attention.masks import Reach
 from ..attention.score_inputs import ScoreInputs
@@ -47,7 +48,12 @@ def compute(problem: ScoreInputs, statistics: Sequence[Statistic]) -> dict[str, 
     Returns:
         Field name → tensor, in float32 (float64 for a call in that); None for a statistic that needs positions, where
         the call has none.
+
+    Raises:
+        InputError: ``problem`` or one of the statistics is something else.
     """
+    checks.one_of("problem", problem, ScoreInputs, "a hookattn.statistics.Problem")
+    statistics = checks.several("statistics", statistics, Statistic, "statistics of hookattn.statistics")
     q, k = problem.q, problem.k
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     dtype = compute_dtype(q.dtype if problem.scores is None else problem.scores.dtype)

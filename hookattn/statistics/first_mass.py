@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .. import checks
 from .base import Out, Statistic
 from .block import Block
-from .checks import check_count
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FirstMass(Statistic):
     n: int = 1
 
     def __post_init__(self) -> None:
-        check_count("FirstMass", "n", self.n)
+        object.__setattr__(self, "n", checks.whole("FirstMass: n", self.n, 1))
 
     @property
     def key(self) -> str:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .. import checks
 from .base import Out, Statistic
 from .block import Block
-from .checks import check_count
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class LocalMass(Statistic):
     window: int = 16
 
     def __post_init__(self) -> None:
-        check_count(type(self).__name__, "window", self.window)
+        window = checks.whole(f"{type(self).__name__}: window", self.window, 1)
+        object.__setattr__(self, "window", window)
 
     @property
     def key(self) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import SelectionError
+from .. import checks
 from .base import Out, Statistic
 from .block import Block
 
@@ -35,8 +35,7 @@ class OffsetMass(Statistic):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.offset) is not int:
-            raise SelectionError(f"OffsetMass(offset={self.offset!r}): expected an int.")
+        object.__setattr__(self, "offset", checks.whole("OffsetMass: offset", self.offset))
 
     @property
     def key(self) -> str:

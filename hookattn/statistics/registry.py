@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from .. import checks
 from ..attention.kernel_call import FieldSpec
 from .base import Statistic
 from .entropy import Entropy
@@ -39,13 +40,24 @@ STATISTICS: dict[str, type[Statistic]] = {
 
 
 def named(name: str) -> Statistic | None:
-    """A statistic with its defaults, by its plain name; None: there is none, or it has no defaults (segments)."""
-    kind = STATISTICS.get(name)
+    """A statistic with its defaults, by its plain name; None: there is none, or it has no defaults (segments).
+
+    Raises:
+        InputError: ``name`` is no text.
+    """
+    kind = STATISTICS.get(checks.text("name", name))
     return None if kind is None or kind is SegmentMass else kind()
 
 
 def resolve(name: str, fields: Iterable[str]) -> list[str]:
-    """The fields that a plain name such as ``first_mass`` or ``top_k_keys`` may mean."""
+    """The fields that a plain name such as ``first_mass`` or ``top_k_keys`` may mean.
+
+    Raises:
+        InputError: ``name`` is no text, or ``fields`` are no names.
+    """
+    checks.text("name", name)
+    given = list(fields) if isinstance(fields, Mapping) else fields
+    fields = checks.several("fields", given, str, "names of fields")
     return [field for field in fields if field.partition("(")[0] == name]
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..errors import SelectionError
 from .base import Out, Statistic
 from .block import Block
@@ -33,13 +34,18 @@ class SegmentMass(Statistic):
 
     def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
         if not isinstance(sets, Mapping) or not sets:
-            raise SelectionError(f"SegmentMass({sets!r}): expected a name and key positions for each set of keys.")
+            what = "a name and key positions for each set of keys"
+            raise checks.wrong("SegmentMass: sets", sets, what, SelectionError)
         made = []
         for name, keys in sets.items():
-            items = tuple(keys.tolist() if isinstance(keys, Tensor) else keys)
-            if not isinstance(name, str) or not name or any(not hasattr(i, "__index__") or i < 0 for i in items):
-                raise SelectionError(f"SegmentMass: {name!r}: {items[:5]}: expected a name, and ints from 0.")
-            made.append((name, tuple(sorted({int(i) for i in items}))))
+            if not isinstance(name, str) or not name:
+                raise SelectionError(f"SegmentMass: {name!r}: expected a name for a set of keys.")
+            where = f"SegmentMass: {name}"
+            items = {
+                checks.whole(where, i, 0, "key positions, ints from 0")
+                for i in checks.several_ints(where, keys, "key positions, ints from 0")
+            }
+            made.append((name, tuple(sorted(items))))
         object.__setattr__(self, "sets", tuple(made))
 
     @property

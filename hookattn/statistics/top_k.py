@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from .base import Out, Statistic
 from .block import HIDDEN, Block
-from .checks import check_count
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TopK(Statistic):
     k: int = 8
 
     def __post_init__(self) -> None:
-        check_count("TopK", "k", self.k)
+        object.__setattr__(self, "k", checks.whole("TopK: k", self.k, 1))
 
     @property
     def key(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import checks
+from ..attention.kernel_call import FIELDS
 from ..errors import AdapterCheckError, AdapterError
 from ..models.adapter import Adapter
 from . import structure, untouched, variants, witness
@@ -77,25 +79,27 @@ def check_adapter(
         was tried and what came back.
 
     Raises:
+        InputError, SelectionError: an argument is none there is.
         AdapterCheckError: all that was found, with the path of the call, what was expected, what there is, how to mend
             it; also an AssertionError. ``failures`` has each as a :class:`Failure`.
     """
     case = Case(
-        adapter,
-        make_model,
-        make_inputs,
-        tuple(beside),
-        complete,
-        every_layer,
-        tuple(formed),
-        weights,
-        padding,
-        tuple(skipped),
-        more_inputs or {},
+        checks.one_of("adapter", adapter, Adapter, "an Adapter, which is an object and no class"),
+        checks.function("make_model", make_model, "a function that returns a model"),
+        checks.function("make_inputs", make_inputs, "a function that returns inputs"),
+        tuple(checks.several("beside", beside, Adapter, "adapters")),
+        checks.flag("complete", complete),
+        checks.flag("every_layer", every_layer),
+        tuple(checks.word("formed", name, FIELDS) for name in _names("formed", formed)),
+        None if weights is None else checks.function("weights", weights, "a function of a model and its inputs"),
+        checks.flag("padding", padding),
+        _names("skipped", skipped),
+        _functions("more_inputs", {} if more_inputs is None else more_inputs),
     )
+    chosen = list(CHECKS) if only is None else [checks.word("only", name, CHECKS) for name in _names("only", only)]
     failures: list[Failure] = []
     told: dict[str, str] = {}
-    for name in CHECKS if only is None else only:
+    for name in chosen:
         found = list(run_check(name, case, told))
         failures += found
     if failures:
@@ -103,6 +107,15 @@ def check_adapter(
         title = f"the adapter {adapter.name!r} does not hold to the contract: {len(failures)} {kind}"
         raise AdapterCheckError(listing(title, failures), failures)
     return told
+
+
+def _names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
+    return tuple(checks.several(argument, given, str, "several names"))
+
+
+def _functions(argument: str, given: Any) -> dict[str, Callable[[], Any]]:
+    checks.one_of(argument, given, Mapping, "names of inputs with a function for each that returns them")
+    return {checks.text(argument, name): checks.function(f"{argument}[{name!r}]", make) for name, make in given.items()}
 
 
 def run_check(name: str, case: Case, told: dict[str, str]) -> list[Failure]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import checks
 from ..taps.active import current
 from ..torch_internals import code_patching
 from ..torch_internals.function_modes import open_modes
@@ -14,7 +15,13 @@ from ..torch_internals.tensor_identity import version_of
 
 
 def check_clean(model: nn.Module) -> None:
-    """Check that no hook, patch or function mode of this library is left (no trace may be running elsewhere)."""
+    """Check that no hook, patch or function mode of this library is left (no trace may be running elsewhere).
+
+    Raises:
+        AssertionError: something is.
+        InputError: ``model`` is no module.
+    """
+    checks.one_of("model", model, nn.Module, "a torch.nn.Module")
     assert current() is None, "a trace is still running in this thread"
     assert not any(_ours(type(mode)) for mode in open_modes()), "a torch function mode is still open"
     assert not code_patching.exchanged(), f"still exchanged: {code_patching.exchanged()}"

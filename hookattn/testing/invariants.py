@@ -12,14 +12,14 @@ from ..attention.kernel_call import FIELD_SPECS, FIELDS
 from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.extents import per_query_head
-from ..traces import Trace
+from ..traces import Trace, TraceLike, as_trace
 from .failure import Failure, require
 from .oracle import NORMALIZERS, column, defined_output, defined_scores, defined_weights
 
 _NOTHING = 1e-30  # what a masked entry may weigh: exp(-100) is not 0 in float32
 
 
-def check_trace(trace: Trace) -> None:
+def check_trace(trace: TraceLike) -> None:
     """Check every promise about the fields of a call that the captured fields allow to check.
 
     Shapes and dtypes fit; scores are finite, and are scale·q·kᵀ, soft-capped, plus bias; weights are the softmax of the
@@ -29,7 +29,9 @@ def check_trace(trace: Trace) -> None:
 
     Raises:
         AssertionError: with everything that is not so.
+        InputError, TraceFileError: ``trace`` is none; see :func:`hookattn.traces.as_trace`.
     """
+    trace = as_trace(trace)
     require(trace_failures(trace))
 
 

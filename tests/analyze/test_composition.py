@@ -87,7 +87,7 @@ def test_stacks_and_cross_attention() -> None:
 
 
 def test_what_composition_cannot_do_is_said() -> None:
-    with pytest.raises(SelectionError, match=r"kinds=\('o',\): expected some of q, k, v"):
+    with pytest.raises(SelectionError, match=r"kinds='o': expected one of q, k, v"):
         composition([random_circuit(0), random_circuit(1)], ("o",))
     with pytest.raises(MeasureError, match=r"layers\.0 writes 20 wide, and what layers\.1 makes its q of is 7 wide"):
         composition([random_circuit(0), random_circuit(1, c=7)])

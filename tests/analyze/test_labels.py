@@ -227,7 +227,7 @@ def test_labels_that_do_not_fit() -> None:
         ({"heads": [[1, 2, -1, 2]] * 2}, "expected one list for each of 1 batch entries, got 2"),
         ({"heads": [1, 2, -1, 2], "relations": ["x"], "relation": "x"}, "relations of batch entry 0"),
         ({"heads": ["a", "b", "c", "d"]}, "expected the number of a word"),
-        ({"heads": [1, 2, -1, 2], "direction": "up"}, "expected 'head' or 'dependent'"),
+        ({"heads": [1, 2, -1, 2], "direction": "up"}, "expected one of head, dependent"),
         ({"heads": [1, 2, -1, 2], "relation": "nsubj"}, "or neither"),
         ({"heads": [1, 2, -1, 2], "how": "sum"}, "expected one of argmax, mass"),
     ):

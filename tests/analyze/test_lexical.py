@@ -123,7 +123,7 @@ def test_a_pair_that_no_head_may_attend_to_does_not_count() -> None:
 def test_ids_are_no_text() -> None:
     with pytest.raises(MeasureError, match="tokens as text"):
         SameWord([1, 2, 3])(given(uniform(3)))
-    with pytest.raises(MeasureError, match="expected 'closing'"):
+    with pytest.raises(MeasureError, match="expected one of closing"):
         Brackets(direction="left")
 
 

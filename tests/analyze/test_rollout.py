@@ -220,7 +220,7 @@ def test_bad_arguments() -> None:
             analyze.rollout(trace, residual=wrong)
     with pytest.raises(SelectionError, match="start_layer=2: the trace has 2 calls"):
         analyze.rollout(trace, start_layer=2)
-    with pytest.raises(SelectionError, match="how='sum'"):
+    with pytest.raises(SelectionError, match="heads='sum'"):
         analyze.rollout(trace, heads="sum")
     for queries in ([4], [-5], []):
         with pytest.raises(SelectionError, match=r"queries=.*: expected tokens from -4 to 3"):

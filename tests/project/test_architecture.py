@@ -25,6 +25,7 @@ ORDER = (
     "printable",
     "errors",
     "version",
+    "checks",
     "optional",
     "torch_internals",
     "tokens",

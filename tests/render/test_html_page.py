@@ -25,6 +25,7 @@ from hookattn.calls.site import Site
 from hookattn.errors import (
     FieldNotCaptured,
     ForeignFileError,
+    InputError,
     PageTooLargeError,
     RenderError,
     SelectionError,
@@ -348,7 +349,7 @@ def test_saving(tmp_path: Path) -> None:
 
 
 def test_wrong_inputs(tmp_path: Path) -> None:
-    with pytest.raises(RenderError, match="expected a Trace or the path of a trace file, and got int"):
+    with pytest.raises(InputError, match="trace=3: expected a Trace, or the path of a trace file"):
         page(3)  # type: ignore[arg-type]
     with pytest.raises(TraceFileError, match="cannot open"):
         page(tmp_path / "none.safetensors")
@@ -366,7 +367,7 @@ def test_options() -> None:
     assert got["scores"]["entropy"] == {"unit": "nats", "description": "", "values": [[1.0, None]]}
     assert got["theme"] == "auto" and "state" not in got
     for wrong, said in (
-        ({"theme": "pink"}, "'light', 'dark', 'auto'"),
+        ({"theme": "pink"}, "one of light, dark, auto"),
         ({"state": 3}, "state: expected a mapping"),
         ({"state": {"a": object()}}, r"state\['a'\]: JSON has no form for object"),
         ({"scores": {"a": [1]}}, "values"),

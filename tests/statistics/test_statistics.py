@@ -516,9 +516,9 @@ def test_names() -> None:
     [
         (lambda: ("entropy", "nothing"), "no field 'nothing'.*statistics entropy"),
         (lambda: "segment_mass", r"no defaults; give SegmentMass\(…\)"),
-        (lambda: st.FirstMass(0), r"FirstMass\(n=0\)"),
-        (lambda: st.LocalMass(True), r"LocalMass\(window=True\)"),
-        (lambda: st.TopK(1.5), r"TopK\(k=1.5\)"),  # type: ignore[arg-type]
+        (lambda: st.FirstMass(0), r"FirstMass: n=0"),
+        (lambda: st.LocalMass(True), r"LocalMass: window=True"),
+        (lambda: st.TopK(1.5), r"TopK: k=1.5"),  # type: ignore[arg-type]
         (lambda: st.SegmentMass({}), "SegmentMass"),
         (lambda: st.SegmentMass({"a": [-1]}), "ints from 0"),
         (lambda: (st.SegmentMass({"a": [1]}), st.SegmentMass({"a": [2]})), "two different statistics"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor
 
+from ... import checks
 from ...calls.site import Site
 from ...errors import MeasureError
 from ...printable import printable
 from ..call_view import View
+
+PROJECTIONS = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +71,9 @@ class Circuit:
 
         Raises:
             MeasureError: it was not found; says why.
+            SelectionError: another name.
         """
-        found: Projection | None = getattr(self, name)
+        found: Projection | None = getattr(self, checks.word("name", name, PROJECTIONS))
         if found is None:
             why = self.missing.get(name, "it was not given")
             raise MeasureError(f"{self.site.label}: W_{name.upper()} is not known: {why}.")
@@ -107,6 +112,16 @@ class Circuit:
             said = "unknown" if p is None else f"{tuple(p.weight.shape)} {p.basis} {p.name}".rstrip()
             parts.append(f"{name} {said}")
         return printable(f"Circuit({self.site.label}, layer {self.site.layer}: {'; '.join(parts)})")
+
+
+def checked_circuits(circuits: Any, name: str = "circuits") -> tuple[Circuit, ...]:
+    """What a function was given for the circuits of a model.
+
+    Raises:
+        InputError: it is something else.
+    """
+    what = "circuits, as hookattn.analyze.circuit(model, inputs) makes them"
+    return tuple(checks.several(name, circuits, Circuit, what))
 
 
 def circuit_of(view: View, circuits: Sequence[Circuit]) -> Circuit:

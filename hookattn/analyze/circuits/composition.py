@@ -10,9 +10,10 @@ import torch
 from einops import einsum, reduce
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError, SelectionError
 from ..frame import ranked_table, table_of
-from .circuit import Circuit, triangular_factor
+from .circuit import Circuit, checked_circuits, triangular_factor
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,9 +45,13 @@ def composition(circuits: Sequence[Circuit], kinds: Sequence[str] = KINDS, *, ba
         SelectionError: an unknown kind.
     """
 
-    bad = [kind for kind in kinds if kind not in KINDS]
-    if bad or not kinds:
-        raise SelectionError(f"kinds={tuple(kinds)}: expected some of {', '.join(KINDS)}.")
+    circuits = checked_circuits(circuits)
+    kinds = checks.several("kinds", (kinds,) if isinstance(kinds, str) else kinds, str, f"some of {', '.join(KINDS)}")
+    if not kinds:
+        raise SelectionError(f"kinds is empty: expected some of {', '.join(KINDS)}.")
+    for kind in kinds:
+        checks.word("kinds", kind, KINDS)
+    checks.flag("baseline", baseline)
     written = {id(c): _writing_factor(c) for c in circuits}
     read = {
         (id(c), kind): _reading_factor(c, kind) for c in circuits for kind in kinds if kind == "q" or not c.site.crosses

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import MeasureError
 from ..frame import ranked_table, table_of
-from .circuit import Circuit
+from .circuit import Circuit, checked_circuits
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,6 +39,7 @@ def copying(circuits: Sequence[Circuit], embed: Tensor | nn.Module, unembed: Ten
         MeasureError: the matrices do not fit each other or a circuit; or W_V or W_O of a circuit is not known.
     """
 
+    circuits = checked_circuits(circuits)
     inner, outer = _vocabulary_matrix("embed", embed), _vocabulary_matrix("unembed", unembed)
     if inner.shape != outer.shape:
         raise MeasureError(

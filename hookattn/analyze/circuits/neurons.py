@@ -8,6 +8,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from ... import checks
 from ...attention.kernel_call import DOT
 from ...errors import MeasureError, SelectionError
 from ..call_view import View
@@ -17,11 +18,11 @@ from ..tables.decay import distance_places
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
 def neuron_contributions(
-    trace: Trace, query: int | None = None, key: int | None = None, *, real: Any = None
+    trace: TraceLike, query: int | None = None, key: int | None = None, *, real: Any = None
 ) -> DataFrame:
     """``scale · q_id · k_jd`` of each dimension d (Vig 2019): their sum over d is ``scale · q_i·k_j``.
 
@@ -44,6 +45,8 @@ def neuron_contributions(
     """
     import pandas as pd
 
+    query = None if query is None else checks.whole("query", query)
+    key = None if key is None else checks.whole("key", key)
     if query is None and key is not None:
         raise SelectionError(f"key={key} without query=: expected a query too, or neither.")
     frames = []
@@ -89,7 +92,7 @@ def _kept_index(view: View, what: str, number: int, kept: Any) -> int:
     return last if number < 0 else int(kept.index(number))
 
 
-def neuron_decay(trace: Trace, *, longest: int = 64, real: Any = None) -> DataFrame:
+def neuron_decay(trace: TraceLike, *, longest: int = 64, real: Any = None) -> DataFrame:
     """How the contribution of each dimension falls off with distance: its mean over pairs i, j at i − j (Vig 2019).
 
     The mean is over all pairs of tokens that count, at the distances that the mask allows to some query. It is a
@@ -112,8 +115,7 @@ def neuron_decay(trace: Trace, *, longest: int = 64, real: Any = None) -> DataFr
     """
     import pandas as pd
 
-    if type(longest) is not int or longest < 0:
-        raise SelectionError(f"longest={longest!r}: expected an int from 0.")
+    longest = checks.whole("longest", longest, 0)
     return pd.concat([_neuron_decay_table(view, longest) for view in views(trace, real)], ignore_index=True)
 
 

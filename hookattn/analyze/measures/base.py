@@ -18,7 +18,7 @@ from ..table import measure_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ class Measure:
             raise MeasureError(f"{self.key} of {view.where}: {why}.")
         return self.read(view)
 
-    def __call__(self, trace: Trace, *, by: str = "head", real: Any = None) -> DataFrame:
+    def __call__(self, trace: TraceLike, *, by: str = "head", real: Any = None) -> DataFrame:
         """A table of this measure; see :func:`hookattn.analyze.measure`."""
         return measure_table(trace, [self], by=by, real=real)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError
 from ..call_view import View
 from ..pairs import PairMass
@@ -48,9 +49,10 @@ class Detection(PairMass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for value, known in ((self.pattern, PATTERNS), (self.error, ERRORS)):
-            if value not in known:
-                raise MeasureError(f"Detection: {value!r}: expected one of {', '.join(known)}.")
+        checks.word("Detection: pattern", self.pattern, PATTERNS, MeasureError)
+        checks.word("Detection: error", self.error, ERRORS, MeasureError)
+        checks.flag("Detection: exclude_bos", self.exclude_bos, MeasureError)
+        checks.flag("Detection: exclude_current_token", self.exclude_current_token, MeasureError)
 
     def problem(self, view: View) -> str | None:
         """See :class:`Measure`."""

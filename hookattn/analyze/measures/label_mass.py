@@ -10,6 +10,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError
 from ..call_view import View
 from ..frame import long_table, views_of_heads
@@ -20,7 +21,7 @@ from .base import Measure
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 Labelled = list[tuple[Any, ...]] | str
 """B S, the label of each key (None: it has none); or why there is none."""
@@ -48,6 +49,15 @@ class LabelMass(Measure):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", as_label_rows(self.labels, f"{self.name}: labels"))
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        for end in ("target", "source"):
+            label = getattr(self, end)
+            if label is None and end == "source":
+                continue
+            if not isinstance(label, (str, int)) or isinstance(label, bool):
+                raise checks.wrong(f"{type(self).__name__}: {end}", label, "a label, text or an int", MeasureError)
 
     def labelled(self, view: View) -> Labelled:
         """The labels of a call's keys."""
@@ -81,7 +91,7 @@ class LabelMass(Measure):
         return counted & _at_queries(view, torch.tensor([[x == self.source for x in row] for row in rows]))
 
 
-def between_labels(trace: Trace, labels: Any, *, real: Any = None) -> DataFrame:
+def between_labels(trace: TraceLike, labels: Any, *, real: Any = None) -> DataFrame:
     """How much the tokens of each label attend to those of each label.
 
     Args:
@@ -102,7 +112,7 @@ def between_labels(trace: Trace, labels: Any, *, real: Any = None) -> DataFrame:
     return label_table(trace, lambda view: piece_labels(view, rows, "labels"), real)
 
 
-def label_table(trace: Trace, labelled: Callable[[View], Labelled], real: Any) -> DataFrame:
+def label_table(trace: TraceLike, labelled: Callable[[View], Labelled], real: Any) -> DataFrame:
     """:func:`between_labels`, of labels that may depend on the call."""
     import pandas as pd
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError
 from ...tokens.pieces import is_special
 from ...tokens.words import Words, split_words
@@ -62,6 +63,10 @@ class SameWord(WordPairs):
     name: ClassVar[str] = "same_word"
     across: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.flag("SameWord: across", self.across, MeasureError)
+
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """See :class:`PairMass`."""
         return _same_word(tokens, self.across)
@@ -100,8 +105,7 @@ class Brackets(WordPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.direction not in ("closing", "opening", "both"):
-            raise MeasureError(f"Brackets: direction={self.direction!r}: expected 'closing', 'opening' or 'both'.")
+        checks.word("Brackets: direction", self.direction, ("closing", "opening", "both"), MeasureError)
 
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """See :class:`PairMass`."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError
 from ...tokens.words import is_punctuation, split_words
 from .lexical import WordPairs, piece_pairs
@@ -39,8 +40,7 @@ class ListItems(WordPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.longest, int) or self.longest < 1:
-            raise MeasureError(f"ListItems: longest={self.longest!r}: expected an int from 1.")
+        object.__setattr__(self, "longest", checks.whole("ListItems: longest", self.longest, 1, error=MeasureError))
 
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """See :class:`~hookattn.analyze.pairs.PairMass`."""

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
+from ...errors import MeasureError
 from ..call_view import View
 from .base import Measure
 
@@ -20,6 +22,10 @@ class LocalMass(Measure):
     unit: ClassVar[str] = "share"
     positional: ClassVar[bool] = True
     window: int = 4
+
+    def __post_init__(self) -> None:
+        window = checks.whole(f"{type(self).__name__}: window", self.window, 1, error=MeasureError)
+        object.__setattr__(self, "window", window)
 
     @property
     def statistics(self) -> tuple[st.Statistic, ...]:

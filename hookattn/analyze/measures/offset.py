@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
+from ...errors import MeasureError
 from ..call_view import View
 from .base import Measure
 
@@ -23,6 +25,10 @@ class AtOffset(Measure):
     unit: ClassVar[str] = "share"
     positional: ClassVar[bool] = True
     offset: int = -1
+
+    def __post_init__(self) -> None:
+        offset = checks.whole(f"{type(self).__name__}: offset", self.offset, error=MeasureError)
+        object.__setattr__(self, "offset", offset)
 
     @property
     def statistics(self) -> tuple[st.Statistic, ...]:

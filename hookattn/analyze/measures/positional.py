@@ -9,7 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
+from ...errors import MeasureError
 from ..call_view import View
 from ..frame import long_table, views
 from .base import Measure
@@ -17,7 +19,7 @@ from .base import Measure
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 _TOP = st.TopK(1)
 
@@ -38,6 +40,10 @@ class Positional(Measure):
     positional: ClassVar[bool] = True
     offset: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.offset is not None:
+            object.__setattr__(self, "offset", checks.whole("Positional: offset", self.offset, error=MeasureError))
+
     @property
     def statistics(self) -> tuple[st.Statistic, ...]:
         """See :class:`Measure`."""
@@ -53,7 +59,7 @@ class Positional(Measure):
         return (_largest_offsets(view) == offset.view(1, -1, 1).to(view.rows.device)).to(torch.float32)
 
 
-def best_offset(trace: Trace, *, real: Any = None) -> DataFrame:
+def best_offset(trace: TraceLike, *, real: Any = None) -> DataFrame:
     """Where each head's largest weight is most often.
 
     Args:

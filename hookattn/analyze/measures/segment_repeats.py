@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
 from ...calls.key_tokens import has_tokens
 from ...errors import MeasureError
@@ -21,7 +22,7 @@ from .base import Measure
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 KINDS = ("induction", "duplicate_token", "previous_token")
 
@@ -53,10 +54,10 @@ class RepeatedSegment(Measure):
     def __post_init__(self) -> None:
         if self.tokens is not None:
             object.__setattr__(self, "tokens", as_label_rows(self.tokens, f"{self.name}: tokens"))
-        if self.score not in KINDS:
-            raise MeasureError(f"RepeatedSegment: {self.score!r}: expected one of {', '.join(KINDS)}.")
-        if self.period is not None and (not isinstance(self.period, int) or self.period < 1):
-            raise MeasureError(f"RepeatedSegment: period={self.period!r}: expected an int from 1, or None.")
+        checks.word("RepeatedSegment: score", self.score, KINDS, MeasureError)
+        if self.period is not None:
+            period = checks.whole("RepeatedSegment: period", self.period, 1, error=MeasureError)
+            object.__setattr__(self, "period", period)
 
     @property
     def statistics(self) -> tuple[st.Statistic, ...]:
@@ -107,7 +108,7 @@ class RepeatedSegment(Measure):
         return view.rows & (at >= ends[:, :1]) & (at < ends[:, 1:])
 
 
-def repeated_segment(trace: Trace, period: int | None = None, *, tokens: Any = None, real: Any = None) -> DataFrame:
+def repeated_segment(trace: TraceLike, period: int | None = None, *, tokens: Any = None, real: Any = None) -> DataFrame:
     """All scores of :class:`RepeatedSegment` in one table, as columns ``induction``, ``duplicate_token``, …
 
     Args:

@@ -14,7 +14,7 @@ from .label_mass import Labelled, LabelMass, label_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
 @lru_cache(maxsize=256)
@@ -61,13 +61,14 @@ class BetweenSegments(LabelMass):
     def __post_init__(self) -> None:
         if self.labels is not None:
             super().__post_init__()
+        self._check_ends()
 
     def labelled(self, view: View) -> Labelled:
         """See :class:`~hookattn.analyze.measures.label_mass.LabelMass`."""
         return _segments(view, self.labels)
 
 
-def between_segments(trace: Trace, segments: Any = None, *, real: Any = None) -> DataFrame:
+def between_segments(trace: TraceLike, segments: Any = None, *, real: Any = None) -> DataFrame:
     """A→A, A→B, B→A and B→B: how much the tokens of each segment attend to those of each.
 
     Args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ... import checks
+from ...errors import MeasureError
 from ...tokens.pieces import SEPARATORS
 from ...tokens.words import is_punctuation, split_words
 from ..pairs import KeyMass
@@ -24,8 +26,12 @@ class Separators(KeyMass):
     punctuation: bool = False
 
     def __post_init__(self) -> None:
-        given = (self.separators,) if isinstance(self.separators, str) else tuple(self.separators)
+        given = (self.separators,) if isinstance(self.separators, str) else self.separators
+        given = tuple(checks.several("Separators: separators", given, str, "tokens, as text", MeasureError))
+        if not all(given):
+            raise checks.wrong("Separators: separators", given, "tokens, none of them empty", MeasureError)
         object.__setattr__(self, "separators", given)
+        checks.flag("Separators: punctuation", self.punctuation, MeasureError)
 
     def chosen(self, tokens: tuple[str, ...]) -> list[int]:
         """See :class:`~hookattn.analyze.pairs.KeyMass`."""

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
 from ...attention.functional import sink_column
+from ...errors import MeasureError
 from ..call_view import View
 from ..reading import Reading
 from .base import Measure
@@ -46,6 +48,10 @@ class Sink(FirstToken):
 
     name: ClassVar[str] = "sink"
     epsilon: float = 0.3
+
+    def __post_init__(self) -> None:
+        what = "a share from 0, below 1"
+        checks.number("Sink: epsilon", self.epsilon, what, lambda x: 0 <= x < 1, MeasureError)
 
     def read(self, view: View) -> Reading:
         """See :class:`Measure`."""

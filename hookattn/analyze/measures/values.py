@@ -10,12 +10,14 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from ... import checks
 from ...attention.functional import compute_dtype
 from ...calls.certificate import UNVERIFIED
-from ...errors import MeasureError, SelectionError
-from ...traces import Trace
+from ...errors import MeasureError
+from ...traces import Trace, TraceLike, as_trace
 from ..call_view import View
-from ..circuits.circuit import Circuit, circuit_of, triangular_factor
+from ..circuits.circuit import Circuit, checked_circuits, circuit_of, triangular_factor
+from ..frame import views
 from .base import Measure
 
 _WEIGHED = "weights are those of the model times the size of what they are weights of"
@@ -55,12 +57,15 @@ class OutputNorm(Measure):
     distribution: ClassVar[bool] = False
     circuits: Sequence[Circuit] = field(repr=False, hash=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "circuits", checked_circuits(self.circuits, "OutputNorm: circuits"))
+
     def rows(self, view: View) -> Tensor:
         """See :class:`Measure`."""
         return _weighted_sum(view.weights, output_norms(view, self.circuits))
 
 
-def value_weighted(trace: Trace, *, normalise: bool = True) -> Trace:
+def value_weighted(trace: TraceLike, *, normalise: bool = True) -> Trace:
     """The trace with ``w_ij ‖v_j‖`` for weights, for whatever takes a trace: measures, tables, renderers.
 
     Args:
@@ -74,10 +79,11 @@ def value_weighted(trace: Trace, *, normalise: bool = True) -> Trace:
     Raises:
         FieldNotCaptured: weights or ``v`` were not kept.
     """
+    checks.flag("normalise", normalise)
     return _reweighted(trace, lambda view: _times(view, value_norms(view)), normalise, _WEIGHED)
 
 
-def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = True) -> Trace:
+def norm_based(trace: TraceLike, circuits: Sequence[Circuit], *, normalise: bool = True) -> Trace:
     """The trace with ``‖w_ij f(x_j)‖`` for weights: norm-based attention (Kobayashi et al. 2020).
 
     Args:
@@ -92,10 +98,12 @@ def norm_based(trace: Trace, circuits: Sequence[Circuit], *, normalise: bool = T
         MeasureError: a call has no circuit, or its W_O is not known.
         FieldNotCaptured: weights or ``v`` were not kept.
     """
-    return _reweighted(trace, lambda view: _times(view, output_norms(view, circuits)), normalise, _WEIGHED)
+    checks.flag("normalise", normalise)
+    found = checked_circuits(circuits)
+    return _reweighted(trace, lambda view: _times(view, output_norms(view, found)), normalise, _WEIGHED)
 
 
-def as_distribution(trace: Trace, field: str = "weights") -> Trace:
+def as_distribution(trace: TraceLike, field: str = "weights") -> Trace:
     """The trace with ``|w_ij| / Σ_j |w_ij|`` for weights: what the attention of a normalizer that is no softmax (a
     sigmoid, a ReLU, a difference of two softmaxes) is measured by, as measures take weights for shares.
 
@@ -110,8 +118,7 @@ def as_distribution(trace: Trace, field: str = "weights") -> Trace:
         SelectionError: an unknown ``field``.
         FieldNotCaptured: it was not kept.
     """
-    if field not in ("weights", "applied"):
-        raise SelectionError(f"field={field!r}: expected weights or applied.")
+    checks.word("field", field, ("weights", "applied"))
 
     def weights(view: View) -> Tensor:
         applied = view.call.get("applied") if field == "applied" else None
@@ -166,10 +173,11 @@ def _times(view: View, sizes: Tensor) -> Tensor:
     return view.weights.abs() * sizes.unsqueeze(-2)
 
 
-def _reweighted(trace: Trace, made_of: Callable[[View], Tensor], normalise: bool, said: str) -> Trace:
+def _reweighted(given: TraceLike, made_of: Callable[[View], Tensor], normalise: bool, said: str) -> Trace:
+    trace = as_trace(given)
     calls = []
-    for call in trace.calls:
-        view = View(call, trace)
+    for view in views(trace):
+        call = view.traced
         weights = made_of(view)
         if normalise:
             total = weights.sum(-1, keepdim=True)

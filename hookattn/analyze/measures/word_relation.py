@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from ... import checks
 from ...errors import MeasureError
 from ..call_view import View
 from ..labels import Rows, as_label_rows
@@ -41,8 +42,7 @@ class WordRelation(Measure):
     def __post_init__(self) -> None:
         if self.words is not None:
             object.__setattr__(self, "words", as_label_rows(self.words, f"{self.name}: words"))
-        if self.how not in HOW:
-            raise MeasureError(f"{self.name}: how={self.how!r}: expected one of {', '.join(HOW)}.")
+        checks.word(f"{type(self).__name__}: how", self.how, HOW, MeasureError)
 
     def related(self, example: int, count: int, total: int) -> list[tuple[int, int]]:
         """Pairs of words of one batch entry: from which to which.
@@ -120,10 +120,11 @@ class Dependency(WordRelation):
         object.__setattr__(self, "heads", as_label_rows(self.heads, "dependency: heads"))
         if self.relations is not None:
             object.__setattr__(self, "relations", as_label_rows(self.relations, "dependency: relations"))
-        if any(isinstance(x, str) for row in self.heads for x in row):
-            raise MeasureError("dependency: heads: expected the number of a word, or None, got text.")
-        if self.direction not in ("head", "dependent"):
-            raise MeasureError(f"dependency: direction={self.direction!r}: expected 'head' or 'dependent'.")
+        if any(isinstance(x, (str, bool)) for row in self.heads for x in row):
+            raise MeasureError("dependency: heads: expected the number of a word, or None, got text or a bool.")
+        checks.word("Dependency: direction", self.direction, ("head", "dependent"), MeasureError)
+        if self.relation is not None:
+            checks.text("Dependency: relation", self.relation, "the name of a relation", MeasureError)
         if (self.relation is None) != (self.relations is None):
             raise MeasureError("dependency: expected both relations= and relation=, or neither.")
 
@@ -172,14 +173,16 @@ class Coreference(WordRelation):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
+            if isinstance(self.clusters, (str, bytes, Mapping)):
+                raise TypeError
             made = tuple(
                 tuple(tuple(map(_mention, mentions)) for mentions in labels_of_example)
                 for labels_of_example in self.clusters
             )
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise MeasureError(
                 "coreference: expected for each batch entry a list of clusters, each a list of mentions, each the "
-                f"number of a word or (start, stop); got {str(self.clusters)[:60]}."
+                f"number of a word or (start, stop); got {checks.printed(self.clusters)}."
             ) from None
         object.__setattr__(self, "clusters", made)
 

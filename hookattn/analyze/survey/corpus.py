@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import checks
 from ...errors import InputError
 
 Value = str | list[int]
@@ -25,10 +26,20 @@ class Corpus:
     Attributes:
         paths: the files.
         field: which key, or column; None: ``text``, else ``input_ids``.
+
+    Raises:
+        InputError: one of these is something else.
     """
 
     paths: tuple[str, ...]
     field: str | None = None
+
+    def __post_init__(self) -> None:
+        paths = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+        several = checks.several("Corpus: paths", paths, object, "the paths of files")
+        object.__setattr__(self, "paths", tuple(checks.path("Corpus: paths", path) for path in several))
+        if self.field is not None:
+            checks.text("Corpus: field", self.field)
 
     def __iter__(self) -> Iterator[Value]:
         """The examples.

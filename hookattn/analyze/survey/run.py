@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import api
+from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
-from ...errors import HookattnError, InputError
-from ..call_view import View
+from ...errors import HookattnError, InputError, TraceWriteError
+from ...models.discovery import make_watch_plan
+from ...recording.forward_inputs import token_lists
+from ..call_view import View, as_real
 from ..measures.base import Measure
 from ..reading import Reading
 from ..registry import capture as capture_of
@@ -39,12 +41,21 @@ class Batch:
         count: how many examples these are, B.
         tokens: one list of strings for each, where there are any.
         real: B S, an ``attention_mask``; None: there is no padding.
+
+    Raises:
+        InputError, MeasureError: one of these is something else.
     """
 
     inputs: Any
     count: int
     tokens: list[list[str]] | None = None
     real: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.count = checks.whole("Batch: count", self.count, 1, error=InputError)
+        if self.tokens is not None:
+            self.tokens = token_lists(self.tokens)
+        self.real = as_real(self.real)
 
 
 Encode = Callable[[Sequence[Value]], Iterable[Batch]]
@@ -86,13 +97,23 @@ def survey(
         MeasureError: ``out`` is of another survey; there was no example.
         TraceWriteError: a file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        make_watch_plan(model)  # says what is wrong with it
+    source = _examples(examples)
+    checks.function("encode", encode, "a function from examples to batches")
+    checks.path("out", out, TraceWriteError)
+    batch = checks.whole("batch", batch, 1)
+    if about is not None:
+        checks.one_of("about", about, dict, "plain data by name")
+    if progress is not None:
+        checks.function("progress", progress, "a function of the number of examples")
     chosen = resolve(measures)
     described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": type(model).__name__}
     parts = Parts(out, described)
     total = 0
     skip = None if parts.complete else parts.done
     wanted = _Capture(chosen)
-    for number, values in enumerate(_batches_of(examples, batch)):
+    for number, values in enumerate(_batches_of(source, batch)):
         if skip is not None and number >= skip:
             parts.write(_measured_table(model, encode(values), total, len(values), chosen, wanted))
         total += len(values)
@@ -103,8 +124,21 @@ def survey(
     return total
 
 
-def _batches_of(examples: Iterable[Value], batch: int) -> Iterator[list[Value]]:
-    source = iter(examples)
+def _examples(given: Any) -> Iterator[Value]:
+    """What can be gone through, and is not one text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(given, (str, bytes)):
+        try:
+            return iter(given)
+        except Exception:  # noqa: BLE001 - said below
+            pass
+    raise checks.wrong("examples", given, "examples, one after the other, and not one text")
+
+
+def _batches_of(source: Iterator[Value], batch: int) -> Iterator[list[Value]]:
     while values := list(itertools.islice(source, batch)):
         yield values
 
@@ -115,7 +149,7 @@ def _measured_table(
     import pyarrow as pa
 
     tables, seen = [], first
-    for batch in batches:
+    for batch in checks.several("encode", batches, Batch, "a function that returns several Batch"):
         try:
             trace = wanted.trace(model, batch)
         except HookattnError:

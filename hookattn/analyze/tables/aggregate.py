@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import MeasureError, SelectionError
+from ... import checks
+from ...errors import MeasureError
 from ..call_view import View, blocks_of
 from ..frame import views
 
 if TYPE_CHECKING:
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
 class _Reduction(NamedTuple):
@@ -40,7 +41,7 @@ HOW: dict[str, _Reduction] = {
 """What ``how=`` may be; ``norm`` is the Euclidean one. Rows sum to 1 for ``mean`` alone."""
 
 
-def aggregate(trace: Trace, how: str = "mean") -> list[Tensor]:
+def aggregate(trace: TraceLike, how: str = "mean") -> list[Tensor]:
     """The weights of each call over its heads.
 
     Args:
@@ -65,7 +66,7 @@ def _over_heads(view: View, how: _Reduction) -> Tensor:
     return made / view.shape[1] if how.share else made
 
 
-def aggregate_layers(trace: Trace, how: str = "mean") -> Tensor:
+def aggregate_layers(trace: TraceLike, how: str = "mean") -> Tensor:
     """The weights of each head over all calls: head h of one with head h of the others.
 
     Args:
@@ -100,10 +101,8 @@ def _over_layers(several: Sequence[View], heads: Sequence[int], how: _Reduction)
     return made / len(several) if how.share else made
 
 
-def _reduction(how: str) -> _Reduction:
-    if how not in HOW:
-        raise SelectionError(f"how={how!r}: expected one of {', '.join(HOW)}.")
-    return HOW[how]
+def _reduction(how: str, name: str = "how") -> _Reduction:
+    return HOW[checks.word(name, how, HOW)]
 
 
 def check_alike(several: Sequence[View], what: str, axes: str = "BHTS") -> None:

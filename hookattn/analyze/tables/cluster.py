@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...errors import MeasureError, SelectionError
+from ... import checks
+from ...errors import MeasureError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,11 +39,18 @@ def cluster_heads(divergence: DataFrame, clusters: int, *, method: str = "averag
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
 
-    if method not in METHODS:
-        raise SelectionError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    if type(clusters) is not int or clusters < 1:
-        raise SelectionError(f"clusters={clusters!r}: expected an int from 1.")
-    values = divergence.to_numpy(float)
+    checks.word("method", method, METHODS)
+    clusters = checks.whole("clusters", clusters, 1)
+    checks.one_of("divergence", divergence, pd.DataFrame, "the table of hookattn.analyze.head_divergence(trace)")
+    try:
+        values = divergence.to_numpy(float)
+    except (TypeError, ValueError):
+        values = np.empty((0, 1))
+    if values.shape[0] != values.shape[1]:
+        raise MeasureError(
+            f"divergence: expected heads by heads, as hookattn.analyze.head_divergence(trace) gives them; got a table "
+            f"of {divergence.shape[0]} rows and {divergence.shape[1]} columns."
+        )
     n = len(values)
     if n < 2 or not np.isfinite(values).all():
         raise MeasureError(f"cluster_heads: {n} heads; expected two or more, and no NaN between them.")

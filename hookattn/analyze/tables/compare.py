@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MeasureError
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..call_view import View, blocks_of
 from ..frame import long_table, ranked_table, views
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MATRICES = 8
 
 
-def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
+def compare(a: TraceLike, b: TraceLike, *, real: Any = None) -> DataFrame:
     """How far each head of one trace is from the same head of another: two prompts, two checkpoints, two kernels.
 
     Of the rows that count in both. What goes to sinks is one key more. For the weights p of ``a`` and q of ``b``:
@@ -43,6 +43,7 @@ def compare(a: Trace, b: Trace, *, real: Any = None) -> DataFrame:
         MeasureError: the traces do not fit each other; says where and in what.
         FieldNotCaptured: a trace has no weights.
     """
+    a, b = as_trace(a, "a"), as_trace(b, "b")
     if a.calls and b.calls and len(a.calls) != len(b.calls):
         raise MeasureError(
             f"the traces do not fit: one has {len(a.calls)} calls and the other {len(b.calls)}; take the calls that "

@@ -14,10 +14,10 @@ from ..frame import long_table, views_of_heads
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def distance_decay(trace: Trace, *, real: Any = None) -> DataFrame:
+def distance_decay(trace: TraceLike, *, real: Any = None) -> DataFrame:
     """The mean weight at each distance: ``mean of w_ij over all pairs with i − j = distance`` (Vig & Belinkov 2019).
 
     The mean is over the pairs that the mask allows, over all examples at once.

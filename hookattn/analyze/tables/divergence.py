@@ -18,13 +18,13 @@ from .aggregate import check_alike
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 # How many entries of pairs are formed together.
 _PART = 1 << 22
 
 
-def head_divergence(trace: Trace, *, real: Any = None) -> DataFrame:
+def head_divergence(trace: TraceLike, *, real: Any = None) -> DataFrame:
     """The Jensen-Shannon divergence of each two heads, the mean over the queries, in nats (Clark et al. 2019).
 
     ``JS(p, q) = H((p + q) / 2) − (H(p) + H(q)) / 2``, from 0 (the same) to ln 2 (nothing in common). What goes to

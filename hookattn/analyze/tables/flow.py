@@ -9,18 +9,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ... import checks
 from ...errors import SelectionError
 from .rollout import mixing_matrices
 
 if TYPE_CHECKING:
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 # Capacities are integers of this unit. What leaves a token is 1 in all, so that no flow is beyond 32 bits.
 _UNIT = 1 << 30
 
 
 def flow(
-    trace: Trace,
+    trace: TraceLike,
     queries: Sequence[int] | None = None,
     *,
     heads: str = "mean",
@@ -47,9 +48,10 @@ def flow(
         MeasureError, FieldNotCaptured: see :func:`hookattn.analyze.rollout`.
         ImportError: scipy is missing.
     """
+    chosen = None if queries is None else checks.several_ints("queries", queries)
     layers = rearrange(mixing_matrices(trace, heads, residual, start_layer, real), "l b t s -> b l t s")
     b, _, t, s = layers.shape
-    chosen = range(t) if queries is None else [int(i) for i in queries]
+    chosen = list(range(t)) if chosen is None else chosen
     bad = [i for i in chosen if not -t <= i < t]
     if bad or not chosen:
         raise SelectionError(f"queries={list(chosen)}: expected tokens from {-t} to {t - 1}.")

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import SelectionError
+from ... import checks
 from ..call_view import View
 from ..frame import long_table, views, views_of_heads
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real: Any = None) -> DataFrame:
+def score_rank(trace: TraceLike, *, masked: bool = False, energy: float = 0.9, real: Any = None) -> DataFrame:
     """The ranks of each head's score matrix, T by S, without rows and keys that are padding.
 
     Args:
@@ -47,12 +47,12 @@ def score_rank(trace: Trace, *, masked: bool = False, energy: float = 0.9, real:
     """
     import pandas as pd
 
-    if not 0 < energy <= 1:
-        raise SelectionError(f"energy={energy!r}: expected a share above 0, up to 1.")
+    checks.flag("masked", masked)
+    energy = checks.number("energy", energy, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     return pd.concat([_rank_table(view, masked, energy) for view in views_of_heads(trace, real)], ignore_index=True)
 
 
-def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> list[Tensor]:
+def singular_values(trace: TraceLike, *, masked: bool = False, real: Any = None) -> list[Tensor]:
     """σ of each head's score matrix, largest first: B H K for each call, float64; K is at most T, S, or D.
 
     Args:
@@ -61,6 +61,7 @@ def singular_values(trace: Trace, *, masked: bool = False, real: Any = None) -> 
     Raises:
         FieldNotCaptured, MeasureError: see :func:`score_rank`.
     """
+    checks.flag("masked", masked)
     return [torch.cat([_singular_values(part, masked) for part in view.parts()], 1) for view in views(trace, real)]
 
 

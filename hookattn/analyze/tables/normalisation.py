@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ... import checks
 from ...attention.normalizers import OF_ONE, normalizer_of
 from ...calls.certificate import tolerance as tolerance_of
 from ...calls.deriving import shape_and_dtype
@@ -17,7 +18,7 @@ from ..frame import long_table, views_of_heads
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 # A mask of −100, the weakest there is, leaves 4e-44.
 _NOTHING = 1e-30
@@ -25,7 +26,7 @@ _NOTHING = 1e-30
 _NONE = "none"
 
 
-def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
+def normalisation(trace: TraceLike, *, tolerance: float | None = None) -> DataFrame:
     """What is wrong with the weights of a trace; an empty table: nothing.
 
     ``row_sum``: a row doesn't sum to 1 (with sinks: sums to more; that there are sinks is known by the field ``sinks``
@@ -48,6 +49,8 @@ def normalisation(trace: Trace, *, tolerance: float | None = None) -> DataFrame:
     """
     import pandas as pd
 
+    if tolerance is not None:
+        tolerance = checks.number("tolerance", tolerance, "a number from 0", lambda x: x >= 0)
     return pd.concat([_failures(view, tolerance) for view in views_of_heads(trace)], ignore_index=True)
 
 

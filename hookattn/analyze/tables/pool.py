@@ -14,15 +14,16 @@ from ...attention.functional import compute_dtype
 from ...calls.certificate import UNVERIFIED
 from ...errors import MeasureError
 from ...tokens.words import Words, given_words, split_words
+from ...traces import as_trace
 from ..call_view import View
 from ..frame import views
 from ..labels import PADDING, Rows, as_label_rows, key_labels
 
 if TYPE_CHECKING:
-    from ...traces import Trace
+    from ...traces import Trace, TraceLike
 
 
-def pool_words(trace: Trace, words: Any = None) -> Trace:
+def pool_words(trace: TraceLike, words: Any = None) -> Trace:
     """A trace of words: attention to a word is the sum over its pieces, from a word the mean (Clark et al. 2019).
 
     Args:
@@ -40,6 +41,7 @@ def pool_words(trace: Trace, words: Any = None) -> Trace:
         MeasureError: the words don't fit a call, or a call has not all queries and keys of one sequence.
         FieldNotCaptured: the weights were not kept.
     """
+    trace = as_trace(trace)
     given = None if words is None else as_label_rows(words, "words")
     calls, texts = [], None
     for view in views(trace):

@@ -17,10 +17,10 @@ from ..labels import named_keys
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def received(trace: Trace, *, real: Any = None) -> DataFrame:
+def received(trace: TraceLike, *, real: Any = None) -> DataFrame:
     """The attention that each key gets from the queries that count (heavy hitters: Zhang et al. 2023, H2O).
 
     Args:

@@ -16,10 +16,10 @@ from .roles import evidence_measures, roles_of
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, real: Any = None) -> DataFrame:
+def report(trace: TraceLike, measures: Iterable[str | Measure] | None = None, *, real: Any = None) -> DataFrame:
     """All heads of a trace with all measures, and what each head is called.
 
     A role is named where its evidence is clear: the measure is large (see :data:`hookattn.analyze.ROLES`), and at least
@@ -42,7 +42,7 @@ def report(trace: Trace, measures: Iterable[str | Measure] | None = None, *, rea
     """
     import pandas as pd
 
-    chosen = resolve([*(MEASURES if measures is None else measures), *evidence_measures()])
+    chosen = resolve([*(MEASURES if measures is None else resolve(measures, empty=True)), *evidence_measures()])
     chance = Chance(list(evidence_measures()))
     frames: list[DataFrame] = []
     left_out: dict[str, str] = {}

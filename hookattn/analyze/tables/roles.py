@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ... import checks
 from ..measures.base import Measure
 from ..measures.entropy import NormalisedEntropy
 from ..measures.lexical import SameWord
@@ -40,6 +41,15 @@ class Role:
     least: float
     lift: float | None = LIFT
     unless: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.text("Role: name", self.name)
+        checks.one_of("Role: measure", self.measure, Measure, "a measure of hookattn.analyze")
+        checks.number("Role: least", self.least, "a number", lambda x: True)
+        if self.lift is not None:
+            checks.number("Role: lift", self.lift, "a number, or None", lambda x: True)
+        unless = checks.several("Role: unless", self.unless, str, "the names of roles")
+        object.__setattr__(self, "unless", tuple(unless))
 
     def evidence(self, scores: Mapping[str, float], chance: Mapping[str, float]) -> str | None:
         """Why a head has the role: the score, and the level of uniform attention; None: it hasn't.

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...errors import MeasureError, SelectionError
+from ...traces import as_trace
 from ..call_view import View
 from ..frame import views
-from .aggregate import aggregate, check_alike
+from .aggregate import HOW, aggregate, check_alike
 
 if TYPE_CHECKING:
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
 def rollout(
-    trace: Trace, *, heads: str = "mean", residual: float = 0.5, start_layer: int = 0, real: Any = None
+    trace: TraceLike, *, heads: str = "mean", residual: float = 0.5, start_layer: int = 0, real: Any = None
 ) -> Tensor:
     """Attention rollout (Abnar & Zuidema 2020): ``R_l = A_l R_{l−1}``, ``A = (1 − residual)·W + residual·I``.
 
@@ -50,14 +52,16 @@ def rollout(
     return torch.stack(rolled)
 
 
-def mixing_matrices(trace: Trace, heads: str, residual: float, start_layer: int, real: Any) -> Tensor:
+def mixing_matrices(trace: TraceLike, heads: str, residual: float, start_layer: int, real: Any) -> Tensor:
     """L B T S: the matrices A of :func:`rollout`, whose arguments these are.
 
     Raises:
         MeasureError, SelectionError, FieldNotCaptured: see :func:`rollout`.
     """
-    if not 0 <= residual < 1:
-        raise SelectionError(f"residual={residual!r}: expected a share from 0, below 1.")
+    checks.word("heads", heads, HOW)
+    residual = checks.number("residual", residual, "a share from 0, below 1", lambda x: 0 <= x < 1)
+    start_layer = checks.whole("start_layer", start_layer)
+    trace = as_trace(trace)
     several = list(views(trace, real))
     if not -len(several) <= start_layer < len(several):
         raise SelectionError(f"start_layer={start_layer}: the trace has {len(several)} calls.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ... import statistics as st
 from ...errors import MeasureError, SelectionError
 from ...tokens.words import split_words
@@ -17,10 +18,10 @@ from ..labels import named_keys, named_queries
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) -> DataFrame:
+def top_targets(trace: TraceLike, of: str | int, k: int = 5, *, example: int = 0) -> DataFrame:
     """The keys that a token attends to most, in every layer and head.
 
     Args:
@@ -42,8 +43,8 @@ def top_targets(trace: Trace, of: str | int, k: int = 5, *, example: int = 0) ->
     """
     import pandas as pd
 
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise SelectionError(f"k={k!r}: expected an int from 1.")
+    k, example = checks.whole("k", k, 1), checks.whole("example", example)
+    of = of if isinstance(of, str) else checks.whole("of", of, what="a position, or the text of a token")
     frames, why = [], ""
     for view in views(trace):
         if not 0 <= example < view.shape[0]:

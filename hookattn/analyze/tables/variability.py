@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...errors import MeasureError, SelectionError
+from ... import checks
+from ...errors import MeasureError
+from ...traces import as_trace
 from ..call_view import View, blocks_of
 from ..frame import long_table, views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ...traces import Trace
+    from ...traces import TraceLike
 
 
-def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, real: Any = None) -> DataFrame:
+def variability(traces: TraceLike | Sequence[TraceLike], *, tokens: int | None = None, real: Any = None) -> DataFrame:
     """How far a head's attention is from its mean over the inputs (Vig & Belinkov 2019).
 
     ``Σ_x Σ_ij |w_ij(x) − w̄_ij| / (2 Σ_x Σ_ij |w_ij(x)|)`` over the inputs x, w̄ their mean: 0 for a head that goes by
@@ -41,10 +43,13 @@ def variability(traces: Trace | Sequence[Trace], *, tokens: int | None = None, r
     """
     import pandas as pd
 
-    several = list(traces) if isinstance(traces, Sequence) else [traces]
-    if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise SelectionError(f"tokens={tokens!r}: expected an int from 1.")
-    reals = list(real) if isinstance(traces, Sequence) and real is not None else [real] * len(several)
+    many = isinstance(traces, Sequence) and not isinstance(traces, (str, bytes))
+    given: Sequence[Any] = traces if many else (traces,)  # type: ignore[assignment]
+    several = [as_trace(trace, "traces") for trace in given]
+    tokens = None if tokens is None else checks.whole("tokens", tokens, 1)
+    if many and real is not None and not (isinstance(real, Iterable) and not isinstance(real, (str, bytes))):
+        raise checks.wrong("real", real, "one for each trace, in a list, or None", MeasureError)
+    reals = list(real) if many and real is not None else [real] * len(several)
     if len(reals) != len(several):
         raise MeasureError(f"real= has {len(reals)} entries for {len(several)} traces; expected one for each, or None.")
     seen = [list(views(trace, own)) for trace, own in zip(several, reals, strict=True)]

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ... import checks
 from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
-from ...errors import SelectionError
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..by_distance import highest, lowest, mean_by_distance, notes_of
 from ..palette import head_style
 from ..values import FLOOR, SCALES, Array, Scale
@@ -23,7 +23,7 @@ _WIDTH, _HEIGHT, _GAP = 1.9, 1.15, 0.34
 
 
 @in_own_style
-def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -> Figure:
+def distance(trace: TraceLike, *, scale: Scale = "linear", **where: Unpack[Where]) -> Figure:
     """Mean weight against the distance from the query back to the key, a panel for each layer and a line for each head.
 
     The mean at distance d is over all drawn queries i that have a key at i − d which the mask allows: 1 at d = 1 is a
@@ -41,9 +41,8 @@ def distance(trace: Trace, *, scale: Scale = "linear", **where: Unpack[Where]) -
         SelectionError: nothing fits, several stacks, kinds or steps do, or there are no distances (cross-attention).
         FieldNotCaptured: the weights are not in the trace; names the ``capture=``.
     """
-    if scale not in SCALES:
-        raise SelectionError(f"scale={scale!r}: expected one of {', '.join(SCALES)}.")
-    parts = parts_of_one_stack(trace, "distance", **where)
+    checks.word("scale", scale, SCALES)
+    parts = parts_of_one_stack(as_trace(trace), "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     rows = math.ceil(len(parts) / columns)
     heading = Heading.of(parts, parts[0].stack, notes_of(parts))

@@ -11,13 +11,13 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ... import checks
 from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
-from ...errors import SelectionError
 from ...tokens.display import shortened
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..palette import head_style
-from ..values import WEIGHTS, Array, Sink, drawn_values, first_key
+from ..values import SINKS, WEIGHTS, Array, Sink, drawn_values, first_key
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
 from .ticks import LONGEST, font_size, label_width, stride
 
@@ -29,7 +29,7 @@ _NEGATIVE = (0, (0.6, 1.6))
 
 @in_own_style
 def heads(
-    trace: Trace,
+    trace: TraceLike,
     *,
     least: float = 0.01,
     field: Literal["weights", "applied"] = "weights",
@@ -57,11 +57,10 @@ def heads(
         FieldNotCaptured: the weights are not in the trace; names the ``capture=``.
         InputError: ``tokens`` of another length.
     """
-    if not 0 < least <= 1:
-        raise SelectionError(f"least={least}: expected a weight above 0 and at most 1.")
-    if field not in WEIGHTS:
-        raise SelectionError(f"field={field!r}: expected one of {', '.join(WEIGHTS)}.")
-    part = part_of_one_call(trace, "heads", **where)
+    least = checks.number("least", least, "a weight above 0 and at most 1", lambda x: 0 < x <= 1)
+    checks.word("field", field, WEIGHTS)
+    checks.word("sink", sink, SINKS)
+    part = part_of_one_call(as_trace(trace), "heads", **where)
     first = first_key(part) if sink != "show" else None
     drawn = (drawn_values(one, field, sink, first=first) for one in part.each_head())
     found = next(drawn)

@@ -11,9 +11,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from ... import checks
 from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..palette import FAINT, MAY
 from ..values import WEIGHTS, DrawnValues, Field, Scale, Sink, check_options, drawn_values
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
@@ -31,7 +32,7 @@ _GAP, _TITLE = 0.16, 0.2
 
 @in_own_style
 def heatmap(
-    trace: Trace,
+    trace: TraceLike,
     *,
     field: Field = "weights",
     scale: Scale = "linear",
@@ -62,7 +63,8 @@ def heatmap(
         InputError: ``tokens`` of another length.
     """
     check_options(field, scale, sink)
-    part = part_of_one_call(trace, "heatmap", **where)
+    columns = None if columns is None else checks.whole("columns", columns, 1)
+    part = part_of_one_call(as_trace(trace), "heatmap", **where)
     found = drawn_values(part, field, sink, most=_MOST)
     return _panels(part, found, field, scale, columns)
 

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from ...calls.choose import parts_of_one_stack
 from ...calls.part import Part, Where
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..palette import GRID
 from ..values import WEIGHTS, Field, Scale, Sink, check_options, drawn_values, has_negative, largest_magnitude
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
@@ -28,7 +28,7 @@ _MARGIN = 0.06
 
 @in_own_style
 def layers(
-    trace: Trace, *, field: Field = "weights", scale: Scale = "linear", sink: Sink = "show", **where: Unpack[Where]
+    trace: TraceLike, *, field: Field = "weights", scale: Scale = "linear", sink: Sink = "show", **where: Unpack[Where]
 ) -> Figure:
     """A grid of thumbnails, a row for each layer and a column for each head; queries down and keys across in each.
 
@@ -50,7 +50,7 @@ def layers(
         FieldNotCaptured: the field is not in the trace; names the ``capture=``.
     """
     check_options(field, scale, sink)
-    parts = parts_of_one_stack(trace, "layers", **where)
+    parts = parts_of_one_stack(as_trace(trace), "layers", **where)
     grid = _thumbnails(parts, field, sink)
     numbers = sorted({head for part in parts for head in part.heads})
     cell = max(_LEAST, min(_LARGEST, (_WIDEST - 1.5) / len(numbers)))

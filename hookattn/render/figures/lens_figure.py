@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from ...attention.normalizers import is_softmax
 from ...calls.part import Where
 from ...errors import SelectionError
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..values import first_key
 from .base import Heading, empty_sheet, in_own_style, name_artist, text_at
@@ -26,7 +26,7 @@ _TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT}
 
 
 @in_own_style
-def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
+def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
     """One query of one head: score → mask → weight, and a word for each key.
 
     - *masked*: the mask hides it;
@@ -49,7 +49,7 @@ def lens(trace: Trace, **where: Unpack[Where]) -> Figure:
         SelectionError: no one call, head or query; or weights that are no softmax, in which keys outscore each other.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
-    found = query_row(trace, "lens", **where)
+    found = query_row(as_trace(trace), "lens", **where)
     part = found.part
     if not is_softmax(part.call.normalizer):
         raise SelectionError(

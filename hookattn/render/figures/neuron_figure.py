@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls.part import Where
 from ...errors import SelectionError
-from ...traces import Trace
+from ...traces import TraceLike, as_trace
 from ..palette import DIVERGING, SCORE, WEIGHT
 from ..values import Array, part_array
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
@@ -20,7 +20,7 @@ _HEAT, _BARS, _GAP = 1.9, 1.05, 0.16
 
 
 @in_own_style
-def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
+def neuron(trace: TraceLike, **where: Unpack[Where]) -> Figure:
     """One query of one head: q, k, q∘k, the scaled dot product, the score where it is more than that, the softmax.
 
     A row for each key. Colours of q and k, and of q∘k, go from minus to plus the largest magnitude, which is written
@@ -39,7 +39,7 @@ def neuron(trace: Trace, **where: Unpack[Where]) -> Figure:
         SelectionError: no one call, head or query; or scores that are no product of queries and keys.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
     """
-    found = query_row(trace, "neuron", **where)
+    found = query_row(as_trace(trace), "neuron", **where)
     part, i = found.part, found.query
     scale = part.call.scale
     if scale is None:

@@ -1,0 +1,397 @@
+"""The public functions that take arguments of users: how each is called, and what kind each argument is of."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hookattn
+from hookattn import analyze, render, statistics
+from hookattn.analyze import survey
+from hookattn.attention.score_inputs import ScoreInputs
+from hookattn.interop import bertviz, circuitsvis, transformer_lens
+from hookattn.testing import check_adapter, check_clean, check_trace
+from tests import tiny_models
+
+WORDS = ["the", "cat", "sat", "on", "the", "cat", "sat"]
+_KEEP: list[Any] = []
+
+
+@dataclass
+class Stage:
+    """What the calls are made on; made once.
+
+    Attributes:
+        model, inputs: a small GPT-2, and ids B 7.
+        gpt2: its trace, with tokens.
+        bert: the trace of an encoder.
+        counted: a trace with statistics and nothing else.
+        steps: the trace of a generation.
+        empty: a trace without calls.
+        circuits: of the model.
+        folder: an empty one.
+        file: a trace file.
+        text: a file that is none.
+    """
+
+    model: Any
+    inputs: torch.Tensor
+    gpt2: hookattn.Trace
+    bert: hookattn.Trace
+    counted: hookattn.Trace
+    steps: hookattn.Trace
+    empty: hookattn.Trace
+    circuits: list[analyze.Circuit]
+    folder: Path
+    file: str
+    text: Path
+
+    @functools.cached_property
+    def view(self) -> analyze.View:
+        """Of the first call."""
+        return analyze.View(self.gpt2[0], self.gpt2)
+
+    @functools.cached_property
+    def divergence(self) -> Any:
+        """A table of heads by heads."""
+        return analyze.head_divergence(self.gpt2)
+
+    @functools.cached_property
+    def problem(self) -> ScoreInputs:
+        """What statistics are computed of."""
+        x = torch.rand(1, 2, 3, 4)
+        return ScoreInputs(x, x)
+
+
+@functools.cache
+def stage() -> Stage:
+    """The one stage."""
+    temporary = tempfile.TemporaryDirectory(prefix="hookattn-attack-")
+    _KEEP.append(temporary)  # as long as the process lives
+    folder = Path(temporary.name)
+    model, inputs = tiny_models.gpt2(), tiny_models.ids()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gpt2 = hookattn.trace(model, inputs, tokens=WORDS)
+        bert = hookattn.trace(tiny_models.bert(), inputs)
+        counted = hookattn.trace(model, inputs, capture=("entropy", "top_k", "received"))
+        with hookattn.tracing(model) as steps, torch.no_grad():
+            model.generate(inputs[:1], max_new_tokens=2, do_sample=False)
+        circuits = analyze.circuit(model, inputs)
+    file = gpt2.save(folder / "trace.safetensors")
+    (folder / "text.txt").write_text("no trace")
+    (folder / "out").mkdir()
+    return Stage(
+        model, inputs, gpt2, bert, counted, steps, hookattn.Trace(), circuits, folder, file, folder / "text.txt"
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A public function, with right arguments to begin with.
+
+    Attributes:
+        name: as in public_api.json, below its module, with the module.
+        run: calls it with some arguments exchanged; consumes what it yields.
+        kinds: argument → its kind, a key of :data:`.argument_values.TAKES`.
+        costly: whether a call that goes through takes long; then right values are not tried.
+    """
+
+    name: str
+    run: Callable[[Stage, Mapping[str, Any]], Any]
+    kinds: Mapping[str, str]
+    costly: bool = False
+
+
+def _target(
+    name: str,
+    function: Callable[..., Any],
+    right: Callable[[Stage], dict[str, Any]] = lambda s: {},
+    costly: bool = False,
+    /,
+    **kinds: str,
+) -> Target:
+    def run(s: Stage, given: Mapping[str, Any]) -> Any:
+        made = function(**{**right(s), **given})
+        return list(made) if isinstance(made, Iterator) else made
+
+    return Target(name, run, kinds, costly)
+
+
+def _method(
+    name: str,
+    of: Callable[[Stage], Any],
+    right: Callable[[Stage], dict[str, Any]] = lambda s: {},
+    /,
+    **kinds: str,
+) -> Target:
+    method = name.rpartition(".")[2]
+
+    def run(s: Stage, given: Mapping[str, Any]) -> Any:
+        made = getattr(of(s), method)(**{**right(s), **given})
+        return list(made) if isinstance(made, Iterator) else made
+
+    return Target(name, run, kinds)
+
+
+def _in_block(**given: Any) -> Any:
+    with hookattn.tracing(**given) as trace:
+        stage().model(stage().inputs)
+    return trace
+
+
+def _checked(trace: Any) -> None:
+    with contextlib.suppress(AssertionError):  # what it found
+        check_trace(trace)
+
+
+def _ends(s: Stage) -> dict[str, Any]:
+    return dict(zip(("embed", "unembed"), analyze.vocabulary(s.model), strict=True))
+
+
+class _Known(hookattn.Adapter):
+    name, covers, attention = "attacked", ("tests.attack.nothing",), {"Nothing": "self"}
+
+
+def _trace(s: Stage) -> dict[str, Any]:
+    return {"trace": s.gpt2}
+
+
+def _run(s: Stage) -> dict[str, Any]:
+    return {"model": s.model, "inputs": s.inputs}
+
+
+SELECTED = {
+    "capture": "names of fields or none",
+    "layers": "indices or none",
+    "heads": "indices or none",
+    "queries": "indices or a slice or none",
+    "dtype": "nothing or none",
+    "device": "nothing or none",
+    "to": "path or none",
+    "layout": "empty mapping or none",
+}
+TRACED = {**SELECTED, "tokens": "nothing or none", "verify": "nothing", "strict": "flag", "copy": "flag"}
+WHERE = {
+    "layer": "indices or none",
+    "stack": "text or none",
+    "kind": "text or none",
+    "step": "indices or none",
+    "path": "text or none",
+    "batch": "index",
+    "heads": "indices or none",
+    "queries": "indices or a slice or none",
+    "keys": "indices or a slice or none",
+    "tokens": "nothing or none",
+    "key_tokens": "nothing or none",
+}
+DRAWN = {"trace": "trace", "field": "nothing", "scale": "nothing", "sink": "nothing"}
+VIEWER = {
+    "trace": "trace with or without calls",
+    "compare": "trace with or without calls or none",
+    "state": "mapping or none",
+    "scores": "empty mapping or none",
+    "images": "nothing or none",
+    "theme": "nothing",
+}
+TABLE = {"trace": "trace", "real": "nothing or none"}
+
+
+def _one_row(s: Stage) -> dict[str, Any]:
+    return {"trace": s.gpt2, "layer": 0, "heads": 0}
+
+
+def _analyzers() -> Iterator[Target]:
+    a = "hookattn.analyze."
+    for name in ("best_offset", "between_labels", "between_segments", "distance_decay", "head_divergence", "received"):
+        given = {"between_labels": {"labels": list("ababaab")}, "between_segments": {"segments": [0, 0, 0, 1, 1, 1, 1]}}
+        right = given.get(name, {})
+        kinds = {**TABLE, **{"labels": {"labels": "labels"}, "segments": {"segments": "labels or none"}}.get(
+            name.removeprefix("between_"), {})}  # fmt: skip
+        yield _target(a + name, getattr(analyze, name), lambda s, right=right: {"trace": s.gpt2, **right}, **kinds)
+    yield _target(a + "aggregate", analyze.aggregate, _trace, trace="trace", how="nothing")
+    yield _target(a + "aggregate_layers", analyze.aggregate_layers, _trace, trace="trace", how="nothing")
+    yield _target(a + "as_distribution", analyze.as_distribution, _trace, trace="trace", field="nothing")
+    yield _target(a + "capture", lambda measures: analyze.capture(measures), lambda s: {"measures": "sink"},
+                  measures="nothing")  # fmt: skip
+    yield _target(a + "circuit", analyze.circuit, _run, model="model", inputs="inputs")
+    yield _target(a + "cluster_heads", analyze.cluster_heads, lambda s: {"divergence": s.divergence, "clusters": 2},
+                  divergence="nothing", clusters="count", method="nothing")  # fmt: skip
+    yield _target(a + "compare", analyze.compare, lambda s: {"a": s.gpt2, "b": s.gpt2}, a="trace", b="trace",
+                  real="nothing or none")  # fmt: skip
+    yield _target(a + "composition", analyze.composition, lambda s: {"circuits": s.circuits},
+                  circuits="nothing", kinds="nothing", baseline="flag")  # fmt: skip
+    yield _target(a + "copying", analyze.copying,
+                  lambda s: {"circuits": s.circuits, **_ends(s)},
+                  circuits="nothing", embed="nothing", unembed="nothing")  # fmt: skip
+    yield _target(a + "vocabulary", analyze.vocabulary, lambda s: {"model": s.model}, model="model")
+    flow = {**TABLE, "heads": "nothing", "residual": "share", "start_layer": "index"}
+    yield _target(a + "flow", analyze.flow, _trace, True, queries="indices or none", **flow)
+    yield _target(a + "rollout", analyze.rollout, _trace, **flow)
+    yield _target(a + "measure", analyze.measure, lambda s: {"trace": s.gpt2, "measures": "sink"}, **TABLE,
+                  measures="nothing", by="nothing", missing="flag")  # fmt: skip
+    yield _target(a + "report", analyze.report, _trace, True, **TABLE, measures="no names or none")
+    yield _target(a + "neuron_contributions", analyze.neuron_contributions,
+                  lambda s: {"trace": s.gpt2, "query": 2}, **TABLE, query="index or none",
+                  key="index or none")  # fmt: skip
+    yield _target(a + "neuron_decay", analyze.neuron_decay, _trace, **TABLE, longest="count from 0")
+    yield _target(a + "norm_based", analyze.norm_based, lambda s: {"trace": s.gpt2, "circuits": s.circuits},
+                  trace="trace", circuits="nothing", normalise="flag")  # fmt: skip
+    yield _target(a + "value_weighted", analyze.value_weighted, _trace, trace="trace", normalise="flag")
+    yield _target(a + "normalisation", analyze.normalisation, _trace, trace="trace", tolerance="number from 0 or none")
+    yield _target(a + "pool_words", analyze.pool_words, _trace, trace="trace", words="nothing or none")
+    yield _target(a + "repeated_segment", analyze.repeated_segment, lambda s: {"trace": s.gpt2, "period": 4}, **TABLE,
+                  period="count or none", tokens="nothing or none")  # fmt: skip
+    yield _target(a + "score_rank", analyze.score_rank, _trace, **TABLE, masked="flag", energy="share to 1")
+    yield _target(a + "singular_values", analyze.singular_values, _trace, **TABLE, masked="flag")
+    yield _target(a + "top_targets", analyze.top_targets, lambda s: {"trace": s.gpt2, "of": 3}, trace="trace",
+                  of="position or text", k="count", example="index")  # fmt: skip
+    yield _target(a + "variability", analyze.variability, lambda s: {"traces": s.gpt2}, traces="trace",
+                  tokens="count or none", real="nothing or none")  # fmt: skip
+    yield _method(a + "Measure.__call__", lambda s: analyze.Sink(), _trace, trace="trace", by="nothing",
+                  real="nothing or none")  # fmt: skip
+    yield _method(a + "Circuit.projection", lambda s: s.circuits[0], lambda s: {"name": "q"}, name="nothing")
+    yield _target(a + "View", analyze.View, lambda s: {"call": s.gpt2[0], "trace": s.gpt2}, call="call",
+                  trace="trace in memory", real="real or none", whole="nothing or none")  # fmt: skip
+    yield from _measures(a)
+    v = a + "survey."
+    batches = lambda values: [survey.Batch(stage().inputs, len(values))]  # noqa: E731
+    yield _target(v + "survey", survey.survey,
+                  lambda s: {"model": s.model, "examples": ["a", "b"], "encode": batches,
+                             "out": s.folder / "survey.parquet", "measures": "sink"},
+                  True, model="model", examples="examples", encode="function", out="path",
+                  measures="nothing", batch="count", about="mapping or none", progress="function or none")  # fmt: skip
+    yield _target(v + "Corpus", survey.Corpus, lambda s: {"paths": (str(s.text),)}, paths="paths", field="text or none")
+    yield _target(v + "Batch", survey.Batch, lambda s: {"inputs": s.inputs, "count": 2}, inputs="anything",
+                  count="count", tokens="token lists or none", real="real or none")  # fmt: skip
+
+
+def _measures(a: str) -> Iterator[Target]:
+    words = ["the", "cat", "sat"]
+    for name in ("Acronyms", "DuplicateToken", "Induction", "PairMass"):
+        if name != "PairMass":
+            yield _target(a + name, getattr(analyze, name), tokens="labels or none")
+    for name in ("AtOffset", "NextToken", "PreviousToken", "SelfToken"):
+        yield _target(a + name, getattr(analyze, name), offset="any int")
+    for name in ("LocalMass", "GlobalSpread"):
+        yield _target(a + name, getattr(analyze, name), window="count")
+    yield _target(a + "Positional", analyze.Positional, offset="any int or none")
+    yield _target(a + "Sink", analyze.Sink, epsilon="share")
+    yield _target(a + "ListItems", analyze.ListItems, tokens="labels or none", longest="count")
+    yield _target(a + "Brackets", analyze.Brackets, tokens="labels or none", direction="nothing")
+    yield _target(a + "SameWord", analyze.SameWord, tokens="labels or none", across="flag")
+    yield _target(a + "Detection", analyze.Detection, tokens="labels or none", pattern="nothing",
+                  error="nothing", exclude_bos="flag", exclude_current_token="flag")  # fmt: skip
+    yield _target(a + "RepeatedSegment", analyze.RepeatedSegment, score="nothing", period="count or none",
+                  tokens="labels or none")  # fmt: skip
+    yield _target(a + "LabelMass", analyze.LabelMass, lambda s: {"labels": words, "target": "cat"}, labels="labels",
+                  target="label", source="label or none")  # fmt: skip
+    yield _target(a + "BetweenSegments", analyze.BetweenSegments, labels="labels or none", target="label",
+                  source="label or none")  # fmt: skip
+    yield _target(a + "Separators", analyze.Separators, separators="words", punctuation="flag")
+    yield _target(a + "Dependency", analyze.Dependency, lambda s: {"heads": [1, 2, -1], "relations": words,
+                  "relation": "the"}, how="nothing", words="labels or none", heads="numbers of words",
+                  relations="labels", relation="text", direction="nothing")  # fmt: skip
+    yield _target(a + "Coreference", analyze.Coreference, lambda s: {"clusters": [[[0, (1, 3)]]]},
+                  how="nothing", words="labels or none", clusters="clusters")  # fmt: skip
+    yield _target(a + "OutputNorm", analyze.OutputNorm, lambda s: {"circuits": s.circuits}, circuits="no items")
+    yield _target(a + "Role", analyze.Role, lambda s: {"name": "x", "measure": analyze.Sink(), "least": 0.5},
+                  name="text", measure="nothing", least="number", lift="number or none", unless="names")  # fmt: skip
+
+
+def _figures() -> Iterator[Target]:
+    r = "hookattn.render."
+    where = {**WHERE}
+    yield _target(r + "distance", render.distance, _trace, True, trace="trace", scale="nothing", **where)
+    yield _target(r + "heads", render.heads, _one_row, True, trace="trace", least="share to 1",
+                  field="nothing", sink="nothing", **where)  # fmt: skip
+    yield _target(r + "heatmap", render.heatmap, _one_row, True, **DRAWN, columns="count or none", **where)
+    yield _target(r + "layers", render.layers, _trace, True, **DRAWN, **where)
+    yield _target(r + "lens", render.lens, _one_row, True, trace="trace", **where)
+    yield _target(r + "neuron", render.neuron, _one_row, True, trace="trace", **where)
+    yield _target(r + "plotly", render.plotly, _one_row, True, **DRAWN, view="nothing", **where)
+    yield _target(
+        r + "page", render.page, _trace, True, **VIEWER, title="text or none", fields="names of fields or none"
+    )
+    yield _target(r + "save_page", render.save_page, lambda s: {"trace": s.gpt2, "path": s.folder / "out" / "p.html"},
+                  True, path="path", **VIEWER)  # fmt: skip
+    yield _target(r + "show", render.show, _trace, True, **VIEWER)
+    yield _target(r + "Widget", render.Widget, _trace, True, **VIEWER, page="flag")
+
+
+def _core() -> Iterator[Target]:
+    h = "hookattn."
+    yield _target(h + "trace", hookattn.trace, _run, model="model", inputs="inputs", **TRACED)
+    yield _target(h + "tracing", _in_block, lambda s: {"model": s.model}, model="model", **TRACED)
+    yield _target(h + "plan", hookattn.plan, _run, True, model="model", inputs="inputs", **SELECTED)
+    yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
+    yield _target(h + "register", hookattn.register, lambda s: {"adapter": _Known()}, adapter="nothing")
+    t = h + "Trace."
+    yield _method(t + "select", lambda s: s.gpt2, layer="indices or none", stack="text or none", kind="text or none",
+                  step="indices or none", path="text or none", tap="text or none")  # fmt: skip
+    yield _method(t + "save", lambda s: s.gpt2, lambda s: {"path": s.folder / "out" / "t.safetensors"},
+                  path="path", compact="flag")  # fmt: skip
+    yield _method(t + "stitch", lambda s: s.steps, beams="beams", length="count or none")
+    yield Target(t + "__getitem__", lambda s, given: s.gpt2[given.get("key", 0)], {"key": "index, a slice or a path"})
+    c = h + "Call."
+    yield _method(c + "get", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="nothing")
+    yield _method(c + "has", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="text")
+    yield _method(c + "place", lambda s: s.gpt2[0], lambda s: {"name": "q"}, name="nothing")
+    part = dict.fromkeys(("heads", "queries", "batch"), "indices or a slice or none")
+    yield _method(c + "at", lambda s: s.gpt2[0], **part)
+
+
+def _others() -> Iterator[Target]:
+    i = "hookattn.interop."
+    yield _target(i + "bertviz.to_bertviz", bertviz.to_bertviz, _trace, trace="trace in memory", batch="index")
+    yield _target(i + "circuitsvis.to_circuitsvis", circuitsvis.to_circuitsvis, _trace, trace="trace in memory",
+                  **WHERE)  # fmt: skip
+    lens = i + "transformer_lens."
+    yield _target(lens + "activation", transformer_lens.activation, lambda s: {"call": s.gpt2[0], "field": "q"},
+                  call="call", field="nothing")  # fmt: skip
+    yield _target(lens + "find", transformer_lens.find,
+                  lambda s: {"trace": s.gpt2, "name": "blocks.0.attn.hook_pattern"}, trace="trace in memory",
+                  name="nothing")  # fmt: skip
+    yield _target(lens + "hooks", transformer_lens.hooks, lambda s: {"trace": s.gpt2, "rotary": False},
+                  trace="trace in memory", model="anything", rotary="flag or none")  # fmt: skip
+    yield _target(lens + "Hook.of", transformer_lens.Hook.of, lambda s: {"name": "blocks.0.attn.hook_pattern"},
+                  name="nothing")  # fmt: skip
+    s_ = "hookattn.statistics."
+    yield _target(s_ + "FirstMass", statistics.FirstMass, n="count")
+    yield _target(s_ + "LocalMass", statistics.LocalMass, window="count")
+    yield _target(s_ + "FarMass", statistics.FarMass, window="count")
+    yield _target(s_ + "OffsetMass", statistics.OffsetMass, offset="any int")
+    yield _target(s_ + "TopK", statistics.TopK, k="count")
+    yield _target(s_ + "SegmentMass", statistics.SegmentMass, lambda s: {"sets": {"a": [1]}}, sets="nothing")
+    yield _target(s_ + "SegmentMass (one set)", lambda keys: statistics.SegmentMass({"a": keys}),
+                  lambda s: {"keys": [1]}, keys="key positions")  # fmt: skip
+    yield _target(s_ + "compute", statistics.compute,
+                  lambda s: {"problem": s.problem, "statistics": [statistics.Entropy()]},
+                  problem="nothing", statistics="no names")  # fmt: skip
+    yield _target(s_ + "merge", statistics.merge, lambda s: {"traces": s.counted}, traces="nothing",
+                  over="nothing")  # fmt: skip
+    yield _target(s_ + "named", statistics.named, lambda s: {"name": "lse"}, name="text")
+    yield _target(s_ + "resolve", statistics.resolve, lambda s: {"name": "lse", "fields": ["lse"]}, name="text",
+                  fields="names")  # fmt: skip
+    t = "hookattn.testing."
+    yield _target(t + "check_clean", check_clean, lambda s: {"model": s.model}, model="model")
+    yield _target(t + "check_trace", _checked, _trace, trace="trace with or without calls")
+    yield _target(t + "check_adapter", check_adapter,
+                  lambda s: {"adapter": _Known(), "make_model": lambda: s.model, "make_inputs": lambda: s.inputs,
+                             "only": ()},
+                  True, adapter="nothing", make_model="function", make_inputs="function", beside="no names",
+                  complete="flag", every_layer="flag", padding="flag", skipped="names", formed="no names",
+                  weights="function or none", more_inputs="empty mapping or none", only="no names or none")  # fmt: skip
+
+
+def targets() -> list[Target]:
+    """All of them."""
+    return [*_core(), *_analyzers(), *_figures(), *_others()]
