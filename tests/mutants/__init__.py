@@ -39,6 +39,8 @@ NEAR = {
     "certificate": (
         "tests/recording/test_certif*.py",
         "tests/calls/test_tolerance.py",
+        "tests/calls/test_joined_certificates.py",
+        "tests/recording/test_measurement.py",
         "tests/recording/test_kinds.py",
         "tests/recording/test_pieces.py",
     ),
