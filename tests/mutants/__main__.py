@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import signal
 import sys
 import time
 import tomllib
@@ -71,6 +72,7 @@ def main() -> int:
     def tell(line: str) -> None:
         print(line, flush=True)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the fork that runs now is ended, too
     of = {path: group for group in groups for path in files(TARGETS[group]) if fnmatch.fnmatch(path, options.file)}
     if options.again:
         earlier = json.loads(Path(options.again).read_text())

@@ -115,6 +115,7 @@ def in_fork(work: Callable[[Path], Any], limit: float) -> Any:
         if not child:
             code = 1
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.setsid()  # what it starts is ended with it
                 resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
                 said = os.open(folder / "said", os.O_CREAT | os.O_WRONLY)
