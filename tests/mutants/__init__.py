@@ -34,8 +34,14 @@ TARGETS = {
 
 NEAR = {
     "taps": ("tests/taps/*.py", "tests/recording/test_other_attention.py"),
-    "taps/eager": ("tests/taps/eager/*.py", "tests/taps/test_operators.py"),
-    "attention": ("tests/attention/*.py", "tests/statistics/test_statistics.py", "tests/taps/test_flash_attn.py"),
+    "taps/eager": ("tests/taps/eager/*.py", "tests/taps/test_operators.py", "tests/generator/*.py", "tests/zoo/*.py"),
+    "attention": (
+        "tests/attention/*.py",
+        "tests/statistics/test_statistics.py",
+        "tests/analyze/test_positions.py",
+        "tests/recording/test_pieces.py",
+        "tests/taps/test_flash_attn.py",
+    ),
     "certificate": (
         "tests/recording/test_certif*.py",
         "tests/calls/test_tolerance.py",
@@ -52,6 +58,9 @@ NEAR = {
     "file": ("tests/store/test_*.py",),
 }
 """The test files that are asked about each of them; of these, a mutant is shown to the tests that enter its line."""
+
+UNSEEN = {"hookattn/attention/kernels/": "tests/attention/test_kernels"}
+"""Modules whose lines nobody sees being entered, for Triton's interpreter compiles them anew; and the tests of them."""
 
 
 def files(patterns: tuple[str, ...], tests: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from . import FOLDER, ROOT, TARGETS, files
+from . import FOLDER, ROOT, TARGETS, UNSEEN, files
 from .mutating import Mutant
 from .running import run_tests
 
@@ -103,7 +103,7 @@ def asked(mutant: Mutant, tests: Sequence[TestFile], budget: float) -> tuple[lis
     """The tests that enter a mutant's lines, the fastest first and a file's together, and their seconds.
 
     A line that runs while the module is imported is entered by every test. What a fixture of a whole file enters
-    counts for all tests of it, for it is entered in the first alone.
+    counts for all tests of it, for it is entered in the first alone. Modules of :data:`.UNSEEN` have tests by name.
 
     Args:
         mutant: what they are asked about.
@@ -113,8 +113,12 @@ def asked(mutant: Mutant, tests: Sequence[TestFile], budget: float) -> tuple[lis
     lines = set(range(mutant.line, mutant.end + 1))
     first: list[tuple[float, str, str]] = []
     second: list[tuple[float, str, str]] = []
+    of_unseen = next((near for start, near in UNSEEN.items() if mutant.path.startswith(start)), None)
+    seen = any(lines.intersection(entered) for file in tests for entered in file.entered.get(mutant.path, {}).values())
     for file in tests:
         by_test = file.entered.get(mutant.path, {})
+        if not seen and of_unseen is not None and file.name.startswith(of_unseen):
+            second.extend((n, file.name, test) for test, n in file.seconds.items() if test not in file.failed)
         at_import = lines & set(by_test.get("", ()))
         within = any(lines.intersection(entered) for test, entered in by_test.items() if test)
         if not within and not at_import:
