@@ -52,6 +52,7 @@ NEAR = {
     ),
     "generation": (
         "tests/generation/test_stitch.py",
+        "tests/generation/test_lineage.py",
         "tests/recording/test_generation_keys.py",
         "tests/store/test_continued_fields.py",
     ),
