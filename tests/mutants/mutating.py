@@ -28,10 +28,11 @@ FREE = re.compile(r"(overload|override|final|cache|lru_cache|runtime_checkable|c
 
 
 ORDERED = frozenset(
-    "transpose permute movedim moveaxis swapaxes swapdims view reshape expand unflatten flatten narrow select "
+    "permute movedim moveaxis view reshape expand unflatten flatten narrow select "
     "where matmul bmm sub div full ones zeros new_zeros new_ones tril triu diagonal roll range arange clamp".split()
 )
-"""Calls whose arguments are of one type and have an order. Elsewhere a type checker notices, and most runs fail."""
+"""Calls whose arguments are of one type and have an order, which those of ``transpose`` have not. Elsewhere a type
+checker notices an exchange, and most runs fail."""
 
 
 class SwapArguments(Operator):
@@ -49,7 +50,7 @@ class SwapArguments(Operator):
             if child.type != "argument" and getattr(child, "value", None) != ","
         ]
         for a, b in pairwise(plain):
-            if node.children[a].get_code() != node.children[b].get_code():
+            if node.children[a].get_code(False) != node.children[b].get_code(False):
                 yield a, b
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
@@ -58,7 +59,10 @@ class SwapArguments(Operator):
 
     def mutate(self, node: Any, index: int) -> Any:
         a, b = list(self.pairs(node))[index]
-        node.children[a], node.children[b] = node.children[b], node.children[a]
+        one, other = node.children[a], node.children[b]
+        first, second = one.get_first_leaf(), other.get_first_leaf()
+        first.prefix, second.prefix = second.prefix, first.prefix
+        node.children[a], node.children[b] = other, one
         return node
 
     @classmethod

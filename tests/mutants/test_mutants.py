@@ -35,7 +35,7 @@ def test_what_can_be_changed_is_changed_and_nothing_else(module):
     found = {mutant.operator: mutant for place in mutating.sites(module) for mutant in place}
     assert not [name for name in found if "_BitOr_" in name], "an annotation was changed"
     assert "y + 1" in found["ReplaceBinaryOperator_Sub_Add"].source()
-    assert "x.permute( 1,0)" in found["SwapArguments"].source()
+    assert "x.permute(1, 0)" in found["SwapArguments"].source()
     assert '"b h -> b h"' in found["SwapAxes"].source()
     assert {name.split("_", 1)[1] for name in found if "Comparison" in name} == {"Lt_LtE", "Lt_Gt", "Lt_GtE"}
     for mutant in found.values():
