@@ -184,3 +184,31 @@ def test_rows_by_index() -> None:
     shared = stitch._taken_rows(x[:1], torch.tensor([1, -1, 0]))
     assert torch.equal(shared, torch.stack([x[0], torch.zeros(2, 4), x[0]]))
     assert torch.equal(x, draw(3, 2, 4, seed=1)), "what was captured is not written to"
+
+
+def test_keys_are_known_to_go_on_only_in_one_history_and_from_the_step_before() -> None:
+    class History:
+        def link(self, step: int) -> Any:
+            return self, step
+
+    def call(k: Any = None, v: Any = None) -> Any:
+        return SimpleNamespace(fields={"k": k, "v": v})
+
+    def at(history: Any, step: int) -> Any:
+        made = lineage.Continued.__new__(lineage.Continued)
+        object.__setattr__(made, "history", history)
+        object.__setattr__(made, "step", step)
+        return made
+
+    one, other = History(), History()
+    assert lineage._link(call(at(one, 1)), call(at(one, 2))) == (one, 2)
+    assert lineage._link(call(None, at(one, 1)), call(None, at(one, 2))) == (one, 2), "the values tell as well"
+    for before, now in (
+        (call(at(one, 1)), call(at(other, 2))),
+        (call(at(one, 1)), call(at(one, 3))),
+        (call(at(one, 2)), call(at(one, 2))),
+        (call(at(one, 1)), call(torch.ones(1))),
+        (call(torch.ones(1)), call(at(one, 2))),
+        (call(), call()),
+    ):
+        assert lineage._link(before, now) is None

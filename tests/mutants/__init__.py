@@ -33,7 +33,7 @@ TARGETS = {
 """What is changed, by the names under which results are told."""
 
 NEAR = {
-    "taps": ("tests/taps/*.py", "tests/recording/test_other_attention.py"),
+    "taps": ("tests/taps/*.py", "tests/recording/test_other_attention.py", "tests/planning/test_plan_flex.py"),
     "taps/eager": ("tests/taps/eager/*.py", "tests/taps/test_operators.py", "tests/generator/*.py", "tests/zoo/*.py"),
     "attention": (
         "tests/attention/*.py",

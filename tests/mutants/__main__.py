@@ -30,6 +30,17 @@ def equivalent(mutant: Mutant) -> str | None:
     return None
 
 
+_ALONE: dict[str, bool] = {}
+
+
+def passes_alone(test: str) -> bool:
+    """Whether a test is green by itself with the core as it is: one that needs those before it can't tell anything."""
+    if test not in _ALONE:
+        done = run_tests([test.split("::")[0]], [test])
+        _ALONE[test] = done is not None and done.get("code") == 0
+    return _ALONE[test]
+
+
 def judge(mutant: Mutant, tests: list[TestFile], budget: float) -> tuple[str, str]:
     """What became of a mutant: killed, timed out, survived, equivalent; and by which test, or why."""
     if because := equivalent(mutant):
@@ -42,6 +53,7 @@ def judge(mutant: Mutant, tests: list[TestFile], budget: float) -> tuple[str, st
     order, seconds = asked(mutant, tests, budget)
     if not order:
         return "survived", "no test enters it"
+    order = [test for test in order if _ALONE.get(test, True)]
     names = list(dict.fromkeys(name.split("::")[0] for name in order))
     done = run_tests(names, order, (mutant.path, source), limit=60 + 4 * seconds)
     if done is None:
@@ -51,6 +63,8 @@ def judge(mutant: Mutant, tests: list[TestFile], budget: float) -> tuple[str, st
     if done["code"] == 0:
         return "survived", f"{len(done['seconds'])} tests, {seconds:.0f} s"
     test, why = next(iter(done["failed"].items()), ("collection", "?"))
+    if test in order and not passes_alone(test):
+        return judge(mutant, tests, budget)  # without this test
     return "killed", f"{why} in {test}"
 
 
