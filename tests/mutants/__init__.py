@@ -34,7 +34,14 @@ TARGETS = {
 
 NEAR = {
     "taps": ("tests/taps/*.py", "tests/recording/test_other_attention.py", "tests/planning/test_plan_flex.py"),
-    "taps/eager": ("tests/taps/eager/*.py", "tests/taps/test_operators.py", "tests/generator/*.py", "tests/zoo/*.py"),
+    "taps/eager": (
+        "tests/taps/eager/*.py",
+        "tests/taps/test_operators.py",
+        "tests/generator/*.py",
+        "tests/zoo/*.py",
+        "tests/recording/test_kinds.py",
+        "tests/recording/test_pieces.py",
+    ),
     "attention": (
         "tests/attention/*.py",
         "tests/statistics/test_statistics.py",
