@@ -37,6 +37,7 @@ NEAR = {
     "taps/eager": (
         "tests/taps/eager/*.py",
         "tests/taps/test_operators.py",
+        "tests/taps/test_hf_interface.py",
         "tests/generator/*.py",
         "tests/zoo/*.py",
         "tests/recording/test_kinds.py",

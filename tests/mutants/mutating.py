@@ -147,6 +147,8 @@ def _says_nothing(node: Any, name: str) -> bool:
         parent = node.parent
         if parent is None:
             return False
+        if node.type == "argument" and node.children[0].get_code().strip() == "strict":
+            return True  # of zip(): it checks, and changes nothing
         if parent.type == "annassign" and node is parent.children[1]:
             return True
         if parent.type == "tfpdef" and node is parent.children[-1]:
