@@ -245,3 +245,29 @@ def test_axes_lie_to_each_other_as_they_did() -> None:
     assert turned.atom(a) is b
     copied = here.copy()
     assert copied.pair(views.known(((Atom(3),),)), views.known(((Atom(3),),))) and copied.atom(b) is a
+
+
+@pytest.mark.parametrize("birth", ["feature", "data"])
+def test_axes_of_one_entry_are_told_by_the_side_on_which_they_are_made_or_lost(birth: Any) -> None:
+    """Heads are split from a width and lie beside it; where there is none, it is a batch axis, which comes first."""
+    one, two, three, wide = Atom(1), Atom(1), Atom(1), Atom(8, birth=birth)
+    made = views.reshape(((one,), (two,), (wide,)), (1, 1, 1, 8), None)
+    assert made == (((one,), (two,), (), (wide,)) if birth == "feature" else ((), (one,), (two,), (wide,)))
+    lost = views.reshape(((one,), (two,), (three,), (wide,)), (1, 1, 8), None)
+    assert lost == (((one,), (two,), (wide,)) if birth == "feature" else ((two,), (three,), (wide,)))
+    moved = views.reshape(((one,), (wide,), (two,)), (1, 1, 8), None)
+    assert moved == ((one,), (two,), (wide,)), "as many as before: in their order"
+    narrow = views.reshape(((one,), (Atom(1, birth=birth),)), (1, 1, 1), None)
+    assert narrow[-1] != () and narrow[0] == (), "a width of one entry is no width that heads were split from"
+
+
+def test_a_dimension_that_does_not_divide_is_not_known() -> None:
+    six, four = Atom(6), Atom(4)
+    made = views.reshape(((six,), (four,)), (4, 6), None)
+    assert sizes(made) == (4, 6) and all(a.birth == "lost" for dim in made for a in dim)
+    for extent, inner in ((8, (four,)), (10, ()), (3, ())):
+        (after,) = views.resized(((six, four),), (extent,), None)
+        assert sizes((after,)) == (extent,)
+        assert after[1:] == inner
+    (after,) = views.resized(((six, Atom(5), four),), (8,), None)
+    assert sizes((after,)) == (8,) and after[0].birth == "lost" and len(after) == 1
