@@ -22,8 +22,8 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-browser test-field test-gpu test-latest check-all bench bench-gpu train coverage \
-	lock newest clean help
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-gpu test-latest check-all bench bench-gpu train \
+	coverage lock newest clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -80,6 +80,14 @@ test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong call
 SECONDS ?= 3600
 test-soak: $(VENV)/.dev ## traces of changing models in one process for an hour (SECONDS=): nothing may grow
 	$(BIN)/python -m tests.attack --only soak --rounds $(SECONDS)
+
+$(VENV)/.mutants: $(VENV)/.dev $(call locked,mutants)
+	@$(call fits,$(BIN)/python,mutants) --venv $(VENV)
+	$(call install,mutants) -e ".[demo,dev,mutants]"
+	@touch $@
+
+test-mutants: $(VENV)/.mutants ## changes an operator of the core, many times, and asks whether a test notices; NUMBER=200 SEED=0, long
+	$(BIN)/python -m tests.mutants --number $(or $(NUMBER),200) --seed $(or $(SEED),0) $(if $(ONLY),--only $(ONLY))
 
 test-gpu: $(VENV)/.dev ## what a GPU does differently; without one, its kernels in Triton's interpreter and compiler
 	$(BIN)/python -m pytest tests/attention/test_kernels*.py tests/test_on_device.py tests/recording/test_host_transfer.py tests/store/test_writer.py -n 1 -rs

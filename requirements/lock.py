@@ -3,6 +3,7 @@
     build.txt   pip, and what builds packages
     demo.txt    what `make demo` installs; a part of dev.txt
     dev.txt     what the tests need
+    mutants.txt what the tests need, and what `make test-mutants` installs beside
     field.txt   the other libraries of the field that `make test-field` installs
 
 Each has one exact version a package, and markers where Python versions or platforms need different ones. They are
@@ -159,6 +160,8 @@ def make(torch: str) -> None:
         build = lock("build", FOLDER / "build.in")
         whole = lock("dev", *dev, project, ALONE, "--constraint", cap)
         lock("demo", *demo, project, ALONE, "--constraint", whole)
+        beside = [*dev, "--extra", "mutants"]
+        mutants = lock("mutants", *beside, project, ALONE, "--constraint", whole)
         field = lock("field", "--no-deps", *FIELD, "--constraint", whole)
 
         for (system, processor), target in PLATFORMS.items():
@@ -167,6 +170,7 @@ def make(torch: str) -> None:
                 out = ["--output-file", Path(scratch, "checked.txt")]
                 wheels = ["--only-binary", ":all:"]
                 compile(*python, *wheels, *dev, project, ALONE, "--constraint", whole, *out)
+                compile(*python, *wheels, *beside, project, ALONE, "--constraint", mutants, *out)
                 compile(*python, *wheels, FOLDER / "build.in", "--constraint", build, *out)
                 compile(*python, "--no-deps", *FIELD, "--constraint", field, *out)
                 print(f"fits Python 3.{minor} on {system} {processor}")

@@ -62,11 +62,12 @@ def derive(
     # q and k is finite only where both are; where it overflows, the safe way is taken for nothing.
     if not simple or not bool(torch.isfinite(q.sum() + k.sum())):
         whole = finish_scores(dot_scores(q, k, scale), softcap, bias)
+        wanted = whole if want_scores else None
         if not want_weights:
-            return whole, None
+            return wanted, None
         if diagonal is not None and numbers is not None:
             mask = diagonal.allows(numbers, slice(0, s))[None, None]
-        return whole, softmax_weights(whole, mask, sinks, empty)
+        return wanted, softmax_weights(whole, mask, sinks, empty)
     dtype = compute_dtype(q.dtype)
     scores = allocation.empty((b, h, t, s), dtype, q.device) if want_scores else None
     weights = allocation.empty((b, h, t, s), dtype, q.device) if want_weights else None

@@ -277,3 +277,71 @@ def test_one_query_or_one_key_has_a_sequence(queries: int, length: int, fused: b
     with torch.no_grad():
         assert hookattn.trace(Attention(fused), (x, y))[0].site.kind == "cross"
         assert hookattn.trace(Attention(fused), x)[0].site.kind == "self"
+
+
+MODELS = {
+    "cross": (Conditioned, lambda: (torch.randn(2, 9, 16), torch.randint(9, (2, 4))), ["self", "cross"] * 2),
+    "joint": (TwoStreams, lambda: (torch.randn(2, 3, 8, 8), torch.randn(2, 5, 16)), ["joint"]),
+    "learned": (Latents, lambda: torch.randn(2, 9, 16), ["cross", "self"]),
+    "beside": (Perceiver, lambda: torch.randn(2, 5, 16), ["cross", "self"]),
+    "token": (Tokens, lambda: torch.randn(2, 16, 16), ["self", "self"]),
+}
+
+
+@fused
+@pytest.mark.parametrize("name", MODELS)
+def test_what_runs_again_and_is_recognised_has_the_same_kinds(name: str, fused: bool) -> None:
+    """Whatever else ran in between: several forwards in one trace, and several traces."""
+    make, inputs, expected = MODELS[name]
+    model = make(fused)
+    for forwards in (1, 1, 3, 1):
+        with hookattn.tracing(model) as trace:
+            for _ in range(forwards):
+                x = inputs()
+                model(*x) if isinstance(x, tuple) else model(x)
+        assert [c.site.kind for c in trace] == expected * forwards
+
+
+@pytest.mark.parametrize("order", ["hbtd", "bhtd"])
+def test_where_the_heads_of_a_fused_call_are_is_followed_and_the_rest_is_its_own_word(order: str) -> None:
+    """Heads in front, as windows or sequences of one head are given, and where the kernel has them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (y.unflatten(-1, (2, 8)) for y in self.qkv(x).chunk(3, -1))
+            q, k, v = (y.permute(["bthd".index(z) for z in order]) for y in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v)
+            return out.permute([order.index(z) for z in "bthd"]).flatten(2)
+
+    model, x = Model(), torch.randn(3, 5, 16)
+    call = hookattn.trace(model, x, verify="full")[0]
+    q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in model.qkv(x).chunk(3, -1))
+    assert torch.equal(call.q, q) and torch.equal(call.k, k) and torch.equal(call.v, v)
+    followed = {"B", "H", "G"} if order == "hbtd" else set()
+    assert dict(call.basis) == {x: "followed" if x in followed else "kernel" for x in "BHTSG"}
+    torch.testing.assert_close(call.weights, (q @ k.mT * 8**-0.5).softmax(-1))
+
+
+@fused
+def test_what_goes_on_otherwise_after_it_was_recognised_has_the_same_kind(fused: bool) -> None:
+    """The sequences are laid end to end as in every run before, and what follows is new: it is followed from there."""
+
+    class Changing(TwoStreams):
+        change = staticmethod(lambda y: y)
+
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            x = self.patches(image).flatten(2).transpose(1, 2)
+            both = torch.cat([self.text(text), self.image(x)], 1)
+            q, k, v = type(self).change(both).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return attend(q, k, v, self.fused)
+
+    model = Changing(fused)
+    changes = [lambda y: y, lambda y: y * 2, lambda y: y + 1, lambda y: y.clone(), lambda y: y.tanh(), lambda y: y / 2]
+    for change in (changes[0], changes[0], *changes, *changes):
+        Changing.change = staticmethod(change)
+        trace = hookattn.trace(model, (torch.randn(2, 3, 8, 8), torch.randn(2, 5, 16)))
+        assert kinds(trace) == [("", "joint")]

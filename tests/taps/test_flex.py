@@ -369,3 +369,51 @@ def test_clean_after_an_error() -> None:
     with pytest.raises(Exception, match="on purpose"):
         hookattn.trace(model, qkv())
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    # The largest scores are something that the kernel has on a GPU alone.
+    [{}, {"return_lse": True}, {"return_aux": AuxRequest()}, {"return_aux": AuxRequest(lse=True)}],
+    ids=str,
+)
+def test_what_a_plan_takes_for_the_result_has_its_form(options: dict[str, Any]) -> None:
+    """The same tuples, shapes and dtypes as the kernel returns, of values that are wider than the keys."""
+    from hookattn.taps.flex import shaped
+
+    q, k, v = draw(B, H, T, D, seed=1), draw(B, H, S, D, seed=2), draw(B, H, S, 2 * D, seed=3)
+    given = {"query": q, "key": k, "value": v, "return_lse": False, "return_aux": None} | options
+    real, found = flex_attention(q, k, v, **options), shaped(given)
+
+    def form(x: Any) -> Any:
+        return (x.shape, x.dtype) if isinstance(x, Tensor) else x if x is None else (type(x), *map(form, x))
+
+    assert form(found) == form(real)
+
+
+def test_what_is_alike_for_all_batch_entries_or_heads_is_kept_once() -> None:
+    """And what differs between queries or keys alone is not."""
+    from hookattn.taps.flex import _narrow
+
+    whole = draw(B, H, T, S, seed=1)
+    same = {"both": whole[:1, :1], "batch": whole[:1], "heads": whole[:, :1], "queries": whole[:, :, :1], "none": whole}
+    for name, x in same.items():
+        found = _narrow(x.expand(B, H, T, S))
+        assert found is not None and torch.equal(found, whole if name == "none" else x.expand(-1, -1, T, S)), name
+        assert found.is_contiguous()
+    assert _narrow(None) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (B, 1), (1, H), (B, H)])
+def test_the_record_of_a_bias_has_the_axes_along_which_it_changes(shape: tuple[int, int]) -> None:
+    """Shape and values of what a score_mod adds and hides, for each head and batch entry that it looks at."""
+    bias, hidden = draw(*shape, T, S, seed=5), draw(*shape, T, S, seed=6) > 0.9
+
+    def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at = (b if shape[0] > 1 else b * 0, h if shape[1] > 1 else h * 0, i, j)
+        return torch.where(hidden[at], -math.inf, score + bias[at])
+
+    q, k, v = qkv()
+    call = trace_one(ByName(score_mod=modify), (q, k, v)).calls[0]
+    assert call.bias.shape == call.mask.shape == (*shape, T, S)
+    check_call(call, q=q, k=k, v=v, scale=D**-0.5, bias=bias.masked_fill(hidden, 0.0), mask=~hidden)

@@ -18,12 +18,22 @@ def scaled_sums(c: Operation) -> State | None:
     if not isinstance(c.out, Tensor) or c.out.shape != c.x.shape or (c.kind.arithmetic == "div" and c.position != 0):
         return None
     other = c.other()
-    if number(other) is None and (not isinstance(other, Tensor) or other.shape[-1:] != (1,)):
+    if number(other) is None and not (isinstance(other, Tensor) and _one_for_each_row(state, c.x, other)):
         return None
     stat, sink = c.look(other), state.sink
     if isinstance(stat, RowStatistic) and stat.kind == "sum" and len(state.parts) == 1:
         sink = sink_of(stat, c.x)
     return _replaced(state, origin=c.origin, sink=sink, scaled=True)
+
+
+def _one_for_each_row(state: Unnormalized, x: Tensor, other: Tensor) -> bool:
+    """Whether a tensor that sums are multiplied with has no number of its own for any element of a vector."""
+    use = state.parts[0][1]
+    width = [i for i, label in enumerate(use.out_labels) if label not in use.weights_labels]
+    if not other.dim() or len(use.out_labels) != x.dim():
+        return False
+    at = [i - x.dim() + other.dim() for i in width]
+    return all(i < 0 or other.shape[i] == 1 for i in at)
 
 
 def added_sums(c: Operation) -> State | None:

@@ -1,0 +1,139 @@
+"""Masks as whatever is written over scores, and sinks as whatever is added to the sum of exponentials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import hookattn
+from hookattn.taps.eager.axis_history import Atom, extent_of, resized, sizes
+from tests.reference import causal, check_call, draw, trace_checked
+
+B, H, T, D, E = 2, 3, 6, 5, 15
+SCALE = 0.4
+
+
+class Host(nn.Module):
+    def __init__(self, attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.attend = nn.Linear(E, 3 * E), attend
+        self.sink = nn.Parameter(draw(H, seed=7))
+        self.one = nn.Parameter(draw(1, seed=8)[0])
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(self, *self.parts(x)).transpose(1, 2).flatten(2)
+
+
+def traced(attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> tuple[Any, Host, list[Tensor], Tensor]:
+    torch.manual_seed(1)
+    model, x = Host(attend), draw(B, T, E, std=1.5)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        parts = model.parts(x)
+    assert len(trace) == 1 and not trace.skipped, [item.reason for item in trace.skipped]
+    return trace[0], model, parts, trace.output.unflatten(-1, (H, D)).transpose(1, 2)
+
+
+HIDDEN = ~causal(T)
+FILLS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "masked_fill": lambda s, v: s.masked_fill(HIDDEN, v),
+    "masked_fill of a tensor": lambda s, v: s.masked_fill(HIDDEN, torch.tensor(v)),
+    "where a number": lambda s, v: torch.where(HIDDEN, v, s),
+    "where a tensor of one": lambda s, v: torch.where(HIDDEN, torch.tensor(v), s),
+    "where a row": lambda s, v: torch.where(~HIDDEN, s, torch.full((T,), v)),
+    "where a whole tensor": lambda s, v: torch.where(~HIDDEN, s, torch.full_like(s, v)),
+}
+
+
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, -99.0])
+@pytest.mark.parametrize("how", FILLS)
+def test_what_is_written_over_scores_hides_them_where_no_weight_is_left(how: str, value: float) -> None:
+    call, _, (q, k, v), output = traced(lambda m, q, k, v: FILLS[how](q @ k.mT * SCALE, value).softmax(-1) @ v)
+    check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+
+
+@pytest.mark.parametrize("value", [-5.0, 0.0, 3.0])
+@pytest.mark.parametrize("how", FILLS)
+def test_what_leaves_weights_is_no_mask(how: str, value: float) -> None:
+    call, _, (q, k, v), output = traced(lambda m, q, k, v: FILLS[how](q @ k.mT * SCALE, value).softmax(-1) @ v)
+    assert call.mask.all() and call.own_scores
+    torch.testing.assert_close(call.scores, FILLS[how](q @ k.mT * SCALE, value))
+    torch.testing.assert_close(call.weights, FILLS[how](q @ k.mT * SCALE, value).softmax(-1))
+    assert torch.equal(call.output, output) and torch.equal(call.q, q) and torch.equal(call.v, v)
+
+
+def test_a_tensor_of_several_numbers_is_a_mask_if_the_largest_is() -> None:
+    low = -1e9 * (1 + torch.arange(T).float())
+    call, _, (q, k, v), output = traced(lambda m, q, k, v: torch.where(~HIDDEN, q @ k.mT * SCALE, low).softmax(-1) @ v)
+    check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+
+
+# ------------------------------------------------------------------------------------------------ sinks
+
+
+def per_head(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    made = (q @ k.mT * SCALE).exp()
+    return made @ v / (made.sum(-1, keepdim=True) + m.sink.exp()[:, None, None])
+
+
+def one_for_all(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    made = (q @ k.mT * SCALE).exp()
+    return made @ v / (made.sum(-1, keepdim=True) + m.one.exp())
+
+
+def a_number(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    made = (q @ k.mT * SCALE).exp()
+    return made @ v / (made.sum(-1, keepdim=True) + 1)
+
+
+def after(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    made = (q @ k.mT * SCALE).exp()
+    return made / (made.sum(-1, keepdim=True) + m.sink.exp()[:, None, None]) @ v
+
+
+def as_a_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    column = m.sink.view(1, H, 1, 1).expand(B, H, T, 1)
+    return torch.cat([q @ k.mT * SCALE, column], -1).softmax(-1)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("attend", [per_head, one_for_all, a_number, after, as_a_column], ids=lambda f: f.__name__)
+def test_a_sink_is_recorded_wherever_it_joins(attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> None:
+    call, model, (q, k, _), output = traced(attend)
+    sink = {"one_for_all": model.one.expand(H), "a_number": torch.zeros(H)}.get(attend.__name__, model.sink).detach()
+    scores = (q @ k.mT * SCALE).double()
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink.double().view(H, 1, 1))
+    torch.testing.assert_close(call.weights.double(), (scores - total).exp(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(call.scores.double(), scores, rtol=1e-5, atol=1e-5)
+    if call.sinks is None:
+        assert attend is a_number and call.normalizer == "softmax1"
+    else:
+        found = call.sinks.view(-1, 1, 1) if call.sinks.dim() == 1 else call.sinks
+        torch.testing.assert_close(found.expand(B, H, T, 1), sink.view(H, 1, 1).expand(B, H, T, 1), rtol=0, atol=1e-6)
+    assert torch.equal(call.output, output) and call.certificate.faithful
+
+
+# ------------------------------------------------------------------------------------------------ other extents
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 6]), max_size=3), st.integers(0, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_dimension_of_another_extent_has_that_extent(extents: list[int], extent: int) -> None:
+    """And keeps the axes within it that are whole still."""
+    before = tuple(Atom(n) for n in extents)
+    (after,) = resized((before,), (extent,), None)
+    assert extent_of(after) == extent and sizes((after,)) == (extent,)
+    if extent == extent_of(before):
+        assert after == before
+    inner = before[1:]
+    if before and 1 not in extents and extent > extent_of(inner) and extent % extent_of(inner) == 0:
+        assert after[1:] == inner and after[0].birth != "lost"
