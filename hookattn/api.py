@@ -176,23 +176,26 @@ def tracing(
     # Twice, one around the other: an exception can hit the end of the block itself, which is then done once more.
     try:
         try:
-            if to is not None:
-                from .store.stream import Stream
-
-                stream = Stream(to, trace)
-            sink = None if stream is None else stream.add
-            recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
-            room = RoomGuard(selection, to)
-            session = Session(plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=recorder)
             failure: BaseException | None = None
             try:
+                if to is not None:
+                    from .store.stream import Stream
+
+                    stream = Stream(to, trace)
+                sink = None if stream is None else stream.add
+                recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
+                room = RoomGuard(selection, to)
+                session = Session(
+                    plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=recorder
+                )
                 session.start()
                 yield trace
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                session.stop()
+                if session is not None:
+                    session.stop()
                 if isinstance(failure, Exception):
                     _explain(failure, model)
                 failure = None  # it knows this frame: a circle would keep both

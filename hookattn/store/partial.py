@@ -185,13 +185,13 @@ class PartialFile:
             rights = _rights(self._final)
             # Not mkstemp, whose files nobody else may read: a new file is to have the permissions of any new file.
             most = 0o666 if rights is None else 0o600
+            # Before there is anything to remove, so that it is removed wherever this is broken off.
+            self._disk = _OnDisk(self._temporary, self._owner)
+            self._finalizer = weakref.finalize(self, self._disk.remove)
             _ours.add(self._temporary)
-            try:
-                self._file = FileIO(self._temporary, "x+", opener=lambda name, flags: os.open(name, flags, most))
-            except BaseException:
-                _ours.discard(self._temporary)
-                raise
-        self._finalizer = weakref.finalize(self, _discard, self._file, self._temporary, self._owner)
+            self._disk.file = self._file = FileIO(
+                self._temporary, "x+", opener=lambda name, flags: os.open(name, flags, most)
+            )
         _locked(self._file.fileno())
         if rights is not None:
             _give(self._file.fileno(), rights)
@@ -262,13 +262,29 @@ class PartialFile:
         return os.path.lexists(self._final)
 
     def discard(self) -> None:
-        """Delete the temporary file; without effect after :meth:`commit`, or a second time."""
-        self._finalizer()
+        """Delete the temporary file; without effect after :meth:`commit`, or a second time; can be broken off."""
+        self._disk.remove()
+        self._finalizer.detach()
 
 
-def _discard(file: FileIO, temporary: Path, owner: int) -> None:
-    file.close()
-    if os.getpid() == owner:  # a forked child has the object too, and its parent is still writing
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        _ours.discard(temporary)
+class _OnDisk:
+    """What there is of an unfinished file, apart from the object that it ends with.
+
+    Attributes:
+        path: its temporary name.
+        owner: the process that writes it.
+        file: that is open; None: not yet.
+    """
+
+    def __init__(self, path: Path, owner: int):
+        self.path, self.owner = path, owner
+        self.file: FileIO | None = None
+
+    def remove(self) -> None:
+        """Delete it, if there is any; can be broken off and called again."""
+        if self.file is not None:
+            self.file.close()
+        if os.getpid() == self.owner:  # a forked child has the object too, and its parent is still writing
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            _ours.discard(self.path)
