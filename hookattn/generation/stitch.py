@@ -66,7 +66,7 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     if not trace.calls:
         raise StitchError("the trace has no calls to stitch.")
     beams = _beam_indices(beams)
-    length = None if length is None else checks.whole("length", length, 1, error=StitchError)
+    length = None if length is None else checks.whole("length", length, error=StitchError)
     made: list[Call] = []
     for stack, sites in _stacks(trace).items():
         made += _stitched_stack(stack, sites, beams, length)

@@ -134,15 +134,23 @@ def _outcome(on: Stage, target: Target, name: str, label: str) -> tuple[str, str
         try:
             target.run(on, {name: VALUES[label](on)})
         except hookattn.HookattnError as error:
-            return "fine" if right else "clean", str(error)
+            return "fine" if right else "clean", _text(error)
         except Exception as error:  # noqa: BLE001 - what it is decides
-            said = f"{type(error).__name__}: {str(error)[:100]!r}"
+            said = f"{type(error).__name__}: {_text(error)[:100]!r}"
             if any(note in line for line in getattr(error, "__notes__", ()) for note in _NOTES):
                 return "model", said
-            names_it = isinstance(error, (TypeError, ValueError)) and name in str(error)
+            names_it = isinstance(error, (TypeError, ValueError)) and name in _text(error)
             return "fine" if right and names_it else "clean" if names_it else "bare", said
     told = any(issubclass(w.category, hookattn.UnfitTokensWarning) for w in seen)
     return "fine" if right else "clean" if told else "silent", "accepted"
+
+
+def _text(error: Exception) -> str:
+    """What an error says; nothing, where it shows a value that cannot be shown."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - then it says nothing
+        return ""
 
 
 # ------------------------------------------------------------------------------------ held against the public API

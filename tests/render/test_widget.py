@@ -64,7 +64,7 @@ def test_a_second_trace_is_read_beside_the_first(trace: hookattn.Trace, tmp_path
     answer = asked(widget, {"kind": "read", "id": 1, "of": "compare", "start": 3, "end": 900})
     assert answer == [({"id": 1, "kind": "bytes"}, [second.read_bytes()[3:900]])]
     ((content, _),) = asked(widget, {"kind": "read", "id": 1, "of": "other", "start": 0, "end": 8})
-    assert content["message"] == "bytes of 'other': there is trace and compare."
+    assert content["message"] == "of='other': expected one of trace, compare."
     text = Path(widget.save_page(tmp_path / "a.html")).read_text("utf-8")
     assert text == page(first, compare=second, state={})
 
