@@ -33,7 +33,12 @@ TARGETS = {
 """What is changed, by the names under which results are told."""
 
 NEAR = {
-    "taps": ("tests/taps/*.py", "tests/recording/test_other_attention.py", "tests/planning/test_plan_flex.py"),
+    "taps": (
+        "tests/taps/*.py",
+        "tests/recording/test_other_attention.py",
+        "tests/planning/test_plan_flex.py",
+        "tests/recording/test_kinds.py",
+    ),
     "taps/eager": (
         "tests/taps/eager/*.py",
         "tests/taps/test_operators.py",

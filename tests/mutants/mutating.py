@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import random
 import re
 from collections import defaultdict
@@ -93,6 +94,7 @@ def _fits(name: str) -> bool:
     return kind != "ReplaceComparisonOperator" or any(set(of.split("_")) <= set(one) for one in COMPARED)
 
 
+@functools.lru_cache(maxsize=1)
 def operators() -> dict[str, type[Operator]]:
     """By name."""
     provider = OperatorProvider()
@@ -120,9 +122,7 @@ class Mutant:
 
     def source(self) -> str:
         """The module with the change made."""
-        code = mutate_code((ROOT / self.path).read_text(), operators()[self.operator](), self.occurrence)
-        assert isinstance(code, str)
-        return code
+        return _mutated((ROOT / self.path).read_text(), self.operator, self.occurrence)
 
     def lines(self) -> tuple[str, str]:
         """What it changes and what it makes of it, without indentation."""
@@ -138,6 +138,13 @@ class Mutant:
         """As a patch says it, with a line around."""
         before, after = (ROOT / self.path).read_text().splitlines(), self.source().splitlines()
         return "\n".join(list(difflib.unified_diff(before, after, lineterm="", n=1))[2:])
+
+
+@functools.lru_cache(maxsize=8)
+def _mutated(source: str, operator: str, occurrence: int) -> str:
+    code = mutate_code(source, operators()[operator](), occurrence)
+    assert isinstance(code, str)
+    return code
 
 
 def _says_nothing(node: Any, name: str) -> bool:
