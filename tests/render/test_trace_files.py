@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,19 @@ def test_keys_of_a_generation_are_whole_in_what_the_viewer_reads(where: str, tmp
         assert not any(call.get("continued") for call in document(found)["calls"])
         for a, b in zip(trace, hookattn.load(found), strict=True):
             assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v) and torch.equal(a.weights, b.weights)
+
+
+def test_a_temporary_file_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a private trace is in a directory that only this user may enter, and goes with the block."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = os.umask(0)
+    try:
+        model = torch.nn.MultiheadAttention(8, 2).eval()
+        trace = hookattn.trace(model, (torch.randn(3, 1, 8),) * 3)
+        with trace_file(trace) as made:
+            folder = Path(made).parent
+            assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+            assert Path(made).stat().st_uid == os.getuid()
+    finally:
+        os.umask(before)
+    assert list(tmp_path.iterdir()) == []
