@@ -24,7 +24,7 @@ from hookattn.cli.commands import app
 from hookattn.cli.options import positions
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.store import FORMAT_VERSION
-from hookattn.testing.recheck import CHECKS, recheck
+from hookattn.testing.recheck import CHECKS, STORED, recheck
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "<s>", "the", "cat", "sat", "on", "mat", "."]
@@ -507,7 +507,8 @@ def test_verify_passes_what_was_traced(traced: Path) -> None:
     assert run("verify", traced).stdout.count("pass") >= 2
     made = json.loads(run("verify", traced, "--json").stdout)
     assert made["passed"] and [c["result"] for c in made["calls"]] == ["pass", "pass"]
-    assert {name: check["passed"] for name, check in made["calls"][0]["checks"].items()} == dict.fromkeys(CHECKS, True)
+    checks = made["calls"][0]["checks"]
+    assert {name: check["passed"] for name, check in checks.items()} == dict.fromkeys((*CHECKS, STORED), True)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +629,7 @@ def test_recheck_knows_groups_sinks_bias_softcap_and_empty_rows() -> None:
             derivable=("scores", "weights"),
         )
 
-    assert {n: c.passed for n, c in recheck(call()).items()} == dict.fromkeys(CHECKS, True)
+    assert {n: c.passed for n, c in recheck(call()).items()} == {**dict.fromkeys(CHECKS, True), STORED: None}
     assert recheck(call(sinks=sinks + 1))["weights"].passed is False
     assert recheck(call(bias=bias + 1))["scores"].passed is False
     assert recheck(call(k=k.flip(1)))["scores"].passed is False
@@ -671,3 +672,11 @@ def test_a_broken_adapter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adapters, "installed", broken)
     assert "distribution 'theirs'" in fails("adapters")
+
+
+def test_verify_fails_where_a_bit_is_another(traced: Path, tmp_path: Path) -> None:
+    raw = bytearray(traced.read_bytes())
+    raw[-1] ^= 1
+    (path := tmp_path / "flipped.safetensors").write_bytes(raw)
+    (name,) = json.loads(run("verify", path, "--json", code=1).stdout)["damaged"]
+    assert f"{name}: its bytes are not those that were written" in " ".join(run("verify", path, code=1).stdout.split())
