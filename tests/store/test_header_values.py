@@ -9,9 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from hookattn.errors import CorruptFileError, ForeignFileError, NewerFormatError
+from hookattn.errors import CorruptFileError, ForeignFileError, NewerFormatError, TraceWriteError
 from hookattn.store.format import FORMAT, FORMAT_VERSION, HEADER_LIMIT, METADATA_KEY, TORCH_DTYPES
-from hookattn.store.schema import CALL, FIRST, Scalar, from_entry, to_entry
+from hookattn.store.schema import (
+    CALL,
+    CERTIFICATE,
+    DOCUMENT,
+    FIRST,
+    LINK,
+    MODEL,
+    SITE,
+    SKIPPED,
+    Scalar,
+    Table,
+    from_entry,
+    to_entry,
+)
 from hookattn.store.validate import Header, header_length, validate_header
 
 MAJOR, MINOR = FORMAT_VERSION
@@ -180,20 +193,26 @@ def test_the_data_starts_behind_the_padding() -> None:
 KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     # kind: what is of it, what is not
     "bool": ([True, False], [0, 1, None, "true"]),
-    "int": ([0, -3, 2**70], [True, 1.0, "1", None]),
+    "count": ([0, 3, 2**63 - 1], [-1, True, 1.0, "1", None, 2**63]),
     "str": (["", "a"], [b"a", 1, None, ["a"]]),
     "object": ([{}, {"a": 1}], [[], None, "{}"]),
-    "number": ([0, 1.5, "nan", "inf", "-inf"], [True, "1.5", "NaN", "infinity", None, [1]]),
-    "ints": ([[], [1, 2]], [[True], [1.0], ["1"], 1, None, {"1": 1}]),
+    "data": ([{}, {"a": [1, {"b": None}]}], [[], None, "{}"]),
+    "error": ([0, 1.5, "nan", "inf"], [True, -1, -0.5, "-inf", "1.5", "NaN", "infinity", None, [1]]),
+    "factor": ([1, -2.5, 1e-30], [0, 0.0, math.inf, math.nan, 1e39, "inf", True, None]),
+    "probability": ([0, 1, 0.25], [-0.1, 1.1, math.nan, "0.5", True, None]),
+    "scale": ([1.0, 3, 0, -2.5, {"tensor": "a"}], [{"tensor": 1}, {}, None, "a", "nan", math.inf, 1e39, True, [1.0]]),
+    "counts": ([[], [1, 2], [2**63 - 1]], [[True], [1.0], ["1"], [-1], [2**63], 1, None, {"1": 1}]),
     "strs": ([[], ["a"]], [[1], [None], "a", {"a": 1}, None]),
     "objects": ([[], [{}]], [[[]], [None], {}, None]),
     "texts": ([[], [[]], [["a"], []]], [["a"], [[1]], [None], None, "a"]),
-    "dtype": (["float32", "bfloat16"], ["float", "Tensor", "nn", "", "torch.float32", None, 3][1:]),
+    "dtype": (["float32", "bfloat16", "float8_e4m3fn"], ["float", "int64", "bool", "Tensor", "", "torch.float32", 3]),
     "stacks": ([{}, {"a": []}, {"a": [["b"]]}], [{"a": ["b"]}, {"a": [[1]]}, {"a": None}, [], None]),
     "names": ([{}, {"q": "a", "k": None}], [{"q": 1}, {"q": ["a"]}, [], None]),
     "words": ([{}, {"B": "kernel"}], [{"B": None}, {"B": 1}, [], None]),
+    "basis": ([{}, {"B": "kernel", "G": "guessed"}], [{"X": "kernel"}, {"B": "seen"}, {"B": None}, [], None]),
+    "status": (["faithful", "unverified"], ["good", "", None, True, ["faithful"]]),
+    "derivable": ([[], ["scores", "weights"]], [["q"], ["weights", "mask"], [1], "weights", None]),
     "links": ([{}, {"k": {}}], [{"k": None}, {"k": []}, [], None]),
-    "scale": ([1.0, 3, "nan", {"tensor": "a"}], [{"tensor": 1}, {}, None, "a", True, [1.0]]),
 }
 
 
@@ -201,56 +220,55 @@ KINDS: dict[str, tuple[list[Any], list[Any]]] = {
 def test_what_is_of_a_kind_and_what_is_not(kind: str) -> None:
     good, bad = KINDS[kind]
     for value in good:
-        assert "x" in from_entry([Scalar("x", kind)], "here", {"x": value})
+        assert "x" in from_entry(Table(Scalar("x", kind)), "here", {"x": value})
     for value in bad:
         with pytest.raises(TypeError, match=r"here: 'x' is "):
-            from_entry([Scalar("x", kind)], "here", {"x": value})
-    assert from_entry([Scalar("x", f"{kind}?")], "here", {"x": None}) == {"x": None}
+            from_entry(Table(Scalar("x", kind)), "here", {"x": value})
+    assert from_entry(Table(Scalar("x", f"{kind}?")), "here", {"x": None}) == {"x": None}
 
 
 def test_every_kind_of_the_tables_is_tried() -> None:
-    assert {scalar.kind.removesuffix("?") for scalar in CALL} <= KINDS.keys()
+    tables = (DOCUMENT, MODEL, SKIPPED, CALL, LINK, SITE, CERTIFICATE)
+    assert {scalar.kind.removesuffix("?") for table in tables for scalar in table} <= KINDS.keys()
 
 
 def test_values_are_read_as_what_they_are_in_memory() -> None:
     def read(kind: str, value: Any) -> Any:
-        return from_entry([Scalar("x", kind)], "here", {"x": value})["x"]
+        return from_entry(Table(Scalar("x", kind)), "here", {"x": value})["x"]
 
-    assert (
-        read("number", "-inf") == -math.inf and math.isnan(read("number", "nan")) and read("number", "inf") == math.inf
-    )
-    assert read("number", 3) == 3 and type(read("number", 3)) is int and read("number", 2.5) == 2.5
-    assert read("ints", [1, 2]) == (1, 2) and read("strs", ["a"]) == ("a",)
+    assert math.isnan(read("error", "nan")) and read("error", "inf") == math.inf
+    assert read("error", 3) == 3 and read("error", 2.5) == 2.5 and read("probability", 1) == 1
+    assert read("counts", [1, 2]) == (1, 2) and read("strs", ["a"]) == ("a",)
     assert read("dtype", "bfloat16") is torch.bfloat16
 
 
 def test_values_are_written_as_json_has_them() -> None:
     class Has:
-        n, i, s, d, gone = -math.inf, (1, 2), ("a",), torch.bfloat16, None
+        n, i, s, d, gone = math.inf, (1, 2), ("a",), torch.bfloat16, None
         early, late = 7, 7
 
-    table = [
-        Scalar("n", "number"),
-        Scalar("i", "ints"),
-        Scalar("s", "strs"),
-        Scalar("d", "dtype"),
-        Scalar("gone", "int?"),
-    ]
+    table = Table(
+        Scalar("n", "error"), Scalar("i", "counts"), Scalar("s", "strs"), Scalar("d", "dtype"), Scalar("gone", "count?")
+    )
     made = to_entry(table, Has())
-    assert made == {"n": "-inf", "i": [1, 2], "s": ["a"], "d": "bfloat16", "gone": None}
+    assert made == {"n": "inf", "i": [1, 2], "s": ["a"], "d": "bfloat16", "gone": None}
     assert json.loads(json.dumps(made)) == made
     later = (FIRST[0], FIRST[1] + 1)
     # What came later is left out where it is the default, and what was always there never is.
-    assert to_entry([Scalar("early", "int", FIRST, 7), Scalar("late", "int", later, 7)], Has()) == {"early": 7}
-    assert to_entry([Scalar("late", "int", later, 8)], Has()) == {"late": 7}
-    assert to_entry([Scalar("late", "int", later, 8)], Has(), late=8) == {}
-    assert to_entry([Scalar("early", "int")], Has(), early="another form") == {"early": "another form"}
+    both = Table(Scalar("early", "count", FIRST, 7), Scalar("late", "count", later, 7))
+    assert to_entry(both, Has()) == {"early": 7}
+    assert to_entry(Table(Scalar("late", "count", later, 8)), Has()) == {"late": 7}
+    assert to_entry(Table(Scalar("late", "count", later, 8)), Has(), late=8) == {}
+    assert to_entry(Table(Scalar("early", "str")), Has(), early="another form") == {"early": "another form"}
+    with pytest.raises(TraceWriteError, match="'early' is 7, expected a string"):
+        to_entry(Table(Scalar("early", "str")), Has())
 
 
 def test_what_may_be_missing() -> None:
     later = (FIRST[0], FIRST[1] + 1)
-    assert from_entry([Scalar("x", "int", later)], "here", {"y": 3}) == {}
+    assert from_entry(Table(Scalar("x", "count", later)), "here", {"y": 3}) == {}
+    assert from_entry(Table(Scalar("x", "count"), optional=True), "here", {"y": 3}) == {}
     with pytest.raises(TypeError, match="here has no 'x'"):
-        from_entry([Scalar("x", "int?")], "here", {"y": 3})
-    with pytest.raises(TypeError, match="'x' is None, expected int"):
-        from_entry([Scalar("x", "int", later)], "here", {"x": None})
+        from_entry(Table(Scalar("x", "count?")), "here", {"y": 3})
+    with pytest.raises(TypeError, match="'x' is None, expected an integer from 0"):
+        from_entry(Table(Scalar("x", "count", later)), "here", {"x": None})
