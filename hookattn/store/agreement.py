@@ -144,6 +144,22 @@ def _of_derivable(values: Mapping[str, Any], fields: Mapping[str, Shown | None])
             yield f"'derivable' has {name!r}, which follows from {lacking!r}, and there is none"
 
 
+def derivable_of(
+    derivable: Collection[str], own_scores: bool, normalizer: str, fields: Mapping[str, object]
+) -> list[str]:
+    """Of the fields that are said to follow from others those that do, for whoever writes them down.
+
+    Args:
+        derivable: what is said.
+        own_scores, normalizer: of the call.
+        fields: what is there, None where the call has no such field.
+    """
+    found = [name for name in derivable if name != "weights" or is_softmax(normalizer)]
+    if own_scores and "scores" not in fields:
+        found = [name for name in found if name != "scores"]
+    return [name for name in found if lacks(name, found, fields) is None]
+
+
 def lacks(name: str, derivable: Collection[str], fields: Mapping[str, object]) -> str | None:
     """A field that ``name`` follows from, and that neither is among ``fields`` nor follows itself; None: there is none.
 

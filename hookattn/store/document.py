@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
-from ..attention.kernel_call import DERIVED
+from ..attention.kernel_call import DERIVED, DOT
 from ..calls.call import Call
 from ..calls.certificate import UNVERIFIED, Certificate
 from ..calls.key_history import Continued
 from ..calls.trace_data import TraceData
 from ..errors import TraceTooLargeError
 from ..version import __version__
-from .agreement import lacks
+from .agreement import derivable_of
 from .call_writer import CallWriter, WrittenCall, stored_scale
 from .format import encode_document
 from .json_values import json_number, json_value
@@ -93,14 +93,16 @@ def call_entry(
         for name, link in written.links.items()
     }
     there = written.fields | dict.fromkeys(written.links, "continued")
+    own_scores = call.own_scores or call.score != DOT
     return to_entry(
         CALL,
         call,
         site=to_entry(SITE, call.site),
         scale=json_number(scale),
         fields=written.fields,
-        # Of a call whose fields were taken away by hand less follows than it says.
-        derivable=[f for f in call.derivable if lacks(f, call.derivable, there) is None],
+        # A call that was changed by hand may say more than holds of it.
+        own_scores=own_scores,
+        derivable=derivable_of(call.derivable, own_scores, call.normalizer, there),
         certificate=to_entry(CERTIFICATE, certificate),
         continued=links or None,
     )
