@@ -60,6 +60,7 @@ FILLS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def test_what_is_written_over_scores_hides_them_where_no_weight_is_left(how: str, value: float) -> None:
     call, _, (q, k, v), output = traced(lambda m, q, k, v: FILLS[how](q @ k.mT * SCALE, value).softmax(-1) @ v)
     check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+    assert not call.own_scores
 
 
 @pytest.mark.parametrize("value", [-5.0, 0.0, 3.0])
@@ -76,6 +77,7 @@ def test_a_tensor_of_several_numbers_is_a_mask_if_the_largest_is() -> None:
     low = -1e9 * (1 + torch.arange(T).float())
     call, _, (q, k, v), output = traced(lambda m, q, k, v: torch.where(~HIDDEN, q @ k.mT * SCALE, low).softmax(-1) @ v)
     check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+    assert not call.own_scores
 
 
 # ------------------------------------------------------------------------------------------------ sinks
