@@ -139,3 +139,54 @@ def test_a_dimension_of_another_extent_has_that_extent(extents: list[int], exten
     inner = before[1:]
     if before and 1 not in extents and extent > extent_of(inner) and extent % extent_of(inner) == 0:
         assert after[1:] == inner and after[0].birth != "lost"
+
+
+# ------------------------------------------------------------------------------------------------ other products
+
+
+def test_weights_mixed_to_another_number_of_heads_are_listed() -> None:
+    class Fewer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk, self.v, self.mix = nn.Linear(E, 2 * E), nn.Linear(E, 2 * D), nn.Parameter(draw(H, 2, seed=9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qk(x).chunk(2, -1))
+            v = self.v(x).unflatten(-1, (2, D)).transpose(1, 2)
+            weights = torch.einsum("bhts,hg->bgts", (q @ k.mT * SCALE).softmax(-1), self.mix)
+            return (weights @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, Fewer(), draw(B, T, E), warns=True)
+    assert not trace.calls and len(trace.skipped) == 1
+    assert trace.skipped[0].reason == ("softmax over an axis that the product with the values does not sum over")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_projections_by_convolutions(rank: int, batched: bool) -> None:
+    """Of a batch and of one sample, along one axis of positions and along two."""
+
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = (nn.Conv1d, nn.Conv2d)[rank - 1](E, 3 * E, 1)
+
+        def parts(self, x: Tensor) -> list[Tensor]:
+            """… T D."""
+            made = self.qkv(x).flatten(-rank)
+            return [y.unflatten(-2, (H, D)).mT for y in made.chunk(3, -2)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(x)
+            return ((q @ k.mT * SCALE).softmax(-1) @ v).mT.flatten(-3, -2)
+
+    torch.manual_seed(1)
+    model, x = Convolved(), draw(*([B] if batched else []), E, *[(T,), (2, 3)][rank - 1])
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        q, k, v = (y if batched else y[None] for y in model.parts(x))
+    assert len(trace) == 1 and not trace.skipped
+    assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
+    check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
