@@ -190,3 +190,44 @@ def test_projections_by_convolutions(rank: int, batched: bool) -> None:
     assert len(trace) == 1 and not trace.skipped
     assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
     check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, 1.5])
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda s, x: nn.functional.pad(s, (0, 1), "constant", x),
+        lambda s, x: nn.functional.pad(s, (1, 0), value=x),
+        lambda s, x: nn.functional.pad(s, pad=(0, 1), mode="constant", value=x),
+    ],
+    ids=["behind", "in front", "by names"],
+)
+def test_a_column_of_one_number_is_a_sink(pad: Callable[[Tensor, float], Tensor], value: float) -> None:
+    front = pad(torch.zeros(1, 2), 5.0)[0, 0] == 5.0
+
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = pad(q @ k.mT * SCALE, value).softmax(-1)
+        return (weights[..., 1:] if front else weights[..., :-1]) @ v
+
+    call, _, (q, k, v), output = traced(attend)
+    if value:
+        sinks: Tensor | None = torch.full((H,), value)
+        assert call.sinks is not None and torch.equal(call.sinks.expand(B, H, T, 1), torch.full((B, H, T, 1), value))
+    else:
+        sinks = torch.zeros(H)
+    scores = (q @ k.mT * SCALE).double()
+    assert sinks is not None
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.double().view(H, 1, 1))
+    torch.testing.assert_close(call.weights.double(), (scores - total).exp(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(call.v, v) and torch.equal(call.output, output) and call.certificate.faithful
+
+
+def test_a_column_that_repeats_the_last_key_is_no_sink() -> None:
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = nn.functional.pad(q @ k.mT * SCALE, (0, 1, 0, 0), "replicate")
+        return scores.softmax(-1) @ nn.functional.pad(v.mT, (0, 1, 0, 0), "replicate").mT
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, Host(attend), draw(B, T, E), warns=True)
+    assert all(call.sinks is None for call in trace.calls)
