@@ -212,3 +212,20 @@ def test_keys_are_known_to_go_on_only_in_one_history_and_from_the_step_before() 
         (call(), call()),
     ):
         assert lineage._link(before, now) is None
+
+
+def test_scales_of_the_steps() -> None:
+    """One for all, or one for each row; numbers that differ are no one generation."""
+
+    def scale(*values: Any) -> Any:
+        site = SimpleNamespace(label="layers.0")
+        return stitch._Site._scale(SimpleNamespace(calls=[SimpleNamespace(scale=x, site=site) for x in values]))  # type: ignore[arg-type]
+
+    assert scale(0.5, 0.5) == 0.5 and scale(None, None) is None
+    one = torch.tensor(0.25)
+    assert scale(one, torch.tensor(0.25)) is one
+    with pytest.raises(StitchError) as caught:
+        scale(0.5, 0.5, 0.25, 1.0, 2.0, 3.0)
+    assert str(caught.value) == "layers.0: the scale differs between the steps: [0.5, 0.5, 0.25, 1.0]…"
+    with pytest.raises(StitchError):
+        scale(0.5, one)

@@ -264,3 +264,23 @@ def test_rows_that_may_see_nothing() -> None:
     assert_same_values(call.output[1].isnan().any().view(1), real[1].isnan().any().view(1), "nan")
     assert call.certificate.faithful
     assert torch.isfinite(call.weights[0]).all()
+
+
+def test_a_fused_kernel_inside_a_native_layer_is_read() -> None:
+    """A GPU's native layer calls one; here the same operator of the CPU is called as it would be."""
+    from hookattn.taps.native_layers import _Inside, _seen
+    from tests.reference import draw
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert _seen()[fused] is _Inside.fused
+    q, k, v = (draw(2, 3, 5, 8, seed=i) for i in range(3))
+    for options, scale in (({}, 8**-0.5), ({"scale": 0.3}, 0.3)):
+        inside = _Inside("cpu")
+        with inside:
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, **options)
+        call = inside.call(None)
+        assert call is not None and call.scale == scale
+        assert call.q is q and call.k is k and call.v is v and call.output is not None
+        assert torch.equal(call.output, made[0])
+        expected = (q.double() @ k.double().mT * scale).softmax(-1) @ v.double()
+        torch.testing.assert_close(call.output.double(), expected, rtol=0, atol=1e-5)

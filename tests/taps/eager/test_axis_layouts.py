@@ -271,3 +271,20 @@ def test_a_dimension_that_does_not_divide_is_not_known() -> None:
         assert after[1:] == inner
     (after,) = views.resized(((six, Atom(5), four),), (8,), None)
     assert sizes((after,)) == (8,) and after[0].birth == "lost" and len(after) == 1
+
+
+def test_complex_numbers_and_pairs_of_real_ones() -> None:
+    """Rotary positions as complex numbers: the pairs are the inner part of the width, and make it again."""
+    t, wide = Atom(5), Atom(8, birth="feature")
+    shape, layout = (5, 8), ((t,), (wide,))
+    at, of = indices(shape), {t: 0, wide: 1}
+    pairs = views.reshape(layout, (5, 4, 2), None)
+    check(pairs, at.reshape(5, 4, 2, 2), of)
+    numbers = views.pairs_as_numbers(pairs, (5, 4), None)
+    assert numbers[0] == (t,) and sizes(numbers) == (5, 4)
+    back = views.numbers_as_pairs(numbers, (5, 4, 2), None)
+    assert sizes(back) == (5, 4, 2)
+    assert all(a.root is wide and a.birth == "feature" for dim in back[1:] for a in dim)
+    for empty in ((), ((t,), ())):  # a number, or a width of one number: nothing is known of what the pairs are part of
+        made = views.numbers_as_pairs(empty, (*sizes(empty), 2), None)
+        assert made[:-1] == empty and made[-1][0].size == 2 and made[-1][0].birth == "lost"

@@ -60,6 +60,7 @@ FILLS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def test_what_is_written_over_scores_hides_them_where_no_weight_is_left(how: str, value: float) -> None:
     call, _, (q, k, v), output = traced(lambda m, q, k, v: FILLS[how](q @ k.mT * SCALE, value).softmax(-1) @ v)
     check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+    assert not call.own_scores
 
 
 @pytest.mark.parametrize("value", [-5.0, 0.0, 3.0])
@@ -76,6 +77,7 @@ def test_a_tensor_of_several_numbers_is_a_mask_if_the_largest_is() -> None:
     low = -1e9 * (1 + torch.arange(T).float())
     call, _, (q, k, v), output = traced(lambda m, q, k, v: torch.where(~HIDDEN, q @ k.mT * SCALE, low).softmax(-1) @ v)
     check_call(call, q=q, k=k, v=v, scale=SCALE, mask=~HIDDEN, output=output)
+    assert not call.own_scores
 
 
 # ------------------------------------------------------------------------------------------------ sinks
@@ -137,3 +139,95 @@ def test_a_dimension_of_another_extent_has_that_extent(extents: list[int], exten
     inner = before[1:]
     if before and 1 not in extents and extent > extent_of(inner) and extent % extent_of(inner) == 0:
         assert after[1:] == inner and after[0].birth != "lost"
+
+
+# ------------------------------------------------------------------------------------------------ other products
+
+
+def test_weights_mixed_to_another_number_of_heads_are_listed() -> None:
+    class Fewer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk, self.v, self.mix = nn.Linear(E, 2 * E), nn.Linear(E, 2 * D), nn.Parameter(draw(H, 2, seed=9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qk(x).chunk(2, -1))
+            v = self.v(x).unflatten(-1, (2, D)).transpose(1, 2)
+            weights = torch.einsum("bhts,hg->bgts", (q @ k.mT * SCALE).softmax(-1), self.mix)
+            return (weights @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, Fewer(), draw(B, T, E), warns=True)
+    assert not trace.calls and len(trace.skipped) == 1
+    assert trace.skipped[0].reason == ("softmax over an axis that the product with the values does not sum over")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_projections_by_convolutions(rank: int, batched: bool) -> None:
+    """Of a batch and of one sample, along one axis of positions and along two."""
+
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = (nn.Conv1d, nn.Conv2d)[rank - 1](E, 3 * E, 1)
+
+        def parts(self, x: Tensor) -> list[Tensor]:
+            """… T D."""
+            made = self.qkv(x).flatten(-rank)
+            return [y.unflatten(-2, (H, D)).mT for y in made.chunk(3, -2)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(x)
+            return ((q @ k.mT * SCALE).softmax(-1) @ v).mT.flatten(-3, -2)
+
+    torch.manual_seed(1)
+    model, x = Convolved(), draw(*([B] if batched else []), E, *[(T,), (2, 3)][rank - 1])
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        q, k, v = (y if batched else y[None] for y in model.parts(x))
+    assert len(trace) == 1 and not trace.skipped
+    assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
+    check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, 1.5])
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda s, x: nn.functional.pad(s, (0, 1), "constant", x),
+        lambda s, x: nn.functional.pad(s, (1, 0), value=x),
+        lambda s, x: nn.functional.pad(s, pad=(0, 1), mode="constant", value=x),
+    ],
+    ids=["behind", "in front", "by names"],
+)
+def test_a_column_of_one_number_is_a_sink(pad: Callable[[Tensor, float], Tensor], value: float) -> None:
+    front = pad(torch.zeros(1, 2), 5.0)[0, 0] == 5.0
+
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = pad(q @ k.mT * SCALE, value).softmax(-1)
+        return (weights[..., 1:] if front else weights[..., :-1]) @ v
+
+    call, _, (q, k, v), output = traced(attend)
+    if value:
+        sinks: Tensor | None = torch.full((H,), value)
+        assert call.sinks is not None and torch.equal(call.sinks.expand(B, H, T, 1), torch.full((B, H, T, 1), value))
+    else:
+        sinks = torch.zeros(H)
+    scores = (q @ k.mT * SCALE).double()
+    assert sinks is not None
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.double().view(H, 1, 1))
+    torch.testing.assert_close(call.weights.double(), (scores - total).exp(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(call.v, v) and torch.equal(call.output, output) and call.certificate.faithful
+
+
+def test_a_column_that_repeats_the_last_key_is_no_sink() -> None:
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = nn.functional.pad(q @ k.mT * SCALE, (0, 1, 0, 0), "replicate")
+        return scores.softmax(-1) @ nn.functional.pad(v.mT, (0, 1, 0, 0), "replicate").mT
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, Host(attend), draw(B, T, E), warns=True)
+    assert all(call.sinks is None for call in trace.calls)
