@@ -173,6 +173,8 @@ class GuessedAxesWarning(UserWarning):
 class UnfitTokensWarning(UserWarning):
     """Tokens were given that are of no sequence which the model read; ``trace.notes`` says why."""
 
+    __str__ = _message
+
 
 class TraceTooLargeWarning(UserWarning):
     """A trace may have no room in memory, or on the disk of ``to=``, and its exact size cannot be told."""

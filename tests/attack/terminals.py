@@ -159,8 +159,6 @@ def traced(model: torch.nn.Module, text: Text) -> hookattn.Trace:
         path = text().encode("utf-8", "ignore").decode()  # it is in names of tensors, which have no lone surrogates
         call.site = Site(path, text.draw.choice([i, None]), stack, kind, text(), text(), 2)
         call.notes, call.tap, call.entry = (text(), text()), text(), text()
-        if text.draw.random() < 0.3:
-            call.basis = {**call.basis, "B": text()}
         if text.draw.random() < 0.2:
             call.certificate = replace(call.certificate, basis=text())
     trace.model = {"class": text(), "module": text(), "config": {text(): text()}, "versions": {text(): text()}}
