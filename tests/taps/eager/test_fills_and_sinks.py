@@ -282,3 +282,38 @@ def test_keys_and_values_that_are_shared_by_different_numbers_of_heads(shared: s
     if shared != "both":
         k, v = (y if y.shape[1] == n else y.repeat_interleave(n // groups, 1) for y in (k, v))
     check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
+
+
+@pytest.mark.parametrize("how", ["one by one", "unbound", "cut off the width", "a map of each"])
+def test_heads_that_are_stacked_are_heads(how: str) -> None:
+    """Whatever they were taken from, in their order."""
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.ModuleList(nn.Linear(E, E) for _ in range(3))
+            self.each = nn.ModuleList(nn.ModuleList(nn.Linear(E, D) for _ in range(H)) for _ in range(3))
+
+        def parts(self, x: Tensor) -> list[Tensor]:
+            if how == "a map of each":
+                return [torch.stack([f(x) for f in one], 1) for one in self.each]
+            made = [f(x) for f in self.qkv]
+            if how == "cut off the width":
+                return [torch.stack([y[..., i * D : (i + 1) * D] for i in range(H)], 1) for y in made]
+            split = [y.unflatten(-1, (H, D)) for y in made]
+            if how == "unbound":
+                return [torch.stack(y.unbind(2), 1) for y in split]
+            return [torch.stack([y[:, :, i] for i in range(H)], 1) for y in split]
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(x)
+            return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(1)
+    model, x = Stacked(), draw(B, T, E, std=1.5)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        q, k, v = model.parts(x)
+    assert len(trace) == 1 and not trace.skipped
+    assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
+    check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
