@@ -231,3 +231,89 @@ def test_a_column_that_repeats_the_last_key_is_no_sink() -> None:
     with torch.no_grad():
         trace = trace_checked(hookattn.trace, Host(attend), draw(B, T, E), warns=True)
     assert all(call.sinks is None for call in trace.calls)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_largest_scores_alone_along_any_axis(dim: int, named: bool) -> None:
+    """Their softmax is put where they were picked from, and all others weigh nothing."""
+
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT if dim == -1 else k @ q.mT) * SCALE
+        top, at = scores.topk(3, dim)
+        weights = torch.zeros_like(scores).scatter(dim, at, top.softmax(dim=dim) if named else top.softmax(dim))
+        return (weights if dim == -1 else weights.mT) @ v
+
+    call, _, (q, k, v), output = traced(attend)
+    scores = (q @ k.mT * SCALE).double()
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(3, -1).indices, True)
+    expected = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+    torch.testing.assert_close(call.weights.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(call.mask.expand(B, H, T, T), keep) and torch.equal(call.output, output)
+    assert torch.equal(call.q, q) and torch.equal(call.k, k) and torch.equal(call.v, v)
+
+
+@pytest.mark.parametrize("shared", ["keys", "values", "both"])
+def test_keys_and_values_that_are_shared_by_different_numbers_of_heads(shared: str) -> None:
+    """The record has as many of the one as of the other, and each query head reads its own."""
+    n, groups = 4, 2
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(E, n * D)
+            self.k = nn.Linear(E, D * (groups if shared != "values" else n))
+            self.v = nn.Linear(E, D * (groups if shared != "keys" else n))
+
+        def parts(self, x: Tensor) -> list[Tensor]:
+            return [f(x).unflatten(-1, (-1, D)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(x)
+            k, v = (y if y.shape[1] == n else y.repeat_interleave(n // groups, 1) for y in (k, v))
+            return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(1)
+    model, x = Shared(), draw(3, T, E, std=1.5)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        q, k, v = model.parts(x)
+    assert len(trace) == 1 and not trace.skipped
+    if shared != "both":
+        k, v = (y if y.shape[1] == n else y.repeat_interleave(n // groups, 1) for y in (k, v))
+    check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
+
+
+@pytest.mark.parametrize("how", ["one by one", "unbound", "cut off the width", "a map of each"])
+def test_heads_that_are_stacked_are_heads(how: str) -> None:
+    """Whatever they were taken from, in their order."""
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.ModuleList(nn.Linear(E, E) for _ in range(3))
+            self.each = nn.ModuleList(nn.ModuleList(nn.Linear(E, D) for _ in range(H)) for _ in range(3))
+
+        def parts(self, x: Tensor) -> list[Tensor]:
+            if how == "a map of each":
+                return [torch.stack([f(x) for f in one], 1) for one in self.each]
+            made = [f(x) for f in self.qkv]
+            if how == "cut off the width":
+                return [torch.stack([y[..., i * D : (i + 1) * D] for i in range(H)], 1) for y in made]
+            split = [y.unflatten(-1, (H, D)) for y in made]
+            if how == "unbound":
+                return [torch.stack(y.unbind(2), 1) for y in split]
+            return [torch.stack([y[:, :, i] for i in range(H)], 1) for y in split]
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(x)
+            return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(1)
+    model, x = Stacked(), draw(B, T, E, std=1.5)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, model, x, verify="full")
+        q, k, v = model.parts(x)
+    assert len(trace) == 1 and not trace.skipped
+    assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
+    check_call(trace[0], q=q, k=k, v=v, scale=SCALE)

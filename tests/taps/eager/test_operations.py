@@ -80,3 +80,17 @@ def test_views_of_the_whole_keep_every_state_but_scattered_scores() -> None:
         rules = kind_of(name).rules
         assert Scores in rules and Weights in rules and ScatteredScores not in rules
         assert kind_of(name).entries is not None and kind_of(name).moves_scores
+
+
+def test_which_operations_write_to_what_they_are_given() -> None:
+    """In place by name, by an argument, and by its place among the arguments."""
+    x = torch.ones(2)
+    for name in ("add_", "masked_fill_", "softmax_", "__iadd__", "__imul__", "__setitem__"):
+        assert writes_to(name, (x,), {}), name
+    for name in ("add", "masked_fill", "softmax", "__add__", "__getitem__", "__matmul__", "__rsub__", "__init__x"):
+        assert not writes_to(name, (x,), {}), name
+    assert writes_to("dropout", (x, 0.5, True, True), {})
+    assert not writes_to("dropout", (x, 0.5, True, False), {}) and not writes_to("dropout", (x, 0.5, True), {})
+    assert not writes_to("where", (x, x, x, True), {})
+    assert writes_to("relu", (x,), {"inplace": True}) and not writes_to("relu", (x,), {"inplace": False})
+    assert writes_to("matmul", (x, x), {"out": x}) and not writes_to("matmul", (x, x), {"out": None})
