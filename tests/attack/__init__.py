@@ -60,7 +60,7 @@ class Attack:
 ATTACKS = (
     Attack("interrupts", "an exception at a random moment, and at each line of set-up and take-down", 2000, 40),
     Attack("raises", "a forward that raises in a random module", 2000, 60),
-    Attack("forks", "fork() beside a thread that traces", 500, 10),
+    Attack("forks", "fork() beside a thread that traces", 500, 6),
     Attack("tasks", "asyncio tasks and threads on one model", 200, 10),
     Attack("files", "damaged trace files, nine kinds of damage", 200_000, 1500),
     Attack("kills", "SIGKILL in save, stream and survey", 600, 6),
