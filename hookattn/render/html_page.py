@@ -7,7 +7,6 @@ import gzip
 import html
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..errors import RenderError, TraceWriteError
 from ..store.document import save
 from ..store.format import LENGTH_BYTES, METADATA_KEY, data_start, encode_document, frame_header
 from ..store.partial import PartialFile, explaining_os_errors
+from ..store.scratch import scratch
 from .html_shell import content_policy, module_script, page_head, page_tail, viewer_module
 from .options import script_json, viewer_options
 from .page_size import LIMIT, Narrowed, narrowed
@@ -134,7 +134,7 @@ def page_pieces(
 
 def _trace_elements(made: Narrowed, name: str) -> Iterator[str]:
     """The bytes of a trace file, header first, as ``<script>`` elements of base64, which holds nothing that is HTML."""
-    with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
+    with scratch() as folder:
         path = save(made.trace, os.path.join(folder, "page.safetensors"), linked=False)  # as the viewer reads it
         with open(path, "rb") as file:
             header, start = _narrowed_header(file, made)

@@ -9,7 +9,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from starlette.types import ASGIApp
 
 from ..errors import RenderError
 from ..optional import extra_named
+from ..store.scratch import scratch
 from . import html_shell
 from .guard import NO_FRAMES, Guard
 from .opened_file import Changed, OpenedFile
@@ -159,7 +159,7 @@ def open_in_browser(url: str, stack: ExitStack) -> None:
     A browser gets its address as an argument, and the arguments of a process are there for every user to see. So it
     gets that of a file, which only this user may read and which leads on; it goes when the stack is closed.
     """
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hookattn-", ignore_cleanup_errors=True))
+    folder = stack.enter_context(scratch())
     file = Path(folder, "view.html")
     said = html.escape(url)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as made:

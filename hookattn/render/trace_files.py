@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import fspath
@@ -14,6 +13,7 @@ from ..errors import TraceFileError
 from ..printable import printable
 from ..store import LazyFile
 from ..store.document import save
+from ..store.scratch import scratch
 from ..traces import Trace, TraceLike, as_trace, load
 
 __all__ = ["TraceLike", "as_trace", "name_of", "title_of", "trace_file"]
@@ -47,7 +47,7 @@ def trace_file(trace: TraceLike) -> Iterator[str]:
     if found.path is not None and not linked and (found is not trace or _as_written(found, found.path)):
         yield os.path.abspath(fspath(found.path))
         return
-    with tempfile.TemporaryDirectory(prefix="hookattn-") as folder:
+    with scratch() as folder:
         # The viewer reads one tensor for each field: it knows nothing of keys that go on from those of other calls.
         yield save(found, os.path.join(folder, "trace.safetensors"), linked=False)
 

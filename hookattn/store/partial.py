@@ -89,14 +89,14 @@ def remove_leftovers(path: Path) -> None:
             file = path.parent / name
             if found is None or file in _ours:
                 continue
-            if int(found[1]) != os.getpid() and _lives(int(found[1])):
+            if int(found[1]) != os.getpid() and lives(int(found[1])):
                 continue
             with contextlib.suppress(OSError), open(file, "rb") as held:
-                if _locked(held.fileno()):
+                if is_locked_now(held.fileno()):
                     file.unlink()
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
     """Whether there is a process of this number here."""
     if sys.platform == "win32":
         return False  # no signal asks; but Windows does not remove what a process has open
@@ -109,7 +109,7 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _locked(descriptor: int) -> bool:
+def is_locked_now(descriptor: int) -> bool:
     """Whether a file has a lock of ours now: nobody else had one. True where there are no locks."""
     if sys.platform == "win32":
         return True
@@ -192,7 +192,7 @@ class PartialFile:
             self._disk.file = self._file = FileIO(
                 self._temporary, "x+", opener=lambda name, flags: os.open(name, flags, most)
             )
-        _locked(self._file.fileno())
+        is_locked_now(self._file.fileno())
         if rights is not None:
             _give(self._file.fileno(), rights)
 
