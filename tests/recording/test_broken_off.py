@@ -22,6 +22,7 @@ from hookattn.recording import live
 from hookattn.recording.session import Session
 from hookattn.taps.active import current
 from hookattn.torch_internals import forks
+from tests.attack.forks import asked
 from tests.attack.scenes import IDS, MODELS, PlainModel, left
 
 
@@ -261,23 +262,6 @@ def _replica(module: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------------------------- forks
 
 
-def answer_of_child(what: Callable[[], str]) -> str:
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            said = what()
-        except BaseException as error:  # noqa: BLE001 - the answer
-            said = repr(error)
-        os.write(writes, said.encode() or b"clean")
-        os._exit(0)
-    os.close(writes)
-    os.waitpid(pid, 0)
-    said = os.read(reads, 10_000).decode()
-    os.close(reads)
-    return said
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_has_nothing_of_another_threads_trace(model: nn.Module, tmp_path: Path) -> None:
     """Whatever that thread was about, the child's own trace is whole."""
@@ -300,7 +284,7 @@ def test_a_child_has_nothing_of_another_threads_trace(model: nn.Module, tmp_path
         return "; ".join([*before, *left(model, tmp_path)]) if calls == 2 else f"{calls} calls"
 
     try:
-        assert answer_of_child(child) == "clean"
+        assert not asked(child)
     finally:
         ends.set()
         thread.join()
@@ -317,7 +301,7 @@ def test_a_child_that_is_forked_in_a_block_can_go_on_in_it(model: nn.Module) -> 
             model(IDS)
             return "" if len(live.of_this_thread()) == 1 and trace is not None else "its trace is gone"
 
-        assert answer_of_child(child) == "clean"
+        assert not asked(child)
         model(IDS)
     assert [c.step for c in trace.calls] == [0, 0, 1, 1]
 
@@ -340,7 +324,7 @@ def test_a_lock_that_another_thread_has_is_free_in_a_child() -> None:
         return "" if lock.acquire(timeout=1) and waited.acquire(timeout=1) else "held"
 
     try:
-        assert answer_of_child(child) == "clean"
+        assert not asked(child)
         assert not lock.acquire(blocking=False)
     finally:
         ends.set()
