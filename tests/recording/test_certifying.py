@@ -238,3 +238,20 @@ def test_small_calls_without_q_k_and_v_wait_for_the_end_of_their_forward(measure
     assert all(isinstance(c.fields["weights"], Tensor) and not c.beside for c in trace) and trace.faithful
     whole = hookattn.trace(model, x)
     assert all(torch.equal(a.weights, b.weights) for a, b in zip(trace[2:], whole, strict=True))
+
+
+def test_rows_at_other_places_are_not_measured_with_one_mask(measured: list[int]) -> None:
+    """The last queries of calls that have as many keys and not as many queries: alike, but for what they may see."""
+
+    class Lengths(nn.Module):
+        def forward(self, q: Tensor, short: Tensor, k: Tensor) -> Tensor:
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(q, k, k, is_causal=True) + attend(short, k, k, is_causal=True).sum()
+
+    q, short, k = draw(2, 2, 7, 8, seed=1), draw(2, 2, 5, 8, seed=3), draw(2, 2, 7, 8, seed=2)
+    trace = hookattn.trace(Lengths(), (q, short, k), queries=slice(-1, None)).certify()
+    assert measured == [1, 1] and trace.faithful
+    for call, of, row in zip(trace, (q, short), (6, 4), strict=True):
+        scores = of[:, :, row : row + 1] @ k[:, :, : row + 1].mT * 8**-0.5
+        torch.testing.assert_close(call.weights[..., : row + 1], scores.softmax(-1), rtol=0, atol=1e-6)
+        assert not call.weights[..., row + 1 :].any()

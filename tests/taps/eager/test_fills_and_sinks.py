@@ -317,3 +317,35 @@ def test_heads_that_are_stacked_are_heads(how: str) -> None:
     assert len(trace) == 1 and not trace.skipped
     assert dict(trace[0].basis) == dict.fromkeys("BHTSG", "followed")
     check_call(trace[0], q=q, k=k, v=v, scale=SCALE)
+
+
+PUT_TOGETHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cat of queries": lambda q, k: torch.cat([q[:, :, i : i + 2] @ k.mT for i in range(0, T, 2)], 2),
+    "cat of keys": lambda q, k: torch.cat([q @ k[:, :, i : i + 2].mT for i in range(0, T, 2)], 3),
+    "cat of heads": lambda q, k: torch.cat([q[:, i : i + 1] @ k[:, i : i + 1].mT for i in range(H)], 1),
+    "hstack": lambda q, k: torch.hstack([q[:, i : i + 1] @ k[:, i : i + 1].mT for i in range(H)]),
+    "vstack": lambda q, k: torch.vstack([q[i : i + 1] @ k[i : i + 1].mT for i in range(B)]),
+    "stack": lambda q, k: torch.stack([q[:, i] @ k[:, i].mT for i in range(H)], 1),
+}
+LISTED = {
+    "cat of heads": "scores of several products in one softmax: they are not joined along the keys",
+    **{
+        name: f"softmax over scores of q·k that went through '{name}' before it, which is not followed"
+        for name in ("hstack", "vstack", "stack")
+    },
+}
+
+
+@pytest.mark.parametrize("how", PUT_TOGETHER)
+def test_scores_that_are_put_together_before_the_softmax_are_read_or_listed(how: str) -> None:
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (PUT_TOGETHER[how](q, k) * SCALE).softmax(-1) @ v
+
+    if how not in LISTED:
+        call, _, (q, k, v), output = traced(attend)
+        check_call(call, q=q, k=k, v=v, scale=SCALE, output=output)
+        return
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = trace_checked(hookattn.trace, Host(attend), draw(B, T, E), warns=True)
+    assert not trace.calls and [item.reason for item in trace.skipped] == [LISTED[how]]

@@ -94,3 +94,21 @@ def test_which_operations_write_to_what_they_are_given() -> None:
     assert not writes_to("where", (x, x, x, True), {})
     assert writes_to("relu", (x,), {"inplace": True}) and not writes_to("relu", (x,), {"inplace": False})
     assert writes_to("matmul", (x, x), {"out": x}) and not writes_to("matmul", (x, x), {"out": None})
+
+
+def test_a_convolution_maps_the_channels_of_a_batch_and_of_one_sample() -> None:
+    """Along one axis, two and three; one that maps each channel by itself moves positions and makes no features."""
+    from hookattn.taps.eager import axis_history
+    from hookattn.taps.eager.view_rules import convolved, map_of
+
+    for rank in (1, 2, 3):
+        weight, each = torch.ones(6, 4, *[1] * rank), torch.ones(4, 1, *[1] * rank)
+        for lead in ((), (2,)):
+            x, out = torch.ones(*lead, 4, *[5] * rank), torch.ones(*lead, 6, *[5] * rank)
+            assert convolved(x, out, (x, weight), {}) == (axis_history.mapped, (len(lead), map_of(weight)))
+            assert convolved(x, out, (x,), {"weight": weight}) == (axis_history.mapped, (len(lead), map_of(weight)))
+            assert convolved(x, x, (x, each), {}) == (axis_history.resized, None)
+        x = torch.ones(2, 2, 4, *[5] * rank)
+        assert convolved(x, x, (x, weight), {}) is None and convolved(x[0, 0, 0], x, (x, weight), {}) is None
+    assert convolved(torch.ones(3, 4), torch.ones(3, 4), (None, torch.ones(4, 4)), {}) is None
+    assert convolved(torch.ones(3, 4), torch.ones(3, 4), (None,), {}) is None
