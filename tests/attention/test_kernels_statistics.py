@@ -19,6 +19,7 @@ import hookattn
 from hookattn import statistics as st
 from hookattn.attention.kernels import launch
 from hookattn.attention.kernels import statistics as kernels
+from hookattn.checks import LARGEST
 from hookattn.statistics import fused
 from hookattn.torch_internals import devices
 from tests.interpreter import DEVICE, Broken, interpreted
@@ -262,7 +263,7 @@ def test_several_of_a_kind_are_their_own_tensors_in_their_order() -> None:
     problem = st.Problem(q, k, 0.5, positions=at)
     one, two = st.SegmentMass({"a": [1, 3], "b": range(30)}), st.SegmentMass({"c": [39]})
     wanted = [st.FarMass(3), two, st.TopK(2), st.FirstMass(5), st.LocalMass(3), one, st.FirstMass(6)]
-    wanted += [st.OffsetMass(10**12), st.OffsetMass(-(10**12)), st.LocalMass(10**12), st.FirstMass(10**12)]
+    wanted += [st.OffsetMass(LARGEST), st.OffsetMass(-(LARGEST)), st.LocalMass(LARGEST), st.FirstMass(LARGEST)]
     found = computed(problem, ("top_k(2): no kernel takes them",), wanted)
     assert list(found) == [name for x in wanted for name in x.fields]
     weights = matrix(problem)["weights"]

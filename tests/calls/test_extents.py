@@ -19,7 +19,10 @@ from hookattn.store import LazyFile
 
 B, H, G, T, S, D, E = 2, 4, 2, 3, 5, 8, 6
 SIZES = {"B": B, "H": H, "G": G, "T": T, "S": S, "D": D, "E": E, "1": 1}
-WHOLE = {name: torch.zeros([SIZES[x] for x in spec.axes]) for name, spec in FIELD_SPECS.items()}
+WHOLE = {
+    name: torch.zeros([SIZES[x] for x in spec.axes], dtype=torch.bool if spec.boolean else None)
+    for name, spec in FIELD_SPECS.items()
+}
 
 
 def call(**given: Any) -> Call:

@@ -140,7 +140,7 @@ def test_copies_of_a_call_that_were_made_in_the_block_read_on(
 ) -> None:
     """Whether the end of the block moves the data, as in a small file, or not."""
     if reserve == "in place":
-        monkeypatch.setattr(StreamWriter.__init__, "__kwdefaults__", {"reserve": 1 << 15})
+        monkeypatch.setattr(StreamWriter.__init__, "__kwdefaults__", {"reserve": 1 << 15, "checksums": True})
 
     def look(trace: Trace) -> list[Call]:
         a = trace[1]
