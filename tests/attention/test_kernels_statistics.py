@@ -270,9 +270,9 @@ def test_several_of_a_kind_are_their_own_tensors_in_their_order() -> None:
     close(found[one.key], torch.stack([weights[..., [1, 3]].sum(-1), weights[..., :30].sum(-1)], -1), "one")
     close(found[two.key], weights[..., 39:], "two")
     close(found["first_mass(5)"], weights[..., :5].sum(-1), "5")
-    for name in ("first_mass(1000000000000)", "local_mass(1000000000000)"):
+    for name in (f"first_mass({LARGEST})", f"local_mass({LARGEST})"):
         close(found[name], weights.sum(-1), name)
-    for name in ("offset_mass(1000000000000)", "offset_mass(-1000000000000)"):
+    for name in (f"offset_mass({LARGEST})", f"offset_mass(-{LARGEST})"):
         assert not found[name].any()
     close(found["far_mass(3)"] + found["local_mass(3)"], weights.sum(-1), "both")
     store = [x.untyped_storage().data_ptr() for x in found.values()]
