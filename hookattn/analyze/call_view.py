@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
 from ..calls.trace_data import check_trace
 from ..errors import FieldNotCaptured, MeasureError
+from ..once import cached_property
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from .score_inputs import score_inputs_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from ..calls.key_history import Continued
 from ..calls.key_tokens import stitching_note
 from ..calls.trace_data import TraceData
 from ..errors import StitchError
+from ..once import cached_property
 from .lineage import CallPositions, Lineage, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)

@@ -7,7 +7,6 @@ configuration is asked again each time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from torch import fx, nn
 from .. import checks
 from ..calls.site import Site
 from ..errors import ModelError
+from ..once import cached_property
 from ..taps import covered
 from ..torch_internals.module_state import buffers_of, children_of, parameters_of
 from . import registry
@@ -71,7 +71,7 @@ class WatchPlan:
         """The names of the adapters that had a say."""
         return {adapter.name for adapter in self.named.values()}
 
-    @functools.cached_property
+    @cached_property
     def paths(self) -> dict[int, str]:
         """Module identity -> path, of every module."""
         # What is asked for may be asked for late, when the block has changed the model.
@@ -82,7 +82,7 @@ class WatchPlan:
             known.update(_paths(self.model))
         return known
 
-    @functools.cached_property
+    @cached_property
     def site_paths(self) -> frozenset[str]:
         """The paths of the sites."""
         return frozenset([site.path for site in self.sites.values()])

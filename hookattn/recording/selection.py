@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..attention.normalizers import SOFTMAX, is_softmax
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site
 from ..errors import SelectionError
+from ..once import cached_property
 from ..statistics.base import Statistic
 from ..statistics.registry import STATISTICS, named
 

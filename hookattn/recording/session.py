@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -24,6 +23,7 @@ from ..models.discovery import WatchPlan, check_meta
 from ..models.module_hooks import ModuleHooks
 from ..models.running_numbers import RunningNumbers
 from ..models.unread import unread_sites
+from ..once import cached_property
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change

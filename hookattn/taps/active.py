@@ -19,8 +19,8 @@ _running: ContextVar[ActiveTrace | None] = ContextVar("hookattn_trace", default=
 
 def current() -> ActiveTrace | None:
     """The running trace of this thread and context, or None; None too inside :class:`paused`."""
-    trace = _running.get()
-    return trace if trace is None or trace.thread == get_ident() else None
+    tracing = _running.get()
+    return tracing if tracing is None or tracing.thread == get_ident() else None
 
 
 def set_current(trace: ActiveTrace | None) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 
 from torch.overrides import TorchFunctionMode
 
+from ..once import cached_property
 from .private import private
 from .undo import Change
 

@@ -555,7 +555,7 @@ def test_the_seam_holds_what_taps_use_and_no_more() -> None:
     """That they use nothing else is the type checker's to say, as none of them sees an ``Any``."""
     members = {
         name for name, x in vars(ActiveTrace).items() if not name.startswith("_") and callable(getattr(x, "fget", x))
-    }
+    } | set(ActiveTrace.__annotations__)
     used = set()
     for path in TAPS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

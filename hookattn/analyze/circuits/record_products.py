@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...attention.functional import compute_dtype
+from ...once import cached_property
 from ...torch_internals.dispatch_modes import TorchDispatchMode
 from ...torch_internals.tensor_identity import storage_of, version_of
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import MeasureError
+from ...once import cached_property
 from ...statistics.base import Statistic
 from ..call_view import View
 from ..reading import Reading
