@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import tempfile
@@ -30,12 +31,13 @@ def attack(rounds: int, seed: int = 0) -> Sequence[Figure]:
         answers = beside(given, rounds, folder)
         inside = [in_block(given[0], folder, n) for n in range(max(2, rounds // 20))]
     unclean = [a for a in answers if a not in ("", "hung")]
+    harmed = [a for a in inside if a]
     return [
         Figure("children beside a tracing thread", len(answers)),
         Figure("of these unclean", len(unclean), 0, tuple(unclean[:8])),
         Figure("of these hung", answers.count("hung"), 0),
         Figure("children that left a block traced to a file", len(inside)),
-        Figure("of these that harmed the parent's file", len([a for a in inside if a]), 0, tuple(inside[:4])),
+        Figure("of these that harmed the parent's file", len(harmed), 0, tuple(harmed[:4])),
     ]
 
 
@@ -105,6 +107,7 @@ def asked(what: Callable[[], str]) -> str:
     reads, writes = os.pipe()
     pid = os.fork()
     if pid == 0:
+        faulthandler.dump_traceback_later(_SECONDS / 2)  # where it hangs
         try:
             said = what()
         except BaseException as error:  # noqa: BLE001 - the answer
