@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..attention.functional import compute_dtype, with_four_axes
 from ..attention.normalizers import is_softmax, normalized, normalizer_of
+from ..cached import cached_property
 from ..calls.call import Call
 from ..calls.certificate import tolerance
 from ..calls.extents import extents_of, per_query_head
@@ -19,7 +20,6 @@ from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
 from ..calls.trace_data import check_trace
 from ..errors import FieldNotCaptured, MeasureError
-from ..once import cached_property
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
 from .score_inputs import score_inputs_of

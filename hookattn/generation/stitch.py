@@ -13,6 +13,7 @@ from torch import Size, Tensor
 from .. import checks
 from ..attention.functional import dot_scores, finish_scores, with_four_axes
 from ..attention.kernel_call import FIELD_SPECS, FIELDS, SOURCES
+from ..cached import cached_property
 from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
 from ..calls.deriving import derive_field, shape_and_dtype
@@ -22,7 +23,6 @@ from ..calls.key_history import Continued
 from ..calls.key_tokens import stitching_note
 from ..calls.trace_data import TraceData
 from ..errors import StitchError
-from ..once import cached_property
 from .lineage import CallPositions, Lineage, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)

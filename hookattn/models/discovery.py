@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 
 from .. import checks
+from ..cached import cached_property
 from ..calls.site import Site
 from ..errors import ModelError
-from ..once import cached_property
 from ..taps import covered
 from ..torch_internals.module_state import buffers_of, children_of, parameters_of
 from . import registry

@@ -13,10 +13,10 @@ from .. import checks
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES, TENSOR_SPECS, KernelCall, asked_for
 from ..attention.normalizers import SOFTMAX, is_softmax
+from ..cached import cached_property
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site
 from ..errors import SelectionError
-from ..once import cached_property
 from ..statistics.base import Statistic
 from ..statistics.registry import STATISTICS, named
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
+from ..cached import cached_property
 from ..calls.call import Call, Skipped
 from ..calls.layer_counts import LayerCounts
 from ..calls.site import Site
@@ -23,7 +24,6 @@ from ..models.discovery import WatchPlan, check_meta
 from ..models.module_hooks import ModuleHooks
 from ..models.running_numbers import RunningNumbers
 from ..models.unread import unread_sites
-from ..once import cached_property
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..cached import cached_property
 from ..errors import ModelError
 from ..models.discovery import WatchPlan, within
-from ..once import cached_property
 from ..torch_internals.frames import count_calls, method_names, outermost
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from torch.overrides import TorchFunctionMode
 
-from ..once import cached_property
+from ..cached import cached_property
 from .private import private
 from .undo import Change
 

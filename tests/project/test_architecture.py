@@ -23,7 +23,7 @@ ADAPTERS = ROOT.parent / "adapters" / "hookattn_adapters"
 # The flow of a trace: find -> tap -> record -> keep -> read -> show. docs/architecture.md says what each is.
 ORDER = (
     "printable",
-    "once",
+    "cached",
     "once",
     "errors",
     "version",

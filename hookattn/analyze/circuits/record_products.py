@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...attention.functional import compute_dtype
-from ...once import cached_property
+from ...cached import cached_property
 from ...torch_internals.dispatch_modes import TorchDispatchMode
 from ...torch_internals.tensor_identity import storage_of, version_of
 

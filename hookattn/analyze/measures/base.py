@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...cached import cached_property
 from ...errors import MeasureError
-from ...once import cached_property
 from ...statistics.base import Statistic
 from ..call_view import View
 from ..reading import Reading

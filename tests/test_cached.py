@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from hookattn.once import cached_property
+from hookattn.cached import cached_property
 from tests.attack.forks import asked
 
 
