@@ -24,7 +24,6 @@ ADAPTERS = ROOT.parent / "adapters" / "hookattn_adapters"
 ORDER = (
     "printable",
     "cached",
-    "once",
     "errors",
     "version",
     "checks",
