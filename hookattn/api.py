@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from .recording.token_fit import unfit_tokens
 from .statistics.base import Statistic
 from .torch_internals.frames import level_outside
 from .torch_internals.lazy_copies import LAZY_COPIES
+from .torch_internals.undo import mark, undo_since
 from .traces import Trace
 
 if TYPE_CHECKING:
@@ -173,6 +175,7 @@ def tracing(
     trace = Trace(tokens=own, stack_tokens=named, model=describe_model(model), selection=selection.to_json())
     stream: Stream | None = None
     session: Session | None = None
+    began = mark(), get_ident()
     # Twice, one around the other: an exception can hit the end of the block itself, which is then done once more.
     try:
         try:
@@ -208,15 +211,18 @@ def tracing(
             if stream is not None:
                 stream.finish()
         finally:
-            _end(session, stream)
+            _end(session, stream, began)
     finally:
-        _end(session, stream)
+        _end(session, stream, began)
     _warn(trace, unused, unfit)
 
 
-def _end(session: Session | None, stream: Stream | None) -> None:
-    """Detach everything and remove what is unfinished; can be called again."""
+def _end(session: Session | None, stream: Stream | None, began: tuple[int, int]) -> None:
+    """Detach everything, remove what is unfinished, and put back what was changed since; can be called again."""
     try:
+        changes, thread = began
+        if thread == get_ident():
+            undo_since(changes)
         if session is not None:
             session.close()  # before the stream: copies on their way from a GPU end in it
     finally:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..torch_internals.code_patching import Patch, copy_of
-from ..torch_internals.function_modes import beneath, depth
+from ..torch_internals.function_modes import beneath, depth, opened
 from .active import current
 from .base import Tap
 from .native_layers import handle_layer, handle_native
@@ -33,7 +33,7 @@ def handle_python(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[
     if depth():
         with beneath(watch):
             return func(*args, **kwargs)
-    with watch:
+    with opened(watch):
         return _undispatched(func)(*args, **kwargs)
 
 

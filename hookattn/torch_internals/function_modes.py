@@ -66,8 +66,8 @@ class _Kept(_Stack):
         set_open_modes(self._modes)
 
 
-class _Opened(Change):
-    """One mode more is open while a block runs."""
+class opened(Change):
+    """One mode more is open while a block runs: ``with mode:``, but put back whatever happens."""
 
     __slots__ = ("_mode",)
 
@@ -160,7 +160,7 @@ class ModeStack:
 
     def opened(self) -> AbstractContextManager[None]:
         """With our mode, once: twice on the stack it would see every operation twice."""
-        return _NOTHING if self.open() else _Opened(self.mode)
+        return _NOTHING if self.open() else opened(self.mode)
 
 
 class _Sealed(Change):

@@ -155,7 +155,7 @@ def at_moment(scene: Scene, draw: random.Random, folder: Path) -> str:
 
 def after(scene: Scene, folder: Path, kind: str) -> str:
     """What is left, or is wrong with the next trace."""
-    wrong = left(scene.model, folder)
+    wrong = left(scene.model, folder, settled=False)
     if wrong:
         heal(scene, folder)
         return f"{kind}: {'; '.join(wrong)}"

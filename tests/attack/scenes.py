@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn.taps.active import current
+from hookattn.taps.eager.recogniser import Recogniser
 from hookattn.torch_internals.code_patching import exchanged
-from hookattn.torch_internals.function_modes import depth
+from hookattn.torch_internals.function_modes import open_modes
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -152,8 +153,14 @@ def scenes(folder: Path) -> list[Scene]:
     return found
 
 
-def left(model: nn.Module, folder: Path) -> list[str]:
-    """What of a trace is left in this thread, in the process, on the model and in the folder."""
+def left(model: nn.Module, folder: Path, settled: bool = True) -> list[str]:
+    """What of a trace is left in this thread, in the process, on the model and in the folder.
+
+    Args:
+        model: that was traced.
+        folder: that it was traced to.
+        settled: whether a trace has run since to its end.
+    """
     found = []
     if not torch.is_grad_enabled():
         found.append("gradients are off")
@@ -165,8 +172,11 @@ def left(model: nn.Module, folder: Path) -> list[str]:
         found.append("torch functions do not dispatch")
     if torch._C._is_torch_function_all_disabled():
         found.append("torch functions do not dispatch to modes")
-    if depth():
-        found.append(f"{depth()} function modes are open")
+    # torch takes a mode off its stack as it is called, and puts it back in the last lines of a block of its own. Hit
+    # there, it does so once the exception is let go, when the trace is over. Such a mode does nothing, and the next
+    # trace takes it off: that is what `settled` asks.
+    if modes := [m for m in open_modes() if settled or not isinstance(m, Recogniser) or getattr(m.trace, "thread", 0)]:
+        found.append(f"{len(modes)} function modes are open")
     if torch._C._len_torch_dispatch_stack():
         found.append("a dispatch mode is open")
     if current() is not None:

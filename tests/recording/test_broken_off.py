@@ -22,6 +22,7 @@ from hookattn.recording import live
 from hookattn.recording.session import Session
 from hookattn.taps.active import current
 from hookattn.torch_internals import forks
+from hookattn.torch_internals.isolation import isolated
 from tests.attack.forks import asked
 from tests.attack.scenes import IDS, MODELS, PlainModel, left
 
@@ -97,6 +98,21 @@ def test_a_trace_heals_what_an_earlier_one_could_not_end(
     assert any("was broken off as it ended" in note for note in trace.notes) and trace.calls
     assert not left(model, tmp_path)
     assert not hookattn.trace(model, IDS).notes
+
+
+def test_what_is_hit_between_the_model_and_the_end_is_put_back_too(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As certificates are measured, the hooks are gone; gradients may be off, and are on again."""
+
+    def measures(_: Session) -> None:
+        isolated(IDS).__enter__()
+        assert not torch.is_grad_enabled()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "finish", measures)
+    assert isinstance(hit(model, None), KeyboardInterrupt)
+    assert not left(model, tmp_path)
 
 
 def test_gradients_are_on_again_after_a_copy_found_no_memory(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
