@@ -51,8 +51,10 @@ class Change:
         # what it would put back may be older than what there is now.
         for at in range(len(changes) - 1, -1, -1):
             if changes[at] is self:
-                self.undo()
-                del changes[at:]
+                # What was changed inside this block and is still written down was broken off as it ended.
+                while len(changes) > at:
+                    changes[-1].undo()
+                    changes.pop()
                 return
 
 

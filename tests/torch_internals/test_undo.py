@@ -145,6 +145,17 @@ def test_a_block_that_ends_late_puts_nothing_back() -> None:
         assert not torch.is_grad_enabled()
 
 
+def test_the_end_of_a_block_puts_back_what_was_broken_off_inside_it() -> None:
+    mark, before = undo.mark(), state()
+    with stack().opened():
+        with stack().opened(), no_gradients():
+            isolated(X).__enter__()
+            dispatch_modes.opened(Below()).__enter__()
+            assert not torch.is_grad_enabled() and undo.mark() > mark + 2
+        assert torch.is_grad_enabled() and undo.mark() == mark + 1
+    assert state() == before and undo.mark() == mark
+
+
 def test_changes_inside_each_other() -> None:
     mark = undo.mark()
     with no_gradients(), isolated(X), no_gradients():
