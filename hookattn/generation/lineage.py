@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention.functional import with_four_axes
 from ..calls.call import Call
 from ..calls.extents import extents_of
 from ..calls.key_history import Continued, Link
@@ -140,7 +141,7 @@ class Lineage:
         if call.has("mask"):
             # A static cache has room for the whole generation; what is not written yet is hidden from every query, and
             # of these the last one sees the most.
-            last = call.mask[:, :, -1].flatten(0, -2).any(0).expand(s).nonzero()
+            last = with_four_axes(call.mask)[:, :, -1].flatten(0, -2).any(0).expand(s).nonzero()
             return int(last[-1]) + 1 if len(last) and int(last[-1]) + 1 >= t else s
         if s > self.length + t:
             raise FieldNotCaptured(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import checks
+from ..attention.functional import with_four_axes
 from ..attention.normalizers import is_softmax
 from ..calls.part import Part
 from ..errors import SelectionError
@@ -173,7 +174,7 @@ def first_key(part: Part) -> int:
     """The first key that any query may attend to: what padding stands before it is no sink."""
     if not part.call.has("mask"):
         return 0
-    return int(part.call.mask[0].flatten(0, 1).any(0).byte().argmax())
+    return int(with_four_axes(part.call.mask)[0].flatten(0, 1).any(0).byte().argmax())
 
 
 def block_maxima(

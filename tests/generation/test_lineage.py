@@ -229,3 +229,17 @@ def test_scales_of_the_steps() -> None:
     assert str(caught.value) == "layers.0: the scale differs between the steps: [0.5, 0.5, 0.25, 1.0]…"
     with pytest.raises(StitchError):
         scale(0.5, one)
+
+
+def test_a_mask_of_fewer_axes_is_the_mask_that_it_stands_for() -> None:
+    """As a file may hold it: one number for each key."""
+    from hookattn import Call, Site
+    from hookattn.generation.lineage import Lineage
+
+    def filled(mask: torch.Tensor) -> int:
+        fields = {"q": torch.zeros(1, 2, 1, 4), "k": torch.zeros(1, 2, 8, 4), "mask": mask}
+        call = Call(Site("a"), 0, 0, "tap", torch.float32, 1.0, fields=fields)
+        return Lineage._filled(object.__new__(Lineage), call, 1, 8)
+
+    seen = torch.arange(8) < 5
+    assert filled(seen) == filled(seen[None]) == filled(seen.expand(1, 1, 1, 8)) == 5
