@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..attention.functional import with_four_axes
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.isolation import isolated, no_gradients
 from ..torch_internals.operators import argument_defaults
@@ -130,7 +131,7 @@ def ask(
     call.causal, call.module, call.dropout = bool(given["is_causal"]), module, float(given["dropout_p"])
     if mask is not None:
         call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else recorder.split(mask)
-        call.bias, call.mask = _with_four_dimensions(call.bias), _with_four_dimensions(call.mask)
+        call.bias, call.mask = with_four_axes(call.bias), with_four_axes(call.mask)
     change = recorder.before(call, CHANGEABLE)
     if change is None:
         return given, k, v
@@ -188,7 +189,7 @@ def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, 
         else:
             call.bias, call.mask = recorder.split(mask)
         if q.dim() == 4:
-            call.bias, call.mask = _with_four_dimensions(call.bias), _with_four_dimensions(call.mask)
+            call.bias, call.mask = with_four_axes(call.bias), with_four_axes(call.mask)
     return call
 
 
@@ -201,10 +202,6 @@ def full(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, 
     groups = max(k.shape[1], v.shape[1])
     k, v = (x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (k, v))
     return q, k, v
-
-
-def _with_four_dimensions(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
 def read(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
