@@ -17,6 +17,8 @@
     │   ├── BrokenAdapterError
     │   ├── AdapterCheckError        what hookattn.testing.check_adapter found (also an AssertionError)
     │   └── UnsupportedConfigError   a config option that changes the math and that the adapter does not know
+    ├── EditError              what attention does cannot be changed so; names the module, and why
+    ├── GradientError          a gradient of a call that there is none of; says why
     ├── StitchError            the steps of a trace do not make one picture
     ├── MeasureError           a measure is not defined for a call, or the labels given to it do not fit
     ├── RenderError            a picture or a page cannot be made of this trace, or not shown
@@ -106,6 +108,14 @@ class AdapterCheckError(AdapterError, AssertionError):
     def __init__(self, message: str, failures: Sequence[object] = ()):
         super().__init__(message)
         self.failures = tuple(failures)
+
+
+class EditError(HookattnError):
+    """What attention does cannot be changed so: the message names the module, what was to be changed, and why not."""
+
+
+class GradientError(HookattnError):
+    """A gradient of a call that there is none of; the message says why, and how to get one."""
 
 
 class StitchError(HookattnError):

@@ -165,6 +165,8 @@ class KernelCall:
         kind: ``self``, ``cross`` or ``joint``, where the axes of q and k tell it; None: they don't.
         piece: which part of one attention it is, where the model cut its queries out of a larger tensor.
         notes: what a reader has to know.
+        edits: what a listener has noted of what it changed here. A tap hands it on, from the call that it asked about
+            to those that it makes of the same attention later, and does nothing else with it.
     """
 
     q: Tensor
@@ -198,6 +200,7 @@ class KernelCall:
     kind: str | None = None
     piece: Piece | None = None
     notes: list[str] = field(default_factory=list)
+    edits: object = None
 
     @property
     def diagonal(self) -> Diagonal:
@@ -266,7 +269,7 @@ def is_plain(call: KernelCall) -> bool:
         and call.undropped is call.outer_error is None
         and call.softcap is None
         and call.softmax_dtype is None
-        and call.piece is None
+        and call.piece is call.edits is None
         and call.basis is KERNEL_BASIS
         and call.output is not None
         and type(call.scale) is float

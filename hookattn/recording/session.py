@@ -117,6 +117,9 @@ class Listener(Protocol):
             changeable: the fields of a :class:`~hookattn.taps.base.Change` that can be handed to this kernel.
         """
 
+    def formed(self, call: KernelCall, site: Site) -> Tensor | None:
+        """What shall take the place of the weights that the model has formed, B H T S; None: nothing."""
+
     def after(self, call: KernelCall, site: Site) -> Tensor | None:
         """What the model shall get in place of the kernel's ``call.output``, B H T E; None: nothing."""
 
@@ -455,6 +458,13 @@ class Session:
                     f"{', '.join(sorted(changeable))}."
                 )
         return change
+
+    def formed(self, call: KernelCall) -> Tensor | None:
+        """Ask the listener about weights."""
+        site = None if self._listener is None else self._site(call)
+        if site is None or self._listener is None:
+            return None
+        return self._listener.formed(call, self._numbering.numbered(site))
 
     def after(self, call: KernelCall) -> Tensor | None:
         """Tell the listener."""

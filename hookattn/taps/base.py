@@ -24,6 +24,10 @@ class Change:
         bias: finite additive terms, broadcastable to B H T S.
         mask: bool, broadcastable to B H T S, True = may attend. What the kernel hides by itself (``causal``, ``offset``
             and ``window`` of the call) stays hidden beside it.
+        heads: the query heads that ``bias`` and ``mask`` are for; None: all. A kernel may be another one with a mask,
+            and round otherwise: so it is run as it was given, and once more for these heads alone, whose rows then take
+            the place of those of the first run. Likewise ``queries``.
+        queries: the query rows of these heads, of which the same holds; None: all.
     """
 
     q: Tensor | None = None
@@ -31,6 +35,8 @@ class Change:
     v: Tensor | None = None
     bias: Tensor | None = None
     mask: Tensor | None = None
+    heads: tuple[int, ...] | None = None
+    queries: tuple[int, ...] | None = None
 
 
 class ActiveTrace(Protocol):
@@ -127,6 +133,17 @@ class ActiveTrace(Protocol):
 
         Raises:
             ModelError: a field was changed that is not among these.
+        """
+
+    def formed(self, call: KernelCall) -> Tensor | None:
+        """Say that a model has formed weights, and done nothing with them yet; the answer is what shall take their
+        place, B H T S, or None.
+
+        For attention that is written out by hand, of whose operations none can be given other queries or masks: all
+        that is changed before the weights is in the answer. The values are asked about :meth:`before` they are met.
+
+        Args:
+            call: has its weights, and its scores, or q, k and what else they are made of; ``v`` and ``output`` are None.
         """
 
     def after(self, call: KernelCall) -> Tensor | None:

@@ -45,6 +45,9 @@ class Editor:
         self.asked.append((site.path, call.tap, changeable))
         return self.change(call) if self.layer in (None, site.layer) else None
 
+    def formed(self, call: KernelCall, site: hookattn.Site) -> Tensor | None:
+        return None
+
     def after(self, call: KernelCall, site: hookattn.Site) -> Tensor | None:
         assert call.output is not None
         self.told.append(site.path)
