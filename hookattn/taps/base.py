@@ -143,7 +143,7 @@ class ActiveTrace(Protocol):
         that is changed before the weights is in the answer. The values are asked about :meth:`before` they are met.
 
         Args:
-            call: has its weights, and its scores, or q, k and what else they are made of; ``v`` and ``output`` are None.
+            call: has its weights, and its scores, or q, k and what else makes them; ``v`` and ``output`` are None.
         """
 
     def after(self, call: KernelCall) -> Tensor | None:
