@@ -382,3 +382,20 @@ def test_what_is_hidden_need_not_be_finite(where: str, spot: float) -> None:
         live = mask.any(-1)[0, 0]
         scores = torch.where(mask, (q.double() @ k.double().mT) * 0.5, -math.inf)
         torch.testing.assert_close(weights[:, :, live].double(), scores.softmax(-1)[:, :, live], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_the_math_has_gradients(softcap: float | None, sunk: bool) -> None:
+    """Against finite differences; a query with nothing to attend to has none, and spoils nobody else's."""
+    q, k = draw(1, 4, 5, 3, seed=1, dtype=torch.float64), draw(1, 2, 6, 3, seed=2, dtype=torch.float64)
+    bias, scale = draw(1, 4, 5, 6, seed=3, dtype=torch.float64), draw(1, 4, 1, 1, seed=4, dtype=torch.float64)
+    mask = torch.ones(5, 6, dtype=torch.bool).tril()[None, None]
+    mask[..., 0, :] = False
+
+    def weights(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, *sinks: Tensor) -> Tensor:
+        scores = attention.finish_scores(attention.dot_scores(q, k, scale), softcap, bias)
+        return attention.softmax_weights(scores, mask, sinks[0] if sinks else None)
+
+    given = [q, k, scale, bias] + ([draw(4, seed=5, dtype=torch.float64)] if sunk else [])
+    assert torch.autograd.gradcheck(weights, [x.requires_grad_() for x in given])
