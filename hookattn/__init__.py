@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from .api import trace, tracing
+from . import edit
+from .api import edited, editing, trace, tracing
 from .attention.kernel_call import FIELDS, KernelCall
 from .calls.call import Call, Skipped
 from .calls.certificate import Certificate
@@ -87,6 +88,9 @@ __all__ = [
     "UnfitTokensWarning",
     "UnsupportedConfigError",
     "adapters",
+    "edit",
+    "edited",
+    "editing",
     "load",
     "plan",
     "register",

@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import nn
 
 from . import checks
+from .edit.base import Edit
+from .edit.editor import Editor
 from .errors import GuessedAxesWarning, HookattnError, SkippedWarning, TraceWriteError, UnfitTokensWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
@@ -38,6 +40,12 @@ from .traces import Trace
 if TYPE_CHECKING:
     from .store.stream import Stream
 
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("capture", "layers", "heads", "queries", "dtype", "device", "to", "tokens", "layout")),
+    "verify": "sample",
+    "strict": False,
+    "copy": False,
+}
 _VERIFY = ("sample", "full", "off")
 # So many paths are named in a warning.
 _NAMED = 3
@@ -101,11 +109,10 @@ def trace(
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
         TraceWriteError: the file of ``to`` could not be written.
     """
-    args, kwargs = arguments(inputs)
-    if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
-        check_text(model, args, kwargs)  # before the run: a forward may choke on text deep inside
-    block = tracing(
+    return _forward(
         model,
+        inputs,
+        None,
         capture=capture,
         layers=layers,
         heads=heads,
@@ -119,6 +126,14 @@ def trace(
         copy=copy,
         layout=layout,
     )
+
+
+def _forward(model: nn.Module, inputs: Any, listener: Editor | None, **options: Any) -> Trace:
+    """One forward, in a block with all options."""
+    args, kwargs = arguments(inputs)
+    if any(isinstance(a, (str, list)) for a in (*args, *kwargs.values())) and isinstance(model, nn.Module):
+        check_text(model, args, kwargs)  # before the run: a forward may choke on text deep inside
+    block = _traced(model, listener, **options)
     try:
         with block as running:
             if running.tokens is None:  # none were given, or for other stacks alone
@@ -133,7 +148,6 @@ def trace(
     return running
 
 
-@contextmanager
 def tracing(
     model: nn.Module,
     *,
@@ -149,7 +163,7 @@ def tracing(
     strict: bool = False,
     copy: bool = False,
     layout: Mapping[str, str] | None = None,
-) -> Iterator[Trace]:
+) -> AbstractContextManager[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
     A part of the model that is called alone is a step, too; ``call.entry`` is its path. ``with trace.step():`` makes
@@ -159,6 +173,113 @@ def tracing(
     the model's own forward runs, calls that it has made may be missing still.
     Arguments and errors are those of :func:`trace`. If the block raises, the model is left clean and no file is left.
     """
+    return _traced(
+        model,
+        None,
+        capture=capture,
+        layers=layers,
+        heads=heads,
+        queries=queries,
+        dtype=dtype,
+        device=device,
+        to=to,
+        tokens=tokens,
+        verify=verify,
+        strict=strict,
+        copy=copy,
+        layout=layout,
+    )
+
+
+class TracingOptions(TypedDict, total=False):
+    """The options of :func:`tracing`, for what takes them all."""
+
+    capture: Iterable[str | Statistic] | str | Statistic | None
+    layers: Any
+    heads: Any
+    queries: Any
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    to: str | PathLike[str] | None
+    tokens: Sequence[Any] | Mapping[str, Sequence[Any]] | None
+    verify: str
+    strict: bool
+    copy: bool
+    layout: Mapping[str, str] | None
+
+
+def editing(
+    model: nn.Module, *edits: Edit | Iterable[Edit], **options: Unpack[TracingOptions]
+) -> AbstractContextManager[Trace]:
+    """Trace every forward of ``model`` in the block, with what its attention does changed.
+
+    ::
+
+        with hookattn.editing(model, edit.zero("weights", layer=3, heads=[1])) as trace:
+            logits = model(**inputs).logits
+
+    The model's own kernels run, with other arguments where an edit is one of queries, keys, values, masks or biases; of
+    the heads and rows whose scores, weights or output are edited, what the kernel returned is replaced. All else keeps
+    its bits, and gradients go through. The trace is of the edited run: ``call.edits`` says what was done.
+
+    Args:
+        model: any ``nn.Module``.
+        edits: of :mod:`hookattn.edit`. They are done where the field that they change is made: queries, keys and values
+            first, then scores, weights and the output; of one field in the order in which they are given.
+        options: those of :func:`tracing`.
+
+    Raises:
+        EditError: an edit cannot be done where it is meant to be, or its values do not fit, which is raised before the
+            model goes on; or, at the end of the block, an edit met nothing.
+        InputError: ``edits`` are none; and the errors of :func:`trace`.
+    """
+    return _traced(model, Editor(_edits(edits)), **{**_DEFAULTS, **options})
+
+
+def edited(model: nn.Module, inputs: Any, *edits: Edit | Iterable[Edit], **options: Unpack[TracingOptions]) -> Trace:
+    """Run one forward of ``model`` with what its attention does changed, and return the trace of it, as :func:`trace`
+    does; ``trace.output`` is what the edited model returned.
+
+    Args:
+        model, inputs: as :func:`trace` takes them.
+        edits, options: as :func:`editing` takes them.
+
+    Raises:
+        EditError, InputError: as in :func:`editing`; and the errors of :func:`trace`.
+    """
+    return _forward(model, inputs, Editor(_edits(edits)), **{**_DEFAULTS, **options})
+
+
+def _edits(edits: Iterable[Any]) -> list[Edit]:
+    """Edits, and those in lists, in one list."""
+    found: list[Edit] = []
+    for one in edits:
+        if isinstance(one, Edit):
+            found.append(one)
+        else:
+            found += checks.several("edits", one, Edit, "edits of hookattn.edit, or lists of them")  # type: ignore[type-abstract]
+    return found
+
+
+@contextmanager
+def _traced(
+    model: nn.Module,
+    listener: Editor | None,
+    *,
+    capture: Iterable[str | Statistic] | str | Statistic | None,
+    layers: Any,
+    heads: Any,
+    queries: Any,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    to: str | PathLike[str] | None,
+    tokens: Sequence[Any] | Mapping[str, Sequence[Any]] | None,
+    verify: str,
+    strict: bool,
+    copy: bool,
+    layout: Mapping[str, str] | None,
+) -> Iterator[Trace]:
+    """:func:`tracing`; ``listener``: changes what attention does."""
     checks.word("verify", verify, _VERIFY)
     checks.flag("strict", strict)
     checks.flag("copy", copy)
@@ -189,7 +310,16 @@ def tracing(
                 recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
                 room = RoomGuard(selection, to)
                 session = Session(
-                    plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=recorder
+                    plan,
+                    trace,
+                    selection,
+                    recorder,
+                    strict,
+                    sink,
+                    room,
+                    listener=listener,
+                    layouts=layouts,
+                    holder=recorder,
                 )
                 session.start()
                 yield trace
@@ -206,6 +336,8 @@ def tracing(
             unfit = [] if tokens is None else unfit_tokens(trace, named)
             trace.notes += unfit
             session.check_found()
+            if listener is not None:
+                listener.check_met()
             unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
             trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
             if stream is not None:

@@ -17,6 +17,7 @@ from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
 from .derived_cache import DERIVED_CACHE
 from .deriving import derive_field
+from .edits import AppliedEdit, edits_of_batch
 from .extents import extents_of
 from .fields import Derived, Field, tensor_of
 from .parts import CallPart, part_of_scale
@@ -96,6 +97,7 @@ class Call:
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
             file that does not say it.
         entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
+        edits: what was changed in it, in the order in which it was done (see :func:`hookattn.editing`); empty: nothing.
         notes: what a reader has to know.
         certificate: how faithful it is. Measured when it is first asked for, and before any field of the call is read.
         fields: the captured fields by name, each as where it is: see :mod:`hookattn.calls.fields`.
@@ -129,6 +131,7 @@ class Call:
     normalizer: str = "softmax"
     basis: Mapping[str, str] = field(default_factory=dict)
     entry: str = ""
+    edits: tuple[AppliedEdit, ...] = ()
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -257,6 +260,7 @@ class Call:
         return replace(
             self,
             scale=part_of_scale(self.scale, part),
+            edits=self._edits_of(part),
             fields={name: part.field(name, place) for name, place in self.fields.items()},
             beside={name: part.field(name, place) for name, place in self.beside.items()},
             heads=part.heads,
@@ -264,6 +268,11 @@ class Call:
             queries=part.queries,
             of_queries=part.of_queries,
         )
+
+    def _edits_of(self, part: CallPart) -> tuple[AppliedEdit, ...]:
+        if not self.edits or part.batch == slice(None):
+            return self.edits
+        return edits_of_batch(self.edits, part.batch, extents_of(self, "B").b or 1)
 
     def __getstate__(self) -> dict[str, Any]:
         _ = self.certificate  # what it would be measured by is of this process

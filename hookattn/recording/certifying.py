@@ -122,8 +122,12 @@ class Certifier:
             call: gets the certificate.
             kernel, mask: as :func:`~hookattn.recording.verification.measure` takes them.
         """
+        self.tell(call, measure(kernel, mask, self.full))
+
+    def tell(self, call: Call, measurement: Measurement) -> None:
+        """A call that was measured."""
         self._taken = True
-        call.certificate = Measured(self, measure(kernel, mask, self.full))
+        call.certificate = Measured(self, measurement)
 
     def read(self, calls: Sequence[Call]) -> None:
         """Read what was measured of some calls, from each device at once."""

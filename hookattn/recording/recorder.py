@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..attention.masks import split_additive
 from ..attention.normalizers import OF_ONE
 from ..calls.call import Call, call_like
 from ..calls.deriving import derive_field
+from ..calls.edits import AppliedEdit
 from ..calls.fields import DERIVED, Derived, Field, Later
 from ..calls.key_history import KeyHistories
 from ..calls.mask_rule import MaskRule
@@ -33,7 +34,29 @@ from .call_statistics import captured_statistics
 from .certifying import Certifier, Extras, is_small
 from .host_transfer import Transfer
 from .selection import Selection, grouped, restrict
-from .verification import kept_row_indices
+from .verification import Edited, Measurement, kept_row_indices, measure
+
+
+@runtime_checkable
+class EditsOfCall(Protocol):
+    """What a listener has noted of a call (``KernelCall.edits``), as far as it is recorded.
+
+    Attributes:
+        applied: what was done.
+        kept: the numbers of the heads and queries that the call has, where it is a piece of an attention; None: all.
+    """
+
+    applied: list[AppliedEdit]
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]: ...
+
+    def as_it_ran(self, call: KernelCall) -> KernelCall:
+        """The call as its weights were made: with the queries, keys and masks that the model's own were replaced by."""
+
+    def finish(self, call: KernelCall, wants: Callable[[str], bool]) -> None:
+        """Put into a call what edits have made of its fields; ``wants``: whether a field will be kept."""
+
 
 _RARE = ("sinks", "scores", "weights", "applied", "undropped", "outer_error")
 _ANY = torch.empty(0)
@@ -121,6 +144,7 @@ class CallRecorder:
                 return self.keep_held(call, site, step, index)
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
+            edits, measured = self._edited(call)
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
             _, h, t, s = call.shape
@@ -144,6 +168,9 @@ class CallRecorder:
                     rows = range(t)[queries] if isinstance(queries, slice) else queries
                     made.queries, made.of_queries = tuple(first_row + i for i in rows), of_rows
             made.derivable = self.selection.derivable_of(call)
+            made.edits = edits
+            if any(edit.field == "weights" for edit in edits):  # they follow from nothing any more
+                made.derivable = tuple(name for name in made.derivable if name != "weights")
             stays = self._stays(call)
             waits = not stays and self._waits(call)
             if stays or waits:
@@ -151,7 +178,9 @@ class CallRecorder:
             if made.scale is not None:
                 made.scale = call.scale  # of the heads and queries that are kept, and held
             self._place_fields(made, call, mask)
-            if self.verify != "off":
+            if measured is not None:
+                self._certifier.tell(made, measured)
+            elif self.verify != "off":
                 self._certify(made, call, mask, groups, stays or waits)
             if waits:
                 self._waiting.append(made)
@@ -163,6 +192,27 @@ class CallRecorder:
             if self._histories is not None:
                 self._histories.note(made, site.crosses or t < s)
             return made
+
+    def _edited(self, call: KernelCall) -> tuple[tuple[AppliedEdit, ...], Measurement | None]:
+        """What was edited in a call, which gets the fields that edits have made.
+
+        It is measured before it gets them: as its kernel was run and what it returned, which covers all heads. Where
+        the model formed weights that were exchanged, these and what the model made of them.
+        """
+        edits = call.edits
+        if not isinstance(edits, EditsOfCall) or not edits.applied:
+            call.edits = None
+            return (), None
+        measured = None
+        applied = tuple(edits.applied)
+        own = edits.as_it_ran(call)
+        if self.verify != "off":
+            _, _, t, s = own.shape
+            rule = MaskRule(own.mask, t, s, own.diagonal, own.device)
+            formed = () if own.weights is None else tuple(e for e in applied if e.field != "output")
+            measured = measure(own, rule, self._certifier.full, Edited.of(formed, own, *edits.kept))
+        edits.finish(call, self.wants)
+        return applied, measured
 
     def _hold_plain(self, call: KernelCall) -> None:
         several = call.q, call.k, call.v, call.output

@@ -49,6 +49,7 @@ from .steps import Steps
 
 Sink = Callable[[Call], None]
 
+_CHANGED = ("q", "k", "v", "bias", "mask")  # what a Change has of a kernel's arguments
 # How often what was hit by an exception as it detached is begun again.
 _TRIES = 3
 _HEALED = (
@@ -108,22 +109,23 @@ class Holder(Protocol):
 class Listener(Protocol):
     """Is asked before a kernel runs and told after it, and may change what it is given and what the model gets."""
 
-    def before(self, call: KernelCall, site: Site, changeable: frozenset[str]) -> Change | None:
+    def before(self, call: KernelCall, site: Site, step: int, changeable: frozenset[str]) -> Change | None:
         """What the kernel shall get in place of its own arguments; None: nothing.
 
         Args:
             call: its arguments as they will be recorded; ``output`` is None.
             site: where it runs.
+            step: in which forward of the trace.
             changeable: the fields of a :class:`~hookattn.taps.base.Change` that can be handed to this kernel.
         """
 
-    def formed(self, call: KernelCall, site: Site) -> Tensor | None:
+    def formed(self, call: KernelCall, site: Site, step: int) -> Tensor | None:
         """What shall take the place of the weights that the model has formed, B H T S; None: nothing."""
 
-    def after(self, call: KernelCall, site: Site) -> Tensor | None:
+    def after(self, call: KernelCall, site: Site, step: int) -> Tensor | None:
         """What the model shall get in place of the kernel's ``call.output``, B H T E; None: nothing."""
 
-    def missed(self, path: str | None, reason: str) -> None:
+    def missed(self, site: Site, step: int, reason: str) -> None:
         """A kernel ran without :meth:`before`; whoever wanted to change it raises here, before the model goes on."""
 
 
@@ -447,11 +449,12 @@ class Session:
     def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
         """Ask the listener; a kernel of another model in the same thread is none of its business."""
         self._asked = True
-        site = None if self._listener is None else self._site(call)
-        if site is None or self._listener is None:
+        place = self._place(call)
+        if place is None or self._listener is None:
             return None
-        change = self._listener.before(call, self._numbering.numbered(site), changeable)
-        for name in Change.__slots__ if change is not None else ():
+        site = place[0]
+        change = self._listener.before(call, *place, changeable)
+        for name in _CHANGED if change is not None else ():
             if getattr(change, name) is not None and name not in changeable:
                 raise ModelError(
                     f"{site.label}: a changed {name} cannot be handed to its kernel (tap {call.tap}); what can be is "
@@ -461,17 +464,24 @@ class Session:
 
     def formed(self, call: KernelCall) -> Tensor | None:
         """Ask the listener about weights."""
-        site = None if self._listener is None else self._site(call)
-        if site is None or self._listener is None:
-            return None
-        return self._listener.formed(call, self._numbering.numbered(site))
+        place = self._place(call)
+        return None if place is None or self._listener is None else self._listener.formed(call, *place)
 
     def after(self, call: KernelCall) -> Tensor | None:
         """Tell the listener."""
-        site = None if self._listener is None else self._site(call)
-        if site is None or self._listener is None:
+        self._asked = True
+        place = self._place(call)
+        return None if place is None or self._listener is None else self._listener.after(call, *place)
+
+    def _place(self, call: KernelCall) -> tuple[Site, int] | None:
+        """Where a kernel runs, as it will be recorded, and in which step; None: in another model."""
+        site = self._site(call)
+        if site is None:
             return None
-        return self._listener.after(call, self._numbering.numbered(site))
+        step, _ = self._steps.of(site.path)
+        if self.plan.watch_all and site.path not in self.plan.site_paths:
+            site = self._kinds.of(site, call.kind, step)
+        return self._numbering.numbered(site), step
 
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read."""
@@ -485,7 +495,8 @@ class Session:
         self._seen_paths.add(path)
         self._skipped.setdefault((path, reason), set()).add(self._steps.of(path)[0])
         if self._listener is not None and not asked:
-            self._listener.missed(path, reason)
+            site = self._numbering.numbered(self._hooks.site(path))
+            self._listener.missed(site, self._steps.of(path)[0], reason)
 
     def note(self, text: str) -> None:
         """What holds for the whole trace; said once."""
@@ -563,7 +574,7 @@ class Session:
             self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(step)
             return
         if self._listener is not None and not asked:
-            self._listener.missed(site.path, f"what its kernel gets cannot be changed (tap {call.tap})")
+            self._listener.missed(site, step, f"what its kernel gets cannot be changed (tap {call.tap}).")
         takes: bool | None = True
         if self.selection.layers is not None:
             self._layer_counts.note(site)

@@ -19,6 +19,7 @@ from ..attention.kernel_call import KernelCall
 from ..attention.masks import CompleteMask
 from ..attention.normalizers import is_softmax, normalized, normalizer_of
 from ..calls.certificate import Certificate, tolerance
+from ..calls.edits import AppliedEdit, Chosen, edited_entries
 from ..calls.mask_rule import MaskRule
 from ..torch_internals import devices
 from .selection import restrict
@@ -34,6 +35,43 @@ ALL = 1 << 14
 _LEAST = 1e-3
 
 X = TypeVar("X")
+
+
+class Edited(NamedTuple):
+    """What of a call was set by edits: each bool, broadcastable to B H T 1, True = set; None: nothing was.
+
+    Attributes:
+        weights: the rows whose weights are not what the scores make.
+        output: the rows whose output is not what the weights make of the values.
+    """
+
+    weights: Tensor | None = None
+    output: Tensor | None = None
+
+    @classmethod
+    def of(cls, edits: Sequence[AppliedEdit], call: KernelCall, heads: Chosen = None, queries: Chosen = None) -> Edited:
+        """What edits have set in a call; ``heads`` and ``queries``: which of the model's it has, None: all."""
+        if not edits:
+            return UNEDITED
+        (b, h, t, s), device = call.shape, call.device
+        found = {}
+        for field, axes in (("weights", ("scores", "weights")), ("output", ("output",))):
+            several = [edited_entries(edits, x, (b, h, t, s), device, heads, queries) for x in axes]
+            rows = [x.any(-1, keepdim=True) for x in several if x is not None]
+            found[field] = None if not rows else rows[0] if len(rows) == 1 else rows[0] | rows[1]
+        return cls(**found)
+
+    def of_rows(self, rows: slice) -> Edited:
+        """Of some query rows."""
+        return Edited(*(x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in self))
+
+    def but(self, live: Tensor | None, name: str) -> Tensor | None:
+        """The rows that count: those that attend to something, without those that were set."""
+        x: Tensor | None = getattr(self, name)
+        return live if x is None else ~x if live is None else live & ~x
+
+
+UNEDITED = Edited()
 
 
 class Maxima(NamedTuple, Generic[X]):
@@ -151,13 +189,14 @@ def rows_to_check(t: int, full: bool, scores: int | None = None) -> slice:
     return slice((t - 1) % step, t, step)
 
 
-def measure(call: KernelCall, mask: MaskRule, full: bool) -> Measurement:
+def measure(call: KernelCall, mask: MaskRule, full: bool, edited: Edited = UNEDITED) -> Measurement:
     """Rebuild some rows of a call, and hold them against what the model's kernel returned.
 
     Args:
         call: the call, restricted to what is captured; heads are grouped evenly. Its own ``mask`` is not looked at.
         mask: its complete mask.
         full: whether all rows are checked.
+        edited: what of it was set by edits, and follows from nothing.
     """
     b, h, t, s = call.shape
     rows = rows_to_check(t, full, b * h * t * s)
@@ -169,19 +208,20 @@ def measure(call: KernelCall, mask: MaskRule, full: bool) -> Measurement:
         if (found := check(call, rows, real, mask.diagonal if ruled else None, mask.rows)) is not None:
             return measurement_of_maxima(call, rows, found)
     if rows == slice(0, t, 1):
-        return _measurement(call, mask.complete(), t)
+        return _measurement(call, mask.complete(), t, edited)
     every, part = slice(None), replace(call, mask=None)
     restrict(part, None, rows)
-    return _measurement(part, mask.of(every, every, rows).complete(), t)
+    return _measurement(part, mask.of(every, every, rows).complete(), t, edited.of_rows(rows))
 
 
-def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurement:
+def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int, edited: Edited) -> Measurement:
     """The same of the rows that a call has, all of which are checked.
 
     Args:
         call: the rows of a call that are checked.
         mask: their complete mask.
         of_rows: how many rows the whole call has.
+        edited: of these rows.
     """
     own, wide, (b, _, t, s) = call.weights, compute_dtype(call.dtype), call.shape
     scores = _scores(call)
@@ -190,7 +230,8 @@ def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurem
     weights = derived if own is None else own.to(wide)
     assert weights is not None, "weights that nobody can derive are the model's own"
     used = weights if call.applied is None else call.applied.to(wide)
-    outputs, basis = _output_errors(call, used, live)
+    ours = edited.but(live, "weights")  # the rows whose weights follow from their scores
+    outputs, basis = _output_errors(call, used, edited.but(live, "output"))
     if derived is None:
         basis = f"{basis} of the model's own weights"
     v = call.v if call.v.shape[0] == b else call.v.expand(b, -1, -1, -1)
@@ -207,8 +248,8 @@ def _measurement(call: KernelCall, mask: CompleteMask, of_rows: int) -> Measurem
     if scores is not None:
         largest = max_abs(scores if mask.real is None else torch.where(mask.real, scores, 0.0), None).to(wide)
     maxima = Maxima(
-        row_sums=max_abs(total if call.sinks is None else total.clamp_min(0), live),
-        weights=None if own is None or derived is None else max_abs(derived - own, live).to(wide),
+        row_sums=max_abs(total if call.sinks is None else total.clamp_min(0), ours),
+        weights=None if own is None or derived is None else max_abs(derived - own, ours).to(wide),
         scores=largest,
         outputs=outputs.to(wide),
         values=values,

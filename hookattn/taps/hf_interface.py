@@ -160,10 +160,10 @@ def _changeable(
     if given["key"].shape[1] != key.shape[1]:
         keys = given["key"].shape[2]
         grouped = key[:, :, :keys], value[:, :, :keys]
-    changed, key, value = sdpa.ask(tracing, given, module, grouped)
-    out = original(**changed)
-    call = _glanced(tracing, original, changed, out, module, key, value)
-    result = sdpa.answer(tracing, call, out)
+    asked = sdpa.ask(tracing, given, module=module, grouped=grouped)
+    out = asked.run(original)
+    call = _glanced(tracing, original, asked.given, out, module, asked.k, asked.v)
+    result = sdpa.answer(tracing, asked, call, out)
     tracing.record(call)
     return result
 

@@ -6,9 +6,11 @@ do: each returns its output and more beside it, and has its arguments in an orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,19 +42,42 @@ def bind(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
 def handle(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run the kernel as the model asked for, and report it."""
     given = bind(args, kwargs)
-    asks = watch.recorder.listened and _named(watch, given)
-    if asks and (changed := ask(watch.recorder, given)[0]) is not given:
-        # A changed tensor has no history, so it is B H T D by the kernel's word. It must not get the old one's: heads
-        # that were copies of one another need not be so any more.
-        args, kwargs, given = (), changed, changed
+    if watch.recorder.listened and _named(watch, given):
+        return _handle_asked(watch, func, given)
     out = func(*args, **kwargs)
     if _nested(given):
         watch.recorder.skip("scaled_dot_product_attention on nested tensors")
         return out
-    call = plain(watch.recorder, func, given, out)
-    result = answer(watch.recorder, call, out) if asks else out
-    _report(watch, "scaled_dot_product_attention", given, call)
+    _report(watch, "scaled_dot_product_attention", given, plain(watch.recorder, func, given, out))
+    return out
+
+
+def _handle_asked(watch: Follower, func: Any, given: dict[str, Any]) -> Any:
+    """The same where somebody listens: run with what the kernel shall be given."""
+    asked = ask(watch.recorder, given, _repeats(watch, given), partial(_describe, watch, given))
+    out = asked.run(func)
+    call = plain(watch.recorder, func, asked.given, out)
+    result = answer(watch.recorder, asked, call, out, partial(_describe, watch, given))
+    _report(watch, "scaled_dot_product_attention", asked.given, call)
     return result
+
+
+def _describe(watch: Follower, given: dict[str, Any], call: KernelCall) -> None:
+    """Say of a call what the history of its operands tells."""
+    query, key = given["query"], given["key"]
+    if watch.origins.knows(query) or watch.origins.knows(key):
+        describe_plain(call, watch.origin(query), watch.origin(key))
+
+
+def _repeats(watch: Follower, given: dict[str, Any]) -> int:
+    """How many copies of each key head the model has made before the kernel, one beside the other; 1: none."""
+    found = []
+    for name in ("key", "value"):
+        heads = watch.origin(given[name]).layout()[1] if watch.origins.knows(given[name]) else ()
+        copies = math.prod(a.size for a in heads if a.repeated)
+        first = [a for a in heads if not a.repeated]
+        found.append(copies if list(heads[: len(first)]) == first else 1)
+    return found[0] if found[0] == found[1] else 1
 
 
 def handle_chosen(name: str, watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -113,36 +138,113 @@ def _named(watch: Follower, given: dict[str, Any]) -> bool:
     return not (known(q) or known(k) or known(v)) or _rows_are_queries(watch, q)
 
 
+class Asked(NamedTuple):
+    """What a kernel shall be run with.
+
+    Attributes:
+        given: its arguments by name, as they are recorded.
+        k, v: B G S D and B G S E, as the listener was told them or has changed them.
+        edits: what the listener has noted.
+        first: the arguments of the run; ``given``, where there is but one.
+        again: those of a second run, for some heads and rows; None: there is none.
+        heads, rows: these; None: all.
+    """
+
+    given: dict[str, Any]
+    k: Tensor
+    v: Tensor
+    edits: object
+    first: dict[str, Any]
+    again: dict[str, Any] | None = None
+    heads: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+
+    def run(self, func: Callable[..., Any]) -> Tensor:
+        """What the kernel returns."""
+        out: Tensor = func(**self.first)
+        if self.again is None:
+            return out
+        part = func(**self.again)
+        _, h, t, _ = out.shape
+        heads = torch.tensor(self.heads or range(h), device=out.device)
+        rows = torch.tensor(self.rows or range(t), device=out.device)
+        made = out.clone()
+        made[:, heads[:, None], rows] = part
+        return made
+
+
 def ask(
-    recorder: ActiveTrace, given: dict[str, Any], module: Any = None, grouped: tuple[Tensor, Tensor] | None = None
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """The arguments that the kernel shall be run with, ``given`` itself where nobody changes any; and its k and v.
+    recorder: ActiveTrace,
+    given: dict[str, Any],
+    repeats: int = 1,
+    describe: Callable[[KernelCall], None] | None = None,
+    module: Any = None,
+    grouped: tuple[Tensor, Tensor] | None = None,
+) -> Asked:
+    """What the kernel shall be run with.
 
     Args:
         recorder: the running trace.
         given: B H T D operands, by the kernel's names.
+        repeats: how many copies of each key head it is given, one beside the other.
+        describe: says of a call what else is known.
         module: the one that the kernel runs in.
-        grouped: k and v of B G S D, where the kernel is given them repeated for every query head; those that are
-            returned are not repeated either, unless somebody exchanged them for one of each query head.
+        grouped: k and v of B G S D, where the kernel is given them repeated for every query head and somebody has those
+            that were repeated.
     """
     q, mask, scale = given["query"], given["attn_mask"], given["scale"]
-    k, v = (given["key"], given["value"]) if grouped is None else grouped
+    if grouped is None:
+        grouped = given["key"][:, ::repeats], given["value"][:, ::repeats]
+    k, v = grouped if repeats > 1 or grouped[0].shape[1] != given["key"].shape[1] else (given["key"], given["value"])
     call = KernelCall(q, k, v, None, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
     call.causal, call.module, call.dropout = bool(given["is_causal"]), module, float(given["dropout_p"])
     if mask is not None:
-        call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else recorder.split(mask)
+        call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else _split(recorder, mask)
         call.bias, call.mask = with_four_axes(call.bias), with_four_axes(call.mask)
+    if describe is not None:
+        describe(call)
     change = recorder.before(call, CHANGEABLE)
     if change is None:
-        return given, k, v
+        return Asked(given, k, v, call.edits, given)
     changed = dict(given)
     for name, x in (("query", change.q), ("key", change.k), ("value", change.v)):
         if x is not None:
             groups = given[name].shape[1] // x.shape[1]
             changed[name] = x.repeat_interleave(groups, 1) if groups > 1 else x
-    if change.bias is not None or change.mask is not None:
-        changed["attn_mask"], changed["is_causal"] = _additive(call, change, given), False
-    return changed, k if change.k is None else change.k, v if change.v is None else change.v
+    k, v = k if change.k is None else change.k, v if change.v is None else change.v
+    if change.bias is None and change.mask is None:
+        return Asked(changed, k, v, call.edits, changed)
+    first = dict(changed)
+    changed["attn_mask"], changed["is_causal"] = _additive(call, change, given), False
+    heads, rows = change.heads, change.queries
+    if heads is None and rows is None:
+        return Asked(changed, k, v, call.edits, changed)
+    return Asked(changed, k, v, call.edits, first, _of_some(changed, heads, rows), heads, rows)
+
+
+def _split(recorder: ActiveTrace, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Bias and mask of an additive mask; a learned one stays in the model's graph."""
+    bias, hidden = recorder.split(mask)
+    if bias is not None and mask.requires_grad and torch.is_grad_enabled():
+        bias = mask if hidden is None else torch.where(hidden, mask, 0.0)
+    return bias, hidden
+
+
+def _of_some(given: dict[str, Any], heads: tuple[int, ...] | None, rows: tuple[int, ...] | None) -> dict[str, Any]:
+    """The kernel's arguments for some query heads and rows."""
+    q, k, v = given["query"], given["key"], given["value"]
+    mask = with_four_axes(given["attn_mask"])
+    if heads is not None:
+        of = torch.tensor(heads, device=q.device)
+        h = q.shape[1]
+        k, v = (x if x.shape[1] == 1 else x.index_select(1, of // (h // x.shape[1])) for x in (k, v))
+        q, mask = q.index_select(1, of), mask if mask.shape[1] == 1 else mask.index_select(1, of)
+    if rows is not None:
+        at = torch.tensor(rows, device=q.device)
+        q, mask = q.index_select(2, at), mask if mask.shape[2] == 1 else mask.index_select(2, at)
+    # The heads are told one by one, so that nothing is left to group.
+    grouped = given["enable_gqa"] and heads is None
+    return {**given, "query": q, "key": k, "value": v, "attn_mask": mask, "enable_gqa": grouped}
 
 
 def _additive(call: KernelCall, change: Change, given: dict[str, Any]) -> Tensor:
@@ -162,9 +264,31 @@ def _additive(call: KernelCall, change: Change, given: dict[str, Any]) -> Tensor
     return bias if mask is None else torch.where(mask, bias, float("-inf"))
 
 
-def answer(recorder: ActiveTrace, call: KernelCall, out: Tensor) -> Tensor:
-    """What the model gets: the kernel's output, or what is to take its place."""
-    instead = recorder.after(call)
+def answer(
+    recorder: ActiveTrace,
+    asked: Asked,
+    call: KernelCall,
+    out: Tensor,
+    describe: Callable[[KernelCall], None] | None = None,
+) -> Tensor:
+    """What the model gets: the kernel's output, or what is to take its place.
+
+    Args:
+        recorder: the running trace.
+        asked: what the kernel was run with.
+        call: as it will be recorded, which gets what the listener has noted.
+        out: what the kernel returned.
+        describe: says of a call what else is known.
+    """
+    told = replace(call, edits=asked.edits)
+    if asked.k.shape[1] != call.k.shape[1] and call.k.shape[1] % asked.k.shape[1] == 0:  # the model's copies left out
+        told.k, told.v = asked.k, asked.v
+    if call.bias is not None and asked.given["attn_mask"].requires_grad:
+        told.bias = with_four_axes(_split(recorder, asked.given["attn_mask"])[0])
+    if describe is not None:
+        describe(told)
+    instead = recorder.after(told)
+    call.edits = told.edits
     return out if instead is None else instead.to(out.dtype)
 
 

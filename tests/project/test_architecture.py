@@ -41,6 +41,7 @@ ORDER = (
     "recording",
     "planning",
     "traces",
+    "edit",
     "api",
     "__init__",
     "analyze",

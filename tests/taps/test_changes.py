@@ -40,21 +40,21 @@ class Editor:
     told: list[str] = field(default_factory=list)
     unasked: list[tuple[str | None, str]] = field(default_factory=list)
 
-    def before(self, call: KernelCall, site: hookattn.Site, changeable: frozenset[str]) -> Change | None:
+    def before(self, call: KernelCall, site: hookattn.Site, step: int, changeable: frozenset[str]) -> Change | None:
         assert call.output is None
         self.asked.append((site.path, call.tap, changeable))
         return self.change(call) if self.layer in (None, site.layer) else None
 
-    def formed(self, call: KernelCall, site: hookattn.Site) -> Tensor | None:
+    def formed(self, call: KernelCall, site: hookattn.Site, step: int) -> Tensor | None:
         return None
 
-    def after(self, call: KernelCall, site: hookattn.Site) -> Tensor | None:
+    def after(self, call: KernelCall, site: hookattn.Site, step: int) -> Tensor | None:
         assert call.output is not None
         self.told.append(site.path)
         return self.answer(call) if self.layer in (None, site.layer) else None
 
-    def missed(self, path: str | None, reason: str) -> None:
-        self.unasked.append((path, reason))
+    def missed(self, site: hookattn.Site, step: int, reason: str) -> None:
+        self.unasked.append((site.path, reason))
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def test_the_kernel_gets_what_it_is_to_get(name: str, edit: Edit) -> None:
 
 @pytest.mark.parametrize("of", ["q", "k", "v"])
 def test_heads_that_the_model_repeats(of: str) -> None:
-    """The kernel has every query head's own keys, so that one of them may be changed; the others stay grouped."""
+    """The kernel has copies of each key head, and is told of the one that they are copies of."""
     torch.manual_seed(1)
     model = Repeated(2).double()
     x = draw(2, T, 16, seed=4, dtype=torch.float64)
@@ -235,7 +235,6 @@ def test_heads_that_the_model_repeats(of: str) -> None:
         got = model(x)
     with torch.no_grad():
         q, k, v = model.operands(x)
-        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         given = {"q": q, "k": k, "v": v}
         given[of] = louder(given[of])
         expected = model.finish(attend(**given))
@@ -507,8 +506,8 @@ def test_what_cannot_be_changed_is_said_before_the_model_goes_on(name: str) -> N
         assert path == trace.calls[0].site.path and reason in said
 
         class Strict(Editor):
-            def missed(self, path: str | None, reason: str) -> None:
-                raise ModelError(f"{path}: {reason}")
+            def missed(self, site: hookattn.Site, step: int, reason: str) -> None:
+                raise ModelError(f"{site.path}: {reason}")
 
         with pytest.raises(ModelError, match=reason), listening(model, Strict()):
             model(x)

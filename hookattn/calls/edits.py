@@ -1,0 +1,112 @@
+"""What was edited in a call: the record of it that a call and its file carry, and which numbers it makes untrue.
+
+An edit of q, k, v, bias, mask or scores is in the fields themselves: what follows from them follows still. Weights that
+were edited are no softmax of the scores any more, and an output that was edited is not what the weights make of the
+values; there the record alone says which entries are whose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .fields import Index, taken
+
+Chosen = tuple[int, ...] | None
+
+EDITED = ("q", "k", "v", "bias", "mask", "scores", "weights", "output")
+"""The fields that an edit can have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedEdit:
+    """One edit of one call, as it was done.
+
+    Attributes:
+        edit: which: ``zero``, ``knockout``, …
+        field: what it changed, of :data:`EDITED`; a knock-out changes the ``mask``.
+        heads: the query heads in the model, of k and v the key heads; None: all.
+        queries: the query rows of the call; None: all, or the field has none.
+        keys: the keys of the call; None likewise.
+        batch: the batch entries; None: all.
+        note: what else there is to say: where the values come from.
+    """
+
+    edit: str
+    field: str
+    heads: Chosen = None
+    queries: Chosen = None
+    keys: Chosen = None
+    batch: Chosen = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        named = [("head", self.heads), ("query", self.queries), ("key", self.keys), ("batch entry", self.batch)]
+        where = [f"{name} {_listed(numbers)}" for name, numbers in named if numbers is not None]
+        return " ".join(filter(None, (f"{self.edit}({self.field})", ", ".join(where), self.note)))
+
+    def of_batch(self, entries: Sequence[int]) -> AppliedEdit | None:
+        """What it is of a call of some batch entries, numbered anew; None: it is in none of them."""
+        if self.batch is None:
+            return self
+        kept = tuple(i for i, entry in enumerate(entries) if entry in self.batch)
+        return replace(self, batch=kept) if kept else None
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    few = [str(n) for n in numbers[:6]]
+    return " ".join(few if len(numbers) <= 6 else [*few, "…"])
+
+
+def edited_entries(
+    edits: Sequence[AppliedEdit],
+    field: str,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    heads: Chosen = None,
+    queries: Chosen = None,
+) -> Tensor | None:
+    """Which entries of a field were edited; None: none was.
+
+    Args:
+        edits: of the call.
+        field: ``scores`` or ``weights`` (B H T S), or ``output`` (B H T E).
+        shape: B, H, T and the last extent of what was kept.
+        device: where the answer is made.
+        heads: the numbers of the H heads; None: 0 to H − 1.
+        queries: those of the T queries; likewise.
+
+    Returns:
+        bool, broadcastable to the field.
+    """
+    found: Tensor | None = None
+    for edit in edits:
+        if edit.field != field:
+            continue
+        axes = (edit.batch, _places(edit.heads, heads), _places(edit.queries, queries), edit.keys)
+        entries = torch.ones((), dtype=torch.bool, device=device)
+        for dim, (chosen, extent) in enumerate(zip(axes, shape, strict=True)):
+            line = torch.full((extent if chosen is not None else 1,), chosen is None, device=device)
+            if chosen is not None:
+                line[list(chosen)] = True
+            entries = entries & line.view((1,) * dim + (-1,) + (1,) * (3 - dim))
+        found = entries if found is None else found | entries
+    return found
+
+
+def _places(chosen: Chosen, kept: Chosen) -> Chosen:
+    """The places among the kept ones."""
+    if chosen is None or kept is None:
+        return chosen
+    return tuple(i for i, number in enumerate(kept) if number in chosen)
+
+
+def edits_of_batch(edits: tuple[AppliedEdit, ...], index: Index, batch: int) -> tuple[AppliedEdit, ...]:
+    """The edits of some batch entries of a call that has ``batch`` of them."""
+    if all(edit.batch is None for edit in edits):
+        return edits
+    entries = taken(torch.arange(batch), 0, index).tolist()
+    return tuple(made for edit in edits if (made := edit.of_batch(entries)) is not None)

@@ -1,0 +1,87 @@
+"""Where the queries and keys of a call are in their sequence, while it goes on from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..attention.kernel_call import KernelCall
+from ..attention.positions import query_positions
+from ..calls.site import Site
+from ..errors import EditError
+
+
+class _Step(NamedTuple):
+    """What a step has shown of a site.
+
+    Attributes:
+        last: the position of its last query, counted in its keys.
+        queries: how many it had.
+    """
+
+    last: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Here:
+    """The positions of one call.
+
+    Attributes:
+        queries: T, of its queries in the sequence.
+        lost: why no position counted from the front can be trusted; empty: it can.
+        differ: whether the batch entries have different ones.
+    """
+
+    queries: tuple[int, ...]
+    lost: str = ""
+    differ: bool = False
+
+    def check(self, wanted: tuple[int, ...] | slice, name: str, label: str) -> None:
+        """Whether what is wanted can be told here.
+
+        Raises:
+            EditError: it cannot; says why.
+        """
+        ends = [wanted.start, wanted.stop] if isinstance(wanted, slice) else list(wanted)
+        if self.lost and any(i is not None and i >= 0 for i in ends):
+            raise EditError(f"{label}: {self.lost}; count {name} from the end, with negative numbers.")
+        if self.differ and name == "queries":
+            raise EditError(
+                f"{label}: the queries of the batch entries are at different positions of their sequences; edit one "
+                "batch entry at a time, in a batch of its own."
+            )
+
+
+class Positions:
+    """Follows the positions of every site of one block."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, dict[int, _Step]] = {}
+        self._of_self: dict[tuple[str, int, int], tuple[int, ...]] = {}  # stack, step and T -> those of self-attention
+
+    def of(self, call: KernelCall, site: Site, step: int) -> Here:
+        """Those of a call."""
+        _, _, t, s = call.shape
+        first, whole = (call.piece.place("T", t) if call.piece is not None else None) or (0, t)
+        if site.crosses:
+            # Keys of another sequence tell nothing; the self-attention of the same step has the same queries.
+            return Here(self._of_self.get((site.stack, step, t), tuple(range(first, first + t))))
+        differ = False
+        if whole != t:
+            queries = tuple(first + i + max(s - whole, 0) for i in range(t))
+        else:
+            found = query_positions(call, site.kind)
+            differ = found is not None and bool((found != found[:1]).any())
+            queries = tuple(range(t)) if found is None else tuple(found[0].tolist())
+        self._of_self[site.stack, step, t] = queries
+        steps = self._steps.setdefault(site.path, {})
+        before = max((i for i in steps if i < step), default=None)
+        steps[step] = _Step(max(queries, default=0), t)
+        lost = ""
+        if before is not None and t < s and queries and queries[0] < steps[before].last + 1:
+            lost = (
+                f"keys of earlier steps are gone from the cache (query {queries[0]} of its keys comes after query "
+                f"{steps[before].last} of step {before}), so that positions cannot be counted from the front"
+            )
+        return Here(queries, lost, differ)

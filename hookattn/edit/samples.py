@@ -1,0 +1,75 @@
+"""Values of many inputs at one site, and what makes weights of a mix of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import checks
+from ..calls.trace_data import TraceData
+from ..errors import EditError, InputError
+from ..traces import as_trace
+from .part import axes_of
+from .sources import calls_like, taken_from
+
+if TYPE_CHECKING:
+    from .base import Edit
+    from .edited_call import EditedCall
+
+OVER = ("positions", "batch")
+"""What an edit can be over that is of the same run."""
+
+
+def over_of(over: object) -> TraceData | str:
+    """The ``over`` of an edit.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(over, str) and over in OVER:
+        return over
+    if isinstance(over, TraceData):
+        return over
+    if isinstance(over, (str, PathLike)):
+        return as_trace(over, "over")
+    raise checks.wrong("over", over, f"one of {', '.join(OVER)}, a Trace, or the path of its file", InputError)
+
+
+def named(over: TraceData | str) -> str:
+    return over if isinstance(over, str) else over.path or "a trace"
+
+
+def samples_of(corpus: TraceData, call: EditedCall, edit: Edit, positions: bool = True) -> Iterator[Tensor]:
+    """The field of each call of a corpus at the site of a call: b H' T' S and so on, with its own batch entries.
+
+    Args:
+        corpus: a trace.
+        call, edit: what they are for.
+        positions: of the selected queries alone; False: of all there are, whatever their number.
+
+    Raises:
+        EditError: there is none, or the shapes do not fit.
+    """
+    found = calls_like(corpus, call)
+    if not found:
+        raise EditError(
+            f"{call.where(edit)}: the trace has no call at this site, nor in layer {call.site.layer} of "
+            f"{call.site.stack} {call.site.kind}; is it of another model?"
+        )
+    for source in found:
+        free = "BTS" if not positions else "B"
+        yield taken_from(source, call, edit, free="".join(x for x in free if x in axes_of(edit.field)))
+
+
+def renormalised(call: EditedCall, weights: Tensor) -> Tensor:
+    """Weights that see no key that is hidden, and sum to 1; of a query that is left none, 0.
+
+    Args:
+        weights: broadcastable to the selected entries of the call's weights.
+    """
+    weights = weights * call.part.take(call.mask, "BHTS")
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
