@@ -28,10 +28,12 @@ class Edit(ABC):
         where: the calls, and which entries of the field.
         additive: whether it adds something to the field that does not depend on it: of scores that is a bias, which
             many kernels take as an argument.
+        by_position: whether it asks where the queries are in their sequence, selected or not.
     """
 
     name: ClassVar[str]
     additive: ClassVar[bool] = False
+    by_position: ClassVar[bool] = False
 
     def __init__(self, field: str, **where: Unpack[Where]):
         self.field = field

@@ -31,6 +31,7 @@ from ..errors import EditError
 from ..taps.base import Change
 from .base import Edit
 from .part import Part, axes_of, union
+from .positions import Here
 
 _BEFORE_WEIGHTS = ("q", "k", "mask", "scores")
 _MIXED = "the model changes the weights between the softmax and the values ({}), and what it makes of others is unknown"
@@ -58,14 +59,14 @@ class EditedCall:
         edits: Sequence[tuple[Edit, Part]],
         first_head: int = 0,
         first_row: int = 0,
-        positions: Sequence[int] | None = None,
+        positions: Here | None = None,
     ):
         """
         Args:
             call, site, step: as in the attributes.
             edits: each with its part of the call.
             first_head, first_row: where the call is in the whole attention, if it is a piece of one.
-            positions: T, of its queries in the sequence; None: their places in the whole attention.
+            positions: of its queries in the sequence; None: no edit asks for them.
         """
         self.site, self.step, self.tap = site, step, call.tap
         self.call = call
@@ -118,7 +119,8 @@ class EditedCall:
         (places,) = self.part.of(letter)
         several = range(self.extents[letter]) if places is None else places
         if letter == "T":
-            return tuple(self._first_row + i if self._positions is None else self._positions[i] for i in several)
+            assert self._positions is not None, "an edit that asks says that it is by position"
+            return tuple(self._positions.queries[i] for i in several)
         return tuple((self._first_head if letter == "H" else 0) + i for i in several)
 
     @property

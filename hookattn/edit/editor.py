@@ -47,7 +47,9 @@ class Editor:
         self._met = [_Met() for _ in self.edits]
         self._seen: dict[tuple[str, str, int | None], set[int]] = {}  # stack, kind and layer of what ran -> steps
         self._positions = Positions()
-        self._by_position = any(e.where.queries is not None or e.where.keys is not None for e in self.edits)
+        self._by_position = any(
+            e.by_position or e.where.queries is not None or e.where.keys is not None for e in self.edits
+        )
         for edit in self.edits:
             edit.begin()
 
@@ -131,8 +133,7 @@ class Editor:
         if not several:
             return None
         first_head, first_row, _ = _place(call)
-        numbers = None if positions is None else positions.queries
-        call.edits = found = EditedCall(call, site, step, several, first_head, first_row, numbers)
+        call.edits = found = EditedCall(call, site, step, several, first_head, first_row, positions)
         return found
 
     def _part(self, edit: Edit, call: KernelCall, site: Site, positions: Here | None, met: _Met) -> Part:

@@ -19,6 +19,7 @@ class Mean(Edit):
     """See :func:`mean`."""
 
     name = "mean"
+    by_position = True
 
     def __init__(self, field: str, over: TraceLike | TraceData | str, **where: Unpack[Where]):
         super().__init__(field, **where)

@@ -21,6 +21,7 @@ class Patch(Edit):
     """See :func:`patch`."""
 
     name = "patch"
+    by_position = True
 
     def __init__(self, field: str, of: TraceLike | TraceData | Call | Tensor, **where: Unpack[Where]):
         super().__init__(field, **where)

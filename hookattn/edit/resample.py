@@ -21,6 +21,7 @@ class Resample(Edit):
     """See :func:`resample`."""
 
     name = "resample"
+    by_position = True
 
     def __init__(self, field: str, over: TraceLike | TraceData | str, seed: int, **where: Unpack[Where]):
         super().__init__(field, **where)

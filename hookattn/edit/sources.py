@@ -74,6 +74,8 @@ def taken_from(source: Call, call: EditedCall, edit: Edit, free: str = "") -> Te
         raise EditError(f"{call.where(edit)}: the call that values are taken of has no {name}.")
     for dim, (letter, extent) in enumerate(zip(axes, call.part.shape(axes, call.extents), strict=True)):
         n, numbers = whole.shape[dim], call.numbers(letter)
+        if letter == "T" and source.step == call.step and n == call.extents["T"] and call.part.rows is None:
+            continue  # the same rows of the same step, wherever they are
         if letter in free or (n == 1 and letter == "B"):
             continue
         if numbers is None:  # of a width there are no numbers

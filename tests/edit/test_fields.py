@@ -1,0 +1,186 @@
+"""Every edit of every field, against attention by the book in float64; and whoever is not edited keeps its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hookattn
+from hookattn import edit
+from hookattn.testing import check_clean
+from tests.edit.by_hand import CASES, Case, at, attend
+from tests.reference import causal, draw, same_bits
+
+EXACT = 1e-12
+T = 6
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+class Fused(nn.Module):
+    """A model of the user's own around the fused kernel, H=4 heads of width 8, with G key heads."""
+
+    def __init__(self, groups: int = 4, **given: Any):
+        super().__init__()
+        self.groups, self.given = groups, given
+        self.query, self.pair = nn.Linear(16, 32), nn.Linear(16, 2 * groups * 8)
+        self.out = nn.Linear(32, 16)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        k, v = self.pair(x).unflatten(-1, (2, self.groups, 8)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def finish(self, z: Tensor) -> Tensor:
+        return self.out(z.transpose(1, 2).flatten(2)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(F.scaled_dot_product_attention(*self.operands(x), **self.given))
+
+
+class Repeated(Fused):
+    """Grouped heads, repeated by hand before the kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.operands(x)
+        k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
+        return self.finish(F.scaled_dot_product_attention(q, k, v, **self.given))
+
+
+HIDDEN = torch.ones(1, 1, T, T, dtype=torch.bool)
+HIDDEN[..., 0] = False
+HIDDEN[..., 0, 0] = True
+ADDED = draw(1, 4, T, T, seed=8, dtype=torch.float64)
+KERNELS: dict[str, tuple[Callable[[], Fused], Tensor | None, Tensor | None]] = {
+    "plain": (Fused, None, None),
+    "causal": (lambda: Fused(is_causal=True), causal(T)[None, None], None),
+    "bool mask": (lambda: Fused(attn_mask=HIDDEN), HIDDEN, None),
+    "float mask": (lambda: Fused(attn_mask=ADDED.masked_fill(~HIDDEN, -torch.inf)), HIDDEN, ADDED),
+    "grouped, causal": (lambda: Fused(2, enable_gqa=True, is_causal=True), causal(T)[None, None], None),
+    "repeated": (lambda: Repeated(2, scale=0.7), None, None),
+}
+
+
+@each_case
+@pytest.mark.parametrize("name", KERNELS)
+def test_through_the_fused_kernel(name: str, case: Case) -> None:
+    make, mask, bias = KERNELS[name]
+    torch.manual_seed(1)
+    model = make().double()
+    x = draw(2, T, 16, seed=4, dtype=torch.float64)
+    made: list[Tensor] = []
+    with torch.no_grad():
+        plain = model(x)
+        trace = hookattn.edited(model, x, case.edit(), verify="full", strict=True)
+        z = attend(*model.operands(x), mask, bias, model.given.get("scale"), case.changes, made)
+        assert float((trace.output - model.finish(z)).abs().max()) < EXACT
+        assert float((plain - model.finish(z)).abs().max()) > 1e-4, "so the edit does something"
+    (call,) = trace.calls
+    assert float((call.output - z).abs().max()) < EXACT and float((call.weights - made[0]).abs().max()) < EXACT
+    assert call.certificate.faithful and [e.edit for e in call.edits] == [case.edit().name]
+    check_clean(model)
+
+
+@each_case
+@pytest.mark.parametrize("name", KERNELS)
+def test_others_keep_their_bits(name: str, case: Case) -> None:
+    """The output of a head that is not edited, in float32, where rounding would tell."""
+    make, _, _ = KERNELS[name]
+    torch.manual_seed(1)
+    model = make()
+    if isinstance(mask := model.given.get("attn_mask"), Tensor) and mask.dtype == torch.float64:
+        model.given["attn_mask"] = mask.float()
+    x = draw(2, T, 16, seed=4)
+    with torch.no_grad():
+        clean, edited = hookattn.trace(model, x)[0], hookattn.edited(model, x, case.edit())[0]
+    assert same_bits(clean.output[:, case.others], edited.output[:, case.others])
+    assert not same_bits(clean.output, edited.output)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("field", ["q", "k", "v", "scores", "weights", "output"])
+def test_an_edit_that_returns_what_it_got(name: str, field: str) -> None:
+    """Bits, in float32 and with gradients on: its value, a copy of it, and gates of one that want a gradient."""
+    make, _, _ = KERNELS[name]
+    torch.manual_seed(1)
+    model = make()
+    if isinstance(mask := model.given.get("attn_mask"), Tensor) and mask.dtype == torch.float64:
+        model.given["attn_mask"] = mask.float()
+    x = draw(2, T, 16, seed=4)
+    plain = model(x)
+    for same in (
+        edit.call(lambda c: c.value, field),
+        edit.call(lambda c: c.value.clone(), field),
+        edit.scale(field, torch.ones(1, 1, 1, 1)),
+        edit.scale(field, torch.ones((), requires_grad=True)),
+        edit.scale(field, 1.0),
+    ):
+        trace = hookattn.edited(model, x, same)
+        assert torch.equal(trace.output, plain)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_edits_compose(grad: bool) -> None:
+    """Fields in the order in which one is made of the other, of one field in the order that is given."""
+    torch.manual_seed(1)
+    model = Fused(is_causal=True).double()
+    x = draw(2, T, 16, seed=4, dtype=torch.float64)
+    edits = [
+        edit.zero("output", heads=3),
+        edit.scale("weights", 0.5, heads=[0, 1]),
+        edit.add("weights", 0.25, heads=[1, 2]),
+        edit.knockout(heads=[0], queries=[5], keys=[1]),
+        edit.scale("q", 2.0, heads=[0, 2]),
+        edit.add("output", 1.0, heads=3),
+        edit.add("v", 1.0, keys=[0]),
+    ]
+    changes = {
+        "q": at(lambda x: 2 * x, slice(None), [0, 2]),
+        "v": at(lambda x: x + 1, slice(None), slice(None), [0]),
+        "mask": at(lambda x: False, slice(None), [0], [5], [1]),
+        "weights": lambda w: at(lambda x: x + 0.25, slice(None), [1, 2])(at(lambda x: x / 2, slice(None), [0, 1])(w)),
+        "output": lambda z: at(lambda x: x + 1, slice(None), [3])(at(lambda x: 0.0, slice(None), [3])(z)),
+    }
+    with torch.set_grad_enabled(grad):
+        trace = hookattn.edited(model, x, edits[:3], *edits[3:], strict=True, verify="full")
+    z = attend(*model.operands(x), causal(T)[None, None], changes=changes)
+    assert float((trace.output - model.finish(z)).detach().abs().max()) < EXACT
+    assert [e.edit for e in trace[0].edits] == ["scale", "add", "knockout", "scale", "add", "zero", "add"]
+
+
+@each_case
+@pytest.mark.parametrize("name", ["plain", "float mask", "grouped, causal"])
+def test_gradients_go_through(name: str, case: Case) -> None:
+    make, mask, bias = KERNELS[name]
+    torch.manual_seed(1)
+    model = make().double()
+    x = draw(2, T, 16, seed=4, dtype=torch.float64)
+    leaves = list(model.parameters())
+    got = torch.autograd.grad(hookattn.edited(model, x, case.edit()).output.square().sum(), leaves, allow_unused=True)
+    z = attend(*model.operands(x), mask, bias, model.given.get("scale"), case.changes)
+    expected = torch.autograd.grad(model.finish(z).square().sum(), leaves, allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("field", ["q", "k", "v", "scores", "weights", "output"])
+def test_gates_have_gradients(field: str) -> None:
+    """Of gates of one, where no value is changed: by finite differences."""
+    torch.manual_seed(1)
+    model = Fused(is_causal=True).double()
+    x = draw(2, T, 16, seed=4, dtype=torch.float64)
+
+    def loss(gates: Tensor) -> Tensor:
+        out: Tensor = hookattn.edited(model, x, edit.scale(field, gates)).output
+        return out.square().sum()
+
+    gates = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(loss(gates), gates)
+    eye, step = torch.eye(4, dtype=torch.float64), 1e-6
+    with torch.no_grad():
+        slopes = [(loss(gates + step * e) - loss(gates - step * e)) / (2 * step) for e in eye]
+    assert torch.allclose(got, torch.stack(slopes), atol=1e-8) and float(got.abs().max()) > 1e-3
