@@ -142,7 +142,7 @@ CASES = [
     Case("scale scores", edit.scale, ("scores", 0.5), {"heads": [1, 2]}, "scores", lambda x: x / 2, (ALL, [1, 2])),
     Case("add", edit.add, ("scores", 2.0), {"heads": [2], "keys": 0}, "scores", _plus(2), (ALL, [2], ALL, [0])),
     Case("add a row", edit.add, ("scores", _VECTOR[:6]), {}, "scores", _plus(_VECTOR[:6])),
-    Case("steer", edit.add, ("output", _VECTOR), {"heads": 2, "queries": -1}, "output", _plus(_VECTOR), (ALL, [2], [5])),
+    Case("steer", edit.add, ("output", _VECTOR), {"heads": 2, "queries": 5}, "output", _plus(_VECTOR), (ALL, [2], [5])),
     Case("gate outputs", edit.scale, ("output", _VECTOR[:4]), {}, "output", lambda x: x * _GATES),
     Case("gate weights", edit.scale, ("weights", _VECTOR[:4]), {}, "weights", lambda x: x * _GATES),
     Case("cut", edit.knockout, (), {"queries": [-1], "keys": [0, 2]}, "mask", _zero, (ALL, ALL, [5], [0, 2])),

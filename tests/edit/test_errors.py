@@ -135,19 +135,26 @@ def test_an_edit_can_be_used_again(model: nn.Module) -> None:
     assert not torch.equal(first, other)
 
 
-def test_linear_attention_is_not_passed_over() -> None:
-    """What is skipped was not edited: an edit that is meant for it raises, and one that is not goes on."""
+def test_what_is_skipped_was_not_edited() -> None:
+    """An edit that is meant for it raises, and one that is meant for another goes on."""
 
-    class Linear(nn.Module):
+    class Nested(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            q, k = x.softmax(-1), x.softmax(1)
-            return q @ (k.transpose(1, 2) @ x)
+            several = torch.nested.nested_tensor([draw(4, 3, 8, seed=1), draw(4, 5, 8, seed=2)])
+            nn.functional.scaled_dot_product_attention(several, several, several)
+            return x
 
-    model = nn.ModuleDict({"linear": Linear(), "fused": Fused()})
-    model.forward = lambda x: model["fused"](model["linear"](x))  # type: ignore[method-assign]
-    trace = hookattn.trace(model, X)
-    if not trace.skipped:
-        pytest.skip("nothing was seen of it")
-    with pytest.raises(EditError, match="cannot be done here"):
-        hookattn.edited(model, X, edit.zero())
-    hookattn.edited(model, X, edit.zero(path="fused"))
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nested, self.fused = Nested(), Fused()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fused(self.nested(x))  # type: ignore[no-any-return]
+
+    model = Both()
+    with torch.no_grad():
+        assert len(hookattn.trace(model, X).skipped) == 1
+        with pytest.raises(EditError, match=r"nested .* cannot be done here: .* nested tensors"):
+            hookattn.edited(model, X, edit.zero())
+        assert len(hookattn.edited(model, X, edit.zero(path="fused")).skipped) == 1
