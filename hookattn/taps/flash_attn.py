@@ -8,7 +8,8 @@ listed as skipped as soon as that argument is used.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from .base import Tap
-from .packed_kernels import Kernel, Sequences, UnreadableError, add_masks, find, lay_out, paged_as_batch, window_of
+from .packed_kernels import (
+    Kernel,
+    Reading,
+    Sequences,
+    UnreadableError,
+    add_masks,
+    find,
+    lay_out,
+    paged_as_batch,
+    window_of,
+)
 
 _NAME = "flash_attn"
 # The module of the functions of versions 2 and 3, wherever a package keeps it; version 4 has its own.
@@ -85,14 +96,15 @@ _CACHED = (
 )
 
 
-def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+def read(given: dict[str, Any], out: Tensor | None) -> Reading:
     """``flash_attn_func``, ``flash_attn_varlen_func`` and their packed forms.
 
     Args:
         given: q: B T H D or N H D; k, v: B S G D or N G D, or pages of a cache; kv, qkv: stacked before the heads.
-        out: B T H E or N H E.
+        out: B T H E or N H E; None: it has not run yet.
     """
-    q, k, v = _unstack(given)
+    parts = _parts(given)
+    q, k, v = (part(given[argument]) for argument, part in parts.values())
     both = given.get("cu_seqlens")
     queries = Sequences.of(q, given.get("cu_seqlens_q") if both is None else both, given.get("seqused_q"))
     ends, used, table = given.get("cu_seqlens_k") if both is None else both, given.get("seqused_k"), _table(given)
@@ -100,16 +112,22 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
         k, v = paged_as_batch(k, table), paged_as_batch(v, table)
         used, ends = ends.diff() if used is None and ends is not None else used, None
     keys = Sequences.of(k, ends, used)
-    return _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+    call = _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+    places = {"q": queries} if table is not None else {"q": queries, "k": keys, "v": keys}  # pages: the model's cache
+    return Reading(
+        call, queries.back, {x: (parts[x][0], partial(place.back, part=parts[x][1])) for x, place in places.items()}
+    )
 
 
-def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
-    """``flash_attn_with_kvcache``, after it has run: new keys are in the cache by then, rotated.
+def read_cached(given: dict[str, Any], out: Tensor | None) -> Reading:
+    """``flash_attn_with_kvcache``. When it has run, new keys are in the cache, rotated; before, they are put beside it.
+
+    Keys and values can't be exchanged: those of this call are the model's cache, which others will read.
 
     Args:
         given: q: B T H D (N H D with ``cu_seqlens_q``); k_cache, v_cache: rows of a cache, S G D each, or its pages;
-            k, v: what was appended.
-        out: B T H E or N H E.
+            k, v: what is appended, B A G D and B A G E.
+        out: B T H E or N H E; None: it has not run yet.
     """
     q, k, v, table = given["q"], given["k_cache"], given["v_cache"], _table(given)
     queries = Sequences.of(q, given.get("cu_seqlens_q"))
@@ -134,9 +152,32 @@ def read_cached(given: dict[str, Any], out: Tensor) -> KernelCall:
         local = bool(given.get("causal")) or window_of(given.get("window_size"), False) != (-1, -1)
         q = _rotate(q, given["rotary_cos"], given["rotary_sin"], before, local, bool(given.get("rotary_interleaved")))
     call = _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+    if added and out is None:
+        new = given["k"]
+        if rotated:
+            new = _rotate(
+                new, given["rotary_cos"], given["rotary_sin"], before, True, bool(given.get("rotary_interleaved"))
+            )
+        call.k, call.v = _appended(call.k, new, keys), _appended(call.v, given["v"], keys)
     if rotated:
         call.notes.append("the kernel rotates q itself and never hands it out: it is rotated here")
-    return call
+        # To be turned back for the kernel to turn it again, a changed q would be rounded twice, in all its heads.
+        return Reading(call, queries.back)
+    return Reading(call, queries.back, {"q": ("q", queries.back)})
+
+
+def _appended(x: Tensor, new: Tensor, keys: Sequences) -> Tensor:
+    """Keys or values of a batch with those that are about to be appended to the cache.
+
+    Args:
+        x: B G S D, where the last places of each sequence are still to be filled.
+        new: B A G D.
+        keys: the lengths of the sequences, with those that are appended.
+    """
+    made, n = x.clone().transpose(1, 2), new.shape[1]
+    last = torch.tensor(keys.lengths, device=x.device)[:, None] - n + torch.arange(n, device=x.device)
+    made[torch.arange(len(last), device=x.device)[:, None], last] = new.to(x.dtype)
+    return made.transpose(1, 2)
 
 
 def _finish(call: KernelCall, given: dict[str, Any], queries: Sequences, keys: Sequences) -> KernelCall:
@@ -154,17 +195,28 @@ def _finish(call: KernelCall, given: dict[str, Any], queries: Sequences, keys: S
     return call
 
 
-def _unstack(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, whichever way they came."""
+_Part = Callable[[Tensor], Tensor]
+
+
+def _parts(given: dict[str, Any]) -> dict[str, tuple[str, _Part]]:
+    """Of q, k and v each: the argument that it came in, and what makes it of that one, as a view of it."""
     if "qkv" in given:
         qkv, heads = given["qkv"], given.get("num_heads_q")
         if heads is not None and qkv.dim() == 4:  # B T (H + 2G) D
             groups = (qkv.shape[2] - heads) // 2
-            return qkv.split([heads, groups, groups], dim=2)  # type: ignore[no-any-return]
-        return qkv.unbind(-3)  # type: ignore[no-any-return]
+            bounds = ((0, heads), (heads, groups), (heads + groups, groups))
+            return {
+                x: ("qkv", partial(torch.narrow, dim=2, start=a, length=n))
+                for x, (a, n) in zip("qkv", bounds, strict=True)
+            }
+        return {x: ("qkv", partial(torch.select, dim=-3, index=i)) for i, x in enumerate("qkv")}
     if "kv" in given:
-        return given["q"], *given["kv"].unbind(-3)
-    return given["q"], given["k"], given["v"]
+        return {"q": ("q", _whole), **{x: ("kv", partial(torch.select, dim=-3, index=i)) for i, x in enumerate("kv")}}
+    return {x: (x, _whole) for x in "qkv"}
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x
 
 
 def _table(given: dict[str, Any]) -> Tensor | None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FunctionType, ModuleType
 from typing import Any
@@ -20,13 +21,53 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
+from ..errors import EditError
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.isolation import no_gradients
 from .active import current, paused
+from .base import ActiveTrace, Change
 
 
 class UnreadableError(Exception):
     """Arguments whose meaning is not known; the message says which. Never leaves the taps."""
+
+
+Back = Callable[[Tensor, Tensor], Tensor]
+"""(an argument or an output, as the kernel has it laid out; a tensor of the call) -> the former with the latter in it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One call as it was read, and the way back from it.
+
+    Attributes:
+        call: in the contract's layout.
+        output: the way back of ``call.output``.
+        ways: of q, k and v those that the kernel can be given changed, each with the argument that it is part of.
+    """
+
+    call: KernelCall
+    output: Back
+    ways: Mapping[str, tuple[str, Back]] = field(default_factory=dict)
+
+    def hand_in(self, given: dict[str, Any], change: Change, where: str | None) -> bool:
+        """Exchange arguments for what they shall be; whether any is changed.
+
+        Raises:
+            EditError: a tensor of another shape; ``where`` is the path that it names.
+        """
+        changed = False
+        for name, (argument, back) in self.ways.items():
+            x, own = getattr(change, name), getattr(self.call, name)
+            if x is None:
+                continue
+            if x.shape != own.shape:
+                raise EditError(
+                    f"{where or '<model>'}: a changed {name} of shape {tuple(x.shape)} cannot be handed to the kernel {self.call.tap}, whose "
+                    f"own is of {tuple(own.shape)}; return one of that shape."
+                )
+            given[argument], changed = back(given[argument], x.to(own.dtype)), True
+        return changed
 
 
 @dataclass(frozen=True)
@@ -34,12 +75,12 @@ class Kernel:
     """How one function is read.
 
     Attributes:
-        read: (arguments by name, the output) -> the call in the contract's layout.
+        read: (arguments by name, the output; None: it has not run yet) -> the call, and the way back.
         known: every argument that ``read`` understands, or leaves aside since it changes nothing in the math.
         dropout: the name of the dropout probability.
     """
 
-    read: Callable[[dict[str, Any], Tensor], KernelCall]
+    read: Callable[[dict[str, Any], Tensor | None], Reading]
     known: frozenset[str]
     dropout: str = "dropout_p"
 
@@ -70,42 +111,97 @@ class _Body:
         tracing = current()
         if tracing is None:
             return original(*args, **kwargs)
+        asked = None
+        if tracing.listened:
+            asked, args, kwargs = self._ask(tracing, original, args, kwargs)
         with tracing.aside(), paused():  # paused: one such function may be made of another
             out = original(*args, **kwargs)
-        with tracing.aside(), no_gradients():
+        # Who listens may want a gradient of what the call is made of; else nobody does.
+        with tracing.aside(), nullcontext() if tracing.listened else no_gradients():
             try:
-                call = self._read(original, args, kwargs, out)
+                reading, given = self._read(original, args, kwargs, out)
             except UnreadableError as error:
                 tracing.skip(f"{self.name}: {error}")
-            else:
-                tracing.record(call)
-        return out
+                return out
+            instead = None
+            if asked is not None:
+                reading.call.edits = asked.edits
+                instead = tracing.after(reading.call)
+            with no_gradients():
+                tracing.record(reading.call)
+            return out if instead is None else _exchanged(reading, given, out, instead, tracing.where())
 
-    def _read(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> KernelCall:
-        kernel, signature = self.kernel, inspect.signature(original)
+    def _ask(
+        self, tracing: ActiveTrace, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[KernelCall | None, tuple[Any, ...], dict[str, Any]]:
+        """The call that a listener was asked about, None where it cannot be read; and what the kernel is to be given.
+
+        Nothing is said of what cannot be read: :meth:`__call__` says it when the kernel has run.
+        """
+        with tracing.aside():
+            try:
+                bound = self._bound(original, args, kwargs)
+                reading = self._reading(bound.arguments, None)
+            except (UnreadableError, TypeError):  # a TypeError: the kernel raises it, too
+                return None, args, kwargs
+            change = tracing.before(reading.call, frozenset(reading.ways))
+            if change is not None and reading.hand_in(bound.arguments, change, tracing.where()):
+                args, kwargs = bound.args, bound.kwargs
+            return reading.call, args, kwargs
+
+    def _bound(
+        self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> inspect.BoundArguments:
+        """The arguments by name, each of a known meaning."""
+        signature = inspect.signature(original)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
         for name, parameter in signature.parameters.items():
-            if name not in kernel.known and _set(given[name], parameter):
+            if name not in self.kernel.known and _set(bound.arguments[name], parameter):
                 raise UnreadableError(f"the meaning of its argument {name} is not known")
-        call = self._call(given, out)
-        call.dropout = float(given.get(kernel.dropout) or 0.0)
-        if call.dropout:
-            given[kernel.dropout] = 0.0
-            if given.get("out") is not None:  # never write over what the model got
-                given["out"] = None
-            with paused():
-                again = original(*bound.args, **bound.kwargs)
-            call.undropped = self._call(given, again).output
-        return call
+        return bound
 
-    def _call(self, given: dict[str, Any], out: Any) -> KernelCall:
+    def _read(
+        self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> tuple[Reading, dict[str, Any]]:
+        kernel, bound = self.kernel, self._bound(original, args, kwargs)
+        given = bound.arguments
+        reading = self._reading(given, _first(out))
+        reading.call.dropout = float(given.get(kernel.dropout) or 0.0)
+        if reading.call.dropout:
+            # Never write over what the model got.
+            whole = {kernel.dropout: 0.0} if given.get("out") is None else {kernel.dropout: 0.0, "out": None}
+            again = inspect.BoundArguments(bound.signature, type(given)({**given, **whole}))
+            with paused(), no_gradients():
+                reading.call.undropped = self._reading(
+                    again.arguments, _first(original(*again.args, **again.kwargs))
+                ).call.output
+        return reading, given
+
+    def _reading(self, given: dict[str, Any], out: Tensor | None) -> Reading:
         """As the kernel's reader has it; where that stumbles, another package means something else by the same name."""
         try:
-            return self.kernel.read(given, _first(out))
+            return self.kernel.read(given, out)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UnreadableError(f"its arguments do not fit: {type(error).__name__}: {error}") from error
+
+
+def _exchanged(reading: Reading, given: dict[str, Any], out: Any, instead: Tensor, where: str | None) -> Any:
+    """What a function returns, with another output in it; also where it was told to write its output to."""
+    own = reading.call.output
+    assert own is not None
+    if instead.shape != own.shape:
+        raise EditError(
+            f"{where or '<model>'}: an output of shape {tuple(instead.shape)} cannot take the place of that of the kernel "
+            f"{reading.call.tap}, which is of {tuple(own.shape)}; return one of that shape."
+        )
+    first = _first(out)
+    made, place = reading.output(first, instead.to(first.dtype)), given.get("out")
+    if place is not None:
+        place.copy_(made.view(place.shape))
+        if first is place:
+            return out
+    return first_exchanged(out, made)
 
 
 def _set(value: Any, parameter: inspect.Parameter) -> bool:
@@ -121,6 +217,14 @@ def _first(out: Any) -> Tensor:
     """The output, where a function returns the log-sum-exp beside it."""
     x: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return x
+
+
+def first_exchanged(out: Any, x: Tensor) -> Any:
+    """What a function returned, with another tensor in the place of its output."""
+    if not isinstance(out, (tuple, list)):
+        return x
+    made = getattr(type(out), "_make", type(out))  # a named tuple takes its parts one by one
+    return made([x, *out[1:]])
 
 
 @dataclass(frozen=True)
@@ -172,6 +276,27 @@ class Sequences:
             rows = torch.where(real_positions(self.lengths, longest, x.device)[..., None, None], rows, 0.0)
         return rows.transpose(1, 2)
 
+    def back(self, tokens: Tensor, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The way back of :meth:`batch`: a copy of some tokens with those of a batch in their place. Tokens of no
+        sequence stay, and what fills one up is left out.
+
+        Args:
+            tokens: N H D or B L H D, or what has that as a part.
+            x: B H L D.
+            part: makes a view of that part; None: it is all.
+        """
+        made, rows = tokens.clone(memory_format=torch.contiguous_format), x.transpose(1, 2)
+        place = made if part is None else part(made)
+        if place.dim() == 4:
+            if self == Sequences.of(place):
+                place.copy_(rows)
+                return made
+            place = place.view(-1, *place.shape[2:])
+        real = real_positions(self.lengths, x.shape[2], x.device)
+        step = torch.arange(x.shape[2], device=x.device)
+        place[(torch.tensor(self.starts, device=x.device)[:, None] + step)[real]] = rows[real]
+        return made
+
 
 def real_positions(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
     """B L: which positions of a padded batch hold a token."""
@@ -189,7 +314,7 @@ def paged_as_batch(pool: Tensor, table: Tensor) -> Tensor:
 
 
 def lay_out(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: Sequences, keys: Sequences, scale: Any, tap: str
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, queries: Sequences, keys: Sequences, scale: Any, tap: str
 ) -> KernelCall:
     """A call of batched or packed tensors, masks still to come (:func:`add_masks`)."""
     if len(queries.lengths) != len(keys.lengths):
@@ -198,7 +323,7 @@ def lay_out(
         q=queries.batch(q),
         k=keys.batch(k),
         v=keys.batch(v),
-        output=queries.batch(out),
+        output=None if out is None else queries.batch(out),
         tap=tap,
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
     )

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
 from .base import Tap
-from .packed_kernels import Kernel, Sequences, add_masks, find, lay_out, paged_as_batch, window_of
+from .packed_kernels import Kernel, Reading, Sequences, add_masks, find, lay_out, paged_as_batch, window_of
 
 _MODULE = "torch.nn.attention.varlen"
 _KNOWN = frozenset(
@@ -36,20 +35,24 @@ _KNOWN = frozenset(
 )
 
 
-def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+def read(given: dict[str, Any], out: Tensor | None) -> Reading:
     """One call of the kernel in the contract's layout.
 
     Args:
         given: query: N H D; key, value: N G D, or pages of a cache with ``block_table``.
-        out: N H D.
+        out: N H D; None: it has not run yet.
     """
     q, k, v, ends = given["query"], given["key"], given["value"], given["cu_seq_k"]
-    if given.get("block_table") is not None:
+    paged = given.get("block_table") is not None
+    if paged:
         k, v, ends = paged_as_batch(k, given["block_table"]), paged_as_batch(v, given["block_table"]), None
     queries, keys = Sequences.of(q, given["cu_seq_q"]), Sequences.of(k, ends, given.get("seqused_k"))
     call = lay_out(q, k, v, out, queries, keys, given.get("scale"), "varlen_attn")
     add_masks(call, queries, keys, window_of(given.get("window_size"), bool(given.get("is_causal"))))
-    return call
+    ways = {"q": ("query", queries.back)}
+    if not paged:  # what is in pages is the model's cache
+        ways |= {"k": ("key", keys.back), "v": ("value", keys.back)}
+    return Reading(call, queries.back, ways)
 
 
 KERNELS = {"varlen_attn": Kernel(read, _KNOWN), "varlen_attn_out": Kernel(read, _KNOWN)}

@@ -14,17 +14,17 @@ from ..attention.masks import split_additive
 from ..torch_internals.code_patching import Patch
 from .active import current
 from .base import Tap
-from .packed_kernels import Kernel, UnreadableError, find
+from .packed_kernels import Kernel, Reading, UnreadableError, find
 
 _KNOWN = frozenset({"attn_bias", "key", "op", "output_dtype", "p", "query", "scale", "value"})
 
 
-def read(given: dict[str, Any], out: Tensor) -> KernelCall:
+def read(given: dict[str, Any], out: Tensor | None) -> Reading:
     """One call of the kernel in the contract's layout.
 
     Args:
         given: query: B T H D, B T D (one head) or B T G R D (R heads a group); key, value likewise with S.
-        out: as query, with E.
+        out: as query, with E; None: it has not run yet.
     """
     q, k, v = given["query"], given["key"], given["value"]
     if not k.is_floating_point():
@@ -36,13 +36,13 @@ def read(given: dict[str, Any], out: Tensor) -> KernelCall:
         q=_heads(q),
         k=keys,
         v=values,
-        output=_heads(out),
+        output=None if out is None else _heads(out),
         tap="xformers",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
     )
     if given.get("attn_bias") is not None:
         _hide(call, given["attn_bias"], q)
-    return call
+    return Reading(call, _back, {"q": ("query", _back), "k": ("key", _back), "v": ("value", _back)})
 
 
 def _heads(x: Tensor, group: bool = False) -> Tensor:
@@ -54,6 +54,19 @@ def _heads(x: Tensor, group: bool = False) -> Tensor:
     if group and x.shape[-2] > 1 and x.stride(-2) == 0:
         x = x.narrow(-2, 0, 1)
     return x.flatten(2, -2).transpose(1, 2)
+
+
+def _back(like: Tensor, x: Tensor) -> Tensor:
+    """The way back of :func:`_heads`; a head that was there by broadcasting is so again.
+
+    Args:
+        like: B L D, B L H D or B L G R D.
+        x: B H L D, or B G L D.
+    """
+    x = x.transpose(1, 2)
+    if x.shape[2] == like.shape[2:-1].numel():
+        return x.reshape(*like.shape[:-1], x.shape[-1])
+    return x.reshape(*like.shape[:-2], 1, x.shape[-1]).expand(*like.shape[:-1], -1)
 
 
 def _hide(call: KernelCall, bias: Any, q: Tensor) -> None:
