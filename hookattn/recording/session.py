@@ -43,7 +43,9 @@ from .layouts import Layouts
 from .mapped import examples_as_batch
 from .nothing_seen import nothing_seen
 from .pieces import Pieces
+from .recorder import CallRecorder
 from .room_check import Forward, RoomCheck, is_large
+from .second_run import RunAgain
 from .selection import Selection
 from .steps import Steps
 
@@ -189,7 +191,7 @@ class Session:
             self._model_ends,
             self._modules_run,
             self._in_replica,
-            self._in_forward,
+            self._watches,
         )
         self._model_runs = False  # whether the model's own forward does
         self._held: list[KernelCall] = []  # what this forward has computed and is not among the calls yet
@@ -199,6 +201,7 @@ class Session:
         self._seen_paths: set[str] = set()  # of sites where a call was recorded or skipped
         self._compiled_run: set[str] = set()  # what ran that dispatches to no function mode
         self._own_kernels = 0  # of the kernels heard, those of this model
+        self._step_again: int | None = None  # where a backward pass runs a part again: the step of its first run
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
         self._numbering = RunningNumbers(plan.model)
@@ -358,15 +361,20 @@ class Session:
 
     # Where we are
 
-    def _in_forward(self) -> bool:
-        """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again."""
-        return current() is self and not in_backward()
+    def _watches(self) -> bool:
+        """Whether this is the traced thread, and not in a backward pass, which runs checkpointed parts again.
+
+        Who listens is asked there, too: the gradients are of what the first run was given.
+        """
+        return current() is self and (self.listened or not in_backward())
 
     def _in_replica(self) -> None:
         """A part of the model runs as a copy, in another thread: its calls are not seen, which has to be said."""
         self._skipped.setdefault(("", _REPLICA), set()).add(max(self._steps.number, 0))
 
     def _model_begins(self) -> None:
+        if in_backward():  # the whole model is checkpointed
+            return
         self._take_held()
         self._tell_follower(True)
         if self._steps.model_begins():
@@ -375,6 +383,8 @@ class Session:
                 self._follower.begin((type(self.plan.model), self.wants("scores")), several=True)
 
     def _model_ends(self) -> None:
+        if in_backward():
+            return
         self._take_held()
         if self.plan.watch_all:
             self._follower.end()
@@ -389,6 +399,24 @@ class Session:
     def step(self) -> AbstractContextManager[int]:
         """What runs in the block is one step; gives its number."""
         return self._steps.together()
+
+    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose later runs, in a backward pass, are given the changes of its first."""
+        plan, selection, layouts, listener = self.plan, self.selection, self._layouts, self._listener
+        numbering, kinds = self._numbering, self._kinds
+
+        @contextmanager
+        def attached(step: int) -> Iterator[None]:
+            recorder = CallRecorder(selection, "off", warns=False)
+            made = type(self)(plan, TraceData(), selection, recorder, False, listener=listener, layouts=layouts)
+            made._numbering, made._kinds, made._step_again = numbering, kinds, step
+            try:
+                made.start()
+                yield
+            finally:
+                made.close()
+
+        return RunAgain(function, lambda: max(self._steps.number, 0), attached)
 
     def _enter_site(self, module: nn.Module) -> None:
         self._modules_run[id(module)] = module
@@ -448,8 +476,7 @@ class Session:
 
     def before(self, call: KernelCall, changeable: frozenset[str]) -> Change | None:
         """Ask the listener; a kernel of another model in the same thread is none of its business."""
-        self._asked = True
-        place = self._place(call)
+        place = self._asks(call)
         if place is None or self._listener is None:
             return None
         site = place[0]
@@ -458,36 +485,47 @@ class Session:
             if getattr(change, name) is not None and name not in changeable:
                 raise ModelError(
                     f"{site.label}: a changed {name} cannot be handed to its kernel (tap {call.tap}); what can be is "
-                    f"{', '.join(sorted(changeable))}."
+                    f"{', '.join(sorted(changeable)) or 'nothing'}."
                 )
         return change
 
     def formed(self, call: KernelCall) -> Tensor | None:
         """Ask the listener about weights."""
-        place = self._place(call)
+        place = self._asks(call)
         return None if place is None or self._listener is None else self._listener.formed(call, *place)
 
     def after(self, call: KernelCall) -> Tensor | None:
         """Tell the listener."""
-        self._asked = True
-        place = self._place(call)
+        place = self._asks(call)
         return None if place is None or self._listener is None else self._listener.after(call, *place)
+
+    def _asks(self, call: KernelCall) -> tuple[Site, int] | None:
+        """Where a kernel runs that somebody may be asked about, and in which step; None: nobody is."""
+        tensor = call.weights if call.q is None else call.q
+        if tensor is not None and stands_for_others(tensor):  # what is recorded of it is laid out otherwise
+            return None
+        if not in_backward():  # there nothing is recorded, which would take this back
+            self._asked = True
+        return self._place(call)
 
     def _place(self, call: KernelCall) -> tuple[Site, int] | None:
         """Where a kernel runs, as it will be recorded, and in which step; None: in another model."""
         site = self._site(call)
         if site is None:
             return None
-        step, _ = self._steps.of(site.path)
+        if in_backward():
+            step = max(self._steps.number, 0) if self._step_again is None else self._step_again
+        else:
+            step, _ = self._steps.of(site.path)
         if self.plan.watch_all and site.path not in self.plan.site_paths:
             site = self._kinds.of(site, call.kind, step)
         return self._numbering.numbered(site), step
 
     def skip(self, reason: str, path: str | None = None) -> None:
         """Attention ran that cannot be read."""
-        asked, self._asked = self._asked, False
         if in_backward():
             return
+        asked, self._asked = self._asked, False
         self._take_held()
         path = self.where() if path is None else path
         if path is None:  # another model
@@ -555,9 +593,10 @@ class Session:
 
     def _record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
-        asked, self._asked = self._asked, False
         if in_backward():  # a checkpointed part runs again; its first run was recorded
+            self.heard += 1
             return
+        asked, self._asked = self._asked, False
         if call.v.is_meta:
             check_meta(self.plan.model)
         self.heard += 1
@@ -572,6 +611,8 @@ class Session:
         self._seen_paths.add(site.path)
         if stands_for_others(call.v if call.q is None else call.q):
             self._skipped.setdefault((site.path, _TRANSFORMED), set()).add(step)
+            if self._listener is not None and not asked:
+                self._listener.missed(site, step, _TRANSFORMED)
             return
         if self._listener is not None and not asked:
             self._listener.missed(site, step, f"what its kernel gets cannot be changed (tap {call.tap}).")

@@ -1,6 +1,7 @@
 """Taps: each knows one attention kernel and nothing of models. :data:`TAPS` is their registry.
 
 ===============  =====================================================================================================
+checkpointing    ``torch.utils.checkpoint``: the second run of a part of a model is given the changes of its first
 compiled         ``torch.compile``: runs what was compiled as plain Python where a trace watches
 flash_attn       flash-attn 2, 3 and 4, batched, packed and with a cache
 flex             ``torch.nn.attention.flex_attention``
@@ -34,10 +35,11 @@ from collections.abc import Collection
 from typing import Any
 
 from ..torch_internals.code_patching import Patch
-from . import compiled, flash_attn, flex, hf_interface, nn_attention, script, sdpa, varlen, xformers
+from . import checkpointing, compiled, flash_attn, flex, hf_interface, nn_attention, script, sdpa, varlen, xformers
 from .base import ActiveTrace, Change, Tap
 
 TAPS: tuple[Tap, ...] = (
+    checkpointing.TAP,
     compiled.TAP,
     flash_attn.TAP,
     flex.TAP,

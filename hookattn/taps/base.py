@@ -89,6 +89,10 @@ class ActiveTrace(Protocol):
 
     # How a kernel is run
 
+    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the model, each later run of which is given the changes of its first: for what a backward pass runs
+        a second time. To be asked only where :attr:`listened`."""
+
     def aside(self) -> AbstractContextManager[None]:
         """Without the function mode: for kernels that must not see it."""
 

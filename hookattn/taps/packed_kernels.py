@@ -33,7 +33,7 @@ class UnreadableError(Exception):
 
 
 Back = Callable[[Tensor, Tensor], Tensor]
-"""(an argument or an output, as the kernel has it laid out; a tensor of the call) -> the former with the latter in it."""
+"""(an argument or an output, as it is laid out; a tensor of the call) -> the former with the latter in it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Reading:
                 continue
             if x.shape != own.shape:
                 raise EditError(
-                    f"{where or '<model>'}: a changed {name} of shape {tuple(x.shape)} cannot be handed to the kernel {self.call.tap}, whose "
-                    f"own is of {tuple(own.shape)}; return one of that shape."
+                    f"{where or '<model>'}: a changed {name} of shape {tuple(x.shape)} cannot be handed to its kernel, "
+                    f"whose own is of {tuple(own.shape)}; return one of that shape."
                 )
             given[argument], changed = back(given[argument], x.to(own.dtype)), True
         return changed
@@ -192,8 +192,8 @@ def _exchanged(reading: Reading, given: dict[str, Any], out: Any, instead: Tenso
     assert own is not None
     if instead.shape != own.shape:
         raise EditError(
-            f"{where or '<model>'}: an output of shape {tuple(instead.shape)} cannot take the place of that of the kernel "
-            f"{reading.call.tap}, which is of {tuple(own.shape)}; return one of that shape."
+            f"{where or '<model>'}: an output of shape {tuple(instead.shape)} cannot take the place of the kernel's, "
+            f"which is of {tuple(own.shape)}; return one of that shape."
         )
     first = _first(out)
     made, place = reading.output(first, instead.to(first.dtype)), given.get("out")
