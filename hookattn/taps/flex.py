@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..torch_internals.code_patching import Patch
 from ..torch_internals.isolation import no_gradients
 from .active import current
 from .base import Tap
+from .packed_kernels import first_exchanged
 
 _MODULE = "torch.nn.attention.flex_attention"
 _FAR = 1e30
@@ -34,25 +36,28 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
     understand = guess_score_mod if tracing.shapes_only else apply_score_mod
     instead = None
+    # Who listens may want a gradient of what the call is made of; else nobody does.
+    reading = nullcontext if tracing.listened else no_gradients
     with tracing.kernel(True):
+        asked = None
         if tracing.listened:
-            with no_gradients():
-                call = read(given, None, understand)
-            change = tracing.before(call, _CHANGEABLE)
+            asked = read(given, None, understand)
+            change = tracing.before(asked, _CHANGEABLE)
             for name, x in zip(_OPERANDS, (change.q, change.k, change.v) if change else (None,) * 3, strict=True):
                 given[name] = given[name] if x is None else x
             args = (*(given[name] for name in _OPERANDS), *args[3:])
             kwargs = {name: x for name, x in kwargs.items() if name not in _OPERANDS}
         out = shaped(given) if tracing.shapes_only else original(*args, **kwargs)
-        with no_gradients():
+        with reading():
             call = read(given, out[0] if isinstance(out, tuple) else out, understand)
-        if tracing.listened:
+        if asked is not None:
+            call.edits = asked.edits
             instead = tracing.after(call)
         with no_gradients():
             tracing.record(call)
     if instead is None:
         return out
-    return (instead, *out[1:]) if isinstance(out, tuple) else instead
+    return first_exchanged(out, instead)
 
 
 def shaped(given: dict[str, Any]) -> Any:

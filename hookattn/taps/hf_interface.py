@@ -11,20 +11,22 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
 from ..torch_internals.code_patching import Patch
+from ..torch_internals.devices import random_state
 from ..torch_internals.frames import names_used
 from ..torch_internals.function_modes import depth
 from ..torch_internals.isolation import isolated, no_gradients
 from . import sdpa
-from .active import current
-from .base import ActiveTrace, Tap
+from .active import current, paused
+from .base import ActiveTrace, Change, Tap
 from .flex import block_mask_dense
+from .packed_kernels import check_shape, first_exchanged
 
 _MODULE = "transformers.modeling_utils"
 # Implementations that run compiled or foreign code: the mode must not be open inside.
@@ -76,6 +78,7 @@ def run(
     tracing = current()
     if tracing is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
+    random = random_state(query.device) if tracing.listened and kwargs.get("dropout") else None
     if name == "sdpa" and not (depth() and tracing.watching()):
         # Without the mode: the fused kernel is looked at as it is called, and q, k and v are known from here.
         heard, around = tracing.heard, tracing.glanced  # an implementation may look up another
@@ -86,6 +89,9 @@ def run(
         finally:
             tracing.glanced = around
         if tracing.heard == heard:
+            if tracing.listened:
+                given = _Given("sdpa", module, query, key, value, attention_mask, args, kwargs, random)
+                return _asked_from_outside(tracing, function, given, out)
             with isolated(query):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
@@ -97,10 +103,123 @@ def run(
                     tracing.seed(x, roles)
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
+        if tracing.listened:
+            given = _Given(name, module, query, key, value, attention_mask, args, kwargs, random)
+            return _asked_from_outside(tracing, function, given, out)
         with no_gradients(), tracing.aside():
             first = out[0] if isinstance(out, tuple) else out
             tracing.record(read(tracing, name, module, query, key, value, attention_mask, kwargs, first))
     return out
+
+
+class _Given(NamedTuple):
+    """What an implementation was given: its name, the module, q B H T D, k and v B G S D, the mask and the rest; and
+    the state of the random numbers before it ran, where it may draw some."""
+
+    name: str
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    to_first_run: Callable[[], None] | None
+
+    def run(self, function: Callable[..., Any]) -> Any:
+        """What the implementation makes of it; nothing is traced inside."""
+        if self.to_first_run is not None:
+            self.to_first_run()
+        with paused():
+            return function(self.module, self.q, self.k, self.v, self.mask, *self.args, **self.kwargs)
+
+    def changeable(self) -> frozenset[str]:
+        """What an implementation can be given changed, whatever it is.
+
+        A mask of four axes is added to the scores, or says what may be attended to. What is done with another one, or
+        with one where there was none, nobody has said, nor how it goes together with what flash kernels hide.
+        """
+        mask = self.mask
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or any(word in self.name for word in _SEALED):
+            return frozenset("qkv")
+        # With a position bias, the bias of the call is the sum of two arguments.
+        added = mask.is_floating_point() and self.kwargs.get("position_bias") is None
+        return frozenset({"q", "k", "v", "mask", *(["bias"] if added else [])})
+
+    def read(self, tracing: ActiveTrace, out: Tensor | None) -> KernelCall:
+        """The call; ``out``: B T H E."""
+        return read(tracing, self.name, self.module, self.q, self.k, self.v, self.mask, self.kwargs, out)
+
+
+def _asked_from_outside(tracing: ActiveTrace, function: Callable[..., Any], given: _Given, out: Any) -> Any:
+    """An implementation whose kernel no tap has seen, where somebody listens.
+
+    That no tap sees it is known only when it has run. So it runs again where it shall be given something else, from the
+    random numbers that it drew first, and what it returned at first is forgotten.
+
+    Args:
+        tracing: the running trace.
+        function: the implementation.
+        given: its arguments.
+        out: what it returned for them: B T H E, and maybe more beside it.
+    """
+    with tracing.aside():
+        call = given.read(tracing, None)
+        change = tracing.before(call, given.changeable())
+        if change is not None:
+            given, out = _run_changed(tracing, function, given, call, change, out)
+        first = out[0] if isinstance(out, tuple) else out
+        made = given.read(tracing, first)
+        made.edits = call.edits
+        assert made.output is not None
+        instead = tracing.after(made)
+        with no_gradients():
+            tracing.record(made)
+        if instead is None:
+            return out
+        check_shape(instead, made.output, "output", tracing.where())
+        return first_exchanged(out, instead.to(first.dtype).transpose(1, 2).contiguous())
+
+
+def _run_changed(
+    tracing: ActiveTrace, function: Callable[..., Any], given: _Given, call: KernelCall, change: Change, out: Any
+) -> tuple[_Given, Any]:
+    """The arguments with what is changed in them, and what the implementation makes of those."""
+    for name in ("q", "k", "v"):
+        x = getattr(change, name)
+        if x is not None:
+            check_shape(x, getattr(given, name), name, tracing.where())
+            given = given._replace(**{name: x.to(getattr(given, name).dtype)})
+            out = None
+    if out is None:
+        out = given.run(function)
+    if change.bias is None and change.mask is None:
+        return given, out
+    given = given._replace(mask=_combined(call, change, given))
+    masked = given.run(function)
+    if change.heads is None and change.queries is None:
+        return given, masked
+    first, other = (x[0] if isinstance(x, tuple) else x for x in (out, masked))
+    _, t, h, _ = first.shape
+    rows = torch.tensor(change.queries or range(t), device=first.device)[:, None]
+    heads = torch.tensor(change.heads or range(h), device=first.device)
+    made = first.clone()
+    made[:, rows, heads] = other[:, rows, heads]
+    return given, first_exchanged(out, made)
+
+
+def _combined(call: KernelCall, change: Change, given: _Given) -> Tensor:
+    """The mask of four axes with a changed bias or mask in it, of the kind that it was."""
+    own: Tensor = given.mask[..., : given.k.shape[2]]
+    keep = call.mask if change.mask is None else change.mask
+    if own.dtype == torch.bool:
+        assert keep is not None
+        return keep
+    bias = change.bias
+    if bias is None:
+        bias = own if call.mask is None else torch.where(call.mask, own, 0.0)
+    bias = bias.to(own.dtype)
+    return bias if keep is None else torch.where(keep, bias, torch.finfo(own.dtype).min)
 
 
 def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -177,15 +296,16 @@ def read(
     v: Tensor,
     mask: Any,
     given: dict[str, Any],
-    out: Tensor,
+    out: Tensor | None,
 ) -> KernelCall:
-    """One call from the interface's own arguments. ``out``: B T H E, as every implementation returns it."""
+    """One call from the interface's own arguments. ``out``: B T H E, as every implementation returns it; None: it has
+    not run."""
     scale = given.get("scaling")
     call = KernelCall(
         q=q,
         k=k,
         v=v,
-        output=out.transpose(1, 2),
+        output=None if out is None else out.transpose(1, 2),
         module=module,
         tap=f"interface:{name}",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
@@ -203,11 +323,11 @@ def read(
         if mask.dtype == torch.bool:
             call.mask = mask
         else:
-            call.bias, call.mask = tracing.split(mask)
+            call.bias, call.mask = sdpa.split_mask(tracing, mask)
     elif mask is not None:
         call.mask = block_mask_dense(mask, q, k)
     if given.get("position_bias") is not None:
-        bias, hidden = tracing.split(given["position_bias"])
+        bias, hidden = sdpa.split_mask(tracing, given["position_bias"])
         if bias is not None:
             call.bias = bias if call.bias is None else call.bias + bias
         if hidden is not None:

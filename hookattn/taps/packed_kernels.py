@@ -36,6 +36,19 @@ Back = Callable[[Tensor, Tensor], Tensor]
 """(an argument or an output, as it is laid out; a tensor of the call) -> the former with the latter in it."""
 
 
+def check_shape(x: Tensor, own: Tensor, name: str, where: str | None) -> None:
+    """Whether a tensor can take the place of a call's own.
+
+    Raises:
+        EditError: it is of another shape.
+    """
+    if x.shape != own.shape:
+        raise EditError(
+            f"{where or '<model>'}: a changed {name} of shape {tuple(x.shape)} cannot take the place of the kernel's, "
+            f"which is of {tuple(own.shape)}; return one of that shape."
+        )
+
+
 @dataclass(frozen=True)
 class Reading:
     """One call as it was read, and the way back from it.
@@ -61,11 +74,7 @@ class Reading:
             x, own = getattr(change, name), getattr(self.call, name)
             if x is None:
                 continue
-            if x.shape != own.shape:
-                raise EditError(
-                    f"{where or '<model>'}: a changed {name} of shape {tuple(x.shape)} cannot be handed to its kernel, "
-                    f"whose own is of {tuple(own.shape)}; return one of that shape."
-                )
+            check_shape(x, own, name, where)
             given[argument], changed = back(given[argument], x.to(own.dtype)), True
         return changed
 
@@ -190,11 +199,7 @@ def _exchanged(reading: Reading, given: dict[str, Any], out: Any, instead: Tenso
     """What a function returns, with another output in it; also where it was told to write its output to."""
     own = reading.call.output
     assert own is not None
-    if instead.shape != own.shape:
-        raise EditError(
-            f"{where or '<model>'}: an output of shape {tuple(instead.shape)} cannot take the place of the kernel's, "
-            f"which is of {tuple(own.shape)}; return one of that shape."
-        )
+    check_shape(instead, own, "output", where)
     first = _first(out)
     made, place = reading.output(first, instead.to(first.dtype)), given.get("out")
     if place is not None:

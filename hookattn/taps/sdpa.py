@@ -199,7 +199,7 @@ def ask(
     call = KernelCall(q, k, v, None, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
     call.causal, call.module, call.dropout = bool(given["is_causal"]), module, float(given["dropout_p"])
     if mask is not None:
-        call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else _split(recorder, mask)
+        call.bias, call.mask = (None, mask) if mask.dtype == torch.bool else split_mask(recorder, mask)
         call.bias, call.mask = with_four_axes(call.bias), with_four_axes(call.mask)
     if describe is not None:
         describe(call)
@@ -222,7 +222,7 @@ def ask(
     return Asked(changed, k, v, call.edits, first, _of_some(changed, heads, rows), heads, rows)
 
 
-def _split(recorder: ActiveTrace, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def split_mask(recorder: ActiveTrace, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Bias and mask of an additive mask; a learned one stays in the model's graph."""
     bias, hidden = recorder.split(mask)
     if bias is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -284,7 +284,7 @@ def answer(
     if asked.k.shape[1] != call.k.shape[1] and call.k.shape[1] % asked.k.shape[1] == 0:  # the model's copies left out
         told.k, told.v = asked.k, asked.v
     if call.bias is not None and asked.given["attn_mask"].requires_grad:
-        told.bias = with_four_axes(_split(recorder, asked.given["attn_mask"])[0])
+        told.bias = with_four_axes(split_mask(recorder, asked.given["attn_mask"])[0])
     if describe is not None:
         describe(told)
     instead = recorder.after(told)

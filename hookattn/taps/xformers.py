@@ -15,6 +15,7 @@ from ..torch_internals.code_patching import Patch
 from .active import current
 from .base import Tap
 from .packed_kernels import Kernel, Reading, UnreadableError, find
+from .sdpa import split_mask
 
 _KNOWN = frozenset({"attn_bias", "key", "op", "output_dtype", "p", "query", "scale", "value"})
 
@@ -75,7 +76,7 @@ def _hide(call: KernelCall, bias: Any, q: Tensor) -> None:
     name = type(bias).__name__
     if not hasattr(bias, "materialize"):
         tracing = current()
-        terms = split_additive(bias) if tracing is None else tracing.split(bias)
+        terms = split_additive(bias) if tracing is None else split_mask(tracing, bias)
     elif hasattr(bias, "block_tables"):
         raise UnreadableError(f"{name}: the keys are pages of a cache")
     else:

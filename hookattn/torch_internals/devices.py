@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,6 +137,25 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
     else:
         with torch.random.fork_rng([]):
             yield
+
+
+def random_state(device: torch.device) -> Callable[[], None]:
+    """What puts the random generators of the CPU and of a device back to where they are now."""
+    host = torch.get_rng_state()
+    if device.type in ("cuda", "xpu"):
+        module = getattr(torch, device.type)
+        own = module.get_rng_state(device)
+        put_back = partial(module.set_rng_state, own, device)
+    elif device.type == "mps":  # whose state is that of no numbered device
+        put_back = partial(torch.mps.set_rng_state, torch.mps.get_rng_state())
+    else:
+        return partial(torch.set_rng_state, host)
+
+    def both() -> None:
+        torch.set_rng_state(host)
+        put_back()
+
+    return both
 
 
 def made_current(x: Tensor) -> AbstractContextManager[Any]:

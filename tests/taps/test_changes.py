@@ -58,11 +58,11 @@ class Editor:
 
 
 @contextmanager
-def listening(model: nn.Module, listener: Any) -> Iterator[hookattn.Trace]:
+def listening(model: nn.Module, listener: Any, strict: bool = True) -> Iterator[hookattn.Trace]:
     """A trace with a listener; every call is verified in full."""
     made, selection = hookattn.Trace(), Selection.of()
     session = Session(
-        make_watch_plan(model), made, selection, CallRecorder(selection, "full", True), True, listener=listener
+        make_watch_plan(model), made, selection, CallRecorder(selection, "full", True), strict, listener=listener
     )
     try:
         session.start()
