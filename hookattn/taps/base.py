@@ -122,14 +122,21 @@ class ActiveTrace(Protocol):
 
         To be asked only where :attr:`listened`, once for each kernel, and to be followed by :meth:`after` and then
         :meth:`record` or :meth:`skip`. A kernel that reports itself without having asked is said to the listener, so
-        that no change is lost in silence. Of the taps, sdpa asks (in MultiheadAttention's Python form, too), the
-        transformers interface where sdpa runs in it, and flex_attention. These do not yet, each for its reason:
+        that no change is lost in silence. Of the taps, these ask, and what they say can be changed is:
 
-        - flash-attn, varlen_attn and xformers take B T H D, packed sequences or pages of a cache. Their readers bring
-          these to B H T D; the way back is not written, and for pages it would write into the model's cache.
-        - MultiheadAttention's fast path is one native call from the layer's input to its output, with no q in it.
-        - Attention written out by hand has no kernel: its softmax's own result has to be exchanged, in its own layout.
-        - An implementation of the interface whose kernel no tap sees may be anything.
+        - sdpa, where it is given B H T D: all. MultiheadAttention and the layers of torch run in their Python form
+          where somebody listens, so that sdpa asks in them; code of ``torch.jit`` runs as the Python function that it
+          was made from, if that gives the same bits, and code of ``torch.compile`` uncompiled.
+        - flex_attention: q, k and v, as its bias and its mask are functions.
+        - flash-attn, varlen_attn and xformers: q, k and v, in whatever layout; q alone where keys are in a cache or in
+          its pages, which are the model's; nothing where the kernel rotates q itself. All take another output.
+        - An implementation of the interface whose kernel no tap sees: q, k and v, and a mask of four axes. It asks when
+          it has run once, as it is not known before.
+
+        These do not: kernels with heads folded into the batch or into the rows of a query, nested tensors, the kernels
+        that sdpa chooses from by their own names, code of ``torch.jit`` that cannot run as Python, operators of other
+        libraries, and whatever runs inside ``torch.vmap`` or ``functionalize``. Attention that is written out by hand
+        has no kernel, and asks as it forms its weights (:meth:`formed`).
 
         Args:
             call: the kernel's arguments; its output is None. k and v have the heads that the kernel is given.

@@ -2,7 +2,7 @@
 
 The Python form dispatches as one function and would hide its kernels: its body is run with that one check answered
 "no", so that the taps of the kernels inside see them. The fast path is one native call, which
-:mod:`~hookattn.taps.native_layers` reads.
+:mod:`~hookattn.taps.native_layers` reads. Nothing in it can be changed: where somebody listens, the Python form runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..torch_internals.code_patching import Patch, copy_of
 from ..torch_internals.function_modes import beneath, depth, opened
@@ -21,6 +22,11 @@ from .native_layers import handle_layer, handle_native
 
 if TYPE_CHECKING:
     from .eager.follower import Follower
+
+PYTHON_FORM = (
+    "torch's attention layers ran in their Python form, so that what they do can be changed, and not on their native "
+    "fast path: outputs may differ in the last bits, and where a padded position attends they may differ in all"
+)
 
 
 def _undispatched(function: Any) -> Any:
@@ -38,12 +44,19 @@ def handle_python(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[
 
 
 def _no_dispatch(original: Any, args: Iterable[Any]) -> bool:
-    """In a traced thread our mode is no reason to leave the fast path; a tensor subclass or another mode is."""
+    """In a traced thread our mode is no reason to leave the fast path, where nobody listens; a tensor subclass or
+    another mode is."""
     answer, tracing = bool(original(args)), current()
     if not answer or tracing is None:
         return answer
     with tracing.aside():
-        return bool(original(args))
+        plain = bool(original(args))
+    if tracing.listened and not plain:
+        # With gradients there is no fast path.
+        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+            tracing.note(PYTHON_FORM)
+        return answer
+    return plain
 
 
 TAP = Tap(

@@ -1,8 +1,9 @@
 """Functions and modules of ``torch.jit`` (scripted and traced): compiled code that dispatches to no mode.
 
 Nothing can be seen in it. Where the Python function that it was made from gives the same bits, that is run beside it
-and followed; what the model gets is the compiled code's own. Else the compiled code is one unknown operation,
-and where it attends by itself, it is said that this was not read.
+and followed; what the model gets is the compiled code's own, or, where somebody listens, that function's, which may be
+changed. Else the compiled code is one unknown operation, and where it attends by itself, it is said that this was not
+read.
 """
 
 from __future__ import annotations
@@ -66,13 +67,17 @@ def body(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any)
         found = _known[function] = _look(function)
     out = original(function, *args, **kwargs)
     written = found.written
-    if written is not None and not tracing.listened and (found.attends or tracing.followed((args, kwargs))):
+    if written is not None and (found.attends or tracing.followed((args, kwargs))):
         run = functools.partial(written, *args, **kwargs)
-        with no_gradients():
+        if tracing.listened:  # the Python function itself is what the model gets, with what is changed in it
             if tracing.shapes_only or _gives(tracing, run, out):
-                for mine, like in zip(_tensors(out), _tensors(run()), strict=True):
-                    tracing.same(mine, like)
-                return out
+                return run()
+        else:
+            with no_gradients():
+                if tracing.shapes_only or _gives(tracing, run, out):
+                    for mine, like in zip(_tensors(out), _tensors(run()), strict=True):
+                        tracing.same(mine, like)
+                    return out
     if found.attends:
         tracing.skip(
             f"{_name(function)} attends in code compiled by torch.jit ({', '.join(found.attends)}), where nothing can "

@@ -486,7 +486,6 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "by hand": (ByHand, r"tap eager"),
     "heads in the batch": (Folded, r"tap sdpa"),
     "heads in the rows": (lambda: Packed(2), r"tap sdpa"),
-    "native": (lambda: Heads().eval(), r"tap mha_fast_path"),
 }
 
 
