@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from .add import add
-from .base import Edit
+from .base import FIELDS, Edit
 from .call import call
 from .edited_call import EditedCall
 from .knockout import knockout
@@ -22,6 +22,7 @@ from .zero import zero
 
 __all__ = [
     "Edit",
+    "FIELDS",
     "EditedCall",
     "Where",
     "add",

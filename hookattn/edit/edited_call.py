@@ -69,7 +69,7 @@ class EditedCall:
             positions: of its queries in the sequence; None: no edit asks for them.
         """
         self.site, self.step, self.tap = site, step, call.tap
-        self.call = call
+        self.call = replace(call)  # what is reported is the tap's
         self.field, self.part = "", Part()
         self.applied: list[AppliedEdit] = []
         self._edits = list(edits)
@@ -197,8 +197,8 @@ class EditedCall:
                 new = self._edit_whole(name, x)
                 if new is not x:
                     given[name] = new
-        if {"mask", "bias"} <= changeable and call.is_product:
-            given |= self._masks_for_kernel()
+        if call.is_product:
+            given |= self._masks_for_kernel(changeable)
         return Change(**given) if given else None
 
     def formed(self) -> Tensor | None:
@@ -277,10 +277,10 @@ class EditedCall:
 
     # Masks and biases that a kernel takes
 
-    def _masks_for_kernel(self) -> dict[str, Any]:
+    def _masks_for_kernel(self, changeable: frozenset[str]) -> dict[str, Any]:
         """The mask with knock-outs, the bias with what is added to scores, and the heads and rows that they are for."""
-        hidden = list(self._pending("mask"))
-        added = list(self._pending("scores"))
+        hidden = list(self._pending("mask")) if "mask" in changeable else []
+        added = list(self._pending("scores")) if "bias" in changeable else []
         if not all(edit.additive for _, edit, _ in added):
             added = []  # one that needs the scores comes between
         if not hidden and not added:

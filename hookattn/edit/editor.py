@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ class Editor:
 
     def _edited(self, call: KernelCall, site: Site, step: int) -> EditedCall | None:
         if isinstance(call.edits, EditedCall):
-            call.edits.call = call
+            call.edits.call = replace(call)
             return call.edits
         self._seen.setdefault((site.stack, site.kind, site.layer), set()).add(step)
         positions = self._positions.of(call, site, step) if self._by_position else None

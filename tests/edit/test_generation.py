@@ -98,7 +98,7 @@ def test_keys_that_are_gone_from_the_cache() -> None:
     model = tiny.build("MistralForCausalLM", "MistralConfig", **options).double()
     _, _, trace = generated(model)
     assert trace[-1].k.shape[2] == 4, "so the window has moved"
-    with pytest.raises(EditError, match="count keys from the end"):
+    with pytest.raises(EditError, match="count queries from the end"):
         generated(model, edit.knockout(queries=slice(5, None), keys=[3]))
     _, _, trace = generated(model, edit.knockout(keys=[-2], queries=-1, step=4))
     assert [c.step for c in trace if c.edits] == [4] * (len(trace) // NEW)
