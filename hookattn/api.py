@@ -59,6 +59,7 @@ def trace(
     strict: bool = False,
     copy: bool = False,
     layout: Mapping[str, str] | None = None,
+    gradients: bool = False,
 ) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
@@ -89,6 +90,10 @@ def trace(
         layout: module path, or a pattern of paths with ``*``, to the axes of q as it enters the dot product there, a
             letter each: ``{"blocks.0.attn": "BTHD"}`` (B batch, H heads, T queries, D width; ``"THD"``: no batch). For
             attention written out by hand whose axes would else be guessed, which a trace warns of.
+        gradients: keep the gradient of each call's output when a ``backward()`` brings one, in the traced block or
+            after it: then ``call.grad("weights")`` and its kin are there (:meth:`hookattn.Call.grad`). It is selected
+            as the output is. With ``to=``, one that comes after the block is not in that file; ``trace.save`` writes
+            it.
 
     Returns:
         A Trace.
@@ -118,6 +123,7 @@ def trace(
         strict=strict,
         copy=copy,
         layout=layout,
+        gradients=gradients,
     )
     try:
         with block as running:
@@ -149,6 +155,7 @@ def tracing(
     strict: bool = False,
     copy: bool = False,
     layout: Mapping[str, str] | None = None,
+    gradients: bool = False,
 ) -> Iterator[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
@@ -162,6 +169,7 @@ def tracing(
     checks.word("verify", verify, _VERIFY)
     checks.flag("strict", strict)
     checks.flag("copy", copy)
+    checks.flag("gradients", gradients)
     if to is not None:
         checks.path("to", to, TraceWriteError)
     hashable = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
@@ -186,11 +194,13 @@ def tracing(
 
                     stream = Stream(to, trace)
                 sink = None if stream is None else stream.add
-                recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
+                recorder = CallRecorder(selection, verify, sink is not None, copy, not strict, gradients)
                 room = RoomGuard(selection, to)
+                holder = None if gradients else recorder
                 session = Session(
-                    plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=recorder
-                )
+                    plan, trace, selection, recorder, strict, sink, room, layouts=layouts, holder=holder,
+                    gradients=gradients,
+                )  # fmt: skip
                 session.start()
                 yield trace
             except BaseException as error:

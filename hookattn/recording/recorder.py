@@ -29,6 +29,7 @@ from ..torch_internals import devices
 from ..torch_internals.isolation import is_isolated, isolated
 from ..torch_internals.lazy_copies import snapshots
 from ..torch_internals.tensor_memo import TensorMemo
+from .arriving import Arrivals
 from .call_statistics import captured_statistics
 from .certifying import Certifier, Extras, is_small
 from .host_transfer import Transfer
@@ -60,13 +61,21 @@ class CallRecorder:
         streamed: whether calls leave memory as soon as they are complete.
         copy: whether copies are made at once, and not when somebody writes.
         warns: whether unfaithful calls are warned of.
+        gradients: whether the gradients of outputs are kept, if any come.
     """
 
     def __init__(
-        self, selection: Selection, verify: str, streamed: bool = False, copy: bool = False, warns: bool = True
+        self,
+        selection: Selection,
+        verify: str,
+        streamed: bool = False,
+        copy: bool = False,
+        warns: bool = True,
+        gradients: bool = False,
     ):
         self.selection, self.verify = selection, verify
         self._copy = copy
+        self._arrivals = Arrivals(selection.dtype, selection.device, copy) if gradients else None
         self._fields = selection.fields
         self._certifier = Certifier(verify == "full", warns)
         self._whole = not (selection.heads or selection.queries)
@@ -118,7 +127,10 @@ class CallRecorder:
         with isolated(call.v):
             if self._keeps_plain and is_plain(call):
                 self._hold_plain(call)
-                return self.keep_held(call, site, step, index)
+                made = self.keep_held(call, site, step, index)
+                if self._arrivals is not None:
+                    made.gradient = self._arrivals.awaited(call, None, None)
+                return made
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
             heads = queries = groups = None
@@ -135,6 +147,8 @@ class CallRecorder:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
                 call.notes = [*call.notes, *notes]
             made = Call.of(call, site, step, index)
+            if self._arrivals is not None:
+                made.gradient = self._arrivals.awaited(call, heads, queries)
             mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
                 groups = restrict(call, heads, queries)

@@ -76,6 +76,7 @@ def read(given: dict[str, Any], out: Tensor | None, understand: Callable[..., No
         output=out,
         tap="flex_attention",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        result=out,
     )
     call.mask = block_mask_dense(given["block_mask"], q, k)
     if given["score_mod"] is not None:

@@ -119,6 +119,8 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # As it stands: reading the arguments by name takes longer than recording them.
             call = KernelCall(query, key, value, out, scale, "sdpa")
             call.causal, call.module = bool(kwargs.get("is_causal")), module
+            if tracing.gradients:
+                call.result = out
             tracing.record(call)
             return out
     given = sdpa.bind(args, kwargs)
@@ -185,13 +187,15 @@ def read(
         q=q,
         k=k,
         v=v,
-        output=out.transpose(1, 2),
+        output=_heads_second(out),
         module=module,
         tap=f"interface:{name}",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         softcap=given.get("softcap"),
         sinks=given.get("s_aux"),
         dropout=float(given.get("dropout") or 0),
+        result=out,
+        result_form=_heads_second,
     )
     t, s = q.shape[2], k.shape[2]
     causal = given.get("is_causal")
@@ -217,6 +221,11 @@ def read(
     elif "flash" in name:
         call.causal, call.offset, call.window = causal, s - t, given.get("sliding_window")
     return call
+
+
+def _heads_second(x: Tensor) -> Tensor:
+    """B T H E -> B H T E."""
+    return x.transpose(1, 2)
 
 
 def covers(modules: Iterable[nn.Module]) -> set[int]:

@@ -201,6 +201,8 @@ def lay_out(
         output=queries.batch(out),
         tap=tap,
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        result=out,
+        result_form=queries.batch,
     )
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")

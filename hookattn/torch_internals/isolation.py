@@ -27,6 +27,10 @@ _DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = private(
 )
 _graph_task: Callable[[], int] = private("torch._C", "_current_graph_task_id", "checks for a backward pass")
 
+_at_the_end: Callable[[Callable[[], None]], None] = private(
+    "torch.autograd", "Variable._execution_engine.queue_callback", "gradients of calls"
+)
+
 
 def is_isolated(x: Tensor) -> bool:
     """Whether :class:`isolated` would change nothing: asked where each call counts (1.5 % of a toy)."""
@@ -89,3 +93,13 @@ class isolated(Change):
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread: checkpointed parts run again in it, and were traced already."""
     return _graph_task() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward pass that runs in this thread; each has one of its own."""
+    return _graph_task()
+
+
+def at_the_end(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs in this thread has ended; not if it raises. Asked in a hook."""
+    _at_the_end(function)

@@ -200,6 +200,7 @@ class CallBuilder:
             mixed=bool(mixed),
             basis=self._basis,
         )
+        call.result, call.result_form = t.out, self._made["out"]
         if applied is not own:
             call.applied = applied
         if mixed:
