@@ -97,6 +97,7 @@ class Call:
         basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
             file that does not say it.
+        attached: whether the fields are in the graph of the model that made them.
         entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
         notes: what a reader has to know.
         certificate: how faithful it is. Measured when it is first asked for, and before any field of the call is read.
@@ -133,6 +134,7 @@ class Call:
     normalizer: str = "softmax"
     basis: Mapping[str, str] = field(default_factory=dict)
     entry: str = ""
+    attached: bool = False
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     gradient: OutputGradient | None = field(default=None, init=False, repr=False)
 
@@ -219,7 +221,9 @@ class Call:
         return f": {why}" + (", and the model formed none that are finite" if name == "scores" else "")
 
     def _derived(self, name: str) -> Tensor:
-        return DERIVED_CACHE.get(self, name, lambda: derive_field(self, name))
+        # What was derived with gradients off is in no graph, and is none that a loss can be made of later.
+        key = name if not self.attached or torch.is_grad_enabled() else f"{name} without gradients"
+        return DERIVED_CACHE.get(self, key, lambda: derive_field(self, name))
 
     def place(self, name: str) -> Field:
         """Where a field is, be it one that was not asked for; nothing is derived, read or measured for it.

@@ -10,8 +10,8 @@ from ..errors import GradientError
 from .fields import Index, PartOf, Place, tensor_of
 
 NOT_ASKED_FOR = (
-    "its gradient was not kept; trace with gradients=True, run backward(), and take the call of that trace (a call "
-    "that was put together of others, or changed, has none)"
+    "its gradient was not kept; trace with gradients=True, and run backward() before the trace is saved (a call that "
+    "was put together of others, or changed, has none)"
 )
 
 

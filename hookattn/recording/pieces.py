@@ -221,14 +221,14 @@ class _Joint:
             found = [found[0].new_zeros(1, 1, 1, 1) if x is None else x for x in parts]
         if name == "sinks":
             found = [sink_column(x) for x in found]
-        with isolated(found[0]):
+        with isolated(found[0], but=any(x.requires_grad for x in found)):
             return self.tensor(FIELD_SPECS[name], found)
 
     def scale(self, scales: Sequence[float | Tensor | None]) -> float | Tensor | None:
         """The scale of all."""
         tensors = [x for x in scales if isinstance(x, Tensor)]
         if len(tensors) == len(scales):
-            with isolated(tensors[0]):
+            with isolated(tensors[0], but=any(x.requires_grad for x in tensors)):
                 return self.tensor(FIELD_SPECS["bias"], tensors)
         if tensors or any(x != scales[0] for x in scales):
             raise _Apart

@@ -13,6 +13,7 @@ from ..calls.certificate import UNVERIFIED, Certificate
 from ..calls.key_history import Continued
 from ..calls.trace_data import TraceData
 from ..errors import TraceTooLargeError
+from ..torch_internals.isolation import no_gradients
 from ..version import __version__
 from .agreement import derivable_of
 from .call_writer import CallWriter, WrittenCall, stored_scale
@@ -36,7 +37,7 @@ def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, 
             viewer, which does not put them together. Such a file has no checksums: a page changes its header.
     """
     entries = []
-    with StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
+    with no_gradients(), StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
         writer = CallWriter(file, linked)
         for call in trace.calls:
             certificate = call.certificate  # before any number of the call is written

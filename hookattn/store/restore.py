@@ -60,12 +60,6 @@ def trace_of(file: LazyFile, path: str, kind: type[Made]) -> Made:
     return trace
 
 
-_NO_GRADIENT = (
-    "its file holds none; trace with gradients=True, and save the trace after the backward() (one with to= is complete "
-    "as its block ends)"
-)
-
-
 class _Calls:
     """The calls of an open file, made one after the other of their entries in the document.
 
@@ -136,9 +130,7 @@ class _Calls:
         values["scale"] = None if score is not None and score != DOT else _scale_of(file, scale)
         values["fields"] = fields
         call = Call(index=len(self.calls), **values)
-        if gradient is None:
-            call.gradient = OutputGradient(why_none=_NO_GRADIENT)
-        else:
+        if gradient is not None:
             call.gradient = OutputGradient(InFile(file, gradient))
         self.calls.append(call)
 

@@ -79,6 +79,10 @@ class ActiveTrace(Protocol):
         Where they take no time of their own a tap gives them without looking at this.
         """
 
+    @property
+    def attached(self) -> bool:
+        """Whether what is recorded stays in the model's graph: then a tap leaves gradients on as it makes a call."""
+
     # What is running
 
     def where(self) -> str | None:

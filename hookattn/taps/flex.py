@@ -44,11 +44,11 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             args = (*(given[name] for name in _OPERANDS), *args[3:])
             kwargs = {name: x for name, x in kwargs.items() if name not in _OPERANDS}
         out = shaped(given) if tracing.shapes_only else original(*args, **kwargs)
-        with no_gradients():
+        with no_gradients(but=tracing.attached):
             call = read(given, out[0] if isinstance(out, tuple) else out, understand)
         if tracing.listened:
             instead = tracing.after(call)
-        with no_gradients():
+        with no_gradients(but=tracing.attached):
             tracing.record(call)
     if instead is None:
         return out
@@ -126,7 +126,7 @@ def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
     if not _agree(rebuilt, scores, keep):
         high, low = (evaluate(score_mod, torch.full_like(plain, far)) for far in (_FAR, -_FAR))
         half = torch.where(keep, (high - low) / 2, 0.0)
-        cap = float(half.amax())
+        cap = float(half.detach().amax())
         if 0 < cap < 1e20 and bool(torch.where(keep, (half - cap).abs() <= 1e-4 * cap, True).all()):
             rebuilt = cap * torch.tanh(plain / cap) + add
         if not (cap > 0 and _agree(rebuilt, scores, keep)):

@@ -86,7 +86,7 @@ def run(
         finally:
             tracing.glanced = around
         if tracing.heard == heard:
-            with isolated(query):
+            with isolated(query, but=tracing.attached):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
     sealed = any(word in name for word in _SEALED)
@@ -97,7 +97,7 @@ def run(
                     tracing.seed(x, roles)
         out = function(module, query, key, value, attention_mask, *args, **kwargs)
     if not seen():
-        with no_gradients(), tracing.aside():
+        with no_gradients(but=tracing.attached), tracing.aside():
             first = out[0] if isinstance(out, tuple) else out
             tracing.record(read(tracing, name, module, query, key, value, attention_mask, kwargs, first))
     return out

@@ -72,7 +72,7 @@ class _Body:
             return original(*args, **kwargs)
         with tracing.aside(), paused():  # paused: one such function may be made of another
             out = original(*args, **kwargs)
-        with tracing.aside(), no_gradients():
+        with tracing.aside(), no_gradients(but=tracing.attached):
             try:
                 call = self._read(original, args, kwargs, out)
             except UnreadableError as error:

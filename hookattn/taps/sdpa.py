@@ -94,7 +94,7 @@ def _nested(given: dict[str, Any]) -> bool:
 def _report(watch: Follower, name: str, given: dict[str, Any], call: KernelCall) -> None:
     assert call.output is not None
     try:
-        with isolated(call.output):
+        with isolated(call.output, but=watch.recorder.attached):
             watch.recorder.record(read(watch, given, call))
     except LayoutError as error:
         watch.recorder.skip(f"{name}: {error}")
