@@ -67,7 +67,10 @@ def _header_size(trace: TraceData, compact: bool) -> int:
         entry = call_entry(call, WrittenCall(i, names, scale=scale, gradient=gradient), UNVERIFIED)
         size += _text_size(encode_document(entry)) + _OF_NUMBERS
         own = [n for f, n in names.items() if n is not None and id(kept[f]) not in common]
-        size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*own, scale or "", gradient or ""))
+        size += sum(
+            _OF_TENSOR + len(n.encode("utf-8", "surrogatepass"))
+            for n in (*own, scale or "", *([gradient] if gradient else ()))
+        )
         common |= {id(x) for f, x in kept.items() if f in SHARED}
         size += sum(_OF_LINK + 8 * x.shape[0] for x in kept.values() if isinstance(x, Continued))
     return size
