@@ -18,6 +18,7 @@ from .cases import (
     SMALL_EAGER_128,
     TOY,
     TOY_EAGER,
+    TRAINING,
     plain_name,
 )
 from .hands import HANDS
@@ -110,6 +111,7 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
         Verdict("Llama: trace ÷ untraced", 1.03, ratio(LLAMA, v.TRACE)),
         Verdict("small: trace ÷ untraced", 1.02, ratio(SMALL, v.TRACE)),
         Verdict("long: trace ÷ untraced", 1.01, ratio(LONG, v.TRACE)),
+        Verdict("training: trace with gradients ÷ untraced", 1.05, ratio(TRAINING, v.GRADIENTS)),
         Verdict("toy: trace ÷ untraced", 1.15, ratio(TOY, v.TRACE)),
         Verdict("toy: trace ÷ untraced, in a block", 1.08, ratio(TOY, v.BLOCK)),
         Verdict("toy: µs a call, one trace()", 45, per_call(TOY, v.TRACE)),

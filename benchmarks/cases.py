@@ -14,7 +14,7 @@ from . import models
 from .clock import Variant
 from .hands import HANDS, LOOP, plain_gpt
 from .libraries import LibraryModel, library_models
-from .variants import eager_generation_rows, eager_rows, fused_rows, generation_rows, plain_rows
+from .variants import eager_generation_rows, eager_rows, fused_rows, generation_rows, plain_rows, training_rows
 
 TOY = "toy (4 layers, width 64, 32 tokens)"
 SMALL = "small (12 layers, width 768, 512 tokens)"
@@ -24,6 +24,7 @@ SMALL_EAGER_32 = "small, eager (12 layers, width 768, 32 tokens)"
 SMALL_EAGER_128 = "small, eager (12 layers, width 768, 128 tokens)"
 SMALL_EAGER = "small, eager (12 layers, width 768, 512 tokens)"
 LONG = "long (4 layers, width 768, 2048 tokens, no vocabulary head)"
+TRAINING = "training (12 layers, width 768, 512 tokens)"
 GENERATION = "generation (Llama of 12 layers, 16 tokens and 64 new ones)"
 GENERATION_EAGER = "generation, eager (Llama of 12 layers, 16 tokens and 64 new ones)"
 LARGE = "8B-shaped (32 layers, width 4096, 2048 tokens, bfloat16)"
@@ -200,6 +201,10 @@ def _fused() -> Iterator[Case]:
     yield _gpt2("small, 128 tokens, bfloat16", 12, 768, 12, 128, dtype=half, weight=0.4, context_every=3)
     yield _llama(LLAMA, 8, 512, weight=2, rows=large, context_every=4)
     yield _gpt2(SMALL, 12, 768, 12, 512, vocabulary=50257, weight=2.5, rows=large, context_every=5, has_bars=True)
+    yield _gpt2(
+        TRAINING, 12, 768, 12, 512, vocabulary=50257, weight=2, rows=training_rows, context_every=3, places=("cpu",),
+        has_bars=True,
+    )  # fmt: skip
     yield _gpt2(LONG, 4, 768, 12, 2048, weight=3, rows=large, context_every=8, has_bars=True)
     steps = 64
     rows = partial(generation_rows, steps=steps)

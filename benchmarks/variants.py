@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ COMPACT = "trace + save, compact"
 HOST = "trace, to the host"
 DISK = "trace, to disk"
 AFTER = "untraced, after all of these"
+TRAINED = "untraced, forward and backward"
+GRADIENTS = "trace with gradients, forward and backward"
+GRADIENTS_READ = "the same + the gradient of all weights"
+ATTACHED = "trace attached, forward and backward"
 
 __all__ = ["OUTPUT_ATTENTIONS"]
 _QKV = ("q", "k", "v")
@@ -127,6 +132,34 @@ def plain_rows(model: nn.Module, x: Any) -> list[Variant]:
     return _with_context(rows, {TRACE, AFTER})
 
 
+def training_rows(model: nn.Module, x: Tensor) -> list[Variant]:
+    """Those of a forward and a backward; what it leaves on the parameters is removed after the clock has stopped."""
+    fresh = sibling(model)
+
+    def row(name: str, of: nn.Module, then: Callable[[Trace], Any] | None = None, **options: Any) -> Variant:
+        def run() -> Any:
+            with torch.enable_grad():
+                trace = hookattn.trace(of, x, **options) if then is not None else None
+                out = of(x) if trace is None else trace.output
+                out.logits.square().mean().backward()
+                return trace, None if trace is None or then is None else then(trace)
+
+        return Variant(name, run, after=partial(of.zero_grad, set_to_none=True))
+
+    def as_it_is(trace: Trace) -> Trace:
+        return trace
+
+    rows = [
+        row(TRAINED, fresh),
+        row(TRACE, model, as_it_is),
+        row(GRADIENTS, model, as_it_is, gradients=True),
+        row(GRADIENTS_READ, model, all_gradients, gradients=True),
+        row(ATTACHED, model, as_it_is, attached=True),
+        row(AFTER, model),
+    ]
+    return _with_context(rows, {GRADIENTS, AFTER})
+
+
 def eager_generation_rows(model: nn.Module, x: Tensor, steps: int) -> list[Variant]:
     """Those of greedy generation in eager, each a whole ``generate()``."""
     fresh = sibling(model)
@@ -182,6 +215,11 @@ def all_weights(trace: Trace) -> Any:
 def every_field(trace: Trace) -> Any:
     """Every field that was captured, scores and weights included."""
     return [[call.get(name) for name in call.fields] for call in trace]
+
+
+def all_gradients(trace: Trace) -> Any:
+    """Of the weights of every call."""
+    return [call.grad("weights") for call in trace]
 
 
 def _traces(model: nn.Module, x: Tensor) -> list[Variant]:

@@ -21,7 +21,7 @@ from torch import nn
 from . import checks
 from .edit.base import Edit
 from .edit.editor import Editor
-from .errors import GuessedAxesWarning, HookattnError, SkippedWarning, TraceWriteError, UnfitTokensWarning
+from .errors import GuessedAxesWarning, HookattnError, InputError, SkippedWarning, TraceWriteError, UnfitTokensWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
@@ -45,6 +45,8 @@ _DEFAULTS: dict[str, Any] = {
     "verify": "sample",
     "strict": False,
     "copy": False,
+    "gradients": False,
+    "attached": False,
 }
 _VERIFY = ("sample", "full", "off")
 # So many paths are named in a warning.
@@ -67,6 +69,8 @@ def trace(
     strict: bool = False,
     copy: bool = False,
     layout: Mapping[str, str] | None = None,
+    gradients: bool = False,
+    attached: bool = False,
 ) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
@@ -97,13 +101,22 @@ def trace(
         layout: module path, or a pattern of paths with ``*``, to the axes of q as it enters the dot product there, a
             letter each: ``{"blocks.0.attn": "BTHD"}`` (B batch, H heads, T queries, D width; ``"THD"``: no batch). For
             attention written out by hand whose axes would else be guessed, which a trace warns of.
+        gradients: keep the gradient of each call's output when a ``backward()`` brings one, in the traced block or
+            after it: then ``call.grad("weights")`` and its kin are there (:meth:`hookattn.Call.grad`). It is selected
+            as the output is. With ``to=``, one that comes after the block is not in that file; ``trace.save`` writes
+            it.
+        attached: leave the captured fields in the model's graph, so that a loss on ``call.weights`` (or q, k, v,
+            scores, output) trains the model, also where the kernel is fused and the weights are derived. They are the
+            model's tensors as they were, whatever it wrote to these afterwards. The trace holds the graph as long as it
+            lives; not with ``to=``, ``dtype=``, ``device=`` or statistics, which are in no graph.
 
     Returns:
         A Trace.
 
     Raises:
         ModelError: a scripted module, parameters on the meta device; NoAttentionError: no attention ran.
-        InputError: the inputs do not fit the forward's signature; or ``tokens``, a flag or a path is none.
+        InputError: the inputs do not fit the forward's signature; or ``tokens``, a flag or a path is none, or
+            ``attached`` together with what it excludes.
         SelectionError: an unknown field, layer or head, an empty selection, or a ``layout`` of no module or no axes.
         UnfaithfulError: with ``strict``.
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
@@ -125,6 +138,8 @@ def trace(
         strict=strict,
         copy=copy,
         layout=layout,
+        gradients=gradients,
+        attached=attached,
     )
 
 
@@ -163,6 +178,8 @@ def tracing(
     strict: bool = False,
     copy: bool = False,
     layout: Mapping[str, str] | None = None,
+    gradients: bool = False,
+    attached: bool = False,
 ) -> AbstractContextManager[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
@@ -188,6 +205,8 @@ def tracing(
         strict=strict,
         copy=copy,
         layout=layout,
+        gradients=gradients,
+        attached=attached,
     )
 
 
@@ -206,6 +225,8 @@ class TracingOptions(TypedDict, total=False):
     strict: bool
     copy: bool
     layout: Mapping[str, str] | None
+    gradients: bool
+    attached: bool
 
 
 def editing(
@@ -278,11 +299,15 @@ def _traced(
     strict: bool,
     copy: bool,
     layout: Mapping[str, str] | None,
+    gradients: bool,
+    attached: bool,
 ) -> Iterator[Trace]:
     """:func:`tracing`; ``listener``: changes what attention does."""
     checks.word("verify", verify, _VERIFY)
     checks.flag("strict", strict)
     checks.flag("copy", copy)
+    checks.flag("gradients", gradients)
+    checks.flag("attached", attached)
     if to is not None:
         checks.path("to", to, TraceWriteError)
     hashable = capture is None or (isinstance(capture, tuple) and all(type(x) is str for x in capture))
@@ -290,6 +315,8 @@ def _traced(
         selection = _selection_of_fields(capture)  # type: ignore[arg-type]
     else:
         selection = Selection.of(capture, layers, heads, queries, dtype, device)
+    if attached:
+        _check_attached(selection, to)
     plan = make_watch_plan(model)
     layouts = None if layout is None else Layouts(layout, plan.paths.values())
     own, named = stacked_tokens(tokens)
@@ -307,8 +334,9 @@ def _traced(
 
                     stream = Stream(to, trace)
                 sink = None if stream is None else stream.add
-                recorder = CallRecorder(selection, verify, sink is not None, copy, warns=not strict)
+                recorder = CallRecorder(selection, verify, sink is not None, copy, not strict, gradients, attached)
                 room = RoomGuard(selection, to)
+                holder = None if gradients or attached else recorder
                 session = Session(
                     plan,
                     trace,
@@ -319,7 +347,9 @@ def _traced(
                     room,
                     listener=listener,
                     layouts=layouts,
-                    holder=recorder,
+                    holder=holder,
+                    gradients=gradients,
+                    attached=attached,
                 )
                 session.start()
                 yield trace
@@ -347,6 +377,18 @@ def _traced(
     finally:
         _end(session, stream, began)
     _warn(trace, unused, unfit)
+
+
+def _check_attached(selection: Selection, to: Any) -> None:
+    """Raises InputError: something was asked for that takes fields out of their graph."""
+    given = {"to": to, "dtype": selection.dtype, "device": selection.device, "capture": selection.statistics or None}
+    for name, value in given.items():
+        if value is not None:
+            shown = f"{name}={checks.printed(value)}" if name != "capture" else f"the statistic {value[0].key!r}"
+            raise InputError(
+                f"attached=True keeps fields in the model's graph, and {shown} takes them out of it; leave one of the "
+                "two out, and cast, move, save or sum up what is read (call.weights.half(), trace.save(…))."
+            )
 
 
 def _end(session: Session | None, stream: Stream | None, began: tuple[int, int]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import allocation, devices
-from .functional import compute_dtype, dot_scores, finish_scores, softmax_weights
+from .functional import compute_dtype, dot_scores, finish_scores, in_graph, softmax_weights
 from .masks import Diagonal
 
 # How many scores make a block on the CPU: 4 MiB of float32, which stays in the cache from product to softmax.
@@ -42,7 +42,9 @@ def derive(
     """
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
-    if devices.on_gpu(q) and b * h * t * s:
+    # Whose gradients are asked for is made as a whole, by operations that have gradients.
+    attached = in_graph(q, k, bias, sinks, scale if isinstance(scale, Tensor) else None)
+    if devices.on_gpu(q) and b * h * t * s and not attached:
         from .kernels import derive as fused  # what it needs is heavy
 
         derived = fused(q, k, scale, softcap, bias, mask, sinks, diagonal, rows, want_scores, want_weights)
@@ -50,12 +52,12 @@ def derive(
             return derived
         if notes is not None:
             notes.append(f"scores and weights were derived by torch's own operations: {derived}")
-    elif notes is not None and (why := devices.plain_reason(q.device)):
+    elif notes is not None and not attached and (why := devices.plain_reason(q.device)):
         notes.append(f"scores and weights were derived by torch's own operations: {why}")
     # By blocks only where it pays: a call that fits into the cache needs none. Sinks and scales that are tensors are
     # rare, and left to the whole.
     simple = q.device.type == "cpu" and sinks is None and isinstance(scale, (int, float)) and k.shape[0] == b
-    simple = simple and b * h * t * s > _BLOCK // 2
+    simple = simple and b * h * t * s > _BLOCK // 2 and not attached
     hides = diagonal is not None and diagonal.hides_any and mask is None
     numbers = (torch.arange(t, device=q.device) if rows is None else rows) if hides else None
     # A block's mask is added as −∞, which is quicker than choosing; to a score of +∞ that would give NaN. The sum of

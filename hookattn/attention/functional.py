@@ -41,14 +41,14 @@ def dot_scores(q: Tensor, k: Tensor, scale: float | Tensor = 1.0, out: Tensor | 
     # With beta=0 what is added is not read, and alpha scales in the same pass; bmm would need a second one.
     out = torch.baddbmm(q.new_empty(()), q3, k3.transpose(1, 2), beta=0, alpha=alpha, out=flat).view(b, h, t, s)
     if isinstance(scale, Tensor):
-        out = out * scale.to(dtype) if _in_graph(out, scale) else out.mul_(scale.to(dtype))
+        out = out * scale.to(dtype) if in_graph(out, scale) else out.mul_(scale.to(dtype))
     return out
 
 
 def finish_scores(scores: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
     """Soft-cap (``c·tanh(s/c)``; Gemma Team 2024, Gemma 2) and bias, in place where no gradient needs what was there.
     ``scores``: B H T S."""
-    if _in_graph(scores, bias):
+    if in_graph(scores, bias):
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
         return scores if bias is None else scores + bias.to(scores.dtype)
@@ -85,7 +85,7 @@ def softmax_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = 
         weights = torch.exp(masked - total)
     if empty and mask is not None:
         blind = ~mask.any(-1, keepdim=True)
-        if _in_graph(weights):
+        if in_graph(weights):
             # A row of nothing but −∞ has a gradient of NaN, whatever becomes of its weights: it is never made.
             masked = masked.masked_fill(blind, 0.0)
             return softmax_weights(masked, None, sinks, False).masked_fill(blind, 0.0)
@@ -93,7 +93,7 @@ def softmax_weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None = 
     return weights
 
 
-def _in_graph(*tensors: Tensor | None) -> bool:
+def in_graph(*tensors: Tensor | None) -> bool:
     """Whether a gradient will be asked of what is made of some tensors: then nothing is written to in place."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

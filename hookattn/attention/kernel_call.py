@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -93,6 +93,8 @@ _BESIDE = (
     FieldSpec("undropped", "BHTE"),
     FieldSpec("scale", "BHTS", broadcast=True),
 )
+OUTPUT_GRADIENT = FieldSpec("output_grad", "BHTE")
+"""The gradient of ``output``. No field of a forward: it comes with a backward, if one is asked for."""
 TENSOR_SPECS: dict[str, FieldSpec] = {**FIELD_SPECS, **{spec.name: spec for spec in _BESIDE}}
 
 FIELDS: tuple[str, ...] = tuple(FIELD_SPECS)
@@ -167,6 +169,10 @@ class KernelCall:
         notes: what a reader has to know.
         edits: what a listener has noted of what it changed here. A tap hands it on, from the call that it asked about
             to those that it makes of the same attention later, and does nothing else with it.
+        result: the very tensor that the kernel returned and the model goes on with, whose gradient is that of
+            ``output``; a view or a copy of it that a tap made has none. Not to be kept. None: the kernel hands out no
+            such tensor, or nobody asks for gradients.
+        result_form: brings a tensor laid out like ``result`` to B H T E; None: it is so.
     """
 
     q: Tensor
@@ -201,6 +207,8 @@ class KernelCall:
     piece: Piece | None = None
     notes: list[str] = field(default_factory=list)
     edits: object = None
+    result: Tensor | None = None
+    result_form: Callable[[Tensor], Tensor] | None = None
 
     @property
     def diagonal(self) -> Diagonal:

@@ -28,11 +28,15 @@ class Normalizer(NamedTuple):
         of_each: the weight of a score alone, B H T S -> B H T S, where it depends on no other; a hidden key weighs 0.
         of_rows: the weights of rows of scores, B H T S with −∞ where a key is hidden -> B H T S.
         sums_to_one: whether the weights of a row that sees any key sum to 1 (with sinks: to 1 at most).
+        slope: the derivative of ``of_each``, B H T S -> B H T S.
+        back: of ``of_rows``: the weights and their gradient, B H T S each -> that of the scores, B H T S.
     """
 
     of_each: Callable[[Tensor], Tensor] | None = None
     of_rows: Callable[[Tensor], Tensor] | None = None
     sums_to_one: bool = False
+    slope: Callable[[Tensor], Tensor] | None = None
+    back: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def known(self) -> bool:
@@ -54,17 +58,33 @@ def _sparsemax(scores: Tensor) -> Tensor:
     return (z - threshold).clamp_min(0)
 
 
+def _softmax_back(weights: Tensor, of_weights: Tensor) -> Tensor:
+    """``W ∘ (dW − Σ dW ∘ W)``, whatever else is in the denominator."""
+    return weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+
+
+def _sparsemax_back(weights: Tensor, of_weights: Tensor) -> Tensor:
+    """On the support ``dW`` less its mean there, and 0 elsewhere (Martins and Astudillo 2016, section 2.5)."""
+    support = weights > 0
+    total = torch.where(support, of_weights, 0.0).sum(-1, keepdim=True)
+    return torch.where(support, of_weights - total / support.sum(-1, keepdim=True).clamp_min(1), 0.0)
+
+
+def _sigmoid_slope(scores: Tensor) -> Tensor:
+    return torch.sigmoid(scores) * torch.sigmoid(-scores)
+
+
 NORMALIZERS: dict[str, Normalizer] = {
     # The softmax itself, and one with an extra one in its denominator, which is a sink whose logit is 0.
-    SOFTMAX: Normalizer(of_rows=lambda x: torch.softmax(x, -1), sums_to_one=True),
-    OF_ONE: Normalizer(of_rows=lambda x: torch.softmax(x, -1), sums_to_one=True),
-    "sparsemax": Normalizer(of_rows=_sparsemax, sums_to_one=True),
-    "sigmoid": Normalizer(of_each=torch.sigmoid),
-    "relu": Normalizer(of_each=torch.relu),
-    "relu^2": Normalizer(of_each=lambda x: torch.relu(x).square()),
-    "exp": Normalizer(of_each=torch.exp),
-    "softplus": Normalizer(of_each=torch.nn.functional.softplus),
-    "none": Normalizer(of_each=lambda x: x),
+    SOFTMAX: Normalizer(of_rows=lambda x: torch.softmax(x, -1), sums_to_one=True, back=_softmax_back),
+    OF_ONE: Normalizer(of_rows=lambda x: torch.softmax(x, -1), sums_to_one=True, back=_softmax_back),
+    "sparsemax": Normalizer(of_rows=_sparsemax, sums_to_one=True, back=_sparsemax_back),
+    "sigmoid": Normalizer(of_each=torch.sigmoid, slope=_sigmoid_slope),
+    "relu": Normalizer(of_each=torch.relu, slope=lambda x: (x > 0).to(x.dtype)),
+    "relu^2": Normalizer(of_each=lambda x: torch.relu(x).square(), slope=lambda x: 2 * torch.relu(x)),
+    "exp": Normalizer(of_each=torch.exp, slope=torch.exp),
+    "softplus": Normalizer(of_each=torch.nn.functional.softplus, slope=torch.sigmoid),
+    "none": Normalizer(of_each=lambda x: x, slope=torch.ones_like),
 }
 """By the names that ``call.normalizer`` has. Others are words for what was seen, whose weights alone are known."""
 _UNKNOWN = Normalizer()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KERNEL_BASIS, KernelCall, asked_for
-from ..errors import FieldAbsent, FieldNotCaptured, NoSuchFieldError
+from ..errors import FieldAbsent, FieldNotCaptured, InputError, NoSuchFieldError
 from ..printable import printable
 from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
@@ -20,6 +20,8 @@ from .deriving import derive_field
 from .edits import AppliedEdit, edits_of_batch
 from .extents import extents_of
 from .fields import Derived, Field, tensor_of
+from .gradients import NAMES, gradient_of
+from .output_gradient import OutputGradient
 from .parts import CallPart, part_of_scale
 from .site import Site
 
@@ -96,6 +98,7 @@ class Call:
         basis: for each of B, H, T, S and G how it is known which axis that is: ``kernel`` (its documented place),
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
             file that does not say it.
+        attached: whether the fields are in the graph of the model that made them.
         entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
         edits: what was changed in it, in the order in which it was done (see :func:`hookattn.editing`); empty: nothing.
         notes: what a reader has to know.
@@ -103,6 +106,8 @@ class Call:
         fields: the captured fields by name, each as where it is: see :mod:`hookattn.calls.fields`.
         beside: fields that were not asked for and that others follow from; likewise.
         made: what was derived and is held; see :mod:`hookattn.calls.derived_cache`.
+        gradient: that of ``output``, which :meth:`grad` derives all others of; None: it was not asked for. A call that
+            is made of another by hand has none.
     """
 
     site: Site
@@ -132,7 +137,9 @@ class Call:
     basis: Mapping[str, str] = field(default_factory=dict)
     entry: str = ""
     edits: tuple[AppliedEdit, ...] = ()
+    attached: bool = False
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    gradient: OutputGradient | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, call: KernelCall, site: Site, step: int, index: int) -> Call:
@@ -217,7 +224,9 @@ class Call:
         return f": {why}" + (", and the model formed none that are finite" if name == "scores" else "")
 
     def _derived(self, name: str) -> Tensor:
-        return DERIVED_CACHE.get(self, name, lambda: derive_field(self, name))
+        # What was derived with gradients off is in no graph, and is none that a loss can be made of later.
+        key = name if not self.attached or torch.is_grad_enabled() else f"{name} without gradients"
+        return DERIVED_CACHE.get(self, key, lambda: derive_field(self, name))
 
     def place(self, name: str) -> Field:
         """Where a field is, be it one that was not asked for; nothing is derived, read or measured for it.
@@ -255,9 +264,11 @@ class Call:
             FieldNotCaptured: nothing that was captured tells how many there are.
         """
         if heads is queries is batch is None:
-            return replace(self)
+            made = replace(self)
+            made.gradient = self.gradient
+            return made
         part = CallPart.of(self, heads, queries, batch)
-        return replace(
+        made = replace(
             self,
             scale=part_of_scale(self.scale, part),
             edits=self._edits_of(part),
@@ -268,6 +279,44 @@ class Call:
             queries=part.queries,
             of_queries=part.of_queries,
         )
+        if self.gradient is not None:
+            made.gradient = self.gradient.part((part.batch, part.head_index, part.rows))
+        return made
+
+    def grad(self, name: str) -> Tensor:
+        """The gradient of a field, after ``backward()``, of a trace with ``gradients=True``.
+
+        It is the part that came back through this call's own output: a model that uses the same tensor otherwise as
+        well (weights that it returns and that a loss is made of, keys that another call reads, too) has more in its
+        ``.grad``. Of several backward passes it is the sum. What is kept is the gradient of the output; all else is
+        derived of it and of the fields when it is read (with ``O = A·V``; Dao et al. 2022, FlashAttention, appendix
+        B.2), in float32, or float64 of a kernel in that.
+
+        Args:
+            name: with ``dX`` for the gradient with respect to X:
+
+                - ``"output"``, B H T E: ``dO``, as autograd brought it, in its dtype.
+                - ``"applied"``, B H T S: ``dA = dO·vᵀ``, of what met the values.
+                - ``"weights"``, B H T S: of the weights before dropout: ``dA`` where nothing lay between; with dropout
+                  ``dA/(1 − p)`` where a weight was kept, and 0 where it was dropped (or is 0, which tells neither).
+                - ``"scores"``, B H T S: of the scores as they are recorded, soft-capped and with the bias: of a softmax
+                  ``dS = W∘(dW − Σ_s dW∘W)``, with sinks as well; of other normalizers by their derivative. 0 where
+                  masked, and so in rows with nothing to attend to.
+                - ``"q"``, B H T D, and ``"k"``, B G S D: ``scale·dR·k`` and ``scale·dRᵀ·q``, with ``dR`` the gradient
+                  of scale·q·kᵀ before the soft-cap: ``dS·(1 − tanh²(R/c))``. Of k summed over the query heads that read
+                  it.
+                - ``"v"``, B G S E: ``Aᵀ·dO``, likewise.
+
+        Returns:
+            A tensor that is not in a graph.
+
+        Raises:
+            GradientError: there is none: no backward has come, its output took no part in it, the forward had no graph
+                (no_grad, inference_mode, a reentrant checkpoint), or what lies between is not known; says which.
+            FieldNotCaptured: it follows from a field that was not kept.
+            InputError: ``name`` is none of these.
+        """
+        return gradient_of(self, checks.word("name", name, NAMES, InputError))
 
     def _edits_of(self, part: CallPart) -> tuple[AppliedEdit, ...]:
         if not self.edits or part.batch == slice(None):

@@ -31,6 +31,7 @@ class SourceCall(KeptCall, Protocol):
     softcap: float | None
     normalizer: str
     notes: tuple[str, ...]
+    attached: bool
 
     def place(self, name: str) -> Field:
         """Where a field is."""
@@ -50,11 +51,11 @@ def derive_field(call: SourceCall, name: str) -> Tensor:
     own = own_field(call, "scores") if name == "weights" else None
     try:
         if own is not None:
-            with isolated(own):
+            with isolated(own, but=call.attached):
                 return _of_scores(call, own)
         q, k = _tensor(call, "q"), evenly_grouped(call, _tensor(call, "k"))
         _check_room(call, name, q, k)
-        with isolated(q):
+        with isolated(q, but=call.attached):
             if name == "scores" or is_softmax(call.normalizer):
                 return _of_q_and_k(call, name, q, k)
             return _of_scores(call, _of_q_and_k(call, "scores", q, k))

@@ -21,8 +21,8 @@ from .where import Where
 from .zero import zero
 
 __all__ = [
-    "Edit",
     "FIELDS",
+    "Edit",
     "EditedCall",
     "Where",
     "add",

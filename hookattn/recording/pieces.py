@@ -9,19 +9,20 @@ and where nothing is known of it, each says how many there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..attention.functional import sink_column
-from ..attention.kernel_call import FIELD_SPECS, FieldSpec
+from ..attention.kernel_call import FIELD_SPECS, OUTPUT_GRADIENT, FieldSpec
 from ..attention.pieces import Piece
 from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
 from ..calls.extents import extents_of
-from ..calls.fields import Derived, Field, tensor_of
+from ..calls.fields import Derived, Field, Later, Place, tensor_of
+from ..calls.output_gradient import OutputGradient
 from ..torch_internals.isolation import isolated
 
 # What the pieces of one attention have in common.
@@ -157,6 +158,9 @@ def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
         )
     except _Apart:
         return None
+    gradients = [c.gradient for c in calls if c.gradient is not None]
+    if len(gradients) == len(calls):
+        made.gradient = _JointGradient(passes=gradients[0].passes, parts=gradients, joint=joint)
     if "T" in letters:  # each piece had a diagonal of its own; the mask has them
         made.causal, made.window = False, None
     made.basis = joint_basis(calls)
@@ -217,20 +221,21 @@ class _Joint:
             found = [found[0].new_zeros(1, 1, 1, 1) if x is None else x for x in parts]
         if name == "sinks":
             found = [sink_column(x) for x in found]
-        with isolated(found[0]):
-            return self._tensor(FIELD_SPECS[name], found)
+        with isolated(found[0], but=any(x.requires_grad for x in found)):
+            return self.tensor(FIELD_SPECS[name], found)
 
     def scale(self, scales: Sequence[float | Tensor | None]) -> float | Tensor | None:
         """The scale of all."""
         tensors = [x for x in scales if isinstance(x, Tensor)]
         if len(tensors) == len(scales):
-            with isolated(tensors[0]):
-                return self._tensor(FIELD_SPECS["bias"], tensors)
+            with isolated(tensors[0], but=any(x.requires_grad for x in tensors)):
+                return self.tensor(FIELD_SPECS["bias"], tensors)
         if tensors or any(x != scales[0] for x in scales):
             raise _Apart
         return scales[0]
 
-    def _tensor(self, spec: FieldSpec, parts: list[Tensor]) -> Tensor:
+    def tensor(self, spec: FieldSpec, parts: list[Tensor]) -> Tensor:
+        """The tensors of all, put together."""
         dims = [0, 1] if self.folded else ["BHT".index(self.letters)]
         if spec.per_key_head and self.letters == "T":
             return _one(parts)
@@ -267,6 +272,39 @@ class _Joint:
         if len({n // x.shape[1] for x, n in zip(parts, heads, strict=True)}) > 1:
             raise _Apart
         return _cat(parts, 1)
+
+
+@dataclass(eq=False)
+class _JointGradient(OutputGradient):
+    """The gradient of what several pieces are.
+
+    Attributes:
+        parts: that of each piece; one that no backward has reached, where it reached others, is 0.
+        joint: puts them together.
+    """
+
+    parts: Sequence[OutputGradient] = ()
+    joint: _Joint = field(default_factory=lambda: _Joint((), ()))
+
+    def __post_init__(self) -> None:
+        self.why_none = next((part.why_none for part in self.parts if part.why_none), "")
+
+    @property
+    def there(self) -> Place | None:
+        """Where it is; None: there is none."""
+        if self.place is not None:
+            return self.place
+        if self.why_none or all(part.there is None for part in self.parts):
+            return None
+        return Later(self._whole)
+
+    def _whole(self) -> Tensor:
+        found = [tensor_of(part.there) for part in self.parts]
+        some = next(x for x in found if x is not None)
+        shapes = [(shape["B"], shape["H"], shape["T"], some.shape[3]) for shape in self.joint.shapes]
+        parts = [some.new_zeros(n) if x is None else x for x, n in zip(found, shapes, strict=True)]
+        with isolated(some):
+            return self.joint.tensor(OUTPUT_GRADIENT, parts)
 
 
 def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -27,9 +27,10 @@ from ..calls.key_history import KeyHistories
 from ..calls.mask_rule import MaskRule
 from ..calls.site import Site
 from ..torch_internals import devices
-from ..torch_internals.isolation import is_isolated, isolated
+from ..torch_internals.isolation import is_isolated, isolated, no_gradients
 from ..torch_internals.lazy_copies import snapshots
 from ..torch_internals.tensor_memo import TensorMemo
+from .arriving import Arrivals
 from .call_statistics import captured_statistics
 from .certifying import Certifier, Extras, is_small
 from .host_transfer import Transfer
@@ -83,13 +84,23 @@ class CallRecorder:
         streamed: whether calls leave memory as soon as they are complete.
         copy: whether copies are made at once, and not when somebody writes.
         warns: whether unfaithful calls are warned of.
+        gradients: whether the gradients of outputs are kept, if any come.
+        attached: whether what is kept stays in the model's graph.
     """
 
     def __init__(
-        self, selection: Selection, verify: str, streamed: bool = False, copy: bool = False, warns: bool = True
+        self,
+        selection: Selection,
+        verify: str,
+        streamed: bool = False,
+        copy: bool = False,
+        warns: bool = True,
+        gradients: bool = False,
+        attached: bool = False,
     ):
         self.selection, self.verify = selection, verify
-        self._copy = copy
+        self._copy, self._attached = copy, attached
+        self._arrivals = Arrivals(selection.dtype, selection.device, copy) if gradients else None
         self._fields = selection.fields
         self._certifier = Certifier(verify == "full", warns)
         self._whole = not (selection.heads or selection.queries)
@@ -103,7 +114,8 @@ class CallRecorder:
         self._last_rule: MaskRule | None = None
         self._last_rule_of: tuple[int, int, bool, int, int | None, torch.device] | None = None
         # What is streamed is put into histories where it is written, once it is there.
-        self._histories = None if streamed or selection.capture.isdisjoint(("k", "v")) else KeyHistories()
+        # One history of several steps is a memory of its own, in no graph.
+        self._histories = None if streamed or attached or selection.capture.isdisjoint(("k", "v")) else KeyHistories()
 
     def forget(self) -> None:
         """A new forward begins: nothing is shared with the one before, but keys and values that go on."""
@@ -114,7 +126,7 @@ class CallRecorder:
 
     def split(self, additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias and mask of an additive mask, once for a tensor that many layers share."""
-        with isolated(additive):
+        with isolated(additive, but=self._attached):
             return self._memo("split", additive, lambda: split_additive(additive))  # type: ignore[no-any-return]
 
     def wants(self, field: str) -> bool:
@@ -138,10 +150,16 @@ class CallRecorder:
         Raises:
             SelectionError: a selected head or query is not there.
         """
-        with isolated(call.v):
+        with isolated(call.v, but=self._attached):
             if self._keeps_plain and is_plain(call):
                 self._hold_plain(call)
-                return self.keep_held(call, site, step, index)
+                made = self.keep_held(call, site, step, index)
+                if self._arrivals is not None:
+                    made.gradient = self._arrivals.awaited(call, None, None)
+                if self._attached:
+                    made.attached = True
+                    _say_detached(made, call)
+                return made
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
             edits, measured = self._edited(call)
@@ -159,6 +177,11 @@ class CallRecorder:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
                 call.notes = [*call.notes, *notes]
             made = Call.of(call, site, step, index)
+            if self._arrivals is not None:
+                made.gradient = self._arrivals.awaited(call, heads, queries)
+            if self._attached:
+                made.attached = True
+                _say_detached(made, call)
             mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
                 groups = restrict(call, heads, queries)
@@ -210,7 +233,8 @@ class CallRecorder:
             _, _, t, s = own.shape
             rule = MaskRule(own.mask, t, s, own.diagonal, own.device)
             formed = () if own.weights is None else tuple(e for e in applied if e.field != "output")
-            measured = measure(own, rule, self._certifier.full, Edited.of(formed, own, *edits.kept))
+            with no_gradients():
+                measured = measure(own, rule, self._certifier.full, Edited.of(formed, own, *edits.kept))
         edits.finish(call, self.wants)
         return applied, measured
 
@@ -352,7 +376,12 @@ class CallRecorder:
         """Whether a call that is not kept as it is waits for the end of the forward: a small one, as several of these
         are measured in the time of one."""
         selection, q, k = self.selection, call.q, call.k
-        elsewhere = self._streamed or selection.dtype is not None or selection.device not in (None, call.device)
+        elsewhere = (
+            self._streamed
+            or self._attached
+            or selection.dtype is not None
+            or selection.device not in (None, call.device)
+        )
         if elsewhere or selection.statistics or q is None or k is None:
             return False
         return q.device.type == "cpu" and not devices.on_gpu(q) and is_small(q.shape, k.shape, call.v.shape)
@@ -372,7 +401,8 @@ class CallRecorder:
         if stays and not formed:
             self._certifier.wait(made, Extras.of(call))
             return
-        self._certifier.take(made, grouped(call, groups), mask)
+        with no_gradients():
+            self._certifier.take(made, grouped(call, groups), mask)
         if not made.derivable and not any(isinstance(x, Derived) for x in made.fields.values()):
             made.beside = {}
 
@@ -415,3 +445,15 @@ class CallRecorder:
         if dtype != x.dtype or device != x.device:
             return x.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
         return x if fresh else snapshots([x], [cache], self._copy)[0]
+
+
+def _say_detached(made: Call, call: KernelCall) -> None:
+    """Note which fields of an attached call are in no graph."""
+    several = {name: getattr(call, name) for name in ("q", "k", "v", "scores", "weights", "applied", "output")}
+    lost = [name for name, x in several.items() if isinstance(x, Tensor) and not x.requires_grad]
+    if lost:
+        made.notes = (
+            *made.notes,
+            f"attached=True, and not in the graph: {', '.join(lost)} (gradients were off, or nothing that they are "
+            "made of requires one)",
+        )

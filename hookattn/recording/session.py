@@ -146,13 +146,15 @@ class Session:
         listener: changes what kernels are given and give; None: nobody does.
         layouts: what the caller says of axes; None: nothing.
         holder: the recorder, where it can hold calls; None: each is kept as soon as it is seen.
+        gradients: whether the gradients of outputs are asked for.
+        attached: whether what is recorded stays in the model's graph.
 
     Attributes:
         heard: kernels that have reported themselves, those of other models in the same thread included. A tap that runs
             another's kernel compares it before and after: the kernel inside may be any, and a count is the one trace
             that all of them leave.
         listened: whether there is a listener.
-        glanced: see :class:`~hookattn.taps.base.ActiveTrace`.
+        glanced, gradients, attached: see :class:`~hookattn.taps.base.ActiveTrace`.
         thread: that it runs in; 0: it is attached to nothing, since it has not begun or has ended.
         ending: it has begun to end, and may have been broken off as it did.
         follower_class: of the function mode.
@@ -176,9 +178,12 @@ class Session:
         listener: Listener | None = None,
         layouts: Layouts | None = None,
         holder: Holder | None = None,
+        gradients: bool = False,
+        attached: bool = False,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
+        self.gradients, self.attached = gradients, attached
         self._layouts = layouts
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._modes = ModeStack(self._make_mode)

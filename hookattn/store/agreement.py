@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..attention.kernel_call import DOT, FIELD_SPECS, TENSOR_SPECS, FieldSpec
+from ..attention.kernel_call import DOT, FIELD_SPECS, OUTPUT_GRADIENT, TENSOR_SPECS, FieldSpec
 from ..attention.normalizers import is_softmax
 from ..statistics.registry import spec_of
 
@@ -28,18 +28,26 @@ _BY_OWN_SCORES = frozenset(("q", "k", "scores"))
 _MAY_BE_NONE = frozenset(name for name, spec in FIELD_SPECS.items() if spec.optional) | {"output"}
 
 
-def problem(values: Mapping[str, Any], fields: Mapping[str, Shown | None], scale: Shown | None) -> str | None:
+def problem(
+    values: Mapping[str, Any],
+    fields: Mapping[str, Shown | None],
+    scale: Shown | None,
+    gradient: Shown | None = None,
+) -> str | None:
     """What cannot be true of a call; None: nothing is wrong.
 
     Args:
         values: its values, as :data:`~hookattn.store.schema.CALL` lists them.
         fields: the header's word on each field; None: the call has none.
         scale: likewise of its scale; None: that is a number.
+        gradient: likewise of the gradient of its output; None: there is none.
     """
-    return next(_problems(values, fields, scale), None)
+    return next(_problems(values, fields, scale, gradient), None)
 
 
-def _problems(values: Mapping[str, Any], fields: Mapping[str, Shown | None], scale: Shown | None) -> Iterator[str]:
+def _problems(
+    values: Mapping[str, Any], fields: Mapping[str, Shown | None], scale: Shown | None, gradient: Shown | None
+) -> Iterator[str]:
     score, own_scores = values.get("score", DOT), values["own_scores"]
     if score != DOT and not own_scores:
         yield f"'score' is {score!r}, and 'own_scores' is false: such scores are the model's own"
@@ -54,6 +62,9 @@ def _problems(values: Mapping[str, Any], fields: Mapping[str, Shown | None], sca
     for spec, (_, shape) in _specified(fields):
         if spec.broadcast:
             yield from _of_all(spec, shape, sizes)
+    if gradient is not None:
+        yield from _of_one(OUTPUT_GRADIENT, *gradient)
+        yield from _of_all(OUTPUT_GRADIENT, gradient[1], sizes)
     if scale is not None:
         yield from _of_one(_SCALE, *scale)
         yield from _of_all(_SCALE, scale[1], sizes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..attention.kernel_call import FIELDS
+from ..attention.kernel_call import FIELDS, OUTPUT_GRADIENT
 from ..calls.call import Call
 from ..calls.deriving import derive_field
 from ..calls.fields import Derived, Place, tensor_of
@@ -30,12 +30,14 @@ class WrittenCall:
         fields: the name of each field's tensor; None: the call has none.
         links: how a field goes on from that of an earlier call.
         scale: the name of the scale's tensor; None: it is a number.
+        gradient: the name of the tensor of the output's gradient; None: there is none.
     """
 
     number: int
     fields: dict[str, str | None] = field(default_factory=dict)
     links: dict[str, StoredLink] = field(default_factory=dict)
     scale: str | None = None
+    gradient: str | None = None
 
 
 class CallWriter:
@@ -79,7 +81,14 @@ class CallWriter:
                 done.fields[name] = self._write_shared(name, place)
             elif not (isinstance(place, Continued) and self._write_continued(done, call, name, place)):
                 done.fields[name] = self._write_own(done, call, name, _content(place))
-        return done
+        return self.write_gradient(call, done)
+
+    def write_gradient(self, call: Call, done: WrittenCall) -> WrittenCall:
+        """Write the gradient of a call's output, if it has come by now; returns what the document says then."""
+        place = None if call.gradient is None else call.gradient.there
+        if place is None:
+            return done
+        return replace(done, gradient=self._write_own(done, call, OUTPUT_GRADIENT.name, _content(place)))
 
     def _write_own(self, done: WrittenCall, call: Call, name: str, x: Tensor) -> str:
         written = own_name(done.number, call.site.path, name)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
-from ..attention.kernel_call import DERIVED, DOT
+from ..attention.kernel_call import DERIVED, DOT, OUTPUT_GRADIENT
 from ..calls.call import Call
 from ..calls.certificate import UNVERIFIED, Certificate
 from ..calls.key_history import Continued
 from ..calls.trace_data import TraceData
 from ..errors import TraceTooLargeError
+from ..torch_internals.isolation import no_gradients
 from ..version import __version__
 from .agreement import derivable_of
 from .call_writer import CallWriter, WrittenCall, stored_scale
@@ -36,7 +37,7 @@ def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, 
             viewer, which does not put them together. Such a file has no checksums: a page changes its header.
     """
     entries = []
-    with StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
+    with no_gradients(), StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
         writer = CallWriter(file, linked)
         for call in trace.calls:
             certificate = call.certificate  # before any number of the call is written
@@ -61,10 +62,15 @@ def _header_size(trace: TraceData, compact: bool) -> int:
         kept = {f: x for f, x in call.fields.items() if f not in _left_out(call, compact)}
         names = {f: None if x is None else own_name(i, call.site.path, f) for f, x in kept.items()}
         scale = own_name(i, call.site.path, "scale") if stored_scale(call) is not None else None
-        entry = call_entry(call, WrittenCall(i, names, scale=scale), UNVERIFIED)
+        has_gradient = call.gradient is not None and call.gradient.there is not None
+        gradient = own_name(i, call.site.path, OUTPUT_GRADIENT.name) if has_gradient else None
+        entry = call_entry(call, WrittenCall(i, names, scale=scale, gradient=gradient), UNVERIFIED)
         size += _text_size(encode_document(entry)) + _OF_NUMBERS
         own = [n for f, n in names.items() if n is not None and id(kept[f]) not in common]
-        size += sum(_OF_TENSOR + len(n.encode("utf-8", "surrogatepass")) for n in (*own, scale or ""))
+        size += sum(
+            _OF_TENSOR + len(n.encode("utf-8", "surrogatepass"))
+            for n in (*own, scale or "", *([gradient] if gradient else ()))
+        )
         common |= {id(x) for f, x in kept.items() if f in SHARED}
         size += sum(_OF_LINK + 8 * x.shape[0] for x in kept.values() if isinstance(x, Continued))
     return size
@@ -105,6 +111,7 @@ def call_entry(
         derivable=derivable_of(call.derivable, own_scores, call.normalizer, there),
         certificate=to_entry(CERTIFICATE, certificate),
         continued=links or None,
+        output_grad=written.gradient,
     )
 
 

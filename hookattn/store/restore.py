@@ -13,6 +13,7 @@ from ..calls.call import Call, Skipped
 from ..calls.certificate import Certificate
 from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
+from ..calls.output_gradient import OutputGradient
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import CorruptFileError
@@ -96,6 +97,8 @@ class _Calls:
         )
         scale, score = values["scale"], values.get("score")
         of_scale = self._entry(where, "'scale'", scale["tensor"]) if type(scale) is dict else None
+        gradient: str | None = values.pop("output_grad", None)
+        of_gradient = None if gradient is None else self._entry(where, "'output_grad'", gradient)
         file = self._file
         fields: dict[str, Field] = {}
         shown: dict[str, Shown | None] = {}
@@ -116,7 +119,7 @@ class _Calls:
             except ValueError as error:
                 raise ValueError(f"{where}, continued {f}: {error}") from None
             shown[f] = place.history.dtype, place.shape
-        self._check(where, values, shown, None if of_scale is None else (of_scale.dtype, of_scale.shape))
+        self._check(where, values, shown, _shown(of_scale), _shown(of_gradient))
         before_applied = "weights" in fields and "applied" not in fields
         if before_applied and not values["mixed"] and not values["dropout"]:
             fields["applied"] = None  # a file of format 1.2 or older does not name it, and here nothing lay in between
@@ -126,7 +129,10 @@ class _Calls:
         values["certificate"] = _certificate_of(f"{where}, certificate", values["certificate"])
         values["scale"] = None if score is not None and score != DOT else _scale_of(file, scale)
         values["fields"] = fields
-        self.calls.append(Call(index=len(self.calls), **values))
+        call = Call(index=len(self.calls), **values)
+        if gradient is not None:
+            call.gradient = OutputGradient(InFile(file, gradient))
+        self.calls.append(call)
 
     def _entry(self, where: str, what: str, name: str) -> Entry:
         found = self._file.entry(name)
@@ -134,7 +140,14 @@ class _Calls:
             raise ValueError(f"{where}, {what} names the tensor {name[:80]!r}, which is not in the file")
         return found
 
-    def _check(self, where: str, values: dict[str, Any], shown: dict[str, Shown | None], scale: Shown | None) -> None:
+    def _check(
+        self,
+        where: str,
+        values: dict[str, Any],
+        shown: dict[str, Shown | None],
+        scale: Shown | None,
+        gradient: Shown | None,
+    ) -> None:
         """That all of a call can be true.
 
         Raises:
@@ -144,12 +157,13 @@ class _Calls:
         alike = (
             tuple(shown.items()),
             scale,
+            gradient,
             (values["heads"], values["kv_heads"], values["queries"], get("of_queries"), get("keys")),
             (values["own_scores"], get("score"), get("normalizer"), values["derivable"]),
         )
         if alike in self._sound:
             return
-        wrong = problem(values, shown, scale) or self._unknown(shown)
+        wrong = problem(values, shown, scale, gradient) or self._unknown(shown)
         if wrong is not None:
             raise ValueError(f"{where}: {wrong}")
         self._sound.add(alike)
@@ -166,6 +180,10 @@ class _Calls:
             if not any(plain.startswith(x.partition("(")[0]) for x in self._captured):
                 return f"{name[:80]!r} is no field, and nothing of that name was captured"
         return None
+
+
+def _shown(entry: Entry | None) -> Shown | None:
+    return None if entry is None else (entry.dtype, entry.shape)
 
 
 def _certificate_of(where: str, entry: dict[str, Any]) -> Certificate:

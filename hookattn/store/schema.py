@@ -208,6 +208,7 @@ CALL = Table(
     Scalar("entry", "str", since=(1, 3), default=""),
     Scalar("score", "str", since=(1, 3), default=DOT),
     Scalar("normalizer", "str", since=(1, 3), default=SOFTMAX),
+    Scalar("output_grad", "str?", since=(1, 3)),
 )
 LINK = Table(
     Scalar("continues", "count"),

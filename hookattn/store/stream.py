@@ -161,6 +161,8 @@ class Stream:
         for call in self.trace.calls:
             if id(call) not in self.written:
                 self.add(call)
+            elif self.written[id(call)].gradient is None:  # it came after the call was written
+                self.written[id(call)] = self._writer.write_gradient(call, self.written[id(call)])
         places = {self.written[id(c)].number: i for i, c in enumerate(self.trace.calls)}
         calls = [call_entry(c, self.written[id(c)], c.certificate, places) for c in self.trace.calls]
         stored = trace_of(self.file.finish(document_of(self.trace, calls, False)), self.path, TraceData)

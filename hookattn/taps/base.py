@@ -72,6 +72,17 @@ class ActiveTrace(Protocol):
         A tap looks at this first, so that a trace nobody listens to pays for one attribute and nothing else.
         """
 
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are asked for, so that ``result`` and ``result_form`` of a call are to be there.
+
+        Where they take no time of their own a tap gives them without looking at this.
+        """
+
+    @property
+    def attached(self) -> bool:
+        """Whether what is recorded stays in the model's graph: then a tap leaves gradients on as it makes a call."""
+
     # What is running
 
     def where(self) -> str | None:

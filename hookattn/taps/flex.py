@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     understand = guess_score_mod if tracing.shapes_only else apply_score_mod
     instead = None
     # Who listens may want a gradient of what the call is made of; else nobody does.
-    reading = nullcontext if tracing.listened else no_gradients
+    reading = nullcontext if tracing.listened else partial(no_gradients, but=tracing.attached)
     with tracing.kernel(True):
         asked = None
         if tracing.listened:
@@ -53,7 +54,7 @@ def body(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if asked is not None:
             call.edits = asked.edits
             instead = tracing.after(call)
-        with no_gradients():
+        with no_gradients(but=tracing.attached):
             tracing.record(call)
     if instead is None:
         return out
@@ -81,6 +82,7 @@ def read(given: dict[str, Any], out: Tensor | None, understand: Callable[..., No
         output=out,
         tap="flex_attention",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        result=out,
     )
     call.mask = block_mask_dense(given["block_mask"], q, k)
     if given["score_mod"] is not None:
@@ -130,7 +132,7 @@ def apply_score_mod(call: KernelCall, score_mod: Callable[..., Tensor]) -> None:
     if not _agree(rebuilt, scores, keep):
         high, low = (evaluate(score_mod, torch.full_like(plain, far)) for far in (_FAR, -_FAR))
         half = torch.where(keep, (high - low) / 2, 0.0)
-        cap = float(half.amax())
+        cap = float(half.detach().amax())
         if 0 < cap < 1e20 and bool(torch.where(keep, (half - cap).abs() <= 1e-4 * cap, True).all()):
             rebuilt = cap * torch.tanh(plain / cap) + add
         if not (cap > 0 and _agree(rebuilt, scores, keep)):

@@ -92,7 +92,7 @@ def run(
             if tracing.listened:
                 given = _Given("sdpa", module, query, key, value, attention_mask, args, kwargs, random)
                 return _asked_from_outside(tracing, function, given, out)
-            with isolated(query):
+            with isolated(query, but=tracing.attached):
                 tracing.record(read(tracing, "sdpa", module, query, key, value, attention_mask, kwargs, out[0]))
         return out
     sealed = any(word in name for word in _SEALED)
@@ -106,7 +106,7 @@ def run(
         if tracing.listened:
             given = _Given(name, module, query, key, value, attention_mask, args, kwargs, random)
             return _asked_from_outside(tracing, function, given, out)
-        with no_gradients(), tracing.aside():
+        with no_gradients(but=tracing.attached), tracing.aside():
             first = out[0] if isinstance(out, tuple) else out
             tracing.record(read(tracing, name, module, query, key, value, attention_mask, kwargs, first))
     return out
@@ -238,6 +238,8 @@ def kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # As it stands: reading the arguments by name takes longer than recording them.
             call = KernelCall(query, key, value, out, scale, "sdpa")
             call.causal, call.module = bool(kwargs.get("is_causal")), module
+            if tracing.gradients:
+                call.result = out
             tracing.record(call)
             return out
     given = sdpa.bind(args, kwargs)
@@ -305,13 +307,15 @@ def read(
         q=q,
         k=k,
         v=v,
-        output=None if out is None else out.transpose(1, 2),
+        output=None if out is None else _heads_second(out),
         module=module,
         tap=f"interface:{name}",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         softcap=given.get("softcap"),
         sinks=given.get("s_aux"),
         dropout=float(given.get("dropout") or 0),
+        result=out,
+        result_form=_heads_second,
     )
     t, s = q.shape[2], k.shape[2]
     causal = given.get("is_causal")
@@ -337,6 +341,11 @@ def read(
     elif "flash" in name:
         call.causal, call.offset, call.window = causal, s - t, given.get("sliding_window")
     return call
+
+
+def _heads_second(x: Tensor) -> Tensor:
+    """B T H E -> B H T E."""
+    return x.transpose(1, 2)
 
 
 def covers(modules: Iterable[nn.Module]) -> set[int]:

@@ -126,7 +126,7 @@ class _Body:
         with tracing.aside(), paused():  # paused: one such function may be made of another
             out = original(*args, **kwargs)
         # Who listens may want a gradient of what the call is made of; else nobody does.
-        with tracing.aside(), nullcontext() if tracing.listened else no_gradients():
+        with tracing.aside(), nullcontext() if tracing.listened else no_gradients(but=tracing.attached):
             try:
                 reading, given = self._read(original, args, kwargs, out)
             except UnreadableError as error:
@@ -331,6 +331,8 @@ def lay_out(
         output=None if out is None else queries.batch(out),
         tap=tap,
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        result=out,
+        result_form=queries.batch,
     )
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")

@@ -22,7 +22,7 @@ from ..torch_internals.operators import argument_defaults
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded, shown
-from .eager.products import Factor, HeadTest, LayoutError, Product, ProductLabels, Roles, arrange
+from .eager.products import Factor, HeadTest, LayoutError, Product, ProductLabels, Roles, arrange, arrangement
 from .eager.sequences import describe_plain, describe_product
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _nested(given: dict[str, Any]) -> bool:
 def _report(watch: Follower, name: str, given: dict[str, Any], call: KernelCall) -> None:
     assert call.output is not None
     try:
-        with isolated(call.output):
+        with isolated(call.output, but=watch.recorder.attached):
             watch.recorder.record(read(watch, given, call))
     except LayoutError as error:
         watch.recorder.skip(f"{name}: {error}")
@@ -303,6 +303,8 @@ def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, 
         q, k, v = full(q, k, v, out)
     call = KernelCall(q, k, v, out, float(scale) if scale is not None else q.shape[-1] ** -0.5, "sdpa")
     call.causal, call.module = bool(given["is_causal"]), module
+    if recorder.gradients:
+        call.result = out
     if given["dropout_p"]:
         call.dropout = float(given["dropout_p"])
         with no_gradients():
@@ -399,6 +401,9 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
             if x is not None and x.dim() > 2:
                 setattr(call, name, _split_heads(x, groups) if x.shape[-3] != 1 else x.unsqueeze(-3))
         n += 1
+        grouped = partial(_split_heads, groups=groups)
+    else:
+        grouped = None
     batch = list(range(n - 2))
     labels = ProductLabels([*batch, "t", "d"], [*batch, "s", "d"], [*batch, "t", "s"])
     product = Product(q, k, labels, origins["query"], origins["key"])
@@ -426,10 +431,13 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     call.k, call.v = (x.expand(call.q.shape[0], -1, -1, -1) for x in (call.k, call.v))
     describe_product(call, product, roles)
     rows = roles.factors(layout[:-1])
-    for name in ("output", "undropped"):
-        x = getattr(call, name)
-        if x is not None:
-            setattr(call, name, arrange(x, [*rows, [Factor(x.shape[-1], "D")]], "BHTD"))
+    assert call.output is not None
+    of_output = arrangement(call.output.shape, [*rows, [Factor(call.output.shape[-1], "D")]], "BHTD")
+    call.output, call.result_form = of_output(call.output), of_output
+    if grouped is not None:
+        call.result_form = lambda x: of_output(grouped(x))
+    if call.undropped is not None:
+        call.undropped = of_output(call.undropped)
     for name in ("bias", "mask"):
         x = getattr(call, name)
         if x is not None:

@@ -40,6 +40,8 @@ def read(given: dict[str, Any], out: Tensor | None) -> Reading:
         output=None if out is None else _heads(out),
         tap="xformers",
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+        result=out,
+        result_form=_heads,
     )
     if given.get("attn_bias") is not None:
         _hide(call, given["attn_bias"], q)

@@ -11,7 +11,7 @@ from .. import checks
 from ..attention.kernel_call import FIELDS
 from ..errors import AdapterCheckError, AdapterError
 from ..models.adapter import Adapter
-from . import structure, untouched, variants, witness
+from . import edited, structure, untouched, variants, witness
 from .case import Case, NotApplicable
 from .failure import Failure, listing, of_check
 
@@ -31,6 +31,8 @@ CHECKS: Mapping[str, Callable[[Case], Iterator[Failure]]] = {
     "padding": variants.padding,
     "cache": variants.cache,
     "half precision": variants.half,
+    "edits": edited.edits,
+    "gradients of weights": edited.weight_gradients,
     "weights": witness.expected_weights,
     "more inputs": variants.more_inputs,
 }

@@ -30,7 +30,7 @@ _MEND = "name the axes in the adapter's `layout`, or the module in whose forward
 
 
 def edits(case: Case) -> Iterator[Failure]:
-    """Weights and outputs of a head, edges, and patterns of a clean run; outputs bit for bit where nothing is changed."""
+    """Weights and outputs of a head, edges, and patterns of a clean run; every bit where nothing is changed."""
     model = case.model()
     with torch.no_grad():
         plain = list(tensors(case.run(model)))
@@ -130,7 +130,13 @@ def _frozen(case: Case, model: nn.Module, clean: Trace, plain: list[Tensor]) -> 
         worst = float((a - b).nan_to_num(0, 0, 0).abs().max()) / size
         bound = 10 * tolerance(a.dtype)
         if not worst <= bound:
-            yield Failure(type(model).__name__, "the run with its own patterns frozen", f"within {bound:.3g}", f"off by {worst:.3g}", _MEND)
+            yield Failure(
+                type(model).__name__,
+                "the run with its own patterns frozen",
+                f"within {bound:.3g}",
+                f"off by {worst:.3g}",
+                _MEND,
+            )
             return
 
 
@@ -142,7 +148,9 @@ def _zeroed(case: Case, model: nn.Module, call: Call) -> Iterator[Failure]:
     at = {"path": call.site.path, "kind": call.site.kind, "heads": 0}
     first = _try(case, model, edit.zero("weights", **at))  # type: ignore[arg-type]
     second = _try(case, model, edit.zero("output", **at))  # type: ignore[arg-type]
-    a, b = (next(c for c in t if (c.site.path, c.site.kind) == (call.site.path, call.site.kind)) for t in (first, second))
+    a, b = (
+        next(c for c in t if (c.site.path, c.site.kind) == (call.site.path, call.site.kind)) for t in (first, second)
+    )
     if not (call.dropout or same(a.output[:, 1:], call.output[:, 1:])):
         yield Failure(where, "the output of heads that were not edited", "every bit", "others", _MEND)
     if bool((a.output[:, 0] != 0).any()) or bool((a.weights[:, 0] != 0).any()):
@@ -159,8 +167,8 @@ def _knocked_out(case: Case, model: nn.Module, call: Call) -> Iterator[Failure]:
     """The last query without the first key it sees: by explicit math from the clean run's scores."""
     if call.normalizer not in ("softmax", "softmax1") or call.mixed or not call.has("scores") or call.dropout:
         return
-    where, (_, _, t, s) = _place(call), call.weights.shape
-    seen = call.mask.expand(call.weights.shape)[:, :, -1]
+    where, shape = _place(call), call.weights.shape
+    seen = call.mask.expand(shape)[:, :, -1]
     keys = seen.all(1).all(0).nonzero().flatten()
     if len(keys) < 2:
         return
@@ -168,7 +176,7 @@ def _knocked_out(case: Case, model: nn.Module, call: Call) -> Iterator[Failure]:
     one = edit.knockout(path=call.site.path, kind=call.site.kind, queries=-1, keys=key)
     made = _try(case, model, one)
     mine = next(c for c in made if (c.site.path, c.site.kind) == (call.site.path, call.site.kind))
-    mask = call.mask.expand(call.weights.shape).clone()
+    mask = call.mask.expand(shape).clone()
     mask[:, :, -1, key] = False
     sinks = None if call.sinks is None else call.sinks.double()
     expected = defined_weights(call.scores.double(), mask, sinks, call.normalizer)
@@ -178,4 +186,6 @@ def _knocked_out(case: Case, model: nn.Module, call: Call) -> Iterator[Failure]:
         live = mask.any(-1, keepdim=True).expand(want.shape)
         worst = float(torch.where(live, got.double() - want, 0.0).abs().max())
         if not worst <= unit * max(1.0, float(call.v.abs().max())):
-            yield Failure(where, f"the {what} with an edge knocked out", f"within {unit:.3g}", f"off by {worst:.3g}", _MEND)
+            yield Failure(
+                where, f"the {what} with an edge knocked out", f"within {unit:.3g}", f"off by {worst:.3g}", _MEND
+            )

@@ -63,7 +63,8 @@ def recheck(call: Call, budget: int = BUDGET) -> dict[str, Check]:
 
 def _stored_check(call: Call) -> Check:
     """How many of a call's tensors are not what was written."""
-    tensors = {found for place in call.fields.values() for found in _in_files(place)}
+    places = [*call.fields.values(), None if call.gradient is None else call.gradient.there]
+    tensors = {found for place in places for found in _in_files(place)}
     if not tensors:
         return Check(reason="the call is not read from a file")
     found = [file.intact(name) if isinstance(file, LazyFile) else None for file, name in tensors]

@@ -57,6 +57,21 @@ def running_path(paths: Mapping[int, str]) -> str | None:
     return None
 
 
+def inside(module: str, function: str) -> bool:
+    """Whether a function runs on this thread's stack.
+
+    Args:
+        module: the name of its module.
+        function: its qualified name, as ``Class.method``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_qualname == function and frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Outermost(NamedTuple):
     """What of a model runs, and was not called by anything else of it.
 

@@ -27,6 +27,10 @@ _DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = private(
 )
 _graph_task: Callable[[], int] = private("torch._C", "_current_graph_task_id", "checks for a backward pass")
 
+_at_the_end: Callable[[Callable[[], None]], None] = private(
+    "torch.autograd", "Variable._execution_engine.queue_callback", "gradients of calls"
+)
+
 
 def is_isolated(x: Tensor) -> bool:
     """Whether :class:`isolated` would change nothing: asked where each call counts (1.5 % of a toy)."""
@@ -34,15 +38,19 @@ def is_isolated(x: Tensor) -> bool:
 
 
 class no_gradients(Change):
-    """``torch.no_grad()``, but as a change that is put back whatever happens."""
+    """``torch.no_grad()``, but as a change that is put back whatever happens.
 
-    __slots__ = ("_grad",)
+    Args:
+        but: leave gradients as they are, on where they are on: what is made is to be in the graph.
+    """
 
-    def __init__(self) -> None:
-        self._grad = False
+    __slots__ = ("_but", "_grad")
+
+    def __init__(self, but: bool = False) -> None:
+        self._grad, self._but = False, but
 
     def make(self) -> None:
-        self._grad = torch.is_grad_enabled()
+        self._grad = not self._but and torch.is_grad_enabled()
         if self._grad:
             set_grad_enabled(False)
 
@@ -52,12 +60,17 @@ class no_gradients(Change):
 
 
 class isolated(Change):
-    """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing."""
+    """Context manager for arithmetic on one tensor and others of its kind; what is not in force costs nothing.
 
-    __slots__ = ("_autocast", "_grad", "_unseen", "_x")
+    Args:
+        x: the tensor.
+        but: leave gradients as they are, as in :class:`no_gradients`.
+    """
 
-    def __init__(self, x: Tensor):
-        self._x = x
+    __slots__ = ("_autocast", "_but", "_grad", "_unseen", "_x")
+
+    def __init__(self, x: Tensor, but: bool = False):
+        self._x, self._but = x, but
         self._unseen: AbstractContextManager[Any] | None = None
         self._grad = False
         self._autocast = ""
@@ -68,7 +81,7 @@ class isolated(Change):
         if depth() or type(self._x) is not Tensor:
             self._unseen = _DisableTorchFunction()
             self._unseen.__enter__()
-        self._grad = torch.is_grad_enabled()
+        self._grad = not self._but and torch.is_grad_enabled()
         if self._grad:
             set_grad_enabled(False)
         if _autocast_enabled():
@@ -89,3 +102,13 @@ class isolated(Change):
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread: checkpointed parts run again in it, and were traced already."""
     return _graph_task() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward pass that runs in this thread; each has one of its own."""
+    return _graph_task()
+
+
+def at_the_end(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs in this thread has ended; not if it raises. Asked in a hook."""
+    _at_the_end(function)

@@ -17,9 +17,11 @@ from hookattn.errors import TraceWriteError
 from hookattn.store import FORMAT_VERSION, LazyFile
 from hookattn.store.schema import CALL, CERTIFICATE, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
 
-# What others follow from or what was made of them is in no file; how fields go on is said in the table of fields.
+# What others follow from or what was made of them is in no file, and nothing in one is in a graph; how fields go on is
+# said in the table of fields, and where the gradient of the output is by the name of its tensor.
+OF_TENSORS = {"continued", "output_grad"}
 OWNERS = [
-    (CALL, Call, {"index", "beside", "made"}),
+    (CALL, Call, {"index", "beside", "made", "gradient", "attached"}),
     (SITE, Site, set()),
     (CERTIFICATE, Certificate, set()),
     (SKIPPED, Skipped, set()),
@@ -29,8 +31,8 @@ OWNERS = [
 @pytest.mark.parametrize(("table", "kind", "without"), OWNERS, ids=["call", "site", "certificate", "skipped"])
 def test_every_attribute_stands_in_its_table(table: tuple[Scalar, ...], kind: Any, without: set[str]) -> None:
     attributes = {field.name: field for field in dataclasses.fields(kind)}
-    assert {scalar.name for scalar in table} - {"continued"} == set(attributes) - without
-    later = [scalar for scalar in table if scalar.since != FIRST and scalar.name != "continued"]
+    assert {scalar.name for scalar in table} - OF_TENSORS == set(attributes) - without
+    later = [scalar for scalar in table if scalar.since != FIRST and scalar.name not in OF_TENSORS]
     # A file that does not have it yet is read with the default, which is what is left out.
     for scalar in later:
         field = attributes[scalar.name]
@@ -72,7 +74,9 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         if field.name != "fields":
             assert repr(getattr(back, field.name)) == repr(getattr(given, field.name)), field.name
         default = field.default if field.default is not dataclasses.MISSING else Ellipsis
-        assert field.name in ("index", "fields") or getattr(given, field.name) != default, field.name
+        assert field.name in ("index", "fields", "gradient", "attached") or getattr(given, field.name) != default, (
+            field.name
+        )
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

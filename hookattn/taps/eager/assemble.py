@@ -200,6 +200,7 @@ class CallBuilder:
             mixed=bool(mixed),
             basis=self._basis,
         )
+        call.result, call.result_form = t.out, self._made["out"]
         if applied is not own:
             call.applied = applied
         if mixed:
@@ -212,7 +213,9 @@ class CallBuilder:
         self._terms(call, own, t)
         if t.sink is not None:
             call.sinks = self._sinks(t.sink, h)
-            if float(call.sinks.abs().amax()) <= slack_of(call.sinks.dtype):  # one in the denominator, and no more
+            if float(call.sinks.detach().abs().amax()) <= slack_of(
+                call.sinks.dtype
+            ):  # one in the denominator, and no more
                 call.normalizer = OF_ONE
         if scores.opaque:
             self._own_values(call, t)
@@ -494,7 +497,7 @@ def _made_anew(key: str, tensor: Tensor, make: Callable[[], Any]) -> Any:
 def _read_term(added: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
     """Of what was added to scores: the bias, the mask and the least of it, which is asked for beside a mask alone."""
     bias, mask = split_additive(added)
-    return bias, mask, 0.0 if mask is None else float(added.amin())
+    return bias, mask, 0.0 if mask is None else float(added.detach().amin())
 
 
 # In place of origins that are not asked for again: they know of what they are made, and so keep it.
@@ -601,7 +604,8 @@ def differs(residual: Tensor, derived: Tensor, dtype: torch.dtype) -> bool:
     """
     # q·k is a sum over the width, so that rounding adds up: 1e-5 is 84 units in the last place of float32, 2e-2 are 20
     # of float16 and 3 of bfloat16. What a model does to scores on purpose changes them by more than that.
-    return float(residual.abs().amax()) > slack_of(dtype) * max(1.0, float(derived.abs().amax()))
+    largest = max(1.0, float(derived.detach().abs().amax()))
+    return float(residual.detach().abs().amax()) > slack_of(dtype) * largest
 
 
 def slack_of(dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from . import axis_history
 from .assemble import NAME, operations_note, output_factors, values_in_layout
 from .axis_history import Origin
 from .decisions import version_then
-from .products import LayoutError, arrange
+from .products import LayoutError, arrange, arrangement
 from .states import ValueProduct, Weights
 from .value_roles import ValueRoles
 
@@ -62,10 +62,12 @@ def plain_call(state: Weights, use: ValueProduct) -> KernelCall | str | None:
     own = weights if state.own is None else arrange(state.own[0], roles.factors(state.own[1].layout()), "BHTS")
     b, h = own.shape[:2]
     v = values_in_layout(use, roles).expand(b, -1, -1, -1)
-    output = arrange(use.out, output_factors(use, roles), "BHTD")
+    of_output = arrangement(use.out.shape, output_factors(use, roles), "BHTD")
+    output = of_output(use.out)
     call = KernelCall.of_weights(own, v, output, NAME, score=_score(state.scores_origin), normalizer=state.normalizer)
     call.basis, call.dropout, call.softmax_dtype = roles.basis, state.dropout, state.dtype
     call.mixed = bool(state.mixed)
+    call.result, call.result_form = use.out, of_output
     if weights is not own:
         call.applied = weights
     if state.mixed:

@@ -97,7 +97,8 @@ class _ScatteredCall:
         rest = layout.rowwise(root.out).masked_fill(live, 0.0).nan_to_num()
         if bool((rest != 0).any()):
             raise LayoutError("something that is no score takes part in the softmax")
-        return self._made(out, self._output(out, entries, first), v, own.view(r, c), applied.view(r, c))
+        numbers = self._numbers(out, entries, first)
+        return self._made(out, numbers, v, own.view(r, c), applied.view(r, c))
 
     def _rows_of(self, use: ScatteredValueProduct, rows: Tensor, there: Tensor) -> Tensor:
         """For every entry of a product's result, the row of weights that it is of, times the width, plus its column."""
@@ -116,7 +117,8 @@ class _ScatteredCall:
         numbers = torch.where(numbers < 0, -1, numbers)
         return numbers.permute(*([*labels, *inner].index(y) for y in use.out_labels))
 
-    def _output(self, out: Tensor, entries: Sequence[Entries], first: dict[int, Tensor]) -> Tensor:
+    def _numbers(self, out: Tensor, entries: Sequence[Entries], first: dict[int, Tensor]) -> Tensor:
+        """Where each entry of the output belongs among the rows of weights, times the width."""
         r = self.layout.live.shape[0]
         numbers: Tensor | None = None
         for part in entries:
@@ -127,13 +129,11 @@ class _ScatteredCall:
                 raise LayoutError("outputs of different queries were added")
             numbers = mine
         assert numbers is not None
-        made = out.new_zeros(out.numel())
-        made[numbers[numbers >= 0]] = out[numbers >= 0]
         if out.numel() % r or int((numbers >= 0).sum()) != out.numel() or len(torch.unique(numbers)) != out.numel():
             raise LayoutError("an output is missing, or there twice")
-        return made.view(r, -1)
+        return numbers
 
-    def _made(self, out: Tensor, output: Tensor, v: Tensor, own: Tensor, applied: Tensor) -> KernelCall:
+    def _made(self, out: Tensor, numbers: Tensor, v: Tensor, own: Tensor, applied: Tensor) -> KernelCall:
         layout, root = self.layout, self.layout.root
         b, h = layout.n // layout.heads, layout.heads
         t, s = layout.t, layout.s
@@ -146,11 +146,21 @@ class _ScatteredCall:
         seen = layout.live & ~hidden & ~zeroed
         mask = layout.spread(seen, False).view(b, h, t, s)
         dropout = max(use.dropout for use in self.uses)
+
+        count = layout.live.shape[0]
+
+        def of_output(x: Tensor) -> Tensor:  # for gradients it is kept, and so knows nothing of the layout
+            made = x.new_zeros(x.numel())
+            made[numbers] = x
+            return made.view(count, -1)[rows].view(b, h, t, -1)
+
         call = KernelCall(
             q=q,
             k=k,
             v=v[laid].view(b, h, s, -1),
-            output=output[rows].view(b, h, t, -1),
+            output=of_output(out),
+            result=out,
+            result_form=of_output,
             scale=root.scale,
             tap=NAME,
             mask=mask,

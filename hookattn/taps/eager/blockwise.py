@@ -160,5 +160,5 @@ def _gives_output(call: KernelCall, name: str) -> bool:
 
 def _sums_to(weights: Tensor, v: Tensor, output: Tensor) -> bool:
     """Whether weights, B H T S, make an output, B H T E, of the values, as far as its dtype tells."""
-    difference = (weighted_values(weights, v) - output.to(weights.dtype)).abs().nan_to_num(0.0)
-    return float(difference.amax()) <= 100 * slack_of(output.dtype) * max(1.0, float(v.abs().amax()))
+    difference = (weighted_values(weights, v) - output.to(weights.dtype)).detach().abs().nan_to_num(0.0)
+    return float(difference.amax()) <= 100 * slack_of(output.dtype) * max(1.0, float(v.detach().abs().amax()))

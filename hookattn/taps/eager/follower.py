@@ -119,6 +119,7 @@ class Follower(TorchFunctionMode):
         origins: where the axes of the tensors come from.
         live: the tensors that have a state, by identity; an entry goes with its tensor.
         uses: what became of every softmax so far.
+        attached: whether what is made of the model's tensors is to be in their graph.
         model_runs: whether the traced model's own forward runs; a part of it may, where it does not.
         interpreting: whether what the model did is looked at right now; False: the model itself is at work.
     """
@@ -128,7 +129,7 @@ class Follower(TorchFunctionMode):
         self.recorder = recorder
         self.kernels = kernels
         self.operations: dict[Any, Known] = {}
-        self.model_runs = False
+        self.model_runs, self.attached = False, recorder.attached
         self.origins = Origins(lambda: self.model_runs or recorder.where() is not None)
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
@@ -185,6 +186,8 @@ class Follower(TorchFunctionMode):
 
     def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
         """What is made of a tensor that many layers share, such as a mask: once."""
+        if self.attached:  # of a parameter something is made for each forward, whose graph goes with its backward
+            return make()
         self._count += 1
         if self._count % _SHARED == 0:  # those of earlier forwards go
             self._memo.forget()
@@ -327,7 +330,7 @@ class Follower(TorchFunctionMode):
             return
         if not out.is_floating_point() or not (strided(a) and strided(b)):
             return
-        with no_gradients():
+        with no_gradients(but=self.attached):
             state = paired(name, kind.arithmetic, a, b, out, self.origin(a), self.origin(b))
         if state is not None:
             if isinstance(state, Scores):
@@ -365,7 +368,7 @@ class Follower(TorchFunctionMode):
         x, a, b = (ref() for ref in self._multiplied) if self._multiplied is not None else (None, None, None)
         if x is not args[0] or a is None or b is None or not out.is_floating_point():
             return
-        with no_gradients():
+        with no_gradients(but=self.attached):
             pairs = paired("mul", "mul", a, b, x, self.origin(a), self.origin(b), alone=True)
             if not isinstance(pairs, Pairwise):
                 return
@@ -387,7 +390,7 @@ class Follower(TorchFunctionMode):
             if isinstance(a, Tensor) and isinstance(b, Tensor) and self._pairs_of_one(a, b, dims):
                 self._pair(ran.name, ran.kind, ran.args, ran.kwargs, result)
                 return
-        with no_gradients():
+        with no_gradients(but=self.attached):
             if ran.kind.splits and isinstance(out, (tuple, list)):
                 for one, state in zip(out, piece_states(self._operation_on(found, ran, out, origin)), strict=True):
                     if state is not None:
@@ -413,7 +416,7 @@ class Follower(TorchFunctionMode):
         self._mark_sharing(x)
         if isinstance(state, ScoresSlice):  # the scores that it is a slice of are marked
             return
-        with no_gradients():
+        with no_gradients(but=self.attached):
             new = next_state(self._operation_on(found, ran, x, state.origin))
             if new is None:
                 self.live.pop(id(x), None)
@@ -435,7 +438,7 @@ class Follower(TorchFunctionMode):
 
     def _summed_into(self, ran: _Ran, found: _Followed, written: Tensor) -> None:
         """Sums of values were added to a tensor in place, or written into one; or a softmax scattered into zeros."""
-        with no_gradients():
+        with no_gradients(but=self.attached):
             new = next_state(self._operation_on(found, ran, written, found.state.origin))
             if new is not None:
                 self._became(written, found.state, new)

@@ -63,6 +63,7 @@ def verified_name(name: str, weights: Tensor, scores: Tensor | None, mask: Tenso
         name = _THRESHOLDED[name]
     if scores is None or not normalizer_of(name).known:
         return name
+    scores, weights = scores.detach(), weights.detach()
     derived = normalized(name, scores, mask)
     assert derived is not None
     bound = tolerance * max(1.0, float(scores.abs().amax()), float(weights.abs().amax()))

@@ -315,7 +315,7 @@ class Recogniser(Follower):
         """A call is complete that was made before, of other tensors."""
         self.interpreting = True
         try:
-            with no_gradients():
+            with no_gradients(but=self.attached):
                 call = made.builder.call(run.ingredients(made), self.shared)
         except LayoutError as error:
             self.recorder.skip(str(error))

@@ -235,7 +235,7 @@ def _zeros_and_ones(x: Tensor) -> bool:
 
 
 def _largest(x: Tensor) -> float:
-    return float(x.amax())
+    return float(x.detach().amax())
 
 
 def weighted_values(c: Operation) -> State | None:

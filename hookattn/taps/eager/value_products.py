@@ -53,6 +53,10 @@ class KnownTensors(Protocol):
     The mode calls the functions below, so this file names what it needs and does not import the mode.
     """
 
+    @property
+    def attached(self) -> bool:
+        """Whether what is made of the tensors is to be in their graph."""
+
     def where(self) -> str | None:
         """The path of the module that is running."""
 
@@ -120,7 +124,7 @@ class _Product(NamedTuple):
 def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Tensor) -> None:
     """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
     a, b, labels = parsed.a, parsed.b, parsed.labels
-    with no_gradients():
+    with no_gradients(but=watch.attached):
         # Mostly nothing is followed, and then no operand has to be looked up.
         for product in (
             (
@@ -494,7 +498,7 @@ def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -
 
 def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None:
     """An einsum of three tensors or more: q·M·k, or weights, values and an output projection in one."""
-    with no_gradients():
+    with no_gradients(but=watch.attached):
         states = [watch.state(x) for x in parsed.operands] if watch.live else [None] * len(parsed.operands)
         for one, state, labels in zip(parsed.operands, states, parsed.labels, strict=True):
             if isinstance(state, Pairwise) or _of_activations(state):
