@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import variants as v
 from .cases import (
+    EDITED,
     GENERATION,
     GENERATION_EAGER,
     LARGE,
@@ -111,6 +112,7 @@ def verdicts(rows: Rows, extra: Mapping[str, float], device: str) -> list[Verdic
         Verdict("Llama: trace ÷ untraced", 1.03, ratio(LLAMA, v.TRACE)),
         Verdict("small: trace ÷ untraced", 1.02, ratio(SMALL, v.TRACE)),
         Verdict("long: trace ÷ untraced", 1.01, ratio(LONG, v.TRACE)),
+        Verdict("edited: the pattern of one head of one layer is 0 ÷ untraced", 1.03, ratio(EDITED, v.ONE_PATTERN)),
         Verdict("training: trace with gradients ÷ untraced", 1.05, ratio(TRAINING, v.GRADIENTS)),
         Verdict("toy: trace ÷ untraced", 1.15, ratio(TOY, v.TRACE)),
         Verdict("toy: trace ÷ untraced, in a block", 1.08, ratio(TOY, v.BLOCK)),

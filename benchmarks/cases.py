@@ -14,7 +14,15 @@ from . import models
 from .clock import Variant
 from .hands import HANDS, LOOP, plain_gpt
 from .libraries import LibraryModel, library_models
-from .variants import eager_generation_rows, eager_rows, fused_rows, generation_rows, plain_rows, training_rows
+from .variants import (
+    eager_generation_rows,
+    eager_rows,
+    edited_rows,
+    fused_rows,
+    generation_rows,
+    plain_rows,
+    training_rows,
+)
 
 TOY = "toy (4 layers, width 64, 32 tokens)"
 SMALL = "small (12 layers, width 768, 512 tokens)"
@@ -25,6 +33,7 @@ SMALL_EAGER_128 = "small, eager (12 layers, width 768, 128 tokens)"
 SMALL_EAGER = "small, eager (12 layers, width 768, 512 tokens)"
 LONG = "long (4 layers, width 768, 2048 tokens, no vocabulary head)"
 TRAINING = "training (12 layers, width 768, 512 tokens)"
+EDITED = "edited (12 layers, width 768, 512 tokens)"
 GENERATION = "generation (Llama of 12 layers, 16 tokens and 64 new ones)"
 GENERATION_EAGER = "generation, eager (Llama of 12 layers, 16 tokens and 64 new ones)"
 LARGE = "8B-shaped (32 layers, width 4096, 2048 tokens, bfloat16)"
@@ -204,6 +213,9 @@ def _fused() -> Iterator[Case]:
     yield _gpt2(
         TRAINING, 12, 768, 12, 512, vocabulary=50257, weight=2, rows=training_rows, context_every=3, places=("cpu",),
         has_bars=True,
+    )  # fmt: skip
+    yield _gpt2(
+        EDITED, 12, 768, 12, 512, vocabulary=50257, weight=2, rows=edited_rows, context_every=3, has_bars=True
     )  # fmt: skip
     yield _gpt2(LONG, 4, 768, 12, 2048, weight=3, rows=large, context_every=8, has_bars=True)
     steps = 64

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import Trace, analyze
+from hookattn import Trace, analyze, edit
+from hookattn.edit import Edit
 from hookattn.taps.active import paused
 
 from .clock import Variant
@@ -55,6 +56,11 @@ TRAINED = "untraced, forward and backward"
 GRADIENTS = "trace with gradients, forward and backward"
 GRADIENTS_READ = "the same + the gradient of all weights"
 ATTACHED = "trace attached, forward and backward"
+NO_EDITS = "edited, by nothing"
+ONE_PATTERN = "edited: the pattern of one head is 0"
+ONE_OUTPUT = "edited: the output of one head is 0"
+ONE_EDGE = "edited: one edge of one layer is cut"
+ALL_PATTERNS = "edited: all patterns of another run"
 
 __all__ = ["OUTPUT_ATTENTIONS"]
 _QKV = ("q", "k", "v")
@@ -158,6 +164,28 @@ def training_rows(model: nn.Module, x: Tensor) -> list[Variant]:
         row(AFTER, model),
     ]
     return _with_context(rows, {GRADIENTS, AFTER})
+
+
+def edited_rows(model: nn.Module, x: Tensor) -> list[Variant]:
+    """Those of a forward whose attention is changed; each makes the trace that ``hookattn.edited`` returns."""
+    fresh, other = sibling(model), x.flip(-1)
+    clean = hookattn.trace(model, other, capture="weights")
+    layer = len(clean) // 3
+
+    def row(name: str, *edits: Edit) -> Variant:
+        return Variant(name, lambda: hookattn.edited(model, x, *edits))
+
+    rows = [
+        Variant(BASE, lambda: fresh(x)),
+        Variant(TRACE, lambda: hookattn.trace(model, x)),
+        row(NO_EDITS),
+        row(ONE_OUTPUT, edit.zero("output", layer=layer, heads=1)),
+        row(ONE_PATTERN, edit.zero("weights", layer=layer, heads=1)),
+        row(ONE_EDGE, edit.knockout(layer=layer, queries=-1, keys=0)),
+        row(ALL_PATTERNS, edit.freeze(clean)),
+        Variant(AFTER, lambda: model(x)),
+    ]
+    return _with_context(rows, {ONE_PATTERN, AFTER})
 
 
 def eager_generation_rows(model: nn.Module, x: Tensor, steps: int) -> list[Variant]:
