@@ -125,6 +125,7 @@ def test_nothing_is_recorded_twice_and_the_step_is_that_of_the_first_run(reentra
     class OfStep(Editor):
         def before(self, call: KernelCall, site: Any, step: int, changeable: Any) -> Change | None:
             steps.append((site.layer, step))
+            super().before(call, site, step, changeable)
             return Change(q=louder(call.q)) if step == 0 else None
 
     plain, model = pair(reentrant)

@@ -43,13 +43,14 @@ class Editor:
     def before(self, call: KernelCall, site: hookattn.Site, step: int, changeable: frozenset[str]) -> Change | None:
         assert call.output is None
         self.asked.append((site.path, call.tap, changeable))
+        call.edits = len(self.asked)
         return self.change(call) if self.layer in (None, site.layer) else None
 
     def formed(self, call: KernelCall, site: hookattn.Site, step: int) -> Tensor | None:
         return None
 
     def after(self, call: KernelCall, site: hookattn.Site, step: int) -> Tensor | None:
-        assert call.output is not None
+        assert call.output is not None and call.edits == len(self.asked), "what was noted before is there afterwards"
         self.told.append(site.path)
         return self.answer(call) if self.layer in (None, site.layer) else None
 
