@@ -25,11 +25,18 @@ from ..attention.normalizers import normalizer_of
 from ..errors import GradientError
 from ..torch_internals.isolation import isolated
 from .deriving import SourceCall
+from .edits import AppliedEdit
 from .extents import evenly_grouped
 from .output_gradient import NOT_ASKED_FOR, OutputGradient
 
 NAMES = ("weights", "applied", "scores", "q", "k", "v", "output")
 """What has a gradient."""
+_BESIDE_EDITED = {
+    "output": ("output",),
+    "weights": ("output", "applied", "weights", "v"),
+    "scores": ("output", "applied", "weights", "scores", "v"),
+}
+"""By the field that was edited: what has a gradient still, as it does not lie behind the edit."""
 
 
 class GradedCall(SourceCall, Protocol):
@@ -40,6 +47,7 @@ class GradedCall(SourceCall, Protocol):
     own_scores: bool
     score: str
     gradient: OutputGradient | None
+    edits: tuple[AppliedEdit, ...]
 
     def get(self, name: str) -> Tensor | None:
         """A field."""
@@ -72,6 +80,7 @@ class _Gradients:
 
     def get(self, name: str) -> Tensor:
         """One of them, in float32 at the least."""
+        self.unedited(name)
         if name == "weights":
             return self.of_weights()
         if name == "applied":
@@ -115,6 +124,16 @@ class _Gradients:
                 f"it, and of this call some {cut} alone were kept; read it of the whole call: trace without {cut}=, "
                 "and without at()."
             )
+
+    def unedited(self, name: str) -> None:
+        """Raises GradientError: an edit lies between the output and what is asked for."""
+        for edit in self.call.edits:
+            known = _BESIDE_EDITED.get(edit.field)
+            if known is not None and name not in known:
+                raise GradientError(
+                    f"{self.where} was edited: {edit}. The gradient of {name} lies behind that, and does not follow "
+                    f"from what was recorded; what does is that of {', '.join(known)}."
+                )
 
     # What follows
 

@@ -502,7 +502,10 @@ class Session:
     def after(self, call: KernelCall) -> Tensor | None:
         """Tell the listener."""
         place = self._asks(call)
-        return None if place is None or self._listener is None else self._listener.after(call, *place)
+        instead = None if place is None or self._listener is None else self._listener.after(call, *place)
+        if instead is not None and self.gradients:
+            call.result, call.result_form = instead, None  # which the model goes on with
+        return instead
 
     def _asks(self, call: KernelCall) -> tuple[Site, int] | None:
         """Where a kernel runs that somebody may be asked about, and in which step; None: nobody is."""

@@ -289,7 +289,11 @@ def answer(
         describe(told)
     instead = recorder.after(told)
     call.edits = told.edits
-    return out if instead is None else instead.to(out.dtype)
+    if instead is None:
+        return out
+    if recorder.gradients:
+        call.result = instead
+    return instead.to(out.dtype)
 
 
 def plain(recorder: ActiveTrace, func: Any, given: dict[str, Any], out: Tensor, module: Any = None) -> KernelCall:
@@ -379,7 +383,7 @@ def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
 
 def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
     """Heads folded into the batch or the queries, more batch dimensions, repeated keys: told apart by their history."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, kernels_own = call.q, call.k, call.v, call.output
     n = q.dim()
     if k.dim() != n or v.dim() != n:
         raise LayoutError(f"q, k, v of {n}, {k.dim()} and {v.dim()} dimensions")
@@ -433,9 +437,9 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     rows = roles.factors(layout[:-1])
     assert call.output is not None
     of_output = arrangement(call.output.shape, [*rows, [Factor(call.output.shape[-1], "D")]], "BHTD")
-    call.output, call.result_form = of_output(call.output), of_output
-    if grouped is not None:
-        call.result_form = lambda x: of_output(grouped(x))
+    if call.result is kernels_own:
+        call.result_form = of_output if grouped is None else lambda x: of_output(grouped(x))
+    call.output = of_output(call.output)
     if call.undropped is not None:
         call.undropped = of_output(call.undropped)
     for name in ("bias", "mask"):

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 import hookattn
+from hookattn import edit
 from hookattn.errors import FieldNotCaptured, GradientError, InputError
 from tests.reference import causal, draw
 
@@ -694,3 +695,42 @@ def test_a_graph_that_outlives_its_trace_keeps_no_gradient() -> None:
     gc.collect()
     assert gone() is None
     out.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- edits
+
+
+def test_edited_calls_have_the_gradient_of_what_the_model_goes_on_with() -> None:
+    """The kernel's own output of an edited head is dropped, and would have a gradient of 0."""
+    model, x = Two(), draw(B, T, 8, seed=1, dtype=F64)
+    plain = hookattn.trace(model, (x,), gradients=True)
+    sum(y.square().sum() for y in plain.output).backward()
+    trace = hookattn.edited(model, (x,), edit.scale("weights", 2.0, path="first", heads=[1]), gradients=True)
+    sum(y.square().sum() for y in trace.output).backward()
+    call, before = trace["first"], plain["first"]
+    of_output = 2 * call.output
+    torch.testing.assert_close(call.grad("output"), of_output)
+    torch.testing.assert_close(call.grad("weights"), of_output @ call.v.mT)
+    torch.testing.assert_close(call.grad("v"), call.weights.mT @ of_output)
+    torch.testing.assert_close(call.grad("weights")[:, 1], 2 * before.grad("weights")[:, 1])
+    for name in ("scores", "q", "k"):
+        with pytest.raises(GradientError, match=r"scale\(weights\) head 1.*lies behind that"):
+            call.grad(name)
+    assert torch.equal(trace["second"].grad("q"), plain["second"].grad("q"))
+    trace = hookattn.edited(model, (x,), edit.zero("output", path="first", heads=[1]), gradients=True)
+    sum(y.sum() for y in trace.output).backward()
+    assert bool((trace["first"].grad("output") == 1).all())
+    with pytest.raises(GradientError, match=r"zero\(output\).*what does is that of output"):
+        trace["first"].grad("weights")
+
+
+def test_a_knocked_out_edge_has_no_gradient_of_its_score() -> None:
+    model, x = Two(), draw(B, T, 8, seed=1, dtype=F64)
+    trace = hookattn.edited(model, (x,), edit.knockout(path="first", queries=[3], keys=[1]), gradients=True)
+    sum(y.square().sum() for y in trace.output).backward()
+    call = trace["first"]
+    mask = torch.ones(T, T, dtype=torch.bool)
+    mask[3, 1] = False
+    expected = Explicit(D**-0.5, mask=mask).gradients(call.q, call.k, call.v, call.grad("output"))
+    assert max(differences(call, expected).values()) < 1e-10
+    assert not call.grad("scores")[:, :, 3, 1].any()
