@@ -77,7 +77,6 @@ class EditedCall:
         self._value: Callable[[], Tensor] | Tensor | None = None
         self._exchanged: dict[str, Tensor] = {}  # whole tensors, for the record
         self._rows: dict[str, tuple[Part, Tensor]] = {}  # of edited scores and weights, the part and its values
-        self._result: Tensor | None = None  # what explicit math has made of the kernel's output
         self._moved = False  # whether an edit has changed a value; one may have changed where gradients go alone
         self._first_head, self._first_row, self._positions = first_head, first_row, positions
 
@@ -383,8 +382,7 @@ class EditedCall:
             weights = torch.nn.functional.dropout(weights, call.dropout)
             call.notes.append("the dropout of edited heads was drawn anew")
         z = weighted_values(weights, self._per_head(call.v, part)).to(out.dtype)
-        self._result = part.put(out, "BHTE", self._in_place_of(z, part.take(out, "BHTE")))
-        return self._result
+        return part.put(out, "BHTE", self._in_place_of(z, part.take(out, "BHTE")))
 
     def _in_place_of(self, new: Tensor, old: Tensor) -> Tensor:
         """What explicit math gives; where no value was changed, with the bits of the model's own."""
@@ -525,8 +523,6 @@ class EditedCall:
             wants: whether a field will be kept.
         """
         self.call = call
-        if self._result is not None:  # gradients come back to what the model goes on with
-            call.result, call.result_form = self._result, None
         formed = call.weights is not None  # then they are what the model went on with
         for name, x in self._exchanged.items():
             setattr(call, name, x)
