@@ -7,18 +7,18 @@
 
 from __future__ import annotations
 
-from .add import add
+from .add_edit import add
 from .base import FIELDS, Edit
-from .call import call
+from .call_edit import call
 from .edited_call import EditedCall
-from .knockout import knockout
-from .mean import mean
-from .patch import freeze, patch
-from .resample import resample
-from .scale import scale
-from .set import set
+from .knockout_edit import knockout
+from .mean_edit import mean
+from .patch_edit import freeze, patch
+from .resample_edit import resample
+from .scale_edit import scale
+from .set_edit import set
 from .where import Where
-from .zero import zero
+from .zero_edit import zero
 
 __all__ = [
     "FIELDS",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..errors import EditError
+from .edited_call import EditedCall
 from .where import Selected, Where
-
-if TYPE_CHECKING:
-    from .edited_call import EditedCall
 
 FIELDS = ("q", "k", "v", "scores", "weights", "output")
 """What of an attention an edit may change, in the order in which one is made of the other."""

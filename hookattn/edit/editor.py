@@ -17,7 +17,7 @@ from ..calls.site import Site
 from ..errors import EditError
 from ..taps.base import Change
 from .base import Edit
-from .edited_call import EditedCall
+from .doing import Doing
 from .part import Part
 from .positions import Here, Positions
 from .where import chosen
@@ -112,8 +112,8 @@ class Editor:
 
     # Which edits a call is meant by
 
-    def _edited(self, call: KernelCall, site: Site, step: int) -> EditedCall | None:
-        if isinstance(call.edits, EditedCall):
+    def _edited(self, call: KernelCall, site: Site, step: int) -> Doing | None:
+        if isinstance(call.edits, Doing):
             call.edits.call = replace(call)
             return call.edits
         self._seen.setdefault((site.stack, site.kind, site.layer), set()).add(step)
@@ -133,7 +133,7 @@ class Editor:
         if not several:
             return None
         first_head, first_row, _ = _place(call)
-        call.edits = found = EditedCall(call, site, step, several, first_head, first_row, positions)
+        call.edits = found = Doing(call, site, step, several, first_head, first_row, positions)
         return found
 
     def _part(self, edit: Edit, call: KernelCall, site: Site, positions: Here | None, met: _Met) -> Part:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,12 +11,10 @@ from .. import checks
 from ..calls.trace_data import TraceData
 from ..errors import EditError, InputError
 from ..traces import as_trace
+from .base import Edit
+from .edited_call import EditedCall
 from .part import axes_of
 from .sources import calls_like, taken_from
-
-if TYPE_CHECKING:
-    from .base import Edit
-    from .edited_call import EditedCall
 
 OVER = ("positions", "batch")
 """What an edit can be over that is of the same run."""

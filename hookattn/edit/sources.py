@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,11 +10,9 @@ from ..calls.deriving import shape_and_dtype
 from ..calls.query_positions import query_positions
 from ..calls.trace_data import TraceData
 from ..errors import EditError, FieldAbsent, FieldNotCaptured
+from .base import Edit
+from .edited_call import EditedCall
 from .part import axes_of
-
-if TYPE_CHECKING:
-    from .base import Edit
-    from .edited_call import EditedCall
 
 
 def calls_like(trace: TraceData, call: EditedCall) -> list[Call]:
