@@ -14,7 +14,10 @@ from hookattn.errors import EditError, ModelError
 from hookattn.taps import Change
 from hookattn.testing import check_clean
 from tests.reference import causal, draw, same_bits
+from tests.standins import Flash2, Give, give
 from tests.taps.test_changes import EXACT, Edit, Editor, attend, cut, listening, louder, slope
+
+__all__ = ["give"]  # a fixture
 
 transformers = pytest.importorskip("transformers")
 
@@ -338,3 +341,42 @@ def test_one_token_with_grouped_heads_in_the_rows_of_a_query(how: str, of: str) 
     if how == "alone":
         assert last == [("interface:sdpa", frozenset({"q", "k", "v", "mask"}))] * 2
     assert all(c.certificate.faithful for c in trace.calls)
+
+
+def test_what_nobody_has_said_of_a_mask_cannot_be_changed() -> None:
+    """Flash kernels hide by themselves; and a bias that is the sum of two arguments is no one argument's."""
+    x, bias = draw(2, S, 16, seed=4, dtype=torch.float64), draw(1, 4, T, S, seed=9, dtype=torch.float64)
+    for model, expected in (
+        (Asks("flash_unseen", ADDED), {"q", "k", "v"}),
+        (Asks("unseen", ADDED[:, 0, :1]), {"q", "k", "v"}),
+        (Asks("unseen", ADDED, position_bias=bias), {"q", "k", "v", "mask"}),
+    ):
+        editor = Editor()
+        with listening(model.double(), editor, strict=False):
+            model(x)
+        assert editor.asked[0][2] == expected
+    model = Asks("unseen", ADDED, position_bias=bias).double()
+    with torch.no_grad(), listening(model, Editor(lambda c: Change(mask=cut(T, S)))):
+        got = model(x)
+    expected_output = model.finish(attend(*model.operands(x), cut(T, S), ADDED + bias, 0.4).transpose(1, 2))
+    assert float((got - expected_output).detach().abs().max()) < EXACT
+
+
+def test_the_second_run_is_seen_by_nobody(give: Give) -> None:
+    """Whatever kernel it finds for what is changed: the one call has been asked about."""
+    flash = give("flash_attn.flash_attn_interface", Flash2).flash_attn_func
+
+    def either(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> Any:
+        if float(q[0, 1].abs().max()) < 100:
+            return unseen(module, q, k, v, mask, **given)
+        return flash(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=given["scaling"]), None
+
+    transformers.AttentionInterface.register("either", either)
+    try:
+        model, x = Asks("either").double(), draw(2, S, 16, seed=4, dtype=torch.float64)
+        editor = Editor(lambda c: Change(q=c.q * 1e4))
+        with torch.no_grad(), listening(model, editor, strict=False) as trace:
+            model(x)
+    finally:
+        del transformers.AttentionInterface._global_mapping["either"]
+    assert len(editor.asked) == len(editor.told) == len(trace.calls) == 1 and not editor.unasked
