@@ -162,6 +162,7 @@ class CallRecorder:
                 return made
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
+            was_product = call.is_product
             edits, measured = self._edited(call)
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
@@ -191,7 +192,7 @@ class CallRecorder:
                     rows = range(t)[queries] if isinstance(queries, slice) else queries
                     made.queries, made.of_queries = tuple(first_row + i for i in rows), of_rows
             made.derivable = self.selection.derivable_of(call)
-            made.edits = edits
+            made.edits, made.own_by_edits = edits, was_product and not call.is_product
             if any(edit.field == "weights" for edit in edits):  # they follow from nothing any more
                 made.derivable = tuple(name for name in made.derivable if name != "weights")
             stays = self._stays(call)
