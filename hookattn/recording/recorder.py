@@ -133,6 +133,17 @@ class CallRecorder:
         """Whether a field was asked for."""
         return field in self.selection.capture
 
+    def _needs(self, field: str) -> bool:
+        """Whether an edited field has to be formed: for what is kept, or for the statistics that are made of it."""
+        return self.wants(field) or bool(self.selection.statistics)
+
+    def _drop_unwanted(self, call: KernelCall) -> None:
+        """Let go of what edits have formed for the statistics alone."""
+        if not self.wants("weights"):
+            call.weights = None
+            if not self.wants("scores") and not call.is_product and call.q is not None:
+                call.scores = None
+
     def hold(self, call: KernelCall) -> bool:
         """See :class:`~hookattn.recording.session.Holder`: a plain call without a mask can be held."""
         if not self._keeps_plain or call.mask is not None or not is_plain(call):
@@ -175,8 +186,10 @@ class CallRecorder:
                     first_row, of_rows = call.piece.place("T", t) or (0, t)
                 heads, queries = self.selection.within(call, site.label)
             if self.selection.statistics:
-                statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
+                statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries, edits)
                 call.notes = [*call.notes, *notes]
+                if edits:
+                    self._drop_unwanted(call)
             made = Call.of(call, site, step, index)
             if self._arrivals is not None:
                 made.gradient = self._arrivals.awaited(call, heads, queries)
@@ -236,7 +249,7 @@ class CallRecorder:
             formed = () if own.weights is None else tuple(e for e in applied if e.field != "output")
             with no_gradients():
                 measured = measure(own, rule, self._certifier.full, Edited.of(formed, own, *edits.kept))
-        edits.finish(call, self.wants)
+        edits.finish(call, self._needs)
         return applied, measured
 
     def _hold_plain(self, call: KernelCall) -> None:
