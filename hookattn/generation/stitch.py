@@ -17,7 +17,7 @@ from ..cached import cached_property
 from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
 from ..calls.deriving import derive_field, shape_and_dtype
-from ..calls.edits import AppliedEdit, put_together
+from ..calls.edits import AppliedEdit, edits_in_words, put_together
 from ..calls.extents import per_query_head
 from ..calls.fields import DERIVED, Derived, Field, InFile, tensor_of
 from ..calls.key_history import Continued
@@ -131,7 +131,15 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
             )
     lineage = Lineage(stack, beams)
     for i, step in enumerate(steps):
-        lineage.add(step, [calls[i] for calls in rest])
+        try:
+            lineage.add(step, [calls[i] for calls in rest])
+        except StitchError as error:
+            turned = [edit for calls in rest for c in calls[: i + 1] for edit in c.edits if edit.field in ("k", "v")]
+            if not turned:
+                raise
+            raise StitchError(
+                f"{error} Keys or values that steps are told by were {edits_in_words(turned)}."
+            ) from error
     end = lineage.length if length is None else length
     if not 0 < end <= lineage.length:
         raise StitchError(f"length={length}: the {stack} stack has {lineage.length} positions.")
