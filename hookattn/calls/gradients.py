@@ -25,6 +25,7 @@ from ..attention.normalizers import normalizer_of
 from ..errors import GradientError
 from ..torch_internals.isolation import isolated
 from .deriving import SourceCall
+from .edits import AppliedEdit, edited_entries, edits_in_words
 from .extents import evenly_grouped
 from .output_gradient import NOT_ASKED_FOR, OutputGradient
 
@@ -39,6 +40,7 @@ class GradedCall(SourceCall, Protocol):
     mixed: bool
     own_scores: bool
     score: str
+    edits: tuple[AppliedEdit, ...]
     gradient: OutputGradient | None
 
     def get(self, name: str) -> Tensor | None:
@@ -116,10 +118,30 @@ class _Gradients:
                 "and without at()."
             )
 
+    def unedited(self, field: str, name: str, s: int = 1) -> None:
+        """Raises GradientError: an edit has set some of a field, and how it did so is not recorded.
+
+        Args:
+            field: ``weights`` or ``output``.
+            name: what does not follow then.
+            s: S, of weights.
+        """
+        call = self.call
+        shape = (*self.of_output.shape[:3], s if field == "weights" else self.of_output.shape[3])
+        found = edited_entries(call.edits, field, shape, self.device, call.heads, call.queries)
+        if found is not None and bool(found.any()):
+            told = edits_in_words(edit for edit in call.edits if edit.field == field)
+            raise GradientError(
+                f"{self.where}: not all of its {field} is what the rest makes ({told}), and how a gradient goes back "
+                f"through that is not recorded, so that there is none of {name}; read it of heads, queries and batch "
+                "entries that were not edited: call.at(…)."
+            )
+
     # What follows
 
     def of_applied(self) -> Tensor:
         """Of what met the values."""
+        self.unedited("output", "what it is made of")
         return applied_gradient(self.of_output, self.field("v"))
 
     def of_weights(self) -> Tensor:
@@ -138,6 +160,7 @@ class _Gradients:
     def of_scores(self) -> Tensor:
         """Of the scores."""
         call, of_weights = self.call, self.of_weights()
+        self.unedited("weights", "the scores", of_weights.shape[3])
         mask, scores = self.field("mask"), None
         if normalizer_of(call.normalizer).slope is not None:
             scores = self.field("scores")
@@ -170,4 +193,5 @@ class _Gradients:
     def of_values(self) -> Tensor:
         """Of v."""
         self.uncut("v")
+        self.unedited("output", "v")
         return values_gradient(self.applied(), self.of_output, self.field("v").shape[1])

@@ -192,11 +192,11 @@ def _without_what_edits_made_differ(calls: Sequence[Call]) -> list[Call]:
         beside = call.beside
         if own_scores and "scores" not in fields:  # what one piece holds beside, to derive its weights
             beside = {name: place for name, place in beside.items() if name not in DERIVED}
-        made.append(
-            replace(
-                call, fields=fields, beside=beside, derivable=derivable, own_scores=own_scores, own_by_edits=by_edits
-            )
+        one = replace(
+            call, fields=fields, beside=beside, derivable=derivable, own_scores=own_scores, own_by_edits=by_edits
         )
+        one.gradient = call.gradient
+        made.append(one)
     return made
 
 
