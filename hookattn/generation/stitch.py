@@ -301,7 +301,8 @@ class _Site:
     def _of_whole(self, i: int, edit: AppliedEdit, own: range) -> tuple[AppliedEdit, set[int]] | None:
         """An edit of a step without its queries, and the positions of these; None: none of its rows is there."""
         place = self.places[i]
-        rows = [place.first + row for row in range(place.queries) if edit.queries is None or row in edit.queries]
+        named = range(place.queries) if edit.queries is None else {*edit.queries}
+        rows = [place.first + row for row in range(place.queries) if row in named]
         keys = edit.keys
         if keys is not None and not self._crosses:
             keys = tuple(place.at[c] for c in keys if c < place.slots and place.at[c] < self.end)
