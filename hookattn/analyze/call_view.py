@@ -15,6 +15,7 @@ from ..attention.normalizers import is_softmax, normalized, normalizer_of
 from ..cached import cached_property
 from ..calls.call import Call
 from ..calls.certificate import tolerance
+from ..calls.edits import edits_in_words, set_by_edits
 from ..calls.extents import extents_of, per_query_head
 from ..calls.key_tokens import is_stitched, key_positions, padding_is_of_keys
 from ..calls.query_positions import query_positions
@@ -169,7 +170,8 @@ class View:
             FieldNotCaptured: the weights were not kept.
         """
         call = self.call
-        if not call.has("weights") and all(map(call.has, ("scores", "mask", "sinks"))):
+        follow = not set_by_edits(call.edits, "weights")
+        if follow and not call.has("weights") and all(map(call.has, ("scores", "mask", "sinks"))):
             scores = call.scores
             made = normalized(call.normalizer, scores.to(compute_dtype(scores.dtype)), call.mask, call.sinks)
             if made is not None:
@@ -182,13 +184,15 @@ class View:
         """Why the weights of a query are no distribution over the keys: some are negative, or they do not sum to 1 with
         what goes to sinks; None: they are one. Measures that take them for shares are not defined without."""
         call = self.call
-        if is_softmax(call.normalizer) or normalizer_of(call.normalizer).sums_to_one:
+        by_edits = set_by_edits(call.edits, "weights")
+        if not by_edits and (is_softmax(call.normalizer) or normalizer_of(call.normalizer).sums_to_one):
             return None
         # A normalizer that nobody knows (an entmax, say) is known by what it made.
         if (call.has("weights") or call.has("scores")) and all(map(_are_distributions, self.parts())):
             return None
+        why = edits_in_words(call.edits) if by_edits else f"call.normalizer is {call.normalizer!r}"
         return (
-            f"its weights are no distribution over the keys (call.normalizer is {call.normalizer!r}); measure "
+            f"its weights are no distribution over the keys ({why}); measure "
             "hookattn.analyze.as_distribution(trace), which takes the magnitude of each over the sum of its row"
         )
 
@@ -393,11 +397,15 @@ class View:
 
 
 def _are_distributions(view: View) -> bool:
-    """Whether no weight of some heads is negative, and those of each query sum to 1, or are all 0."""
+    """Whether no weight of some heads is negative, and those of each query sum to 1, or are all 0; or to less, where
+    edits have left out some, as where a sink takes the rest."""
     weights = view.weights
     allowed = 4 * tolerance(view.call.dtype)  # a row sum is of many roundings
     total = weights.sum(-1)
-    return bool((weights >= 0).all() and (((total - 1).abs() <= allowed) | (total == 0)).all())
+    sound = ((total - 1).abs() <= allowed) | (total == 0)
+    if set_by_edits(view.call.edits, "weights"):
+        sound |= total < 1
+    return bool((weights >= 0).all() and sound.all())
 
 
 def blocks_of(several: Sequence[View], matrices: int = 1) -> list[Sequence[int]]:

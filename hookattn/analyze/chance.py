@@ -43,7 +43,9 @@ class Chance:
         # Uniform attention, as a call like any other: a measure needs no formula of its own for its chance level.
         weights = mask / mask.sum(-1, keepdim=True).clamp_min(1)
         fields: dict[str, Field] = {"weights": weights, "mask": mask, "bias": None, "sinks": None}
-        plain = replace(call, fields=fields, beside={}, heads=None, kv_heads=None, derivable=(), normalizer=SOFTMAX)
+        plain = replace(
+            call, fields=fields, beside={}, heads=None, kv_heads=None, derivable=(), normalizer=SOFTMAX, edits=()
+        )
         even = View(plain, view.trace, view.keys)
         found = readings(even, self.measures, missing=True)
         levels = {key: float(reading.heads[0]) for key, reading in found.items() if reading is not None}

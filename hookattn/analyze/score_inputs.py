@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention.functional import sink_column, with_four_axes
 from ..attention.normalizers import OF_ONE, is_softmax
 from ..attention.score_inputs import ScoreInputs
+from ..calls.edits import set_by_edits
 from ..calls.extents import evenly_grouped
 from ..calls.fields import DERIVED, Derived
 from ..calls.mask_rule import MaskRule
@@ -22,29 +23,21 @@ def score_inputs_of(call: Call, positions: Tensor | None) -> ScoreInputs | None:
     """What statistics of a call are computed of: the scores that were kept, its q and k, or its weights; None: none of
     these was kept. Scores that are not there are not derived: a pass over q and k forms a block of them at a time.
 
-    Of weights alone, and of those that are a distribution without being a softmax, scores are their logarithms, and
-    what rows lack of 1 is a sink: the softmax of these is the weights again, and every statistic but the log-sum-exp
-    and the largest score is the same (these two are up to the same constant).
+    Of weights alone, of those that are a distribution without being a softmax, and of those that an edit has set, see
+    :meth:`~hookattn.attention.score_inputs.ScoreInputs.of_weights`.
     """
-    if is_softmax(call.normalizer) and call.has("scores") and call.has("mask") and call.has("sinks"):
+    of_scores = is_softmax(call.normalizer) and not set_by_edits(call.edits, "weights")
+    if of_scores and call.has("scores") and call.has("mask") and call.has("sinks"):
         sinks = call.get("sinks")
         sinks = None if sinks is None else sink_column(sinks)
         if sinks is None and call.normalizer == OF_ONE:
             sinks = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=call.mask.device)
         if isinstance(call.fields.get("scores", DERIVED), Derived):
             return _inputs_of_q_and_k(call, sinks, positions)
-        return _inputs_of_scores(call.scores, with_four_axes(call.mask), sinks, positions)
+        return ScoreInputs.of_scores(call.scores, with_four_axes(call.mask), sinks, positions)
     if not call.has("weights"):
         return None
-    weights = call.weights.float() if call.weights.dtype != torch.float64 else call.weights
-    # Weights alone tell scores up to a constant of each row, which the softmax does not see.
-    # float16 and bfloat16 weights are rounded one by one, so that a row of them sums to 1 only so far.
-    slack = 1e-4 if call.weights.dtype in (torch.float32, torch.float64) else 0.03
-    rest = 1 - weights.sum(-1, keepdim=True)
-    some = weights.any(-1, keepdim=True)
-    lacking = some & (rest > slack)
-    sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
-    return _inputs_of_scores(weights.log(), weights != 0, sinks, positions)  # a NaN is to be seen
+    return ScoreInputs.of_weights(call.weights, positions)
 
 
 def _inputs_of_q_and_k(call: Call, sinks: Tensor | None, positions: Tensor | None) -> ScoreInputs:
@@ -58,17 +51,3 @@ def _inputs_of_q_and_k(call: Call, sinks: Tensor | None, positions: Tensor | Non
     else:
         made.mask = with_four_axes(call.mask)
     return made
-
-
-def _inputs_of_scores(
-    scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None
-) -> ScoreInputs:
-    b, h, t, s = scores.shape
-    return ScoreInputs(
-        scores.new_empty(b, h, t, 0),
-        scores.new_empty(b, h, s, 0),
-        mask=mask,
-        sinks=sinks,
-        scores=scores,
-        positions=positions,
-    )

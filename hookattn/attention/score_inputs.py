@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .functional import sink_column, with_four_axes
@@ -46,6 +47,40 @@ class ScoreInputs:
     rows: Tensor | None = None
     positions: Tensor | None = None
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_weights(cls, weights: Tensor, positions: Tensor | None) -> ScoreInputs:
+        """Of weights alone, and of those that are a distribution without being a softmax.
+
+        Scores are their logarithms, and what rows lack of 1 is a sink: the softmax of these is the weights again, and
+        every statistic but the log-sum-exp and the largest score is the same (these two are up to the same constant).
+
+        Args:
+            weights: B H T S, none negative, no row sums to more than 1.
+            positions: as in the attributes.
+        """
+        wide = weights if weights.dtype == torch.float64 else weights.float()
+        # float16 and bfloat16 weights are rounded one by one, so that a row of them sums to 1 only so far.
+        slack = 1e-4 if weights.dtype in (torch.float32, torch.float64) else 0.03
+        rest = 1 - wide.sum(-1, keepdim=True)
+        lacking = wide.any(-1, keepdim=True) & (rest > slack)
+        sinks = torch.where(lacking, rest, 0.0).log() if bool(lacking.any()) else None
+        return cls.of_scores(wide.log(), wide != 0, sinks, positions)  # a NaN is to be seen
+
+    @classmethod
+    def of_scores(
+        cls, scores: Tensor, mask: Tensor | None, sinks: Tensor | None, positions: Tensor | None
+    ) -> ScoreInputs:
+        """Of scores, B H T S, which are made of nothing else; the rest as in the attributes."""
+        b, h, t, s = scores.shape
+        return cls(
+            scores.new_empty(b, h, t, 0),
+            scores.new_empty(b, h, s, 0),
+            mask=mask,
+            sinks=sinks,
+            scores=scores,
+            positions=positions,
+        )
 
     @property
     def diagonal(self) -> Diagonal:

@@ -17,7 +17,7 @@ from ..statistics.registry import STATISTICS, resolve
 from .certificate import UNVERIFIED, Certificate
 from .derived_cache import DERIVED_CACHE
 from .deriving import derive_field
-from .edits import AppliedEdit, edits_of_batch
+from .edits import AppliedEdit, edits_in_words, edits_of_batch, set_by_edits
 from .extents import extents_of
 from .fields import Derived, Field, tensor_of
 from .gradients import NAMES, gradient_of
@@ -90,6 +90,8 @@ class Call:
         keys: S, where statistics were captured.
         own_scores: ``scores`` are the model's own and are more than scale, soft-cap and bias of q·k (heads mixed, say),
             or something else altogether (see ``score``).
+        own_by_edits: edits alone have made ``own_scores`` true: scores that none has set are scale, soft-cap and bias
+            of q·k.
         mixed: the model changed the weights after the softmax, beyond dropout, before they met ``v``; ``applied`` is
             what it made of them.
         score: what the scores are: ``dot`` (q·k), or what was seen instead (``additive``, ``distance``, …).
@@ -138,6 +140,7 @@ class Call:
     entry: str = ""
     edits: tuple[AppliedEdit, ...] = ()
     attached: bool = False
+    own_by_edits: bool = False
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     gradient: OutputGradient | None = field(default=None, init=False, repr=False)
 
@@ -188,6 +191,8 @@ class Call:
             return self._statistic(name)
         kept = asked_for({*self.fields, *self.derivable})
         none = f" (it may have none: its score is {self.score!r})" if name in ("q", "k") and self.score != DOT else ""
+        if set_by_edits(self.edits, name):
+            none = f" ({edits_in_words(e for e in self.edits if e.field == name)}: it does not follow from the rest)"
         raise FieldNotCaptured(
             f"{name!r} of {self.site.label} was not captured{none} (captured: {', '.join(kept)}); "
             f"trace again with capture={asked_for({*kept, name})!r}."
@@ -413,8 +418,9 @@ class Call:
 
     @property
     def verdict(self) -> str:
-        """The certificate in a word, and beside it what no certificate can tell: ``faithful, axes guessed: H T``."""
-        return self.certificate.status + (f", {guessed_axes([self])}" if self.guessed else "")
+        """The certificate in a word, and beside it what no certificate can tell: ``faithful, axes guessed: H T``; and
+        what was edited: ``faithful, edited: zero(weights) head 1``."""
+        return ", ".join(filter(None, (self.certificate.status, guessed_axes([self]), edits_in_words(self.edits))))
 
     @property
     def shape(self) -> str:

@@ -7,18 +7,22 @@ values; there the record alone says which entries are whose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .fields import Index, taken
 
+Cell = TypeVar("Cell", bound=Hashable)
 Chosen = tuple[int, ...] | None
 
 EDITED = ("q", "k", "v", "bias", "mask", "scores", "weights", "output")
 """The fields that an edit can have changed."""
+
+_NAMED = 3  # so many edits are named where a call is shown in a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class AppliedEdit:
         named = [("head", self.heads), ("query", self.queries), ("key", self.keys), ("batch entry", self.batch)]
         where = [f"{name} {_listed(numbers)}" for name, numbers in named if numbers is not None]
         return " ".join(filter(None, (f"{self.edit}({self.field})", ", ".join(where), self.note)))
+
+    def numbered(self, **numbers: Chosen) -> AppliedEdit:
+        """The same with other heads, queries, keys or batch entries."""
+        return replace(self, **numbers)  # type: ignore[arg-type]
 
     def of_batch(self, entries: Sequence[int]) -> AppliedEdit | None:
         """What it is of a call of some batch entries, numbered anew; None: it is in none of them."""
@@ -110,3 +118,47 @@ def edits_of_batch(edits: tuple[AppliedEdit, ...], index: Index, batch: int) -> 
         return edits
     entries = taken(torch.arange(batch), 0, index).tolist()
     return tuple(made for edit in edits if (made := edit.of_batch(entries)) is not None)
+
+
+def set_by_edits(edits: Iterable[AppliedEdit], field: str) -> bool:
+    """Whether entries of a field were set by edits, so that they do not follow from what they follow from elsewhere."""
+    return any(edit.field == field for edit in edits)
+
+
+def edits_in_words(edits: Iterable[AppliedEdit]) -> str:
+    """``edited: zero(weights) head 1``, of one or several calls; empty: nothing was edited."""
+    told = list(dict.fromkeys(map(str, edits)))
+    if not told:
+        return ""
+    rest = f" and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+    return f"edited: {'; '.join(told[:_NAMED])}{rest}"
+
+
+def put_together(
+    several: Iterable[Sequence[tuple[AppliedEdit, set[Cell]]]],
+    back: Callable[[AppliedEdit, set[Cell]], Iterable[AppliedEdit]],
+) -> tuple[AppliedEdit, ...]:
+    """The edits of several calls that become one.
+
+    Args:
+        several: of each call its edits in their order, each without the numbers along the axis that is put together,
+            and the entries along it that it was done in, as the whole counts them.
+        back: writes the entries of an edit of the whole into it; more than one, where one cannot say it.
+
+    Returns:
+        Those that differ in nothing else as one, in an order that is that of each call.
+    """
+    whole: list[tuple[Hashable, AppliedEdit, set[Cell]]] = []
+    for edits in several:
+        place, times = 0, dict[AppliedEdit, int]()
+        for edit, cells in edits:
+            times[edit] = times.get(edit, 0) + 1  # one that was done twice stands there twice
+            key = edit, times[edit]
+            found = next((i for i in range(place, len(whole)) if whole[i][0] == key), None)
+            if found is None:
+                whole.insert(place, (key, edit, set(cells)))
+                found = place
+            else:
+                whole[found][2].update(cells)
+            place = found + 1
+    return tuple(made for _, edit, cells in whole for made in back(edit, cells))

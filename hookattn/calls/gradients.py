@@ -25,18 +25,12 @@ from ..attention.normalizers import normalizer_of
 from ..errors import GradientError
 from ..torch_internals.isolation import isolated
 from .deriving import SourceCall
-from .edits import AppliedEdit
+from .edits import AppliedEdit, edited_entries, edits_in_words
 from .extents import evenly_grouped
 from .output_gradient import NOT_ASKED_FOR, OutputGradient
 
 NAMES = ("weights", "applied", "scores", "q", "k", "v", "output")
 """What has a gradient."""
-_BESIDE_EDITED = {
-    "output": ("output",),
-    "weights": ("output", "applied", "weights", "v"),
-    "scores": ("output", "applied", "weights", "scores", "v"),
-}
-"""By the field that was edited: what has a gradient still, as it does not lie behind the edit."""
 
 
 class GradedCall(SourceCall, Protocol):
@@ -46,8 +40,8 @@ class GradedCall(SourceCall, Protocol):
     mixed: bool
     own_scores: bool
     score: str
-    gradient: OutputGradient | None
     edits: tuple[AppliedEdit, ...]
+    gradient: OutputGradient | None
 
     def get(self, name: str) -> Tensor | None:
         """A field."""
@@ -80,7 +74,6 @@ class _Gradients:
 
     def get(self, name: str) -> Tensor:
         """One of them, in float32 at the least."""
-        self.unedited(name)
         if name == "weights":
             return self.of_weights()
         if name == "applied":
@@ -125,20 +118,30 @@ class _Gradients:
                 "and without at()."
             )
 
-    def unedited(self, name: str) -> None:
-        """Raises GradientError: an edit lies between the output and what is asked for."""
-        for edit in self.call.edits:
-            known = _BESIDE_EDITED.get(edit.field)
-            if known is not None and name not in known:
-                raise GradientError(
-                    f"{self.where} was edited: {edit}. The gradient of {name} lies behind that, and does not follow "
-                    f"from what was recorded; what does is that of {', '.join(known)}."
-                )
+    def unedited(self, field: str, name: str, s: int = 1) -> None:
+        """Raises GradientError: an edit has set some of a field, and how it did so is not recorded.
+
+        Args:
+            field: ``weights`` or ``output``.
+            name: what does not follow then.
+            s: S, of weights.
+        """
+        call = self.call
+        shape = (*self.of_output.shape[:3], s if field == "weights" else self.of_output.shape[3])
+        found = edited_entries(call.edits, field, shape, self.device, call.heads, call.queries)
+        if found is not None and bool(found.any()):
+            told = edits_in_words(edit for edit in call.edits if edit.field == field)
+            raise GradientError(
+                f"{self.where}: not all of its {field} is what the rest makes ({told}), and how a gradient goes back "
+                f"through that is not recorded, so that there is none of {name}; read it of heads, queries and batch "
+                "entries that were not edited: call.at(…)."
+            )
 
     # What follows
 
     def of_applied(self) -> Tensor:
         """Of what met the values."""
+        self.unedited("output", "what it is made of")
         return applied_gradient(self.of_output, self.field("v"))
 
     def of_weights(self) -> Tensor:
@@ -157,6 +160,7 @@ class _Gradients:
     def of_scores(self) -> Tensor:
         """Of the scores."""
         call, of_weights = self.call, self.of_weights()
+        self.unedited("weights", "the scores", of_weights.shape[3])
         mask, scores = self.field("mask"), None
         if normalizer_of(call.normalizer).slope is not None:
             scores = self.field("scores")
@@ -189,4 +193,5 @@ class _Gradients:
     def of_values(self) -> Tensor:
         """Of v."""
         self.uncut("v")
+        self.unedited("output", "v")
         return values_gradient(self.applied(), self.of_output, self.field("v").shape[1])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -17,6 +18,7 @@ from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
 from ..printable import printable
 from .call import Call
+from .edits import edited_entries, edits_in_words
 from .extents import extents_of, per_query_head
 from .labels import labels
 from .parts import chosen_positions
@@ -144,6 +146,20 @@ class Part:
         """Which call it is, as short as the trace allows."""
         site = self.call.site
         return f"{self.stack} {site.label if site.layer is None else f'layer {site.layer}'}".strip()
+
+    @property
+    def edited(self) -> str:
+        """What was edited in the call, in words; empty: nothing."""
+        return edits_in_words(self.call.edits)
+
+    def set_weights(self, query: int) -> Tensor | None:
+        """bool, broadcastable to H S: which weights of a query an edit has set; None: none."""
+        if not self.call.edits:
+            return None
+        number = (self.call.queries or range(len(self.queries)))[query]
+        shape = (1, len(self.heads), 1, len(self.keys))
+        found = edited_entries(self.call.edits, "weights", shape, torch.device("cpu"), self.heads, (number,))
+        return None if found is None else found[0, :, 0]
 
     @property
     def doubt(self) -> str:

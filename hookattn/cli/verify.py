@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..calls.call import Call
+from ..calls.edits import edits_in_words
 from ..console.screen import Screen, counted, plain
 from ..console.tables import print_beside
 from ..store import LazyFile
@@ -38,7 +40,8 @@ def verify(screen: Screen, file: str) -> None:
     stored    the bytes have the checksums that were written with them (since format 1.3)
 
     A call whose normalizer is no softmax is held to that one, and one whose scores are no q·k to the rest. Which axis
-    is which no check can tell: where a trace guessed it, that stands beside the certificate.
+    is which no check can tell: where a trace guessed it, that stands beside the certificate. Weights and outputs that
+    an edit has set follow from nothing, and are left out; all others of the call are checked.
 
     A call also fails if its stored certificate, which was measured against the model's own kernel, is unfaithful.
     """
@@ -84,6 +87,7 @@ def _json_results(trace: Trace, results: list[Result], passed: bool) -> dict[str
                 "basis": dict(call.basis),
                 "score": call.score,
                 "normalizer": call.normalizer,
+                "edits": [asdict(edit) for edit in call.edits],
                 "checks": {
                     name: {"passed": None, "reason": check.reason}
                     if check.reason
@@ -95,6 +99,12 @@ def _json_results(trace: Trace, results: list[Result], passed: bool) -> dict[str
             for call, checks in results
         ],
     }
+
+
+def _certificate_cell(call: Call) -> str:
+    """The verdict; what was edited stands below the table."""
+    said = call.verdict.removesuffix(edits_in_words(call.edits)) if call.edits else call.verdict
+    return f"{said}edited" if call.edits else said
 
 
 def _check_cell(check: Check) -> Text:
@@ -116,7 +126,7 @@ def _print_results(screen: Screen, results: list[Result], damaged: list[str]) ->
             *([str(call.step)] if steps else []),
             plain(call.site.label),
             *map(_check_cell, checks.values()),
-            plain(call.verdict, "bold red" if status == "unfaithful" else "yellow" if call.guessed else ""),
+            plain(_certificate_cell(call), "bold red" if status == "unfaithful" else "yellow" if call.guessed else ""),
         )
     screen.out.print(table)
     screen.out.print(Text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -15,11 +16,13 @@ from ..attention.kernel_call import DOT
 from ..attention.normalizers import SOFTMAX
 from ..calls.call import Call, guessed_axes
 from ..calls.certificate import Certificate
+from ..calls.edits import edits_in_words
 from ..calls.extents import extents_of
 from ..store import LazyFile
 from ..traces import Trace
 from .screen import counted, decimal_size, plain
 
+_EDITS = 8  # so many edits that differ are listed
 _STYLES = {"faithful": "green", "unfaithful": "bold red", "unverified": "yellow"}
 
 
@@ -53,6 +56,7 @@ def call_as_json(call: Call) -> dict[str, Any]:
         "fields": [name for name in call.fields if call.fields[name] is not None],
         "derivable": [name for name in call.derivable if name not in call.fields],
         "notes": list(call.notes),
+        "edits": [asdict(edit) for edit in call.edits],
         "certificate": {**certificate.to_json(), "faithful": certificate.faithful},
     }
 
@@ -131,9 +135,10 @@ class CallRow:
         return " ".join(parts) or "?"
 
     def verdict(self) -> str:
-        """What the certificate says, and beside it the axes that nothing but convention tells from others."""
-        guessed = guessed_axes(self.calls)
-        return self.worst.status + (f", {guessed}" if guessed else "")
+        """What the certificate says, and beside it the axes that nothing but convention tells from others, and whether
+        it was edited."""
+        edited = "edited" if any(c.edits for c in self.calls) else ""
+        return ", ".join(filter(None, (self.worst.status, guessed_axes(self.calls), edited)))
 
     def error(self) -> str:
         """The largest distance between what was rebuilt and what the kernel returned."""
@@ -214,13 +219,13 @@ def print_calls(out: Console, calls: Sequence[Call], every: bool = False) -> Non
 
 def _style(row: CallRow) -> str:
     """A guess is marked as what was not verified is: nothing speaks against it, and nothing for it."""
-    guessed = row.worst.status == "faithful" and row.verdict() != row.worst.status
+    guessed = row.worst.status == "faithful" and bool(guessed_axes(row.calls))
     return _STYLES["unverified" if guessed else row.worst.status]
 
 
 def lines_beside(calls: Sequence[Call]) -> list[tuple[str, str]]:
-    """Lines and their styles on what a reader has to know and no certificate says: axes that were guessed, weights that
-    were changed after the softmax."""
+    """Lines and their styles on what a reader has to know and no certificate says: axes that were guessed, what was
+    edited, weights that were changed after the softmax."""
     lines = []
     guessed = [c for c in calls if c.guessed]
     if guessed:
@@ -229,11 +234,27 @@ def lines_beside(calls: Sequence[Call]) -> list[tuple[str, str]]:
             "certificate can tell; layout= (hookattn trace --layout PATH=BTHD) or an adapter settles it"
         )
         lines.append((text, "yellow"))
+    for said, some in _edited(calls):
+        where = ", ".join([*some[:4], "…"] if len(some) > 4 else some)
+        lines.append((f"{said}: {counted(len(some), 'call')} ({where})", "yellow"))
     changed = sum(c.fields.get("applied") is not None for c in calls)
     if changed:
         said = f"{counted(changed, 'call')} changed the weights after the softmax"
         lines.append((f"{said}: `weights` are those before, `applied` is what met the values", "dim"))
     return lines
+
+
+def _edited(calls: Sequence[Call]) -> list[tuple[str, list[str]]]:
+    """What was edited, and in which calls; many that differ are counted."""
+    places: dict[str, list[str]] = {}
+    for call in calls:
+        if call.edits:
+            places.setdefault(edits_in_words(call.edits), []).append(call.site.label)
+    found = list(places.items())
+    if len(found) > _EDITS:
+        rest = [label for _, some in found[_EDITS:] for label in some]
+        found = [*found[:_EDITS], (f"edited in {len(found) - _EDITS} more ways", rest)]
+    return found
 
 
 def print_beside(out: Console, calls: Sequence[Call]) -> None:

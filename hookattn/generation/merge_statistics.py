@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..calls.extents import kernel_queries
+from ..attention.kernel_call import FIELD_SPECS
+from ..calls.edits import AppliedEdit, put_together
+from ..calls.extents import extents_of, kernel_queries
 from ..calls.trace_data import check_trace
 from ..errors import StitchError
 from ..statistics.received import Received
@@ -65,6 +67,28 @@ def merge(traces: Merged | Sequence[Merged], over: str = "steps") -> Merged:
     return replace(several[0], calls=[_merged(calls, i, join) for i, calls in enumerate(groups.values())])
 
 
+def _edits(calls: Sequence[Call], over_steps: bool) -> tuple[AppliedEdit, ...]:
+    """Those of all calls, in the numbers of the rows, or batch entries, that were appended."""
+    if not any(c.edits for c in calls):
+        return ()
+    name, letter = ("queries", "T") if over_steps else ("batch", "B")
+    told, start = [], 0
+    for call in calls:
+        n = (_kernel_rows(call) if over_steps else None) or extents_of(call, letter).known(letter).get(letter, 0)
+        own = []
+        for edit in call.edits:
+            cells = range(n) if getattr(edit, name) is None else getattr(edit, name)
+            own.append((edit.numbered(**{name: None}), {start + i for i in cells}))
+        told.append(own)
+        start += n
+
+    def written(edit: AppliedEdit, cells: set[int]) -> list[AppliedEdit]:
+        along = letter in FIELD_SPECS[edit.field].axes and len(cells) < start
+        return [edit.numbered(**{name: tuple(sorted(cells))}) if along else edit]
+
+    return put_together(told, written)
+
+
 def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Call]], Tensor | None]) -> Call:
     first = calls[0]
     names = [n for n in first.fields if _plain_name(n).removesuffix("_keys") in STATISTICS]
@@ -78,6 +102,7 @@ def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Cal
     whole = len({c.keys for c in calls}) == 1
     keys = first.keys if whole else None
     made = replace(first, index=index, notes=notes, derivable=(), beside={}, keys=keys, queries=None, of_queries=None)
+    made.edits = _edits(calls, join is _over_steps)
     made.fields = {name: join(name, calls) for name in names}
     return made
 

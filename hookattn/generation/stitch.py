@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from ..cached import cached_property
 from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
 from ..calls.deriving import derive_field, shape_and_dtype
+from ..calls.edits import AppliedEdit, edits_in_words, put_together
 from ..calls.extents import per_query_head
 from ..calls.fields import DERIVED, Derived, Field, InFile, tensor_of
 from ..calls.key_history import Continued
@@ -27,7 +28,9 @@ from .lineage import CallPositions, Lineage, query_and_key_counts
 
 Whole = TypeVar("Whole", bound=TraceData)
 
-_SAME_IN_EVERY_STEP = ("softcap", "heads", "kv_heads", "own_scores", "mixed", "score", "normalizer")
+_SAME_IN_EVERY_STEP = ("softcap", "heads", "kv_heads", "mixed", "score", "normalizer")
+# Where nothing else was edited, what follows from the fields of each step follows from those of all of them.
+_FOLLOWED = frozenset(("q", "v", "bias", "mask", "weights", "output"))
 
 
 def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Whole:
@@ -39,6 +42,9 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     follow from the fields that are put together. The last generated token was never fed, so it is not there. What ran
     in the first step alone (an encoder, a vision tower) stays as it is. Fields are put together when they are read, and
     of a part (``call.at``) that part alone.
+
+    Edits are carried, in the numbers of the whole. Keys and scores that an edit has changed in some step are what the
+    rows of that step met: ``k`` is that of the last step, and nothing is derived of it.
 
     The empty end of a static cache is left out; keys that fell out of a sliding window, or that a cache dropped from
     among others, are taken from the steps that had them; candidates that assisted decoding took back are dropped. Where
@@ -125,7 +131,15 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
             )
     lineage = Lineage(stack, beams)
     for i, step in enumerate(steps):
-        lineage.add(step, [calls[i] for calls in rest])
+        try:
+            lineage.add(step, [calls[i] for calls in rest])
+        except StitchError as error:
+            turned = [edit for calls in rest for c in calls[: i + 1] for edit in c.edits if edit.field in ("k", "v")]
+            if not turned:
+                raise
+            raise StitchError(
+                f"{error} Keys or values that steps are told by were {edits_in_words(turned)}."
+            ) from error
     end = lineage.length if length is None else length
     if not 0 < end <= lineage.length:
         raise StitchError(f"length={length}: the {stack} stack has {lineage.length} positions.")
@@ -224,6 +238,8 @@ class _Site:
             values = [getattr(c, name) for c in self.calls]
             if any(value != values[0] for value in values):
                 raise StitchError(f"{first.site.label}: {name} differs between the steps: {values[:4]}…")
+        if len({c.own_scores for c in self.calls}) > 1 and not any(c.edits for c in self.calls):
+            raise StitchError(f"{first.site.label}: own_scores differs between the steps.")
         made = replace(
             first,
             step=0,
@@ -236,7 +252,10 @@ class _Site:
                 stitching_note(len(self.calls)),
             ),
             certificate=joined([c.certificate for c in self.calls]),
-            derivable=first.derivable if self.exact else (),
+            derivable=self._derivable,
+            own_scores=any(c.own_scores for c in self.calls),
+            own_by_edits=False,  # those of queries and keys that never met are not all formed
+            edits=self._edits(),
             fields={},
             beside={},
         )
@@ -251,9 +270,59 @@ class _Site:
         if all(place is None for place in places):
             return None
         sources = self.followed and all(source in c.fields for c in self.calls for source in SOURCES)
-        if sources and all(isinstance(place, Derived) for place in places):
+        if sources and self._follows and all(isinstance(place, Derived) for place in places):
             return DERIVED  # what follows from the fields of each step follows from those of all of them
         return InFile(self, name)
+
+    @cached_property
+    def _follows(self) -> bool:
+        """Whether no edit has changed in one step what others have from another."""
+        return all(edit.field in _FOLLOWED for call in self.calls for edit in call.edits)
+
+    @property
+    def _derivable(self) -> tuple[str, ...]:
+        if not self.exact or not self._follows:
+            return ()
+        return tuple(name for name in self.calls[0].derivable if all(name in c.derivable for c in self.calls))
+
+    def _edits(self) -> tuple[AppliedEdit, ...]:
+        """Those of all steps, in the positions and rows of the whole."""
+        if not any(c.edits for c in self.calls):
+            return ()
+        of_steps = {i: range(start, stop) for i, start, stop in self.spans}
+        return put_together(
+            [
+                [x for e in self.calls[i].edits if (x := self._of_whole(i, e, own)) is not None]
+                for i, own in of_steps.items()
+            ],
+            self._written,
+        )
+
+    def _of_whole(self, i: int, edit: AppliedEdit, own: range) -> tuple[AppliedEdit, set[int]] | None:
+        """An edit of a step without its queries, and the positions of these; None: none of its rows is there."""
+        place = self.places[i]
+        named = range(place.queries) if edit.queries is None else {*edit.queries}
+        rows = [place.first + row for row in range(place.queries) if row in named]
+        keys = edit.keys
+        if keys is not None and not self._crosses:
+            keys = tuple(place.at[c] for c in keys if c < place.slots and place.at[c] < self.end)
+        batch, kept = edit.batch, self.rows[i].tolist()
+        if batch is not None:
+            batch = tuple(n for n, row in enumerate(kept) if row in batch)
+        cells = {position for position in rows if position in own}
+        if not cells or () in (keys, batch):
+            return None
+        return replace(edit, queries=None, keys=keys, batch=batch), cells
+
+    def _written(self, edit: AppliedEdit, positions: set[int]) -> Iterator[AppliedEdit]:
+        if len(positions) == sum(stop - start for _, start, stop in self.spans):
+            yield edit
+        elif "T" in FIELD_SPECS[edit.field].axes:
+            yield replace(edit, queries=tuple(sorted(positions)))
+        else:
+            first, last = min(positions), max(positions)
+            rows = f"query {first}" if first == last else f"queries {first} to {last}"
+            yield replace(edit, note=f"{edit.note}, as {rows} met it".removeprefix(", "))
 
     def _place(self, i: int, name: str) -> Field:
         return self.calls[i].fields.get(name, DERIVED)
@@ -435,7 +504,8 @@ class _Site:
     def _fill(self, scores: Tensor, heads: Sequence[int] | None, rows: range) -> Tensor:
         """The scores of queries and keys that never met in one step."""
         first = self.calls[0]
-        if self._crosses or first.own_scores or not all(c.has("q") and c.has("k") for c in self.calls):
+        own = any(c.own_scores for c in self.calls)
+        if self._crosses or own or not self._follows or not all(c.has("q") and c.has("k") for c in self.calls):
             return scores
         q, k = self._by_row("q", heads, rows), per_query_head(first, self._keys("k"), self.shape("q")[1])
         if heads is not None:

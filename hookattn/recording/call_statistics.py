@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..attention.functional import compute_dtype
 from ..attention.kernel_call import KernelCall
 from ..attention.normalizers import is_softmax
 from ..attention.positions import query_positions
 from ..attention.score_inputs import ScoreInputs
+from ..calls.certificate import tolerance
+from ..calls.edits import AppliedEdit, edits_in_words, set_by_edits
 from ..calls.site import Site
 from ..statistics.base import Statistic
 from ..statistics.engine import compute
@@ -24,11 +27,14 @@ def captured_statistics(
     site: Site,
     heads: Sequence[int] | None,
     queries: Sequence[int] | slice | None,
+    edits: Sequence[AppliedEdit] = (),
 ) -> tuple[dict[str, Tensor | None], list[str]]:
     """The statistics of a call, of the selected heads and rows, and what a reader has to know of them.
 
     Args:
-        call: the whole call, whose mask is what the kernel was given; left as it is.
+        call: the whole call, whose mask is what the kernel was given; left as it is. Where edits have set its scores or
+            weights, it has them.
+        edits: what was edited in it.
     """
     s = call.shape[3]
     undefined = _undefined(call)
@@ -49,7 +55,25 @@ def captured_statistics(
         notes.append("statistics are of the weights before dropout")
     own = replace(call)
     groups = restrict(own, heads, queries)
-    return compute(ScoreInputs.of(grouped(own, groups), rows, positions), statistics), notes
+    if not set_by_edits(edits, "weights"):
+        return compute(ScoreInputs.of(grouped(own, groups), rows, positions), statistics), notes
+    assert own.weights is not None, "the recorder asks for them"
+    if not _may_be_shares(own.weights):
+        names = dict.fromkeys(name for x in statistics for name in x.fields)
+        why = f"as its weights are no distribution ({edits_in_words(edits)})"
+        return names, [*notes, f"{', '.join(x.key for x in statistics)}: not defined here, {why}"]
+    known = [x for x in statistics if not x.of_scores]
+    found = compute(ScoreInputs.of_weights(own.weights, positions), known) if known else {}
+    lost = [x.key for x in statistics if x.of_scores]
+    if lost:
+        notes.append(f"{', '.join(lost)}: not defined here, as its weights follow from no scores")
+    return {name: found.get(name) for x in statistics for name in x.fields}, notes
+
+
+def _may_be_shares(weights: Tensor) -> bool:
+    """Whether none is negative, and no row sums to more than 1."""
+    most = 1 + 4 * tolerance(weights.dtype)  # a row sum is of many roundings
+    return bool(((weights >= 0).all() & (weights.sum(-1, dtype=compute_dtype(weights.dtype)) <= most).all()).item())
 
 
 def _undefined(call: KernelCall) -> str | None:

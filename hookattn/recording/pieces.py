@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from ..attention.functional import sink_column
-from ..attention.kernel_call import FIELD_SPECS, OUTPUT_GRADIENT, FieldSpec
+from ..attention.kernel_call import DERIVED, FIELD_SPECS, OUTPUT_GRADIENT, FieldSpec
 from ..attention.pieces import Piece
 from ..calls.call import Call, joint_basis
 from ..calls.certificate import joined
+from ..calls.deriving import derive_field
 from ..calls.extents import extents_of
 from ..calls.fields import Derived, Field, Later, Place, tensor_of
 from ..calls.output_gradient import OutputGradient
 from ..torch_internals.isolation import isolated
+from .edits_of_pieces import edits_of_pieces
 
 # What the pieces of one attention have in common.
 _ALIKE = (
@@ -133,6 +135,7 @@ def _say_part(call: Call, piece: Piece) -> None:
 
 def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
     """One call of the pieces of one attention; None where they do not fit together."""
+    calls = _without_what_edits_made_differ(calls)
     first, letters = calls[0], pieces[0].letters
     if any(getattr(c, name) != getattr(first, name) for c in calls for name in _ALIKE):
         return None
@@ -166,9 +169,34 @@ def _merged(calls: Sequence[Call], pieces: Sequence[Piece]) -> Call | None:
     made.basis = joint_basis(calls)
     if joint.folded:
         made.basis |= {x: "followed" for x in "BHG" if x in made.basis and made.basis[x] == "guessed"}
+    made.edits = edits_of_pieces(calls, pieces)
     what = " and ".join(_WORDS[x] for x in letters)
     notes = dict.fromkeys(note for c in calls for note in c.notes)
     made.notes = (*notes, f"put together of {len(calls)} calls of its kernel, each of some {what}")
+    return made
+
+
+def _without_what_edits_made_differ(calls: Sequence[Call]) -> list[Call]:
+    """The pieces, alike where an edit has made some of them differ: what it has set in one follows in none."""
+    if not any(c.edits for c in calls):
+        return list(calls)
+    derivable = tuple(name for name in calls[0].derivable if all(name in c.derivable for c in calls))
+    own_scores = any(c.own_scores for c in calls)
+    by_edits = own_scores and all(c.own_by_edits or not c.own_scores for c in calls)
+    made = []
+    for call in calls:
+        fields = {
+            name: derive_field(call, name) if isinstance(place, Derived) and name not in derivable else place
+            for name, place in call.fields.items()
+        }
+        beside = call.beside
+        if own_scores and "scores" not in fields:  # what one piece holds beside, to derive its weights
+            beside = {name: place for name, place in beside.items() if name not in DERIVED}
+        one = replace(
+            call, fields=fields, beside=beside, derivable=derivable, own_scores=own_scores, own_by_edits=by_edits
+        )
+        one.gradient = call.gradient
+        made.append(one)
     return made
 
 
@@ -239,8 +267,8 @@ class _Joint:
         dims = [0, 1] if self.folded else ["BHT".index(self.letters)]
         if spec.per_key_head and self.letters == "T":
             return _one(parts)
-        if spec.broadcast and all(x.shape[d] == 1 for x in parts for d in dims):
-            return _one(parts)
+        if spec.broadcast and all(x.shape[d] == 1 for x in parts for d in dims) and all(map(_equal, parts, parts[1:])):
+            return parts[0]  # else they are of one row each, every one its own
         if spec.broadcast:  # it may have size 1 in some pieces, and stands for all of these then
             full = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
             parts = [

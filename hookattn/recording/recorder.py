@@ -133,6 +133,17 @@ class CallRecorder:
         """Whether a field was asked for."""
         return field in self.selection.capture
 
+    def _needs(self, field: str) -> bool:
+        """Whether an edited field has to be formed: for what is kept, or for the statistics that are made of it."""
+        return self.wants(field) or bool(self.selection.statistics)
+
+    def _drop_unwanted(self, call: KernelCall) -> None:
+        """Let go of what edits have formed for the statistics alone."""
+        if not self.wants("weights"):
+            call.weights = None
+            if not self.wants("scores") and not call.is_product and call.q is not None:
+                call.scores = None
+
     def hold(self, call: KernelCall) -> bool:
         """See :class:`~hookattn.recording.session.Holder`: a plain call without a mask can be held."""
         if not self._keeps_plain or call.mask is not None or not is_plain(call):
@@ -162,6 +173,7 @@ class CallRecorder:
                 return made
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
+            was_product = call.is_product
             edits, measured = self._edited(call)
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
@@ -174,8 +186,10 @@ class CallRecorder:
                     first_row, of_rows = call.piece.place("T", t) or (0, t)
                 heads, queries = self.selection.within(call, site.label)
             if self.selection.statistics:
-                statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries)
+                statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries, edits)
                 call.notes = [*call.notes, *notes]
+                if edits:
+                    self._drop_unwanted(call)
             made = Call.of(call, site, step, index)
             if self._arrivals is not None:
                 made.gradient = self._arrivals.awaited(call, heads, queries)
@@ -191,7 +205,7 @@ class CallRecorder:
                     rows = range(t)[queries] if isinstance(queries, slice) else queries
                     made.queries, made.of_queries = tuple(first_row + i for i in rows), of_rows
             made.derivable = self.selection.derivable_of(call)
-            made.edits = edits
+            made.edits, made.own_by_edits = edits, was_product and not call.is_product
             if any(edit.field == "weights" for edit in edits):  # they follow from nothing any more
                 made.derivable = tuple(name for name in made.derivable if name != "weights")
             stays = self._stays(call)
@@ -235,7 +249,7 @@ class CallRecorder:
             formed = () if own.weights is None else tuple(e for e in applied if e.field != "output")
             with no_gradients():
                 measured = measure(own, rule, self._certifier.full, Edited.of(formed, own, *edits.kept))
-        edits.finish(call, self.wants)
+        edits.finish(call, self._needs)
         return applied, measured
 
     def _hold_plain(self, call: KernelCall) -> None:

@@ -89,8 +89,9 @@ def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) 
         size = {"tickfont": {"size": max(7, min(11, 420 // max(len(rows), 1)))}}
         _set_ticks(figure, "y", rows, place, {**size, "autorange": "reversed"})
         _set_ticks(figure, "x", across, place, size)
-    notes = [*found.notes, *([f"each pixel is the largest of {block} × {block} entries"] if block > 1 else [])]
-    _finish_layout(figure, field, scale, _title(part.title, [part.doubt, *notes]), math.ceil(len(heads) / columns))
+    notes = [part.doubt, part.edited, *found.notes]
+    notes += [f"each pixel is the largest of {block} × {block} entries"] if block > 1 else []
+    _finish_layout(figure, field, scale, _title(part.title, notes), math.ceil(len(heads) / columns))
     return figure
 
 
@@ -102,7 +103,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
     for row, part in enumerate(parts, 1):
         found = drawn_values(part, field, sink, most=_PIXELS)
         data, block = found.data, found.block
-        notes += [f"{part.title}: {part.doubt}" if part.doubt else "", *found.notes]
+        notes += [*_said_of(part), *found.notes]
         queries, keys = (
             [labels[i] for i in at[::block]] for labels, at in _labels_and_places(part, found.rows, found.columns)
         )
@@ -142,7 +143,7 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
     top = highest(curves)
     floor = [math.log10(FLOOR), math.log10(top)] if scale == "log" else [lowest(curves, top), top]
     figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
-    notes = [p.doubt and f"{p.title}: {p.doubt}" for p in parts] + notes_of(parts)
+    notes = [said for p in parts for said in _said_of(p)] + notes_of(parts)
     title = _title("mean weight against distance back to the key", notes)
     figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
     return figure
@@ -204,6 +205,11 @@ def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any]
     figure.update_layout(coloraxis=axis, title=title, height=120 + each * rows)
     figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))
     figure.for_each_yaxis(lambda axis: axis.update(showgrid=False))
+
+
+def _said_of(part: Part) -> list[str]:
+    """What speaks against one of several parts, and what was edited in it."""
+    return [f"{part.title}: {said}" for said in (part.doubt, part.edited) if said]
 
 
 def _title(text: str, notes: list[str]) -> dict[str, Any]:

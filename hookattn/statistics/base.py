@@ -26,6 +26,8 @@ class Statistic:
     last: ClassVar[bool] = False
     """Whether it writes over ``block.shifted``, for want of more memory in the cache; only one statistic may."""
 
+    of_scores: ClassVar[bool] = False
+    """Whether it is of the scores themselves, so that weights tell it up to a constant alone."""
     axes: ClassVar[str] = "BHT"
     """A letter for each axis of its fields; ``*`` at the end: one more, of its own."""
     integers: ClassVar[frozenset[str]] = frozenset()

@@ -21,6 +21,7 @@ class LogSumExp(Statistic):
     """
 
     name: ClassVar[str] = "lse"
+    of_scores: ClassVar[bool] = True
 
     def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
         """See :class:`Statistic`."""

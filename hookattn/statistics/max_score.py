@@ -20,6 +20,7 @@ class MaxScore(Statistic):
     """
 
     name: ClassVar[str] = "max_score"
+    of_scores: ClassVar[bool] = True
 
     def allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Out:
         """See :class:`Statistic`."""

@@ -13,6 +13,7 @@ import torch
 
 from ..attention.kernel_call import DOT, FIELD_SPECS, OUTPUT_GRADIENT, TENSOR_SPECS, FieldSpec
 from ..attention.normalizers import is_softmax
+from ..calls.edits import AppliedEdit, set_by_edits
 from ..statistics.registry import spec_of
 
 Shown = tuple[torch.dtype, Sequence[int]]
@@ -25,6 +26,7 @@ _NEVER_EMPTY = frozenset("HGDE")
 _SCALE = TENSOR_SPECS["scale"]
 _BY_OWN_SCORES = frozenset(("q", "k", "scores"))
 """The fields that a call may be without whose scores are something else than q·k."""
+_WITH_BATCH = frozenset(name for name, spec in FIELD_SPECS.items() if spec.axes.startswith("B") and not spec.broadcast)
 _MAY_BE_NONE = frozenset(name for name, spec in FIELD_SPECS.items() if spec.optional) | {"output"}
 
 
@@ -51,6 +53,8 @@ def _problems(
     score, own_scores = values.get("score", DOT), values["own_scores"]
     if score != DOT and not own_scores:
         yield f"'score' is {score!r}, and 'own_scores' is false: such scores are the model's own"
+    if values.get("own_by_edits") and not (own_scores and set_by_edits(values.get("edits", ()), "scores")):
+        yield "'own_by_edits' is true, and no edit has set any scores, or 'own_scores' is false"
     absent = {name for name, shown in fields.items() if shown is None}
     for name in absent & FIELD_SPECS.keys() - _MAY_BE_NONE - (_BY_OWN_SCORES if own_scores else frozenset()):
         yield f"field {name!r} is null, which such a call cannot be without"
@@ -70,6 +74,7 @@ def _problems(
         yield from _of_all(_SCALE, scale[1], sizes)
     yield from _of_lists(values, sizes)
     yield from _of_derivable(values, fields)
+    yield from _of_edits(values, fields, sizes)
 
 
 def _specified(fields: Mapping[str, Shown | None]) -> Iterator[tuple[FieldSpec, Shown]]:
@@ -149,14 +154,51 @@ def _of_derivable(values: Mapping[str, Any], fields: Mapping[str, Shown | None])
         yield f"'derivable' has 'weights', and the normalizer is {values['normalizer']!r}"
     if values["own_scores"] and "scores" in derivable and "scores" not in fields:
         yield "'derivable' has 'scores', and 'own_scores' is true: such scores follow from nothing"
+    if "weights" in derivable and set_by_edits(values.get("edits", ()), "weights"):
+        yield "'derivable' has 'weights', and an edit set some of them: they follow from nothing"
     for name in derivable:
         lacking = lacks(name, derivable, fields)
         if lacking is not None:
             yield f"'derivable' has {name!r}, which follows from {lacking!r}, and there is none"
 
 
+def _of_edits(
+    values: Mapping[str, Any], fields: Mapping[str, Shown | None], sizes: Mapping[str, tuple[int, str]]
+) -> Iterator[str]:
+    """The numbers of edits beside the extents that the whole call has, as far as these are known."""
+    edits = values.get("edits")
+    if not edits:
+        return
+    known = {letter: n for letter, (n, _) in sizes.items()}
+    if any(shown is not None and name in _WITH_BATCH for name, shown in fields.items()):
+        known.setdefault("B", 1)
+    if values["heads"] is not None:  # the model's number of heads is not told
+        known = {letter: n for letter, n in known.items() if letter not in "HG"}
+    if values["queries"] is not None:
+        known.pop("T", None)
+        if values.get("of_queries") is not None:
+            known["T"] = values["of_queries"]
+    if values.get("keys") is not None:
+        known["S"] = values["keys"]
+    for number, edit in enumerate(edits):
+        axes = FIELD_SPECS[edit.field].axes
+        along = {"batch": "B", "heads": "G" if "G" in axes else "H", "queries": "T", "keys": "S"}
+        for name, letter in along.items():
+            chosen = getattr(edit, name)
+            if chosen is None:
+                continue
+            if letter not in axes:
+                yield f"edit {number} names {name}, and {edit.field!r} has no such axis"
+            if max(chosen) >= known.get(letter, max(chosen) + 1):
+                yield f"edit {number} names {max(chosen)} among its {name}, and {letter} is {known[letter]}"
+
+
 def derivable_of(
-    derivable: Collection[str], own_scores: bool, normalizer: str, fields: Mapping[str, object]
+    derivable: Collection[str],
+    own_scores: bool,
+    normalizer: str,
+    fields: Mapping[str, object],
+    edits: Sequence[AppliedEdit] = (),
 ) -> list[str]:
     """Of the fields that are said to follow from others those that do, for whoever writes them down.
 
@@ -164,8 +206,10 @@ def derivable_of(
         derivable: what is said.
         own_scores, normalizer: of the call.
         fields: what is there, None where the call has no such field.
+        edits: of the call; weights that one has set follow from nothing.
     """
-    found = [name for name in derivable if name != "weights" or is_softmax(normalizer)]
+    follow = is_softmax(normalizer) and not set_by_edits(edits, "weights")
+    found = [name for name in derivable if name != "weights" or follow]
     if own_scores and "scores" not in fields:
         found = [name for name in found if name != "scores"]
     return [name for name in found if lacks(name, found, fields) is None]

@@ -20,7 +20,7 @@ from .call_writer import CallWriter, WrittenCall, stored_scale
 from .format import encode_document
 from .json_values import json_number, json_value
 from .names import SHARED, own_name
-from .schema import CALL, CERTIFICATE, LINK, SITE, SKIPPED, to_entry
+from .schema import CALL, CERTIFICATE, EDIT, LINK, SITE, SKIPPED, to_entry
 from .writer import StreamWriter
 
 # What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
@@ -108,10 +108,11 @@ def call_entry(
         fields=written.fields,
         # A call that was changed by hand may say more than holds of it.
         own_scores=own_scores,
-        derivable=derivable_of(call.derivable, own_scores, call.normalizer, there),
+        derivable=derivable_of(call.derivable, own_scores, call.normalizer, there, call.edits),
         certificate=to_entry(CERTIFICATE, certificate),
         continued=links or None,
         output_grad=written.gradient,
+        edits=[to_entry(EDIT, edit) for edit in call.edits],
     )
 
 

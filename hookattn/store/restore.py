@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention.kernel_call import DOT, FIELD_SPECS, FIELDS
 from ..calls.call import Call, Skipped
 from ..calls.certificate import Certificate
+from ..calls.edits import AppliedEdit
 from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
 from ..calls.output_gradient import OutputGradient
@@ -22,7 +23,7 @@ from .agreement import Shown, problem
 from .format import Entry
 from .links import LINKED
 from .reader import LazyFile
-from .schema import CALL, CERTIFICATE, DOCUMENT, LINK, MODEL, SITE, SKIPPED, from_entry
+from .schema import CALL, CERTIFICATE, DOCUMENT, EDIT, LINK, MODEL, SITE, SKIPPED, from_entry
 from .stored_history import StoredHistory
 from .validate import newer_minor
 
@@ -95,6 +96,9 @@ class _Calls:
         links = (
             {f: from_entry(LINK, f"{where}, continued {f}", link) for f, link in continued.items()} if continued else {}
         )
+        if edits := values.get("edits"):
+            entries = [from_entry(EDIT, f"{where}, edit {i}", one) for i, one in enumerate(edits)]
+            values["edits"] = tuple(AppliedEdit(**one) for one in entries)
         scale, score = values["scale"], values.get("score")
         of_scale = self._entry(where, "'scale'", scale["tensor"]) if type(scale) is dict else None
         gradient: str | None = values.pop("output_grad", None)
@@ -160,6 +164,7 @@ class _Calls:
             gradient,
             (values["heads"], values["kv_heads"], values["queries"], get("of_queries"), get("keys")),
             (values["own_scores"], get("score"), get("normalizer"), values["derivable"]),
+            (get("edits"), get("own_by_edits")),
         )
         if alike in self._sound:
             return

@@ -15,7 +15,9 @@ import torch
 from ..attention.kernel_call import BASES, DERIVED, DOT, KERNEL_BASIS
 from ..attention.normalizers import SOFTMAX
 from ..calls.certificate import STATUSES
+from ..calls.edits import EDITED
 from ..errors import TraceWriteError
+from ..printable import printable
 from .format import FLOATING
 from .json_values import DEEPEST, json_number, nesting
 
@@ -48,6 +50,10 @@ def _all(kind: type) -> Callable[[Iterable[Any]], bool]:
 
 def _are_counts(x: list[Any]) -> bool:
     return all(type(each) is int and 0 <= each <= _LARGEST for each in x)
+
+
+def _are_different_counts(x: list[Any]) -> bool:
+    return bool(x) and _are_counts(x) and len(set(x)) == len(x)
 
 
 def _are_texts(x: list[Any]) -> bool:
@@ -93,6 +99,9 @@ _KINDS: dict[str, Kind] = {
     "probability": Kind("a number from 0 to 1", (int, float), lambda x: 0 <= _number(x) <= 1, None, _number),
     "scale": Kind('a finite number or {"tensor": name}', (int, float, dict), _is_scale),
     "counts": Kind("a list of integers from 0", (list,), _are_counts, list, tuple),
+    "numbers": Kind("a list of different integers from 0", (list,), _are_different_counts, list, tuple),
+    "word": Kind("a printable string that is not empty", (str,), lambda x: x != "" and printable(x) == x),
+    "edited": Kind(f"one of {', '.join(EDITED)}", (str,), EDITED.__contains__),
     "strs": Kind("a list of strings", (list,), _all(str), list, tuple),
     "objects": Kind("a list of objects", (list,), _all(dict)),
     "texts": Kind("a list of lists of strings", (list,), _are_texts),
@@ -209,6 +218,17 @@ CALL = Table(
     Scalar("score", "str", since=(1, 3), default=DOT),
     Scalar("normalizer", "str", since=(1, 3), default=SOFTMAX),
     Scalar("output_grad", "str?", since=(1, 3)),
+    Scalar("edits", "objects", since=(1, 3), default=[]),
+    Scalar("own_by_edits", "bool", since=(1, 3), default=False),
+)
+EDIT = Table(
+    Scalar("edit", "word"),
+    Scalar("field", "edited"),
+    Scalar("heads", "numbers?"),
+    Scalar("queries", "numbers?"),
+    Scalar("keys", "numbers?"),
+    Scalar("batch", "numbers?"),
+    Scalar("note", "str"),
 )
 LINK = Table(
     Scalar("continues", "count"),

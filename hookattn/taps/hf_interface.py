@@ -173,7 +173,7 @@ def _asked_from_outside(tracing: ActiveTrace, function: Callable[..., Any], give
         made.edits = call.edits
         assert made.output is not None
         instead = tracing.after(made)
-        with no_gradients():
+        with no_gradients(but=tracing.attached):
             tracing.record(made)
         if instead is None:
             return out

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention.kernel_call import FIELD_SPECS, FIELDS
 from ..calls.call import Call
 from ..calls.certificate import tolerance
+from ..calls.edits import edited_entries
 from ..calls.extents import per_query_head
 from ..traces import Trace, TraceLike, as_trace
 from .failure import Failure, require
@@ -119,6 +120,7 @@ def _math_failures(
         yield Failure(where, "bias is not finite", mend="put what hides an entry into the mask")
     if mask is not None and call.causal and call.queries is None and {"T", "S"} <= sizes.keys():
         yield from _causal_failures(call, mask, sizes["T"], sizes["S"], where)
+    was_set = _entries_set(call, sizes, "weights", mask)
     if weights is not None and mask is not None:
         yield from _use_failures(call, values, weights if applied is None else applied, mask, unit, sizes, where)
     if scores is None or mask is None:
@@ -138,8 +140,8 @@ def _math_failures(
         what = f"{call.normalizer}(where(mask, scores, -inf), sinks) == weights"
         mend = "look at the mask (True = may attend), at causal, at the sinks, and at the normalizer"
         bound = unit * max(1.0, size / 10) * _size(weights[live.expand_as(mask)])
-        yield from _apart(expected, weights, live.expand_as(mask), bound, where, what, mend)
-    hidden = weights.abs()[~mask & live]
+        yield from _apart(expected, weights, live.expand_as(mask) & ~was_set, bound, where, what, mend)
+    hidden = weights.abs()[~mask & live & ~was_set]
     if hidden.numel() and not hidden.max() <= _NOTHING:
         yield Failure(where, "a masked entry weighs", "0", f"{hidden.max().item():.3g}")
 
@@ -158,7 +160,7 @@ def _use_failures(
     hidden = values["applied"] is None and (call.dropout or call.mixed)
     if v is None or output is None or hidden:
         return
-    live = mask.any(-1, keepdim=True)
+    live = mask.any(-1, keepdim=True) & ~_entries_set(call, sizes, "output", mask)
     made = defined_output(used, per_query_head(call, v, sizes["H"]))
     finite = v[v.isfinite()].abs()  # the value of a key that nobody attends to may be anything
     sums = torch.where(live, used.abs(), 0.0).sum(-1)
@@ -166,6 +168,16 @@ def _use_failures(
     mend = "look at v, at the order of the heads, and at what was taken for the kernel's output"
     what = "weights @ v == output" if values["applied"] is None else "applied @ v == output"
     yield from _apart(made, output.double(), live.expand_as(output), bound, where, what, mend)
+
+
+def _entries_set(call: Call, sizes: Mapping[str, int], field: str, mask: Tensor | None) -> Tensor:
+    """What edits have set of a field, which follows from nothing: bool, broadcastable to it."""
+    device = None if mask is None else mask.device
+    found = None
+    if call.edits and {"B", "H", "T", "S"} <= sizes.keys():
+        b, h, t, s = (sizes[letter] for letter in "BHTS")
+        found = edited_entries(call.edits, field, (b, h, t, s), device or torch.device("cpu"), call.heads, call.queries)
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device) if found is None else found
 
 
 def _size(x: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..calls.call import Call
 from ..calls.certificate import tolerance
+from ..calls.edits import edited_entries, set_by_edits
 from ..calls.extents import extents_of, per_query_head
 from ..calls.fields import Field, File, InFile, PartOf
 from ..calls.key_history import Continued
@@ -32,6 +33,8 @@ STORED = "stored"
 """Beside these: whether the bytes that a file has of the call have the checksums that were written with them."""
 BUDGET = 1 << 22
 """Entries of B H T S that are looked at in one go."""
+
+_ALL_SET = "edits have set all that it is of"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class _Recheck:
             [x for x in FIELD_SPECS[name].derived_from if x not in DERIVED] for name in ("scores", "weights")
         )
         self.products = self._has(*of_scores)
-        opaque = call.own_scores
+        opaque = call.own_scores and not call.own_by_edits
         if self.scores is None or not self.products or opaque:
             self.why["scores"] = (
                 "they are the model's own, and more than q·k" if opaque else self._missing("scores", *of_scores)
@@ -122,9 +125,46 @@ class _Recheck:
             self.why["output"] = mixed
         elif self.v is None or self.output is None or not weighable:
             self.why["output"] = self._missing(*(() if weighable else ("weights",)), "v", "output")
+        self.by_edits = set_by_edits(call.edits, "weights")
+        if self.by_edits and self.weights is None and "weights" not in self.why:
+            self.why["weights"] = self._missing("weights")
+        self._leave_out()
         self.reach = 0.0
         if self.products and isinstance(q := stored["q"], Tensor) and isinstance(k := stored["k"], Tensor):
             self.reach = _norm(q) * _norm(k) * _largest(torch.as_tensor(1.0 if call.scale is None else call.scale))
+
+    def _leave_out(self) -> None:
+        """Find what edits have set: bool, broadcastable to the field. It follows from nothing; all else is checked."""
+        call, edits = self.call, self.call.edits
+        self.set_scores: Tensor | None = None
+        self.set_weights: Tensor | None = None
+        self.set_output: Tensor | None = None
+        found = extents_of(call, "BHTS") if edits else None
+        if found is None or None in (found.b, found.h, found.t, found.s):
+            return
+        shape = (found.b or 0, found.h or 0, found.t or 0, found.s or 0)
+        v = self.v if self.v is not None else self.weights
+        device = torch.device("cpu") if v is None else v.device
+        set_of = {x: edited_entries(edits, x, shape, device, call.heads, call.queries) for x in ("weights", "output")}
+        self.set_weights, self.set_output = set_of["weights"], set_of["output"]
+        if call.own_by_edits:
+            self.set_scores = edited_entries(edits, "scores", shape, device, call.heads, call.queries)
+            if self.scores is None:  # nobody knows what the weights of these rows were made of
+                self.set_weights = _also(self.set_weights, self.set_scores)
+        if self.weights is None:  # or what met the values there
+            self.set_output = _also(self.set_output, self.set_weights)
+        self._nothing_left("scores", self.set_scores, shape)
+        for name in ("weights", "masked", "rows"):
+            self._nothing_left(name, self.set_weights, shape)
+        self._nothing_left("output", self.set_output, shape)
+
+    def _nothing_left(self, name: str, was_set: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+        if was_set is None or name in self.why or not shape[3]:
+            return
+        if name == "rows":
+            was_set = was_set.any(-1, keepdim=True)
+        if bool(was_set.all()):
+            self.why[name] = _ALL_SET
 
     def _has(self, *names: str) -> bool:
         """Whether fields were kept; of an optional one a call may have none and still have kept that."""
@@ -152,30 +192,37 @@ class _Recheck:
     def _errors(self, rows: slice) -> dict[str, Tensor]:
         mask = _rows(self.stored.get("mask"), rows)
         live = torch.ones((), dtype=torch.bool) if mask is None else mask.any(-1, keepdim=True)
+        of_weights, of_rows, of_output = live, live, live
+        if (was_set := _rows(self.set_weights, rows)) is not None:
+            of_weights, of_rows = live & ~was_set, live & ~was_set.any(-1, keepdim=True)
+        if (was_set := _rows(self.set_output, rows)) is not None:
+            of_output = live & ~was_set
         found: dict[str, Tensor] = {}
         scores, weights = _rows(self.scores, rows), _rows(self.weights, rows)
         if "scores" not in self.why and scores is not None:
             gap = self._formed(rows) - scores.double()
+            if (was_set := _rows(self.set_scores, rows)) is not None:
+                gap = torch.where(was_set, 0.0, gap)
             found["scores"] = _most(gap if mask is None else torch.where(mask, gap, 0.0))
         formed = None
         if "weights" not in self.why or ("output" not in self.why and weights is None):
             given = self._formed(rows) if scores is None else scores
             formed = defined_weights(given, mask, self._sinks(rows), self.call.normalizer)
         if "weights" not in self.why and weights is not None and formed is not None:
-            found["weights"] = _most(torch.where(live, formed - weights.double(), 0.0))
+            found["weights"] = _most(torch.where(of_weights, formed - weights.double(), 0.0))
         if weights is not None and mask is not None:
             if "masked" not in self.why:
-                found["masked"] = _most(torch.where(live & ~mask, weights.double(), 0.0))
+                found["masked"] = _most(torch.where(of_weights & ~mask, weights.double(), 0.0))
             if "rows" not in self.why:
                 excess = weights.double().sum(-1, keepdim=True) - 1
                 excess = excess if self._sinks(rows) is None else excess.clamp_min(0)
-                found["rows"] = _most(torch.where(live, excess, 0.0))
+                found["rows"] = _most(torch.where(of_rows, excess, 0.0))
         applied = _rows(self.stored.get("applied"), rows)
         used = applied.double() if applied is not None else formed if weights is None else weights.double()
         if "output" not in self.why and used is not None and self.v is not None and self.output is not None:
             v = self._spread("v", self.v, used.shape[1])
             gap = defined_output(used, v) - self.output[:, :, rows].double()
-            found["output"] = _most(torch.where(live, gap, 0.0))
+            found["output"] = _most(torch.where(of_output, gap, 0.0))
         return found
 
     def _formed(self, rows: slice) -> Tensor:
@@ -219,7 +266,8 @@ class _Recheck:
             return 1e-12
         used = self.weights if self.stored.get("applied") is None else self.stored["applied"]
         largest = max(_largest(self.v), 1e-3)
-        if used is not None and (used is not self.weights or self.call.normalizer not in SUM_TO_ONE):
+        plain = used is self.weights and self.call.normalizer in SUM_TO_ONE and not self.by_edits
+        if used is not None and not plain:
             largest *= max(1.0, _largest(used.float().abs().sum(-1)))
         if used is None:
             return largest * (weights + 4 * self._coarse("v", "output"))
@@ -230,6 +278,14 @@ class _Recheck:
         kept = [x for n in names if (x := self.stored.get(n)) is not None and x.is_floating_point()]
         own = torch.finfo(self.call.dtype).eps
         return max([e for x in kept if (e := torch.finfo(x.dtype).eps) > own], default=0.0)
+
+
+def _also(set_before: Tensor | None, entries: Tensor | None) -> Tensor | None:
+    """What was set, and the rows of some entries."""
+    if entries is None:
+        return set_before
+    of_rows = entries.any(-1, keepdim=True)
+    return of_rows if set_before is None else set_before | of_rows
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:

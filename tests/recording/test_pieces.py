@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hookattn
+from hookattn import Call, Site, edit
+from hookattn.attention.pieces import Piece
+from hookattn.calls.edits import AppliedEdit
+from hookattn.recording.edits_of_pieces import edits_of_pieces
 from hookattn.testing import check_trace
+from hookattn.testing.recheck import recheck
 
 B, H, G, T, D = 2, 4, 2, 7, 4
 Kernel = Callable[..., Tensor]
@@ -328,3 +333,89 @@ def test_queries_of_another_sequence_one_by_one(order: str, batch: int) -> None:
         k = model.kv(y).unflatten(-1, (2, H, D))[:, :, 0].transpose(1, 2)
         want = (q.double() @ k.double().mT * 0.3).softmax(-1)
     assert call.weights.shape == want.shape and torch.allclose(call.weights.double(), want, atol=1e-5)
+
+
+# What was edited in pieces is said of the whole
+
+CUT = [way for way in WAYS if way.startswith("quer") or way in ("heads as slices", "heads two at a time")]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (edit.zero("weights", heads=[1], queries=[6]), "zero(weights) head 1, query 6"),
+        (edit.zero("weights", heads=[1]), "zero(weights) head 1"),
+        (edit.zero("weights"), "zero(weights)"),
+        (edit.scale("scores", 3.0, heads=[1, 2], queries=[0, 6]), "scale(scores) head 1 2, query 0 6"),
+        (edit.zero("output", heads=[1], batch=[1]), "zero(output) head 1, batch entry 1"),
+        (edit.knockout(heads=[2], queries=[3], keys=[1]), "knockout(mask) head 2, query 3, key 1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.parametrize("way", CUT)
+def test_edits_of_pieces_are_those_of_the_whole(way: str, made: Any, told: str) -> None:
+    x = torch.randn(B, T, 16)
+    cut, plain = Pieces(WAYS[way], True).eval(), Pieces(lambda f, q, k, v: f(q, k, v), True).eval()
+    plain.load_state_dict(cut.state_dict())
+    trace, whole = hookattn.edited(cut, x, made), hookattn.edited(plain, x, made)
+    assert len(trace) == 1 and trace[0].edits == whole[0].edits and str(trace[0].edits[0]) == told
+    assert (trace[0].derivable, trace[0].own_scores) == (whole[0].derivable, whole[0].own_scores)
+    for name in whole[0].fields:
+        mine, theirs = trace[0].get(name), whole[0].get(name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None and theirs is not None:
+            assert (mine.double() - theirs.double()).abs().max() < 1e-5, name
+    assert False not in [check.passed for check in recheck(trace[0]).values()]
+    check_trace(trace)
+
+
+def test_edits_of_folded_pieces_are_those_of_the_whole() -> None:
+    """Heads in the batch, three at a time: a piece has heads of two batch entries."""
+    q = torch.zeros(1, 3, T, D)
+    mark, axes = object(), (("B", 2), ("H", 4))
+    calls, pieces = [], []
+    for start, stop in ((0, 3), (3, 6), (6, 8)):
+        fields: dict[str, Any] = {"q": q[:, : stop - start], "k": q[:, : stop - start]}
+        made = Call(Site("a"), 0, 0, "sdpa", torch.float32, 1.0, fields=fields)
+        made.edits = (AppliedEdit("zero", "weights", heads=None if start == 3 else (1,)),)
+        calls.append(made)
+        pieces.append(Piece(mark, axes, start, stop))
+    # Of the first piece entry 0's head 1; of the second entry 0's head 3 and entry 1's 0 and 1; of the third, which has
+    # two heads of entry 1 from head 2 on, none is numbered 1.
+    calls[2].edits = (AppliedEdit("zero", "weights", heads=(3,)),)
+    assert edits_of_pieces(calls, pieces) == (
+        AppliedEdit("zero", "weights", heads=(1, 3), batch=(0,)),
+        AppliedEdit("zero", "weights", heads=(0, 1, 3), batch=(1,)),
+    )
+    for made in calls:
+        made.edits = (AppliedEdit("zero", "weights"),)
+    assert edits_of_pieces(calls, pieces) == (AppliedEdit("zero", "weights"),)
+
+
+def test_edits_of_single_samples_are_those_of_the_whole() -> None:
+    x = torch.zeros(1, 2, T, D)
+    calls = [Call(Site("a"), 0, 0, "sdpa", torch.float32, 1.0, fields={"q": x, "k": x}) for _ in range(3)]
+    a, b = AppliedEdit("add", "output"), AppliedEdit("scale", "output", heads=(1,), batch=(0,))
+    calls[0].edits, calls[2].edits = (b, a), (a, b, a)
+    pieces = [Piece(1, (("B", 3),), i, i + 1) for i in range(3)]
+    # In the order of each call; what was done twice stands there twice.
+    assert edits_of_pieces(calls, pieces) == (
+        b.numbered(batch=(0,)),
+        a.numbered(batch=(0, 2)),
+        b.numbered(batch=(2,)),
+        a.numbered(batch=(2,)),
+    )
+
+
+def test_a_mask_of_one_row_is_that_of_its_row() -> None:
+    """Where each piece has one query, a mask of size 1 there is not that of all queries."""
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+
+    def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = torch.zeros(T, T).masked_fill(hidden, -torch.inf)
+        return torch.cat([kernel(q[:, :, i : i + 1], k, v, bias[i : i + 1]) for i in range(T)], 2)
+
+    model, x = Pieces(run, True).eval(), torch.randn(B, T, 16)
+    trace = hookattn.trace(model, x)
+    assert len(trace) == 1
+    check(trace[0], *model.parts(x), hidden=hidden)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention.functional import compute_dtype
 from ...calls.certificate import UNVERIFIED
+from ...calls.edits import AppliedEdit
 from ...errors import MeasureError
 from ...tokens.words import Words, given_words, split_words
 from ...traces import as_trace
@@ -60,10 +61,19 @@ def pool_words(trace: TraceLike, words: Any = None) -> Trace:
                 of_queries=None,
                 keys=None,
                 certificate=UNVERIFIED,
+                edits=tuple(map(_of_words, view.call.edits)),
                 notes=(*view.call.notes, "weights of words, pooled from those of their pieces"),
             )
         )
     return replace(trace, calls=calls, tokens=texts, path=None)
+
+
+def _of_words(edit: AppliedEdit) -> AppliedEdit:
+    """An edit of pieces, whose numbers no words have."""
+    if edit.queries is edit.keys is None:
+        return edit
+    note = f"{edit.note}, of some queries or keys".removeprefix(", ")
+    return replace(edit.numbered(queries=None, keys=None), note=note)
 
 
 def words_of(view: View, given: Rows | None = None) -> list[Words]:

@@ -139,13 +139,14 @@ class Heading:
 
     @classmethod
     def of(cls, parts: Sequence[Part], title: str, notes: Sequence[str] = ()) -> Heading:
-        """The heading of a view of these parts, with what their certificates say against them."""
+        """The heading of a view of these parts, with what their certificates say against them and what was edited."""
         told: dict[str, list[str]] = {}
         for part in parts:
             if part.doubt:
                 told.setdefault(part.doubt, []).append(part.title)
         alarms = [doubt if len(parts) == 1 else f"{_places_text(places)}: {doubt}" for doubt, places in told.items()]
-        return cls(title, _first_lines(alarms), tuple(dict.fromkeys(notes)))
+        edited = [part.edited if len(parts) == 1 else f"{part.title} {part.edited}" for part in parts if part.edited]
+        return cls(title, _first_lines(alarms), (*_first_lines(edited), *dict.fromkeys(notes)))
 
     @property
     def height(self) -> float:

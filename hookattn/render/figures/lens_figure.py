@@ -21,14 +21,15 @@ from .row import QueryRow, draw_bars, key_axes, key_label_width, label_keys, que
 from .ticks import font_size
 
 _SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
-ATTENDED, OUTSCORED, DRAINED, HIDDEN = "attended", "outscored", "drained", "masked"
-_TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT}
+ATTENDED, OUTSCORED, DRAINED, HIDDEN, EDITED = "attended", "outscored", "drained", "masked", "edited"
+_TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT, EDITED: INK}
 
 
 @in_own_style
 def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
     """One query of one head: score → mask → weight, and a word for each key.
 
+    - *edited*: an edit has set its weight, whatever its score is;
     - *masked*: the mask hides it;
     - *attended*: it weighs at least 1/n, n the number of keys that are not masked;
     - *drained*: it weighs less, but would weigh 1/n without what goes to the first key and to learned sinks;
@@ -92,8 +93,12 @@ def verdicts(found: QueryRow) -> tuple[list[str], Sequence[str]]:
     first = float(weights[sink]) if weights[sink] >= fair and allowed.sum() > 1 else 0.0
     rest = 1 - learned - first
     words = []
+    was_set = found.part.set_weights(found.query)
+    by_edits = np.zeros(len(weights), bool) if was_set is None else np.broadcast_to(was_set[0].numpy(), weights.shape)
     for j, weight in enumerate(weights):
-        if not allowed[j]:
+        if by_edits[j]:
+            words.append(EDITED)
+        elif not allowed[j]:
             words.append(HIDDEN)
         elif weight >= fair:
             words.append(ATTENDED)

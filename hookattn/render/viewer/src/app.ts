@@ -6,6 +6,7 @@ import { Trace } from "./data/trace";
 import type { Options } from "./options";
 import type { Source } from "./source/source";
 import { callOf, normalise, type State } from "./state";
+import type { View } from "./views/view";
 
 /** The cell or row that the pointer is at; indices among what is stored. */
 export interface Cursor {
@@ -30,12 +31,13 @@ export async function open(
   source: Source,
   options: Options,
   dark: ReadonlySignal<boolean>,
-  views: readonly string[],
+  views: readonly View[],
 ): Promise<App> {
   const [trace, other] = await Promise.all([Trace.open(source), options.compare ? Trace.open(options.compare) : null]);
   const cursor = signal<Cursor>({ query: null, key: null });
-  const state = signal(normalise(options.state ?? {}, null, trace, views));
-  return {
+  let ids = views.map((view) => view.id);
+  const state = signal(normalise(options.state ?? {}, null, trace, ids));
+  const app: App = {
     trace,
     other,
     options,
@@ -44,7 +46,7 @@ export async function open(
     cursor,
     playing: signal(false),
     set(patch) {
-      const next = normalise(patch, state.peek(), trace, views);
+      const next = normalise(patch, state.peek(), trace, ids);
       if (JSON.stringify(next) === JSON.stringify(state.peek())) return;
       // What the pointer was at may not be there in another view or another call.
       const before = state.peek();
@@ -54,13 +56,17 @@ export async function open(
       options.onState?.(next);
     },
   };
+  // A view that has nothing to show for this trace has no tab, and no link leads to it.
+  ids = views.filter((view) => !view.absent?.(app)).map((view) => view.id);
+  state.value = normalise({}, state.peek(), trace, ids);
+  return app;
 }
 
 /** The call in view, and the names of its rows and columns. Reads the state: a component that asks follows it. */
 export function current(app: App): { call: Call; axes: Axes } {
   const state = app.state.value;
   const call = callOf(app.trace, state);
-  return { call, axes: axesOf(app.trace, call, state.batch) };
+  return { call, axes: axesOf(app.trace, call, state.batch, state.heads) };
 }
 
 /** The place among the stored heads of a head that is named by its number in the model. */

@@ -63,15 +63,13 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
   }
 
   render(h("div", { class: "ha", "data-theme": theme.dark.value ? "dark" : "light" }, "Opening the trace …"), root);
-  const ids = VIEWS.map((v) => v.id);
-  const ready = open(source, { ...options, state: pending, onState }, theme.dark, ids)
+  const ready = open(source, { ...options, state: pending, onState }, theme.dark, VIEWS)
     .then((opened) => {
       if (gone) return;
       if (opened.trace.calls.length === 0) throw new ViewerError(empty(opened));
       const views = VIEWS.filter((v) => !v.absent?.(opened));
       app = opened;
       app.set(pending);
-      if (!views.some((v) => v.id === app!.state.value.view)) app.set({ view: views[0]!.id });
       render(h(Shell, { app, views }), root);
     })
     .catch((error: unknown) => {

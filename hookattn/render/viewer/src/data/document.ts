@@ -25,6 +25,17 @@ export interface Certificate {
   basis: string;
 }
 
+/** One edit of one call; null: all heads, queries, keys or batch entries (format 1.3). */
+export interface Edit {
+  edit: string;
+  field: string;
+  heads: number[] | null;
+  queries: number[] | null;
+  keys: number[] | null;
+  batch: number[] | null;
+  note: string;
+}
+
 export interface CallDocument {
   site: Site;
   step: number;
@@ -49,6 +60,8 @@ export interface CallDocument {
   basis?: Record<string, string>;
   /** Path of the outermost module whose forward was the step; empty or absent: the traced model (format 1.3). */
   entry?: string;
+  /** What was changed in it while the model ran, in the order in which it was done (format 1.3). */
+  edits?: Edit[];
   fields: Record<string, string | null>;
   derivable: string[];
   keys?: number;

@@ -1,5 +1,6 @@
 /** What kind of attention a call is: what its weights may be taken for, which axes were guessed, what can be drawn. */
 import type { Call } from "./call";
+import { editsOf } from "./edits";
 
 /** Normalizers whose weights are a distribution over the keys, as hookattn/attention/normalizers.py has them. */
 const SHARES: ReadonlySet<string> = new Set(["softmax", "softmax1", "sparsemax"]);
@@ -25,7 +26,8 @@ export function areShares(call: Kind, field: string): boolean {
 }
 
 /** Whether a field may have numbers below 0. */
-export function mayBeNegative(call: Kind, field: string): boolean {
+export function mayBeNegative(call: Kind & Pick<Call, "edits">, field: string): boolean {
+  if (editsOf(call).some((edit) => edit.field === field)) return field !== "mask";
   return field === "scores" || field === "applied" || (field === "weights" && !POSITIVE.has(normalizerOf(call)));
 }
 

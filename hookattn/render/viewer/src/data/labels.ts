@@ -1,6 +1,7 @@
 /** What the rows and columns of a call are called. */
 import { readable, segments, type Label } from "../tokens";
 import type { Call } from "./call";
+import { editsOf, namedBy } from "./edits";
 import { crosses, crossTokens, keyTokens } from "./keytokens";
 import type { Trace } from "./trace";
 
@@ -10,6 +11,8 @@ export interface Axis {
   positions: number[];
   /** Which sentence of a pair each entry belongs to; null where there is no pair. */
   segments: Uint8Array | null;
+  /** 1 where an edit names the entry; null where none does. */
+  edited: Uint8Array | null;
   /** Whether the labels are tokens, or numbers for want of them. */
   named: boolean;
 }
@@ -21,20 +24,21 @@ export interface Axes {
 
 const cache = new WeakMap<Trace, Map<string, Axes>>();
 
-export function axesOf(trace: Trace, call: Call, batch: number): Axes {
+/** `heads`: those that are looked at, whose edits are marked; by default all. */
+export function axesOf(trace: Trace, call: Call, batch: number, heads: readonly number[] = call.headNumbers): Axes {
   let known = cache.get(trace);
   if (known === undefined) cache.set(trace, (known = new Map()));
-  const key = `${call.index} ${batch}`;
+  const key = `${call.index} ${batch}${editsOf(call).length > 0 ? ` ${heads}` : ""}`;
   let axes = known.get(key);
   if (axes === undefined) {
     // A generation of many steps and layers would keep the labels of each.
     if (known.size > 64) known.clear();
-    known.set(key, (axes = make(trace, call, batch)));
+    known.set(key, (axes = make(trace, call, batch, heads)));
   }
   return axes;
 }
 
-function make(trace: Trace, call: Call, batch: number): Axes {
+function make(trace: Trace, call: Call, batch: number, heads: readonly number[]): Axes {
   const { T, S } = call.extents;
   const tokens = keyTokens(call, trace.calls, trace.document, batch);
   const across = crosses(call.site) ? crossTokens(call, trace.calls, trace.document, batch) : null;
@@ -42,10 +46,13 @@ function make(trace: Trace, call: Call, batch: number): Axes {
   const queries = Array.from({ length: T }, (_, t) => first + (call.queries?.[t] ?? t));
   const keys = Array.from({ length: S }, (_, s) => call.place.first + s);
   const forQueries = !crosses(call.site) && call.place.certain;
-  return { queries: axis(queries, forQueries ? tokens : across), keys: axis(keys, tokens) };
+  return {
+    queries: axis(queries, forQueries ? tokens : across, namedBy(call, "queries", batch, heads, T)),
+    keys: axis(keys, tokens, namedBy(call, "keys", batch, heads, S)),
+  };
 }
 
-function axis(positions: number[], tokens: string[] | null): Axis {
+function axis(positions: number[], tokens: string[] | null, edited: Uint8Array | null): Axis {
   const read = tokens === null ? null : readable(tokens);
   const pair = tokens === null ? null : segments(tokens);
   return {
@@ -53,6 +60,7 @@ function axis(positions: number[], tokens: string[] | null): Axis {
     positions,
     segments:
       pair === null || positions.some((p) => p >= pair.length) ? null : Uint8Array.from(positions, (p) => pair[p]!),
+    edited,
     named: read !== null,
   };
 }

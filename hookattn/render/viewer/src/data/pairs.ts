@@ -73,12 +73,13 @@ export function merged(a: Axes, b: Axes): Axes {
 }
 
 function joined(a: Axis, b: Axis): Axis {
-  if (!a.named || !b.named) return a;
+  const edited = a.edited && b.edited ? a.edited.map((x, i) => x || (b.edited![i] ?? 0)) : (a.edited ?? b.edited);
+  if (!a.named || !b.named) return { ...a, edited };
   const labels = a.labels.map((label, i) => {
     const other = b.labels[i];
     return other === undefined || other.raw === label.raw ? label : { ...label, text: `${label.text} → ${other.text}` };
   });
-  return { ...a, labels };
+  return { ...a, labels, edited };
 }
 
 /** The entries of which both traces have a name, and not the same. */

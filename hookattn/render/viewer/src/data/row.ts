@@ -1,5 +1,6 @@
 /** One query of one head: its scores, mask and weights over all keys, and the denominator of their softmax. */
 import { type Call, kvHead } from "./call";
+import { weightsSet } from "./edits";
 import { hasApplied } from "./kinds";
 import type { Matrix } from "./matrix";
 import { firstKey } from "./presented";
@@ -13,6 +14,8 @@ export interface Row {
   readonly applied: ArrayLike<number> | null;
   /** Which of them may be attended to. */
   readonly allowed: Uint8Array;
+  /** Which weights an edit has set; null: none. */
+  readonly edited: ((key: number) => boolean) | null;
   /** The learned logit that joins the softmax, or null. */
   readonly sink: number | null;
   /** The logarithm of the softmax's denominator, the sink in it; −∞ where nothing may be attended to. */
@@ -39,6 +42,7 @@ export async function readRow(trace: Trace, call: Call, batch: number, head: num
     weights: weights!.data,
     applied: applied?.data ?? null,
     allowed,
+    edited: weightsSet(call, batch, call.headNumbers[head]!, query),
     sink,
     lse: logSum(scores!.data, allowed, sink),
     // The mask of all queries is as large as a head: mostly this one's tells.

@@ -5,9 +5,9 @@ import type { Row } from "./row";
 /**
  * masked: the mask hides the key. attended: it weighs at least an equal share, 1/n for n keys that may be attended to.
  * drained: it weighs less, but would weigh that without what goes to the first key and to a learned sink. outscored: it
- * would not either.
+ * would not either. edited: an edit has set its weight, whatever its score is.
  */
-export type Word = "attended" | "outscored" | "drained" | "masked";
+export type Word = "attended" | "outscored" | "drained" | "masked" | "edited";
 
 /** A float32 of 1/n may be less than 1/n. */
 const ROUNDING = 1e-6;
@@ -24,7 +24,7 @@ export interface Verdict {
 }
 
 export function judge(row: Row): Verdict {
-  const { weights, allowed } = row;
+  const { weights, allowed, edited } = row;
   let n = 0;
   let sum = 0;
   for (let s = 0; s < allowed.length; s++) {
@@ -38,6 +38,7 @@ export function judge(row: Row): Verdict {
   const first = n > 1 && weights[row.first]! >= least ? weights[row.first]! : 0;
   const rest = 1 - learned - first;
   const words = Array.from(allowed, (may, s): Word => {
+    if (edited?.(s)) return "edited";
     if (!may) return "masked";
     if (weights[s]! >= least) return "attended";
     return rest > 0 && weights[s]! / rest >= least ? "drained" : "outscored";
@@ -76,8 +77,13 @@ export function explain(row: Row, verdict: Verdict, key: number, query: string, 
   const share = `an equal share, 1/${n} = ${number(fair)}`;
   const apart = competitor === null ? 0 : Math.abs(own - row.scores[competitor]!);
   const rival = competitor === null ? "" : `${keys(competitor)} (${number(row.scores[competitor]!)})`;
-  if (n === 0) return `Masked: query ${query} may attend to nothing. The weight in the trace is ${weight}.`;
+  if (n === 0 && words[key] !== "edited") return `Masked: query ${query} may attend to nothing. The weight in the trace is ${weight}.`;
   switch (words[key]!) {
+    case "edited":
+      return (
+        `Edited: the weight was set to ${weight} while the model ran. Its score of ${number(own)} ` +
+        `${row.allowed[key] ? `is rank ${rank} of ${n} and would make it ${number(softmax)}` : "is masked"}.`
+      );
     case "masked":
       return (
         `Masked: query ${query} may not attend to ${keys(key)}, so it weighs ${weight}. ` +

@@ -48,6 +48,11 @@ function nice(x: number): number {
   return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= x)!;
 }
 
+/** An entry that an edit names is underlined. */
+function mark(i: number, { axis }: Props): string | undefined {
+  return axis.edited?.[i] ? "edited" : undefined;
+}
+
 function weight(i: number, { active, locked }: Props): number {
   return i === active || i === locked ? 700 : 400;
 }
@@ -64,6 +69,7 @@ export function Rows(props: Props) {
           text-anchor="end"
           dominant-baseline="central"
           font-weight={weight(i, props)}
+          class={mark(i, props)}
         >
           {shorten(text, Math.max(2, Math.floor((room - 8) / 7.2)))}
         </text>
@@ -84,11 +90,12 @@ export function Columns(props: Props) {
             transform={`translate(${x} ${at - 6}) rotate(-60)`}
             dominant-baseline="central"
             font-weight={weight(i, props)}
+            class={mark(i, props)}
           >
             {shorten(text, Math.max(2, Math.floor((room - 8) / 6.4)))}
           </text>
         ) : (
-          <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)}>
+          <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)} class={mark(i, props)}>
             {text}
           </text>
         );

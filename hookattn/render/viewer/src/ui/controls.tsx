@@ -1,6 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { type App, current, focus } from "../app";
 import { looks } from "../colours";
+import { editsOfHead, tell } from "../data/edits";
 import { fieldOf, hasApplied, weightsOf } from "../data/kinds";
 import { measures } from "../options";
 import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
@@ -120,20 +121,25 @@ function Heads({ app }: { app: App }) {
     <div class="control" role="group" aria-label="Heads">
       <span class="name">Heads</span>
       <div class="chips">
-        {call.headNumbers.map((head) => (
-          <button
-            key={head}
-            type="button"
-            class={head === one && state.heads.length > 1 ? "chip focus" : "chip"}
-            aria-pressed={state.heads.includes(head)}
-            aria-label={`Head ${head}`}
-            title={`Head ${head}: click to see it alone, ctrl-click to add or remove it`}
-            style={{ borderBottomColor: state.heads.includes(head) ? look(head).colour : "var(--line)" }}
-            onClick={(event) => pick(head, event.ctrlKey || event.metaKey || event.shiftKey)}
-          >
-            {head}
-          </button>
-        ))}
+        {call.headNumbers.map((head) => {
+          const edits = editsOfHead(call, head).map(tell);
+          const told = edits.length > 0 ? `, edited: ${edits.join("; ")}` : "";
+          return (
+            <button
+              key={head}
+              type="button"
+              class={head === one && state.heads.length > 1 ? "chip focus" : "chip"}
+              aria-pressed={state.heads.includes(head)}
+              aria-label={`Head ${head}${told}`}
+              title={`Head ${head}${told}: click to see it alone, ctrl-click to add or remove it`}
+              style={{ borderBottomColor: state.heads.includes(head) ? look(head).colour : "var(--line)" }}
+              onClick={(event) => pick(head, event.ctrlKey || event.metaKey || event.shiftKey)}
+            >
+              {head}
+              {told !== "" && <span class="mark">✎</span>}
+            </button>
+          );
+        })}
         {call.headNumbers.length > 1 && (
           <button
             type="button"

@@ -10,6 +10,7 @@ const INHERITED = [
   "font-family",
   "font-size",
   "font-weight",
+  "text-decoration-line",
   "text-anchor",
   "dominant-baseline",
   "visibility",

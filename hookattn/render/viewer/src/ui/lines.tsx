@@ -128,6 +128,7 @@ export function Column({ axis, x, side, width, height, y, active, locked }: Colu
             dominant-baseline="central"
             direction="ltr"
             font-weight={i === active || i === locked ? 600 : 400}
+            class={axis.edited?.[i] ? "edited" : undefined}
           >
             {shorten(label.text, fit)}
           </text>

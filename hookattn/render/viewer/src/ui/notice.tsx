@@ -2,6 +2,7 @@ import type { ComponentChildren } from "preact";
 import type { App } from "../app";
 import type { Call } from "../data/call";
 import type { Certificate } from "../data/document";
+import { edited } from "../data/edits";
 import { areShares, guessed, hasApplied, isSoftmax, normalizerOf, weightsOf } from "../data/kinds";
 import { measured } from "../format";
 
@@ -37,6 +38,19 @@ export function Badge({ call, short }: { call: Call; short?: boolean }) {
         </span>
       )}
       {!short && axes !== "" && <span>· {axes}</span>}
+    </span>
+  );
+}
+
+/** What was edited in a call, beside its certificate; nothing where nothing was. `short`: only a sign. */
+export function Edits({ call, short }: { call: Call; short?: boolean }) {
+  const told = edited(call);
+  if (told === "") return null;
+  const all = edited(call, true);
+  return (
+    <span class="badge edited" title={all} aria-label={all} data-edited={all}>
+      <span aria-hidden="true">✎</span>
+      {!short && <span>{told}</span>}
     </span>
   );
 }

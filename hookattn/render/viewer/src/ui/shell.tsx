@@ -8,7 +8,7 @@ import type { View } from "../views/view";
 import { Controls } from "./controls";
 import { download, toPng, toSvg } from "./export";
 import { KEYS, keyName, press } from "./keyboard";
-import { Badge, Notice, Notices } from "./notice";
+import { Badge, Edits, Notice, Notices } from "./notice";
 import { Table } from "./table";
 
 /** The page around a view. */
@@ -47,6 +47,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         >
           <Badge call={call} />
         </button>
+        <Edits call={call} />
       </header>
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (

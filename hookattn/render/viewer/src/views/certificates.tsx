@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { type Call, where } from "../data/call";
+import { edited } from "../data/edits";
 import { guessed, hasApplied } from "../data/kinds";
 import { measured } from "../format";
 import { placeOf } from "../state";
@@ -22,6 +23,7 @@ function Certificates({ app }: { app: App }) {
   const listed = sorted.slice(0, MOST);
   const count = (status: Status) => calls.filter((c) => statusOf(c) === status).length;
   const unsure = calls.filter((c) => guessed(c).length > 0).length;
+  const changed = calls.filter((c) => edited(c) !== "").length;
   const told = (["faithful", "unfaithful", "unverified"] as const)
     .map((status) => `${count(status)} ${status}`)
     .filter((text) => !text.startsWith("0 "));
@@ -30,6 +32,7 @@ function Certificates({ app }: { app: App }) {
       <p class="readout">
         {calls.length} {calls.length === 1 ? "call" : "calls"}: {told.join(", ")}
         {unsure > 0 && `; the axes of ${unsure === calls.length ? "all" : unsure} were guessed`}
+        {changed > 0 && `; ${changed === calls.length ? "all" : changed} were edited`}
         {calls.length > MOST && `; the first ${MOST} of them are listed`}
       </p>
       {calls.length > 1 && (
@@ -123,6 +126,7 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
           </span>
         </span>
         {letters.length > 0 && <p class="guessed">axes guessed: {letters.join(" ")}, which no certificate can tell</p>}
+        {edited(call) !== "" && <p class="edited">{edited(call, true)}</p>}
         {kindOf(call) !== "" && <p>{kindOf(call)}</p>}
         {call.notes.map((note) => (
           <p key={note}>{note}</p>

@@ -15,7 +15,7 @@ import { Distances } from "../ui/distances";
 import { useFrame } from "../ui/frame";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Legend } from "../ui/legend";
-import { Badge, Notice } from "../ui/notice";
+import { Badge, Edits, Notice } from "../ui/notice";
 import { levelOf, place, Plane, ZoomButtons } from "../ui/plane";
 import { name, strongest, Tabular } from "../ui/table";
 import type { View } from "./view";
@@ -43,7 +43,7 @@ function Compare({ app }: { app: App }) {
   const { value, error } = useLoaded(async (signal) => {
     if (twin === null || missing !== null) return null;
     const last = Math.min(batch, twin.extents.B - 1);
-    const others = axesOf(other, twin, last);
+    const others = axesOf(other, twin, last, [head]);
     const [a, b] = await Promise.all([
       shownHead(app.trace, call, field, batch, stored(call, head)),
       shownHead(other, twin, field, last, stored(twin, head)),
@@ -106,7 +106,7 @@ function Compare({ app }: { app: App }) {
       <span class="label">
         {label}: {of.source.name}
       </span>{" "}
-      <Badge call={c} short />
+      <Badge call={c} short /> <Edits call={c} />
     </div>
   );
   const far = apart === null ? 0 : Math.max(...extent(apart.matrix).map((x) => Math.abs(x) || 0));

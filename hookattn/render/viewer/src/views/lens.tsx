@@ -113,7 +113,7 @@ function Facts({ axes, row, verdict, shown }: Shown) {
     [`first key, ${name(axes.keys, row.first)}`, allowed[row.first] ? percent(weights[row.first]!) : "masked"],
     ["weight", exact(weights[shown]!)],
   ];
-  const apart = may && Math.abs(weights[shown]! - softmax) > APART;
+  const apart = may && verdict.words[shown] !== "edited" && Math.abs(weights[shown]! - softmax) > APART;
   return (
     <>
       <dl class="facts">
@@ -228,7 +228,7 @@ function why(words: readonly Word[]): KeyColumn {
             x={x}
             y={y(n)}
             dominant-baseline="central"
-            class={word === "attended" || word === "drained" ? undefined : "faint"}
+            class={word === "attended" || word === "drained" || word === "edited" ? undefined : "faint"}
             font-weight={word === "attended" ? 600 : 400}
           >
             {word}

@@ -10,7 +10,8 @@ import { type Measure, measures, rolesOf } from "../options";
 import { placeOf } from "../state";
 import { draw } from "../ui/heatmap";
 import { useLoaded, useWidth } from "../ui/hooks";
-import { Badge } from "../ui/notice";
+import { editsOfHead, tell } from "../data/edits";
+import { Badge, Edits } from "../ui/notice";
 import type { View } from "./view";
 
 const PIXELS = 96;
@@ -61,7 +62,7 @@ function Model({ app }: { app: App }) {
                   <div class="label" title={call.site.path}>
                     {rowName(call, calls)}
                   </div>
-                  <Badge call={call} short />
+                  <Badge call={call} short /> <Edits call={call} short />
                 </div>,
                 ...Array.from({ length: columns }, (_, i) => {
                   const found = call.headNumbers[i];
@@ -129,6 +130,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const roles = rolesOf(app.options.scores, call.index, stored(call, head));
   const place = `layer ${call.site.layer ?? call.site.path}, head ${head}`;
   const here = current(app).call === call && focus(state) === head;
+  const edits = editsOfHead(call, head).map((edit) => `edited: ${tell(edit)}`);
   const said = value === null ? "" : `, ${number(value)}${measure?.unit ? ` ${measure.unit}` : ""}`;
   return (
     <button
@@ -137,8 +139,8 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       class="tile"
       style={{ width: `${width}px` }}
       aria-current={here}
-      title={[place + said, ...roles, error ?? ""].filter(Boolean).join("\n")}
-      aria-label={[place + said, ...roles].join(", ")}
+      title={[place + said, ...edits, ...roles, error ?? ""].filter(Boolean).join("\n")}
+      aria-label={[place + said, ...edits, ...roles].join(", ")}
       onClick={(event) => {
         // The tile goes with its view: the keys are to go on working.
         event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
@@ -156,6 +158,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       <span class="label">
         {measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}
         {value !== null && ` · ${number(value)}`}
+        {edits.length > 0 && <span class="mark">✎</span>}
       </span>
       {roles.map((role) => (
         <span key={role} class="value label">
