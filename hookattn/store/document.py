@@ -112,7 +112,7 @@ def call_entry(
         certificate=to_entry(CERTIFICATE, certificate),
         continued=links or None,
         output_grad=written.gradient,
-        edits=[to_entry(EDIT, edit) for edit in call.edits],
+        edits=[to_entry(EDIT, edit) for edit in call.edits] or (),
     )
 
 

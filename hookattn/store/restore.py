@@ -96,8 +96,8 @@ class _Calls:
         links = (
             {f: from_entry(LINK, f"{where}, continued {f}", link) for f, link in continued.items()} if continued else {}
         )
-        if edits := values.get("edits"):
-            entries = [from_entry(EDIT, f"{where}, edit {i}", one) for i, one in enumerate(edits)]
+        if "edits" in values:
+            entries = [from_entry(EDIT, f"{where}, edit {i}", one) for i, one in enumerate(values["edits"])]
             values["edits"] = tuple(AppliedEdit(**one) for one in entries)
         scale, score = values["scale"], values.get("score")
         of_scale = self._entry(where, "'scale'", scale["tensor"]) if type(scale) is dict else None

@@ -218,7 +218,7 @@ CALL = Table(
     Scalar("score", "str", since=(1, 3), default=DOT),
     Scalar("normalizer", "str", since=(1, 3), default=SOFTMAX),
     Scalar("output_grad", "str?", since=(1, 3)),
-    Scalar("edits", "objects", since=(1, 3), default=[]),
+    Scalar("edits", "objects", since=(1, 3), default=()),
     Scalar("own_by_edits", "bool", since=(1, 3), default=False),
 )
 EDIT = Table(

@@ -13,9 +13,10 @@ import torch
 
 import hookattn
 from hookattn import Call, Certificate, Site, Skipped, Trace
+from hookattn.calls.edits import AppliedEdit
 from hookattn.errors import TraceWriteError
 from hookattn.store import FORMAT_VERSION, LazyFile
-from hookattn.store.schema import CALL, CERTIFICATE, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
+from hookattn.store.schema import CALL, CERTIFICATE, EDIT, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
 
 # What others follow from or what was made of them is in no file, and nothing in one is in a graph; how fields go on is
 # said in the table of fields, and where the gradient of the output is by the name of its tensor.
@@ -25,10 +26,11 @@ OWNERS = [
     (SITE, Site, set()),
     (CERTIFICATE, Certificate, set()),
     (SKIPPED, Skipped, set()),
+    (EDIT, AppliedEdit, set()),
 ]
 
 
-@pytest.mark.parametrize(("table", "kind", "without"), OWNERS, ids=["call", "site", "certificate", "skipped"])
+@pytest.mark.parametrize(("table", "kind", "without"), OWNERS, ids=["call", "site", "certificate", "skipped", "edit"])
 def test_every_attribute_stands_in_its_table(table: tuple[Scalar, ...], kind: Any, without: set[str]) -> None:
     attributes = {field.name: field for field in dataclasses.fields(kind)}
     assert {scalar.name for scalar in table} - OF_TENSORS == set(attributes) - without
@@ -68,6 +70,8 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         normalizer="softmax1",
         basis={"B": "followed", "H": "guessed"},
         entry="encoder",
+        edits=(AppliedEdit("scale", "scores", (1,), (4, 5), (10,), (0,), "by 3"), AppliedEdit("knockout", "mask")),
+        own_by_edits=True,
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
     for field in dataclasses.fields(Call):
