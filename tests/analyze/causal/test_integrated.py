@@ -20,7 +20,7 @@ from tests.analyze.causal.twin import HEADS, LENGTH, Twin, curved_metric, ids
 def integral(model: Twin, x: Tensor, layer: int, heads: list[int]) -> Tensor:
     """``A ⊙ ∫ ∂m(αA)/∂A dα`` by Simpson's rule, B H T S."""
     pattern = model.fields(x)[layer, "weights"]
-    total, steps = torch.zeros_like(pattern), 300
+    total, steps = torch.zeros_like(pattern), 40
     for n in range(steps + 1):
         factor = torch.ones(HEADS, 1, 1, dtype=torch.float64)
         factor[heads] = n / steps
@@ -35,17 +35,17 @@ def integral(model: Twin, x: Tensor, layer: int, heads: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("heads", [None, [1], [0, -1]])
 def test_it_is_the_integral(heads: list[int] | None) -> None:
-    model, x = Twin(3, 3.0), ids()
+    model, x = Twin(3), ids()
     scaled = [0, 1, 2] if heads is None else [h % HEADS for h in heads]
-    edges = integrated_gradients(model, x, curved_metric, layer=[0, 2], heads=heads, by="edge", top=10_000)
-    table = integrated_gradients(model, x, curved_metric, layer=[0, 2], heads=heads)
+    edges = integrated_gradients(model, x, curved_metric, layer=[0, 2], heads=heads, steps=12, by="edge", top=10_000)
+    table = integrated_gradients(model, x, curved_metric, layer=[0, 2], heads=heads, steps=12)
     for layer in (0, 2):
         wanted = integral(model, x, layer, scaled)
         of_layer = edges[edges["layer"] == layer]
         found = torch.zeros_like(wanted)
         at = [of_layer[name].tolist() for name in ("example", "head", "query", "key")]
         found[at] = torch.tensor(of_layer["integrated"].to_numpy())
-        assert torch.allclose(found, wanted, rtol=0, atol=1e-7)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
         assert wanted.abs().max() > 1e-2
         heads_of = table[table["layer"] == layer]
         assert heads_of["integrated"].tolist() == pytest.approx(found.sum((0, 2, 3)).tolist(), abs=1e-12)
@@ -117,12 +117,12 @@ def test_transformers() -> None:
     x = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": x, "decoder_input_ids": x[:, :4]}
     table = integrated_gradients(
-        tiny_models.t5().double(), given, log_probability([3, 7]), layer=-1, kind="cross", steps=150
+        tiny_models.t5().double(), given, log_probability([3, 7]), layer=-1, kind="cross", steps=60
     )
     assert {*table["kind"]} == {"cross"}
     assert {*table["layer"]} == {1}
     ((total, worth),) = table.attrs["completeness"].values()
-    assert total == pytest.approx(worth, abs=1e-3 * abs(worth))
+    assert total == pytest.approx(worth, abs=2e-2 * abs(worth))
     llama = integrated_gradients(tiny_models.llama(), x, log_probability(3), layer=1, steps=20)
     ((total, worth),) = llama.attrs["completeness"].values()
     assert total == pytest.approx(worth, abs=1e-3)
