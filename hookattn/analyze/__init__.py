@@ -2,6 +2,13 @@
 
 from ..tokens.pieces import SEPARATORS
 from .call_view import View
+from .causal.atp_star import atp_star
+from .causal.attribution import attribution_patching
+from .causal.edge_attribution import edge_attribution
+from .causal.gates import head_importance
+from .causal.integrated import integrated_gradients
+from .causal.metric import log_probability, logit_difference
+from .causal.relevance import Relevance, relevance
 from .circuits.circuit import Circuit, Projection
 from .circuits.composition import composition
 from .circuits.copying import copying, vocabulary
@@ -81,6 +88,7 @@ __all__ = [
     "Projection",
     "Punctuation",
     "Reading",
+    "Relevance",
     "RepeatedSegment",
     "Role",
     "SameWord",
@@ -93,6 +101,8 @@ __all__ = [
     "aggregate",
     "aggregate_layers",
     "as_distribution",
+    "atp_star",
+    "attribution_patching",
     "best_offset",
     "between_labels",
     "between_segments",
@@ -103,8 +113,13 @@ __all__ = [
     "composition",
     "copying",
     "distance_decay",
+    "edge_attribution",
     "flow",
     "head_divergence",
+    "head_importance",
+    "integrated_gradients",
+    "log_probability",
+    "logit_difference",
     "measure",
     "neuron_contributions",
     "neuron_decay",
@@ -112,6 +127,7 @@ __all__ = [
     "normalisation",
     "pool_words",
     "received",
+    "relevance",
     "repeated_segment",
     "report",
     "rollout",

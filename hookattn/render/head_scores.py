@@ -56,11 +56,11 @@ def _scores_of_table(table: Any, trace: Trace) -> dict[str, Any]:
     for row in table.to_dict("records"):
         rows.setdefault(int(row["call"]), {})[int(row["head"])] = row
     heads = [[rows.get(call.index, {}).get(head, {}) for head in _heads_of(call, rows)] for call in trace]
-    units = table.attrs.get("units", {})
+    units, said = table.attrs.get("units", {}), table.attrs.get("descriptions", {})
     made: dict[str, Any] = {
         name: {
             "unit": str(units.get(name, "")),
-            "description": _first_sentence(str(name)),
+            "description": str(said.get(name, "")) or _first_sentence(str(name)),
             "values": json_value([[row.get(name) for row in call] for call in heads], f"scores[{name!r}]"),
         }
         for name in (units or [c for c in table.columns if c not in _PLACE])
