@@ -58,7 +58,8 @@ def relevance(model: nn.Module, inputs: Any, metric: Metric, *, keys: Mapping[st
 
     Returns:
         The maps and the table of heads. Of a causal language model the row of the position that the metric reads,
-        ``maps["decoder", "decoder"][:, -1]``, is what the metric has of each token; of a classifier that of its class token.
+        ``maps["decoder", "decoder"][:, -1]``, is what the metric has of each token; of a classifier that of its class
+        token.
 
     Raises:
         InputError: the metric returned no scalar, or ``keys`` is none.
