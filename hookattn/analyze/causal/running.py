@@ -74,6 +74,7 @@ class Runner:
         value: the metric of it.
         batch: how many runs are one forward at most.
         forwards: how many there were.
+        why: they are not made in the ways that are cheaper; empty: they are.
 
     Raises:
         InputError: the metric returns no scalar; and the errors of :func:`hookattn.trace`.
@@ -108,7 +109,7 @@ class Runner:
         self.batch, why_batch = self._batch(batch)
         if self._prefix is not None:
             why_suffix = self._try_suffix()
-        self._why = "; ".join(filter(None, (why_batch, why_suffix)))
+        self.why = "; ".join(filter(None, (why_batch, why_suffix)))
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Runner:
             "forwards": self.forwards,
             "runs in a forward": self.batch,
             "each begins": "before the first edited layer" if self._prefix is not None else "at the input",
-            "why": self._why,
+            "why": self.why,
         }
 
     # What is run
