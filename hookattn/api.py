@@ -27,6 +27,7 @@ from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
 from .recording.forward_inputs import arguments, check_fit, check_text, stacked_tokens, tokens_of
 from .recording.layouts import Layouts
+from .recording.nothing import Nothing
 from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
@@ -271,6 +272,15 @@ def edited(model: nn.Module, inputs: Any, *edits: Edit | Iterable[Edit], **optio
     return _forward(model, inputs, Editor(_edits(edits)), **{**_DEFAULTS, **options})
 
 
+def unrecorded(model: nn.Module, *edits: Edit | Iterable[Edit]) -> AbstractContextManager[Trace]:
+    """:func:`editing` for what the model returns alone: no call is recorded, and nothing that was skipped is warned of.
+    For analyses that run a model many times.
+
+    Args, Raises: as :func:`editing`, which has options beside them.
+    """
+    return _traced(model, Editor(_edits(edits)), **_DEFAULTS, record=False)
+
+
 def _edits(edits: Iterable[Any]) -> list[Edit]:
     """Edits, and those in lists, in one list."""
     found: list[Edit] = []
@@ -301,8 +311,9 @@ def _traced(
     layout: Mapping[str, str] | None,
     gradients: bool,
     attached: bool,
+    record: bool = True,
 ) -> Iterator[Trace]:
-    """:func:`tracing`; ``listener``: changes what attention does."""
+    """:func:`tracing`; ``listener``: changes what attention does; ``record``: whether calls are made of what runs."""
     checks.word("verify", verify, _VERIFY)
     checks.flag("strict", strict)
     checks.flag("copy", copy)
@@ -335,13 +346,13 @@ def _traced(
                     stream = Stream(to, trace)
                 sink = None if stream is None else stream.add
                 recorder = CallRecorder(selection, verify, sink is not None, copy, not strict, gradients, attached)
-                room = RoomGuard(selection, to)
-                holder = None if gradients or attached else recorder
+                room = RoomGuard(selection, to) if record else None
+                holder = recorder if record and not (gradients or attached) else None
                 session = Session(
                     plan,
                     trace,
                     selection,
-                    recorder,
+                    recorder if record else Nothing(),
                     strict,
                     sink,
                     room,
@@ -376,7 +387,8 @@ def _traced(
             _end(session, stream, began)
     finally:
         _end(session, stream, began)
-    _warn(trace, unused, unfit)
+    if record:
+        _warn(trace, unused, unfit)
 
 
 def _check_attached(selection: Selection, to: Any) -> None:

@@ -2,12 +2,16 @@
 
 from ..tokens.pieces import SEPARATORS
 from .call_view import View
+from .causal.ablation import head_ablation
+from .causal.activation_patching import activation_patching
 from .causal.atp_star import atp_star
 from .causal.attribution import attribution_patching
 from .causal.edge_attribution import edge_attribution
+from .causal.edge_effects import edge_effects
 from .causal.gates import head_importance
 from .causal.integrated import integrated_gradients
 from .causal.metric import log_probability, logit_difference
+from .causal.path_patching import path_patching
 from .causal.relevance import Relevance, relevance
 from .circuits.circuit import Circuit, Projection
 from .circuits.composition import composition
@@ -98,6 +102,7 @@ __all__ = [
     "ValueNorm",
     "View",
     "WordRelation",
+    "activation_patching",
     "aggregate",
     "aggregate_layers",
     "as_distribution",
@@ -114,7 +119,9 @@ __all__ = [
     "copying",
     "distance_decay",
     "edge_attribution",
+    "edge_effects",
     "flow",
+    "head_ablation",
     "head_divergence",
     "head_importance",
     "integrated_gradients",
@@ -125,6 +132,7 @@ __all__ = [
     "neuron_decay",
     "norm_based",
     "normalisation",
+    "path_patching",
     "pool_words",
     "received",
     "relevance",

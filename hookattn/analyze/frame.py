@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..calls.call import Call
 from ..errors import MeasureError
 from ..printable import printable
 from ..traces import as_trace
@@ -50,7 +51,11 @@ def views_of_heads(trace: TraceLike, real: Any = None) -> Iterator[View]:
 
 def call_columns(view: View) -> dict[str, Any]:
     """The columns that say which call a row is of."""
-    call = view.call
+    return place_columns(view.call)
+
+
+def place_columns(call: Call) -> dict[str, Any]:
+    """Likewise, of a call itself."""
     return {
         "call": call.index,
         "step": call.step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ..version import __version__
+from .ablate import command as ablate
 from .adapters import adapters
 from .command import Group
 from .demo import demo
@@ -29,5 +30,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, heads, view, render, survey, verify, adapters, demo):
+for command in (trace, info, heads, view, render, survey, ablate, verify, adapters, demo):
     app.add_command(command)

@@ -67,9 +67,19 @@ def is_factory(name: str) -> bool:
     return _FACTORY.fullmatch(name) is not None and not os.path.isdir(name)
 
 
-def _from_factory(name: str) -> Loaded:
+def named_in_module(name: str) -> Any:
+    """What ``module:member`` names.
+
+    Raises:
+        ModelError: there is no such module or member, or it can't be imported.
+    """
     where, _, path = name.partition(":")
-    found = _member(name, _imported(name, where), path)
+    return _member(name, _imported(name, where), path)
+
+
+def _from_factory(name: str) -> Loaded:
+    found = named_in_module(name)
+    path = name.partition(":")[2]
     if callable(found) and not isinstance(found, nn.Module):
         try:
             found = found()

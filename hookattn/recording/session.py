@@ -85,8 +85,8 @@ class Recorder(Protocol):
     def forget(self) -> None:
         """A new forward begins: nothing is shared with the one before."""
 
-    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call:
-        """What is kept of one call."""
+    def keep(self, call: KernelCall, site: Site, step: int, index: int) -> Call | None:
+        """What is kept of one call; None: nothing is."""
 
     def deliver(self, call: Call, sink: Sink) -> None:
         """Hand a kept call over to where it is stored."""
@@ -639,6 +639,8 @@ class Session:
             forward = Forward(step, plan.model, plan.classes, self._hooks.inputs, self.aside)
             self._room.check(forward, call, site)
         kept = self._recorder.keep(call, site, step, len(self.trace.calls))
+        if kept is None:
+            return
         kept.entry = entry
         if call.piece is not None:
             self._pieces.note(kept, call.piece)

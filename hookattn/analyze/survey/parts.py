@@ -1,4 +1,4 @@
-"""What of a survey is done: a part on the disk for each batch, put together into one Parquet file at the end.
+"""What of a survey is done: a part on the disk for each batch, put together into one file at the end.
 
 A part is written under a temporary name and renamed, so that whatever ends a survey, its parts are whole.
 """
@@ -16,6 +16,7 @@ from ...errors import MeasureError, TraceWriteError
 from ...store.partial import partial_name, remove_leftovers
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from pyarrow import Table
 
 _KEY = b"hookattn_survey"
@@ -27,6 +28,7 @@ class Parts:
     Args:
         out: the table's file; its parts are in a directory beside it until it is complete.
         about: what the survey is of, as plain data; a survey goes on only where this is the same.
+        what: the word for what goes on here, for messages.
 
     Attributes:
         complete: whether the table is there.
@@ -37,12 +39,14 @@ class Parts:
         TraceWriteError: the directory cannot be made.
     """
 
-    def __init__(self, out: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self.out = Path(out)
+    def __init__(self, out: str | os.PathLike[str], about: Mapping[str, Any], what: str = "survey") -> None:
+        self.out, self._what = Path(out), what
         self.folder = self.out.with_name(self.out.name + ".parts")
         self.about = json.loads(json.dumps(about))
         self.complete = False
         self.done = 0
+        self._is_csv = self.out.suffix.lower() == ".csv"
+        self._read: DataFrame | None = None
         remove_leftovers(self.out)
         if self.out.exists():
             self._check(_survey_of_file(self.out), self.out)
@@ -70,7 +74,8 @@ class Parts:
             return
         other = [k for k in self.about if not isinstance(found, dict) or found.get(k) != self.about[k]]
         raise MeasureError(
-            f"{where} is of another survey (other {', '.join(other) or 'contents'}): remove it, or choose another name."
+            f"{where} is of another {self._what} (other {', '.join(other) or 'contents'}): remove it, or choose "
+            "another name."
         )
 
     def _part(self, number: int) -> Path:
@@ -93,7 +98,8 @@ class Parts:
             raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
     def finish(self) -> None:
-        """Put the parts together, one at a time, and remove them.
+        """Put the parts together, one at a time, and remove them. A file that ends in ``.csv`` is CSV, which does not
+        say what it is of; else it is Parquet.
 
         Raises:
             TraceWriteError: the table cannot be written; the parts stay.
@@ -105,6 +111,17 @@ class Parts:
         if not self.done:
             raise MeasureError("there was nothing to survey: no example was found.")
         new = partial_name(self.out)
+        if self._is_csv:
+            self._read = self.table()
+            try:
+                self._read.to_csv(new, index=False)
+                new.replace(self.out)
+            except OSError as error:
+                raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
+            finally:
+                new.unlink(missing_ok=True)
+            self._end()
+            return
         schema = pq.read_schema(self._part(0))
         schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
         try:
@@ -122,9 +139,24 @@ class Parts:
             raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
         finally:
             new.unlink(missing_ok=True)
+        self._end()
+
+    def _end(self) -> None:
         # Only now: killed in between, the table is there and whole, and the next run removes the parts.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.complete = True
+
+    def table(self) -> DataFrame:
+        """All that is done, which has to have room in memory."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from ..frame import table_of
+
+        if self._read is not None:
+            return self._read
+        several = [self.out] if self.complete else [self._part(number) for number in range(self.done)]
+        return table_of(pa.concat_tables(pq.read_table(path) for path in several).to_pydict())
 
 
 def _survey_of_file(path: Path) -> Any:
