@@ -65,5 +65,7 @@ def fused(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 
 def generation(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     with hookattn.editing(model, edit.knockout(queries=slice(PROMPT, None), keys=2)):
-        made = model.generate(ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        made = model.generate(
+            ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
     return torch.stack(made.logits, 1)

@@ -54,7 +54,7 @@ def freeze_patterns(model: Any, ids: Tensor, other: Tensor) -> Tensor:
             attention = block.attn.source.attention_interface_1.source
             patterns.append(attention.nn_functional_softmax_0.output)
     with model.trace(other):
-        for block, pattern in zip(model.transformer.h, patterns):
+        for block, pattern in zip(model.transformer.h, patterns, strict=True):
             attention = block.attn.source.attention_interface_1.source
             attention.nn_functional_softmax_0.output = pattern
         logits = nnsight.save(model.output.logits)
@@ -98,10 +98,12 @@ def fused(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 
 def generation(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with model.generate(ids, **options) as tracer:
-        for step in tracer.iter[1:NEW]:
+    with model.trace(ids, fn=model.generate, **options) as tracer:
+        for step in tracer.iter[:NEW]:
             for block in model.transformer.h:
                 attention = block.attn.source.attention_interface_1.source
-                attention.nn_functional_softmax_0.inputs[0][0][..., 2] = -torch.inf
+                scores = attention.nn_functional_softmax_0.inputs[0][0]
+                if step > 0:
+                    scores[..., 2] = -torch.inf
         made = nnsight.save(tracer.result)
     return torch.stack(made.logits, 1)

@@ -11,7 +11,7 @@ from .given import HEADS, LAYERS, NEW, PROMPT
 
 
 def zero_pattern(model: Any, ids: Tensor, other: Tensor) -> Tensor:
-    def zero(pattern, hook):
+    def zero(pattern: Tensor, hook: Any) -> Tensor:
         pattern[:, 2] = 0
         return pattern
 
@@ -19,7 +19,7 @@ def zero_pattern(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 
 
 def mean_ablation(model: Any, ids: Tensor, other: Tensor) -> Tensor:
-    def mean(z, hook):
+    def mean(z: Tensor, hook: Any) -> Tensor:
         z[:, :, 2] = z[:, :, 2].mean(1, keepdim=True)
         return z
 
@@ -27,7 +27,7 @@ def mean_ablation(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 
 
 def knockout(model: Any, ids: Tensor, other: Tensor) -> Tensor:
-    def hide(scores, hook):
+    def hide(scores: Tensor, hook: Any) -> Tensor:
         scores[:, :, -1, 2] = -torch.inf
         return scores
 
@@ -37,7 +37,7 @@ def knockout(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 def patch_pattern(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     _, cache = model.run_with_cache(other)
 
-    def patch(pattern, hook):
+    def patch(pattern: Tensor, hook: Any) -> Tensor:
         pattern[:, 2] = cache[hook.name][:, 2]
         return pattern
 
@@ -47,7 +47,7 @@ def patch_pattern(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 def freeze_patterns(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     _, cache = model.run_with_cache(ids)
 
-    def freeze(pattern, hook):
+    def freeze(pattern: Tensor, hook: Any) -> Tensor:
         return cache[hook.name]
 
     hooks = [(f"blocks.{layer}.attn.hook_pattern", freeze) for layer in range(LAYERS)]
@@ -57,7 +57,7 @@ def freeze_patterns(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 def steer(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     vector = torch.linspace(-1, 1, 8)
 
-    def add(z, hook):
+    def add(z: Tensor, hook: Any) -> Tensor:
         z[:, -1, 2] += vector
         return z
 
@@ -67,7 +67,7 @@ def steer(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 def gates(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     gates = torch.ones(LAYERS, HEADS, requires_grad=True)
 
-    def scale(z, hook):
+    def scale(z: Tensor, hook: Any) -> Tensor:
         return z * gates[int(hook.name.split(".")[1])][:, None]
 
     hooks = [(f"blocks.{layer}.attn.hook_z", scale) for layer in range(LAYERS)]
@@ -78,7 +78,7 @@ def gates(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 def weight_gradients(model: Any, ids: Tensor, other: Tensor) -> Tensor:
     found = {}
 
-    def keep(gradient, hook):
+    def keep(gradient: Tensor, hook: Any) -> None:
         found[hook.name] = gradient
 
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(LAYERS)]
@@ -88,13 +88,12 @@ def weight_gradients(model: Any, ids: Tensor, other: Tensor) -> Tensor:
 
 
 def generation(model: Any, ids: Tensor, other: Tensor) -> Tensor:
-    def hide(scores, hook):
-        if scores.shape[2] == 1 and scores.shape[3] > PROMPT:  # a step with the cache; its query comes last
-            scores[..., 2] = -torch.inf
+    def hide(scores: Tensor, hook: Any) -> Tensor:
+        scores[:, :, PROMPT:, 2] = -torch.inf
         return scores
 
     hooks = [(f"blocks.{layer}.attn.hook_attn_scores", hide) for layer in range(LAYERS)]
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "use_past_kv_cache": False}
     with model.hooks(fwd_hooks=hooks):
-        options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
         made = model.generate(ids, max_new_tokens=NEW, output_logits=True, **options)
     return torch.stack(made.logits, 1)
