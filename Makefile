@@ -120,7 +120,7 @@ bench-gpu: $(VENV)/.dev ## the same on a GPU, in eight minutes; says so where th
 	@touch $@
 
 compare: .venv-peers/.done ## ten experiments in hookattn, TransformerLens and nnsight, and docs/comparison-edits.md anew
-	PYTHONPATH=. .venv-peers/bin/python -m benchmarks.side_by_side docs/comparison-edits.md
+	PYTHONPATH=. .venv-peers/bin/python -m benchmarks.side_by_side $(or $(PAGE),docs/comparison-edits.md)
 	PYTHONPATH=.:adapters .venv-peers/bin/python -m pytest tests/edit/test_peers.py -rs
 
 coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
