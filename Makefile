@@ -23,7 +23,7 @@ workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
 .PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-gpu test-latest check-all bench bench-gpu train \
-	coverage lock newest clean help
+	compare coverage lock newest clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -113,6 +113,16 @@ bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 bench-gpu: $(VENV)/.dev ## the same on a GPU, in eight minutes; says so where there is none
 	$(BIN)/python -m benchmarks --device cuda --json out/bench-gpu.json
 
+.venv-peers/.done: benchmarks/side_by_side/libraries.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --no-compile "$(TORCH)"
+	.venv-peers/bin/python -m pip install --quiet --no-compile -r $<
+	@touch $@
+
+compare: .venv-peers/.done ## ten experiments in hookattn, TransformerLens and nnsight, and docs/comparison-edits.md anew
+	PYTHONPATH=. .venv-peers/bin/python -m benchmarks.side_by_side $(or $(PAGE),docs/comparison-edits.md)
+	PYTHONPATH=.:adapters .venv-peers/bin/python -m pytest tests/edit/test_peers.py -rs
+
 coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
 	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume $(if $(REPORT),--report $(REPORT))
 
@@ -120,4 +130,4 @@ train: $(VENV)/.dev ## train the demo's small causal model again
 	$(BIN)/python examples/train_induction.py $(if $(WEIGHTS),--out $(WEIGHTS))
 
 clean: ## remove what was set up
-	rm -rf $(VENV) .venv-latest .venv-lock out
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-peers out

@@ -1,4 +1,5 @@
-"""The demo: two trained models traced, offline; their heads found, their traces saved and read back.
+"""The demo: two trained models traced, offline; their heads found, one of them taken out, their traces saved and read
+back.
 
 What it prints is what it measured. Models that come from elsewhere are found, never fetched.
 """
@@ -24,6 +25,7 @@ from ..console.tables import print_calls, print_verdict
 from ..errors import TraceWriteError
 from ..traces import Trace, load
 from . import encoder, heads
+from .ablation import Ablation, ablate, print_ablation, save_comparison
 from .induction import BOS, example_tokens, load_pretrained
 from .show import heading, print_grid, print_ranking
 
@@ -52,11 +54,12 @@ def run(out: str, console: Console, working: Working) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TraceWriteError(f"{out}: the directory cannot be made: {error.strerror or error}.") from error
-    report: dict[str, Any] = {"encoder": None, "induction": None, "files": []}
+    report: dict[str, Any] = {"encoder": None, "induction": None, "files": [], "pages": []}
     with torch.no_grad():
         report["encoder"] = _run_encoder(folder / "encoder.safetensors", console, working)
         report["induction"] = _run_induction(folder / "induction.safetensors", console, working)
     report["files"] = [part["file"] for part in (report["encoder"], report["induction"]) if "file" in part]
+    report["pages"] = [report["induction"]["ablation"]["page"]]
     report["seconds"] = round(time.perf_counter() - began, 2)
     _print_next_steps(console, report)
     return report
@@ -135,14 +138,10 @@ def _run_induction(file: Path, console: Console, working: Working) -> dict[str, 
     console.print("mean attention, in the second copy, on what followed the token in the first\n")
     print_ranking(console, copying, 5)
     console.print(f"\nits weights, from {file}: second copy down, first copy across\n", soft_wrap=True)
-    rows, keys = range(LENGTH + 1, LENGTH + 10), range(0, 12)
-    weights = back[copying[0].path].weights[0, copying[0].head]
-    print_grid(
-        console,
-        weights[rows.start : rows.stop, keys.start : keys.stop],
-        [tokens[i] for i in rows],
-        [tokens[i] for i in keys],
-    )
+    _print_copying(console, back[copying[0].path].weights[0, copying[0].head], tokens)
+    with working("ablating"):
+        ablation = ablate(model, ids, trace, before_it[0], copying[0])
+    after_it, page = _print_ablation(console, ablation, back, file, tokens)
     return {
         "file": str(file),
         "tokens": tokens,
@@ -153,7 +152,33 @@ def _run_induction(file: Path, console: Console, working: Working) -> dict[str, 
         "predictable": len(guessed),
         "previous_token": [h.to_json() for h in before_it],
         "induction": [h.to_json() for h in copying],
+        "ablation": {**ablation.to_json(), "file": after_it, "page": page},
     }
+
+
+def _print_copying(console: Console, weights: Tensor, tokens: Sequence[str]) -> None:
+    """Where a head looks that copies: the beginnings of the second copy, down, and of the first, across."""
+    rows, keys = slice(LENGTH + 1, LENGTH + 10), slice(0, 12)
+    print_grid(console, weights[rows, keys], tokens[rows], tokens[keys])
+
+
+def _print_ablation(
+    console: Console, found: Ablation, clean: Trace, file: Path, tokens: Sequence[str]
+) -> tuple[str, str]:
+    """What is left without the previous-token head; the paths of the trace of that run and of the page."""
+    heading(console, f"3  The same model without {found.ablated.name}: what is still copied?")
+    ablated, reader = found.ablated, found.reader
+    console.print(f'    edit.zero("output", layer={ablated.layer}, heads={ablated.head})\n', highlight=False)
+    console.print(f"the copied tokens, and how much {reader.name} looks at what it has to copy\n")
+    print_ablation(console, found)
+    console.print(f"\nthe weights of {reader.name} then: where it finds nothing, it rests on bos\n")
+    _print_copying(console, found.trace[reader.path].weights[0, reader.head], tokens)
+    console.print()
+    ablated_file = file.with_stem(f"{file.stem}-ablated")
+    back = _save_and_reload(console, found.trace, ablated_file)
+    page = save_comparison(clean, back, found, file.with_name("ablation.html"))
+    console.print(f"saved {page}: both runs side by side, to be opened in a browser", soft_wrap=True)
+    return str(ablated_file), page
 
 
 def _left_out(console: Console, why: str, command: str) -> dict[str, Any]:
@@ -203,6 +228,7 @@ def _print_next_steps(console: Console, report: dict[str, Any]) -> None:
     console.print(f"    hookattn heads {report['files'][-1]}", soft_wrap=True)
     console.print(f"    hookattn view {report['files'][-1]} --html heads.html", soft_wrap=True)
     console.print(f"    hookattn verify {report['files'][-1]}", soft_wrap=True)
+    console.print(f"    xdg-open {report['pages'][-1]}", soft_wrap=True)
     console.print('    hookattn trace MODEL --text "your own sentence" -o out/mine.safetensors')
 
 

@@ -129,11 +129,8 @@ class Doing(EditedCall):
         self._done.add(i)
         self.begin(part, field, lambda: within.take(x, axes))
         new = edit.check(self, edit.new(self))
-        value = self.value
-        if new is value:
-            return x
-        equal = torch.equal(new, value)
-        if equal and not (torch.is_grad_enabled() and new.requires_grad):
+        equal = self.is_unedited(new)
+        if equal and (self.was_handed(new) or not (torch.is_grad_enabled() and new.requires_grad)):
             return x  # it has returned what it was given: nothing is done, and all keeps its bits
         self._moved = self._moved or not equal
         self._note(edit, part)

@@ -54,11 +54,12 @@ class EditedCall:
         self.call = replace(call)  # what is reported is the tap's
         self.field, self.part = "", Part()
         self._value: Callable[[], Tensor] | Tensor | None = None
+        self._given: Tensor | None = None  # what the edit was handed of it
         self._first_head, self._first_row, self._positions = first_head, first_row, positions
 
     def begin(self, part: Part, field: str, value: Callable[[], Tensor]) -> None:
         """An edit of a part of a field begins; ``value``: makes what is there."""
-        self.field, self.part, self._value = field, part, value
+        self.field, self.part, self._value, self._given = field, part, value, None
 
     # What an edit reads
 
@@ -70,7 +71,25 @@ class EditedCall:
     @property
     def value(self) -> Tensor:
         """The selected entries of the field, as they are without this edit: B H T S for scores and weights, and so on.
-        Scores are finite, with no mask in them."""
+        Scores are finite, with no mask in them. It is the edit's own copy, which may be written to: what is returned
+        counts."""
+        if self._given is None:
+            self._given = self._unedited().clone()
+        return self._given
+
+    def is_unedited(self, new: Tensor) -> bool:
+        """Whether values are those that there were; where they are what was handed out, NaN is NaN."""
+        old = self._unedited()
+        if torch.equal(new, old):
+            return True
+        return new is self._given and bool(((new == old) | (new.isnan() & old.isnan())).all())
+
+    def was_handed(self, new: Tensor) -> bool:
+        """Whether values are those that were handed out, written to or not."""
+        return new is self._given
+
+    def _unedited(self) -> Tensor:
+        """The selected entries as the model has them."""
         if not isinstance(self._value, Tensor):
             assert self._value is not None, "only while an edit is done"
             self._value = self._value()

@@ -69,6 +69,47 @@ def test_the_causal_model(tmp_path: Path, without_encoder: None) -> None:
     assert trace.faithful and trace.tokens is not None and trace.tokens[0] == found["tokens"]
 
 
+def test_the_head_that_the_copying_rests_on_is_taken_out(tmp_path: Path, without_encoder: None) -> None:
+    found = json.loads(run("--out", tmp_path, "--json"))["induction"]
+    ablation, best = found["ablation"], found["previous_token"][0]
+    assert ablation["ablated"] == {"layer": best["layer"], "head": best["head"]} and ablation["faithful"]
+    clean, edited = ablation["clean"], ablation["edited"]
+    assert clean["predicted"] == ablation["copied"] == found["predictable"] == 23
+    assert clean["induction"] == found["induction"][0]["score"]
+    assert edited["predicted"] < 23 and edited["log_probability"] < clean["log_probability"] - 2
+    assert edited["induction"] < clean["induction"] - 0.3
+    assert set(ablation["others"]) == {"1", "2", "3"}
+    for other in ablation["others"].values():  # no other head of that layer is worth as much
+        assert other["predicted"] == 23 and other["log_probability"] > edited["log_probability"] + 1
+        assert other["induction"] > edited["induction"] + 0.1
+    # The same without the demo's code: the output of a head is the part of what the last projection reads.
+    model, ids = load_pretrained(), example_tokens(0)
+    width = model.config.d_model // model.config.n_heads
+    head = slice(best["head"] * width, (best["head"] + 1) * width)
+    with torch.no_grad():
+        model.get_submodule(best["path"]).out.weight[:, head] = 0  # type: ignore[operator, union-attr]
+        logits = model(ids)[0, 25:-1]
+    assert int((logits.argmax(-1) == ids[0, 26:]).sum()) == edited["predicted"]
+    likely = logits.log_softmax(-1).gather(-1, ids[0, 26:, None]).mean()
+    assert edited["log_probability"] == pytest.approx(float(likely), abs=1e-5)
+    # Both runs are kept, and shown side by side.
+    kept = hookattn.load(ablation["file"])
+    assert (kept[best["path"]].output[:, best["head"]] == 0).all()
+    page = Path(ablation["page"]).read_text(encoding="utf-8")
+    assert '"view":"compare"' in page.replace(" ", "") and 'id="compare"' in page
+
+
+def test_it_prints_what_the_ablation_does(tmp_path: Path, without_encoder: None) -> None:
+    lines = run("--out", tmp_path).splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("3  The same model without layer 0 head 0")]
+    assert lines[at + 2] == '    edit.zero("output", layer=0, heads=0)'
+    rows = {line.rsplit(maxsplit=5)[0]: line.split()[-5:] for line in lines[at + 6 : at + 10] if line[0] != " "}
+    assert rows["predicted, of 23"] == ["23", "20", "23", "23", "23"]
+    assert rows["log-probability, nats"][:2] == ["-0.007", "-2.663"]
+    assert rows["induction score"][:2] == ["0.999", "0.582"]
+    assert (tmp_path / "ablation.html").is_file() and (tmp_path / "induction-ablated.safetensors").is_file()
+
+
 def test_it_prints_for_a_narrow_terminal_and_without_control_codes(tmp_path: Path, without_encoder: None) -> None:
     out = run("--out", tmp_path)
     assert f"    {encoder.INSTALL}" in out and "\x1b" not in out
@@ -76,9 +117,10 @@ def test_it_prints_for_a_narrow_terminal_and_without_control_codes(tmp_path: Pat
     assert "before, during and after the trace: bit-identical" in out and "2 calls faithful" in out
     lines = [line.replace(str(tmp_path), "out") for line in out.splitlines()]
     assert max(map(len, lines)) <= 80
-    (grid,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["bos"]]
+    grid, ablated = [i for i, line in enumerate(lines) if line.split()[:1] == ["bos"]]
     shades = [line.count("█") for line in lines[grid + 1 : grid + 10]]
     assert shades == [1] * 9  # one key for each query
+    assert sum(line.count("█") for line in lines[ablated + 1 : ablated + 10]) < 9
 
 
 def test_the_sentence_encoder(tmp_path: Path) -> None:
