@@ -133,8 +133,8 @@ class KernelCall:
     Attributes:
         q: B H T D, as it enters the dot product; None where there is none.
         k: B G S D, never repeated for grouped queries; None where there is none.
-        v: B G S E.
-        output: B H T E, what the model's own kernel returned.
+        v: B G S E; None where a listener is asked about weights, before they meet any.
+        output: B H T E, what the model's own kernel returned; None where it has not run.
         scale: the kernel's own factor; a tensor (broadcastable to B H T S) where it is learned per head. None where the
             scores are no dot product.
         tap: the name of the tap.
@@ -256,12 +256,19 @@ class KernelCall:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the kernel ran in."""
-        return self.v.dtype if self.q is None else self.q.dtype
+        return self._some.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it ran."""
-        return self.v.device
+        return self._some.device
+
+    @property
+    def _some(self) -> Tensor:
+        """A tensor that it has: it may have no queries, or no values yet."""
+        some = next((x for x in (self.q, self.v, self.weights) if x is not None), None)
+        assert some is not None
+        return some
 
     @property
     def is_product(self) -> bool:

@@ -143,7 +143,7 @@ class Editor:
         label = f"{site.label}: {edit!r}"
         batch = chosen("batch", where.batch, range(b), True, label)
         if edit.field in ("k", "v"):
-            groups = (call.v if call.k is None else call.k).shape[1]
+            groups = next((x.shape[1] for x in (call.k, call.v) if x is not None), h)
             heads = chosen("heads", where.heads, range(groups), True, label)
         elif all_heads == h:
             heads = chosen("heads", where.heads, range(h), True, label)

@@ -6,6 +6,7 @@ site of each call, asks the selection, and lets a :class:`Recorder` make a :clas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import get_ident
@@ -207,6 +208,7 @@ class Session:
         self._compiled_run: set[str] = set()  # what ran that dispatches to no function mode
         self._own_kernels = 0  # of the kernels heard, those of this model
         self._step_again: int | None = None  # where a backward pass runs a part again: the step of its first run
+        self._error_before: BaseException | None = None  # that was being handled as it started
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
         self._numbering = RunningNumbers(plan.model)
@@ -236,7 +238,7 @@ class Session:
             for mode in open_modes():
                 if isinstance(mode, Recogniser):  # another thread has ended its trace, and can't reach this one's stack
                     close_mode(mode)
-        self._mark = mark()
+        self._mark, self._error_before = mark(), sys.exception()
         try:
             # Each of these writes down what it is about to attach before it does, so that it can be detached wherever
             # this is broken off. What is attached asks whose trace runs in its thread, and does nothing in others.
@@ -310,7 +312,8 @@ class Session:
         """The function mode, made when it is first needed: of many traces never."""
         made = self.follower_class(self, kernels())
         made.trace, made.model_runs = self, self._model_runs
-        recipes = None if self.shapes_only or self._layouts is not None else recipes_of(self.plan.model)
+        followed = self.shapes_only or self.listened or self._layouts is not None
+        recipes = None if followed else recipes_of(self.plan.model)
         if recipes is not None and not self._adapter_layouts and recipes.taken_by(made):
             made.recipes = recipes
         return made
@@ -496,7 +499,7 @@ class Session:
 
     def formed(self, call: KernelCall) -> Tensor | None:
         """Ask the listener about weights."""
-        place = self._asks(call)
+        place = self._asks(call, of_kernel=False)
         return None if place is None or self._listener is None else self._listener.formed(call, *place)
 
     def after(self, call: KernelCall) -> Tensor | None:
@@ -507,12 +510,17 @@ class Session:
             call.result, call.result_form = instead, None  # which the model goes on with
         return instead
 
-    def _asks(self, call: KernelCall) -> tuple[Site, int] | None:
-        """Where a kernel runs that somebody may be asked about, and in which step; None: nobody is."""
+    def _asks(self, call: KernelCall, of_kernel: bool = True) -> tuple[Site, int] | None:
+        """Where a kernel runs that somebody may be asked about, and in which step; None: nobody is.
+
+        Args:
+            call: of the kernel.
+            of_kernel: whether it is recorded next, or said why not: weights may meet values later, or never.
+        """
         tensor = call.weights if call.q is None else call.q
         if tensor is not None and stands_for_others(tensor):  # what is recorded of it is laid out otherwise
             return None
-        if not in_backward():  # there nothing is recorded, which would take this back
+        if of_kernel and not in_backward():  # there nothing is recorded, which would take this back
             self._asked = True
         return self._place(call)
 
@@ -529,18 +537,20 @@ class Session:
             site = self._kinds.of(site, call.kind, step)
         return self._numbering.numbered(site), step
 
-    def skip(self, reason: str, path: str | None = None) -> None:
+    def skip(self, reason: str, path: str | None = None, changed: bool = False) -> None:
         """Attention ran that cannot be read."""
         if in_backward():
             return
-        asked, self._asked = self._asked, False
+        asked, self._asked = self._asked or changed, False
         self._take_held()
         path = self.where() if path is None else path
         if path is None:  # another model
             return
         self._seen_paths.add(path)
         self._skipped.setdefault((path, reason), set()).add(self._steps.of(path)[0])
-        if self._listener is not None and not asked:
+        # Not where an error is on its way, that has a reason of its own.
+        broken_off = self.ending and sys.exception() is not self._error_before
+        if self._listener is not None and not asked and not broken_off:
             site = self._numbering.numbered(self._hooks.site(path))
             self._listener.missed(site, self._steps.of(path)[0], reason)
 

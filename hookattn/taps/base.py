@@ -147,7 +147,8 @@ class ActiveTrace(Protocol):
         These do not: kernels with heads folded into the batch or into the rows of a query, nested tensors, the kernels
         that sdpa chooses from by their own names, code of ``torch.jit`` that cannot run as Python, operators of other
         libraries, and whatever runs inside ``torch.vmap`` or ``functionalize``. Attention that is written out by hand
-        has no kernel, and asks as it forms its weights (:meth:`formed`).
+        has no kernel, and asks as it forms its weights (:meth:`formed`); of it v can be changed, in the forms that
+        :mod:`hookattn.taps.eager.exchange` lists.
 
         Args:
             call: the kernel's arguments; its output is None. k and v have the heads that the kernel is given.
@@ -186,8 +187,14 @@ class ActiveTrace(Protocol):
     def record(self, call: KernelCall) -> None:
         """Take one call."""
 
-    def skip(self, reason: str, path: str | None = None) -> None:
-        """Attention ran that cannot be read; ``path`` None: the module that is running now."""
+    def skip(self, reason: str, path: str | None = None, changed: bool = False) -> None:
+        """Attention ran that cannot be read.
+
+        Args:
+            reason: why not.
+            path: the module; None: the one that is running now.
+            changed: whether a listener has changed what it is made of: all that it wanted to change is.
+        """
 
     def note(self, text: str) -> None:
         """What holds for the whole trace; said once."""

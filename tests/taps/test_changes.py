@@ -461,11 +461,6 @@ def test_a_listener_that_changes_nothing_in_transformers(name: str) -> None:
     assert same_bits(got, expected) and len(editor.asked) == len(editor.told) == 2 and not editor.unasked
 
 
-class ByHand(Projected):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(attend(*self.operands(x)))
-
-
 class Folded(Projected):
     """Heads in the batch."""
 
@@ -484,7 +479,6 @@ class Packed(Projected):
 
 
 CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "by hand": (ByHand, r"tap eager"),
     "heads in the batch": (Folded, r"tap sdpa"),
     "heads in the rows": (lambda: Packed(2), r"tap sdpa"),
 }

@@ -40,6 +40,10 @@ of each state. The rules of a row take an :class:`~.operation.Operation`; those 
 of any name in :mod:`.rules`. Products have two operands and are read by :mod:`.product_labels` and
 :mod:`.value_products`.
 
+**What a listener changes** is put into the model by :mod:`.exchange`: the operation that formed weights, or that made
+an output of them, returns another tensor, and the product in between gets other values. It lists which form can be
+changed where. The score side of a call (:mod:`.score_side`) is made without its values for it.
+
 **What ran before is recognised** and not followed again (:mod:`.recogniser`, with :mod:`.recipe`, :mod:`.learning`,
 :mod:`.replay` and :mod:`.correspondence`). So a rule may depend on the operation, on states and on shapes; where it
 asks for values it does so by :func:`.decisions.decide`, and where for which tensors share memory by

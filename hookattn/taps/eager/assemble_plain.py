@@ -6,16 +6,20 @@ are summed with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED
 from . import axis_history
-from .assemble import NAME, operations_note, output_factors, values_in_layout
+from .assemble import output_factors, values_arrangement
 from .axis_history import Origin
 from .decisions import version_then
-from .products import LayoutError, arrange, arrangement
+from .products import Arrangement, LayoutError, arrange, arrangement
+from .score_side import NAME, expanded, operations_note
 from .states import ValueProduct, Weights
 from .value_roles import ValueRoles
 
@@ -25,7 +29,21 @@ _FEATURES = (
 _CONVOLUTION = "a convolution whose weights are made of the data"
 
 
-def plain_call(state: Weights, use: ValueProduct) -> KernelCall | str | None:
+class PlainCall(NamedTuple):
+    """A call, and where its values and its output lie in the model.
+
+    Attributes:
+        call: the call; without an output where the values are not met yet.
+        values: how the values are brought to B G S E.
+        extents: B and G of them, as they are of the model's own.
+    """
+
+    call: KernelCall
+    values: Arrangement
+    extents: Sequence[int]
+
+
+def plain_call(state: Weights, use: ValueProduct) -> PlainCall | str | None:
     """The call; or why there is none, if positions are mixed by data all the same; None: there is nothing to tell.
 
     Args:
@@ -61,9 +79,11 @@ def plain_call(state: Weights, use: ValueProduct) -> KernelCall | str | None:
     weights = arrange(use.weights, roles.factors(use.weights_origin.layout()), "BHTS")
     own = weights if state.own is None else arrange(state.own[0], roles.factors(state.own[1].layout()), "BHTS")
     b, h = own.shape[:2]
-    v = values_in_layout(use, roles).expand(b, -1, -1, -1)
-    of_output = arrangement(use.out.shape, output_factors(use, roles), "BHTD")
-    output = of_output(use.out)
+    values = values_arrangement(use, roles)
+    v = values(use.v)
+    extents, v = v.shape[:2], expanded(v, b)
+    of_output = None if use.out is None else arrangement(use.out.shape, output_factors(use, roles), "BHTD")
+    output = None if use.out is None or of_output is None else of_output(use.out)
     call = KernelCall.of_weights(own, v, output, NAME, score=_score(state.scores_origin), normalizer=state.normalizer)
     call.basis, call.dropout, call.softmax_dtype = roles.basis, state.dropout, state.dtype
     call.mixed = bool(state.mixed)
@@ -72,11 +92,12 @@ def plain_call(state: Weights, use: ValueProduct) -> KernelCall | str | None:
         call.applied = weights
     if state.mixed:
         call.notes.append(f"weights changed after the softmax by {operations_note(state.mixed)}")
-    if output.shape[:3] != weights.shape[:3] or v.shape[2] != weights.shape[3] or h % v.shape[1]:
+    apart = output is not None and output.shape[:3] != weights.shape[:3]
+    if apart or v.shape[2] != weights.shape[3] or h % v.shape[1]:
         raise LayoutError(f"the shapes do not fit: weights {tuple(weights.shape)}, v {tuple(v.shape)}")
     _scores(call, state, roles)
     call.notes.append("the scores are no product of queries and keys")
-    return call
+    return PlainCall(call, values, extents)
 
 
 def _score(origin: Origin | None) -> str:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...attention.masks import FILL, MASKED
-from .assemble import differs
 from .decisions import version_then
 from .entries import Entries
 from .products import LayoutError, basis_of
 from .scattered_layout import ScatteredLayout, rows_of, vectors_of
+from .score_side import differs
 from .states import ScatteredSoftmax, ScatteredValueProduct
 
 NAME = "eager"

@@ -18,8 +18,9 @@ from ...attention.functional import dot_scores, finish_scores, weighted_values
 from ...attention.kernel_call import DOT, KernelCall
 from ...attention.normalizers import SOFTMAX, normalized
 from ...torch_internals.tensor_identity import address_of, storage_of
-from .assemble import CallBuilder, slack_of
+from .assemble import CallBuilder
 from .products import LayoutError
+from .score_side import slack_of
 from .states import Unnormalized, ValueProduct, Weights
 
 _ROWS = 16

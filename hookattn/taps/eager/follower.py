@@ -24,13 +24,15 @@ from . import axis_history
 from .assemble import CallBuilder
 from .axis_history import Origin
 from .decisions import version_then
+from .exchange import Begun, Exchange, Followed
 from .operation import Operation, OperationKind
 from .operations import REARRANGED, kind_of, name_of, writes_to
 from .origins import Origins, strided
 from .pairwise import paired
-from .product_labels import ParsedProduct, parse_product, parse_several
+from .product_labels import parse_product, parse_several
 from .rules import next_state, piece_states, scattered_scores
 from .states import (
+    Instead,
     Pairwise,
     PartialOutput,
     RowStatistic,
@@ -75,14 +77,6 @@ _MINOR = (RowStatistic, ScatteredScores, ScoresSlice, Pairwise)
 _SHARED = 256
 
 
-class _Followed(NamedTuple):
-    """The argument of an operation that is part of an attention: its place among the arguments, and its state."""
-
-    position: int
-    x: Tensor
-    state: State
-
-
 class _Ran(NamedTuple):
     """An operation that ran."""
 
@@ -92,19 +86,6 @@ class _Ran(NamedTuple):
     args: Sequence[Any]
     kwargs: dict[str, Any]
     out: Any
-
-
-class _Begun(NamedTuple):
-    """An operation that is about to run."""
-
-    name: str
-    kind: OperationKind
-    func: Any
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    found: _Followed | None = None
-    writes: bool = False
-    parsed: ParsedProduct | None = None
 
 
 class Follower(TorchFunctionMode):
@@ -121,6 +102,7 @@ class Follower(TorchFunctionMode):
         uses: what became of every softmax so far.
         attached: whether what is made of the model's tensors is to be in their graph.
         model_runs: whether the traced model's own forward runs; a part of it may, where it does not.
+        exchange: asks the listener, where there is one, and puts its answers into the model.
         interpreting: whether what the model did is looked at right now; False: the model itself is at work.
     """
 
@@ -129,12 +111,13 @@ class Follower(TorchFunctionMode):
         self.recorder = recorder
         self.kernels = kernels
         self.operations: dict[Any, Known] = {}
-        self.model_runs, self.attached = False, recorder.attached
+        self.model_runs, self.attached = False, recorder.attached or recorder.listened
         self.origins = Origins(lambda: self.model_runs or recorder.where() is not None)
         self.origin, self.set_origin = self.origins.of, self.origins.set
         self.live: dict[int, tuple[weakref.ref[Tensor], State]] = {}
         self.uses: list[SoftmaxUse] = []
         self.interpreting = False
+        self.exchange = Exchange(self) if recorder.listened else None
         self._memo, self._count = TensorMemo(), 0
         # The last product that was broadcast to the shape of one operand, and its operands.
         self._multiplied: tuple[weakref.ref[Tensor], ...] | None = None
@@ -157,7 +140,7 @@ class Follower(TorchFunctionMode):
             self.origins.note(kind, args, kwargs, out)
             if kind.pairs:
                 self._pair(name, kind, args, kwargs or {}, out)
-        except Exception as error:  # noqa: BLE001 - as in _try
+        except Exception as error:  # noqa: BLE001 - as in attempt
             self.failed(name, error)
         return out
 
@@ -167,9 +150,12 @@ class Follower(TorchFunctionMode):
         """The path of the module that is running."""
         return self.recorder.where()
 
-    def tell(self, reason: str, path: str | None = None) -> None:
-        """Attention ran that cannot be read; ``path`` None: in the module that is running."""
-        self.recorder.skip(reason, path)
+    def tell(self, reason: str, path: str | None = None, changed: bool = False) -> None:
+        """Attention ran that cannot be read; as :meth:`hookattn.taps.base.ActiveTrace.skip`."""
+        if changed:
+            self.recorder.skip(reason, path, changed)
+        else:
+            self.recorder.skip(reason, path)
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
         """A call is complete.
@@ -179,7 +165,19 @@ class Follower(TorchFunctionMode):
             builder: what made it of its tensors, if nothing else has a part in it.
             use: the softmax that it is of.
         """
-        self.recorder.record(call)
+        if self.exchange is None:
+            self.recorder.record(call)
+        else:
+            self.exchange.completed(call, builder, use)
+
+    @property
+    def listened(self) -> bool:
+        """Whether a listener is asked about weights, values and outputs."""
+        return self.exchange is not None
+
+    def asked(self, x: Tensor) -> Instead | None:
+        """What is known of weights that a listener was asked about only as they met values."""
+        return None if self.exchange is None else self.exchange.asked(x)
 
     def keeps(self) -> None:
         """What is about to be overwritten was copied, since it is needed still."""
@@ -252,11 +250,13 @@ class Follower(TorchFunctionMode):
     def follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what its result is."""
         begun = self.before(name, func, args, kwargs)
+        if self.exchange is not None:
+            return self.exchange.follow(begun)
         out = begun.func(*begun.args, **begun.kwargs)
         self.after(begun, out)
         return out
 
-    def before(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Begun:
+    def before(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Begun:
         """An operation is about to run: look at its arguments, which it may write to; to be followed by :meth:`after`.
 
         The function and the arguments to run it with are those of the result.
@@ -265,17 +265,19 @@ class Follower(TorchFunctionMode):
         if kind.product:
             moved = rearranges(args) if name == "einsum" else None
             if moved is None:  # parsed before it runs: baddbmm_ writes to what it adds
-                if writes_to(name, args, kwargs):
+                written = writes_to(name, args, kwargs)
+                if written:
                     self.keeps()
-                return _Begun(name, kind, func, args, kwargs, parsed=parse_product(name, args, kwargs))
+                parsed = parse_product(name, args, kwargs)
+                return Begun(name, kind, func, args, kwargs, writes=written, parsed=parsed)
             func, args, kind = rearrange, moved, REARRANGED
         found = self._followed(kind, args, kwargs) if self.live else None
         writes = bool(self.live) and writes_to(name, args, kwargs)
         if writes:
-            self._try(name, self._before_write, kind, found, args, kwargs)
-        return _Begun(name, kind, func, args, kwargs, found=found, writes=writes)
+            self.attempt(name, self._before_write, kind, found, args, kwargs)
+        return Begun(name, kind, func, args, kwargs, found=found, writes=writes)
 
-    def after(self, begun: _Begun, out: Any) -> None:
+    def after(self, begun: Begun, out: Any) -> None:
         """It ran; ``out``: its result."""
         name, kind, func, args, kwargs, found, writes, _ = begun
         if kind.product:
@@ -283,11 +285,11 @@ class Follower(TorchFunctionMode):
             return
         ran = _Ran(name, kind, func, args, kwargs, out)
         if found is None:
-            self._try(name, self._not_followed, ran)
+            self.attempt(name, self._not_followed, ran)
         else:
-            self._try(name, self._after_write if writes else self._after, ran, found)
+            self.attempt(name, self._after_write if writes else self._after, ran, found)
 
-    def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
+    def attempt(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
         """A fault in following the model is reported as attention not read; the model goes on."""
         self.interpreting = True
         try:
@@ -345,7 +347,7 @@ class Follower(TorchFunctionMode):
         new_a, new_b = (axis_history.inserted(o, dims) for o in before)
         return bool(new_a - new_b) and bool(new_b - new_a)
 
-    def _operation_on(self, found: _Followed, ran: _Ran, out: Any, origin: Origin) -> Operation:
+    def _operation_on(self, found: Followed, ran: _Ran, out: Any, origin: Origin) -> Operation:
         """The operation as the rules take it; ``origin``: where the axes of ``out`` come from."""
         return Operation(
             name=ran.name,
@@ -373,12 +375,12 @@ class Follower(TorchFunctionMode):
             if not isinstance(pairs, Pairwise):
                 return
             ran = _Ran("sum", kind, torch.sum, args, kwargs, out)
-            new = next_state(self._operation_on(_Followed(0, x, pairs), ran, out, self.origin(out)))
+            new = next_state(self._operation_on(Followed(0, x, pairs), ran, out, self.origin(out)))
             if isinstance(new, Scores):
                 self.set_origin(out, new.origin)
                 self.set_state(out, new)
 
-    def _after(self, ran: _Ran, found: _Followed) -> None:
+    def _after(self, ran: _Ran, found: Followed) -> None:
         """An operation on a part of an attention ran, and made a new tensor or several."""
         out = ran.out
         result: Any = out[0] if isinstance(out, tuple) and out and isinstance(out[0], Tensor) else out
@@ -406,12 +408,15 @@ class Follower(TorchFunctionMode):
             elif ran.kind.pairs:
                 self._pair(ran.name, ran.kind, ran.args, ran.kwargs, ran.out)
 
-    def _after_write(self, ran: _Ran, found: _Followed) -> None:
+    def _after_write(self, ran: _Ran, found: Followed) -> None:
         """An operation on a part of an attention ran, and wrote to an argument."""
         x, state = found.x, found.state
         written = target_of(ran.args, ran.kwargs)
         if written is not x:
-            self._poured(ran, found, written)
+            if written is ran.kwargs.get("out"):  # a result like any other, in memory that was there before
+                self._after(ran, found)
+            else:
+                self._poured(ran, found, written)
             return
         self._mark_sharing(x)
         if isinstance(state, ScoresSlice):  # the scores that it is a slice of are marked
@@ -423,7 +428,7 @@ class Follower(TorchFunctionMode):
             else:
                 self._became(x, state, new)
 
-    def _poured(self, ran: _Ran, found: _Followed, written: Any) -> None:
+    def _poured(self, ran: _Ran, found: Followed, written: Any) -> None:
         """Scores were written into a tensor that is no scores: a buffer that is filled block by block, say."""
         if not strided(written) or not isinstance(found.state, _POURED):
             return
@@ -436,7 +441,7 @@ class Follower(TorchFunctionMode):
         if state is not None:
             self.set_state(written, state)
 
-    def _summed_into(self, ran: _Ran, found: _Followed, written: Tensor) -> None:
+    def _summed_into(self, ran: _Ran, found: Followed, written: Tensor) -> None:
         """Sums of values were added to a tensor in place, or written into one; or a softmax scattered into zeros."""
         with no_gradients(but=self.attached):
             new = next_state(self._operation_on(found, ran, written, found.state.origin))
@@ -478,6 +483,8 @@ class Follower(TorchFunctionMode):
             self.live.pop(id(x), None)
             return
         self.set_state(x, new)
+        if self.exchange is not None and isinstance(new, Weights) and not isinstance(before, Weights):
+            self.exchange.formed(new, x)
 
     def _softmax_of_scores(self, weights: Weights, out: Tensor) -> None:
         """A softmax ran over scores."""
@@ -495,12 +502,12 @@ class Follower(TorchFunctionMode):
         weights.use.why = weights.why or weights.use.why
         self.uses.append(weights.use)
 
-    def _followed(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any]) -> _Followed | None:
+    def _followed(self, kind: OperationKind, args: Sequence[Any], kwargs: dict[str, Any]) -> Followed | None:
         """The argument that is part of an attention; scores and weights before slices and statistics of them.
 
         Of a view it is the tensor that is viewed, and nothing that only says to which shape (``expand_as``).
         """
-        found: _Followed | None = None
+        found: Followed | None = None
         live = self.live
         if kind.operand == 0 and args:
             args = args[:1]
@@ -509,11 +516,11 @@ class Follower(TorchFunctionMode):
                 if id(one) in live:
                     state = self.state(one)
                     if state is not None and (found is None or isinstance(found.state, _MINOR)):
-                        found = _Followed(i, one, state)
+                        found = Followed(i, one, state)
         return found
 
     def _before_write(
-        self, kind: OperationKind, found: _Followed | None, args: Sequence[Any], kwargs: dict[str, Any]
+        self, kind: OperationKind, found: Followed | None, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         """A tensor is about to be written to: copy what is still needed of it.
 
@@ -557,22 +564,24 @@ class Follower(TorchFunctionMode):
         state.scores_origin, state.read = origin, -1 if held is None else version_then(held)
         self.set_state(out, state)
 
-    def _after_product(self, begun: _Begun, out: Any) -> None:
+    def _after_product(self, begun: Begun, out: Any) -> None:
         name, parsed = begun.name, begun.parsed
         if not isinstance(out, Tensor):
             return
         if parsed is not None:
-            self._try(name, note_product, self, name, parsed, out)
+            self.attempt(name, note_product, self, name, parsed, out)
         elif name == "einsum" and (several := parse_several(begun.args)) is not None:
             self.origins.note(begun.kind, begun.args, begun.kwargs, out)
-            self._try(name, note_several, self, several, out)
+            self.attempt(name, note_several, self, several, out)
 
     def flush(self) -> None:
         """Forget everything; what looked like an attention and was never used as one is reported."""
         for ref, state in list(self.live.values()):
             out = ref()
             if isinstance(state, Unnormalized) and out is not None:
-                self._try("flush", finish_unnormalized, self, state, out)
+                self.attempt("flush", finish_unnormalized, self, state, out)
+        if self.exchange is not None:
+            self.exchange.finish()
         for use in self.uses:
             if not use.done:
                 self.recorder.skip(use.why, use.path)

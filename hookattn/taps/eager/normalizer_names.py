@@ -66,7 +66,7 @@ def verified_name(name: str, weights: Tensor, scores: Tensor | None, mask: Tenso
     scores, weights = scores.detach(), weights.detach()
     derived = normalized(name, scores, mask)
     assert derived is not None
-    bound = tolerance * max(1.0, float(scores.abs().amax()), float(weights.abs().amax()))
-    if float((derived.to(weights.dtype) - weights).abs().amax()) <= bound:
+    bound = tolerance * max(1.0, scores.abs().amax().item(), weights.abs().amax().item())
+    if (derived.to(weights.dtype) - weights).abs().amax().item() <= bound:
         return name
     return f"scaled {name}" if name != NONE else "other"

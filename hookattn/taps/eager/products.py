@@ -95,6 +95,7 @@ class Product:
         single: of each atom of a dimension with an extent of 1, the label; filled by :meth:`layout`.
         widths: the atoms that are summed over, of either operand; filled by :meth:`layout`.
         log_sums: whether the logsumexp of its rows was taken, as for a merge of blocks of keys.
+        path: the module that it ran in, where a listener may be asked about it.
         given: asked for what the user said of the axes of the queries, a letter for each; None: nothing.
         dtype: that autocast casts the operands to inside the product; None: nothing is known of it.
     """
@@ -113,6 +114,7 @@ class Product:
         self.widths: dict[str, list[Atom]] = {"a": [], "b": []}
         self.given: Callable[[], str | None] | None = None
         self.log_sums = False
+        self.path: str | None = None
         self.dtype: torch.dtype | None = None
         # Asked for by every term, mask and operand of one call, and by all uses of one softmax: made once.
         self._roles: tuple[tuple[Atom, ...], Roles] | None = None
@@ -642,6 +644,7 @@ class Arrangement:
         expanded: the extents to which what is there only by broadcasting is expanded.
         order: the dimensions in their new order.
         joined: the extents of the result, in which the factors of each role are one dimension.
+        parts: how many factors lie together, and whether that is a dimension of the tensor or one that it lacks.
     """
 
     split: tuple[int, ...] | None
@@ -650,6 +653,7 @@ class Arrangement:
     order: tuple[int, ...] | None
     joined: tuple[int, ...] | None
     first: tuple[int, ...] | None = None
+    parts: tuple[tuple[int, bool], ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """A tensor in its roles."""
@@ -664,6 +668,49 @@ class Arrangement:
         if self.order is not None:
             x = x.permute(self.order)
         return x if self.joined is None else x.reshape(self.joined)
+
+    def back(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse: what is in its roles, as it lies in the model.
+
+        Args:
+            x: a tensor in its roles.
+            shape: of the tensor that was brought into them. The result's has more where this has an extent of 1 that
+                stands for several entries, and these are no longer alike.
+
+        Raises:
+            LayoutError: entries differ that are one in the model, in a dimension that its tensor does not have.
+        """
+        mine = [shape[i] for i in self.first] if self.first is not None else list(shape)
+        now = list(mine if self.split is None else self.split)
+        kept = list(range(len(now))) if self.index is None else [i for i, k in enumerate(self.index) if k != 0]
+        whole = [now[i] for i in kept] if self.expanded is None else list(self.expanded)
+        order = range(len(whole)) if self.order is None else self.order
+        x = x.reshape([whole[i] for i in order])
+        if self.order is not None:
+            x = x.permute([self.order.index(i) for i in range(len(whole))])
+        for i, place in enumerate(kept):
+            if whole[i] != now[place] and _alike(x, i):
+                x = x.narrow(i, 0, 1)
+        for i in range(len(now)):
+            if i not in kept:
+                x = x.unsqueeze(i)
+        full = [n if i in kept else now[i] for i, n in enumerate(x.shape)]
+        x = x.expand(full)
+        made, first = list[int](), 0
+        for n, there in self.parts:
+            extent = math.prod(full[first : first + n])
+            first += n
+            if there:
+                made.append(extent)
+            elif extent != 1:
+                raise LayoutError("the model has one for all of what was changed for some")
+        x = x.reshape(made)
+        return x if self.first is None else x.permute([self.first.index(i) for i in range(len(made))])
+
+
+def _alike(x: Tensor, dim: int) -> bool:
+    """Whether the entries along a dimension are the same."""
+    return torch.equal(x, x.narrow(dim, 0, 1).expand_as(x))
 
 
 def arrange(
@@ -723,6 +770,7 @@ def arrangement(
         tuple(whole) if whole != now else None,
         tuple(order) if order != sorted(order) else None,
         tuple(extents) if [whole[i] for i in order] != extents else None,
+        parts=tuple((len(dim), i < len(shape)) for i, dim in enumerate(dims)),
     )
 
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from ...torch_internals.forks import lock_of_all
 from ...torch_internals.tensor_identity import version_of
 from ...torch_internals.transforms import is_wrapped
-from .assemble import CallBuilder, Ingredients
+from .assemble import CallBuilder
 from .axis_history import Atom, Origin
 from .correspondence import Context, Correspondence
 from .entries import Entries
 from .operation import OperationKind
 from .products import Product
+from .score_side import Ingredients
 
 # Of an argument or a result: a constant; the tensor of a slot; a new tensor, from outside or made by the operation,
 # which has a slot from then on (Outside, Result); a list or tuple of these.

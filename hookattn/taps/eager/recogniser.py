@@ -509,7 +509,7 @@ class Recogniser(Follower):
         self._asked_where = True
         return self.recorder.where()
 
-    def tell(self, reason: str, path: str | None = None) -> None:
+    def tell(self, reason: str, path: str | None = None, changed: bool = False) -> None:
         """As of any follower; what is followed afterwards has told it when it ran."""
         if self.past is not None:
             return
@@ -517,7 +517,7 @@ class Recogniser(Follower):
             self._happened.append(reason)
         if path is not None:
             self._unlearnable = "what is told of another module than the one that runs"
-        super().tell(reason, path)
+        super().tell(reason, path, changed)
 
     def failed(self, name: str, error: Exception) -> None:
         """As of any follower; what went wrong once may not go wrong again."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ...torch_internals.isolation import no_gradients
 from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import is_wrapped
-from .assemble import Ingredients
 from .axis_history import Origin
 from .correspondence import Correspondence, sight_by
 from .learning import Lesson
@@ -37,6 +36,7 @@ from .recipe import (
     Step,
     filled,
 )
+from .score_side import Ingredients
 from .view_rules import map_of
 
 _ref = weakref.ref

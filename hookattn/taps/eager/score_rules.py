@@ -305,14 +305,14 @@ def scores_with_sink(c: Operation) -> State | None:
     sink = others[0]
     for shift in c.state.shifts:
         sink = sink + shift
-    return _extended(c, sink)
+    return _extended(c, sink, parts[0] is others[0])
 
 
-def _extended(c: Operation, sink: Tensor) -> Scores:
-    """Scores with a column that takes part in the softmax and has no value."""
+def _extended(c: Operation, sink: Tensor, first: bool) -> Scores:
+    """Scores with a column that takes part in the softmax and has no value; ``first``: before those of the keys."""
     state: Scores = c.state
     origin = Origin(c.out.shape, resized, state.origin)
-    return state.but(origin=origin, sink=sink, finite=state.finite or unmasked_scores(c))
+    return state.but(origin=origin, sink=sink, sink_first=first, finite=state.finite or unmasked_scores(c))
 
 
 def padded_scores(c: Operation) -> Scores | None:
@@ -327,7 +327,7 @@ def padded_scores(c: Operation) -> Scores | None:
     sink = torch.full_like(c.x[..., :1], value)
     for shift in state.shifts:
         sink = sink + shift
-    return _extended(c, sink)
+    return _extended(c, sink, list(pad[:2]) == [1, 0])
 
 
 def added_up(c: Operation) -> State | None:

@@ -5,6 +5,7 @@ The package's docstring has the order in which they come. "Scattered" is what do
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -91,6 +92,7 @@ class Scores(State):
         fills: masks, True where a score is overwritten.
         shifts: what is subtracted from every score of a row, and leaves the weights as they are.
         sink: a column that was joined to them, which takes part in the softmax and has no value.
+        sink_first: whether it lies before those of the keys; else after them.
         opaque: the operations that were not understood; the scores are then read off the model's own tensor.
         entries: which score of ``a·b`` each entry is, once they were moved about; None: the tensor is ``a·b``'s.
         finite: the model's own scores before any term or mask joined them, their version and their axes.
@@ -111,6 +113,7 @@ class Scores(State):
     fills: list[Term] = field(default_factory=list)
     shifts: list[Tensor | float] = field(default_factory=list)
     sink: Tensor | None = None
+    sink_first: bool = False
     opaque: list[str] = field(default_factory=list)
     entries: Entries | None = None
     finite: tuple[Tensor, int, Origin] | None = None
@@ -253,6 +256,25 @@ class RowStatistic(State):
 
 
 @dataclass(slots=True)
+class Formed:
+    """What a listener was asked about weights as they were formed.
+
+    Attributes:
+        axes: tells which of the axes are what.
+        normalizer: what made them.
+        outweighed: of each mask that was added to the scores, whether it is none after all.
+        changed: whether they were exchanged.
+        edits: what the listener has noted.
+    """
+
+    axes: object
+    normalizer: str
+    outweighed: dict[int, bool]
+    changed: bool
+    edits: object = None
+
+
+@dataclass(slots=True)
 class SoftmaxUse:
     """What became of the result of one softmax; shared by all views and slices of the result.
 
@@ -260,11 +282,29 @@ class SoftmaxUse:
         path: the module in which the softmax ran.
         done: whether a call was recorded, or it was said why not.
         why: what is reported if neither happens.
+        formed: what a listener was asked about them, and noted; None: it was not asked.
     """
 
     path: str | None
     done: bool = False
     why: str = "softmax over q·k whose result was never multiplied with values"
+    formed: Formed | None = None
+
+
+class Instead(NamedTuple):
+    """What an operand was exchanged for that was found to be weights only as it met values; by itself, if by nothing.
+
+    Attributes:
+        of: the model's own.
+        version: how often that had been written to.
+        tensor: what takes its place.
+        use: what becomes of it.
+    """
+
+    of: weakref.ref[Tensor]
+    version: int
+    tensor: Tensor
+    use: SoftmaxUse
 
 
 @dataclass(slots=True)
@@ -310,6 +350,16 @@ class Weights(State):
     joined: list[tuple[Weights, Tensor]] = field(default_factory=list)
     read: int = -1
     met: Tensor | None = None
+
+    @property
+    def keys_dim(self) -> int | None:
+        """The dimension that holds the keys now; None where they are spread over several, or it can't be told."""
+        if self.scores is None or self.scores_origin is None:
+            return None
+        keys = {a for x in self.scores_origin.layout()[self.dim] for a in (x, *x.lineage())}
+        layout = self.origin.layout()
+        found = [i for i, dim in enumerate(layout) if any(a in keys or keys & {*a.lineage()} for a in dim)]
+        return found[0] if len(found) == 1 else None
 
     def but(self, **changes: Any) -> Weights:
         """A copy with changes."""
@@ -430,7 +480,7 @@ class ValueProduct:
     Attributes:
         weights, weights_labels, weights_origin: the weights, the labels of their axes, and where those come from.
         v, v_labels, v_origin: the values.
-        out, out_labels: the result.
+        out, out_labels: the result; None: it is not there yet.
         width: those of the result's axes that are the values' alone.
     """
 
@@ -440,7 +490,7 @@ class ValueProduct:
     v: Tensor
     v_labels: Sequence[Label]
     v_origin: Origin
-    out: Tensor
+    out: Tensor | None
     out_labels: Sequence[Label]
     width: tuple[Atom, ...] = ()
 

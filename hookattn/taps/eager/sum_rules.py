@@ -43,6 +43,8 @@ def added_sums(c: Operation) -> State | None:
     if not isinstance(c.out, Tensor) or c.out.shape not in (c.x.shape, getattr(other, "shape", None)):
         return None
     mine = c.look(other)
+    if number(other) == 0:  # as ``sum`` begins
+        return _replaced(state, origin=c.origin)
     if isinstance(mine, Unnormalized):
         _replaced(mine)
         return _replaced(state, origin=c.origin, parts=[*state.parts, *mine.parts])

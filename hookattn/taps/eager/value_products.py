@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from .product_labels import ParsedEinsum, ParsedProduct
 from .products import Label, LayoutError, Product, ProductLabels, mixes_heads
 from .states import (
     Exponentials,
+    Instead,
     Pairwise,
     PartialOutput,
     ScatteredOutput,
@@ -60,14 +61,27 @@ class KnownTensors(Protocol):
     def where(self) -> str | None:
         """The path of the module that is running."""
 
-    def tell(self, reason: str, path: str | None = None) -> None:
-        """Attention ran that cannot be read; ``path`` None: in the module that is running."""
+    def tell(self, reason: str, path: str | None = None, changed: bool = False) -> None:
+        """Attention ran that cannot be read.
+
+        Args:
+            reason: why not.
+            path: the module; None: the one that is running.
+            changed: whether a listener has changed the weights of it.
+        """
 
     def shared(self, key: str, x: Tensor, make: Callable[[], Any]) -> Any:
         """What is made of a tensor that many layers share, once."""
 
     def made(self, call: KernelCall, builder: CallBuilder | None, use: SoftmaxUse | None) -> None:
         """A call is complete; ``builder``: what made it of its tensors, if nothing else has a part in it."""
+
+    @property
+    def listened(self) -> bool:
+        """Whether a listener is asked about weights, values and outputs."""
+
+    def asked(self, x: Tensor) -> Instead | None:
+        """What is known of weights that a listener was asked about only as they met values; None: it was not."""
 
     @property
     def live(self) -> Mapping[int, Any]:
@@ -89,14 +103,15 @@ class KnownTensors(Protocol):
         """What the user said of the axes of the queries in the module that is running."""
 
 
-class _Product(NamedTuple):
-    """A product with one operand that is followed, and its labels.
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The operands of a product, one of which is followed, and their labels.
 
     Attributes:
         name: the operation.
         x, x_labels: the operand that is followed.
         other, other_labels: the other one, ``v`` if it is followed weights that it meets.
-        out, out_labels: the result.
+        out_labels: those of the result.
     """
 
     name: str
@@ -104,7 +119,6 @@ class _Product(NamedTuple):
     x_labels: Sequence[Label]
     other: Tensor
     other_labels: Sequence[Label]
-    out: Tensor
     out_labels: Sequence[Label]
 
     @property
@@ -121,6 +135,22 @@ class _Product(NamedTuple):
         return [a for x, dim in zip(self.x_labels, layout, strict=True) if x in contracted for a in dim]
 
 
+@dataclass(frozen=True, slots=True)
+class _Product(Operands):
+    """A product that has run; ``out``: its result."""
+
+    out: Tensor
+
+
+def operands_of(name: str, parsed: ParsedProduct) -> tuple[Operands, Operands]:
+    """The operands of a product, with either of them as the one that is followed."""
+    a, b, labels = parsed.a, parsed.b, parsed.labels
+    return (
+        Operands(name, a, labels.a, b, labels.b, labels.out),
+        Operands(name, b, labels.b, a, labels.a, labels.out),
+    )
+
+
 def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Tensor) -> None:
     """Scores, or weights meeting the values, or heads being mixed; else one of a model's many other products."""
     a, b, labels = parsed.a, parsed.b, parsed.labels
@@ -128,8 +158,8 @@ def note_product(watch: KnownTensors, name: str, parsed: ParsedProduct, out: Ten
         # Mostly nothing is followed, and then no operand has to be looked up.
         for product in (
             (
-                _Product(name, a, labels.a, b, labels.b, out, labels.out),
-                _Product(name, b, labels.b, a, labels.a, out, labels.out),
+                _Product(name, a, labels.a, b, labels.b, labels.out, out),
+                _Product(name, b, labels.b, a, labels.a, labels.out, out),
             )
             if watch.live
             else ()
@@ -198,7 +228,7 @@ def _note_weightless(watch: KnownTensors, product: _Product, state: Scores | Pai
         watch.tell(why)
 
 
-def weights_without_softmax(watch: KnownTensors, product: _Product, state: Scores) -> Weights | None:
+def weights_without_softmax(watch: KnownTensors, product: Operands, state: Scores) -> Weights | None:
     """Scores that meet the values of their keys as they are, or as something else than a softmax made them: weights.
 
     Products of activations are many things. These are weights where a sum runs over one axis that is the keys' alone,
@@ -234,8 +264,9 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
     if dim is None:
         return None
     tensor = scores.held[0] if scores.held and scores.held[1] == version_then(scores.held[0]) else None
+    asked = watch.asked(product.x)
     if state.before is None:
-        tensor = product.x
+        tensor = product.x if asked is None else asked.of()
     return Weights(
         state.origin,
         scores=scores,
@@ -246,6 +277,7 @@ def weights_without_softmax(watch: KnownTensors, product: _Product, state: Score
         dropout=0.0 if state.dropped is None else state.dropped[2],
         dtype=product.x.dtype,
         steps=state.steps,
+        use=None if asked is None else asked.use,
     )
 
 
@@ -287,6 +319,8 @@ def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, compos
     a, b = parsed.a, parsed.b
     product = Product(a, b, parsed.labels, watch.origin(a), watch.origin(b))
     product.shape, product.given, product.dtype = tuple(out.shape), watch.layout_here, out.dtype
+    if watch.listened:
+        product.path = watch.where()
     origin = Origin(out.shape, product.layout)
     opaque = [] if parsed.score == DOT else [parsed.score]
     scores = Scores(
@@ -307,9 +341,7 @@ def _note_scores(watch: KnownTensors, parsed: ParsedProduct, out: Tensor, compos
 def _note_weights(watch: KnownTensors, product: _Product, state: Weights) -> bool:
     """A product with weights: of values if it sums over the keys, or of heads that are mixed; whether it is either."""
     try:
-        over: Weights | None = state
-        if not contracts_keys(state, product.x_labels, product.contracted, state.origin):
-            over = _weights_over_others(product, state)
+        over = _weights_of_keys(product, state)
         if over is not None and is_part(watch.state(product.other)):  # an inverse of weights that is iterated, say
             if state.use is not None:
                 state.use.why = _COMPOSED
@@ -327,11 +359,56 @@ def _note_weights(watch: KnownTensors, product: _Product, state: Weights) -> boo
             _note_values(watch, product, over)
     except LayoutError as error:
         _finish(state.use)
-        watch.tell(str(error))
+        watch.tell(str(error), changed=_changed(state))
     return True
 
 
-def _weights_over_others(product: _Product, state: Weights) -> Weights | None:
+def _changed(state: Weights) -> bool:
+    """Whether a listener has changed weights as they were formed."""
+    return state.use is not None and state.use.formed is not None and state.use.formed.changed
+
+
+def _weights_of_keys(product: Operands, state: Weights) -> Weights | None:
+    """The weights, if the product sums over their keys."""
+    if contracts_keys(state, product.x_labels, product.contracted, state.origin):
+        return state
+    return _weights_over_others(product, state)
+
+
+def weights_that_meet(watch: KnownTensors, product: Operands) -> Weights | None:
+    """The weights that are about to meet the values of all their keys, in a product that has not run yet.
+
+    Raises:
+        LayoutError: the axes can't be told apart.
+    """
+    state = watch.state(product.x)
+    if isinstance(state, Scores):
+        if mixes_heads(state.product, product.summed(state.origin)):
+            return None
+        other = watch.state(product.other)
+        state = None if delta_rule(state, other) else weights_without_softmax(watch, product, state)
+    over = _weights_of_keys(product, state) if isinstance(state, Weights) else None
+    if over is None or over.key_range is not None or is_part(watch.state(product.other)):
+        return None
+    if over.scores is not None and over.scores.product.log_sums and over.steps is None:
+        return None  # of a block of keys, perhaps
+    if over.scores is None:
+        return None if over.why else over
+    return None if _of_parameters(over, value_product(watch, product, over)) else over
+
+
+def joined_parts(state: Weights, values: ValueProduct) -> list[tuple[Weights, ValueProduct]]:
+    """The weights of the other softmaxes that these were joined with, each with what the values met."""
+    made = []
+    for other, tensor in state.joined:
+        if values.weights.shape == other.origin.shape:
+            # The same weights as the other softmax has them: its own, and what the values met.
+            mine = other.but(own=other.own or (tensor, other.origin))
+            made.append((mine, replace(values, weights_origin=other.origin)))
+    return made
+
+
+def _weights_over_others(product: Operands, state: Weights) -> Weights | None:
     """Weights whose softmax ran over another axis than the keys: over the queries, say, as slots compete for inputs."""
     layout, scores = state.origin.layout(), state.scores
     if scores is None or state.scores_origin is None or state.key_range is not None or state.extended:
@@ -372,7 +449,8 @@ def _note_mixed_weights(watch: KnownTensors, product: _Product, state: Weights) 
         state.use.why = _NOT_KEYS
 
 
-def _value_product(watch: KnownTensors, product: _Product, state: Weights) -> ValueProduct:
+def value_product(watch: KnownTensors, product: Operands, state: Weights) -> ValueProduct:
+    """A product of weights and values."""
     return ValueProduct(
         product.x,
         product.x_labels,
@@ -380,7 +458,7 @@ def _value_product(watch: KnownTensors, product: _Product, state: Weights) -> Va
         product.other,
         product.other_labels,
         watch.origin(product.other),
-        product.out,
+        product.out if isinstance(product, _Product) else None,
         product.out_labels,
     )
 
@@ -406,7 +484,7 @@ def _note_axes(watch: KnownTensors, product: _Product, state: Weights) -> None:
 
 def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None:
     """Weights met the values of all their keys, and the call is complete; or of some, and the others are waited for."""
-    values = _value_product(watch, product, state)
+    values = value_product(watch, product, state)
     if state.key_range is not None:
         _begin_sum(watch, state, values)
         return
@@ -420,13 +498,10 @@ def _note_values(watch: KnownTensors, product: _Product, state: Weights) -> None
         watch.set_state(product.out, Unnormalized(origin, parts=[(state, values)], use=use, normalized=True))
         return
     _build(watch, CallBuilder([(state, values)], product.out), state.use)
-    for other, tensor in state.joined:
-        # The same weights as the other softmax has them: its own, and what the values met.
-        mine = other.but(own=other.own or (tensor, other.origin))
-        theirs = replace(values, weights_origin=other.origin)
+    for other, _ in state.joined:
         _finish(other.use)
-        if product.x.shape == other.origin.shape:
-            _build(watch, CallBuilder([(mine, theirs)], product.out), other.use)
+    for mine, theirs in joined_parts(state, values):
+        _build(watch, CallBuilder([(mine, theirs)], product.out), mine.use)
 
 
 def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentials) -> bool:
@@ -440,7 +515,7 @@ def _note_exponentials(watch: KnownTensors, product: _Product, state: Exponentia
     try:
         if not contracts_keys(weights, product.x_labels, product.contracted, state.origin):
             return False
-        values = _value_product(watch, product, weights)
+        values = value_product(watch, product, weights)
     except LayoutError:
         return False
     origin = watch.origin(product.out)
@@ -459,21 +534,24 @@ def finish_unnormalized(watch: KnownTensors, state: Unnormalized, out: Tensor) -
     try:
         if state.version != version_then(out):
             raise LayoutError("sums of weighted values were written to")
+        if len(state.parts) > 1 and any(_changed(weights) for weights, _ in state.parts):
+            raise LayoutError("blocks of keys are merged whose weights were changed as they were formed")
         call = unnormalized_call(state, out)
     except LayoutError as error:
         watch.tell(str(error), use.path)
         return
     call.path = use.path
-    watch.made(call, None, None)
+    uses = [w.use for w, _ in state.parts if w.use is not None]
+    watch.made(call, None, uses[0] if len(state.parts) == 1 and uses else None)
 
 
 def _note_plain(watch: KnownTensors, product: _Product, state: Weights) -> None:
     """Weights whose scores are no product of queries and keys met values, or something that a router chooses from."""
-    made = plain_call(state, _value_product(watch, product, state))
+    made = plain_call(state, value_product(watch, product, state))
     if isinstance(made, str):
         watch.tell(made)
     elif made is not None:
-        _record(watch, made, state.use)
+        _record(watch, made.call, state.use)
 
 
 def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -> None:
@@ -487,7 +565,7 @@ def note_weighted_sum(watch: KnownTensors, state: WeightedValues, out: Tensor) -
     kept = out.squeeze(tuple(state.summed)) if out.dim() > len(labels) else out
     if kept.dim() != len(labels) or any(y not in state.labels or y not in state.v_labels for y in state.summed):
         return
-    product = _Product("sum", state.weights, state.labels, state.v, state.v_labels, kept, labels)
+    product = _Product("sum", state.weights, state.labels, state.v, state.v_labels, labels, kept)
     if isinstance(of, Exponentials):
         _note_exponentials(watch, product, of)
         return
@@ -503,7 +581,7 @@ def note_several(watch: KnownTensors, parsed: ParsedEinsum, out: Tensor) -> None
         for one, state, labels in zip(parsed.operands, states, parsed.labels, strict=True):
             if isinstance(state, Pairwise) or _of_activations(state):
                 others = [y for x, o in zip(parsed.operands, parsed.labels, strict=True) if x is not one for y in o]
-                met = _Product("einsum", one, labels, out, others, out, parsed.out)
+                met = _Product("einsum", one, labels, out, others, parsed.out, out)
                 assert isinstance(state, (Scores, Pairwise))
                 _note_weightless(watch, met, state)
                 return
@@ -563,6 +641,7 @@ def _begin_sum(watch: KnownTensors, state: Weights, use: ValueProduct) -> None:
     """The values of some of the keys: the output once those of the others are added."""
     dims = dict(zip(use.weights_labels, use.weights_origin.layout(), strict=True))
     layout = []
+    assert use.out is not None
     for label, extent in zip(use.out_labels, use.out.shape, strict=True):
         if label not in dims:
             use.width += () if extent == 1 else (Atom(extent),)

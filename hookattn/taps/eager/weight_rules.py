@@ -284,7 +284,7 @@ def sliced_weights(c: Operation) -> State | None:
     state: Weights = c.state
     if c.out.numel() == c.x.numel():
         return same_state(c)
-    dim = _keys_dim(state)
+    dim = state.keys_dim
     if dim is None:
         return None
     if c.out.dim() != c.x.dim():
@@ -308,7 +308,7 @@ def _weights_of_heads(c: Operation, out: Tensor, origin: Origin, moved: Callable
 def piece_weights(c: Operation) -> list[State | None]:
     """Weights split along the keys: what each part is. ``c.out``: the parts."""
     state: Weights = c.state
-    dim, made, first = _keys_dim(state), list[State | None](), 0
+    dim, made, first = state.keys_dim, list[State | None](), 0
     for one in c.out:
         others = one.dim() == c.x.dim() and all(
             j == dim or n == m for j, (n, m) in enumerate(zip(one.shape, c.x.shape, strict=True))
@@ -335,7 +335,7 @@ def weights_of_keys(state: Weights, origin: Origin, dim: int, first: int, n: int
     """The weights of ``n`` keys, from the ``first`` of those of ``state`` on; ``dim``: where its keys are now."""
     own = state.own
     if own is not None:
-        at = _keys_dim(replace(state, origin=own[1]))
+        at = replace(state, origin=own[1]).keys_dim
         cut = own[0].narrow(dim if at is None else at, first, n)
         own = cut, Origin(cut.shape, resized, own[1])
     start = first + (state.key_range[0] if state.key_range is not None else 0)
@@ -343,15 +343,6 @@ def weights_of_keys(state: Weights, origin: Origin, dim: int, first: int, n: int
     if state.extended and state.key_range is None and n == whole - 1:
         return replace(state, origin=origin, extended=False, own=own)
     return replace(state, origin=origin, own=own, key_range=(start, start + n))
-
-
-def _keys_dim(state: Weights) -> int | None:
-    """The dimension that holds the keys now; None where they are spread over several, or it can't be told."""
-    if state.scores is None or state.scores_origin is None:
-        return None
-    keys = {a for x in state.scores_origin.layout()[state.dim] for a in (x, *x.lineage())}
-    found = [i for i, dim in enumerate(state.origin.layout()) if any(a in keys or keys & {*a.lineage()} for a in dim)]
-    return found[0] if len(found) == 1 else None
 
 
 def _first(c: Operation, dim: int) -> int | None:
