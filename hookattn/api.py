@@ -255,7 +255,7 @@ def editing(
             model goes on; or, at the end of the block, an edit met nothing.
         InputError: ``edits`` are none; and the errors of :func:`trace`.
     """
-    return _traced(model, Editor(_edits(edits)), **{**_DEFAULTS, **options})
+    return _traced(model, Editor(_edits(edits)), **_with_defaults(options))
 
 
 def edited(model: nn.Module, inputs: Any, *edits: Edit | Iterable[Edit], **options: Unpack[TracingOptions]) -> Trace:
@@ -269,7 +269,7 @@ def edited(model: nn.Module, inputs: Any, *edits: Edit | Iterable[Edit], **optio
     Raises:
         EditError, InputError: as in :func:`editing`; and the errors of :func:`trace`.
     """
-    return _forward(model, inputs, Editor(_edits(edits)), **{**_DEFAULTS, **options})
+    return _forward(model, inputs, Editor(_edits(edits)), **_with_defaults(options))
 
 
 def unrecorded(model: nn.Module, *edits: Edit | Iterable[Edit]) -> AbstractContextManager[Trace]:
@@ -279,6 +279,18 @@ def unrecorded(model: nn.Module, *edits: Edit | Iterable[Edit]) -> AbstractConte
     Args, Raises: as :func:`editing`, which has options beside them.
     """
     return _traced(model, Editor(_edits(edits)), **_DEFAULTS, record=False)
+
+
+def _with_defaults(options: TracingOptions) -> dict[str, Any]:
+    """All options of :func:`tracing`.
+
+    Raises:
+        InputError: one that there is none of.
+    """
+    unknown = [name for name in options if name not in _DEFAULTS]
+    if unknown:
+        raise checks.wrong("options", unknown[0], f"options among {', '.join(_DEFAULTS)}")
+    return {**_DEFAULTS, **options}
 
 
 def _edits(edits: Iterable[Any]) -> list[Edit]:

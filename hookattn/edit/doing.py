@@ -24,6 +24,7 @@ from ..taps.base import Change
 from .base import Edit
 from .edited_call import EditedCall
 from .part import Part, axes_of, union
+from .place import Axis, Place
 from .positions import Here
 
 _MIXED = "the model changes the weights between the softmax and the values ({}), and what it makes of others is unknown"
@@ -42,16 +43,15 @@ class Doing(EditedCall):
         site: Site,
         step: int,
         edits: Sequence[tuple[Edit, Part]],
-        first_head: int = 0,
-        first_row: int = 0,
+        place: Place | None = None,
         positions: Here | None = None,
     ):
         """
         Args:
             edits: each with its part of the call.
-            call, site, step, first_head, first_row, positions: as of an :class:`EditedCall`.
+            call, site, step, place, positions: as of an :class:`EditedCall`.
         """
-        super().__init__(call, site, step, first_head, first_row, positions)
+        super().__init__(call, site, step, place, positions)
         self.applied: list[AppliedEdit] = []
         self._edits = list(edits)
         self._done: set[int] = set()
@@ -138,8 +138,10 @@ class Doing(EditedCall):
 
     def _note(self, edit: Edit, part: Part) -> None:
         """Write down what was done, in the numbers of the whole attention."""
-        heads = None if part.heads is None else tuple(self._first_head + i for i in part.heads)
-        rows = None if part.rows is None else tuple(self._first_row + i for i in part.rows)
+        place = self.place
+        first = (place.key_heads if edit.field in ("k", "v") else place.heads).first or 0
+        heads = None if part.heads is None else tuple(first + i for i in part.heads)
+        rows = None if part.rows is None else tuple((place.rows.first or 0) + i for i in part.rows)
         self.applied.append(AppliedEdit(edit.name, edit.field, heads, rows, part.keys, part.batch, edit.note))
 
     # Masks and biases that a kernel takes
@@ -305,9 +307,8 @@ class Doing(EditedCall):
     @property
     def kept(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """The numbers of the heads and queries of a piece in its attention."""
-        _, h, t, _ = self.call.shape
-        heads = tuple(range(self._first_head, self._first_head + h)) if self._first_head else None
-        return heads, tuple(range(self._first_row, self._first_row + t)) if self._first_row else None
+        heads, rows = self.place.heads, self.place.rows
+        return _numbers(heads), _numbers(rows)
 
     def as_it_ran(self, call: KernelCall) -> KernelCall:
         """The call as it is to be measured.
@@ -345,3 +346,7 @@ class Doing(EditedCall):
             part, rows = self._rows["weights"]
             whole = self.weights_of(Part(), None) if call.weights is None else call.weights
             call.weights = part.put(whole.to(call.dtype), "BHTS", rows)
+
+
+def _numbers(axis: Axis) -> tuple[int, ...] | None:
+    return tuple(range(axis.first, axis.first + axis.count)) if axis.first else None

@@ -18,6 +18,7 @@ from ..attention.normalizers import normalized, normalizer_of
 from ..calls.site import Site
 from ..errors import EditError
 from .part import Part, axes_of
+from .place import Place
 from .positions import Here
 
 
@@ -40,14 +41,13 @@ class EditedCall:
         call: KernelCall,
         site: Site,
         step: int,
-        first_head: int = 0,
-        first_row: int = 0,
+        place: Place | None = None,
         positions: Here | None = None,
     ):
         """
         Args:
             call, site, step: as in the attributes.
-            first_head, first_row: where the call is in the whole attention, if it is a piece of one.
+            place: where the call is in the attention that it is a piece of; None: it is none.
             positions: of its queries in the sequence; None: no edit asks for them.
         """
         self.site, self.step, self.tap = site, step, call.tap
@@ -55,7 +55,8 @@ class EditedCall:
         self.field, self.part = "", Part()
         self._value: Callable[[], Tensor] | Tensor | None = None
         self._given: Tensor | None = None  # what the edit was handed of it
-        self._first_head, self._first_row, self._positions = first_head, first_row, positions
+        self.place = Place.of(call) if place is None else place
+        self._positions = positions
 
     def begin(self, part: Part, field: str, value: Callable[[], Tensor]) -> None:
         """An edit of a part of a field begins; ``value``: makes what is there."""
@@ -120,7 +121,14 @@ class EditedCall:
         if letter == "T":
             assert self._positions is not None, "an edit that asks says that it is by position"
             return tuple(self._positions.queries[i] for i in several)
-        return tuple((self._first_head if letter == "H" else 0) + i for i in several)
+        place = self.place
+        first = {"B": place.batch, "H": place.heads, "G": place.key_heads}[letter].first if letter != "S" else 0
+        if first is None:
+            raise EditError(
+                f"{self.site.label} (step {self.step}): the model computes some heads of one batch entry together with "
+                "some of another, so that values of another run have no place here."
+            )
+        return tuple(first + i for i in several)
 
     @property
     def extents(self) -> dict[str, int]:

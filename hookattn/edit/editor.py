@@ -19,6 +19,7 @@ from ..taps.base import Change
 from .base import Edit
 from .doing import Doing
 from .part import Part
+from .place import Place
 from .positions import Here, Positions
 from .where import chosen
 
@@ -132,29 +133,21 @@ class Editor:
                 several.append((edit, part))
         if not several:
             return None
-        first_head, first_row, _ = _place(call)
-        call.edits = found = Doing(call, site, step, several, first_head, first_row, positions)
+        call.edits = found = Doing(call, site, step, several, Place.of(call), positions)
         return found
 
     def _part(self, edit: Edit, call: KernelCall, site: Site, positions: Here | None, met: _Met) -> Part:
         """The entries of a call that an edit is of."""
-        where, (b, h, _, s) = edit.where, call.shape
-        first_head, _, all_heads = _place(call)
-        label = f"{site.label}: {edit!r}"
-        batch = chosen("batch", where.batch, range(b), True, label)
-        if edit.field in ("k", "v"):
-            groups = next((x.shape[1] for x in (call.k, call.v) if x is not None), h)
-            heads = chosen("heads", where.heads, range(groups), True, label)
-        elif all_heads == h:
-            heads = chosen("heads", where.heads, range(h), True, label)
-        else:  # a piece of an attention has some of its heads
-            numbers = chosen("heads", where.heads, range(all_heads), True, label)
-            heads = None if numbers is None else tuple(i - first_head for i in numbers if 0 <= i - first_head < h)
+        where, s = edit.where, call.shape[3]
+        place, label = Place.of(call), f"{site.label}: {edit!r}"
+        batch = place.batch.chosen(where.batch, "batch", label)
+        axis = place.key_heads if edit.field in ("k", "v") else place.heads
+        heads = axis.chosen(where.heads, "heads", label)
         rows = keys = None
         if where.queries is not None:
             assert positions is not None
             positions.check(where.queries, "queries", label)
-            rows = chosen("queries", where.queries, positions.queries, False, label)
+            rows = chosen("queries", where.queries, positions.queries, False, label, positions.end)
             met.queries |= {positions.queries[i] for i in rows or ()}
         if where.keys is not None:
             assert positions is not None
@@ -162,16 +155,6 @@ class Editor:
             keys = chosen("keys", where.keys, range(s), False, label)
             met.keys |= set(keys or ())
         return Part(batch, heads, rows, keys)
-
-
-def _place(call: KernelCall) -> tuple[int, int, int]:
-    """The first head and row of a call in the attention that it is a piece of, and how many heads that has."""
-    _, h, t, _ = call.shape
-    if call.piece is None:
-        return 0, 0, h
-    first, count = call.piece.place("H", h) or (0, h)
-    row, _ = call.piece.place("T", t) or (0, t)
-    return first, row, count
 
 
 def _runs(numbers: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from ..calls.trace_data import TraceData
 from ..traces import TraceLike
 from .base import Edit, field_of
 from .edited_call import EditedCall
-from .samples import named, over_of, renormalised, samples_of
+from .samples import check_whole, named, over_of, renormalised, samples_of
 from .where import Where
 
 
@@ -28,6 +28,8 @@ class Mean(Edit):
     def new(self, call: EditedCall) -> Tensor:
         if isinstance(self.over, TraceData):
             return self._of_corpus(call, self.over)
+        if self.field not in ("k", "v") or self.over == "batch":
+            check_whole(call, self, self.over)
         if self.over == "batch":
             return call.value.mean(0, keepdim=True)
         made = call.value.mean(2, keepdim=True)

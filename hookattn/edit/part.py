@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import FIELD_SPECS
+from ..torch_internals.allocation import laid_as
 
 Places = tuple[int, ...] | None
 
@@ -63,7 +64,7 @@ class Part:
         """A tensor with the part exchanged; all other entries keep their bits, and where gradients go."""
         every = self.of(axes)
         if all(places is None for places in every):
-            return new.to(x.dtype).expand(x.shape)
+            return laid_as(new.to(x.dtype).expand(x.shape), x)
         out = x.clone()
         while every[-1] is None:  # what is whole at the end needs no index
             every.pop()

@@ -29,11 +29,13 @@ class Here:
 
     Attributes:
         queries: T, of its queries in the sequence.
+        end: one behind the last query of the whole attention, of which this call may be a piece.
         lost: why no position counted from the front can be trusted; empty: it can.
         differ: whether the batch entries have different ones.
     """
 
     queries: tuple[int, ...]
+    end: int
     lost: str = ""
     differ: bool = False
 
@@ -66,7 +68,8 @@ class Positions:
         first, whole = (call.piece.place("T", t) if call.piece is not None else None) or (0, t)
         if site.crosses:
             # Keys of another sequence tell nothing; the self-attention of the same step has the same queries.
-            return Here(self._of_self.get((site.stack, step, t), tuple(range(first, first + t))))
+            queries = self._of_self.get((site.stack, step, t), tuple(range(first, first + t)))
+            return Here(queries, _end(queries, first, whole))
         differ = False
         if whole != t:
             queries = tuple(first + i + max(s - whole, 0) for i in range(t))
@@ -79,9 +82,14 @@ class Positions:
         before = max((i for i in steps if i < step), default=None)
         steps[step] = _Step(max(queries, default=0), t)
         lost = ""
-        if before is not None and t < s and queries and queries[0] < steps[before].last + 1:
+        if before is not None and t < s and whole == t and queries and queries[0] < steps[before].last + 1:
             lost = (
                 f"keys of earlier steps are gone from the cache (query {queries[0]} of its keys comes after query "
                 f"{steps[before].last} of step {before}), so that positions cannot be counted from the front"
             )
-        return Here(queries, lost, differ)
+        return Here(queries, _end(queries, first, whole), lost, differ)
+
+
+def _end(queries: tuple[int, ...], first: int, whole: int) -> int:
+    """One behind the last query of an attention of ``whole`` of them, of which these are those from ``first`` on."""
+    return max(queries, default=-1) + 1 + whole - first - len(queries)

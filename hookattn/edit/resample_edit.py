@@ -13,7 +13,7 @@ from ..errors import EditError
 from ..traces import TraceLike
 from .base import Edit, field_of
 from .edited_call import EditedCall
-from .samples import named, over_of, renormalised, samples_of
+from .samples import check_whole, named, over_of, renormalised, samples_of
 from .where import Where
 
 
@@ -33,6 +33,8 @@ class Resample(Edit):
 
     def new(self, call: EditedCall) -> Tensor:
         value = call.value
+        if isinstance(self.over, str):
+            check_whole(call, self, self.over)
         if isinstance(self.over, TraceData):
             several = samples_of(self.over, call, self)
             pool = torch.cat([x.to(value.device, value.dtype) for x in several])

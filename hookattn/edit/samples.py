@@ -39,6 +39,20 @@ def named(over: TraceData | str) -> str:
     return over if isinstance(over, str) else over.path or "a trace"
 
 
+def check_whole(call: EditedCall, edit: Edit, over: str) -> None:
+    """Whether a call has all that an edit is over.
+
+    Raises:
+        EditError: the model computes its attention piece by piece, and this is a piece.
+    """
+    axis, what = (call.place.rows, "queries") if over == "positions" else (call.place.batch, "batch entries")
+    if not axis.whole:
+        raise EditError(
+            f"{call.where(edit)}: over={over!r} is over all {what}, and the model computes its attention in pieces, "
+            f"{axis.count} of {axis.of} {what} at a time; take values of a trace (over=trace), which has them together."
+        )
+
+
 def samples_of(corpus: TraceData, call: EditedCall, edit: Edit, positions: bool = True) -> Iterator[Tensor]:
     """The field of each call of a corpus at the site of a call: b H' T' S and so on, with its own batch entries.
 

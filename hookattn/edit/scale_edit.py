@@ -41,7 +41,8 @@ class Scale(Edit):
 
     def _of_heads(self, call: EditedCall, gates: Tensor) -> Tensor:
         """1 H' 1 1, of gates that are L H or H."""
-        heads = call.extents["G" if "G" in call.axes else "H"]
+        letter = "G" if "G" in call.axes else "H"
+        heads = (call.place.key_heads if letter == "G" else call.place.heads).of
         if gates.dim() == 2:
             layer, place = call.site.layer, (call.site.stack, call.site.kind)
             self._stack = self._stack or place
@@ -53,10 +54,10 @@ class Scale(Edit):
             if layer is None or layer >= gates.shape[0]:
                 raise EditError(f"{call.where(self)}: there are gates of {gates.shape[0]} layers, and this is {layer}.")
             gates = gates[layer]
-        chosen = call.part.heads
+        chosen = call.numbers(letter) or ()
         if gates.shape[0] == heads:
-            gates = gates if chosen is None else gates[list(chosen)]
-        elif gates.shape[0] != (heads if chosen is None else len(chosen)):
+            gates = gates[list(chosen)]
+        elif gates.shape[0] != len(chosen):
             raise EditError(f"{call.where(self)}: there are {gates.shape[0]} gates for {heads} heads.")
         return gates.view(1, -1, 1, 1)
 

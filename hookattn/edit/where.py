@@ -129,7 +129,12 @@ class Selected:
 
 
 def chosen(
-    name: str, wanted: tuple[int, ...] | slice | None, there: Sequence[int], whole: bool, where: str
+    name: str,
+    wanted: tuple[int, ...] | slice | None,
+    there: Sequence[int],
+    whole: bool,
+    where: str,
+    end: int | None = None,
 ) -> tuple[int, ...] | None:
     """The places of what is wanted among what is there; None: all of it.
 
@@ -139,13 +144,14 @@ def chosen(
         there: the numbers that are there, one each, going up.
         whole: whether there are no others, so that one that is not there is an error.
         where: of the call.
+        end: what negative numbers count from; None: from the last that is there.
 
     Raises:
         EditError: one is not there.
     """
     if wanted is None:
         return None
-    end = max(there, default=-1) + 1
+    end = max(there, default=-1) + 1 if end is None else end
     place = {number: i for i, number in enumerate(there)}
     if isinstance(wanted, slice):
         return tuple(place[i] for i in range(*wanted.indices(end)) if i in place)

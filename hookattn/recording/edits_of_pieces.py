@@ -59,8 +59,10 @@ class _Cut:
         """The places in the piece of the query heads of an edit; of one of key heads, of those that read them."""
         if edit.heads is None:
             return list(range(self.h))
-        own = [h - self.first_head for h in edit.heads]
-        return own if "H" in FIELD_SPECS[edit.field].axes else [h for h in range(self.h) if h // self.groups in own]
+        if "H" in FIELD_SPECS[edit.field].axes:
+            return [h - self.first_head for h in edit.heads]
+        first = self.first_head // self.groups
+        return [h for h in range(self.h) if first + h // self.groups in edit.heads]
 
     def written(self, edit: AppliedEdit, cells: set[Cell]) -> Iterator[AppliedEdit]:
         """An edit of the whole in these cells: one for all batch entries that have the same heads."""

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..attention.functional import with_four_axes
 from ..attention.kernel_call import KernelCall
+from ..torch_internals.allocation import laid_as
 from ..torch_internals.isolation import isolated, no_gradients
 from ..torch_internals.operators import argument_defaults
+from ..torch_internals.transforms import stands_for_others
 from .base import ActiveTrace, Change, Tap
 from .eager import axis_history
 from .eager.axis_history import Layout, Origin, refine, seeded, shown
@@ -48,13 +50,46 @@ def handle(watch: Follower, func: Any, args: Sequence[Any], kwargs: dict[str, An
     if _nested(given):
         watch.recorder.skip("scaled_dot_product_attention on nested tensors")
         return out
-    _report(watch, "scaled_dot_product_attention", given, plain(watch.recorder, func, given, out))
+    call = plain(watch.recorder, func, given, out)
+    if watch.recorder.listened:
+        return _answered(watch, "scaled_dot_product_attention", given, call)
+    _report(watch, "scaled_dot_product_attention", given, call)
     return out
+
+
+def _answered(watch: Follower, name: str, given: dict[str, Any], call: KernelCall) -> Tensor:
+    """What the model gets of a kernel that could not be asked about before it ran, where somebody listens.
+
+    Its operands are told apart by their history. What lies otherwise than B H T D cannot be handed in changed, but an
+    output can be brought back to where the model has it.
+    """
+    out = call.output
+    assert out is not None
+    if stands_for_others(out):  # what is recorded of it is laid out otherwise
+        _report(watch, name, given, call)
+        return out
+    try:
+        with watch.recorder.aside():
+            made, back = _in_layout(watch, given, call)
+            instead = watch.recorder.after(made)
+            new = out if instead is None else laid_as(back(instead.to(out.dtype)).reshape(out.shape), out)
+        with isolated(out, but=watch.recorder.attached):
+            watch.recorder.record(made)
+    except LayoutError as error:
+        watch.recorder.skip(f"{name}: {error}")
+        return out
+    return new
 
 
 def _handle_asked(watch: Follower, func: Any, given: dict[str, Any]) -> Any:
     """The same where somebody listens: run with what the kernel shall be given."""
-    asked = ask(watch.recorder, given, _repeats(watch, given), partial(_describe, watch, given))
+    repeats = _repeats(watch, given)
+    asked = ask(watch.recorder, given, repeats, partial(_describe, watch, given))
+    for name, groups in (("query", given["query"].shape[1]), ("key", asked.k.shape[1]), ("value", asked.v.shape[1])):
+        # A changed tensor is what the model's was, as long as heads that were copies of one another are so still.
+        x, own = asked.given[name], given[name]
+        if x is not own and watch.origins.knows(own) and (name == "query" or groups * repeats == own.shape[1]):
+            watch.set_origin(x, watch.origin(own))
     out = asked.run(func)
     call = plain(watch.recorder, func, asked.given, out)
     result = answer(watch.recorder, asked, call, out, partial(_describe, watch, given))
@@ -101,6 +136,8 @@ def handle_chosen(name: str, watch: Follower, func: Any, args: Sequence[Any], kw
     call = plain(watch.recorder, undropped, given, out)
     if call.causal and name in _FROM_THE_END:
         call.offset = call.k.shape[-2] - call.q.shape[-2]
+    if watch.recorder.listened:
+        return (_answered(watch, name, given, call), *result[1:])
     _report(watch, name, given, call)
     return result
 
@@ -135,7 +172,9 @@ def _named(watch: Follower, given: dict[str, Any]) -> bool:
     if q.is_nested or k.is_nested or v.is_nested or not q.dim() == k.dim() == v.dim() == 4:
         return False
     known = watch.origins.knows
-    return not (known(q) or known(k) or known(v)) or _rows_are_queries(watch, q)
+    if not (known(q) or known(k) or known(v)):
+        return True
+    return _rows_are_queries(watch, q) and not _heads_lie_elsewhere(watch, given)
 
 
 class Asked(NamedTuple):
@@ -336,12 +375,19 @@ def full(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, 
 
 def read(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
     """The call in the contract's layout, whatever the kernel was given."""
+    return _in_layout(watch, given, call)[0]
+
+
+def _in_layout(
+    watch: Follower, given: dict[str, Any], call: KernelCall
+) -> tuple[KernelCall, Callable[[Tensor], Tensor]]:
+    """The same, and what brings an output in that layout, B H T E, back to the axes that it has in the model."""
     knows = watch.origins.knows
     followed = knows(given["query"]) or knows(given["key"]) or knows(given["value"])
     if call.q.dim() == 4 and (not followed or _plain(watch, given)):
         if followed:
             describe_plain(call, watch.origin(given["query"]), watch.origin(given["key"]))
-        return call
+        return call, lambda x: x
     return _arranged(watch, given, call)
 
 
@@ -381,7 +427,9 @@ def _rows_are_queries(watch: Follower, query: Tensor) -> bool:
     return not any(a.role == "H" or any(p in widths for p in a.lineage()) for a in layout[2])
 
 
-def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> KernelCall:
+def _arranged(
+    watch: Follower, given: dict[str, Any], call: KernelCall
+) -> tuple[KernelCall, Callable[[Tensor], Tensor]]:
     """Heads folded into the batch or the queries, more batch dimensions, repeated keys: told apart by their history."""
     q, k, v, kernels_own = call.q, call.k, call.v, call.output
     n = q.dim()
@@ -439,6 +487,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
     of_output = arrangement(call.output.shape, [*rows, [Factor(call.output.shape[-1], "D")]], "BHTD")
     if call.result is kernels_own:
         call.result_form = of_output if grouped is None else lambda x: of_output(grouped(x))
+    back = partial(of_output.back, shape=tuple(call.output.shape))
     call.output = of_output(call.output)
     if call.undropped is not None:
         call.undropped = of_output(call.undropped)
@@ -447,7 +496,7 @@ def _arranged(watch: Follower, given: dict[str, Any], call: KernelCall) -> Kerne
         if x is not None:
             x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
             setattr(call, name, arrange(x, roles.factors(layout, x.shape), "BHTS", broadcast=True))
-    return call
+    return call, back
 
 
 def _split_heads(x: Tensor, groups: int) -> Tensor:

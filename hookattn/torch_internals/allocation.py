@@ -25,6 +25,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return made
 
 
+def laid_as(new: Tensor, x: Tensor) -> Tensor:
+    """A tensor that lies in memory as another of its shape does: a view that fits the one fits it, too. Where the other
+    has entries that share memory, each of these has its own; gradients go through."""
+    if new.stride() == x.stride() and new.dtype == x.dtype:
+        return new
+    return torch.empty_like(x, requires_grad=False).copy_(new)
+
+
 def copies(several: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous copies, each with a storage of its own; small ones that are large together mostly lie side by side."""
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in several]

@@ -99,6 +99,8 @@ def test_bad_edits(model: nn.Module, name: str) -> None:
 def test_an_error_names_the_place_and_the_edit(model: nn.Module) -> None:
     with pytest.raises(EditError, match=r"layers\.1 \(step 0, tap sdpa\): edit\.set\('weights', layer=1\)"):
         hookattn.edited(model, X, edit.set("weights", torch.ones(3, 7), layer=1))
+    with pytest.raises(InputError, match="capture"):
+        hookattn.edited(model, X, edit.zero(), captur="weights")  # type: ignore[call-arg]
     with pytest.raises(InputError, match="edits of"):
         hookattn.edited(model, X, "zero")  # type: ignore[arg-type]
 

@@ -26,9 +26,9 @@ scores that lie elsewhere: bands, blocks in a buffer          no              no
 ============================================================  ==============  =========================  ==============
 
 Values are asked about as they are recorded, B G S E: heads that the model copied to share them among query heads are
-changed together. Where it says *no*, :meth:`~hookattn.taps.base.ActiveTrace.after` is asked with weights and values as they were, and
-what the listener wants of these it has to compute for the output. Where an output was used already as it turned out to
-be one, a call is recorded without being asked about, which the trace says to the listener.
+changed together. Where it says *no*, :meth:`~hookattn.taps.base.ActiveTrace.after` is asked with weights and values as
+they were, and what the listener wants of these it has to compute for the output. Where an output was used already as it
+turned out to be one, a call is recorded without being asked about, which the trace says to the listener.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch import Tensor
 
 from ...attention.kernel_call import KernelCall
 from ...errors import EditError
+from ...torch_internals.allocation import laid_as
 from ...torch_internals.tensor_identity import storage_of, version_of
 from ...torch_internals.transforms import stands_for_others
 from .assemble import CallBuilder, values_back
@@ -213,7 +214,7 @@ class Exchange:
             if state is not None:
                 self._follower.set_state(x, state)
             return x
-        new = _laid_as(new, x)
+        new = laid_as(new, x)
         self._follower.same(new, x)
         return new
 
@@ -490,13 +491,6 @@ def _replaced(arg: Any, x: Tensor, new: Tensor) -> Any:
     if isinstance(arg, (list, tuple)):
         return type(arg)(_replaced(one, x, new) for one in arg)
     return new if arg is x else arg
-
-
-def _laid_as(new: Tensor, x: Tensor) -> Tensor:
-    """A tensor that lies in memory as another does: a view that fits the one fits it, too."""
-    if new.stride() == x.stride():
-        return new
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(new)
 
 
 def _grown(origin: Origin, v: Tensor) -> Origin:
