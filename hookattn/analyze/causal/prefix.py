@@ -152,18 +152,18 @@ class Prefix:
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]):
-        self._modules: dict[str, nn.Module] = {}
+        self._inner: dict[str, nn.Module] = {}
         self._lead: dict[str, list[str]] = {}  # path of a site -> of the modules around it, the innermost first
         for path in dict.fromkeys(paths):
             around = _modules_around(model, path)
-            self._modules.update(around)
+            self._inner.update(around)
             self._lead[path] = list(around)
         self._runs: dict[str, _Run] = {}
         self._axes: dict[str, list[int | None]] = {}  # of each tensor that is returned, the axis of the batch
 
     def watch(self, keeps: bool) -> Watched:
         """A block in which the model is to run once."""
-        return Watched(self._modules, keeps)
+        return Watched(self._inner, keeps)
 
     def learn(self, seen: Watched) -> None:
         """Take what was seen of the run that others go on from."""
@@ -212,7 +212,7 @@ class Prefix:
             sites: their paths.
             times: how many copies of the input the batch has, one after the other.
         """
-        return Exchanged((self._modules[path], self._again(path, times)) for path in self.before(sites))
+        return Exchanged((self._inner[path], self._again(path, times)) for path in self.before(sites))
 
     def _again(self, path: str, times: int) -> Callable[..., Any]:
         output, axes = self._runs[path].output, self._axes.get(path)
