@@ -144,12 +144,11 @@ class ActiveTrace(Protocol):
         - An implementation of the interface whose kernel no tap sees: q, k and v, and a mask of four axes. It asks when
           it has run once, as it is not known before.
 
-        These do not, and are told of :meth:`after` alone: kernels with heads folded into the batch or into the rows of a
-        query, and those that sdpa chooses from by their own names. These are told of nothing: nested tensors, code of
-        ``torch.jit`` that cannot run as Python, operators of other libraries, and whatever runs inside ``torch.vmap`` or
-        ``functionalize``. Attention that is written out by hand
-        has no kernel, and asks as it forms its weights (:meth:`formed`); of it v can be changed, in the forms that
-        :mod:`hookattn.taps.eager.exchange` lists.
+        These do not, and are told of :meth:`after` alone: kernels with heads folded into the batch or into the rows of
+        a query, and those that sdpa chooses from by their own names. These are told of nothing: nested tensors, code of
+        ``torch.jit`` that cannot run as Python, operators of other libraries, and what runs inside ``torch.vmap`` or
+        ``functionalize``. Attention that is written out by hand has no kernel, and asks as it forms its weights
+        (:meth:`formed`); of it v can be changed, in the forms that :mod:`hookattn.taps.eager.exchange` lists.
 
         Args:
             call: the kernel's arguments; its output is None. k and v have the heads that the kernel is given.
