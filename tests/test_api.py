@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookattn
-from hookattn import FieldNotCaptured, InputError, ModelError, NoAttentionError, SelectionError
+from hookattn import FieldNotCaptured, InputError, ModelError, NoAttentionError, SelectionError, api
 from hookattn.recording.selection import Selection
 from hookattn.testing import check_clean
 from tests.reference import assert_untouched, draw, paths, same_bits, snapshot
@@ -408,7 +408,9 @@ def test_the_ways_in_take_the_same_keywords() -> None:
     of = Selection.of
     whole, told, chosen = keywords(hookattn.trace), keywords(hookattn.plan), keywords(of)
     assert keywords(hookattn.tracing) == whole
-    # No bytes depend on who checks a call, or on what its tokens are called.
-    assert told == {n: default for n, default in whole.items() if n not in ("tokens", "verify", "strict", "copy")}
+    assert whole == api._DEFAULTS and list(api.TracingOptions.__annotations__) == list(whole)
+    # No bytes depend on who checks a call, or on what its tokens are called; what a backward brings is no forward's.
+    left_out = ("tokens", "verify", "strict", "copy", "gradients", "attached")
+    assert told == {n: default for n, default in whole.items() if n not in left_out}
     assert chosen == {n: default for n, default in told.items() if n not in ("to", "layout")}
     assert list(chosen) == [f.name for f in dataclasses.fields(Selection) if f.name != "statistics"]
