@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.functional import weighted_values, with_four_axes
+from ..attention.functional import compute_dtype, weighted_values, with_four_axes
 from ..attention.kernel_call import KernelCall
 from ..calls.edits import AppliedEdit
 from ..calls.site import Site
-from ..errors import EditError
+from ..errors import EditError, TraceTooLargeError
 from ..taps.base import Change
+from ..torch_internals import devices
 from .base import Edit
 from .edited_call import EditedCall
 from .part import Part, axes_of, union
@@ -330,8 +331,13 @@ class Doing(EditedCall):
         Args:
             call: as its tap reports it: what the kernel was given and returned.
             wants: whether a field will be kept.
+
+        Raises:
+            TraceTooLargeError: there is no room for edited weights or scores, which are kept whole.
         """
         self.call = call
+        if self._rows and (wants("weights") or wants("scores")):
+            self._check_room()
         formed = call.weights is not None  # then they are what the model went on with
         for name, x in self._exchanged.items():
             setattr(call, name, x)
@@ -346,6 +352,23 @@ class Doing(EditedCall):
             part, rows = self._rows["weights"]
             whole = self.weights_of(Part(), None) if call.weights is None else call.weights
             call.weights = part.put(whole.to(call.dtype), "BHTS", rows)
+
+    def _check_room(self) -> None:
+        """Whether there is memory for the scores and weights of the whole call, which follow from nothing any more."""
+        call = self.call
+        b, h, t, s = call.shape
+        size = b * h * t * s * 2 * compute_dtype(call.dtype).itemsize
+        free = devices.free_memory(call.device) if size > _LARGE else None
+        if free is not None and size > free:
+            raise TraceTooLargeError(
+                f"{self.site.label}: its {' and '.join(self._rows)} were edited, so that they are kept whole, which takes "
+                f"{devices.size_of(size)}, and {devices.size_of(free)} of memory are free. Leave weights and scores out "
+                "of capture=."
+            )
+
+
+# Up to so many bytes nobody asks how much memory is free.
+_LARGE = 1 << 28
 
 
 def _numbers(axis: Axis) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Unpack
 
 import torch
@@ -26,10 +27,6 @@ class Resample(Edit):
     def __init__(self, field: str, over: TraceLike | TraceData | str, seed: int, **where: Unpack[Where]):
         super().__init__(field, **where)
         self.over, self.seed = over_of(over), checks.whole("seed", seed, 0)
-        self._random = torch.Generator()
-
-    def begin(self) -> None:
-        self._random.manual_seed(self.seed)
 
     def new(self, call: EditedCall) -> Tensor:
         value = call.value
@@ -38,20 +35,26 @@ class Resample(Edit):
         if isinstance(self.over, TraceData):
             several = samples_of(self.over, call, self)
             pool = torch.cat([x.to(value.device, value.dtype) for x in several])
-            made = pool[self._drawn(len(pool), value.shape[0]).to(pool.device)]
+            made = pool[torch.randint(len(pool), (len(value),), generator=self._random(call)).to(pool.device)]
         elif self.over == "batch":
             if len(value) < 2:
                 raise EditError(
                     f"{call.where(self)}: over='batch' takes the values of other batch entries, and there is one; use "
                     "over='positions' or a trace."
                 )
-            made = value.roll(1 + int(self._drawn(len(value) - 1, 1)), 0)  # another's, never its own
+            by = torch.randint(1, len(value), (), generator=self._random(call))
+            made = value.roll(int(by), 0)  # another's, never its own
         else:
-            made = value[:, :, torch.randperm(value.shape[2], generator=self._random).to(value.device)]
+            made = value[:, :, torch.randperm(value.shape[2], generator=self._random(call)).to(value.device)]
         return renormalised(call, made) if self.field == "weights" else made
 
-    def _drawn(self, of: int, count: int) -> Tensor:
-        return torch.randint(of, (count,), generator=self._random)
+    def _random(self, call: EditedCall) -> torch.Generator:
+        """Draws by the seed and by where the call is: a checkpoint that runs it again in a backward draws the same."""
+        place = call.place
+        key = (
+            f"{call.site.path} {call.site.kind} {call.step} {place.batch.first} {place.heads.first} {place.rows.first}"
+        )
+        return torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(key.encode()))
 
     @property
     def note(self) -> str:
@@ -67,7 +70,7 @@ def resample(field: str = "output", over: TraceLike = "batch", *, seed: int = 0,
         field: ``q``, ``k``, ``v``, ``scores``, ``weights`` or ``output``.
         over: ``"batch"``: those of another batch entry; ``"positions"``: those of the same one in another order; or a
             trace (or the path of its file): those of a batch entry of it, drawn for each.
-        seed: of the draws, which are the same in each traced block.
+        seed: of the draws, which are the same whenever a site and step are the same.
         where: see :class:`~hookattn.edit.where.Where`.
 
     Raises:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hookattn
-from hookattn import EditError, HookattnError, InputError, SelectionError, edit
+from hookattn import EditError, HookattnError, InputError, SelectionError, TraceTooLargeError, edit
 from hookattn.testing import check_clean
 from tests.edit.test_fields import Fused
 from tests.reference import draw, same_bits
@@ -160,3 +161,54 @@ def test_what_is_skipped_was_not_edited() -> None:
         with pytest.raises(EditError, match=r"nested .* cannot be done here: .* nested tensors"):
             hookattn.edited(model, X, edit.zero())
         assert len(hookattn.edited(model, X, edit.zero(path="fused")).skipped) == 1
+
+
+def test_no_room_for_edited_weights(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept whole, as they follow from nothing; without them the edit is done all the same."""
+    from hookattn.edit import doing
+
+    monkeypatch.setattr(doing, "_LARGE", 0)
+    monkeypatch.setattr(doing.devices, "free_memory", lambda device: 100)
+    with pytest.raises(TraceTooLargeError, match=r"weights were edited.*Leave weights and scores out of capture="):
+        hookattn.edited(model, X, edit.zero("weights", heads=1))
+    check_clean(model)
+    kept = hookattn.edited(model, X, edit.zero("weights", heads=1), capture=("q", "output"))
+    assert bool((kept[0].output[:, 1] == 0).all())
+    hookattn.edited(model, X, edit.zero("output", heads=1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_second_run_draws_the_same(reentrant: bool) -> None:
+    """A checkpoint runs its part again in the backward: with other samples its gradient would be of another model."""
+    torch.manual_seed(1)
+    model, x = Fused().double(), X.double().requires_grad_()
+    one = edit.resample("output", "positions", seed=3)
+
+    def gradient(checkpointed: bool) -> Tensor:
+        with hookattn.editing(model, one):
+            out = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+            (found,) = torch.autograd.grad(out.square().sum(), x) if not (checkpointed and reentrant) else (None,)
+            if found is None:
+                out.square().sum().backward()
+                found, x.grad = x.grad, None
+        assert found is not None
+        return found
+
+    assert torch.allclose(gradient(True), gradient(False), atol=1e-12)
+
+
+@pytest.mark.parametrize("field", ["weights", "output", "v"])
+def test_dropout_between(field: str) -> None:
+    """The kernel's own dropout is in the other heads; of the edited one it is drawn anew, which the record says."""
+    torch.manual_seed(1)
+    model = Fused(dropout_p=0.5)
+    torch.manual_seed(2)
+    plain = model(X)
+    torch.manual_seed(2)
+    made = hookattn.edited(model, X, edit.scale(field, 2.0, heads=1))
+    torch.manual_seed(2)
+    clean = hookattn.trace(model, X)
+    assert made.faithful and torch.equal(clean.output, plain)
+    assert same_bits(made[0].output[:, [0, 2, 3]], clean[0].output[:, [0, 2, 3]])
+    drawn = any("drawn anew" in note for note in made[0].notes)
+    assert drawn is (field == "weights")
