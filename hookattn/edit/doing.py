@@ -361,9 +361,9 @@ class Doing(EditedCall):
         free = devices.free_memory(call.device) if size > _LARGE else None
         if free is not None and size > free:
             raise TraceTooLargeError(
-                f"{self.site.label}: its {' and '.join(self._rows)} were edited, so that they are kept whole, which takes "
-                f"{devices.size_of(size)}, and {devices.size_of(free)} of memory are free. Leave weights and scores out "
-                "of capture=."
+                f"{self.site.label}: its {' and '.join(self._rows)} were edited, so that they are kept whole, which "
+                f"takes {devices.size_of(size)}, and {devices.size_of(free)} of memory are free. Leave weights and "
+                "scores out of capture=."
             )
 
 

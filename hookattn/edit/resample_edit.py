@@ -50,11 +50,9 @@ class Resample(Edit):
 
     def _random(self, call: EditedCall) -> torch.Generator:
         """Draws by the seed and by where the call is: a checkpoint that runs it again in a backward draws the same."""
-        place = call.place
-        key = (
-            f"{call.site.path} {call.site.kind} {call.step} {place.batch.first} {place.heads.first} {place.rows.first}"
-        )
-        return torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(key.encode()))
+        site, place = call.site, call.place
+        key = self.seed, site.path, site.kind, call.step, place.batch.first, place.heads.first, place.rows.first
+        return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
     @property
     def note(self) -> str:
