@@ -184,9 +184,9 @@ class Call:
         _ = self.certificate  # before any number of the call is handed out
         if name in self.fields:
             place = self.fields[name]
-            return self._derived(name) if isinstance(place, Derived) else tensor_of(place)
+            return self.derived(name) if isinstance(place, Derived) else tensor_of(place)
         if name in self.derivable:
-            return self._derived(name)
+            return self.derived(name)
         if name not in FIELDS:
             return self._statistic(name)
         kept = asked_for({*self.fields, *self.derivable})
@@ -228,7 +228,12 @@ class Call:
             why = f"its scores are no product of queries and keys (call.score is {self.score!r})"
         return f": {why}" + (", and the model formed none that are finite" if name == "scores" else "")
 
-    def _derived(self, name: str) -> Tensor:
+    def derived(self, name: str) -> Tensor:
+        """A field that follows from others, made of them.
+
+        Raises:
+            FieldNotCaptured: it does not, or one of these was not kept.
+        """
         # What was derived with gradients off is in no graph, and is none that a loss can be made of later.
         key = name if not self.attached or torch.is_grad_enabled() else f"{name} without gradients"
         return DERIVED_CACHE.get(self, key, lambda: derive_field(self, name))

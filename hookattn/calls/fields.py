@@ -7,6 +7,7 @@
 - :class:`~hookattn.calls.mask_rule.MaskRule`: a mask, as what the kernel hides by itself and what it was given.
 - :class:`PartOf`: some batch entries, heads and queries of another field, taken when it is read.
 - :class:`~hookattn.calls.key_history.Continued`: the keys or values of one step of a generation.
+- :class:`EditedRows`: it follows from others but for some rows, which an edit has set.
 - :class:`Later`: it arrives from a GPU, or is put together, when it is first read.
 - :class:`InFile`: it is in a trace file, finished or not, and is read from there.
 - :data:`Absent`: the call has none (a bias, say), which is known.
@@ -131,6 +132,40 @@ class PartOf:
         return [slice(None) if n == 1 else i for i, n in zip(self.index, shape, strict=False)]
 
 
+class Deriving(Protocol):
+    """A call that a field can be derived of."""
+
+    def derived(self, name: str) -> Tensor:
+        """It."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EditedRows:
+    """Weights of which an edit has set some rows; the others follow from the call, and are derived when they are read.
+
+    Attributes:
+        of: the call, as if nothing had been set.
+        name: of the field.
+        shape, dtype: its own.
+        places: batch entries, heads and queries of the rows; None: all.
+        rows: what was set, with an extent for each of the places.
+    """
+
+    of: Deriving
+    name: str
+    shape: Size
+    dtype: torch.dtype
+    places: tuple[tuple[int, ...] | None, ...]
+    rows: Tensor
+
+    def __call__(self) -> Tensor:
+        """The whole field."""
+        x = self.of.derived(self.name).clone()
+        index = [torch.tensor(p or range(n), device=x.device) for p, n in zip(self.places, self.shape, strict=False)]
+        x[torch.meshgrid(*index, indexing="ij")] = self.rows.to(x.dtype)
+        return x
+
+
 def taken(x: Tensor, dim: int, index: Index) -> Tensor:
     """Some positions of an axis: a view where a slice says it."""
     if isinstance(index, slice):
@@ -144,7 +179,7 @@ def _count(index: Index, n: int) -> int:
 
 Here: TypeAlias = Tensor
 Absent: TypeAlias = None
-Place: TypeAlias = Here | MaskRule | PartOf | Continued | Later | InFile
+Place: TypeAlias = Here | MaskRule | PartOf | Continued | EditedRows | Later | InFile
 """Where a field is that needs no others."""
 Field: TypeAlias = Place | Derived | Absent
 
@@ -171,4 +206,6 @@ def dtype_of(field: Place) -> torch.dtype:
         return dtype_of(field.whole)
     if isinstance(field, Continued):
         return field.history.dtype
+    if isinstance(field, EditedRows):
+        return field.dtype
     return field.dtype if isinstance(field, Tensor) else field().dtype

@@ -24,7 +24,7 @@ from ..taps.base import Change
 from ..torch_internals import devices
 from .base import Edit
 from .edited_call import EditedCall
-from .part import Part, axes_of, union
+from .part import Part, Places, axes_of, union
 from .place import Axis, Place
 from .positions import Here
 
@@ -324,6 +324,15 @@ class Doing(EditedCall):
             if name in self._exchanged:
                 setattr(made, name, self._exchanged[name])
         return made
+
+    @property
+    def set_rows(self) -> tuple[tuple[Places, Places, Places], Tensor] | None:
+        """Where weights were set, and to what, where the others follow from what is recorded: batch entries, heads and
+        queries, None: all; and the rows. None: none were, or scores were set as well."""
+        if "weights" not in self._rows or "scores" in self._rows:
+            return None
+        part, rows = self._rows["weights"]
+        return (part.batch, part.heads, part.rows), rows
 
     def finish(self, call: KernelCall, wants: Callable[[str], bool]) -> None:
         """Put into a call that is recorded what edits have made of its fields.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import edit
+from hookattn.calls.fields import EditedRows
 from hookattn.testing import check_clean
 from tests.edit.by_hand import CASES, Case, at, attend
 from tests.reference import causal, draw, same_bits
@@ -184,3 +187,21 @@ def test_gates_have_gradients(field: str) -> None:
     with torch.no_grad():
         slopes = [(loss(gates + step * e) - loss(gates - step * e)) / (2 * step) for e in eye]
     assert torch.allclose(got, torch.stack(slopes), atol=1e-8) and float(got.abs().max()) > 1e-3
+
+
+def test_set_weights_are_put_among_the_others_when_they_are_read() -> None:
+    """Nothing of the size T·S is formed for the record of a fused kernel; what is read, copied and saved is whole."""
+    torch.manual_seed(1)
+    model, x = Fused(is_causal=True).double(), draw(2, T, 16, seed=4, dtype=torch.float64)
+    with torch.no_grad():
+        call = hookattn.edited(model, x, edit.set("weights", 0.25, heads=[1], queries=[0, 3], batch=1))[0]
+        clean = hookattn.trace(model, x)[0].weights
+    place = call.place("weights")
+    assert isinstance(place, EditedRows) and place.rows.shape == (1, 1, 2, T) and tuple(place.shape) == (2, 4, T, T)
+    expected = clean.clone()
+    expected[1, 1, [0, 3]] = 0.25
+    for one in (call, copy.deepcopy(call), pickle.loads(pickle.dumps(call))):
+        assert torch.equal(one.weights, expected)
+    assert torch.equal(call.at(heads=1, queries=3).weights, expected[:, 1:2, 3:4])
+    call.weights.zero_()  # the reader's own
+    assert torch.equal(call.weights, expected)
