@@ -1,4 +1,4 @@
-"""Edits of fused kernels whose heads lie otherwise than B H T D, or that run piece by piece: by the same numbers."""
+"""Edits of attention in other layouts, piece by piece, or written out by hand: by the same numbers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,35 @@ class HeadPairs(Base):
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1)
 
 
-LAYOUTS = [Folded, HeadsFirst, FiveAxes, Packed, Chunks, HeadPairs]
+class ByHand(Base):
+    """In plain operations."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+
+
+class ByHandFolded(Base):
+    """In plain operations, with grouped heads and heads in the batch."""
+
+    groups = 2
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(2, 1).flatten(0, 1) for t in (k, v))
+        scores = torch.bmm(q.flatten(0, 1) * 8**-0.5, k.transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, -1), v).view(-1, 4, 6, 8)
+
+
+class ByHandEinsum(Base):
+    """In plain operations, heads after the positions."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        raised = torch.einsum("bthd,bshd->bhts", q, k).mul(8**-0.5).exp()
+        weights = raised / raised.sum(-1, keepdim=True)
+        return torch.einsum("bhts,bshd->bthd", weights, v).transpose(1, 2)
+
+
+LAYOUTS = [Folded, HeadsFirst, FiveAxes, Packed, Chunks, HeadPairs, ByHand, ByHandFolded, ByHandEinsum]
 ONLY_TOGETHER = {"mean": Chunks}
 
 
