@@ -10,7 +10,7 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, is_typeddict
 
 FILE = Path(__file__).with_suffix(".json")
 
@@ -21,6 +21,7 @@ MODULES = (
     "hookattn.analyze.survey",
     "hookattn.attention",
     "hookattn.demo.induction",
+    "hookattn.edit",
     "hookattn.interop.bertviz",
     "hookattn.interop.circuitsvis",
     "hookattn.interop.transformer_lens",
@@ -75,7 +76,7 @@ def described(value: Any) -> Any:
                 members[name] = signature(member)
             else:
                 members[name] = "value"
-        fields = sorted(getattr(value, "__dataclass_fields__", {}))
+        fields = sorted(value.__annotations__ if is_typeddict(value) else getattr(value, "__dataclass_fields__", {}))
         # Of the bases only exceptions are the API: what is caught with what.
         bases = [base.__name__ for base in value.__mro__[1:-1] if issubclass(base, BaseException)]
         return {"class": signature(value), "bases": bases, "fields": fields, "members": members}
