@@ -133,6 +133,19 @@ def number(name: str, value: Any, what: str, fits: Callable[[float], bool], erro
     return found
 
 
+def amount(name: str, value: Any, what: str = "a number", error: Error = InputError) -> float:
+    """A real number of any library, NaN and infinities among them; no bool, and no array or tensor."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, (str, bytes)) and not _is_bool(value) and not hasattr(value, "dim"):
+        try:
+            if not getattr(value, "ndim", 0):
+                return float(value)
+        except Exception:  # noqa: BLE001 - whatever it is, it is no number, or none that a float can be
+            pass
+    raise wrong(name, value, what, error) from None
+
+
 def word(name: str, value: Any, known: Collection[str], error: Error = SelectionError) -> str:
     """One of some words."""
     if isinstance(value, str) and value in known:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import EditError
+from ..errors import EditError, InputError
 from .edited_call import EditedCall
 from .where import Selected, Where
 
@@ -56,12 +56,15 @@ class Edit(ABC):
             EditError: they are none, or do not fit.
         """
         shape, dtype, device = call.value_shape, call.value_dtype, call.call.device
-        if isinstance(x, (int, float)) and not isinstance(x, bool):
-            return torch.full((1,) * len(shape), x, dtype=dtype, device=device).expand(shape)
         if not isinstance(x, Tensor):
-            raise EditError(f"{call.where(self)}: expected a tensor of shape {shape}, got {checks.printed(x)}.")
-        if not x.is_floating_point():
-            raise EditError(f"{call.where(self)}: expected floating values, got a tensor of {x.dtype}.")
+            try:
+                number = checks.amount("values", x)
+            except InputError:
+                raise EditError(
+                    f"{call.where(self)}: expected a tensor of shape {shape}, or a number; got {checks.printed(x)}."
+                ) from None
+            return torch.full((1,) * len(shape), number, dtype=dtype, device=device).expand(shape)
+        check_dense(self, call, x)
         x = x.to(device=device, dtype=dtype)
         if x.is_inference() and not torch.is_inference_mode_enabled():
             x = x.clone()  # such a tensor can't be in a graph
@@ -75,6 +78,29 @@ class Edit(ABC):
 
     def __repr__(self) -> str:
         return f"edit.{self.name}({', '.join(filter(None, (repr(self.field), str(self.where))))})"
+
+
+def check_dense(edit: Edit, call: EditedCall, x: Tensor) -> None:
+    """Whether a tensor has floating values, one for each entry.
+
+    Raises:
+        EditError: it has not.
+    """
+    if x.layout != torch.strided or x.is_nested or (x.is_meta and call.call.device.type != "meta"):
+        kind = "no values (it is on the meta device)" if x.is_meta else f"the layout {x.layout}"
+        kind = "rows of several lengths (it is nested)" if x.is_nested else kind
+        raise EditError(f"{call.where(edit)}: expected a dense tensor with values, got one that has {kind}.")
+    if not x.is_floating_point():
+        raise EditError(f"{call.where(edit)}: expected floating values, got a tensor of {x.dtype}.")
+
+
+def values_of(name: str, values: object) -> Tensor | float:
+    """The values that an edit is given: a tensor, or a number of any library.
+
+    Raises:
+        InputError: neither.
+    """
+    return values if isinstance(values, Tensor) else checks.amount(name, values, "a tensor or a number")
 
 
 def field_of(name: str, field: object, known: tuple[str, ...] = FIELDS) -> str:

@@ -7,9 +7,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..errors import EditError
-from .base import Edit, field_of
+from .base import Edit, check_dense, field_of, values_of
 from .edited_call import EditedCall
 from .where import Where
 
@@ -21,8 +20,7 @@ class Scale(Edit):
 
     def __init__(self, field: str, gates: Tensor | float, **where: Unpack[Where]):
         super().__init__(field, **where)
-        checks.one_of("gates", gates, (Tensor, int, float), "a tensor or a number")
-        self.gates = gates
+        self.gates = values_of("gates", gates)
         self._stack: tuple[str, str] | None = None
 
     def begin(self) -> None:
@@ -36,6 +34,7 @@ class Scale(Edit):
                 "the model outside of it."
             )
         if isinstance(gates, Tensor) and gates.dim() in (1, 2):
+            check_dense(self, call, gates)
             gates = self._of_heads(call, gates)
         return call.value * self.check(call, gates)
 

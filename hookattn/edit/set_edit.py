@@ -6,8 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks
-from .base import Edit, field_of
+from .base import Edit, field_of, values_of
 from .edited_call import EditedCall
 from .where import Where
 
@@ -19,8 +18,7 @@ class Set(Edit):
 
     def __init__(self, field: str, values: Tensor | float, **where: Unpack[Where]):
         super().__init__(field, **where)
-        checks.one_of("values", values, (Tensor, int, float), "a tensor or a number")
-        self.values = values
+        self.values = values_of("values", values)
 
     def new(self, call: EditedCall) -> Tensor | float:
         return self.values

@@ -64,7 +64,7 @@ ATTACKS = (
     Attack("tasks", "asyncio tasks and threads on one model", 200, 10),
     Attack("files", "damaged trace files, nine kinds of damage", 200_000, 1500),
     Attack("kills", "SIGKILL in save, stream and survey", 600, 6),
-    Attack("arguments", "wrong calls of the public functions", 30_000, 1000),
+    Attack("arguments", "wrong calls of the public functions", 60_000, 1000),
     Attack("server", "requests to the viewer that are not for it", 400, 60),
     Attack("soak", "traces of changing models for so many seconds", 120, 6),
     Attack("terminals", "control characters and formulas in what a file says", 200, 5),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import hookattn
-from hookattn import analyze, render, statistics
+from hookattn import analyze, edit, render, statistics
 from hookattn.analyze import survey
 from hookattn.attention.score_inputs import ScoreInputs
 from hookattn.interop import bertviz, circuitsvis, transformer_lens
@@ -63,6 +63,15 @@ class Stage:
     def divergence(self) -> Any:
         """A table of heads by heads."""
         return analyze.head_divergence(self.gpt2)
+
+    @functools.cached_property
+    def graded(self) -> hookattn.Trace:
+        """A trace with gradients, after a backward."""
+        with torch.enable_grad():
+            trace = hookattn.trace(self.model, self.inputs, gradients=True)
+            trace.output.logits.sum().backward()
+        self.model.zero_grad()
+        return trace
 
     @functools.cached_property
     def problem(self) -> ScoreInputs:
@@ -179,7 +188,12 @@ SELECTED = {
     "to": "path or none",
     "layout": "empty mapping or none",
 }
-TRACED = {**SELECTED, "tokens": "nothing or none", "verify": "nothing", "strict": "flag", "copy": "flag"}
+TRACED = {
+    **SELECTED,
+    "tokens": "nothing or none",
+    "verify": "nothing",
+    **dict.fromkeys(("strict", "copy", "gradients", "attached"), "flag"),
+}
 WHERE = {
     "layer": "indices or none",
     "stack": "text or none",
@@ -192,6 +206,11 @@ WHERE = {
     "keys": "indices or a slice or none",
     "tokens": "nothing or none",
     "key_tokens": "nothing or none",
+}
+EDITED = {
+    **dict.fromkeys(("layer", "heads", "queries", "keys", "batch"), "indices or a slice or none"),
+    **dict.fromkeys(("stack", "kind", "path"), "text or none"),
+    "step": "indices or none",
 }
 DRAWN = {"trace": "trace", "field": "nothing", "scale": "nothing", "sink": "nothing"}
 VIEWER = {
@@ -343,10 +362,113 @@ def _core() -> Iterator[Target]:
     yield Target(t + "__getitem__", lambda s, given: s.gpt2[given.get("key", 0)], {"key": "index, a slice or a path"})
     c = h + "Call."
     yield _method(c + "get", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="nothing")
+    yield _method(c + "grad", lambda s: s.graded[0], lambda s: {"name": "weights"}, name="nothing")
     yield _method(c + "has", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="text")
     yield _method(c + "place", lambda s: s.gpt2[0], lambda s: {"name": "q"}, name="nothing")
     part = dict.fromkeys(("heads", "queries", "batch"), "indices or a slice or none")
     yield _method(c + "at", lambda s: s.gpt2[0], **part)
+
+
+def _edits() -> Iterator[Target]:
+    """Edits are run, too: whether values fit is told then."""
+    e = "hookattn.edit."
+    weights, where = {"field": "weights"}, {"field": "nothing", **EDITED}
+    yield _edit(e + "zero", edit.zero, weights, **where)
+    yield _edit(e + "mean", edit.mean, weights, over="trace with or without calls", **where)
+    yield _edit(
+        e + "resample", edit.resample, weights, over="trace with or without calls", seed="count from 0", **where
+    )
+    yield _edit(e + "knockout", edit.knockout, {"layer": 0, "queries": [2], "keys": [1]}, **EDITED)
+    yield _target(e + "knockout (of a query)", lambda **given: _run_with(edit.knockout(**given)),
+                  lambda s: {"queries": [2]}, **{**EDITED, "queries": "indices or a slice"})  # fmt: skip
+    yield _target(e + "patch", lambda **given: _run_with(edit.patch(**given)),
+                  lambda s: {"field": "weights", "of": s.gpt2}, of="trace, call or values", **where)  # fmt: skip
+    yield _target(e + "freeze", lambda **given: _run_with(edit.freeze(**given)), lambda s: {"of": s.gpt2},
+                  of="trace with or without calls", **EDITED)  # fmt: skip
+    for name, function in (("add", edit.add), ("set", edit.set)):
+        yield _edit(e + name, function, {**weights, "values": 0.5}, values="values", **where)
+    yield _edit(e + "scale", edit.scale, {**weights, "gates": 0.5}, gates="values", **where)
+    yield _edit(e + "call", edit.call, {**weights, "function": lambda call: 2 * call.value}, function="function",
+                **where)  # fmt: skip
+    for name in edit.FIELDS:
+        yield _edit(f"{e}call (what it returns for {name})", _returning, {"field": name, "value": 0.5}, value="values")
+        yield _edit(f"{e}scale (of {name})", edit.scale, {"field": name, "gates": 0.5}, gates="values")
+        yield _target(f"{e}patch (of {name})", lambda **given: _run_with(edit.patch(**given)),
+                      lambda s, name=name: {"field": name, "of": 0 * s.gpt2[0].get(name)},
+                      of="trace, call or values")  # fmt: skip
+    one = {"edits": edit.zero(layer=0)}
+    yield _target("hookattn.edited", lambda edits, **given: hookattn.edited(given.pop("model"), given.pop("inputs"),
+                  edits, **given), lambda s: {**_run(s), **one}, model="model", inputs="inputs", edits="no items",
+                  **TRACED)  # fmt: skip
+    yield _target("hookattn.editing", _in_edited_block, lambda s: {"model": s.model, **one}, model="model",
+                  edits="no items", **TRACED)  # fmt: skip
+
+
+def _edit(name: str, function: Callable[..., edit.Edit], right: dict[str, Any], /, **kinds: str) -> Target:
+    return _target(name, lambda **given: _run_with(function(**given)), lambda s: right, **kinds)
+
+
+def _run_with(change: edit.Edit) -> Any:
+    return hookattn.edited(stage().model, stage().inputs, change)
+
+
+def _returning(field: str, value: Any) -> edit.Edit:
+    return edit.call(lambda call: value, field)
+
+
+def _in_edited_block(edits: Any, model: Any, **options: Any) -> Any:
+    with hookattn.editing(model, edits, **options) as trace:
+        stage().model(stage().inputs)
+    return trace
+
+
+def _causal() -> Iterator[Target]:
+    """What runs a model on inputs and asks a metric."""
+    a = "hookattn.analyze."
+    metric = analyze.log_probability(3)
+    one = lambda s: {"model": s.model, "inputs": s.inputs, "metric": metric}  # noqa: E731
+    both = lambda s: {"model": s.model, "clean": s.inputs, "corrupted": s.inputs.flip(1), "metric": metric}  # noqa: E731
+    pair = lambda s: {"model": s.model, "clean": s.inputs, "corrupt": s.inputs.flip(1), "metric": metric}  # noqa: E731
+    of_one = {"model": "model", "inputs": "inputs", "metric": "function"}
+    of_both = {"model": "model", "clean": "inputs", "corrupted": "inputs", "metric": "function"}
+    of_pair = {"model": "model", "clean": "inputs", "corrupt": "inputs", "metric": "function"}
+    site = {"stack": "text or none", "kind": "text or none"}
+    runs = {**site, "batch": "count or none", "progress": "function or none"}
+    heads = {"layers": "indices or none", "heads": "indices or none"}
+    yield _target(a + "activation_patching", analyze.activation_patching, both, True, **of_both, field="nothing",
+                  into="nothing", positions="flag or indices", **heads, **runs)  # fmt: skip
+    yield _target(a + "path_patching", analyze.path_patching, both, True, **of_both, receivers="pairs", into="nothing",
+                  frozen="nothing", **heads, **runs)  # fmt: skip
+    yield _target(a + "path_patching (to a head)", analyze.path_patching, lambda s: {**both(s), "receivers": [(1, 0)]},
+                  True, into="nothing", frozen="nothing", **heads, **site)  # fmt: skip
+    yield _target(a + "head_ablation", analyze.head_ablation, one, True, **of_one, by="nothing", over="nothing",
+                  seed="count from 0", **heads, **runs)  # fmt: skip
+    yield _target(a + "edge_effects", analyze.edge_effects, lambda s: {**one(s), "edges": [(0, 1, 2, 1)]}, True,
+                  **of_one, edges="nothing", **runs)  # fmt: skip
+    yield _target(a + "edge_effects (one edge)", lambda edge: analyze.edge_effects(**one(stage()), edges=[edge]),
+                  lambda s: {"edge": (0, 1, 2, 1)}, True, edge="nothing")  # fmt: skip
+    yield _target(
+        a + "atp_star", analyze.atp_star, pair, True, **of_pair, nodes="nothing", grad_drop="flag", by="nothing"
+    )
+    yield _target(a + "attribution_patching", analyze.attribution_patching, pair, True, **of_pair, nodes="nothing",
+                  by="nothing")  # fmt: skip
+    yield _target(a + "edge_attribution", analyze.edge_attribution, one, True, **of_one, by="nothing", top="count")
+    yield _target(a + "head_importance", analyze.head_importance, one, True, **of_one)
+    yield _target(a + "integrated_gradients", analyze.integrated_gradients, lambda s: {**one(s), "steps": 1}, True,
+                  **of_one, layer="indices or none", heads="indices or none", steps="count", at_once="count or none",
+                  by="nothing", top="count", **site)  # fmt: skip
+    yield _target(a + "relevance", analyze.relevance, one, True, **of_one, keys="empty mapping or none")
+    yield _target(a + "log_probability", analyze.log_probability, lambda s: {"token": 3}, token="numbers from 0",
+                  position="any int")  # fmt: skip
+    yield _target(a + "logit_difference", analyze.logit_difference, lambda s: {"right": 3, "wrong": 4},
+                  right="numbers from 0", wrong="numbers from 0", position="any int")  # fmt: skip
+    yield _target(a + "head_ablation (what the metric returns)",
+                  lambda value: analyze.head_ablation(stage().model, stage().inputs, lambda output: value),
+                  lambda s: {"value": 0.5}, True, value="one number")  # fmt: skip
+    yield _target(a + "head_importance (what the metric returns)",
+                  lambda value: analyze.head_importance(stage().model, stage().inputs,
+                                                        lambda output: metric(output) if value is metric else value),
+                  lambda s: {"value": metric}, True, value="nothing")  # fmt: skip
 
 
 def _others() -> Iterator[Target]:
@@ -394,4 +516,4 @@ def _others() -> Iterator[Target]:
 
 def targets() -> list[Target]:
     """All of them."""
-    return [*_core(), *_analyzers(), *_figures(), *_others()]
+    return [*_core(), *_analyzers(), *_causal(), *_edits(), *_figures(), *_others()]

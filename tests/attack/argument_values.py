@@ -141,6 +141,13 @@ _PLAIN: dict[str, frozenset[str]] = {
     "share to 1": frozenset({"1", "numpy's int"}),
     "number": _NUMBERS,
     "number from 0": _NUMBERS - {"-1", "-7", "-10**20"},
+    "numbers from 0": frozenset({"0", "1", "int tensor", "numpy's int", "[99]"}),
+    # Whether values fit what they are for is told when the model runs.
+    "values": _NUMBERS | {"nan", "numpy's nan", "float tensor"},
+    "one number": _NUMBERS | {"nan", "numpy's nan", "tensor of five axes"},  # which has one entry
+    "trace, call or values": _TRACES | {"a trace without calls", "a call", "float tensor", "no tensor axis"},
+    "pairs": frozenset({"[[0, 1]]"}),
+    "flag or indices": _INDICES | {"True", "False", "numpy's bool"},
     "text": _TEXT,
     "words": _NAMES | (_TEXT - {"empty text"}),
     "names": _NAMES,

@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import random
+import re
 import warnings
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -37,12 +38,14 @@ EXCUSED = {
         "hookattn.PlannedCall hookattn.Site hookattn.Skipped hookattn.Trace hookattn.Call.of hookattn.analyze.Circuit "
         "hookattn.analyze.Projection hookattn.analyze.Reading hookattn.analyze.Reading.joined "
         "hookattn.interop.transformer_lens.Hook hookattn.statistics.Problem hookattn.statistics.Problem.of "
+        "hookattn.statistics.Problem.of_scores hookattn.statistics.Problem.of_weights hookattn.analyze.Relevance "
         "hookattn.testing.Failure hookattn.demo.induction.InductionConfig".split(),
         _RECORDS,
     ),
     **dict.fromkeys(
         "hookattn.Adapter.check hookattn.Adapter.kind hookattn.Adapter.knows hookattn.Adapter.site "
-        "hookattn.analyze.Role.evidence hookattn.statistics.query_positions".split(),
+        "hookattn.analyze.Role.evidence hookattn.statistics.query_positions hookattn.edit.Edit.begin "
+        "hookattn.edit.Edit.check hookattn.edit.Edit.new".split(),
         _CALLED,
     ),
     **dict.fromkeys("hookattn.render.serve hookattn.render.server.serve hookattn.render.server.application "
@@ -53,6 +56,8 @@ EXCUSED = {
                     _FOREIGN),
     "hookattn.analyze.PairMass": "a base of measures, which those that are made of it are",
     "hookattn.analyze.WordRelation": "likewise",
+    "hookattn.edit.Edit": "a base of edits, which those that are made of it are",
+    "hookattn.edit.Where": "the options of edits, which are attacked with each of them",
     "hookattn.render.Widget.save_page": "it is hookattn.render.save_page",
     "hookattn.demo.induction.InductionTransformer": "a model of the demo, which is no part of the library",
     "hookattn.demo.induction.InductionTransformer.forward": "likewise",
@@ -64,6 +69,10 @@ _PROTOCOL = {
     *("allocate", "columns", "fill", "write", "mean", "of_query", "once", "part", "parts", "per_head", "prepare"),
     *("stat", "tensor"),
 }
+# Below these all is excused: the math of calls, what a checker of adapters does, and a call as an edit is given it.
+_BELOW = ("hookattn.attention.", "hookattn.testing.AdapterContract", "hookattn.edit.EditedCall")
+# Of these kinds the model may refuse what it is given; all else it does not get to see.
+_MET_BY_MODEL = ("inputs", "model", "function", "anything")
 _NOTES = ("raised by the model", "raised while the forward ran on shapes")
 
 
@@ -137,7 +146,9 @@ def _outcome(on: Stage, target: Target, name: str, label: str) -> tuple[str, str
             return "fine" if right else "clean", _text(error)
         except Exception as error:  # noqa: BLE001 - what it is decides
             said = f"{type(error).__name__}: {_text(error)[:100]!r}"
-            if any(note in line for line in getattr(error, "__notes__", ()) for note in _NOTES):
+            if target.kinds[name] in _MET_BY_MODEL and any(
+                note in line for line in getattr(error, "__notes__", ()) for note in _NOTES
+            ):
                 return "model", said
             names_it = isinstance(error, (TypeError, ValueError)) and name in _text(error)
             return "fine" if right and names_it else "clean" if names_it else "bare", said
@@ -160,15 +171,23 @@ def _not_attacked(found: Sequence[Target]) -> Iterator[str]:
     kinds = {target.name: target.kinds for target in found}
     for name, function in _public_functions():
         last = name.rpartition(".")[2]
-        excused = name in EXCUSED or name.startswith(("hookattn.attention.", "hookattn.testing.AdapterContract"))
+        excused = name in EXCUSED or name.startswith(_BELOW)
         method_of_record = name.count(".") > 2 and last in _PROTOCOL
         if excused or method_of_record:
             continue
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name in ("self", "cls") or parameter.kind is parameter.VAR_KEYWORD:
-                continue
-            if parameter.name not in kinds.get(name, {}):
-                yield f"{name}({parameter.name})"
+        for argument in _arguments(function):
+            if argument not in kinds.get(name, {}):
+                yield f"{name}({argument})"
+
+
+def _arguments(function: Any) -> Iterator[str]:
+    """The names of all arguments of a function; of options that are passed on, those that it says it takes."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            if parameter.name not in ("self", "cls"):
+                yield parameter.name
+        elif found := re.fullmatch(r"Unpack\[(\w+)\]", str(parameter.annotation)):
+            yield from getattr(import_module(function.__module__), found[1]).__annotations__
 
 
 def _public_functions() -> Iterator[tuple[str, Any]]:

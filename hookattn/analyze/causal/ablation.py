@@ -13,7 +13,7 @@ from ...edit.base import Edit
 from ..frame import table_of
 from .metric import Metric
 from .running import Entries, Job, Runner, field_of, of_entries
-from .selecting import chosen_calls, chosen_numbers, columns_of
+from .selecting import check_options, chosen_calls, chosen_numbers, columns_of, wanted_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,6 +64,8 @@ def head_ablation(
         InputError: the metric returns no scalar; SelectionError: a layer or head that there isn't, or an unknown
         option; EditError: an output cannot be exchanged, or there is nothing to resample from.
     """
+    check_options(stack, kind, progress)
+    layers, heads = wanted_numbers("layers", layers), wanted_numbers("heads", heads)
     ablation = Ablation(model, inputs, metric, by=by, over=over, seed=seed, batch=batch)
     places = ablation.places(layers, heads, stack, kind)
     return ablation.table(places, [x for part in ablation.values(places, progress) for x in part])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ...edit.where import Where
 from ...errors import SelectionError
 from .metric import Metric
 from .running import Entries, Job, Runner, check_same, field_of, of_entries, plain_trace
-from .selecting import chosen_calls, chosen_numbers, effects_table
+from .selecting import check_options, chosen_calls, chosen_numbers, effects_table, wanted_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -83,6 +83,9 @@ def activation_patching(
     """
     checks.word("field", field, FIELDS)
     checks.word("into", into, INTO)
+    check_options(stack, kind, progress)
+    layers, heads = wanted_numbers("layers", layers), wanted_numbers("heads", heads)
+    positions = _checked_positions(positions)
     base_inputs, other_inputs = (corrupted, clean) if into == "corrupted" else (clean, corrupted)
     runner = Runner(model, base_inputs, metric, batch=batch)
     other = plain_trace(model, other_inputs, field)
@@ -119,12 +122,20 @@ def _patches(field: str, values: Tensor, where: Where) -> Callable[[Entries], li
     return edits
 
 
-def _positions(call: Call, positions: bool | int | Sequence[int], there: int) -> list[int | None]:
+def _checked_positions(positions: Any) -> bool | list[int]:
+    what = "True (each position), False (all at once), or ints"
+    if not isinstance(positions, Iterable):
+        try:
+            return checks.flag("positions", positions, SelectionError)
+        except SelectionError:
+            pass
+    found = checks.several_ints("positions", positions, what)
+    if not found:
+        raise checks.wrong("positions", positions, what, SelectionError)
+    return found
+
+
+def _positions(call: Call, positions: bool | list[int], there: int) -> list[int | None]:
     if positions is False:
         return [None]
-    if positions is True:
-        return list(range(there))
-    found = chosen_numbers("positions", positions, there, call)
-    if not found:
-        raise SelectionError("positions=[]: expected positions, True for each of them, or False for all at once.")
-    return list(found)
+    return list(range(there)) if positions is True else list(chosen_numbers("positions", positions, there, call))

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..frame import table_of
 from .metric import Metric
 from .running import Entries, Job, Runner, field_of, of_entries
-from .selecting import chosen_numbers, columns_of, one_call
+from .selecting import check_options, chosen_numbers, columns_of, one_call
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -70,6 +70,7 @@ def edge_effects(
     wanted = [checks.several_ints("edges", edge) for edge in checks.items_of(edges) or []]
     if not wanted or any(len(edge) != 4 for edge in wanted):
         raise checks.wrong("edges", edges, _EDGES, InputError)
+    check_options(stack, kind, progress)
     runner = Runner(model, inputs, metric, ["weights"], batch)
     calls = runner.trace.calls
     found: list[tuple[int, int, int, int]] = []

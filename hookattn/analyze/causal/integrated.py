@@ -20,6 +20,7 @@ from .edge_table import BY, checked_top, edge_table
 from .head_table import Column, head_table
 from .metric import Metric, batch_parts, checked_metric, metric_value
 from .nodes import Patched, check_deterministic
+from .selecting import check_options, wanted_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -80,7 +81,8 @@ def integrated_gradients(
     checks.word("by", by, BY)
     top, steps = checked_top(top), checks.whole("steps", steps, 1)
     wanted = None if at_once is None else checks.whole("at_once", at_once, 1)
-    chosen = None if heads is None else checks.several_ints("heads", heads)
+    check_options(stack, kind)
+    layer, chosen = wanted_numbers("layer", layer), wanted_numbers("heads", heads)
     clean = plain_trace(model, inputs)
     check_deterministic(clean)
     with torch.no_grad():

@@ -7,6 +7,7 @@ that are means, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ def metric_value(metric: Metric, output: Any, gradient: bool = False) -> Tensor:
         GradientError: no gradient can be taken of it, and ``gradient``.
     """
     value = metric(output)
-    if not gradient and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = torch.tensor(float(value))
     name = getattr(metric, "__qualname__", type(metric).__name__)
+    if not gradient and not isinstance(value, Tensor):
+        with suppress(InputError):
+            value = torch.tensor(checks.amount("metric", value))
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else checks.printed(value)
         raise InputError(f"metric {name}: expected {_WHAT}; it returned {got}. Sum or average it (.mean()).")
@@ -128,9 +130,10 @@ def log_probability(token: int | Sequence[int] | Tensor, position: int = -1) -> 
 
 
 def _tokens(name: str, value: Any) -> list[int]:
-    found = checks.several_ints(name, value, "the index of a token, or one for each batch entry", InputError)
-    if not found or min(found) < 0:
-        raise checks.wrong(name, value, "the index of a token, counted from 0, or one for each batch entry")
+    what = "the index of a token, counted from 0, or one for each batch entry"
+    found = checks.several_ints(name, value, what, InputError)
+    if not found or min(found) < 0 or max(found) > checks.LARGEST:
+        raise checks.wrong(name, value, what)
     return found
 
 

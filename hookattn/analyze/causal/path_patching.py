@@ -15,7 +15,7 @@ from ...errors import InputError, SelectionError
 from ...traces import Trace
 from .metric import Metric
 from .running import Entries, Job, Runner, check_same, field_of, of_entries, plain_trace
-from .selecting import chosen_calls, chosen_numbers, effects_table, one_call
+from .selecting import check_options, chosen_calls, chosen_numbers, effects_table, one_call, wanted_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -81,11 +81,14 @@ def path_patching(
     fields = [checks.word("into", x, INTO) for x in ([into] if isinstance(into, str) else checks.items_of(into) or [])]
     if not fields:
         raise SelectionError("into=[]: expected some of q, k, v.")
+    check_options(stack, kind, progress)
+    layers, heads = wanted_numbers("layers", layers), wanted_numbers("heads", heads)
+    pairs = None if isinstance(receivers, str) and receivers == OUTPUT else _pairs(receivers)
     runner = Runner(model, clean, metric, [frozen], batch)
     other = plain_trace(model, corrupted)
     check_same(runner.trace, other)
     calls = runner.trace.calls
-    targets = None if receivers == OUTPUT else _receivers(runner.trace, receivers, stack, kind)
+    targets = None if pairs is None else _receivers(runner.trace, pairs, stack, kind)
     end = len(calls) if targets is None else max(targets)
     senders = [
         (i, head)
@@ -118,18 +121,24 @@ def path_patching(
     return effects_table([calls[i] for i, _ in senders], {"head": [h for _, h in senders]}, found, runner, whole, both)
 
 
-def _receivers(trace: Trace, given: Any, stack: str | None, kind: str | None) -> dict[int, list[int]]:
+def _pairs(given: Any) -> list[list[int]]:
+    """Layers and heads as a caller gives them."""
+    what = "pairs of a layer and a head, such as [(9, 6)], or 'output'"
+    found = [checks.several_ints("receivers", pair, what) for pair in checks.items_of(given) or []]
+    if not found or any(len(pair) != 2 for pair in found):
+        raise checks.wrong("receivers", given, what, InputError)
+    return found
+
+
+def _receivers(
+    trace: Trace, pairs: Sequence[Sequence[int]], stack: str | None, kind: str | None
+) -> dict[int, list[int]]:
     """Place of a call -> its heads."""
     found: dict[int, list[int]] = {}
-    for pair in checks.items_of(given) or []:
-        numbers = checks.several_ints("receivers", pair)
-        if len(numbers) != 2:
-            raise checks.wrong("receivers", pair, "pairs of a layer and a head, such as [(9, 6)], or 'output'")
-        i = one_call(trace, numbers[0], stack, kind)
+    for layer, head in pairs:
+        i = one_call(trace, layer, stack, kind)
         call = trace.calls[i]
-        found.setdefault(i, []).extend(chosen_numbers("heads", [numbers[1]], field_of(call, "output").shape[1], call))
-    if not found:
-        raise checks.wrong("receivers", given, "pairs of a layer and a head, such as [(9, 6)], or 'output'", InputError)
+        found.setdefault(i, []).extend(chosen_numbers("heads", [head], field_of(call, "output").shape[1], call))
     return found
 
 

@@ -87,6 +87,7 @@ def relevance(model: nn.Module, inputs: Any, metric: Metric, *, keys: Mapping[st
             step.append((calls[i + 1], weighted[i + 1].mean(1)))
         rolled.roll(step)
         i += len(step)
+    rolled.check_keys()
     column = Column(
         "relevance",
         "metric",
@@ -104,11 +105,13 @@ class _Rolled:
         keys: stack → the stack that it reads, as a caller says.
         maps: (stack, other) → B T S; what is not there is 0, and of a stack that is new I.
         sizes: stack → its number of tokens.
+        read: the stacks of which a call has read another.
     """
 
     keys: dict[str, str]
     maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
     step: int | None = None
 
     def both_ways(self, call: Call, after: Call) -> bool:
@@ -130,6 +133,7 @@ class _Rolled:
             if not call.site.crosses:
                 found = {pair: a @ r for pair, r in self.maps.items() if pair[0] == stack}
             else:
+                self.read.add(stack)
                 other = self._read_by(call, a.shape[2], [c.site.stack for c, _ in several if c is not call])
                 self._begin(call, other, a.shape[2], a)
                 own, theirs = self.maps[stack, stack], self.maps[other, other]
@@ -141,6 +145,13 @@ class _Rolled:
         for pair, more in added.items():
             before = self.maps.get(pair)
             self.maps[pair] = more if before is None else before + more
+
+    def check_keys(self) -> None:
+        """Raises InputError: a stack was named that reads no other."""
+        for stack in self.keys:
+            if stack not in self.read:
+                there = ", ".join(sorted(self.read)) or "none"
+                raise checks.wrong("keys", self.keys, f"stacks that read another: here {there}")
 
     def _begin(self, call: Call, stack: str, size: int, a: Tensor) -> None:
         known = self.sizes.setdefault(stack, size)

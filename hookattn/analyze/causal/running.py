@@ -299,7 +299,14 @@ def _fresh(x: Any, of: Callable[[Tensor], Any] = lambda t: t) -> Any:
     try:
         return with_tensors(x, of)
     except UnknownContent:
+        pass
+    try:
         return copy.deepcopy(x)
+    except Exception as error:
+        raise InputError(
+            f"the inputs hold an object of {type(x).__name__}, which each run needs a copy of, and which cannot be "
+            f"copied ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _check_places(trace: Trace) -> None:

@@ -18,6 +18,31 @@ if TYPE_CHECKING:
     from .running import Runner
 
 
+def wanted_numbers(name: str, value: Any) -> list[int] | None:
+    """Layers or heads as a caller gives them, before the model runs; None: all.
+
+    Raises:
+        SelectionError: they are no ints, or none.
+    """
+    found = None if value is None else checks.several_ints(name, value)
+    if found is not None and not found:
+        raise SelectionError(f"{name}=[] selects nothing; leave it out to select all.")
+    return found
+
+
+def check_options(stack: Any, kind: Any, progress: Any = None) -> None:
+    """What else a caller gives that can be told to be wrong before the model runs.
+
+    Raises:
+        InputError: ``stack`` or ``kind`` is no text, or ``progress`` no function.
+    """
+    for name, value in (("stack", stack), ("kind", kind)):
+        if value is not None:
+            checks.text(name, value)
+    if progress is not None:
+        checks.function("progress", progress)
+
+
 def chosen_calls(
     trace: Trace, layers: int | Sequence[int] | None, stack: str | None = None, kind: str | None = None
 ) -> list[int]:
