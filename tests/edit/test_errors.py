@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,17 @@ BAD: dict[str, tuple[Callable[[hookattn.Trace], Any], type[HookattnError], str]]
     "a step from the end": (lambda t: edit.zero(step=-1), SelectionError, "counted from 0"),
     "every edge": (lambda t: edit.knockout(layer=1), SelectionError, "edit.zero"),
     "no values": (lambda t: edit.set("weights", "x"), InputError, "values="),  # type: ignore[arg-type]
+    "a flag as values": (lambda t: edit.add("weights", True), InputError, "values=True"),
+    "gates that are a complex number": (lambda t: edit.scale("output", 1j), InputError, "gates="),  # type: ignore[arg-type]
+    "a number that no float can be": (lambda t: edit.set("q", 10**400), InputError, "values=1000"),
+    "an array as values": (lambda t: edit.set("q", np.ones(4)), InputError, "got ndarray"),  # type: ignore[arg-type]
+    "values on the meta device": (lambda t: edit.set("q", torch.ones(1, device="meta")), EditError, "meta device"),
+    "gates on the meta device": (lambda t: edit.scale("q", torch.ones(4, device="meta")), EditError, "meta device"),
+    "sparse values": (lambda t: edit.add("weights", torch.eye(6).to_sparse()), EditError, "sparse_coo"),
+    "sparse gates": (lambda t: edit.scale("weights", torch.ones(4).to_sparse()), EditError, "sparse_coo"),
+    "a patch without values": (lambda t: edit.patch("q", torch.ones(1, device="meta")), EditError, "meta device"),
+    "a nested tensor": (lambda t: edit.set("q", torch.nested.nested_tensor([torch.ones(2)])), EditError, "nested"),
+    "a flag that a function returns": (lambda t: edit.call(lambda c: True, "q"), EditError, "got True"),
     "no function": (lambda t: edit.call(3), InputError, "function="),  # type: ignore[arg-type]
     "no trace": (lambda t: edit.freeze(3), InputError, "of=3"),  # type: ignore[arg-type]
     "no corpus": (lambda t: edit.mean(over=3), InputError, "over=3"),  # type: ignore[arg-type]
@@ -95,6 +107,15 @@ def test_bad_edits(model: nn.Module, name: str) -> None:
         hookattn.edited(model, X, make(short))
     check_clean(model)
     assert same_bits(model(X), plain)
+
+
+@pytest.mark.parametrize("number", [2, 10**20, np.int64(2), np.float32(2.5), -(10**30)], ids=repr)
+def test_a_number_of_any_library(model: nn.Module, number: float) -> None:
+    """As values and as what a function returns; an int may be larger than 64 bits."""
+    values = torch.full((1, 1, 1, 1), float(number))
+    expected = hookattn.edited(model, X, edit.set("v", values, heads=1)).output
+    assert same_bits(hookattn.edited(model, X, edit.set("v", number, heads=1)).output, expected)
+    assert same_bits(hookattn.edited(model, X, edit.call(lambda c: number, "v", heads=1)).output, expected)
 
 
 def test_an_error_names_the_place_and_the_edit(model: nn.Module) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hookattn
 from hookattn import edit
-from hookattn.analyze import activation_patching, head_ablation, log_probability
+from hookattn.analyze import (
+    activation_patching,
+    edge_effects,
+    head_ablation,
+    integrated_gradients,
+    log_probability,
+    path_patching,
+)
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import EditError, InputError, MeasureError, SelectionError
 from hookattn.render.head_scores import scores_of
@@ -252,6 +260,13 @@ def test_what_is_wrong_is_said() -> None:
         (SelectionError, "no 3", {"heads": [3]}),
         (SelectionError, "positions", {"positions": [6]}),
         (SelectionError, "positions", {"positions": []}),
+        (SelectionError, "positions=None", {"positions": None}),
+        (SelectionError, "positions=1.5", {"positions": [0, 1.5]}),
+        (SelectionError, "layers=\\[\\]", {"layers": []}),
+        (SelectionError, "heads=\\[\\]", {"heads": []}),
+        (InputError, "stack=3", {"stack": 3}),
+        (InputError, "kind=", {"kind": np.ones(3)}),
+        (InputError, "progress=", {"progress": "yes"}),
         (SelectionError, "stack='x'", {"stack": "x"}),
         (SelectionError, "batch", {"batch": 0}),
     ):
@@ -269,3 +284,48 @@ def test_what_is_wrong_is_said() -> None:
     progress: list[int] = []
     activation_patching(model, clean, corrupted, curved_metric, batch=2, progress=progress.append)
     assert progress == [2, 3, 5, 6, 8, 9]
+
+
+class _Unrun(nn.Module):
+    """Must not be run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("it was run")
+
+
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (SelectionError, {"layers": "x"}),
+        (SelectionError, {"heads": [1.5]}),
+        (SelectionError, {"heads": []}),
+        (InputError, {"stack": 1}),
+        (InputError, {"kind": 1}),
+        (InputError, {"progress": 1}),
+        (SelectionError, {"batch": "x"}),
+        (InputError, {"metric": 1}),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_in_itself_is_told_before_the_model_runs(error: type[Exception], wrong: dict[str, Any]) -> None:
+    x, model = ids(0), _Unrun()
+    one: dict[str, Any] = {"metric": curved_metric, **wrong}
+    calls: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (activation_patching, {"clean": x, "corrupted": x, **one}),
+        (path_patching, {"clean": x, "corrupted": x, **one}),
+        (head_ablation, {"inputs": x, **one}),
+    ]
+    if not wrong.keys() & {"layers", "heads"}:
+        calls.append((edge_effects, {"inputs": x, "edges": [(0, 0, 1, 0)], **one}))
+    if not wrong.keys() & {"batch", "progress"}:
+        one = {{"layers": "layer"}.get(name, name): value for name, value in one.items()}
+        calls.append((integrated_gradients, {"inputs": x, **one}))
+    for function, given in calls:
+        with pytest.raises(error, match=f"{next(iter(wrong))[:5]}.*="):
+            function(model, **given)
+
+
+def test_inputs_that_cannot_be_copied() -> None:
+    """Each run needs a copy of what may be written to."""
+    with pytest.raises(InputError, match="object of generator, which each run needs a copy of"):
+        head_ablation(Twin().eval(), {"x": ids(0), "more": (i for i in range(3))}, curved_metric)

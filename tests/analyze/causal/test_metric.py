@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +40,7 @@ def test_log_probability() -> None:
         (lambda: logit_difference("a", 2), "right='a'"),
         (lambda: log_probability([]), r"token=\[\]"),
         (lambda: log_probability(1, position=0.5), "position=0.5"),
+        (lambda: log_probability(10**20), "token=1000"),
         (lambda: log_probability(7)(LOGITS), "logits of 7 tokens"),
         (lambda: log_probability([1, 2, 3])(LOGITS), "3 tokens, and the model returned logits of 2"),
         (lambda: log_probability(1, position=5)(LOGITS), "logits of 5 positions"),
@@ -54,6 +57,10 @@ def test_what_is_none(make: object, words: str) -> None:
 
 def test_a_number_is_a_value_without_a_gradient() -> None:
     assert float(metric_value(lambda y: 2.5, None)) == 2.5
+    assert float(metric_value(lambda y: np.float32(2.5), None)) == 2.5
+    assert math.isnan(float(metric_value(lambda y: math.nan, None)))
+    with pytest.raises(InputError, match="returned array"):
+        metric_value(lambda y: np.ones(1), None)
     with pytest.raises(InputError, match=r"returned 2\.5"):
         metric_value(lambda y: 2.5, None, gradient=True)
     with pytest.raises(InputError, match="returned True"):

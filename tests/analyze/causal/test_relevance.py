@@ -200,6 +200,8 @@ def test_keys_that_may_be_of_two_stacks() -> None:
     x = inputs()[0]
     with pytest.raises(MeasureError, match="may be of vision or text"):
         relevance(Three(), x, metric)
+    with pytest.raises(InputError, match="stacks that read another: here decoder"):
+        relevance(Three(), x, metric, keys={"decoder": "vision", "text": "vision"})
     assert ("decoder", "vision") in relevance(Three(), x, metric, keys={"decoder": "vision"}).maps
 
 
