@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import hookattn
 from hookattn import edit
@@ -18,40 +16,12 @@ from hookattn.calls.fields import EditedRows
 from hookattn.testing import check_clean
 from tests.edit.by_hand import CASES, Case, at, attend
 from tests.reference import causal, draw, same_bits
+from tests.taps.test_changes import Projected as Fused
+from tests.taps.test_changes import Repeated
 
 EXACT = 1e-12
 T = 6
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-class Fused(nn.Module):
-    """A model of the user's own around the fused kernel, H=4 heads of width 8, with G key heads."""
-
-    def __init__(self, groups: int = 4, **given: Any):
-        super().__init__()
-        self.groups, self.given = groups, given
-        self.query, self.pair = nn.Linear(16, 32), nn.Linear(16, 2 * groups * 8)
-        self.out = nn.Linear(32, 16)
-
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
-        k, v = self.pair(x).unflatten(-1, (2, self.groups, 8)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def finish(self, z: Tensor) -> Tensor:
-        return self.out(z.transpose(1, 2).flatten(2)).tanh()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(F.scaled_dot_product_attention(*self.operands(x), **self.given))
-
-
-class Repeated(Fused):
-    """Grouped heads, repeated by hand before the kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.operands(x)
-        k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
-        return self.finish(F.scaled_dot_product_attention(q, k, v, **self.given))
 
 
 HIDDEN = torch.ones(1, 1, T, T, dtype=torch.bool)

@@ -5,33 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import hookattn
 from hookattn import EditError, edit
 from tests.edit.by_hand import CASES, Case, attend
 from tests.reference import draw, same_bits
+from tests.taps.test_changes import Projected
 
 X = draw(2, 6, 16, seed=4, dtype=torch.float64)
 
 
-class Base(nn.Module):
+class Base(Projected):
     """H=4 heads of width 8 on G key heads."""
 
     groups = 4
 
     def __init__(self) -> None:
-        super().__init__()
-        self.query, self.pair = nn.Linear(16, 32), nn.Linear(16, 16 * self.groups)
-        self.out = nn.Linear(32, 16)
-
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
-        k, v = self.pair(x).unflatten(-1, (2, self.groups, 8)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def finish(self, z: Tensor) -> Tensor:
-        return self.out(z.transpose(1, 2).flatten(2)).tanh()
+        super().__init__(self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.attention(*self.operands(x)))
