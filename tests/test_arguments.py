@@ -175,6 +175,8 @@ def test_calls_and_fields_that_are_not_there() -> None:
         trace[0].get(None)  # type: ignore[arg-type]
     with pytest.raises(FieldNotCaptured, match=r"'entropy' of layers.0 was not kept"):
         trace[0].place("entropy")
+    with pytest.raises(SelectionError, match="one of scores, weights"):
+        trace[0].derived("wieghts")
 
 
 @pytest.mark.parametrize(

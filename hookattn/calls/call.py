@@ -229,11 +229,16 @@ class Call:
         return f": {why}" + (", and the model formed none that are finite" if name == "scores" else "")
 
     def derived(self, name: str) -> Tensor:
-        """A field that follows from others, made of them.
+        """The scores or the weights as they follow from other fields, whether or not they were kept themselves.
+
+        Args:
+            name: ``"scores"`` or ``"weights"``, B H T S.
 
         Raises:
-            FieldNotCaptured: it does not, or one of these was not kept.
+            FieldNotCaptured: one of these fields was not kept.
+            SelectionError: ``name`` is neither.
         """
+        checks.word("name", name, ("scores", "weights"))
         # What was derived with gradients off is in no graph, and is none that a loss can be made of later.
         key = name if not self.attached or torch.is_grad_enabled() else f"{name} without gradients"
         return DERIVED_CACHE.get(self, key, lambda: derive_field(self, name))

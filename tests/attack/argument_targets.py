@@ -362,6 +362,7 @@ def _core() -> Iterator[Target]:
     yield Target(t + "__getitem__", lambda s, given: s.gpt2[given.get("key", 0)], {"key": "index, a slice or a path"})
     c = h + "Call."
     yield _method(c + "get", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="nothing")
+    yield _method(c + "derived", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="nothing")
     yield _method(c + "grad", lambda s: s.graded[0], lambda s: {"name": "weights"}, name="nothing")
     yield _method(c + "has", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="text")
     yield _method(c + "place", lambda s: s.gpt2[0], lambda s: {"name": "q"}, name="nothing")
