@@ -48,7 +48,14 @@ def test_large_tensors_lie_in_huge_pages() -> None:
     if not enabled.exists() or "[never]" in enabled.read_text():
         pytest.skip("huge pages are switched off")
     made = allocation.empty((1 << 24,), torch.float32, CPU).zero_()
-    assert _huge(made) >= 32 << 10, "kB of huge pages, at least half of what it takes"
+    if (found := _huge(made)) < 32 << 10:
+        # Memory in pieces has none to give, however it is asked: what Python maps itself gets as few then.
+        mapped = mmap.mmap(-1, 1 << 26)
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+        control = torch.frombuffer(mapped, dtype=torch.uint8).zero_()
+        if _huge(control) < 32 << 10:
+            pytest.skip("the system has no huge pages left")
+    assert found >= 32 << 10, "kB of huge pages, at least half of what it takes"
 
 
 def _huge(x: torch.Tensor) -> int:
