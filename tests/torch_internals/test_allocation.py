@@ -50,7 +50,7 @@ def test_large_tensors_lie_in_huge_pages() -> None:
     made = allocation.empty((1 << 24,), torch.float32, CPU).zero_()
     if (found := _huge(made)) < 32 << 10:
         # Memory in pieces has none to give, however it is asked: what Python maps itself gets as few then.
-        mapped = mmap.mmap(-1, 1 << 26)
+        mapped = mmap.mmap(-1, 1 << 26, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapped.madvise(mmap.MADV_HUGEPAGE)
         control = torch.frombuffer(mapped, dtype=torch.uint8).zero_()
         if _huge(control) < 32 << 10:
