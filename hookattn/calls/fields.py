@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Size, Tensor
 
+from ..attention.places import exchanged
 from .key_history import Continued
 from .mask_rule import MaskRule
 
@@ -160,10 +161,7 @@ class EditedRows:
 
     def __call__(self) -> Tensor:
         """The whole field."""
-        x = self.of.derived(self.name).clone()
-        index = [torch.tensor(p or range(n), device=x.device) for p, n in zip(self.places, self.shape, strict=False)]
-        x[torch.meshgrid(*index, indexing="ij")] = self.rows.to(x.dtype)
-        return x
+        return exchanged(self.of.derived(self.name), self.places, self.rows)
 
 
 def taken(x: Tensor, dim: int, index: Index) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kernel_call import FIELD_SPECS
+from ..attention.places import exchanged
 from ..torch_internals.allocation import laid_as
 
 Places = tuple[int, ...] | None
@@ -65,12 +66,7 @@ class Part:
         every = self.of(axes)
         if all(places is None for places in every):
             return laid_as(new.to(x.dtype).expand(x.shape), x)
-        out = x.clone()
-        while every[-1] is None:  # what is whole at the end needs no index
-            every.pop()
-        index = [torch.arange(n) if p is None else torch.tensor(p) for n, p in zip(x.shape, every, strict=False)]
-        out[torch.meshgrid(*(i.to(x.device) for i in index), indexing="ij")] = new.to(x.dtype)
-        return out
+        return exchanged(x, every, new)
 
     def within(self, whole: Part) -> Part:
         """The places counted in a part that this one is in."""

@@ -82,9 +82,6 @@ class Place:
         elif piece.letters == "H":
             heads = Axis(piece.start, h, piece.of)
         per = h // g
-        whole_groups = max(heads.of // per, g)
-        key_heads = Axis(None if heads.first is None else heads.first // per, g, whole_groups)
-        if key_heads.first is not None and heads.of // per < g:  # one head each, whatever they share
-            key_heads = Axis(0, g, g)
+        key_heads = Axis(None if heads.first is None else heads.first // per, g, heads.of // per)
         first_row, all_rows = piece.place("T", t) or (0, t)
         return cls(batch, heads, key_heads, Axis(first_row, t, all_rows))

@@ -64,13 +64,7 @@ def samples_of(corpus: TraceData, call: EditedCall, edit: Edit, positions: bool 
     Raises:
         EditError: there is none, or the shapes do not fit.
     """
-    found = calls_like(corpus, call)
-    if not found:
-        raise EditError(
-            f"{call.where(edit)}: the trace has no call at this site, nor in layer {call.site.layer} of "
-            f"{call.site.stack} {call.site.kind}; is it of another model?"
-        )
-    for source in found:
+    for source in calls_like(corpus, call, edit):
         free = "BTS" if not positions else "B"
         yield taken_from(source, call, edit, free="".join(x for x in free if x in axes_of(edit.field)))
 

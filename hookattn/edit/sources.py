@@ -15,14 +15,23 @@ from .edited_call import EditedCall
 from .part import axes_of
 
 
-def calls_like(trace: TraceData, call: EditedCall) -> list[Call]:
+def calls_like(trace: TraceData, call: EditedCall, edit: Edit) -> list[Call]:
     """The calls of a trace at the site of a call, all steps; of another model the site is that of the same stack, kind
-    and layer."""
+    and layer.
+
+    Raises:
+        EditError: there is none.
+    """
     site = call.site
     found = [c for c in trace.calls if c.site.path == site.path and c.site.kind == site.kind]
     if not found and site.layer is not None:
         place = site.stack, site.kind, site.layer
         found = [c for c in trace.calls if (c.site.stack, c.site.kind, c.site.layer) == place]
+    if not found:
+        raise EditError(
+            f"{call.where(edit)}: the trace that values are taken of has no call at this site, nor in layer "
+            f"{site.layer} of {site.stack} {site.kind}; is it of another model?"
+        )
     return found
 
 
@@ -32,12 +41,7 @@ def counterpart(trace: TraceData, call: EditedCall, edit: Edit) -> Call:
     Raises:
         EditError: there is none, or several.
     """
-    there = calls_like(trace, call)
-    if not there:
-        raise EditError(
-            f"{call.where(edit)}: the trace that values are taken of has no call at this site, nor in layer "
-            f"{call.site.layer} of {call.site.stack} {call.site.kind}; is it of another model?"
-        )
+    there = calls_like(trace, call, edit)
     same = [c for c in there if c.step == call.step] or there
     if len(same) > 1:
         steps = sorted({c.step for c in same})

@@ -171,11 +171,7 @@ class CallRecorder:
             if self._keeps_plain and is_plain(call):
                 self._hold_plain(call)
                 made = self.keep_held(call, site, step, index)
-                if self._arrivals is not None:
-                    made.gradient = self._arrivals.awaited(call, None, None)
-                if self._attached:
-                    made.attached = True
-                    _say_detached(made, call)
+                self._note_graph(made, call, None, None)
                 return made
             if call.normalizer == OF_ONE and call.sinks is None:
                 call.sinks = call.v.new_zeros(1, 1, 1, 1)  # so that its weights are a softmax to whoever reads them
@@ -197,11 +193,7 @@ class CallRecorder:
                 if edits:
                     self._drop_unwanted(call)
             made = Call.of(call, site, step, index)
-            if self._arrivals is not None:
-                made.gradient = self._arrivals.awaited(call, heads, queries)
-            if self._attached:
-                made.attached = True
-                _say_detached(made, call)
+            self._note_graph(made, call, heads, queries)
             mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
                 groups = restrict(call, heads, queries)
@@ -241,6 +233,16 @@ class CallRecorder:
             if self._histories is not None:
                 self._histories.note(made, site.crosses or t < s)
             return made
+
+    def _note_graph(
+        self, made: Call, call: KernelCall, heads: Sequence[int] | None, queries: Sequence[int] | slice | None
+    ) -> None:
+        """What of the model's graph was asked for: the gradient of the output, and fields that stay in it."""
+        if self._arrivals is not None:
+            made.gradient = self._arrivals.awaited(call, heads, queries)
+        if self._attached:
+            made.attached = True
+            _say_detached(made, call)
 
     def _edited(
         self, call: KernelCall

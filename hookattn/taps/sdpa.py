@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attention.functional import with_four_axes
 from ..attention.kernel_call import KernelCall
+from ..attention.places import exchanged
 from ..torch_internals.allocation import laid_as
 from ..torch_internals.isolation import isolated, no_gradients
 from ..torch_internals.operators import argument_defaults
@@ -203,13 +204,7 @@ class Asked(NamedTuple):
         out: Tensor = func(**self.first)
         if self.again is None:
             return out
-        part = func(**self.again)
-        _, h, t, _ = out.shape
-        heads = torch.tensor(self.heads or range(h), device=out.device)
-        rows = torch.tensor(self.rows or range(t), device=out.device)
-        made = out.clone()
-        made[:, heads[:, None], rows] = part
-        return made
+        return exchanged(out, (None, self.heads, self.rows), func(**self.again))
 
 
 def ask(

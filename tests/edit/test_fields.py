@@ -38,6 +38,15 @@ KERNELS: dict[str, tuple[Callable[[], Fused], Tensor | None, Tensor | None]] = {
 }
 
 
+def single(name: str) -> Fused:
+    """A model in float32."""
+    torch.manual_seed(1)
+    model = KERNELS[name][0]()
+    if isinstance(mask := model.given.get("attn_mask"), Tensor) and mask.dtype == torch.float64:
+        model.given["attn_mask"] = mask.float()
+    return model
+
+
 @each_case
 @pytest.mark.parametrize("name", KERNELS)
 def test_through_the_fused_kernel(name: str, case: Case) -> None:
@@ -62,12 +71,7 @@ def test_through_the_fused_kernel(name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_others_keep_their_bits(name: str, case: Case) -> None:
     """The output of a head that is not edited, in float32, where rounding would tell."""
-    make, _, _ = KERNELS[name]
-    torch.manual_seed(1)
-    model = make()
-    if isinstance(mask := model.given.get("attn_mask"), Tensor) and mask.dtype == torch.float64:
-        model.given["attn_mask"] = mask.float()
-    x = draw(2, T, 16, seed=4)
+    model, x = single(name), draw(2, T, 16, seed=4)
     with torch.no_grad():
         clean, edited = hookattn.trace(model, x)[0], hookattn.edited(model, x, case.edit())[0]
     assert same_bits(clean.output[:, case.others], edited.output[:, case.others])
@@ -78,12 +82,7 @@ def test_others_keep_their_bits(name: str, case: Case) -> None:
 @pytest.mark.parametrize("field", ["q", "k", "v", "scores", "weights", "output"])
 def test_an_edit_that_returns_what_it_got(name: str, field: str) -> None:
     """Bits, in float32 and with gradients on: its value, a copy of it, and gates of one that want a gradient."""
-    make, _, _ = KERNELS[name]
-    torch.manual_seed(1)
-    model = make()
-    if isinstance(mask := model.given.get("attn_mask"), Tensor) and mask.dtype == torch.float64:
-        model.given["attn_mask"] = mask.float()
-    x = draw(2, T, 16, seed=4)
+    model, x = single(name), draw(2, T, 16, seed=4)
     plain = model(x)
     for same in (
         edit.call(lambda c: c.value, field),

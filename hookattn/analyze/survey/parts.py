@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,46 +106,43 @@ class Parts:
             TraceWriteError: the table cannot be written; the parts stay.
             MeasureError: there is no part.
         """
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not self.done:
             raise MeasureError("there was nothing to survey: no example was found.")
         new = partial_name(self.out)
+        # What is read is read before: that a part cannot be read must not be told as the table's fault.
+        write: Callable[[], Any]
         if self._is_csv:
-            self._read = self.table()
-            try:
-                self._read.to_csv(new, index=False)
-                new.replace(self.out)
-            except OSError as error:
-                raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
-            finally:
-                new.unlink(missing_ok=True)
-            self._end()
-            return
-        schema = pq.read_schema(self._part(0))
-        schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
+            self._read = table = self.table()
+            write = partial(table.to_csv, new, index=False)
+        else:
+            write = partial(self._write_parquet, new, pq.read_schema(self._part(0)))
         try:
-            with pq.ParquetWriter(new, schema, compression="zstd") as writer:
-                held: list[pa.Table] = []
-                for number in range(self.done):
-                    held.append(pq.read_table(self._part(number)))
-                    if sum(t.num_rows for t in held) >= 1 << 18:  # few, large row groups, which readers like
-                        writer.write_table(pa.concat_tables(held).cast(schema))
-                        held = []
-                if held:
-                    writer.write_table(pa.concat_tables(held).cast(schema))
+            write()
             new.replace(self.out)
         except OSError as error:
             raise TraceWriteError(f"{self.out}: cannot be written: {error.strerror or error}.") from error
         finally:
             new.unlink(missing_ok=True)
-        self._end()
-
-    def _end(self) -> None:
         # Only now: killed in between, the table is there and whole, and the next run removes the parts.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.complete = True
+
+    def _write_parquet(self, new: Path, schema: Any) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = schema.with_metadata({**(schema.metadata or {}), _KEY: json.dumps(self.about).encode()})
+        with pq.ParquetWriter(new, schema, compression="zstd") as writer:
+            held: list[pa.Table] = []
+            for number in range(self.done):
+                held.append(pq.read_table(self._part(number)))
+                if sum(t.num_rows for t in held) >= 1 << 18:  # few, large row groups, which readers like
+                    writer.write_table(pa.concat_tables(held).cast(schema))
+                    held = []
+            if held:
+                writer.write_table(pa.concat_tables(held).cast(schema))
 
     def table(self) -> DataFrame:
         """All that is done, which has to have room in memory."""
