@@ -12,6 +12,7 @@ from .api import edited, editing, trace, tracing
 from .attention.kernel_call import FIELDS, KernelCall
 from .calls.call import Call, Skipped
 from .calls.certificate import Certificate
+from .calls.shard import Shard
 from .calls.site import Site
 from .errors import (
     AdapterCheckError,
@@ -74,6 +75,7 @@ __all__ = [
     "NoAttentionError",
     "PlannedCall",
     "SelectionError",
+    "Shard",
     "Site",
     "Skipped",
     "SkippedWarning",

@@ -23,6 +23,7 @@ from .fields import Derived, Field, tensor_of
 from .gradients import NAMES, gradient_of
 from .output_gradient import OutputGradient
 from .parts import CallPart, part_of_scale
+from .shard import Shard
 from .site import Site
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ class Call:
             ``adapter``, ``followed`` (by where the axis comes from), or ``guessed`` (by convention). Empty: read from a
             file that does not say it.
         attached: whether the fields are in the graph of the model that made them.
+        shards: which part of the attention it has, where several processes each compute a part: one for each axis that
+            is cut, heads first; empty: it has the whole. ``heads`` and ``queries`` are numbers in the whole.
+        requests: for each batch entry the name of the request that it is of, where a server has put together what
+            several asked for; None: nobody has said.
         entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
         edits: what was changed in it, in the order in which it was done (see :func:`hookattn.editing`); empty: nothing.
         notes: what a reader has to know.
@@ -141,6 +146,8 @@ class Call:
     edits: tuple[AppliedEdit, ...] = ()
     attached: bool = False
     own_by_edits: bool = False
+    shards: tuple[Shard, ...] = ()
+    requests: tuple[str, ...] | None = None
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     gradient: OutputGradient | None = field(default=None, init=False, repr=False)
 
@@ -165,6 +172,11 @@ class Call:
             normalizer=call.normalizer,
             basis=dict(call.basis),
         )
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which part of the attention it has, of the heads if these are cut; None: it has the whole."""
+        return self.shards[0] if self.shards else None
 
     def get(self, name: str | Statistic) -> Tensor | None:
         """A field by name; None where the call has none: ``bias``, ``sinks`` and ``applied`` as a rule, ``q``, ``k``
@@ -287,6 +299,7 @@ class Call:
             self,
             scale=part_of_scale(self.scale, part),
             edits=self._edits_of(part),
+            requests=part.requests(self.requests),
             fields={name: part.field(name, place) for name, place in self.fields.items()},
             beside={name: part.field(name, place) for name, place in self.beside.items()},
             heads=part.heads,

@@ -95,6 +95,12 @@ class CallPart:
             chosen_batch, _index(at), chosen_rows, groups, None if whole else named, kv_heads, numbers, of_queries
         )
 
+    def requests(self, of: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Whose the batch entries of the part are, of those of the whole."""
+        if of is None:
+            return None
+        return of[self.batch] if isinstance(self.batch, slice) else tuple(of[i] for i in self.batch)
+
     def field(self, name: str, place: Field) -> Field:
         """Where the part of a field is; nothing is read or derived for it."""
         if place is None or isinstance(place, Derived):

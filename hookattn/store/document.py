@@ -20,7 +20,7 @@ from .call_writer import CallWriter, WrittenCall, stored_scale
 from .format import encode_document
 from .json_values import json_number, json_value
 from .names import SHARED, own_name
-from .schema import CALL, CERTIFICATE, EDIT, LINK, SITE, SKIPPED, to_entry
+from .schema import CALL, CERTIFICATE, EDIT, LINK, SHARD, SITE, SKIPPED, to_entry
 from .writer import StreamWriter
 
 # What the header says at most: of a tensor beside its name; of a field that goes on from another beside the numbers of
@@ -113,6 +113,7 @@ def call_entry(
         continued=links or None,
         output_grad=written.gradient,
         edits=[to_entry(EDIT, edit) for edit in call.edits] or (),
+        shards=[to_entry(SHARD, shard) for shard in call.shards] or (),
     )
 
 

@@ -15,15 +15,16 @@ from ..calls.edits import AppliedEdit
 from ..calls.fields import Field, InFile
 from ..calls.key_history import Continued
 from ..calls.output_gradient import OutputGradient
+from ..calls.shard import Shard
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, InputError
 from ..statistics.registry import spec_of
 from .agreement import Shown, problem
 from .format import Entry
 from .links import LINKED
 from .reader import LazyFile
-from .schema import CALL, CERTIFICATE, DOCUMENT, EDIT, LINK, MODEL, SITE, SKIPPED, from_entry
+from .schema import CALL, CERTIFICATE, DOCUMENT, EDIT, LINK, MODEL, SHARD, SITE, SKIPPED, from_entry
 from .stored_history import StoredHistory
 from .validate import newer_minor
 
@@ -99,6 +100,8 @@ class _Calls:
         if "edits" in values:
             entries = [from_entry(EDIT, f"{where}, edit {i}", one) for i, one in enumerate(values["edits"])]
             values["edits"] = tuple(AppliedEdit(**one) for one in entries)
+        if "shards" in values:
+            values["shards"] = tuple(_shard_of(f"{where}, shard {i}", one) for i, one in enumerate(values["shards"]))
         scale, score = values["scale"], values.get("score")
         of_scale = self._entry(where, "'scale'", scale["tensor"]) if type(scale) is dict else None
         gradient: str | None = values.pop("output_grad", None)
@@ -198,6 +201,14 @@ def _certificate_of(where: str, entry: dict[str, Any]) -> Certificate:
     if made.status == "faithful" and not made.output_error <= made.tolerance:
         raise ValueError(f"{where}: 'status' is 'faithful', and the error is {made.output_error} of {made.tolerance}")
     return made
+
+
+def _shard_of(where: str, entry: dict[str, Any]) -> Shard:
+    values = from_entry(SHARD, where, entry)
+    try:
+        return Shard(**values)
+    except InputError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _scale_of(file: LazyFile, scale: Any) -> float | Tensor:

@@ -16,6 +16,7 @@ from ..attention.kernel_call import BASES, DERIVED, DOT, KERNEL_BASIS
 from ..attention.normalizers import SOFTMAX
 from ..calls.certificate import STATUSES
 from ..calls.edits import EDITED
+from ..calls.shard import SHARDED_AXES
 from ..errors import TraceWriteError
 from ..printable import printable
 from .format import FLOATING
@@ -101,6 +102,7 @@ _KINDS: dict[str, Kind] = {
     "counts": Kind("a list of integers from 0", (list,), _are_counts, list, tuple),
     "numbers": Kind("a list of different integers from 0", (list,), _are_different_counts, list, tuple),
     "word": Kind("a printable string that is not empty", (str,), lambda x: x != "" and printable(x) == x),
+    "axis": Kind(f"one of {', '.join(SHARDED_AXES)}", (str,), SHARDED_AXES.__contains__),
     "edited": Kind(f"one of {', '.join(EDITED)}", (str,), EDITED.__contains__),
     "strs": Kind("a list of strings", (list,), _all(str), list, tuple),
     "objects": Kind("a list of objects", (list,), _all(dict)),
@@ -220,6 +222,18 @@ CALL = Table(
     Scalar("output_grad", "str?", since=(1, 3)),
     Scalar("edits", "objects", since=(1, 3), default=()),
     Scalar("own_by_edits", "bool", since=(1, 3), default=False),
+    Scalar("shards", "objects", since=(1, 3), default=()),
+    Scalar("requests", "strs?", since=(1, 3)),
+)
+SHARD = Table(
+    Scalar("axis", "axis"),
+    Scalar("start", "count?"),
+    Scalar("of", "count?"),
+    Scalar("group_start", "count?"),
+    Scalar("groups_of", "count?"),
+    Scalar("mesh", "str"),
+    Scalar("index", "count"),
+    Scalar("count", "count"),
 )
 EDIT = Table(
     Scalar("edit", "word"),

@@ -14,6 +14,7 @@ import torch
 import hookattn
 from hookattn import Call, Certificate, Site, Skipped, Trace
 from hookattn.calls.edits import AppliedEdit
+from hookattn.calls.shard import Shard
 from hookattn.errors import TraceWriteError
 from hookattn.store import FORMAT_VERSION, LazyFile
 from hookattn.store.schema import CALL, CERTIFICATE, EDIT, FIRST, SITE, SKIPPED, Scalar, from_entry, to_entry
@@ -72,6 +73,8 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         entry="encoder",
         edits=(AppliedEdit("scale", "scores", (1,), (4, 5), (10,), (0,), "by 3"), AppliedEdit("knockout", "mask")),
         own_by_edits=True,
+        shards=(Shard("H", 2, 8, 1, 4, "tp", 1, 4),),
+        requests=("a",),
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
     for field in dataclasses.fields(Call):
