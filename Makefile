@@ -102,10 +102,11 @@ newest: $(VENV)/.dev
 check-all: ## every target, one after the other, and a table of what is red at the end; TARGETS="demo lint" runs these
 	@bash .ci/all "$(MAKE)" $(TARGETS)
 
-lock: ## lock what the set-up installs anew: the newest of everything, and TORCH
+lock: ## lock what the set-up installs anew: the newest of everything, and TORCH; KEEP=1 keeps what is locked
 	@test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --upgrade uv
-	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python requirements/lock.py make --torch "$(TORCH)"
+	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python requirements/lock.py make --torch "$(TORCH)" \
+		$(if $(KEEP),--keep)
 
 bench: $(VENV)/.dev ## what a trace costs, as ratios to the untraced forward
 	$(BIN)/python -m benchmarks --json out/bench.json

@@ -131,8 +131,11 @@ def misfit(lock: Path, torch: str, machine: Machine, venv: str = "") -> str | No
     return None
 
 
-def make(torch: str) -> None:
-    """Makes all lock files anew, of the newest versions, and checks that each platform has wheels for them."""
+def make(torch: str, keep: bool = False) -> None:
+    """Makes all lock files anew, and checks that each platform has wheels for them.
+
+    They hold the newest versions; with `keep` those that they hold already, where these fit still.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         settings, cap = Path(scratch, "uv.toml"), Path(scratch, "torch.txt")
         cap.write_text(torch + "\n", encoding="utf-8")
@@ -151,7 +154,8 @@ def make(torch: str) -> None:
         def lock(name: str, *arguments: str | Path) -> Path:
             output = FOLDER / f"{name}.txt"
             oldest = dotted(OLDEST)
-            compile("--universal", "--python-version", oldest, "--upgrade", *arguments, "--output-file", output)
+            upgrade = [] if keep else ["--upgrade"]
+            compile("--universal", "--python-version", oldest, *upgrade, *arguments, "--output-file", output)
             print(f"{output.relative_to(ROOT)}: {len(pins(output))} pins")
             return output
 
@@ -181,13 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     of_make = commands.add_parser("make", help="make the lock files anew")
     of_make.add_argument("--torch", required=True)
+    of_make.add_argument("--keep", action="store_true", help="keep the versions that are locked, where they fit still")
     of_fits = commands.add_parser("fits", help="say in one line why a lock cannot be installed here")
     of_fits.add_argument("lock", type=Path)
     of_fits.add_argument("--torch", required=True)
     of_fits.add_argument("--venv", default="")
     options = parser.parse_args(arguments)
     if options.command == "make":
-        make(options.torch)
+        make(options.torch, options.keep)
     elif options.command == "fits":
         told = misfit(options.lock, options.torch, Machine.here(), options.venv)
         if told is not None:
