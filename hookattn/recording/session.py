@@ -27,12 +27,13 @@ from ..models.running_numbers import RunningNumbers
 from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
-from ..taps.base import ActiveTrace, Change
+from ..taps.base import ActiveTrace, Change, SecondRun
 from ..taps.eager import decisions
 from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
 from ..torch_internals.code_patching import install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
+from ..torch_internals.frames import in_rehearsal
 from ..torch_internals.function_modes import ModeStack, open_modes
 from ..torch_internals.function_modes import close as close_mode
 from ..torch_internals.isolation import in_backward
@@ -211,7 +212,7 @@ class Session:
         self._error_before: BaseException | None = None  # that was being handled as it started
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
-        self._numbering = RunningNumbers(plan.model)
+        self._numbering = RunningNumbers(lambda: plan.unwrapped.root)
         self._kinds, self._pieces = SiteKinds(), Pieces()
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
@@ -381,7 +382,7 @@ class Session:
         self._skipped.setdefault(("", _REPLICA), set()).add(max(self._steps.number, 0))
 
     def _model_begins(self) -> None:
-        if in_backward():  # the whole model is checkpointed
+        if in_backward() or in_rehearsal():  # the whole model is checkpointed, or a stage learns shapes
             return
         self._take_held()
         self._tell_follower(True)
@@ -391,7 +392,7 @@ class Session:
                 self._follower.begin((type(self.plan.model), self.wants("scores")), several=True)
 
     def _model_ends(self) -> None:
-        if in_backward():
+        if in_backward() or in_rehearsal():
             return
         self._take_held()
         if self.plan.watch_all:
@@ -408,7 +409,7 @@ class Session:
         """What runs in the block is one step; gives its number."""
         return self._steps.together()
 
-    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def again(self, function: Callable[..., Any]) -> SecondRun:
         """A function whose later runs, in a backward pass, are given the changes of its first."""
         plan, selection, layouts, listener = self.plan, self.selection, self._layouts, self._listener
         numbering, kinds = self._numbering, self._kinds
@@ -517,6 +518,8 @@ class Session:
             call: of the kernel.
             of_kernel: whether it is recorded next, or said why not: weights may meet values later, or never.
         """
+        if in_rehearsal():
+            return None
         tensor = call.weights if call.q is None else call.q
         if tensor is not None and stands_for_others(tensor):  # what is recorded of it is laid out otherwise
             return None
@@ -539,7 +542,7 @@ class Session:
 
     def skip(self, reason: str, path: str | None = None, changed: bool = False) -> None:
         """Attention ran that cannot be read."""
-        if in_backward():
+        if in_backward() or in_rehearsal():
             return
         asked, self._asked = self._asked or changed, False
         self._take_held()
@@ -611,7 +614,7 @@ class Session:
 
     def _record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
-        if in_backward():  # a checkpointed part runs again; its first run was recorded
+        if in_backward() or in_rehearsal():  # a checkpointed part runs again, and its first run was recorded
             self.heard += 1
             return
         asked, self._asked = self._asked, False
@@ -692,7 +695,7 @@ class Session:
         if self._steps.number < 0 and not self._modules_run:
             raise NoAttentionError("the model was never called while it was traced.")
         ran = {known[0] for known in self._follower.operations.values()} if "_follower" in vars(self) else set()
-        raise NoAttentionError(nothing_seen(type(self.plan.model).__name__, ran | self._compiled_run))
+        raise NoAttentionError(nothing_seen(self.plan.model_class.__name__, ran | self._compiled_run))
 
     def _complete_calls(self) -> None:
         self._recorder.complete(self.trace.calls)
