@@ -72,6 +72,8 @@ class HeadMonitor:
     ) -> None:
         from ..analyze.registry import capture, resolve
 
+        self.last = -1
+        """The step of the last measurement, in any process; −1 before the first."""
         self.every = None if every is None else checks.whole("every", every, 1)
         self.measures = resolve(measures)
         self.follow = followed(follow)
@@ -81,7 +83,6 @@ class HeadMonitor:
         # With what weights follow from, they are derived of one call at a time, when it is measured.
         self._capture = tuple(dict.fromkeys((*capture(*self.measures), *SOURCES)))
         self._history = History({m.key: m.unit for m in self.measures})
-        self._last = 0
 
     # Measuring
 
@@ -107,7 +108,7 @@ class HeadMonitor:
             make_watch_plan(model)  # says what is wrong with it
         step = checks.whole("step", step, 0)
         inner = ranks.unwrapped(model)
-        self._last = step
+        self.last = step
         if not ranks.takes_part(inner):
             return None
         if device is None:
@@ -123,7 +124,7 @@ class HeadMonitor:
 
     def due(self, step: int) -> bool:
         """Whether a multiple of ``every`` was reached since the last measurement."""
-        return self.every is not None and step // self.every > self._last // self.every
+        return self.every is not None and step // self.every > max(self.last, 0) // self.every
 
     def scalars(self, table: DataFrame) -> dict[str, float]:
         """The numbers of a measurement that a logger gets, by name: see
@@ -135,7 +136,7 @@ class HeadMonitor:
             return self._table(model, device)[0]
         try:
             found, sharded = self._table(model, device)
-        except Exception as error:  # the others wait for what this process has to say
+        except Exception as error:  # noqa: BLE001 - the others wait for what this process has to say
             return ranks.gathered(error, False)
         return ranks.gathered(found, sharded)
 

@@ -52,7 +52,7 @@ class History:
         from ..analyze.frame import table_of
 
         parts = [self._of_steps[step] for step in self.steps]
-        made = pd.concat(parts, ignore_index=True) if parts else table_of(dict.fromkeys(self.columns, []))
+        made = pd.concat(parts, ignore_index=True) if parts else table_of({name: [] for name in self.columns})
         made.attrs["units"] = dict(self._units)
         return made
 
@@ -70,7 +70,9 @@ class History:
                 f"expected {', '.join(self.columns)}. Choose another name, or the measures it was made with."
             )
         made = table_of({name: table[name].tolist() for name in table.columns})
-        self._of_steps = {int(step): part.reset_index(drop=True) for step, part in made.groupby("step")}
+        self._of_steps = {
+            step: made[made["step"] == step].reset_index(drop=True) for step in map(int, made["step"].unique())
+        }
 
     def read(self, path: Path) -> None:
         """Take what a file has in place of what there is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -83,20 +84,19 @@ def scalars_of(table: DataFrame, measures: Collection[str], follow: Followed) ->
 
 def layer_names(table: DataFrame) -> list[str]:
     """For each row of a table the name of its layer: no two places of a model have the same."""
-    places = table[["stack", "kind", "layer", "path", "call"]].drop_duplicates()
-    several = places[["stack", "kind"]].drop_duplicates().shape[0] > 1
+    rows: list[dict[str, Any]] = table[["stack", "kind", "layer", "path", "call"]].drop_duplicates().to_dict("records")  # type: ignore[assignment]
+    several = len({(row["stack"], row["kind"]) for row in rows}) > 1
     names: dict[int, str] = {}
-    for place in places.itertuples(index=False):
-        known = place.layer is not None and place.layer == place.layer
-        name = f"layer{int(place.layer)}" if known else _tag(place.path) or "model"
-        names[place.call] = f"{_tag(place.stack)}.{_tag(place.kind)}.{name}" if several else name
+    for row in rows:
+        known = row["layer"] is not None and row["layer"] == row["layer"]  # no NaN
+        name = f"layer{int(row['layer'])}" if known else _tag(row["path"]) or "model"
+        names[row["call"]] = f"{_tag(row['stack'])}.{_tag(row['kind'])}.{name}" if several else name
     # Two attentions of one layer, or one that runs twice, are told apart by their paths, or by their turn.
-    for more in (lambda place: _tag(place.path), lambda place: f"call{place.call}"):
-        counts = list(names.values())
-        twice = {name for name in counts if counts.count(name) > 1}
-        for place in places.itertuples(index=False):
-            if names[place.call] in twice:
-                names[place.call] = f"{names[place.call]}.{more(place)}"
+    for column in ("path", "call"):
+        times = Counter(names.values())
+        for row in rows:
+            if times[names[row["call"]]] > 1:
+                names[row["call"]] += f".{_tag(str(row[column]))}"
     return [names[call] for call in table["call"]]
 
 

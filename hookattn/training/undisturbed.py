@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,8 +26,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: what runs in the block.
     """
     modules = list(model.modules())
-    with ExitStack() as back:
-        _keep_random_numbers(back, model)
+    with random_numbers_kept(model), ExitStack() as back:
         _keep_buffers(back, modules)
         # By the flag alone: `train()` and `eval()` may be overridden, to merge adapters into weights, say, which does
         # not come apart again to the last bit.
@@ -42,23 +41,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _keep_random_numbers(back: ExitStack, model: nn.Module) -> None:
-    back.callback(random.setstate, random.getstate())
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        back.callback(numpy.random.set_state, numpy.random.get_state())
-    back.callback(torch.set_rng_state, torch.get_rng_state())
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            back.callback(*_state_of_device(device))
-
-
-def _state_of_device(device: torch.device) -> tuple[Callable[..., Any], *tuple[Any, ...]]:
-    """How its random numbers are put back."""
-    module: Any = torch.get_device_module(device)
-    own = () if device.type == "mps" else (device,)  # of which there is one
-    return module.set_rng_state, module.get_rng_state(*own), *own
+@contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Random numbers of Python, numpy, the CPU and the model's devices go on after the block as if it had not been."""
+    with ExitStack() as back:
+        back.callback(random.setstate, random.getstate())
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            back.callback(numpy.random.set_state, numpy.random.get_state())
+        back.callback(torch.set_rng_state, torch.get_rng_state())
+        devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                module: Any = torch.get_device_module(device)
+                own = () if device.type == "mps" else (device,)  # of which there is one
+                back.callback(module.set_rng_state, module.get_rng_state(*own), *own)
+        yield
 
 
 def _keep_buffers(back: ExitStack, modules: list[nn.Module]) -> None:

@@ -87,7 +87,7 @@ def atlas(
         name_artist(image, f"atlas-{name}")
         _label(axes, grid.rows, columns, cell * 72, "layer" if n % across == 0 else "")
         bar = axes_at(figure, x + panel + 0.08, y, _BAR, max(rows * cell, 0.4))
-        figure.colorbar(image, cax=bar).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(image, cax=bar).outline.set_visible(False)
         bar.tick_params(labelsize=5.5, length=1.5, pad=1)
     return figure
 
@@ -169,7 +169,7 @@ def _end(name: str, values: Array, ends: Mapping[str, float]) -> float | None:
 
 
 def _colours(unit: str, values: Array, end: float | None) -> ColourScale:
-    found = values.compressed()
+    found = np.ma.compressed(values)
     found = found[np.isfinite(found)]
     signed = unit == "correlation" or (found.size > 0 and found.min() < 0)
     most = float(np.abs(found).max()) if found.size else 1.0
