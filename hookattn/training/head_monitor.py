@@ -101,7 +101,7 @@ class HeadMonitor:
             where there is none. None: another process measures.
 
         Raises:
-            InputError: the model does not take the prompts.
+            InputError: the model does not take the prompts. A lack of memory is raised as it is.
             MeasureError: a measure is defined for no head; says why.
         """
         if not isinstance(model, nn.Module):
@@ -165,7 +165,7 @@ class HeadMonitor:
     def _traced(self, model: nn.Module, prompts: Prompts, device: torch.device | None) -> Trace:
         try:
             return api.trace(model, prompts.on(device), capture=self._capture, tokens=prompts.tokens)
-        except HookattnError:
+        except (HookattnError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             first = str(error).partition("\n")[0]
