@@ -77,7 +77,7 @@ class LightningHeadMonitor(*_bases()):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """A measurement after each validation, where there is no other plan."""
-        if self.monitor.every is None and trainer.training and not trainer.sanity_checking:
+        if self.monitor.every is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._run(self._running.measure, trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

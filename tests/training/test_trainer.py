@@ -23,20 +23,6 @@ PROMPTS = repeated_tokens(small.VOCABULARY, length=6, batch=3)
 STEP = "train/global_step"
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_DISABLE_GIT": "true",
-        "WANDB_DISABLE_CODE": "true",
-        "WANDB_CONSOLE": "off",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
 class Explicit(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
     """What explicit math makes of the weights at each step, beside the monitor."""
 
