@@ -33,7 +33,8 @@
 
 Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
 :class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`UnfitTokensWarning`
-(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room).
+(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room),
+:class:`MonitorWarning` (heads were not measured or logged in a training, which goes on).
 """
 
 from __future__ import annotations
@@ -188,5 +189,11 @@ class UnfitTokensWarning(UserWarning):
 
 class TraceTooLargeWarning(UserWarning):
     """A trace may have no room in memory, or on the disk of ``to=``, and its exact size cannot be told."""
+
+    __str__ = _message
+
+
+class MonitorWarning(UserWarning):
+    """Heads were not measured, or not logged, at some step of a training, which goes on; or where their table went."""
 
     __str__ = _message

@@ -9,6 +9,7 @@ _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
     "image": ("PIL",),
     "render": ("matplotlib", "plotly"),
+    "training": ("accelerate", "lightning"),
     "transformers": ("transformers",),
     "view": ("anywidget", "starlette", "traitlets", "uvicorn"),
 }

@@ -9,6 +9,7 @@ from ..optional import extra_named
 from .figures import VIEWS
 
 if TYPE_CHECKING:  # What type checkers and editors see; _MODULES says the same to Python.
+    from .figures.atlas_figure import atlas as atlas
     from .figures.distance_figure import distance as distance
     from .figures.heads_figure import heads as heads
     from .figures.heatmap_figure import heatmap as heatmap
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; _MODULES says the same 
 # Public name → its module, which is imported when the name is first asked for: each needs a library of its own.
 _MODULES = {
     **{view.function: view.module for view in VIEWS.values()},
+    "atlas": f"{__name__}.figures.atlas_figure",  # of a table and no trace, so that it is no view
     "page": f"{__name__}.html_page",
     "save_page": f"{__name__}.html_page",
     "plotly": f"{__name__}.plotly_figures",

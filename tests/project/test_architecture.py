@@ -46,6 +46,7 @@ ORDER = (
     "__init__",
     "analyze",
     "render",
+    "training",
     "testing",
     "console",
     "demo",
