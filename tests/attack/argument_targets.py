@@ -352,6 +352,8 @@ def _core() -> Iterator[Target]:
     yield _target(h + "tracing", _in_block, lambda s: {"model": s.model}, model="model", **TRACED)
     yield _target(h + "plan", hookattn.plan, _run, True, model="model", inputs="inputs", **SELECTED)
     yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
+    yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.steps, "steps": "batches"}, traces="nothing",
+                  steps="text or none")  # fmt: skip
     yield _target(h + "register", hookattn.register, lambda s: {"adapter": _Known()}, adapter="nothing")
     t = h + "Trace."
     yield _method(t + "select", lambda s: s.gpt2, layer="indices or none", stack="text or none", kind="text or none",
