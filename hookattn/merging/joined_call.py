@@ -16,6 +16,7 @@ from ..calls.certificate import Certificate, joined
 from ..calls.edits import AppliedEdit, numbered_together
 from ..calls.extents import extents_of, key_heads
 from ..calls.fields import DERIVED, Derived, Field, InFile
+from ..calls.mask_rule import MaskRule
 from ..calls.output_gradient import OutputGradient
 from ..errors import MergeError
 from ..statistics.received import Received
@@ -411,7 +412,8 @@ class _Joint:
             first = sources[0]
             differs = next((p for p, s in there[1:] if not _same(first, s)), None)
             if differs is None:
-                return first.place
+                # The rule of a mask counts the rows that it is of; what it makes of those of one rank is for all.
+                return first.place() if self.axis == "T" and isinstance(first.place, MaskRule) else first.place
             # One value may stand for the one position that a rank has; for several it is the same on all ranks.
             if any(len(p.numbers) > 1 for p in self.parts) and self.axis == "H":
                 raise MergeError(

@@ -13,6 +13,7 @@ import hookattn
 from hookattn.calls.call import Call
 from hookattn.calls.edits import AppliedEdit
 from hookattn.calls.extents import extents_of, key_heads
+from hookattn.calls.fields import tensor_of
 
 NUMBERS = {"H": "heads", "T": "queries", "B": "batch"}
 
@@ -49,6 +50,9 @@ def _part(call: Call, axis: str, start: int, n: int, of: int, mesh: str, index: 
     elif axis == "T":
         part.queries, part.of_queries = tuple(own), of
         part.certificate = replace(call.certificate, rows=n, of_rows=n)
+        received = call.fields.get("received")
+        if received is not None:  # a rank sums up over its own rows
+            part.fields["received"] = tensor_of(part.fields["received"]) * (n / of)  # type: ignore[arg-type,operator]
     shard = hookattn.Shard(axis, start, of, group_start, groups_of, mesh, index, count)
     part.shards = (*call.shards, shard)
     part.shards = tuple(sorted(part.shards, key=lambda s: "HTB".index(s.axis)))
@@ -89,7 +93,8 @@ def same_tensor(found: Tensor, expected: Tensor, bound: float = 1e-6) -> None:
         shape = torch.broadcast_shapes(found.shape, expected.shape)
         found, expected = found.expand(shape), expected.expand(shape)
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound, equal_nan=True)
+    size = max(1.0, expected.abs().amax().item()) if expected.is_floating_point() and expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound * size, equal_nan=True)
 
 
 def same_call(found: Call, expected: Call, bound: float = 1e-6) -> None:
