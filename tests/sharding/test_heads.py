@@ -1,4 +1,4 @@
-"""Which of the model's heads each process has of a model that is cut: all that is said of it holds against the whole."""
+"""Which of the model's heads each process has of a model that is cut, held against the whole model."""
 
 from __future__ import annotations
 
