@@ -33,7 +33,7 @@ class Layouts:
         for path, letters in self._given.items():
             if problem := problem_of(letters):
                 raise SelectionError(f"layout={{{path!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
-            if not any(_fits(path, known) for known in paths):
+            if not any(fits(path, known) for known in paths):
                 near = ", ".join(map(repr, sorted(p for p in paths if p)[:6])) + (", …" if len(paths) > 7 else "")
                 raise SelectionError(
                     f"layout={{{path!r}: {letters!r}}}: the model has no module at {path!r}; there are "
@@ -42,7 +42,7 @@ class Layouts:
 
     def of(self, path: str) -> str | None:
         """The letters of the axes of q in the module at a path; None: nothing was said."""
-        key = path if path in self._given else next((key for key in self._given if _fits(key, path)), None)
+        key = path if path in self._given else next((key for key in self._given if fits(key, path)), None)
         if key is None:
             return None
         self._used.add(key)
@@ -58,5 +58,6 @@ class Layouts:
 _EXAMPLE = 'layout={"blocks.0.attn": "BTHD"}, say'
 
 
-def _fits(key: str, path: str) -> bool:
+def fits(key: str, path: str) -> bool:
+    """Whether a path, or a pattern of paths, that a caller gives is that of a module."""
     return key == path or fnmatchcase(path, key)
