@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
@@ -147,7 +147,9 @@ def merge(traces: TraceLike | Iterable[TraceLike], *, steps: str | None = None) 
     from .merging.merge import merge as merged
 
     batches = steps is not None and checks.word("steps", steps, ("batches",)) == "batches"
-    several = [traces] if isinstance(traces, (Trace, str, PathLike)) else checks.items_of(traces)
+    several = [traces] if isinstance(traces, (Trace, str, PathLike)) else None
+    if several is None and not isinstance(traces, Mapping):
+        several = checks.items_of(traces)
     expected = "traces, or paths of trace files, of all ranks"
     if several is None:
         raise checks.wrong("traces", traces, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from ..calls.extents import extents_of
 from ..calls.fields import InFile
 from ..calls.trace_data import TraceData
 from ..errors import MergeError
+from ..store.ranks import rank_in, rank_names
 from .batches import steps_as_batches
 from .common import same
 from .joined_field import JoinedHistories
@@ -22,7 +22,6 @@ from .shards import Held, Missing, Run, places_of, whole_call
 
 Merged = TypeVar("Merged", bound=TraceData)
 
-_NAME = re.compile(r"(?P<stem>.*\.rank)(?P<number>\d+)-of-(?P<count>\d+)(?P<end>\.[^.]*)?")
 _OTHER_RUN = "These are of different runs: merge the files that one run has written."
 
 
@@ -55,7 +54,7 @@ def merge(traces: Sequence[Merged], *, batches: bool = False) -> Merged:
         stack_tokens=_stack_tokens(traces, labels, calls),
         output=None,
         model=_model(traces),
-        notes=[*dict.fromkeys(note for t in traces for note in t.notes), *_notes(traces, labels, calls)],
+        notes=[*_notes_of_ranks(traces, labels), *_notes(traces, labels, calls)],
         path=None,
     )
 
@@ -130,7 +129,6 @@ def _format(trace: TraceData) -> Any:
 def _calls(traces: Sequence[TraceData], labels: Sequence[str]) -> list[Call]:
     groups: dict[Key, list[Held]] = {}
     of_ranks: list[list[Key]] = []
-    lacking: set[tuple[Key, str]] = set()  # calls of which a rank has no head or query that was selected
     for trace, label in zip(traces, labels, strict=True):
         count: dict[tuple[str, int], int] = defaultdict(int)
         keys = []
@@ -139,16 +137,15 @@ def _calls(traces: Sequence[TraceData], labels: Sequence[str]) -> list[Call]:
             key = Key(*place, count[place])
             count[place] += 1
             keys.append(key)
-            if () in (call.heads, call.queries):
-                lacking.add((key, label))
-            else:
+            if () not in (call.heads, call.queries):  # else it has none of those that were selected
                 groups.setdefault(key, []).append(Held(call, label))
         of_ranks.append(keys)
+    missing = _missing_files(traces)
+    _check_files(traces, missing, _selection(traces))
     _check_anything(groups, of_ranks, labels)
     _check_whole_calls(groups, of_ranks, labels)
     ranks = [(label, _places(trace)) for trace, label in zip(traces, labels, strict=True)]
-    run = Run(_selection(traces), JoinedHistories(), Missing(_missing_files(traces), ranks))
-    _check_files(traces, run, groups)
+    run = Run(_selection(traces), JoinedHistories(), Missing([*missing.values()], ranks))
     calls = {key: _one(held, run) for key, held in groups.items()}
     return in_order(calls, [[key for key in keys if key in calls] for keys in of_ranks])
 
@@ -257,37 +254,30 @@ def _check_whole_calls(groups: Mapping[Key, list[Held]], of_ranks: Sequence[list
             )
 
 
-def _missing_files(traces: Sequence[TraceData]) -> list[str]:
-    """The files that have to be beside those that are there, as their names say."""
-    found: dict[tuple[str, int, str, int], set[int]] = {}
-    for trace in traces:
-        named = _NAME.fullmatch(os.path.basename(trace.path)) if trace.path is not None else None
-        if named is None:
-            return []
-        key = named["stem"], int(named["count"]), named["end"] or "", len(named["number"])
-        found.setdefault(key, set()).add(int(named["number"]))
-    if len(found) != 1:
-        return []
-    (stem, count, end, width), there = found.popitem()
-    of = f"{count:0{width}d}"
-    return [f"{stem}{i:0{width}d}-of-{of}{end}" for i in range(count) if i not in there]
+def _missing_files(traces: Sequence[TraceData]) -> dict[int, str]:
+    """The files that have to be beside those that are there, by the numbers of their ranks, as the names say."""
+    named = [None if trace.path is None else rank_in(os.path.basename(trace.path)) for trace in traces]
+    there = {name.rank for name in named if name is not None}
+    runs = {None if name is None else (name.path, name.of) for name in named}
+    run = runs.pop()
+    if run is None or runs:
+        return {}
+    return {i: name for i, name in enumerate(rank_names(*run)) if i not in there}
 
 
-def _check_files(traces: Sequence[TraceData], run: Run, groups: Mapping[Key, list[Held]]) -> None:
+def _check_files(traces: Sequence[TraceData], files: Mapping[int, str], selection: Mapping[str, Any]) -> None:
     """That the files of all ranks are there which the names of the others speak of. Ranks that have none of the heads
     or queries that were selected need none.
 
     Raises:
         MergeError: one is missing.
     """
-    files = run.missing.files
-    if not files or run.selection.get("heads") is not None or run.selection.get("queries") is not None:
+    if not files or selection.get("heads") is not None or selection.get("queries") is not None:
         return
-    named = [_NAME.fullmatch(name) for name in files]
-    numbers = ", ".join(str(int(n["number"])) for n in named if n is not None)
-    count = int(named[0]["count"]) if named[0] is not None else 0
+    count = len(files) + len(traces)
+    numbers = ", ".join(map(str, files))
     are = f"ranks {numbers} of {count} are" if len(files) > 1 else f"rank {numbers} of {count} is"
-    raise MergeError(f"{are} missing: {', '.join(files)}. Merge the files of all ranks.")
+    raise MergeError(f"{are} missing: {', '.join(files.values())}. Merge the files of all ranks.")
 
 
 # What is said of the whole
@@ -346,6 +336,13 @@ def _stack_tokens(
 
 def _model(traces: Sequence[TraceData]) -> Mapping[str, Any]:
     return next((t.model for t in traces if t.model), {})
+
+
+def _notes_of_ranks(traces: Sequence[TraceData], labels: Sequence[str]) -> list[str]:
+    """The notes of all ranks, once each; with the rank where not all have it."""
+    every = [note for note in traces[0].notes if all(note in t.notes for t in traces)]
+    own = [f"{label}: {n}" for label, t in zip(labels, traces, strict=True) for n in t.notes if n not in every]
+    return [*dict.fromkeys((*every, *own))]
 
 
 def _notes(traces: Sequence[TraceData], labels: Sequence[str], calls: Sequence[Call]) -> Iterable[str]:

@@ -7,9 +7,11 @@ claim holds as long as the group does: a later run, which is another group, may 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..calls.shard import Shard
 from ..errors import TraceWriteError
@@ -40,6 +42,31 @@ def rank_path(path: str | os.PathLike[str], shards: Sequence[Sequence[Shard]]) -
 def _with_rank(path: Path, index: int, count: int) -> Path:
     digits = max(2, len(str(count)))
     return path.with_name(f"{path.stem}.rank{index:0{digits}}-of-{count:0{digits}}{path.suffix}")
+
+
+class RankName(NamedTuple):
+    """What the name of a file says of the rank that wrote it.
+
+    Attributes:
+        rank, of: which one, of how many.
+        path: the name that was asked for, which all of them share.
+    """
+
+    rank: int
+    of: int
+    path: Path
+
+
+def rank_in(path: str | os.PathLike[str]) -> RankName | None:
+    """What a file's name, such as ``run.rank01-of-02.safetensors``, says of its rank; None: nothing."""
+    path = Path(path)
+    found = re.fullmatch(r"(.*)\.rank(\d+)-of-(\d+)", path.stem)
+    return None if found is None else RankName(int(found[2]), int(found[3]), path.with_name(found[1] + path.suffix))
+
+
+def rank_names(path: Path, count: int) -> list[str]:
+    """The names of the files of all ranks."""
+    return [_with_rank(path, index, count).name for index in range(count)]
 
 
 def other_name(path: str | os.PathLike[str]) -> Path | None:

@@ -336,7 +336,7 @@ def test_what_was_skipped_is_told_once() -> None:
     ranks[0].notes, ranks[1].notes = ["one", "both"], ["both", "two"]
     whole = hookattn.merge(ranks)
     assert whole.skipped == [hookattn.Skipped("a", "why", (0, 1)), hookattn.Skipped("b", "why", (0,))]
-    assert whole.notes[:3] == ["one", "both", "two"]
+    assert whole.notes[:3] == ["both", "trace 0: one", "trace 1: two"]
 
 
 def test_the_certificate_is_the_worst() -> None:
