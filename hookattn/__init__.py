@@ -28,6 +28,7 @@ from .errors import (
     GuessedAxesWarning,
     HookattnError,
     InputError,
+    MergeError,
     ModelError,
     MonitorWarning,
     NewerFormatError,
@@ -48,7 +49,7 @@ from .models.adapter import Adapter
 from .models.registry import adapters, register
 from .planning.memory_plan import MemoryPlan, PlannedCall
 from .planning.plan import plan
-from .traces import Trace, load
+from .traces import Trace, load, merge
 from .version import __version__ as __version__
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "InputError",
     "KernelCall",
     "MemoryPlan",
+    "MergeError",
     "ModelError",
     "MonitorWarning",
     "NewerFormatError",
@@ -96,6 +98,7 @@ __all__ = [
     "edited",
     "editing",
     "load",
+    "merge",
     "plan",
     "register",
     "trace",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .calls.shard import Shard
 from .edit.base import Edit
 from .edit.editor import Editor
 from .errors import GuessedAxesWarning, HookattnError, InputError, SkippedWarning, TraceWriteError, UnfitTokensWarning
@@ -31,6 +32,7 @@ from .recording.nothing import Nothing
 from .recording.recorder import CallRecorder
 from .recording.selection import Selection
 from .recording.session import Session
+from .recording.sharding import sharding_of
 from .recording.token_fit import unfit_tokens
 from .statistics.base import Statistic
 from .torch_internals.frames import level_outside
@@ -41,8 +43,10 @@ from .traces import Trace
 if TYPE_CHECKING:
     from .store.stream import Stream
 
+ShardLike = Shard | Sequence[Shard] | Mapping[str, Shard | Sequence[Shard]]
+
 _DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("capture", "layers", "heads", "queries", "dtype", "device", "to", "tokens", "layout")),
+    **dict.fromkeys(("capture", "layers", "heads", "queries", "dtype", "device", "to", "tokens", "layout", "shard")),
     "verify": "sample",
     "strict": False,
     "copy": False,
@@ -72,6 +76,7 @@ def trace(
     layout: Mapping[str, str] | None = None,
     gradients: bool = False,
     attached: bool = False,
+    shard: ShardLike | None = None,
 ) -> Trace:
     """Run one forward of ``model`` and return what its attention did.
 
@@ -89,7 +94,9 @@ def trace(
         queries: query positions, a slice or indices; all by default.
         dtype: floating fields are stored in this dtype; by default as the kernel has them.
         device: fields are stored on this device; by default where they are.
-        to: stream to this file, call by call, instead of holding the fields in memory.
+        to: stream to this file, call by call, instead of holding the fields in memory. In a group of several processes
+            each of which has a part of the attention, it is a file for each: ``run.rank00-of-02.safetensors``; what
+            it is stands in ``trace.path``.
         tokens: token strings, one list for all batch entries or one each; taken from a BatchEncoding if it has them. Or
             such lists for each stack that reads a sequence of its own: ``{"encoder": source, "decoder": target}``.
             Given ones that fit no call are told by an UnfitTokensWarning.
@@ -110,6 +117,10 @@ def trace(
             scores, output) trains the model, also where the kernel is fused and the weights are derived. They are the
             model's tensors as they were, whatever it wrote to these afterwards. The trace holds the graph as long as it
             lives; not with ``to=``, ``dtype=``, ``device=`` or statistics, which are in no graph.
+        shard: which part of the model's attention this process computes, where nothing can be seen that tells it: a
+            :class:`hookattn.Shard`, several of different axes, or a mapping of module paths (or patterns with ``*``) to
+            these. It counts before what parameters and tensors tell by themselves, axis by axis. Heads and queries are
+            then selected, edited and counted by their numbers in the whole model; see docs/distributed.md.
 
     Returns:
         A Trace.
@@ -118,7 +129,8 @@ def trace(
         ModelError: a scripted module, parameters on the meta device; NoAttentionError: no attention ran.
         InputError: the inputs do not fit the forward's signature; or ``tokens``, a flag or a path is none, or
             ``attached`` together with what it excludes.
-        SelectionError: an unknown field, layer or head, an empty selection, or a ``layout`` of no module or no axes.
+        SelectionError: an unknown field, layer or head, an empty selection, a ``layout`` of no module or no axes, or a
+            ``shard`` that a call cannot be.
         UnfaithfulError: with ``strict``.
         TraceTooLargeError: there is no room for it; raised at the first large call, and says what would fit.
         TraceWriteError: the file of ``to`` could not be written.
@@ -141,6 +153,7 @@ def trace(
         layout=layout,
         gradients=gradients,
         attached=attached,
+        shard=shard,
     )
 
 
@@ -181,6 +194,7 @@ def tracing(
     layout: Mapping[str, str] | None = None,
     gradients: bool = False,
     attached: bool = False,
+    shard: ShardLike | None = None,
 ) -> AbstractContextManager[Trace]:
     """Trace every forward of ``model`` in the block (each is one step), ``generate()`` included.
 
@@ -208,6 +222,7 @@ def tracing(
         layout=layout,
         gradients=gradients,
         attached=attached,
+        shard=shard,
     )
 
 
@@ -228,6 +243,7 @@ class TracingOptions(TypedDict, total=False):
     layout: Mapping[str, str] | None
     gradients: bool
     attached: bool
+    shard: ShardLike | None
 
 
 def editing(
@@ -323,6 +339,7 @@ def _traced(
     layout: Mapping[str, str] | None,
     gradients: bool,
     attached: bool,
+    shard: ShardLike | None,
     record: bool = True,
 ) -> Iterator[Trace]:
     """:func:`tracing`; ``listener``: changes what attention does; ``record``: whether calls are made of what runs."""
@@ -342,6 +359,7 @@ def _traced(
         _check_attached(selection, to)
     plan = make_watch_plan(model)
     layouts = None if layout is None else Layouts(layout, plan.paths.values())
+    sharding = sharding_of(plan, shard)
     own, named = stacked_tokens(tokens)
     about = describe_model(plan.inner, plan.model_class, plan.wrapped_by)
     trace = Trace(tokens=own, stack_tokens=named, model=about, selection=selection.to_json())
@@ -356,7 +374,7 @@ def _traced(
                 if to is not None:
                     from .store.stream import Stream
 
-                    stream = Stream(to, trace)
+                    stream = Stream(to, trace, sharding is not None and sharding.may_meet_any)
                 sink = None if stream is None else stream.add
                 recorder = CallRecorder(selection, verify, sink is not None, copy, not strict, gradients, attached)
                 room = RoomGuard(selection, to) if record else None
@@ -374,6 +392,7 @@ def _traced(
                     holder=holder,
                     gradients=gradients,
                     attached=attached,
+                    sharding=sharding,
                 )
                 session.start()
                 yield trace
@@ -393,9 +412,11 @@ def _traced(
             if listener is not None:
                 listener.check_met()
             unused = [] if layouts is None else layouts.unused({call.site.path for call in trace.calls})
+            if sharding is not None:
+                trace.notes += sharding.unused()
             trace.notes.extend(f"layout= names {path!r}, where no attention was recorded" for path in unused)
             if stream is not None:
-                stream.finish()
+                stream.finish([] if sharding is None else list(sharding.met))
         finally:
             _end(session, stream, began)
     finally:

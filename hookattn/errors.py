@@ -20,6 +20,7 @@
     ├── EditError              what attention does cannot be changed so; names the module, and why
     ├── GradientError          a gradient of a call that there is none of; says why
     ├── StitchError            the steps of a trace do not make one picture
+    ├── MergeError             the traces of several ranks do not make one; names the rank, and what to do
     ├── MeasureError           a measure is not defined for a call, or the labels given to it do not fit
     ├── RenderError            a picture or a page cannot be made of this trace, or not shown
     │   └── PageTooLargeError  it has no room in one page; says its size
@@ -121,6 +122,10 @@ class GradientError(HookattnError):
 
 class StitchError(HookattnError):
     """The steps of a trace do not make one picture of a generation."""
+
+
+class MergeError(HookattnError):
+    """The traces of several ranks do not make one: a rank is missing, or there twice, or they are of different runs."""
 
 
 class MeasureError(HookattnError):

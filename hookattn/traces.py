@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
 
 from . import checks
 from .calls.trace_data import TraceData
-from .errors import ModelError, TraceFileError, TraceWriteError
+from .errors import MergeError, ModelError, TraceFileError, TraceWriteError
 from .recording.session import Session
 from .taps.active import current
 
@@ -118,6 +118,44 @@ def load(path: str | PathLike[str]) -> Trace:
     from .store.restore import load as restored
 
     return restored(path, Trace)
+
+
+def merge(traces: TraceLike | Iterable[TraceLike], *, steps: str | None = None) -> Trace:
+    """One trace of those of the ranks of a sharded model, equal to that of the model in one process.
+
+    Calls are paired by path, step and their number in it; ``call.shards`` says which part each rank has. Heads (tensor
+    parallelism), query rows (context parallelism) and batch entries (data parallelism) are put together in the order of
+    the model, key heads that several ranks have a copy of once. Sites that are on some ranks alone (the stages of a
+    pipeline) are all there, layer after layer. A merged call has no ``shards``, and ``heads=None`` where all heads are
+    there; its certificate is the worst of the ranks'. What the traced forwards returned is not kept.
+
+    Of files nothing but the headers is read: a field is read, and put together, when it is asked for, and of a part
+    (``call.at``) that part alone. ``save`` writes it call by call. The files have to stay as long as the trace is used.
+
+    Args:
+        traces: of all ranks, in any order, or the paths of their files; one trace alone for ``steps="batches"``.
+        steps: ``"batches"``: steps are microbatches, whose batch entries are put one after the other, so that each site
+            has one call; None: steps stay steps.
+
+    Raises:
+        MergeError: a rank is missing or there twice, ranks overlap or are of different runs, where a part belongs is
+            not known, or nothing is sharded; says which, and what to do.
+        InputError: ``traces`` is something else.
+        SelectionError: ``steps`` is another word.
+        TraceFileError: a file is no trace, or cannot be opened.
+    """
+    from .merging.merge import merge as merged
+
+    batches = steps is not None and checks.word("steps", steps, ("batches",)) == "batches"
+    several = [traces] if isinstance(traces, (Trace, str, PathLike)) else None
+    if several is None and not isinstance(traces, Mapping):
+        several = checks.items_of(traces)
+    expected = "traces, or paths of trace files, of all ranks"
+    if several is None:
+        raise checks.wrong("traces", traces, expected)
+    if not several:
+        raise MergeError("traces is empty: expected " + expected + ".")
+    return merged([as_trace(trace, "traces") for trace in several], batches=batches)
 
 
 TraceLike = Trace | str | PathLike[str]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Diagonal
-from .pieces import Piece
+from .pieces import Cut, Piece
 
 
 class FieldSpec(NamedTuple):
@@ -166,6 +166,8 @@ class KernelCall:
         within: the child of the running module that the call belongs to, where a fused layer hides it.
         kind: ``self``, ``cross`` or ``joint``, where the axes of q and k tell it; None: they don't.
         piece: which part of one attention it is, where the model cut its queries out of a larger tensor.
+        cuts: of B, H, G and T those that several processes each have a part of, and which this one has; no tap fills it
+            in, as what processes have of a model is not told by its kernels.
         notes: what a reader has to know.
         edits: what a listener has noted of what it changed here. A tap hands it on, from the call that it asked about
             to those that it makes of the same attention later, and does nothing else with it.
@@ -205,6 +207,7 @@ class KernelCall:
     within: str = ""
     kind: str | None = None
     piece: Piece | None = None
+    cuts: Mapping[str, Cut] | None = None
     notes: list[str] = field(default_factory=list)
     edits: object = None
     result: Tensor | None = None
@@ -284,7 +287,9 @@ def is_plain(call: KernelCall) -> bool:
         and call.undropped is call.outer_error is None
         and call.softcap is None
         and call.softmax_dtype is None
-        and call.piece is call.edits is None
+        and call.piece is None
+        and call.cuts is None
+        and call.edits is None
         and call.basis is KERNEL_BASIS
         and call.output is not None
         and type(call.scale) is float

@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Cut(NamedTuple):
+    """The part of one axis that a process has, where several processes each compute a part of one attention.
+
+    Attributes:
+        start: the number of its first position in the whole; None: that is not known.
+        of: how many the whole has; None likewise.
+    """
+
+    start: int | None
+    of: int | None
+
+
 class Piece(NamedTuple):
     """Query rows ``start`` to ``stop`` of a tensor that was cut along one axis, or along several that lie as one.
 

@@ -454,7 +454,7 @@ class Call:
     def __repr__(self) -> str:
         return printable(
             f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
-            f"step {self.step}, {self.shape}, {self.tap}, {self.verdict})"
+            f"step {self.step}, {self.shape}, {self.tap}, {self.verdict}{''.join(f', {x}' for x in self.shards)})"
         )
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..attention.kernel_call import FIELD_SPECS
 from .fields import Index, taken
 
 Cell = TypeVar("Cell", bound=Hashable)
@@ -162,3 +163,34 @@ def put_together(
                 whole[found][2].update(cells)
             place = found + 1
     return tuple(made for _, edit, cells in whole for made in back(edit, cells))
+
+
+def numbered_together(
+    name: str,
+    letters: str,
+    several: Iterable[tuple[Sequence[AppliedEdit], Callable[[AppliedEdit], Iterable[int]], int]],
+    whole: Callable[[AppliedEdit], int | None],
+) -> tuple[AppliedEdit, ...]:
+    """The edits of several calls that are put together along one axis, in the numbers of the whole.
+
+    Args:
+        name: what an edit calls its numbers along the axis: ``heads``, ``queries`` or ``batch``.
+        letters: of the axis, one or more; a field that has none of them has no such numbers.
+        several: of each call its edits; which numbers of the whole all of an edited field are there; and what is added
+            to its own numbers to make them the whole's.
+        whole: how many the whole has, for an edit; None: that is not known.
+    """
+    told = []
+    for edits, all_of, start in several:
+        own = []
+        for edit in edits:
+            chosen: Chosen = getattr(edit, name)
+            cells = set(all_of(edit)) if chosen is None else {start + i for i in chosen}
+            own.append((edit.numbered(**{name: None}), cells))
+        told.append(own)
+
+    def written(edit: AppliedEdit, cells: set[int]) -> list[AppliedEdit]:
+        along = any(letter in FIELD_SPECS[edit.field].axes for letter in letters) and len(cells) != whole(edit)
+        return [edit.numbered(**{name: tuple(sorted(cells))}) if along else edit]
+
+    return put_together(told, written)

@@ -21,7 +21,7 @@ from .call import Call
 from .edits import edited_entries, edits_in_words
 from .extents import extents_of, per_query_head
 from .labels import labels
-from .parts import chosen_positions
+from .parts import chosen_positions, end_of
 from .query_positions import query_positions
 from .trace_data import TraceData, check_trace
 
@@ -206,11 +206,11 @@ def parts_of(
         (entry,) = chosen_positions("batch", batch, range(b), call, "batch entries")
         numbers = call.heads or tuple(range(h))
         what = "heads" if call.heads is None else "kept heads"
-        chosen = numbers if heads is None else chosen_positions("heads", heads, numbers, call, what)
+        chosen = numbers if heads is None else chosen_positions("heads", heads, numbers, call, what, end_of(call, "H"))
         at = _query_places(call, entry, t, s)
         names = labels(trace, call, entry, b, t, s, at, tokens, key_tokens)
         own, every = call.queries or tuple(range(t)), range(s)
-        rows = own if queries is None else chosen_positions("queries", queries, own, call, "queries")
+        rows = own if queries is None else chosen_positions("queries", queries, own, call, "queries", end_of(call, "T"))
         columns = tuple(every) if keys is None else chosen_positions("keys", keys, every, call, "keys")
         # What is asked for whole needs no number, which a call that is nothing but a mask may not have.
         part = call.at(batch=None if b == 1 else entry, heads=None if chosen == numbers else chosen)

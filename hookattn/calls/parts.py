@@ -18,6 +18,7 @@ from ..statistics.received import Received
 from .extents import KeptCall, extents_of, key_heads
 from .fields import Derived, Field, Index, PartOf, shape_of, taken
 from .mask_rule import MaskRule
+from .shard import Shard
 from .site import Site
 
 Chosen = int | Sequence[int] | slice | None
@@ -27,6 +28,7 @@ class WholeCall(KeptCall, Protocol):
     """What else is asked of a :class:`~hookattn.calls.call.Call` here."""
 
     site: Site
+    shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class CallPart:
         numbers, of_queries = call.queries, call.of_queries
         if queries is not None:
             own = call.queries or range(extent("T", "queries"))
-            numbers = chosen_positions("queries", queries, own, call, "queries")
+            numbers = chosen_positions("queries", queries, own, call, "queries", end_of(call, "T"))
             place = {number: i for i, number in enumerate(own)}
             chosen_rows = _index([place[i] for i in numbers])
             of_queries = call.of_queries if call.queries is not None else len(own)
@@ -79,7 +81,8 @@ class CallPart:
             return cls(chosen_batch, every, chosen_rows, every, call.heads, call.kv_heads, numbers, of_queries)
         h = extent("H", "heads")
         there = call.heads or range(h)
-        named = chosen_positions("heads", heads, there, call, "heads" if call.heads is None else "kept heads")
+        what = "heads" if call.heads is None else "kept heads"
+        named = chosen_positions("heads", heads, there, call, what, end_of(call, "H"))
         at = [there.index(n) for n in named]
         groups: Index = every
         kv_heads: tuple[int, ...] | None = None
@@ -131,13 +134,21 @@ def part_of_scale(scale: float | Tensor | None, part: CallPart) -> float | Tenso
     return x
 
 
-def chosen_positions(name: str, wanted: Chosen, there: Sequence[int], call: WholeCall, what: str) -> tuple[int, ...]:
-    """Those of the numbers that are there; negative ones from the last one on.
+def end_of(call: WholeCall, axis: str) -> int | None:
+    """How many heads (H) or queries (T) the whole model has, of which a process has a part; None: it has all, or that
+    is not known."""
+    return next((shard.of for shard in call.shards if shard.axis == axis), None)
+
+
+def chosen_positions(
+    name: str, wanted: Chosen, there: Sequence[int], call: WholeCall, what: str, end: int | None = None
+) -> tuple[int, ...]:
+    """Those of the numbers that are there; negative ones from ``end`` on, or else from the last one.
 
     Raises:
         SelectionError: one is not there, or none is asked for.
     """
-    end = max(there, default=-1) + 1
+    end = max(there, default=-1) + 1 if end is None else end
     known = there if isinstance(there, range) else frozenset(there)
     if isinstance(wanted, slice):
         found = [i for i in range(*checks.int_slice(name, wanted).indices(end)) if i in known]

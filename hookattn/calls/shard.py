@@ -47,15 +47,19 @@ class Shard:
         for name, least in (("start", 0), ("of", 1), ("group_start", 0), ("groups_of", 1)):
             value = getattr(self, name)
             if value is not None:
-                checks.whole(f"Shard: {name}", value, least, error=InputError)
-        checks.whole("Shard: index", self.index, 0, error=InputError)
-        checks.whole("Shard: count", self.count, 1, error=InputError)
+                self._keep(name, value, least)
+        self._keep("index", self.index, 0)
+        self._keep("count", self.count, 1)
         for first, whole in (("start", "of"), ("group_start", "groups_of"), ("index", "count")):
             a, b = getattr(self, first), getattr(self, whole)
             if a is not None and b is not None and a >= b:
                 raise InputError(f"Shard: {first}={a} of {whole}={b}: numbers are from 0 to {b - 1}.")
         if self.axis != "H" and (self.group_start, self.groups_of) != (None, None):
             raise InputError(f"Shard: group_start= and groups_of= are of heads, and axis is {self.axis!r}.")
+
+    def _keep(self, name: str, value: int, least: int) -> None:
+        """A number as a plain int, whatever library's it was."""
+        object.__setattr__(self, name, checks.whole(f"Shard: {name}", value, least, error=InputError))
 
     def __str__(self) -> str:
         """For a person: ``heads from 2 of 4, rank 1 of 2 on tp``."""

@@ -11,6 +11,7 @@ from .command import Group
 from .demo import demo
 from .heads import command as heads
 from .info import info
+from .merge import command as merge
 from .render import render
 from .survey import command as survey
 from .trace import trace
@@ -30,5 +31,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, heads, view, render, survey, ablate, verify, adapters, demo):
+for command in (trace, info, merge, heads, view, render, survey, ablate, verify, adapters, demo):
     app.add_command(command)

@@ -18,6 +18,7 @@ from ..calls.call import Call, guessed_axes
 from ..calls.certificate import Certificate
 from ..calls.edits import edits_in_words
 from ..calls.extents import extents_of
+from ..calls.shard import Shard
 from ..store import LazyFile
 from ..traces import Trace
 from .screen import counted, decimal_size, plain
@@ -53,6 +54,7 @@ def call_as_json(call: Call) -> dict[str, Any]:
         "heads": call.heads,
         "queries": call.queries,
         "of_queries": call.of_queries,
+        "shards": [asdict(shard) for shard in call.shards],
         "fields": [name for name in call.fields if call.fields[name] is not None],
         "derivable": [name for name in call.derivable if name not in call.fields],
         "notes": list(call.notes),
@@ -300,6 +302,8 @@ def print_head(out: Console, data: dict[str, Any]) -> None:
         ("model", f"{data['model'].get('class', '?')} ({data['model'].get('module', '?')})"),
         ("versions", " · ".join(f"{k} {v}" for k, v in data["versions"].items())),
     ]
+    shards = dict.fromkeys(str(Shard(**shard)) for call in data["calls"] for shard in call["shards"])
+    facts += [("" if i else "part", shard) for i, shard in enumerate(shards)]
     if data.get("bytes_of_fields"):
         facts.append(("fields", " · ".join(f"{k} {decimal_size(v)}" for k, v in data["bytes_of_fields"].items())))
     stacks = data["stack_tokens"]

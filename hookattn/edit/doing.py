@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attention.functional import compute_dtype, weighted_values, with_four_axes
 from ..attention.kernel_call import KernelCall
+from ..attention.whole import Axis, Place
 from ..calls.edits import AppliedEdit
 from ..calls.site import Site
 from ..errors import EditError, TraceTooLargeError
@@ -25,7 +26,6 @@ from ..torch_internals import devices
 from .base import Edit
 from .edited_call import EditedCall
 from .part import Part, Places, axes_of, union
-from .place import Axis, Place
 from .positions import Here
 
 _MIXED = "the model changes the weights between the softmax and the values ({}), and what it makes of others is unknown"

@@ -15,11 +15,12 @@ from torch import Tensor
 from ..attention.functional import compute_dtype, dot_scores, finish_scores, sink_column, with_four_axes
 from ..attention.kernel_call import KernelCall
 from ..attention.normalizers import normalized, normalizer_of
+from ..attention.whole import Place
 from ..calls.site import Site
 from ..errors import EditError
 from .part import Part, axes_of
-from .place import Place
 from .positions import Here
+from .where import UNNUMBERED
 
 
 class EditedCall:
@@ -47,7 +48,7 @@ class EditedCall:
         """
         Args:
             call, site, step: as in the attributes.
-            place: where the call is in the attention that it is a piece of; None: it is none.
+            place: where the call is in the whole attention; None: to be looked up.
             positions: of its queries in the sequence; None: no edit asks for them.
         """
         self.site, self.step, self.tap = site, step, call.tap
@@ -122,8 +123,11 @@ class EditedCall:
             assert self._positions is not None, "an edit that asks says that it is by position"
             return tuple(self._positions.queries[i] for i in several)
         place = self.place
-        first = {"B": place.batch, "H": place.heads, "G": place.key_heads}[letter].first if letter != "S" else 0
+        axis = {"B": place.batch, "H": place.heads, "G": place.key_heads}.get(letter)
+        first = 0 if axis is None else axis.first
         if first is None:
+            if axis is not None and axis.elsewhere:
+                raise EditError(f"{self.site.label} (step {self.step}): {UNNUMBERED}.")
             raise EditError(
                 f"{self.site.label} (step {self.step}): the model computes some heads of one batch entry together with "
                 "some of another, so that values of another run have no place here."

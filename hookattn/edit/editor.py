@@ -13,22 +13,29 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..attention.kernel_call import KernelCall
+from ..attention.whole import Place
 from ..calls.site import Site
 from ..errors import EditError
 from ..taps.base import Change
 from .base import Edit
 from .doing import Doing
 from .part import Part
-from .place import Place
 from .positions import Here, Positions
-from .where import chosen
+from .where import chosen, places_on
 
 
 @dataclass
 class _Met:
-    """What one edit has met so far."""
+    """What one edit has met so far.
+
+    Attributes:
+        calls: that it was done in.
+        elsewhere: whether it may have met others in other processes, which have the other heads or queries of a call.
+        layers, steps, queries, keys: their numbers.
+    """
 
     calls: int = 0
+    elsewhere: bool = False
     layers: set[int] = field(default_factory=set)
     steps: set[int] = field(default_factory=set)
     queries: set[int] = field(default_factory=set)
@@ -89,12 +96,12 @@ class Editor:
         """
         for edit, met in zip(self.edits, self._met, strict=True):
             where = edit.where
-            if not met.calls:
+            if not met.calls and not met.elsewhere:
                 raise EditError(f"{edit!r} met no attention call; {self._what_ran()}.")
             for name, wanted, found in (
                 ("layer", where.layer, met.layers),
                 ("step", where.step, met.steps),
-                ("queries", where.queries, met.queries),
+                ("queries", None if met.elsewhere else where.queries, met.queries),
                 ("keys", where.keys, met.keys),
             ):
                 missing = [i for i in wanted if i >= 0 and i not in found] if isinstance(wanted, tuple) else []
@@ -140,9 +147,10 @@ class Editor:
         """The entries of a call that an edit is of."""
         where, s = edit.where, call.shape[3]
         place, label = Place.of(call), f"{site.label}: {edit!r}"
-        batch = place.batch.chosen(where.batch, "batch", label)
+        batch = places_on(place.batch, where.batch, "batch", label)
         axis = place.key_heads if edit.field in ("k", "v") else place.heads
-        heads = axis.chosen(where.heads, "heads", label)
+        heads = places_on(axis, where.heads, "heads", label)
+        met.elsewhere |= (heads == () and axis.elsewhere) or (where.queries is not None and place.rows.elsewhere)
         rows = keys = None
         if where.queries is not None:
             assert positions is not None

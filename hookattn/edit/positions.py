@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from ..attention.kernel_call import KernelCall
 from ..attention.positions import query_positions
+from ..attention.whole import Place
 from ..calls.site import Site
 from ..errors import EditError
+from .where import UNNUMBERED
 
 
 class _Step(NamedTuple):
@@ -32,12 +34,14 @@ class Here:
         end: one behind the last query of the whole attention, of which this call may be a piece.
         lost: why no position counted from the front can be trusted; empty: it can.
         differ: whether the batch entries have different ones.
+        unknown: whether other processes have other queries of the call, and nobody knows which.
     """
 
     queries: tuple[int, ...]
     end: int
     lost: str = ""
     differ: bool = False
+    unknown: bool = False
 
     def check(self, wanted: tuple[int, ...] | slice, name: str, label: str) -> None:
         """Whether what is wanted can be told here.
@@ -45,6 +49,8 @@ class Here:
         Raises:
             EditError: it cannot; says why.
         """
+        if self.unknown and name == "queries":
+            raise EditError(f"{label}: {UNNUMBERED}.")
         ends = [wanted.start, wanted.stop] if isinstance(wanted, slice) else list(wanted)
         if self.lost and any(i is not None and i >= 0 for i in ends):
             raise EditError(f"{label}: {self.lost}; count {name} from the end, with negative numbers.")
@@ -65,7 +71,10 @@ class Positions:
     def of(self, call: KernelCall, site: Site, step: int) -> Here:
         """Those of a call."""
         _, _, t, s = call.shape
-        first, whole = (call.piece.place("T", t) if call.piece is not None else None) or (0, t)
+        rows = Place.of(call).rows
+        if rows.first is None or rows.of is None:
+            return Here(tuple(range(t)), t, unknown=True)
+        first, whole = rows.first, rows.of
         if site.crosses:
             # Keys of another sequence tell nothing; the self-attention of the same step has the same queries.
             queries = self._of_self.get((site.stack, step, t), tuple(range(first, first + t)))

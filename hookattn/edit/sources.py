@@ -107,6 +107,8 @@ def _kept(source: Call, letter: str, n: int, call: EditedCall, edit: Edit) -> tu
     """The numbers of what is along an axis of a kept call: of queries their positions in the sequence."""
     if letter == "H" and source.heads is not None:
         return source.heads
+    if letter == "G" and source.heads is not None and (found := _key_heads(source, n)) is not None:
+        return found
     if letter == "G" and source.heads is not None:
         raise EditError(
             f"{call.where(edit)}: the call that values are taken of was kept with heads=, and which of the model's key "
@@ -115,6 +117,16 @@ def _kept(source: Call, letter: str, n: int, call: EditedCall, edit: Edit) -> tu
     if letter == "T":
         return query_numbers(source, n)
     return tuple(range(n))
+
+
+def _key_heads(source: Call, n: int) -> tuple[int, ...] | None:
+    """The numbers of the key heads of a call that has some of the model's heads, where its shard tells how many heads
+    read each of them; None: nothing does."""
+    shard = source.shard
+    if shard is None or shard.of is None or shard.groups_of is None or shard.of % shard.groups_of:
+        return None
+    found = tuple(sorted({head // (shard.of // shard.groups_of) for head in source.heads or ()}))
+    return found if len(found) == n else None
 
 
 def query_numbers(source: Call, n: int) -> tuple[int, ...]:

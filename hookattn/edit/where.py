@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from .. import checks
 from ..attention.kernel_call import FIELD_SPECS
+from ..attention.whole import Axis
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site, without_wrappers
 from ..errors import EditError, SelectionError
@@ -167,6 +168,37 @@ def chosen(
                 f"{where}: {name}={list(wanted)} names {i}, and this call has {len(there)} {name}, counted from 0."
             )
     return tuple(sorted(set(found)))
+
+
+UNNUMBERED = (
+    "this process has a part of its heads or queries, and their numbers in the whole model are not known; say them "
+    "with shard=hookattn.Shard(axis, start=…, of=…)"
+)
+
+
+def places_on(axis: Axis, wanted: tuple[int, ...] | slice | None, name: str, where: str) -> tuple[int, ...] | None:
+    """The places in a call of what is wanted along an axis, by its numbers in the whole attention; None: all of it.
+
+    Args:
+        axis: what the call has of it.
+        wanted: numbers; negative ones from the end of the whole.
+        name: heads or batch.
+        where: of the call.
+
+    Raises:
+        EditError: one is not there in the whole, or the call's positions have no numbers.
+    """
+    if wanted is None:
+        return None
+    if axis.elsewhere and (axis.first is None or axis.of is None):
+        raise EditError(f"{where}: {name}={_shown(wanted)}: {UNNUMBERED}.")
+    if axis.first is None or axis.of is None:
+        raise EditError(
+            f"{where}: the model computes some heads of one batch entry together with some of another, so that "
+            f"{name}= names none of them; leave it out."
+        )
+    numbers = chosen(name, wanted, range(axis.of), True, where) or ()
+    return tuple(i - axis.first for i in numbers if axis.has(i))
 
 
 def _ints(name: str, value: Any) -> list[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..attention.kernel_call import FIELD_SPECS
-from ..calls.edits import AppliedEdit, put_together
+from ..calls.edits import AppliedEdit, numbered_together
 from ..calls.extents import extents_of, kernel_queries
 from ..calls.trace_data import check_trace
 from ..errors import StitchError
@@ -72,21 +72,16 @@ def _edits(calls: Sequence[Call], over_steps: bool) -> tuple[AppliedEdit, ...]:
     if not any(c.edits for c in calls):
         return ()
     name, letter = ("queries", "T") if over_steps else ("batch", "B")
-    told, start = [], 0
+    several, start = [], 0
     for call in calls:
         n = (_kernel_rows(call) if over_steps else None) or extents_of(call, letter).known(letter).get(letter, 0)
-        own = []
-        for edit in call.edits:
-            cells = range(n) if getattr(edit, name) is None else getattr(edit, name)
-            own.append((edit.numbered(**{name: None}), {start + i for i in cells}))
-        told.append(own)
+        several.append((call.edits, partial(_all_of, range(start, start + n)), start))
         start += n
+    return numbered_together(name, letter, several, lambda edit: start)
 
-    def written(edit: AppliedEdit, cells: set[int]) -> list[AppliedEdit]:
-        along = letter in FIELD_SPECS[edit.field].axes and len(cells) < start
-        return [edit.numbered(**{name: tuple(sorted(cells))}) if along else edit]
 
-    return put_together(told, written)
+def _all_of(numbers: range, edit: AppliedEdit) -> range:
+    return numbers
 
 
 def _merged(calls: Sequence[Call], index: int, join: Callable[[str, Sequence[Call]], Tensor | None]) -> Call:

@@ -38,6 +38,12 @@ class _Cut:
         self.b, self.h = known["B"], known["H"]
         self.groups = self.h // known.get("G", self.h)
         self.first_head = (piece.place("H", self.h) or (0, self.h))[0]
+        # What this process has of the whole begins there, where others have the rest.
+        starts = {shard.axis: shard for shard in call.shards}
+        heads, rows = starts.get("H"), starts.get("T")
+        self.heads_from = 0 if heads is None else heads.start or 0
+        self.groups_from = 0 if heads is None else heads.group_start or 0
+        self.rows_from = 0 if rows is None else rows.start or 0
 
     def of_whole(self, edit: AppliedEdit) -> tuple[AppliedEdit, set[Cell]]:
         """An edit without its numbers along what was cut, and the cells of the whole that it was done in."""
@@ -49,7 +55,8 @@ class _Cut:
         if self.letters == "H":
             return plain, {(0, start + h, 0) for h in self._heads(edit)}
         if self.letters == "T":
-            rows = range(start, self.piece.stop) if edit.queries is None else edit.queries
+            own = None if edit.queries is None else [i - self.rows_from for i in edit.queries]
+            rows = range(start, self.piece.stop) if own is None else own
             return plain, {(0, 0, row) for row in rows} if "T" in axes else {(0, 0, 0)}
         inner = self.piece.axes[1][1]
         places = [divmod(start + b * self.h + h, inner) for b in entries for h in self._heads(edit)]
@@ -60,8 +67,8 @@ class _Cut:
         if edit.heads is None:
             return list(range(self.h))
         if "H" in FIELD_SPECS[edit.field].axes:
-            return [h - self.first_head for h in edit.heads]
-        first = self.first_head // self.groups
+            return [h - self.heads_from - self.first_head for h in edit.heads]
+        first = self.groups_from + self.first_head // self.groups
         return [h for h in range(self.h) if first + h // self.groups in edit.heads]
 
     def written(self, edit: AppliedEdit, cells: set[Cell]) -> Iterator[AppliedEdit]:
@@ -71,12 +78,14 @@ class _Cut:
         elif len(self.letters) == 1:
             at = "BHT".index(self.letters)
             of_queries = self.letters == "T" and "T" not in FIELD_SPECS[edit.field].axes
-            yield edit if of_queries else edit.numbered(**{_NAMES[self.letters]: tuple(sorted(c[at] for c in cells))})
+            begins = {"B": 0, "H": self.heads_from, "T": self.rows_from}[self.letters]
+            numbers = tuple(sorted(begins + c[at] for c in cells))
+            yield edit if of_queries else edit.numbered(**{_NAMES[self.letters]: numbers})
         else:
             sizes = dict(self.piece.axes)
             heads_of: dict[int, list[int]] = {}
             for entry, head, _ in sorted(cells):
-                heads_of.setdefault(entry, []).append(head)
+                heads_of.setdefault(entry, []).append(self.heads_from + head)
             entries_of: dict[tuple[int, ...], list[int]] = {}
             for entry, heads in heads_of.items():
                 entries_of.setdefault(tuple(heads), []).append(entry)

@@ -33,8 +33,7 @@ class Layouts:
         self._given: dict[str, str] = {}
         self._used: set[str] = set()
         for said, letters in given.items():
-            # As the model spells it, or as a wrapped model spells it.
-            path = next((p for p in (said, without_wrappers(said)) if any(_fits(p, known) for known in paths)), None)
+            path = own_spelling(said, paths)
             if problem := problem_of(letters):
                 raise SelectionError(f"layout={{{said!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
             if path is None:
@@ -47,7 +46,7 @@ class Layouts:
 
     def of(self, path: str) -> str | None:
         """The letters of the axes of q in the module at a path; None: nothing was said."""
-        key = path if path in self._given else next((key for key in self._given if _fits(key, path)), None)
+        key = path if path in self._given else next((key for key in self._given if fits(key, path)), None)
         if key is None:
             return None
         self._used.add(key)
@@ -63,5 +62,12 @@ class Layouts:
 _EXAMPLE = 'layout={"blocks.0.attn": "BTHD"}, say'
 
 
-def _fits(key: str, path: str) -> bool:
+def own_spelling(said: str, paths: Collection[str]) -> str | None:
+    """A path, or a pattern of paths, as the model spells it: without the names that wrappers put into it, if it is none
+    with them; None: the model has no such module."""
+    return next((p for p in (said, without_wrappers(said)) if any(fits(p, known) for known in paths)), None)
+
+
+def fits(key: str, path: str) -> bool:
+    """Whether a path, or a pattern of paths, that a caller gives is that of a module."""
     return key == path or fnmatchcase(path, key)

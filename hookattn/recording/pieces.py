@@ -123,10 +123,16 @@ def _say_part(call: Call, piece: Piece) -> None:
     selected = call.heads is not None or call.queries is not None
     if extent != rows and not selected:
         return
-    if piece.letters == "T" and not selected:
-        call.queries, call.of_queries = tuple(range(piece.start, piece.stop)), piece.of
+    # Of what this process has: the whole model's numbers begin elsewhere.
+    cut = next((shard for shard in call.shards if shard.axis == piece.letters), None)
+    start = 0 if cut is None else cut.start
+    if start is None:
+        pass
+    elif piece.letters == "T" and not selected:
+        call.queries = tuple(range(start + piece.start, start + piece.stop))
+        call.of_queries = piece.of if cut is None else cut.of
     elif piece.letters == "H" and "G" in known and not selected:
-        call.heads = tuple(range(piece.start, piece.stop))
+        call.heads = tuple(range(start + piece.start, start + piece.stop))
         call.kv_heads = tuple(h * known["G"] // rows for h in range(rows))
     where = " and ".join(_WORDS[x] for x in piece.letters)
     some = str(piece.start) if rows == 1 else f"{piece.start} to {piece.stop - 1}"

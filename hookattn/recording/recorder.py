@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from ..attention.kernel_call import FIELD_SPECS, KERNEL_BASIS, KernelCall, is_plain
 from ..attention.masks import split_additive
 from ..attention.normalizers import OF_ONE, is_softmax
+from ..attention.whole import Place
 from ..calls.call import Call, call_like
 from ..calls.certificate import UNVERIFIED
 from ..calls.deriving import derive_field
@@ -179,13 +180,8 @@ class CallRecorder:
             edits, measured, set_rows = self._edited(call)
             heads = queries = groups = None
             statistics: dict[str, Tensor | None] = {}
-            _, h, t, s = call.shape
-            first_head = first_row = 0
-            of_rows = t
+            _, _, t, s = call.shape
             if not self._whole:
-                if call.piece is not None:
-                    first_head, _ = call.piece.place("H", h) or (0, h)
-                    first_row, of_rows = call.piece.place("T", t) or (0, t)
                 heads, queries = self.selection.within(call, site.label)
             if self.selection.statistics:
                 statistics, notes = captured_statistics(call, self.selection.statistics, site, heads, queries, edits)
@@ -196,12 +192,14 @@ class CallRecorder:
             self._note_graph(made, call, heads, queries)
             mask = self._mask_rule(call, t, s, heads, queries)
             if not self._whole:
+                place = Place.of(call)
                 groups = restrict(call, heads, queries)
-                made.heads = None if heads is None else tuple(first_head + i for i in heads)
+                made.heads = None if heads is None else tuple((place.heads.first or 0) + i for i in heads)
                 made.kv_heads = None if groups is None else tuple(groups)
                 if queries is not None:
                     rows = range(t)[queries] if isinstance(queries, slice) else queries
-                    made.queries, made.of_queries = tuple(first_row + i for i in rows), of_rows
+                    made.queries = tuple((place.rows.first or 0) + i for i in rows)
+                    made.of_queries = place.rows.of
             made.derivable = self.selection.derivable_of(call)
             made.edits, made.own_by_edits = edits, was_product and not call.is_product
             if any(edit.field == "weights" for edit in edits):  # they follow from nothing any more

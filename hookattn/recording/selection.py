@@ -13,6 +13,7 @@ from .. import checks
 from ..attention.functional import sink_column
 from ..attention.kernel_call import DERIVED, FIELD_SPECS, FIELDS, SOURCES, TENSOR_SPECS, KernelCall, asked_for
 from ..attention.normalizers import SOFTMAX, is_softmax
+from ..attention.whole import Axis, Place
 from ..cached import cached_property
 from ..calls.layer_counts import names_layer
 from ..calls.site import Site
@@ -26,6 +27,12 @@ _OF_KEY_HEADS = tuple(name for name, spec in TENSOR_SPECS.items() if spec.per_ke
 _OF_HEADS = tuple(name for name in TENSOR_SPECS if name not in _OF_KEY_HEADS)
 _OF_QUERIES = tuple(name for name, spec in TENSOR_SPECS.items() if spec.per_query)
 _BROADCAST = frozenset(name for name, spec in TENSOR_SPECS.items() if spec.broadcast)
+
+
+_UNNUMBERED = (
+    "{0}={1}: of {2} this process has a part, and the numbers of its {0} in the whole model are not known; say them "
+    "with shard=hookattn.Shard({3!r}, start=…, of=…), or trace without {0}=."
+)
 
 
 @dataclass(frozen=True)
@@ -140,33 +147,41 @@ class Selection:
     def within(self, call: KernelCall, where: str) -> tuple[list[int] | None, list[int] | slice | None]:
         """The selected heads and queries of a call, by their places in it; None: all, and an empty list: none of them.
 
-        What is selected is counted in the whole attention that a call may be a piece of.
+        What is selected is counted in the whole attention that a call may be a part of.
 
         Raises:
             SelectionError: a selected head or query is not there, or the call has parts of several batch entries.
         """
         _, h, t, _ = call.shape
-        if call.piece is None:
+        if call.piece is None and call.cuts is None:
             return self.head_index(h, where), self.query_index(t, where)
-        heads = None
-        if self.heads is not None:
-            place = call.piece.place("H", h)
-            if place is None:
-                raise SelectionError(
-                    f"heads={list(self.heads)}: {where} computes some heads of one batch entry together with some of "
-                    "another; trace it without heads= and take them from the call with call.at(heads=…)."
-                )
-            first, count = place
-            heads = [i - first for i in self.head_index(count, where) or () if first <= i < first + h]
-        first, count = call.piece.place("T", t) or (0, t)
-        queries = self.query_index(count, where)
-        if queries is not None and count != t:
-            rows = range(count)[queries] if isinstance(queries, slice) else queries
-            queries = [i - first for i in rows if first <= i < first + t]
+        place = Place.of(call)
+        heads = None if self.heads is None else self._heads_on(place.heads, call, where)
+        axis, queries = place.rows, None
+        if self.queries is not None:
+            if axis.first is None or axis.of is None:
+                raise SelectionError(_UNNUMBERED.format("queries", self.queries, where, "T"))
+            queries = self.query_index(axis.of, where)
+            if not axis.whole:
+                rows = range(axis.of)[queries] if isinstance(queries, slice) else queries or ()
+                queries = [i - axis.first for i in rows if axis.has(i)]
         return heads, queries
 
+    def _heads_on(self, axis: Axis, call: KernelCall, where: str) -> list[int]:
+        assert self.heads is not None
+        if axis.first is None and axis.elsewhere and (call.piece is None or call.piece.place("H", axis.count)):
+            raise SelectionError(_UNNUMBERED.format("heads", list(self.heads), where, "H"))
+        if axis.first is None:
+            raise SelectionError(
+                f"heads={list(self.heads)}: {where} computes some heads of one batch entry together with some of "
+                "another; trace it without heads= and take them from the call with call.at(heads=…)."
+            )
+        if axis.of is None:  # then nothing is known of an end either
+            raise SelectionError(_UNNUMBERED.format("heads", list(self.heads), where, "H"))
+        return [i - axis.first for i in self.head_index(axis.of, where) or () if axis.has(i)]
+
     def takes_piece(self, call: KernelCall, where: str) -> bool:
-        """Whether a call that is a piece of an attention has any of what is selected."""
+        """Whether a call that is a part of an attention has any of what is selected."""
         return [] not in self.within(call, where)
 
     def to_json(self) -> dict[str, Any]:

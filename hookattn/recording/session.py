@@ -18,6 +18,7 @@ from ..attention.kernel_call import KernelCall
 from ..cached import cached_property
 from ..calls.call import Call, Skipped
 from ..calls.layer_counts import LayerCounts
+from ..calls.shard import Shard
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
 from ..errors import ModelError, NoAttentionError, SelectionError, UnfaithfulError
@@ -40,6 +41,7 @@ from ..torch_internals.isolation import in_backward
 from ..torch_internals.transforms import outside, stands_for_others
 from ..torch_internals.undo import mark, undo_since
 from . import live
+from .distributed import Unreadable, is_distributed
 from .kinds import SiteKinds
 from .layouts import Layouts
 from .mapped import examples_as_batch
@@ -49,6 +51,7 @@ from .recorder import CallRecorder
 from .room_check import Forward, RoomCheck, is_large
 from .second_run import RunAgain
 from .selection import Selection
+from .sharding import Sharding, numbered
 from .steps import Steps
 
 Sink = Callable[[Call], None]
@@ -58,6 +61,9 @@ _CHANGED = ("q", "k", "v", "bias", "mask")  # what a Change has of a kernel's ar
 _TRIES = 3
 _HEALED = (
     "an earlier trace of this thread was broken off as it ended; what it had left was put back before this one began"
+)
+_DISTRIBUTED = (
+    "its queries, keys and values are distributed tensors (DTensor), of which a process can change none alone"
 )
 _REPLICA = (
     "it ran in copies of the model, one a device, in threads of their own (torch.nn.DataParallel), and a trace is of "
@@ -150,6 +156,7 @@ class Session:
         holder: the recorder, where it can hold calls; None: each is kept as soon as it is seen.
         gradients: whether the gradients of outputs are asked for.
         attached: whether what is recorded stays in the model's graph.
+        sharding: looks up which part of a whole attention each call is; None: each is the whole.
 
     Attributes:
         heard: kernels that have reported themselves, those of other models in the same thread included. A tap that runs
@@ -182,11 +189,12 @@ class Session:
         holder: Holder | None = None,
         gradients: bool = False,
         attached: bool = False,
+        sharding: Sharding | None = None,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
         self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
         self.gradients, self.attached = gradients, attached
-        self._layouts = layouts
+        self._layouts, self._sharding = layouts, sharding
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
         self._modes = ModeStack(self._make_mode)
         self._modules_run: dict[int, nn.Module] = {}  # by identity, those at sites or that sound like attention
@@ -202,7 +210,8 @@ class Session:
         )
         self._model_runs = False  # whether the model's own forward does
         self._held: list[KernelCall] = []  # what this forward has computed and is not among the calls yet
-        may_hold = listener is None and selection.layers is None and self._hooks.tells_end
+        # Placements of parameters are to be looked at while their site runs.
+        may_hold = listener is None and selection.layers is None and self._hooks.tells_end and sharding is None
         self._holder = holder if may_hold else None
         self._steps = Steps(plan, recorder.forget, self._hooks.tells_end)
         self._seen_paths: set[str] = set()  # of sites where a call was recorded or skipped
@@ -412,12 +421,14 @@ class Session:
     def again(self, function: Callable[..., Any]) -> SecondRun:
         """A function whose later runs, in a backward pass, are given the changes of its first."""
         plan, selection, layouts, listener = self.plan, self.selection, self._layouts, self._listener
-        numbering, kinds = self._numbering, self._kinds
+        numbering, kinds, sharding = self._numbering, self._kinds, self._sharding
 
         @contextmanager
         def attached(step: int) -> Iterator[None]:
             recorder = CallRecorder(selection, "off", warns=False)
-            made = type(self)(plan, TraceData(), selection, recorder, False, listener=listener, layouts=layouts)
+            made = type(self)(
+                plan, TraceData(), selection, recorder, False, listener=listener, layouts=layouts, sharding=sharding
+            )
             made._numbering, made._kinds, made._step_again = numbering, kinds, step
             try:
                 made.start()
@@ -523,9 +534,15 @@ class Session:
         tensor = call.weights if call.q is None else call.q
         if tensor is not None and stands_for_others(tensor):  # what is recorded of it is laid out otherwise
             return None
+        if tensor is not None and self._sharding is not None and is_distributed(tensor):
+            return None
         if of_kernel and not in_backward():  # there nothing is recorded, which would take this back
             self._asked = True
-        return self._place(call)
+        place = self._place(call)
+        if place is not None and self._sharding is not None:
+            with self.aside():
+                self._sharding.find(call, place[0])
+        return place
 
     def _place(self, call: KernelCall) -> tuple[Site, int] | None:
         """Where a kernel runs, as it will be recorded, and in which step; None: in another model."""
@@ -635,6 +652,16 @@ class Session:
             if self._listener is not None and not asked:
                 self._listener.missed(site, step, _TRANSFORMED)
             return
+        shards: tuple[Shard, ...] = ()
+        if self._sharding is not None:
+            if self._listener is not None and not asked and is_distributed(call.v):
+                self._listener.missed(site, step, _DISTRIBUTED)
+            try:
+                with self.aside():
+                    call, shards = self._sharding.here(call, site)
+            except Unreadable as error:
+                self._skipped.setdefault((site.path, f"its tensors are distributed, and {error}"), set()).add(step)
+                return
         if self._listener is not None and not asked:
             self._listener.missed(site, step, f"what its kernel gets cannot be changed (tap {call.tap}).")
         takes: bool | None = True
@@ -645,7 +672,10 @@ class Session:
             takes = self.selection.takes_layer(site)
             if takes is False:
                 return
-        if call.piece is not None and not self.selection.takes_piece(call, site.label):
+        in_part = call.piece is not None or call.cuts is not None
+        if in_part and not self.selection.takes_piece(call, site.label):
+            if shards:
+                self.note(_none_here(shards, self.selection))
             return
         if self._room is not None and is_large(call):
             plan = self.plan
@@ -655,8 +685,11 @@ class Session:
         if kept is None:
             return
         kept.entry = entry
+        kept.shards = shards
         if call.piece is not None:
             self._pieces.note(kept, call.piece)
+        elif shards:
+            numbered(kept)
         self.trace.calls.append(kept)
         if self._sink is not None and takes:
             self._recorder.deliver(kept, self._sink)
@@ -668,6 +701,8 @@ class Session:
         self._complete_calls()
         if not self.shapes_only:
             self._pieces.put_together(self.trace.calls, merge=self._sink is None)
+        for call in self.trace.calls if self._sharding is not None else ():
+            numbered(call)
         self._drop_unselected_layers()
         sites = self.plan.sites
         if not all(key in sites and sites[key].path in self._seen_paths for key in self._modules_run):
@@ -724,6 +759,17 @@ class Session:
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
             call.index = i
+
+
+def _none_here(shards: Sequence[Shard], selection: Selection) -> str:
+    """That this process has none of what was selected, which is no error where another one has it."""
+    wanted = " and ".join(
+        f"{name}={value if isinstance(value, slice) else list(value)}"
+        for name, value in (("heads", selection.heads), ("queries", selection.queries))
+        if value is not None
+    )
+    here = " and ".join(map(str, shards))
+    return f"of {wanted} this process has none at some sites, and keeps no call of these (it has {here})"
 
 
 if TYPE_CHECKING:

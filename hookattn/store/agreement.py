@@ -14,6 +14,7 @@ import torch
 from ..attention.kernel_call import DOT, FIELD_SPECS, OUTPUT_GRADIENT, TENSOR_SPECS, FieldSpec
 from ..attention.normalizers import is_softmax
 from ..calls.edits import AppliedEdit, set_by_edits
+from ..calls.shard import Shard
 from ..statistics.registry import spec_of
 
 Shown = tuple[torch.dtype, Sequence[int]]
@@ -74,6 +75,8 @@ def _problems(
         yield from _of_all(_SCALE, scale[1], sizes)
     yield from _of_lists(values, sizes)
     yield from _of_derivable(values, fields)
+    yield from _of_shards(values, sizes)
+    yield from _of_requests(values, fields, sizes)
     yield from _of_edits(values, fields, sizes)
 
 
@@ -145,6 +148,46 @@ def _of_lists(values: Mapping[str, Any], sizes: Mapping[str, tuple[int, str]]) -
         yield f"'kv_heads' has {max(kv_heads)}, and field {of!r} has {g} heads"
     elif kv_heads is None and h is not None and h % g:
         yield f"field {of!r} has {g} heads for {h} query heads, and 'kv_heads' does not say which is whose"
+
+
+def _of_shards(values: Mapping[str, Any], sizes: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+    """The parts of axes that a process has, beside the numbers that are kept and the extents of the fields."""
+    shards: Sequence[Shard] = values.get("shards", ())
+    axes = [shard.axis for shard in shards]
+    if len(set(axes)) < len(axes):
+        yield f"'shards' has axis {max(axes, key=axes.count)!r} twice, expected one for each"
+    if "H" in axes[1:]:
+        yield "'shards' has heads behind another axis, expected them first"
+    for shard in shards:
+        name = {"H": "heads", "T": "queries"}.get(shard.axis)
+        numbers = None if name is None else values[name]
+        if numbers and shard.of is not None and max(numbers) >= shard.of:
+            yield f"{name!r} has {max(numbers)}, and its shard says that the model has {shard.of}"
+        if numbers and shard.start is not None and min(numbers) < shard.start:
+            yield f"{name!r} has {min(numbers)}, and its shard begins at {shard.start}"
+        of_axis = [(shard.axis, shard.start, shard.of)]
+        if shard.axis == "H":
+            of_axis.append(("G", shard.group_start, shard.groups_of))
+        for letter, start, of in of_axis:
+            here, field = sizes.get(letter, (0, ""))
+            # Of key heads that were selected nothing says which they are.
+            if of is not None and (0 if letter == "G" and values["kv_heads"] else start or 0) + here > of:
+                begins = "" if start is None else f" from {start} on"
+                yield f"field {field!r} has {letter} = {here}{begins}, and its shard says that the model has {of}"
+
+
+def _of_requests(
+    values: Mapping[str, Any], fields: Mapping[str, Shown | None], sizes: Mapping[str, tuple[int, str]]
+) -> Iterator[str]:
+    """Whose the batch entries are: one name for each."""
+    requests = values.get("requests")
+    if requests is None:
+        return
+    # Of size 1 are all that have an axis of entries, or none: else one of them would have told.
+    one = next((name for name, shown in fields.items() if shown is not None and name in _WITH_BATCH), None)
+    known = sizes.get("B", None if one is None else (1, one))
+    if known is not None and len(requests) != known[0]:
+        yield f"'requests' has {len(requests)} entries, and field {known[1]!r} has B = {known[0]}"
 
 
 def _of_derivable(values: Mapping[str, Any], fields: Mapping[str, Shown | None]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from .call_writer import CallWriter, WrittenCall, stored_scale
 from .format import encode_document
 from .json_values import json_number, json_value
 from .names import SHARED, own_name
+from .ranks import claim
 from .schema import CALL, CERTIFICATE, EDIT, LINK, SHARD, SITE, SKIPPED, to_entry
 from .writer import StreamWriter
 
@@ -37,6 +38,7 @@ def save(trace: TraceData, path: str | PathLike[str], *, compact: bool = False, 
             viewer, which does not put them together. Such a file has no checksums: a page changes its header.
     """
     entries = []
+    claim(path)
     with no_gradients(), StreamWriter(path, reserve=_header_size(trace, compact), checksums=linked) as file:
         writer = CallWriter(file, linked)
         for call in trace.calls:

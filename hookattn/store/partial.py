@@ -196,6 +196,10 @@ class PartialFile:
         if rights is not None:
             _give(self._file.fileno(), rights)
 
+    def rename(self, path: Path) -> None:
+        """Let the file have another name when it is finished, in the same folder."""
+        self.path, self._final = path, Path(os.path.realpath(path))
+
     @property
     def foreign(self) -> bool:
         """Whether another process opened it, of which this one is a fork."""

@@ -139,6 +139,18 @@ class LazyFile:
             corrupt(str(self.path), f"the tensor {name!r} is bool, and has a byte that is neither 0 nor 1")
         return found.view(torch.bool)
 
+    def checksum(self, name: str) -> int | None:
+        """What the header says is the checksum of a tensor's name, dtype, shape and bytes; nothing is read for it.
+
+        Returns:
+            None: the file has no checksums, as those before format 1.3.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+        """
+        self._entry(name)
+        return None if self._header.checksums is None else self._header.checksums[name]
+
     def intact(self, name: str) -> bool | None:
         """Whether a tensor's bytes, name, dtype and shape are what the file has a checksum of; read once, in pieces.
 

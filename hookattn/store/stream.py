@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
@@ -15,14 +15,16 @@ from ..calls.call import Call
 from ..calls.extents import extents_of
 from ..calls.fields import Field, InFile, Later
 from ..calls.key_history import Continued, KeyHistories
+from ..calls.shard import Shard
 from ..calls.site import Site
 from ..calls.trace_data import TraceData
-from ..errors import TraceFileError
+from ..errors import TraceFileError, TraceWriteError
 from ..torch_internals.isolation import isolated
 from .call_writer import CallWriter, WrittenCall
 from .document import call_entry, document_of
 from .indexing import Index
 from .links import LINKED
+from .ranks import claim, other_name, rank_path
 from .reader import LazyFile
 from .restore import trace_of
 from .stored_history import StoredHistory
@@ -96,10 +98,22 @@ class _Keys:
 
 
 class Stream:
-    """Writes the calls of a running trace as they come; the fields leave memory, but for one run of keys a site."""
+    """Writes the calls of a running trace as they come; the fields leave memory, but for one run of keys a site.
 
-    def __init__(self, path: str | PathLike[str], trace: TraceData):
-        self.path, self.trace = fspath(path), trace
+    Args:
+        path: the file.
+        trace: what it is of.
+        in_parts: whether this process may have a part of each attention, and others the rest: then it is known when the
+            model has run which name its file has.
+
+    Raises:
+        TraceWriteError: it cannot be written there.
+    """
+
+    def __init__(self, path: str | PathLike[str], trace: TraceData, in_parts: bool = False):
+        if not in_parts:
+            claim(path)
+        self.path, self.trace, self._claimed = fspath(path), trace, not in_parts
         self.file = GrowingFile(path)
         self.written: dict[int, WrittenCall] = {}
         self._writer = CallWriter(self.file.writer)
@@ -150,14 +164,22 @@ class Stream:
                     self._writer.steps.whole(Continued(found.history, 0), first.number)
         return keys, before
 
-    def finish(self) -> None:
+    def finish(self, shards: Sequence[Sequence[Shard]] = ()) -> None:
         """Complete the file and let the trace read its fields from it.
 
         In a fork of the process that opened it nothing is done to the file, which that process goes on writing.
+
+        Args:
+            shards: the parts that this process had of what ran; with any, the file's name says its rank.
+
+        Raises:
+            TraceWriteError: it cannot be written; or another process of the group writes this name, and then the trace
+                is in a file that the message names.
         """
         if self.file.writer.foreign:
             self.close()
             return
+        refused = self._take_name(shards)
         for call in self.trace.calls:
             if id(call) not in self.written:
                 self.add(call)
@@ -169,6 +191,26 @@ class Stream:
         for call, on_disk in zip(self.trace.calls, stored.calls, strict=True):
             call.fields = on_disk.fields  # so that nothing of the writer is kept for them
         self.trace.path = self.path
+        if refused:
+            raise TraceWriteError(f"{refused} This trace is in {self.path}.")
+
+    def _take_name(self, shards: Sequence[Sequence[Shard]]) -> str:
+        """Give the file the name of this process; why it could not have the one it was to have, or empty."""
+        if self._claimed:
+            return ""
+        own, refused = rank_path(self.path, shards), ""
+        if own is None:
+            try:
+                claim(self.path)
+            except TraceWriteError as error:  # what was traced is not lost for it
+                own, refused = other_name(self.path), str(error)
+        if own is not None:
+            claim(own)
+            self.file.writer.rename(own)
+            self.path = fspath(own)
+            self.trace.notes.append(f"of several processes each has written a part; this one's is {own.name}")
+        self._claimed = True
+        return refused
 
     def close(self) -> None:
         """Remove what is unfinished; in a fork of the process that opened the file it is let go alone."""

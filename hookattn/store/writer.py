@@ -201,6 +201,13 @@ class StreamWriter:
                 self.abort()  # half moved, the data is of no use any more
             return self.path
 
+    def rename(self, path: Path) -> None:
+        """Let the finished file have another name, in the same folder."""
+        with self._lock:
+            self._check_open()
+            self._main.file.rename(path)
+            self.path = path
+
     def abort(self) -> None:
         """Delete what was written; without effect once finished or aborted."""
         with self._lock:

@@ -73,7 +73,7 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         entry="encoder",
         edits=(AppliedEdit("scale", "scores", (1,), (4, 5), (10,), (0,), "by 3"), AppliedEdit("knockout", "mask")),
         own_by_edits=True,
-        shards=(Shard("H", 2, 8, 1, 4, "tp", 1, 4),),
+        shards=(Shard("H", 1, 8, 0, 4, "tp", 1, 4),),
         requests=("a",),
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]

@@ -1,0 +1,1 @@
+"""What several processes traced of one model, put together."""
