@@ -28,6 +28,7 @@ from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change
+from ..taps.batch import running_batch
 from ..taps.eager import decisions
 from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
@@ -567,6 +568,9 @@ class Session:
 
     def record(self, call: KernelCall) -> None:
         """Take one call; what stands for several tensors at once, as those."""
+        batch = running_batch()
+        if batch is not None:
+            batch.name(call)
         if self._model_runs and self._hold(call):
             return None
         self._take_held()

@@ -333,6 +333,7 @@ def lay_out(
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         result=out,
         result_form=queries.batch,
+        lengths=tuple(zip(queries.lengths, keys.lengths, strict=True)),
     )
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
