@@ -44,6 +44,7 @@ ORDER = (
     "edit",
     "api",
     "__init__",
+    "serving",
     "analyze",
     "render",
     "testing",
