@@ -184,7 +184,7 @@ class Session:
         attached: bool = False,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
-        self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
+        self.heard, self.refused, self.shapes_only, self.listened = 0, 0, shapes_only, listener is not None
         self.gradients, self.attached = gradients, attached
         self._layouts = layouts
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
@@ -451,6 +451,10 @@ class Session:
         """The path of the site that is running, or else of the innermost module; None outside the model."""
         return self._entered[-1][0].path if self._entered and not self.plan.watch_all else self._hooks.running()
 
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """The path of a module of the model; None: it is none of its."""
+        return self.plan.paths.get(id(module))
+
     def _site(self, call: KernelCall) -> Site | None:
         known = self.plan.sites.get(id(call.module))
         if known is not None:
@@ -542,6 +546,7 @@ class Session:
         """Attention ran that cannot be read."""
         if in_backward():
             return
+        self.refused += 1
         asked, self._asked = self._asked or changed, False
         self._take_held()
         path = self.where() if path is None else path
