@@ -59,11 +59,14 @@ _TERMS = frozenset(
         "attention_chunk",
         "causal",
         "dropout_p",
+        "k_descale",
         "learnable_sink",
         "q",
+        "q_descale",
         "s_aux",
         "softcap",
         "softmax_scale",
+        "v_descale",
         "window_size",
     }
 )
@@ -73,12 +76,9 @@ _PACKED = _BATCHED | {
     "cu_seqlens",
     "cu_seqlens_k",
     "cu_seqlens_q",
-    "k_descale",
     "page_table",
-    "q_descale",
     "seqused_k",
     "seqused_q",
-    "v_descale",
 }
 _CACHED = (
     _ASIDE
@@ -144,6 +144,7 @@ def read_cached(given: dict[str, Any], out: Tensor | None) -> Reading:
             k, v: what is appended, B A G D and B A G E.
         out: B T H E or N H E; None: it has not run yet.
     """
+    check_plain(given)
     q, k, v, table = given["q"], given["k_cache"], given["v_cache"], _table(given)
     queries = Sequences.of(q, given.get("cu_seqlens_q"))
     n = len(queries.lengths)

@@ -346,6 +346,7 @@ def paged_as_batch(pool: Tensor, table: Tensor, longest: int) -> Tensor:
     return pages_of(pool, table, pool.shape[1], longest).flatten(1, 2)
 
 
+_OPERANDS = ("q", "k", "v", "kv", "qkv", "k_cache", "v_cache")
 _DESCALES = ("q_descale", "k_descale", "v_descale")
 
 
@@ -356,7 +357,7 @@ def check_plain(given: dict[str, Any]) -> None:
     Raises:
         UnreadableError: they are stored in eight bits, or scaled.
     """
-    for name in ("q", "k", "v"):
+    for name in _OPERANDS:
         x = given.get(name)
         if isinstance(x, Tensor) and (x.dtype.itemsize == 1 or not x.is_floating_point()):
             raise UnreadableError(f"its argument {name} is of {x.dtype}, and what is scaled back to is not known")
