@@ -5,7 +5,7 @@ Letters as in :mod:`hookattn.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,11 @@ from .masks import Diagonal, complete_mask
 
 Length = tuple[int, int]
 """How many queries, and how many keys."""
+FILLED_UP = (
+    "the shorter sequences are filled up at the end: filled keys are masked, filled queries have nothing to attend to "
+    "and are not checked"
+)
+"""The note of a call of several lengths."""
 
 
 def lengths_by_mask(mask: Tensor, b: int, t: int, s: int) -> tuple[Length, ...]:
@@ -52,6 +57,11 @@ def lengths_of(call: KernelCall) -> tuple[Length, ...]:
     return lengths_by_mask(complete_mask(call.mask, t, s, call.diagonal, call.device).mask, b, t, s)
 
 
+def notes_of_entries(notes: Iterable[str], lengths: Sequence[Length]) -> list[str]:
+    """Those that hold of some entries of a batch as well."""
+    return [note for note in notes if note != FILLED_UP or len(set(lengths)) > 1]
+
+
 def entries_alone(call: KernelCall, entries: Sequence[int], length: Length) -> KernelCall:
     """A kernel's call with some of its batch entries, as if it had been run with these alone.
 
@@ -76,6 +86,7 @@ def entries_alone(call: KernelCall, entries: Sequence[int], length: Length) -> K
         setattr(made, name, x)
     made.requests = None if call.requests is None else tuple(call.requests[i] for i in entries)
     made.lengths = None if call.lengths is None else tuple(call.lengths[i] for i in entries)
+    made.notes = notes_of_entries(call.notes, made.lengths or [length])
     _say_diagonal(made, t, s)
     return made
 

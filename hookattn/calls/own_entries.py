@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from ..attention.ragged import Length, lengths_by_mask
+from ..attention.ragged import Length, lengths_by_mask, notes_of_entries
 from ..errors import FieldNotCaptured
 from .extents import extents_of
 from .fields import Index
@@ -66,4 +66,5 @@ def own_entries(call: Whole, entries: Sequence[int]) -> Whole | None:
     if not t or numbers == ():
         return None
     made = call.part(CallPart.of_entries(call, entries, rows, slice(0, s), numbers, of_queries))
-    return replace(made, lengths=own, keys=None if call.keys is None else s)
+    notes = tuple(notes_of_entries(call.notes, own))
+    return replace(made, lengths=own, notes=notes, keys=None if call.keys is None else s)

@@ -27,6 +27,10 @@ from .settings import Settings
 _LONGEST = 120  # of a name without what follows it; file systems end at 255 bytes
 
 
+_taken: set[Path] = set()
+"""Where files will be that this process is writing."""
+
+
 def file_name(request: str) -> str:
     """A name for the files of a request: its own where that is plain, else one that is no path and stays as short.
 
@@ -46,7 +50,7 @@ def free_path(folder: Path, request: str, rank: int, ending: str) -> Path:
     for n in range(1, 1_000_000):
         again = "" if n == 1 else f"%{n}"
         path = folder / f"{file_name(request)}{again}.rank{rank}{ending}"
-        if not path.exists():
+        if path not in _taken and not path.exists():
             return path
     raise FileExistsError(f"{folder}: there are a million files of {request!r} already")
 
@@ -83,13 +87,8 @@ class RequestFile:
         selection = settings.selection
         self.trace = Trace(model=describe_model(model), selection=selection.to_json(), notes=[*notes])
         self.path = free_path(settings.folder, shown, rank, ".safetensors")
-        # The name is taken from now on, so that another request of the same one gets its own.
-        self.path.touch(exist_ok=False)
-        try:
-            self._stream = Stream(self.path, self.trace)
-        except BaseException:
-            self.path.unlink(missing_ok=True)
-            raise
+        self._stream = Stream(self.path, self.trace)
+        _taken.add(self.path)
         self._recorders: dict[tuple[int, ...] | None, CallRecorder] = {}
         self._begun = 0  # how many calls there were before this step
         self._rows = 0  # of the request in this step
@@ -181,6 +180,7 @@ class RequestFile:
         except BaseException:
             self.drop()
             raise
+        _taken.discard(self.path)
 
     def fail(self, why: str) -> Path:
         """Give up the trace; what is written in its place says why."""
@@ -194,5 +194,4 @@ class RequestFile:
         for recorder in self._recorders.values():
             recorder.drop()
         self._stream.close()
-        if self.path.exists() and not self.path.stat().st_size:
-            self.path.unlink()
+        _taken.discard(self.path)

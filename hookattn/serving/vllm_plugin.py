@@ -24,9 +24,9 @@ from .tracer import RequestTracer
 
 _LOG = logging.getLogger("vllm.hookattn")  # below vLLM's own, so that it is seen where vLLM's messages are
 _ASKS = "hookattn"
-_COMPILED = (
-    "vLLM compiles this model or captures its steps in graphs, in which no attention can be seen; start it with "
-    "enforce_eager=True (vllm serve --enforce-eager)"
+_CAPTURED = (
+    "vLLM captures whole steps of this model in CUDA graphs (cudagraph_mode={}), in which no attention can be seen; "
+    "start it with enforce_eager=True (vllm serve --enforce-eager), or with cudagraph_mode=PIECEWISE or NONE"
 )
 # Of vLLM 0.11 and later: eight digits that it appends to the name that a client gives.
 _DIGITS = 8
@@ -66,7 +66,7 @@ def _begin(wrapper: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     made = own(wrapper, *args, **kwargs)
     settings: Settings = type(wrapper)._hookattn
     rank = wrapper.worker.rank
-    refused = _COMPILED if _compiles(wrapper.vllm_config) else ""
+    refused = _captures(wrapper.vllm_config)
     tracer = RequestTracer(settings, rank, _LOG, _shard_of(wrapper.vllm_config, rank), refused)
     wrapper._hookattn_tracer = tracer
     _tracers.add(tracer)
@@ -149,13 +149,12 @@ def _names(runner: Any) -> Callable[[], Sequence[str]]:
     return lambda: runner._hookattn_names
 
 
-def _compiles(config: Any) -> bool:
-    """Whether a model runs as anything but its own Python."""
+def _captures(config: Any) -> str:
+    """Why the attention of a model cannot be seen; empty: it can, though the rest of it may be compiled."""
     if config.model_config is not None and config.model_config.enforce_eager:
-        return False
-    compilation = config.compilation_config
-    mode, graphs = getattr(compilation, "mode", None), getattr(compilation, "cudagraph_mode", None)
-    return bool(mode) or getattr(graphs, "name", "NONE") != "NONE"
+        return ""
+    graphs = getattr(getattr(config.compilation_config, "cudagraph_mode", None), "name", "NONE")
+    return _CAPTURED.format(graphs) if "FULL" in graphs else ""
 
 
 def _shard_of(config: Any, rank: int) -> Callable[[KernelCall], Shard | None]:

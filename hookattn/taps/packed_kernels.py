@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
+from ..attention.ragged import FILLED_UP
 from ..errors import EditError
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.isolation import no_gradients
@@ -403,10 +404,7 @@ def lay_out(
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
     if queries.padded or keys.padded:
-        call.notes.append(
-            "the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
-            "nothing to attend to and are not checked"
-        )
+        call.notes.append(FILLED_UP)
     return call
 
 
