@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import Logger
 from typing import Any
 
@@ -215,12 +215,16 @@ class RequestTracer:
 
     def _session(self, model: nn.Module, recorder: _PerRequest, files: Sequence[RequestFile]) -> _Step | None:
         """A trace that is attached; None: none could be, and the requests are told."""
+        session: _Step | None = None
         try:
             session = _Step(make_watch_plan(model), TraceData(), _EVERYTHING, recorder, False)
             session.broken = lambda error: self._fail_all(files, error)
             session.start()
         except Exception as error:  # noqa: BLE001 - the model runs all the same
             self._fail_all(files, error)
+            if session is not None:
+                with suppress(Exception):  # which was told
+                    session.close()
             return None
         return session
 
@@ -228,12 +232,11 @@ class RequestTracer:
         if session is None:
             return
         trace = session.trace
-        try:
-            session.stop()
-            session.finish()
-            session.close()
-        except Exception as error:  # noqa: BLE001 - the model has run
-            self._fail_all(files, error)
+        for part in (session.stop, session.finish, session.close):
+            try:
+                part()
+            except Exception as error:  # noqa: BLE001 - the model has run
+                self._fail_all(files, error)
         for file in files:
             if self._open.get(file.name) is not file:
                 continue
