@@ -1,4 +1,4 @@
-"""One trace for each request of batches that come and go, and its picture beside one forward over the whole sequence."""
+"""One trace for each request of batches that come and go, and its picture beside one forward over its sequence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(give: Give) -> Iterator[Server]:
 
 
 def run(server: Server, requests: list[Request], seed: int, chunk: int = 5, preempts: bool = False) -> set[str]:
-    """Steps with some requests each, in any order, of a few tokens each, until all are computed; which were preempted."""
+    """Steps with some requests each, in any order, of a few tokens each, until all are computed; who was preempted."""
     draw, preempted = random.Random(seed), set()
     while open_ := [r for r in requests if r.computed < len(r.ids)]:
         chosen = draw.sample(open_, draw.randint(1, len(open_)))
@@ -262,7 +262,7 @@ def test_a_batch_of_another_size_says_no_request() -> None:
     with hookattn.tracing(PADDED) as trace, requests_of_batch(["one", "two", "three"]):
         PADDED(x, mask)
     assert trace[0].requests is None
-    with pytest.raises(SelectionError, match="1 of 1 calls do not say whose requests.*requests_of_batch"):
+    with pytest.raises(SelectionError, match=r"1 of 1 calls do not say whose requests.*requests_of_batch"):
         trace.split()
 
 
