@@ -66,6 +66,29 @@ class Trace(TraceData):
 
         return stitch(self, beams=beams, length=length)
 
+    def split(self, by: str = "request") -> dict[str, Self]:
+        """One trace for each request of a server whose batches have several; each stitches by itself.
+
+        Of every call it has the batch entries of its request alone, without what fills these up to the longest of the
+        batch, as parts that are read when they are asked for (a certificate is that of the whole call). Steps keep the
+        numbers that they have in this trace, so that they say when a request ran; steps in which it took no part are
+        not there, and calls are numbered anew. Tokens are those of its entry, where it was the same one in all steps.
+
+        Args:
+            by: ``"request"``, by ``call.requests``: what vLLM's tap records, and
+                :func:`hookattn.serving.requests_of_batch` says.
+
+        Returns:
+            The name of each request, in the order in which they first ran, with its trace.
+
+        Raises:
+            SelectionError: there are no calls, some say no request, or ``by`` is something else.
+            FieldNotCaptured: how long each entry of a batch is was not recorded, and its mask was not captured.
+        """
+        from .generation.split import split
+
+        return split(self, by)
+
     def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
         """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
 

@@ -362,6 +362,67 @@ class Flash2:
         return (out, torch.zeros(1)) if return_softmax_lse else out
 
 
+class FlashOfVllm:
+    """``flash_attn_varlen_func`` as vLLM ships it."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        max_seqlen_q: Any,
+        cu_seqlens_q: Any,
+        max_seqlen_k: Any,
+        cu_seqlens_k: Any = None,
+        seqused_k: Any = None,
+        q_v: Any = None,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = None,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+        block_table: Any = None,
+        return_softmax_lse: bool = False,
+        out: Any = None,
+        scheduler_metadata: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        num_splits: int = 0,
+        output_scale: Any = None,
+        fa_version: int = 2,
+        s_aux: Any = None,
+        cp_world_size: int = 1,
+        cp_rank: int = 0,
+        cp_tot_seqused_k: Any = None,
+        mask_mod: Any = None,
+        block_sparse_tensors: Any = None,
+        aux_tensors: Any = None,
+        aux_tensor_leading_dims: Any = None,
+        dynamic_causal: Any = None,
+    ) -> Any:
+        made = packed(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            slopes=alibi_slopes,
+            used_k=seqused_k,
+            table=block_table,
+            sink=s_aux,
+        )
+        out = made if out is None else out.copy_(made)
+        return (out, torch.zeros(1)) if return_softmax_lse else out
+
+
 class Flash3:
     """The functions of the top-level module ``flash_attn_interface``."""
 
@@ -540,7 +601,8 @@ def module(name: str, functions: type | None = None, **more: Any) -> types.Modul
     for key, value in vars(functions).items() if functions is not None else ():
         if isinstance(value, staticmethod):
             function = value.__func__
-            copy = types.FunctionType(function.__code__, function.__globals__, key, function.__defaults__)
+            parts = function.__code__, function.__globals__, key, function.__defaults__, function.__closure__
+            copy = types.FunctionType(*parts)
             copy.__kwdefaults__ = function.__kwdefaults__
             copy.__module__ = name
             more[key] = copy

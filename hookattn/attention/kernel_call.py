@@ -171,6 +171,9 @@ class KernelCall:
         notes: what a reader has to know.
         edits: what a listener has noted of what it changed here. A tap hands it on, from the call that it asked about
             to those that it makes of the same attention later, and does nothing else with it.
+        requests: for each batch entry the name of the request that it is of; None: nobody has said.
+        lengths: for each batch entry how many of its queries and how many of its keys are its own, where entries are
+            filled up at their end; None: nobody has said.
         result: the very tensor that the kernel returned and the model goes on with, whose gradient is that of
             ``output``; a view or a copy of it that a tap made has none. Not to be kept. None: the kernel hands out no
             such tensor, or nobody asks for gradients.
@@ -210,6 +213,8 @@ class KernelCall:
     cuts: Mapping[str, Cut] | None = None
     notes: list[str] = field(default_factory=list)
     edits: object = None
+    requests: tuple[str, ...] | None = None
+    lengths: tuple[tuple[int, int], ...] | None = None
     result: Tensor | None = None
     result_form: Callable[[Tensor], Tensor] | None = None
 
@@ -287,9 +292,7 @@ def is_plain(call: KernelCall) -> bool:
         and call.undropped is call.outer_error is None
         and call.softcap is None
         and call.softmax_dtype is None
-        and call.piece is None
-        and call.cuts is None
-        and call.edits is None
+        and call.piece is call.cuts is call.edits is call.requests is None
         and call.basis is KERNEL_BASIS
         and call.output is not None
         and type(call.scale) is float

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..attention.kernel_call import BASES, DOT, FIELD_SPECS, FIELDS, KERNEL_BASIS, KernelCall, asked_for
+from ..attention.ragged import lengths_of
 from ..errors import FieldAbsent, FieldNotCaptured, InputError, NoSuchFieldError
 from ..printable import printable
 from ..statistics.registry import STATISTICS, resolve
@@ -106,6 +107,8 @@ class Call:
             is cut, heads first; empty: it has the whole. ``heads`` and ``queries`` are numbers in the whole.
         requests: for each batch entry the name of the request that it is of, where a server has put together what
             several asked for; None: nobody has said.
+        lengths: for each batch entry how many of its queries and how many of its keys are its own, counted from the
+            first: the others fill it up to the longest of the batch. Recorded with ``requests``; None: nobody has said.
         entry: the path of the outermost module whose forward was the step; empty for the traced model itself.
         edits: what was changed in it, in the order in which it was done (see :func:`hookattn.editing`); empty: nothing.
         notes: what a reader has to know.
@@ -148,6 +151,7 @@ class Call:
     own_by_edits: bool = False
     shards: tuple[Shard, ...] = ()
     requests: tuple[str, ...] | None = None
+    lengths: tuple[tuple[int, int], ...] | None = None
     made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     gradient: OutputGradient | None = field(default=None, init=False, repr=False)
 
@@ -171,6 +175,8 @@ class Call:
             score=call.score,
             normalizer=call.normalizer,
             basis=dict(call.basis),
+            requests=call.requests,
+            lengths=None if call.requests is None or call.piece is not None else lengths_of(call),
         )
 
     @property
@@ -294,12 +300,16 @@ class Call:
             made = replace(self)
             made.gradient = self.gradient
             return made
-        part = CallPart.of(self, heads, queries, batch)
+        return self.part(CallPart.of(self, heads, queries, batch))
+
+    def part(self, part: CallPart) -> Self:
+        """The call of a part of this one, which was chosen already; :meth:`at` chooses one."""
         made = replace(
             self,
             scale=part_of_scale(self.scale, part),
             edits=self._edits_of(part),
-            requests=part.requests(self.requests),
+            requests=part.of_batch(self.requests),
+            lengths=part.of_batch(self.lengths),
             fields={name: part.field(name, place) for name, place in self.fields.items()},
             beside={name: part.field(name, place) for name, place in self.beside.items()},
             heads=part.heads,

@@ -82,6 +82,14 @@ class MaskRule:
         numbers = _indexed(self.numbers(), 0, rows)
         return MaskRule(given, len(numbers), self.s, self.diagonal, self.device, numbers)
 
+    def of_keys(self, keys: slice) -> MaskRule:
+        """That of the first of the keys."""
+        s = len(range(self.s)[keys])
+        if s == self.s:
+            return self
+        given = None if self.given is None else with_four_axes(self.given)[..., :s]
+        return MaskRule(given, self.t, s, self.diagonal, self.device, self.rows)
+
 
 def _indexed(x: Tensor, dim: int, index: slice | Tensor) -> Tensor:
     if isinstance(index, slice):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .shard import Shard
 from .site import Site
 
 Chosen = int | Sequence[int] | slice | None
+Each = TypeVar("Each")
 
 
 class WholeCall(KeptCall, Protocol):
@@ -38,6 +39,7 @@ class CallPart:
     Attributes:
         batch, head_index, rows, key_head_index: of the B, H, T and G that were kept.
         heads, kv_heads, queries, of_queries: as in a :class:`~hookattn.calls.call.Call`, of the part.
+        keys: of the S that were kept.
     """
 
     batch: Index
@@ -48,6 +50,7 @@ class CallPart:
     kv_heads: tuple[int, ...] | None
     queries: tuple[int, ...] | None
     of_queries: int | None
+    keys: slice = field(default_factory=lambda: slice(None))
 
     @classmethod
     def of(cls, call: WholeCall, heads: Chosen, queries: Chosen, batch: Chosen) -> CallPart:
@@ -98,8 +101,22 @@ class CallPart:
             chosen_batch, _index(at), chosen_rows, groups, None if whole else named, kv_heads, numbers, of_queries
         )
 
-    def requests(self, of: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """Whose the batch entries of the part are, of those of the whole."""
+    @classmethod
+    def of_entries(
+        cls,
+        call: WholeCall,
+        entries: Sequence[int],
+        rows: Index,
+        keys: slice,
+        queries: tuple[int, ...] | None,
+        of_queries: int | None,
+    ) -> CallPart:
+        """Batch entries of a call, with all its heads; the arguments are the attributes."""
+        every = slice(None)
+        return cls(_index(entries), every, rows, every, call.heads, call.kv_heads, queries, of_queries, keys)
+
+    def of_batch(self, of: tuple[Each, ...] | None) -> tuple[Each, ...] | None:
+        """What a call says of each of its batch entries, of those of the part."""
         if of is None:
             return None
         return of[self.batch] if isinstance(self.batch, slice) else tuple(of[i] for i in self.batch)
@@ -109,10 +126,11 @@ class CallPart:
         if place is None or isinstance(place, Derived):
             return place
         if isinstance(place, MaskRule):
-            return place.of(*(_for_tensor(i, place.device) for i in (self.batch, self.head_index, self.rows)))
+            rule = place.of(*(_for_tensor(i, place.device) for i in (self.batch, self.head_index, self.rows)))
+            return rule.of_keys(self.keys)
         spec = FIELD_SPECS.get(name)
         if spec is None:  # a statistic: B H T, or B H S, and maybe more
-            axes = (self.batch, self.head_index, *(() if name == Received.name else (self.rows,)))
+            axes = (self.batch, self.head_index, self.keys if name == Received.name else self.rows)
             return PartOf(place, axes)
         if len(shape_of(place)) == 1:  # a number for each head
             return PartOf(place, (self.head_index,))
@@ -120,8 +138,8 @@ class CallPart:
             tensor = place if isinstance(place, Tensor) else place()
             place = sink_column(tensor) if spec.is_column else with_four_axes(tensor)
         heads = self.key_head_index if spec.per_key_head else self.head_index
-        rows = (self.rows,) if spec.per_query else ()
-        return PartOf(place, (self.batch, heads, *rows))
+        others = {"T": self.rows, "S": self.keys}
+        return PartOf(place, (self.batch, heads, *(others[x] for x in spec.axes[2:] if x in others)))
 
 
 def part_of_scale(scale: float | Tensor | None, part: CallPart) -> float | Tensor | None:
@@ -129,7 +147,7 @@ def part_of_scale(scale: float | Tensor | None, part: CallPart) -> float | Tenso
     if not isinstance(scale, Tensor):
         return scale
     x = with_four_axes(scale)
-    for dim, index in enumerate((part.batch, part.head_index, part.rows)):
+    for dim, index in enumerate((part.batch, part.head_index, part.rows, part.keys)):
         x = x if x.shape[dim] == 1 else taken(x, dim, index)
     return x
 

@@ -83,16 +83,19 @@ class Lineage:
         stack: the stack's name, for messages.
         beams: None: the rows a step continues are found by their cached keys; False: rows keep their places; a tensor:
             the row of each step is given from outside.
+        request: the request that all calls are of; None: they are of a generation that nobody has named. A server may
+            begin a request with keys that another has computed, and compute it again from any position on.
     """
 
-    def __init__(self, stack: str, beams: Tensor | bool | None):
-        self.stack, self.beams = stack, beams
+    def __init__(self, stack: str, beams: Tensor | bool | None, request: str | None = None):
+        self.stack, self.beams, self.request = stack, beams, request
         self.length = 0
         self.batch = 0
         self.exact = True  # whether cached keys come back as they were stored
         self.places: list[list[CallPositions]] = []
         self.reorder: list[Tensor] = []
         self.taken_back: list[range] = []  # positions that were fed and then given up
+        self.again: list[tuple[int, range]] = []  # of a request: the step from which positions were computed anew
         self._known: dict[int, Tensor] = {}
         self._last: dict[int, tuple[Call, Sequence[int]]] = {}  # of the step before, and where its keys are
         self._found: list[list[int | None]] = []  # in this step, where the layers that have dropped keys found theirs
@@ -116,12 +119,14 @@ class Lineage:
         filled = {i: self._filled(calls[i], *sizes[i]) for i in own}
         self._found = []
         first = self._first(step, t, {i: (filled[i], sizes[i][1]) for i in own}, calls)
-        if t < self.length and first == 0:
+        if t < self.length and first == 0 and self.request is None:
             raise StitchError(
                 f"step {step} of the {self.stack} stack begins again with {t} positions, after {self.length} of the "
                 "steps before it: these are several generations. Stitch the steps of each: trace.select(step=…)."
             )
-        if first < self.length and not all(filled[i] == t for i in own):
+        if first < self.length and self.request is not None:
+            self.again.append((step, range(first, self.length)))
+        elif first < self.length and not all(filled[i] == t for i in own):
             self.taken_back.append(range(first, self.length))
         at: dict[int, Sequence[int]] = {}
         for i in reversed(own):  # keys of layers further in tell places apart that the first layer's may not
@@ -136,7 +141,7 @@ class Lineage:
 
     def _filled(self, call: Call, t: int, s: int) -> int:
         """How many of the S keys are real: up to the last one that the last query may attend to."""
-        if s <= t:
+        if s <= t or (call.lengths is not None and self.request is not None):  # what fills up was left out
             return s
         if call.has("mask"):
             # A static cache has room for the whole generation; what is not written yet is hidden from every query, and
@@ -164,6 +169,8 @@ class Lineage:
         # the layer with the most of them is nearest to the truth.
         before = {i: end - t for i, (end, _) in filled.items()}
         most = max(before.values())
+        if most > self.length and self.request is not None and not self.places:
+            return most  # what comes before is of a prefix that was computed for another request
         if most > self.length:
             worst = calls[max(before, key=lambda i: before[i])]
             raise StitchError(
@@ -331,7 +338,7 @@ class Lineage:
         for i in watched:
             place, k = places[i], calls[i].k
             new = k[:, :, place.columns(range(place.first, place.first + place.queries))]
-            kept = self._known[i][:, :, : place.first][order] if self.length else new[:, :, :0]
+            kept = self._known[i][:, :, : place.first][order] if self.length else _before_first(k, place)
             self._known[i] = torch.cat([kept, new], 2)
         return order
 
@@ -359,6 +366,15 @@ class Lineage:
                 "that changes its keys; stitch(beams=False) takes them as they come."
             )
         return best.indices
+
+
+def _before_first(k: Tensor, place: CallPositions) -> Tensor:
+    """B G n D: the keys of the first step that stand before its queries, each in its place; 0 where it has none."""
+    made = k.new_zeros(*k.shape[:2], place.first, k.shape[3])
+    for column, position in enumerate(place.at):
+        if position < place.first:
+            made[:, :, position] = k[:, :, column]
+    return made
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
     in the first step alone (an encoder, a vision tower) stays as it is. Fields are put together when they are read, and
     of a part (``call.at``) that part alone.
 
+    Of one request of a server (``trace.split``) the first rows may have been computed for another one, with the same
+    prefix: then T is what was computed for this one, ``queries`` are its positions, and S has all. What was computed
+    again, as the request was preempted, say, is taken of the later run.
+
     Edits are carried, in the numbers of the whole. Keys and scores that an edit has changed in some step are what the
     rows of that step met: ``k`` is that of the last step, and nothing is derived of it.
 
@@ -65,8 +69,8 @@ def stitch(trace: Whole, *, beams: Any = None, length: int | None = None) -> Who
         A trace of the same class with one call a site, all in step 0.
 
     Raises:
-        StitchError: the steps are no one generation, a step or a layer is missing (some models leave early), query rows
-            were left out, or a cache dropped keys and which ones can't be told.
+        StitchError: the steps are no one generation, or of several requests; a step or a layer is missing (some models
+            leave early), query rows were left out, or a cache dropped keys and which ones can't be told.
         FieldNotCaptured: a field that tells how the steps fit together is not there; names the ``capture=``.
     """
     if not trace.calls:
@@ -129,7 +133,7 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
                 f"{calls[0].site.label} is there in steps {ran}, and the {stack} stack in steps {steps}: the trace "
                 "has lost some of its calls, or the model runs this module only now and then."
             )
-    lineage = Lineage(stack, beams)
+    lineage = Lineage(stack, beams, _request(stack, rest))
     for i, step in enumerate(steps):
         try:
             lineage.add(step, [calls[i] for calls in rest])
@@ -151,6 +155,20 @@ def _stitched_stack(stack: str, sites: list[list[Call]], beams: Any, length: int
     return made
 
 
+def _request(stack: str, sites: Sequence[Sequence[Call]]) -> str | None:
+    """The request that all calls are of; None: nobody has named one, or the batch has several from end to end."""
+    batches = {c.requests for calls in sites for c in calls}
+    names = {name for requests in batches for name in requests or ()}
+    if len(names) == 1 and None not in batches:
+        return names.pop()
+    if len(batches) > 1:
+        raise StitchError(
+            f"the calls of the {stack} stack are of several requests, and the batch changes from step to step; stitch "
+            'each request by itself: trace.split("request")[name].stitch().'
+        )
+    return None
+
+
 def _about_positions(lineage: Lineage, site: int) -> list[str]:
     """What the keys told of positions that one forward would not tell."""
     said = []
@@ -159,6 +177,12 @@ def _about_positions(lineage: Lineage, site: int) -> list[str]:
             f"positions {', '.join(f'{r.start} to {r.stop - 1}' for r in lineage.taken_back[:4])}"
             f"{', …' if len(lineage.taken_back) > 4 else ''} are taken as fed in vain and fed anew: their keys, which "
             "were the last, were gone in the step after"
+        )
+    for step, positions in lineage.again:
+        lost = f", but those from {lineage.length} on" if positions.stop > lineage.length else ""
+        said.append(
+            f"positions {positions.start} to {positions.stop - 1} were computed again from step {step} on (a request "
+            f"that was preempted, or drafts that were rejected): their rows are those of the later run{lost}"
         )
     if not all(places[site].gapless for places in lineage.places):
         said.append("keys that its cache dropped between others are masked in the steps after")
@@ -258,11 +282,31 @@ class _Site:
             edits=self._edits(),
             fields={},
             beside={},
+            **self._of_request,
         )
         for name in FIELDS:
             if all(c.has(name) for c in self.calls):
                 made.fields[name] = self._whole_field(name)
         return made
+
+    @property
+    def _of_request(self) -> dict[str, Any]:
+        """Whose it is, how long, and which rows there are, where the first ones were computed for another request."""
+        first, n = self.calls[0], len(self.rows[0])
+        made: dict[str, Any] = {}
+        if self.start:
+            made |= {"queries": tuple(range(self.start, self.end)), "of_queries": self.end}
+        if first.requests is not None:
+            one = first.requests[:1] * n if len(set(first.requests)) == 1 else None
+            made |= {"requests": one or (first.requests if len(first.requests) == n else None), "lengths": None}
+            if one is not None:
+                made["lengths"] = ((self.end, self._width()),) * n
+        return made
+
+    @property
+    def start(self) -> int:
+        """The position of the first row: those before it were computed for another request, or it is 0."""
+        return self.spans[0][1]
 
     def _whole_field(self, name: str) -> Field:
         """Where a field of all steps is."""
@@ -337,11 +381,11 @@ class _Site:
             return first
         spec, n = FIELD_SPECS[name], len(self.rows[0])
         if spec.per_key_head:
-            keys = first[2] if self._crosses else self.end - self.spans[0][1]
+            keys = first[2] if self._crosses else self.end
             return Size((n, first[1], keys, first[3]))
         width = self._width() if spec.is_pairs else first[3]
         heads = max(shape[1] for shape in shapes if shape is not None)
-        return Size((1 if self._shared(shapes) else n, heads, self.end, width))
+        return Size((1 if self._shared(shapes) else n, heads, self.end - self.start, width))
 
     def dtype(self, name: str) -> torch.dtype:
         """That of the first step that has the field."""
@@ -361,9 +405,11 @@ class _Site:
         if FIELD_SPECS[name].per_key_head:
             return self._keys(name)[index]
         batch, heads, rows = (*index, *[slice(None)] * 3)[:3]
-        first, stop, step = rows.indices(self.end)
+        first, stop, step = rows.indices(shape[2])
         chosen = range(*heads.indices(shape[1]))
-        made = self._by_row(name, None if len(chosen) == shape[1] else chosen, range(first, stop))
+        made = self._by_row(
+            name, None if len(chosen) == shape[1] else chosen, range(self.start + first, self.start + stop)
+        )
         return made[batch, :, ::step]
 
     def _shapes(self, name: str) -> list[Size | None]:
@@ -409,7 +455,7 @@ class _Site:
                 return full[i] if rows is None or full[i].shape[2] == 1 else full[i][:, :, rows.start : rows.stop]
 
             heads = max(x.shape[1] for x in full)
-            return self._in_rows([x.shape for x in full], read, heads, range(self.end), columns)
+            return self._in_rows([x.shape for x in full], read, heads, range(self.start, self.end), columns)
         if any(x != values[0] for x in values):
             raise StitchError(f"{self.calls[0].site.label}: the scale differs between the steps: {values[:4]}…")
         return values[0]
@@ -487,6 +533,7 @@ class _Site:
         """The step of which the keys of each run of positions are taken: the last that has them as they were stored."""
         found: list[tuple[int, range]] = []
         for i, start, stop in reversed(self.spans):
+            start = 0 if start == self.start else start  # the keys of a prefix, too, whose rows are not there
             later, positions = found[-1] if found else (i, range(stop, stop))
             has_all = self.places[later].gapless and self.places[later].at[0] <= start
             if found and has_all and self._goes_on(i, later, name):
@@ -523,7 +570,8 @@ class _Site:
         scale = with_four_axes(scale)
         if heads is not None and scale.shape[1] > 1:
             scale = scale[:, list(heads)]
-        return scale[:, :, rows.start : rows.stop] if scale.shape[2] > 1 else scale
+        own = slice(rows.start - self.start, rows.stop - self.start)
+        return scale[:, :, own] if scale.shape[2] > 1 else scale
 
     def _width(self) -> int:
         return self.places[0].slots if self._crosses else self.end

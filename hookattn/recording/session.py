@@ -29,6 +29,7 @@ from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
 from ..taps.base import ActiveTrace, Change, SecondRun
+from ..taps.batch import running_batch
 from ..taps.eager import decisions
 from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
@@ -192,7 +193,7 @@ class Session:
         sharding: Sharding | None = None,
     ):
         self.plan, self.trace, self.selection = plan, trace, selection
-        self.heard, self.shapes_only, self.listened = 0, shapes_only, listener is not None
+        self.heard, self.refused, self.shapes_only, self.listened = 0, 0, shapes_only, listener is not None
         self.gradients, self.attached = gradients, attached
         self._layouts, self._sharding = layouts, sharding
         self._recorder, self._strict, self._sink, self._room, self._listener = recorder, strict, sink, room, listener
@@ -462,6 +463,10 @@ class Session:
         """The path of the site that is running, or else of the innermost module; None outside the model."""
         return self._entered[-1][0].path if self._entered and not self.plan.watch_all else self._hooks.running()
 
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """The path of a module of the model; None: it is none of its."""
+        return self.plan.paths.get(id(module))
+
     def _site(self, call: KernelCall) -> Site | None:
         known = self.plan.sites.get(id(call.module))
         if known is not None:
@@ -561,6 +566,7 @@ class Session:
         """Attention ran that cannot be read."""
         if in_backward() or in_rehearsal():
             return
+        self.refused += 1
         asked, self._asked = self._asked or changed, False
         self._take_held()
         path = self.where() if path is None else path
@@ -587,6 +593,9 @@ class Session:
 
     def record(self, call: KernelCall) -> None:
         """Take one call; what stands for several tensors at once, as those."""
+        batch = running_batch()
+        if batch is not None:
+            batch.name(call)
         if self._model_runs and self._hold(call):
             return None
         self._take_held()

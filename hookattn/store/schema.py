@@ -57,6 +57,18 @@ def _are_different_counts(x: list[Any]) -> bool:
     return bool(x) and _are_counts(x) and len(set(x)) == len(x)
 
 
+def _are_pairs(x: list[Any]) -> bool:
+    return all(type(each) is list and len(each) == 2 and _are_counts(each) for each in x)
+
+
+def _as_lists(x: Iterable[Iterable[int]]) -> list[list[int]]:
+    return [list(each) for each in x]
+
+
+def _as_pairs(x: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(each) for each in x)
+
+
 def _are_texts(x: list[Any]) -> bool:
     return all(type(row) is list and all(type(each) is str for each in row) for row in x)
 
@@ -101,6 +113,7 @@ _KINDS: dict[str, Kind] = {
     "scale": Kind('a finite number or {"tensor": name}', (int, float, dict), _is_scale),
     "counts": Kind("a list of integers from 0", (list,), _are_counts, list, tuple),
     "numbers": Kind("a list of different integers from 0", (list,), _are_different_counts, list, tuple),
+    "pairs": Kind("a list of pairs of integers from 0", (list,), _are_pairs, _as_lists, _as_pairs),
     "word": Kind("a printable string that is not empty", (str,), lambda x: x != "" and printable(x) == x),
     "axis": Kind(f"one of {', '.join(SHARDED_AXES)}", (str,), SHARDED_AXES.__contains__),
     "edited": Kind(f"one of {', '.join(EDITED)}", (str,), EDITED.__contains__),
@@ -224,6 +237,7 @@ CALL = Table(
     Scalar("own_by_edits", "bool", since=(1, 3), default=False),
     Scalar("shards", "objects", since=(1, 3), default=()),
     Scalar("requests", "strs?", since=(1, 3)),
+    Scalar("lengths", "pairs?", since=(1, 3)),
 )
 SHARD = Table(
     Scalar("axis", "axis"),

@@ -117,6 +117,12 @@ class StreamWriter:
         with self._lock:
             self._append(name, tensor)
 
+    @property
+    def size(self) -> int:
+        """How many bytes the tensors take that were written so far."""
+        with self._lock:
+            return self._main.size + (0 if self._odd is None else self._odd.size)
+
     def tensor(self, name: str) -> Tensor:
         """Read one of the tensors that were written back, before the file is finished. Raises as :meth:`slice`."""
         return self.slice(name, ())

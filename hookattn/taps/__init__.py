@@ -10,6 +10,8 @@ nn_attention     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, f
 script           code of ``torch.jit``: what it was made from is followed beside it, or it is one operation
 sdpa             ``scaled_dot_product_attention``, and the kernels that it chooses from
 varlen           ``torch.nn.attention.varlen``
+vllm             vLLM's kernels: that of its CPU backend, and the one in Triton
+vllm_engine      vLLM's layers and batches: which layer attends, whose requests, and what no kernel has said
 xformers         ``memory_efficient_attention``
 foreign          operators of other libraries that attend by their names: said not to be read
 eager/           attention written out by hand: the function mode that runs the other taps' handlers, too
@@ -35,7 +37,20 @@ from collections.abc import Collection
 from typing import Any
 
 from ..torch_internals.code_patching import Patch
-from . import checkpointing, compiled, flash_attn, flex, hf_interface, nn_attention, script, sdpa, varlen, xformers
+from . import (
+    checkpointing,
+    compiled,
+    flash_attn,
+    flex,
+    hf_interface,
+    nn_attention,
+    script,
+    sdpa,
+    varlen,
+    vllm,
+    vllm_engine,
+    xformers,
+)
 from .base import ActiveTrace, Change, Tap
 
 TAPS: tuple[Tap, ...] = (
@@ -48,6 +63,8 @@ TAPS: tuple[Tap, ...] = (
     script.TAP,
     sdpa.TAP,
     varlen.TAP,
+    vllm.TAP,
+    vllm_engine.TAP,
     xformers.TAP,
 )
 

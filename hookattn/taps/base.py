@@ -68,6 +68,10 @@ class ActiveTrace(Protocol):
         """How many kernels have reported themselves so far: unchanged around a kernel, no tap saw that kernel."""
 
     @property
+    def refused(self) -> int:
+        """How many times attention ran of which it was said why it cannot be read."""
+
+    @property
     def compiling(self) -> bool:
         """Whether compiled code shall run compiled: the kernel that runs now is read from outside."""
 
@@ -97,6 +101,9 @@ class ActiveTrace(Protocol):
 
     def where(self) -> str | None:
         """The path of the module that is running now; None outside the model."""
+
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """The path of a module of the model; None: it is none of its."""
 
     def wants(self, field: str) -> bool:
         """Whether a field was asked for."""

@@ -24,9 +24,11 @@ from .packed_kernels import (
     Sequences,
     UnreadableError,
     add_masks,
+    check_plain,
     find,
     lay_out,
     paged_as_batch,
+    recorded,
     window_of,
 )
 
@@ -57,11 +59,14 @@ _TERMS = frozenset(
         "attention_chunk",
         "causal",
         "dropout_p",
+        "k_descale",
         "learnable_sink",
         "q",
+        "q_descale",
         "s_aux",
         "softcap",
         "softmax_scale",
+        "v_descale",
         "window_size",
     }
 )
@@ -103,16 +108,26 @@ def read(given: dict[str, Any], out: Tensor | None) -> Reading:
         given: q: B T H D or N H D; k, v: B S G D or N G D, or pages of a cache; kv, qkv: stacked before the heads.
         out: B T H E or N H E; None: it has not run yet.
     """
+    check_plain(given)
     parts = _parts(given)
     q, k, v = (part(given[argument]) for argument, part in parts.values())
     both = given.get("cu_seqlens")
     queries = Sequences.of(q, given.get("cu_seqlens_q") if both is None else both, given.get("seqused_q"))
     ends, used, table = given.get("cu_seqlens_k") if both is None else both, given.get("seqused_k"), _table(given)
+    entries, requests, slopes = None, None, given.get("alibi_slopes")
     if table is not None:
-        k, v = paged_as_batch(k, table), paged_as_batch(v, table)
         used, ends = ends.diff() if used is None and ends is not None else used, None
+        entries, requests = recorded(queries)
+        if entries is not None:
+            queries, chosen = queries.take(entries), list(entries)
+            table, used = table[chosen], used if used is None else used[chosen]
+            slopes = slopes[chosen] if slopes is not None and slopes.dim() == 2 else slopes
+        longest = table.shape[1] * k.shape[1] if used is None else int(used.max())
+        k, v = paged_as_batch(k, table, longest), paged_as_batch(v, table, longest)
     keys = Sequences.of(k, ends, used)
-    call = _finish(lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME), given, queries, keys)
+    call = lay_out(q, k, v, out, queries, keys, given.get("softmax_scale"), _NAME)
+    call = _finish(call, {**given, "alibi_slopes": slopes}, queries, keys)
+    call.requests = requests
     places = {"q": queries} if table is not None else {"q": queries, "k": keys, "v": keys}  # pages: the model's cache
     return Reading(
         call, queries.back, {x: (parts[x][0], partial(place.back, part=parts[x][1])) for x, place in places.items()}
@@ -129,18 +144,21 @@ def read_cached(given: dict[str, Any], out: Tensor | None) -> Reading:
             k, v: what is appended, B A G D and B A G E.
         out: B T H E or N H E; None: it has not run yet.
     """
+    check_plain(given)
     q, k, v, table = given["q"], given["k_cache"], given["v_cache"], _table(given)
     queries = Sequences.of(q, given.get("cu_seqlens_q"))
     n = len(queries.lengths)
-    if table is not None:
-        k, v = paged_as_batch(k, table), paged_as_batch(v, table)
-    # The cache has rows for more sequences than the call, in any order, and some begin behind padding: each sequence is
-    # cut out of the rows laid end to end.
-    room = k.shape[1]
+    room = k.shape[1] if table is None else table.shape[1] * k.shape[1]
     before = _integers(given.get("cache_seqlens"), n, room)
     rows = _integers(given.get("cache_batch_idx"), n, 0) if given.get("cache_batch_idx") is not None else list(range(n))
     skipped = _integers(given.get("cache_leftpad"), n, 0)
     added = given["k"].shape[1] if given.get("k") is not None else 0
+    if table is not None:
+        longest = max(before, default=0) + added
+        k, v = paged_as_batch(k, table, longest), paged_as_batch(v, table, longest)
+        room = k.shape[1]
+    # The cache has rows for more sequences than the call, in any order, and some begin behind padding: each sequence is
+    # cut out of the rows laid end to end.
     keys = Sequences(
         tuple(row * room + pad for row, pad in zip(rows, skipped, strict=True)),
         tuple(b + added - pad for b, pad in zip(before, skipped, strict=True)),

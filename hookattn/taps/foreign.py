@@ -26,8 +26,12 @@ def handler_of(name: str) -> Callable[..., Any] | None:
 
 def _run(full: str, watch: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """As the handler of a tap; ``watch``: the follower, which asks for this file and so is no type of it."""
-    before = watch.recorder.heard
+    recorder = watch.recorder
+    before = recorder.heard, recorder.refused
     out = func(*args, **kwargs)
-    if watch.recorder.heard == before:  # it may call a kernel that is read
-        watch.recorder.skip(f"{full} attends by its name, and its arguments are not known")
+    if (
+        recorder.heard,
+        recorder.refused,
+    ) == before:  # it may call a kernel that is read, or of which it is said why not
+        recorder.skip(f"{full} attends by its name, and its arguments are not known")
     return out

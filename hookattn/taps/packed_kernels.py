@@ -12,20 +12,27 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.kernel_call import KernelCall
+from ..attention.ragged import FILLED_UP
 from ..errors import EditError
 from ..torch_internals.code_patching import Patch
 from ..torch_internals.isolation import no_gradients
 from .active import current, paused
 from .base import ActiveTrace, Change
+from .batch import running_batch
+
+running_layer: ContextVar[nn.Module | None] = ContextVar("hookattn_layer", default=None)
+"""The module whose attention runs, where an engine says it; None: the module that runs as far as is seen. In a model
+that was compiled whole, no module of its own is seen running."""
 
 
 class UnreadableError(Exception):
@@ -87,11 +94,14 @@ class Kernel:
         read: (arguments by name, the output; None: it has not run yet) -> the call, and the way back.
         known: every argument that ``read`` understands, or leaves aside since it changes nothing in the math.
         dropout: the name of the dropout probability.
+        place: the argument that the output is written to where it is given; a function that returns nothing writes it
+            there alone.
     """
 
     read: Callable[[dict[str, Any], Tensor | None], Reading]
     known: frozenset[str]
     dropout: str = "dropout_p"
+    place: str = "out"
 
 
 def find(modules: Iterable[Any], kernels: dict[str, Kernel]) -> Iterator[Patch]:
@@ -130,15 +140,18 @@ class _Body:
             try:
                 reading, given = self._read(original, args, kwargs, out)
             except UnreadableError as error:
-                tracing.skip(f"{self.name}: {error}")
+                tracing.skip(f"{self.name}: {error}", tracing.path_of(running_layer.get()))
                 return out
+            reading.call.path = tracing.path_of(running_layer.get())
             instead = None
             if asked is not None:
                 reading.call.edits = asked.edits
                 instead = tracing.after(reading.call)
             with no_gradients():
                 tracing.record(reading.call)
-            return out if instead is None else _exchanged(reading, given, out, instead, tracing.where())
+            if instead is None:
+                return out
+            return _exchanged(reading, given.get(self.kernel.place), out, instead, tracing.where())
 
     def _ask(
         self, tracing: ActiveTrace, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,6 +166,7 @@ class _Body:
                 reading = self._reading(bound.arguments, None)
             except (UnreadableError, TypeError):  # a TypeError: the kernel raises it, too
                 return None, args, kwargs
+            reading.call.path = tracing.path_of(running_layer.get())
             change = tracing.before(reading.call, frozenset(reading.ways))
             if change is not None and reading.hand_in(bound.arguments, change, tracing.where()):
                 args, kwargs = bound.args, bound.kwargs
@@ -175,7 +189,7 @@ class _Body:
     ) -> tuple[Reading, dict[str, Any]]:
         kernel, bound = self.kernel, self._bound(original, args, kwargs)
         given = bound.arguments
-        reading = self._reading(given, _first(out))
+        reading = self._reading(given, given[kernel.place] if out is None else _first(out))
         reading.call.dropout = float(given.get(kernel.dropout) or 0.0)
         if reading.call.dropout:
             # Never write over what the model got.
@@ -195,16 +209,17 @@ class _Body:
             raise UnreadableError(f"its arguments do not fit: {type(error).__name__}: {error}") from error
 
 
-def _exchanged(reading: Reading, given: dict[str, Any], out: Any, instead: Tensor, where: str | None) -> Any:
-    """What a function returns, with another output in it; also where it was told to write its output to."""
+def _exchanged(reading: Reading, place: Tensor | None, out: Any, instead: Tensor, where: str | None) -> Any:
+    """What a function returns, with another output in it; also at the place where it was told to write its output."""
     own = reading.call.output
     assert own is not None
     check_shape(instead, own, "output", where)
-    first = _first(out)
-    made, place = reading.output(first, instead.to(first.dtype)), given.get("out")
+    first = place if out is None else _first(out)
+    assert first is not None
+    made = reading.output(first, instead.to(first.dtype))
     if place is not None:
         place.copy_(made.view(place.shape))
-        if first is place:
+        if out is None or first is place:
             return out
     return first_exchanged(out, made)
 
@@ -259,6 +274,12 @@ class Sequences:
         whole = tuple(b - a for a, b in pairwise(bounds))
         return cls(tuple(bounds[:-1]), whole if used is None else tuple(used.tolist()))
 
+    def take(self, entries: Sequence[int] | None) -> Sequences:
+        """Some of the sequences; None: all."""
+        if entries is None:
+            return self
+        return Sequences(tuple(self.starts[i] for i in entries), tuple(self.lengths[i] for i in entries))
+
     @property
     def padded(self) -> bool:
         """Whether some sequence is shorter than the longest."""
@@ -308,14 +329,59 @@ def real_positions(lengths: Sequence[int], longest: int, device: torch.device) -
     return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def paged_as_batch(pool: Tensor, table: Tensor) -> Tensor:
-    """A paged cache as B L H D, each sequence's pages in order.
+def pages_of(pool: Tensor, table: Tensor, size: int, longest: int) -> Tensor:
+    """The pages of each sequence, in order: B by pages by whatever a page holds.
 
     Args:
-        pool: pages, tokens of a page, H, D.
-        table: B by the most pages of a sequence; what lies behind a sequence's last page may be anything.
+        pool: pages by whatever a page holds.
+        table: B by the most pages that a sequence may ever have; what lies behind its last page may be anything.
+        size: tokens of a page.
+        longest: of the sequences as they are. A server's table has room for many times that.
     """
-    return pool[table.long().clamp(0, pool.shape[0] - 1)].flatten(1, 2)
+    used = table[:, : -(-longest // size)]
+    return pool[used.long().clamp(0, pool.shape[0] - 1)]
+
+
+def paged_as_batch(pool: Tensor, table: Tensor, longest: int) -> Tensor:
+    """A paged cache as B L H D, each sequence's pages in order; ``pool``: pages, tokens of a page, H, D."""
+    return pages_of(pool, table, pool.shape[1], longest).flatten(1, 2)
+
+
+_OPERANDS = ("q", "k", "v", "kv", "qkv", "k_cache", "v_cache")
+_DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+def check_plain(given: dict[str, Any]) -> None:
+    """Whether q, k and v are numbers as they are: what scales them back (``q_descale`` and its like, which a server
+    hands in whatever its cache holds) says something of numbers of eight bits alone.
+
+    Raises:
+        UnreadableError: they are stored in eight bits, or scaled.
+    """
+    for name in _OPERANDS:
+        x = given.get(name)
+        if isinstance(x, Tensor) and (x.dtype.itemsize == 1 or not x.is_floating_point()):
+            raise UnreadableError(f"its argument {name} is of {x.dtype}, and what is scaled back to is not known")
+    for name in _DESCALES:
+        scale = given.get(name)
+        if scale is not None and not bool((torch.as_tensor(scale) == 1).all()):
+            raise UnreadableError(f"its argument {name} is not 1")
+
+
+def recorded(queries: Sequences) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Of a served batch: which of its sequences are recorded, None: all; and whose they are, None: nobody has said.
+
+    Who serves may restrict a trace to some requests, so that the keys of others are not gathered, and may fill its
+    batch up with sequences of no token, which are of no request.
+    """
+    batch = running_batch()
+    if batch is None:
+        return None, None
+    names = batch.requests
+    if len(names) > len(queries.lengths) or any(queries.lengths[len(names) :]):
+        return None, None
+    entries = batch.entries or tuple(range(len(names)))  # none of them: what is of no interest is cut away later
+    return None if len(entries) == len(queries.lengths) else entries, tuple(names[i] for i in entries)
 
 
 def lay_out(
@@ -333,14 +399,12 @@ def lay_out(
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         result=out,
         result_form=queries.batch,
+        lengths=tuple(zip(queries.lengths, keys.lengths, strict=True)),
     )
     if q.dim() == 3:
         call.notes.append(f"{len(queries.lengths)} packed sequences, one a batch entry")
     if queries.padded or keys.padded:
-        call.notes.append(
-            "the shorter sequences are filled up at the end: filled keys are masked, filled queries have "
-            "nothing to attend to and are not checked"
-        )
+        call.notes.append(FILLED_UP)
     return call
 
 

@@ -43,10 +43,12 @@ def read(given: dict[str, Any], out: Tensor | None) -> Reading:
         out: N H D; None: it has not run yet.
     """
     q, k, v, ends = given["query"], given["key"], given["value"], given["cu_seq_k"]
-    paged = given.get("block_table") is not None
-    if paged:
-        k, v, ends = paged_as_batch(k, given["block_table"]), paged_as_batch(v, given["block_table"]), None
-    queries, keys = Sequences.of(q, given["cu_seq_q"]), Sequences.of(k, ends, given.get("seqused_k"))
+    table, used = given.get("block_table"), given.get("seqused_k")
+    paged = table is not None
+    if table is not None:
+        longest = table.shape[1] * k.shape[1] if used is None else int(used.max())
+        k, v, ends = paged_as_batch(k, table, longest), paged_as_batch(v, table, longest), None
+    queries, keys = Sequences.of(q, given["cu_seq_q"]), Sequences.of(k, ends, used)
     call = lay_out(q, k, v, out, queries, keys, given.get("scale"), "varlen_attn")
     add_masks(call, queries, keys, window_of(given.get("window_size"), bool(given.get("is_causal"))))
     ways = {"q": ("query", queries.back)}

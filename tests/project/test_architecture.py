@@ -45,6 +45,7 @@ ORDER = (
     "edit",
     "api",
     "__init__",
+    "serving",
     "analyze",
     "render",
     "training",

@@ -75,6 +75,7 @@ def test_all_values_of_a_call_come_back(tmp_path: Path) -> None:
         own_by_edits=True,
         shards=(Shard("H", 1, 8, 0, 4, "tp", 1, 4),),
         requests=("a",),
+        lengths=((2, 9),),
     )
     back = hookattn.load(Trace(calls=[given]).save(tmp_path / "run.safetensors"))[0]
     for field in dataclasses.fields(Call):

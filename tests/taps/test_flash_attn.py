@@ -544,12 +544,23 @@ def test_the_same_interface_in_another_package(give: Give) -> None:
 # --------------------------------------------------------------------------------------------- what cannot be read
 
 
-@pytest.mark.parametrize(("name", "value"), [("qv", torch.zeros(B, T, H, D)), ("q_descale", torch.ones(B, G))])
-def test_an_argument_of_unknown_meaning_is_skipped_aloud(flash3: types.ModuleType, name: str, value: Tensor) -> None:
+def test_an_argument_of_unknown_meaning_is_skipped_aloud(flash3: types.ModuleType) -> None:
     q, k, v = qkv()
-    with pytest.warns(hookattn.SkippedWarning, match=name):
-        made = trace(Calls(flash3.flash_attn_func, **{name: value}), (q, k, v))
-    assert len(made) == 0 and f"argument {name} is not known" in made.skipped[0].reason
+    with pytest.warns(hookattn.SkippedWarning, match="qv"):
+        made = trace(Calls(flash3.flash_attn_func, qv=torch.zeros(B, T, H, D)), (q, k, v))
+    assert len(made) == 0 and "argument qv is not known" in made.skipped[0].reason
+
+
+def test_scales_of_one_scale_nothing(flash3: types.ModuleType) -> None:
+    q, k, v = qkv()
+    call = one(flash3.flash_attn_func, (q, k, v), q_descale=torch.ones(B, G), k_descale=torch.ones(B, G))
+    check_call(call, **bhtd(q, k, v), scale=D**-0.5, mask=counted(T, S, -1, -1))
+
+
+def test_scales_that_scale_are_skipped_aloud(flash3: types.ModuleType) -> None:
+    q, k, v = qkv()
+    with pytest.warns(hookattn.SkippedWarning, match="v_descale is not 1"):
+        assert not len(trace(Calls(flash3.flash_attn_func, v_descale=torch.full((B, G), 2.0)), (q, k, v)))
 
 
 class Strange:
