@@ -1,6 +1,9 @@
 """Measures over many prompts, in constant memory, into one Parquet table."""
 
+from .batches import Batch
+from .chunks import Chunk, CorpusShard, chunks
 from .corpus import Corpus
-from .run import Batch, survey
+from .measurer import Failure, Measurer, failures_of
+from .run import survey
 
-__all__ = ["Batch", "Corpus", "survey"]
+__all__ = ["Batch", "Chunk", "Corpus", "CorpusShard", "Failure", "Measurer", "chunks", "failures_of", "survey"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from ... import checks
 from ...errors import InputError
+from .batches import Value
 
-Value = str | list[int]
 _ROWS = 1024
 
 
