@@ -8,6 +8,7 @@ from contextlib import contextmanager
 _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
     "image": ("PIL",),
+    "ray": ("ray",),
     "render": ("matplotlib", "plotly"),
     "transformers": ("transformers",),
     "view": ("anywidget", "starlette", "traitlets", "uvicorn"),

@@ -4,6 +4,18 @@ from .batches import Batch
 from .chunks import Chunk, CorpusShard, chunks
 from .corpus import Corpus
 from .measurer import Failure, Measurer, failures_of
+from .on_ray import survey_on_ray
 from .run import survey
 
-__all__ = ["Batch", "Chunk", "Corpus", "CorpusShard", "Failure", "Measurer", "chunks", "failures_of", "survey"]
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Corpus",
+    "CorpusShard",
+    "Failure",
+    "Measurer",
+    "chunks",
+    "failures_of",
+    "survey",
+    "survey_on_ray",
+]

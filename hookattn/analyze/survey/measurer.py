@@ -21,6 +21,7 @@ from ..registry import capture as capture_of
 from ..registry import resolve
 from ..table import readings
 from .batches import Batch, Encode, Value
+from .columns import examples_in, measured_rows
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -98,7 +99,26 @@ class Measurer:
             self._built = _built(self.build)
         return self._built[0]
 
-    def __call__(self, number: int, first: int, values: Sequence[Value | InputError]) -> Table:
+    def __call__(self, columns: Any) -> Any:
+        """A batch of somebody's own pipeline: ``ds.map_batches(Measurer, fn_constructor_args=(build, measures))``.
+
+        Args:
+            columns: with the examples in ``text`` or ``input_ids``, as arrays by name or as a Table of pyarrow.
+
+        Returns:
+            Of the same kind, one row for each example, head and measure: the batch's other columns, such as the name of
+            a document, and ``stack``, ``kind``, ``layer``, ``path``, ``step``, ``head``, ``measure``, ``value``. With
+            ``on_error="record"`` there is ``error`` too, and an example that failed has one row, with it alone.
+
+        Raises:
+            InputError: the batch has no such column; or as :meth:`part`. ModelError: as :meth:`part`.
+        """
+        name, values = examples_in(columns)
+        made = self.part(0, 0, values) if values else schema().empty_table()
+        failed = [(f.example, f.error) for f in failures_of(made)] if self.on_error == "record" else None
+        return measured_rows(columns, name, made, failed)
+
+    def part(self, number: int, first: int, values: Sequence[Value | InputError]) -> Table:
         """The part of a chunk, as one process would write it.
 
         Args:

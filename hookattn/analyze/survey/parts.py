@@ -289,6 +289,16 @@ class Parts:
         return table_of(pa.concat_tables(several).to_pydict())
 
 
+def recorded(out: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the table at ``out``, or its parts, say they are of; None: there is nothing."""
+    path = Path(out)
+    if path.exists():
+        found = _survey_of_file(path) or {}
+    else:
+        found = json.loads(Folder(path.with_name(path.name + ".parts")).read(_ABOUT) or b"null")
+    return found if found is None or isinstance(found, dict) else {}
+
+
 def failed_beside(out: str | os.PathLike[str]) -> Path:
     """The file that lists the examples of a table that could not be measured."""
     return Path(out).with_name(Path(out).name + ".failed.jsonl")

@@ -81,7 +81,7 @@ def survey(
         if not own.has(chunk.number):
             continue
         if not parts.complete and chunk.number not in present:
-            parts.write(chunk.number, measurer(chunk.number, chunk.first, chunk.values or []))
+            parts.write(chunk.number, measurer.part(chunk.number, chunk.first, chunk.values or []))
         total += chunk.size
         if progress is not None:
             progress(total)
