@@ -4,6 +4,18 @@ from .batches import Batch
 from .chunks import Chunk, CorpusShard, chunks
 from .corpus import Corpus
 from .measurer import Failure, Measurer, failures_of
+from .parts import read_table
 from .run import survey
 
-__all__ = ["Batch", "Chunk", "Corpus", "CorpusShard", "Failure", "Measurer", "chunks", "failures_of", "survey"]
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Corpus",
+    "CorpusShard",
+    "Failure",
+    "Measurer",
+    "chunks",
+    "failures_of",
+    "read_table",
+    "survey",
+]
