@@ -3,6 +3,7 @@
 from .batches import Batch
 from .chunks import Chunk, CorpusShard, chunks
 from .corpus import Corpus
+from .jobs import survey_on_processes
 from .measurer import Failure, Measurer, failures_of
 from .parts import read_table
 from .run import survey
@@ -18,4 +19,5 @@ __all__ = [
     "failures_of",
     "read_table",
     "survey",
+    "survey_on_processes",
 ]

@@ -44,6 +44,12 @@ class CorpusShard:
         """Whether a chunk is this shard's."""
         return number % self.of == self.index
 
+    def size(self, examples: int, batch: int) -> int:
+        """How many of so many examples are its own."""
+        chunks = -(-examples // batch)
+        own = len(range(self.index, chunks, self.of)) * batch
+        return own - (chunks * batch - examples if chunks and self.has(chunks - 1) else 0)
+
 
 WHOLE = CorpusShard(0, 1)
 

@@ -41,6 +41,7 @@ class Parts:
             (``s3://…``) it is complete once its ``_survey.json`` says ``finished``.
         about: what the survey is of, as plain data; a survey goes on only where this is the same.
         what: the word for what goes on here, for messages.
+        begin: whether to begin where nobody has.
 
     Attributes:
         complete: whether the table is there.
@@ -52,7 +53,9 @@ class Parts:
         TraceWriteError: the folder cannot be made.
     """
 
-    def __init__(self, out: str | os.PathLike[str], about: Mapping[str, Any], what: str = "survey") -> None:
+    def __init__(
+        self, out: str | os.PathLike[str], about: Mapping[str, Any], what: str = "survey", *, begin: bool = True
+    ) -> None:
         self.out, self._what = os.fspath(out), what
         self._parent, self._name = folder_and_name(self.out)
         self.is_dataset = self.out.endswith(("/", os.sep))
@@ -71,6 +74,8 @@ class Parts:
                 if not self._in_place:
                     self.folder.remove()
                 return
+            if not begin and self.folder.read(self._about) is None:
+                raise MeasureError(f"{self.folder}: there are no parts of a {what} here.")
             self.folder.make()
             # What the survey is of is written before any part, so that no part can be taken for another survey's.
             self.folder.create(self._about, json.dumps(self.about).encode())

@@ -84,6 +84,7 @@ def survey(
     own = as_shard(shard)
     measurer = Measurer.of(model, encode, measures, on_error)
     parts = Parts(out, settings(measurer, batch, about))
+    parts.shared_by(own.of)
     total, count = measure_shard(measurer, source, parts, batch, own, progress)
     parts.counted(count)
     if shard is None:
@@ -112,7 +113,6 @@ def measure_shard(
     Raises:
         InputError, ModelError, TraceWriteError: as :func:`survey`.
     """
-    parts.shared_by(shard.of)
     present = parts.present()
     hopeless = _Hopeless(parts)
     total = count = 0
