@@ -33,8 +33,7 @@
 
 Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
 :class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`UnfitTokensWarning`
-(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room),
-:class:`WorkerWarning` (a process of a survey that was lost and replaced, or that waits).
+(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room).
 """
 
 from __future__ import annotations
@@ -183,12 +182,6 @@ class GuessedAxesWarning(UserWarning):
 
 class UnfitTokensWarning(UserWarning):
     """Tokens were given that are of no sequence which the model read; ``trace.notes`` says why."""
-
-    __str__ = _message
-
-
-class WorkerWarning(UserWarning):
-    """A process that measures for a survey was lost and replaced, or waits for a machine to run on."""
 
     __str__ = _message
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
+    "corpora": ("datasets", "zstandard"),
     "image": ("PIL",),
     "ray": ("ray",),
     "render": ("matplotlib", "plotly"),

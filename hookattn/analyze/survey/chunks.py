@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ... import checks
 from ...errors import InputError
 from .batches import Value
+from .blocks import Block
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class CorpusShard:
         """Whether a chunk is this shard's."""
         return number % self.of == self.index
 
+    def size(self, examples: int, batch: int) -> int:
+        """How many of so many examples are its own."""
+        chunks = -(-examples // batch)
+        own = len(range(self.index, chunks, self.of)) * batch
+        return own - (chunks * batch - examples if chunks and self.has(chunks - 1) else 0)
+
 
 WHOLE = CorpusShard(0, 1)
 
@@ -69,22 +76,45 @@ class Chunk(NamedTuple):
     Attributes:
         number: from 0.
         first: the number of its first example.
-        values: the examples; an error stands for one that could not be read. None: nobody wanted them.
+        values: the examples; an error stands for one that could not be read. Empty where nobody wanted them.
         size: how many there are.
     """
 
     number: int
     first: int
-    values: list[Value | InputError] | None
+    values: list[Value | InputError]
     size: int
 
 
-def chunks(examples: Iterable[Any], batch: int) -> Iterator[Chunk]:
-    """All chunks, in order."""
-    source, first = iter(examples), 0
-    for number in itertools.count():
-        values = list(itertools.islice(source, batch))
-        if not values:
-            return
-        yield Chunk(number, first, values, len(values))
-        first += len(values)
+def chunks(examples: Iterable[Any], batch: int, wanted: Callable[[int], bool] | None = None) -> Iterator[Chunk]:
+    """All chunks, in order.
+
+    Args:
+        examples: a :class:`Corpus`, of which only wanted examples are decoded; or any iterable.
+        batch: how many examples are a chunk.
+        wanted: of the number of a chunk, whether its values are; None: all are.
+
+    Raises:
+        InputError: a file cannot be read at all.
+    """
+    number, first, size = 0, 0, 0
+    values: list[Value | InputError] = []
+    blocks = getattr(examples, "blocks", None)
+    for block in _blocks(examples, batch) if blocks is None else blocks():
+        at = 0
+        while at < block.size:
+            more = min(batch - size, block.size - at)
+            if wanted is None or wanted(number):
+                values += block.values(at, at + more)
+            at, size = at + more, size + more
+            if size == batch:
+                yield Chunk(number, first, values, size)
+                number, first, size, values = number + 1, first + size, 0, []
+    if size:
+        yield Chunk(number, first, values, size)
+
+
+def _blocks(examples: Iterable[Any], batch: int) -> Iterator[Block]:
+    source = iter(examples)
+    while values := list(itertools.islice(source, batch)):
+        yield Block(len(values), lambda start, stop, values=values: values[start:stop])  # type: ignore[misc]

@@ -9,17 +9,17 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ... import checks
-from ...errors import InputError, MeasureError, TraceWriteError, WorkerWarning
+from ...errors import InputError, MeasureError, TraceWriteError
 from ..measures.base import Measure
 from .batches import Value
+from .chunks import chunks
 from .measurer import Build, Measurer
 from .on_ray_workers import COLUMN, Actor, Place, Reader, Told
-from .parts import Parts, ranges, recorded
-from .run import described
+from .parts import Parts, ranges
+from .run import Hopeless, settings
 
 _STORE = 100 << 20
 """Bytes of the object store of a Ray that is started here: only examples and numbers go through it."""
@@ -42,6 +42,7 @@ def survey_on_ray(
     address: str | None = None,
     retries: int = 3,
     progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> int:
     """:func:`survey` in actors of Ray, each with a model of its own; the table is the same to the last bit.
 
@@ -49,7 +50,7 @@ def survey_on_ray(
     the folder of ``out``: an actor writes its parts there, and only their numbers come back.
 
     Killed at any moment, the same call goes on with the parts that are missing, and so do :func:`survey` and its
-    shards. A process that is lost is replaced, and its chunk measured again, with a :class:`WorkerWarning`.
+    shards. A process that is lost is replaced, and its chunk measured again.
 
     Where Ray is initialised it is used as it is, and left so. Else it is started on this machine for as long as this
     takes, or the cluster at ``address`` is joined.
@@ -71,6 +72,7 @@ def survey_on_ray(
             says, or a Ray of its own.
         retries: how often a chunk is tried again whose process was lost.
         progress: called with the number of examples done, those of an earlier run first.
+        say: called with a line when a process was lost, or has to wait for a machine.
 
     Returns:
         How many examples the table has.
@@ -96,27 +98,23 @@ def survey_on_ray(
         checks.text("address", address)
     if progress is not None:
         checks.function("progress", progress, "a function of the number of examples")
+    if say is not None:
+        checks.function("say", say, "a function of a line")
     measurer = Measurer(build, measures, on_error)
-    found = recorded(out)
-    present: frozenset[int] = frozenset()
-    if found is not None:
-        # The model's class stands in the table as well. No model is here to ask, so what there is says it, and each
-        # actor checks it.
-        parts = Parts(out, described(measurer, batch, str(found.get("model")), about))
-        present = frozenset(parts.present())
-        if parts.complete or parts.count == len(present):
-            total = sum(1 for _ in source)
-            if not parts.complete:
-                parts.finish(len(present))
-            if progress is not None:
-                progress(total)
-            return total
-    place = Place.here()
-    run = _Run(os.path.abspath(out), measurer, batch, about, present, actors, progress)
-    reader = Reader(source, batch, present, place)
-    with _ray(address, actors, cpus, gpus):
-        run.follow(_told(reader, run, actors, cpus, gpus, retries))
-    return run.finished()
+    # Other processes work elsewhere.
+    out = out if "://" in os.fspath(out) else os.path.join(os.getcwd(), out)
+    parts = Parts(out, settings(measurer, batch, about))
+    if parts.complete:
+        total = sum(chunk.size for chunk in chunks(source, batch, lambda number: False))
+        if progress is not None:
+            progress(total)
+        return total
+    run = _Run(parts, batch, actors, progress, say or (lambda line: None))
+    reader = Reader(source, batch, run.present, Place.here())
+    pickled = (measurer, os.fspath(out), parts.about)
+    with _ray(address, actors, cpus, gpus, run.say):
+        run.follow(_told(reader, pickled, run, actors, cpus, gpus, retries))
+    return run.finished(strict=on_error == "raise")
 
 
 def _again(examples: Any) -> Iterable[Value]:
@@ -134,66 +132,67 @@ def _again(examples: Any) -> Iterable[Value]:
     raise checks.wrong("examples", examples, "examples, one after the other, and not one text")
 
 
-@dataclass
 class _Run:
     """What is known of a survey while it goes on."""
 
-    out: str
-    measurer: Measurer
-    batch: int
-    about: dict[str, Any] | None
-    present: frozenset[int]
-    actors: int
-    progress: Callable[[int], None] | None
-    done: set[int] = field(default_factory=set)
-    model: str = ""
-    count: int | None = None
-    total: int = 0
-    parts: Parts | None = None
-    _processes: dict[str, int] = field(default_factory=dict)
-    _hosts: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        parts: Parts,
+        batch: int,
+        actors: int,
+        progress: Callable[[int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.parts, self.batch, self.actors, self.say = parts, batch, actors, say
+        self.present = frozenset(parts.present())
+        self._progress = progress
+        self._hopeless = Hopeless(parts)
+        self._done: set[int] = set()
+        self._ended: Told | None = None
+        self._processes: dict[str, int] = {}
+        self._hosts: set[str] = set()
 
     def follow(self, told: Iterator[Told]) -> None:
-        """Hear what the actors say, until the last of them is done."""
+        """Hear what the actors say, until the last of them is done.
+
+        Raises:
+            HookattnError: one of them failed.
+        """
         seen = self.batch * max(0, len(self.present) - 1)  # the last chunk may be a smaller one
         self._advance(seen)
         for one in told:
             if one.error is not None:
                 raise one.error
             if one.last:
-                self.count, self.total = one.number, one.size
+                self._ended = one
                 continue
-            self.done.add(one.number)
             for category, text in one.said:
                 warnings.warn(text, category, stacklevel=3)
             self._look_at(one)
+            if one.empty is not None:
+                self._hopeless.write(one.number, one.empty)
+            else:
+                self._hopeless.measured()
+            self._done.add(one.number)
             seen += one.size
             self._advance(seen)
 
     def _advance(self, seen: int) -> None:
-        if self.progress is not None:
-            self.progress(seen)
+        if self._progress is not None:
+            self._progress(seen)
 
     def _look_at(self, one: Told) -> None:
         before = self._processes.setdefault(one.actor, one.process)
         if before != one.process:
             self._processes[one.actor] = one.process
-            warnings.warn(
-                f"process {before} on {one.host} was lost while it measured; another one took its place.",
-                WorkerWarning,
-                stacklevel=4,
-            )
-        if self.parts is None:
-            self.model = one.model
-            self.parts = Parts(self.out, described(self.measurer, self.batch, one.model, self.about))
-        if one.host not in self._hosts:
+            self.say(f"process {before} on {one.host} was lost while it measured; another one took its place.")
+        if one.host not in self._hosts and one.empty is None:
             self._hosts.add(one.host)
-            self._await(lambda parts: one.number in parts.present(), one.host)
+            self._await(lambda: one.number in self.parts.present(), one.host)
 
-    def _await(self, is_there: Callable[[Parts], bool], who: str) -> None:
-        assert self.parts is not None
+    def _await(self, is_there: Callable[[], bool], who: str) -> None:
         until = time.monotonic() + _SEEN_WITHIN
-        while not is_there(self.parts):
+        while not is_there():
             if time.monotonic() > until:
                 raise MeasureError(
                     f"{self.parts.folder}: {who} has written a part there, which is not to be seen from here. All "
@@ -203,32 +202,37 @@ class _Run:
 
     def running(self) -> str:
         """The chunks that may be going on, in words: they are begun in their order, two for each actor."""
-        count, found, number = 2 * self.actors, list[int](), 0
-        while len(found) < count and (self.count is None or number < self.count):
-            if number not in self.present and number not in self.done:
+        found, number = list[int](), 0
+        while len(found) < 2 * self.actors and (self._ended is None or number < self._ended.number):
+            if number not in self.present and number not in self._done:
                 found.append(number)
             number += 1
         if not found:
             return "the last ones"
         return f"{ranges(found)} (examples {found[0] * self.batch} to {(found[-1] + 1) * self.batch - 1})"
 
-    def finished(self) -> int:
-        """Put the parts together."""
-        if self.parts is None:
-            raise MeasureError("there was nothing to survey: no example was found.")
-        if self.count is None:
+    def finished(self, strict: bool) -> int:
+        """Put the parts together.
+
+        Raises:
+            MeasureError: parts are missing. TraceWriteError: the table cannot be written.
+        """
+        if self._ended is None:
             raise MeasureError(
                 f"{self.parts.folder}: Ray ended before the examples did. The parts that are there stay."
             )
-        count = self.count
-        self._await(lambda parts: not parts.missing(count), "a machine")
+        self._hopeless.end()
+        count, total = self._ended.number, self._ended.size
+        self._await(lambda: not self.parts.missing(count), "a machine")
         self.parts.counted(count)
-        self.parts.finish(count)
-        self._advance(self.total)
-        return self.total
+        self.parts.finish(count, strict=strict)
+        self._advance(total)
+        return total
 
 
-def _told(reader: Reader, run: _Run, actors: int, cpus: float, gpus: float, retries: int) -> Iterator[Told]:
+def _told(
+    reader: Reader, pickled: Any, run: _Run, actors: int, cpus: float, gpus: float, retries: int
+) -> Iterator[Told]:
     """What the actors say, as they say it.
 
     Raises:
@@ -251,7 +255,6 @@ def _told(reader: Reader, run: _Run, actors: int, cpus: float, gpus: float, retr
 
     environment = {"env_vars": reader.place.environment()}
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    pickled = cloudpickle.dumps((run.measurer, run.out, run.about, run.batch))
     settings = ray.data.DataContext.get_current().copy()
     settings.enable_progress_bars = settings.print_on_execution_start = False
     # A block is a chunk: what is lost with an actor, and what goes to the next one that is free.
@@ -262,7 +265,7 @@ def _told(reader: Reader, run: _Run, actors: int, cpus: float, gpus: float, retr
         data = ray.data.read_datasource(
             Source(), override_num_blocks=1, num_cpus=0, runtime_env=environment, label_selector=here
         ).map_batches(
-            Actor, fn_constructor_args=(pickled, reader.place, max(1, int(cpus))), batch_size=1,
+            Actor, fn_constructor_args=(cloudpickle.dumps(pickled), reader.place, max(1, int(cpus))), batch_size=1,
             batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
             num_gpus=gpus or None, runtime_env=environment, max_restarts=-1, max_task_retries=retries,
         )  # fmt: skip
@@ -283,7 +286,7 @@ def _told(reader: Reader, run: _Run, actors: int, cpus: float, gpus: float, retr
 
 
 @contextlib.contextmanager
-def _ray(address: str | None, actors: int, cpus: float, gpus: float) -> Iterator[None]:
+def _ray(address: str | None, actors: int, cpus: float, gpus: float, say: Callable[[str], None]) -> Iterator[None]:
     """Ray, as it is or for as long as the block runs.
 
     Raises:
@@ -299,7 +302,7 @@ def _ray(address: str | None, actors: int, cpus: float, gpus: float) -> Iterator
         import ray.data
 
     if ray.is_initialized():
-        _check_room(actors, cpus, gpus, is_own=False)
+        _check_room(actors, cpus, gpus, say)
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -319,7 +322,7 @@ def _ray(address: str | None, actors: int, cpus: float, gpus: float) -> Iterator
             ) from error
         try:
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-            _check_room(actors, cpus, gpus, is_own=where == "local")
+            _check_room(actors, cpus, gpus, None if where == "local" else say)
             yield
         finally:
             ray.shutdown()
@@ -327,7 +330,8 @@ def _ray(address: str | None, actors: int, cpus: float, gpus: float) -> Iterator
                 logging.getLogger(name).setLevel(level)
 
 
-def _check_room(actors: int, cpus: float, gpus: float, is_own: bool) -> None:
+def _check_room(actors: int, cpus: float, gpus: float, say: Callable[[str], None] | None) -> None:
+    """Whether there is what the actors need; a cluster may grow, this machine does not."""
     import ray
 
     there = ray.cluster_resources()
@@ -335,11 +339,9 @@ def _check_room(actors: int, cpus: float, gpus: float, is_own: bool) -> None:
         if each * actors <= there.get(name, 0):
             continue
         text = f"{actors} actors with {option}={each:g} need {each * actors:g} {name}s, and there are "
-        if is_own:
+        if say is None:
             raise InputError(f"{text}{there.get(name, 0):g} on this machine: take fewer actors, or join a cluster.")
-        warnings.warn(
-            f"{text}{there.get(name, 0):g} in the cluster now: actors wait for them.", WorkerWarning, stacklevel=4
-        )
+        say(f"{text}{there.get(name, 0):g} in the cluster now: some wait for them.")
 
 
 @contextlib.contextmanager

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import HookattnError
+from ...errors import HookattnError, MeasureError
 from .chunks import Chunk, chunks
 from .measurer import Measurer
 from .parts import Parts
-from .run import described
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -38,7 +37,7 @@ class Told:
         number: the chunk's. Of the end of the examples, it is how many chunks there are.
         size: how many examples it has. Of the end, it is how many there are in all.
         last: whether this is the end.
-        model: the class of the model; empty if none was needed.
+        empty: the part where it has no row; it is not written yet, since perhaps none of all can be measured.
         host, actor, process: who says so.
         said: warnings that came up, kind and text.
         error: why it is not measured.
@@ -47,7 +46,7 @@ class Told:
     number: int
     size: int
     last: bool = False
-    model: str = ""
+    empty: Table | None = None
     host: str = ""
     actor: str = ""
     process: int = 0
@@ -119,7 +118,7 @@ class Reader:
         number = total = 0
         with self.place.entered():
             try:
-                for chunk in chunks(self.examples, self.batch):
+                for chunk in chunks(self.examples, self.batch, lambda n: n not in self.present):
                     number, total = chunk.number + 1, chunk.first + chunk.size
                     if chunk.number not in self.present:
                         yield block(chunk)
@@ -133,7 +132,7 @@ class Actor:
     """One process that measures. The model is built for its first chunk, so that a death on the way counts as a try.
 
     Args:
-        pickled: the :class:`Measurer`, the table's path, what it is of, and examples a chunk.
+        pickled: the :class:`Measurer`, the table's name, and what it is of.
         place: where the caller works.
         threads: of torch, for the last bits depend on them.
     """
@@ -143,7 +142,7 @@ class Actor:
 
         self._pickled, self._place, self._threads = pickled, place, threads
         self._name = ray.get_runtime_context().get_actor_id() or ""
-        self._ready: tuple[Measurer, Parts, str] | None = None
+        self._ready: tuple[Measurer, Parts] | None = None
 
     def __call__(self, table: Table) -> Table:
         """What became of each chunk."""
@@ -163,24 +162,32 @@ class Actor:
             warnings.simplefilter("always")
             try:
                 with self._place.entered():
-                    measurer, parts, model = self._prepared()
-                    parts.write(content.number, measurer.part(content.number, content.first, content.values or []))
+                    measurer, parts = self._prepared()
+                    part = measurer.part(content.number, content.first, content.values)
+                    if part.num_rows:
+                        parts.write(content.number, part)
             except Exception as error:  # noqa: BLE001 - told to the caller, who raises it
                 return tell(error=portable(error))
         own = [w for w in caught if w.category.__module__.partition(".")[0] == __name__.partition(".")[0]]
         said = tuple(dict.fromkeys((w.category, str(w.message)) for w in own))
-        return tell(model=model, said=said)
+        return tell(empty=None if part.num_rows else part, said=said)
 
-    def _prepared(self) -> tuple[Measurer, Parts, str]:
+    def _prepared(self) -> tuple[Measurer, Parts]:
         if self._ready is None:
             from ray import cloudpickle
 
             torch.set_num_threads(self._threads)
             sys.path[:0] = [one for one in self._place.modules if one not in sys.path]
-            measurer, out, about, batch = cloudpickle.loads(self._pickled)
-            model = type(measurer.load()).__name__
-            # What is there already has to be of this model: of another one, nothing is written.
-            self._ready = measurer, Parts(out, described(measurer, batch, model, about)), model
+            measurer, out, about = cloudpickle.loads(self._pickled)
+            try:
+                parts = Parts(out, about, begin=False)
+            except MeasureError as error:
+                raise MeasureError(
+                    f"{error} All machines have to see the folder of the table under this name; {socket.gethostname()} "
+                    "does not."
+                ) from error
+            parts.of_model(type(measurer.load()).__name__)
+            self._ready = measurer, parts
         return self._ready
 
 

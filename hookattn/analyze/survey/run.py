@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ... import checks
-from ...errors import TraceWriteError
+from ...errors import InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
 from ..measures.base import Measure
 from .batches import Encode, Value
 from .chunks import CorpusShard, as_shard, chunks
-from .measurer import Measurer
-from .parts import Parts
+from .corpus import Corpus
+from .measurer import Measurer, failures_of
+from .parts import FOUND, Parts
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+_ENOUGH = 64  # examples that fail, and not one that is measured: no more are tried
 
 
 def survey(
@@ -42,7 +48,8 @@ def survey(
         model: what is traced; without gradients, in the mode that it is in.
         examples: any iterable, read once and never kept.
         encode: from examples to one or more batches, in the same order.
-        out: the table's file.
+        out: the table's file; if it ends in ``/``, a directory of Parquet files. On a disk, or in a store that fsspec
+            knows (``s3://…``).
         measures: names or objects. If statistics make up all of them, no weights are formed.
         batch: how many examples are encoded together.
         about: what else tells this survey from others: the model's name, the files; plain data.
@@ -74,34 +81,116 @@ def survey(
         checks.function("progress", progress, "a function of the number of examples")
     own = as_shard(shard)
     measurer = Measurer.of(model, encode, measures, on_error)
-    parts = Parts(out, described(measurer, batch, type(model).__name__, about))
-    present, total, count = parts.present(), 0, 0
-    for chunk in chunks(source, batch):
-        count += 1
-        if not own.has(chunk.number):
-            continue
-        if not parts.complete and chunk.number not in present:
-            parts.write(chunk.number, measurer.part(chunk.number, chunk.first, chunk.values or []))
-        total += chunk.size
-        if progress is not None:
-            progress(total)
+    parts = Parts(out, settings(measurer, batch, about))
+    parts.shared_by(own.of)
+    total, count = measure_shard(measurer, source, parts, batch, own, progress)
     parts.counted(count)
     if shard is None:
-        parts.finish(count)
+        parts.finish(count, strict=on_error == "raise")
     return total
 
 
-def described(measurer: Measurer, batch: int, model: str, about: dict[str, Any] | None) -> dict[str, Any]:
-    """What tells a survey from others."""
-    return {**(about or {}), "measures": [m.key for m in measurer.measures], "batch": batch, "model": model}
+def settings(measurer: Measurer, batch: int, about: dict[str, Any] | None) -> dict[str, Any]:
+    """What tells a survey from others.
+
+    Raises:
+        InputError: ``about`` has a name that is the survey's own.
+    """
+    if FOUND in (about or {}):
+        raise InputError(f"about: the name {FOUND!r} is the survey's own; choose another one.")
+    return {**(about or {}), "measures": [m.key for m in measurer.measures], "batch": batch}
 
 
-def _examples(given: Any) -> Iterator[Value]:
+def measure_shard(
+    measurer: Measurer,
+    examples: Iterable[Any],
+    parts: Parts,
+    batch: int,
+    shard: CorpusShard,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, int]:
+    """Write the parts of a shard that are not there.
+
+    Returns:
+        How many examples it has, and how many chunks there are in all.
+
+    Raises:
+        InputError, ModelError, TraceWriteError: as :func:`survey`.
+    """
+    present = parts.present()
+    hopeless = Hopeless(parts)
+    total = count = 0
+    for chunk in chunks(examples, batch, lambda n: shard.has(n) and not parts.complete and n not in present):
+        count += 1
+        if not shard.has(chunk.number):
+            continue
+        if not parts.complete and chunk.number not in present:
+            parts.of_model(type(measurer.load()).__name__)
+            hopeless.write(chunk.number, measurer.part(chunk.number, chunk.first, chunk.values))
+        total += chunk.size
+        if progress is not None:
+            progress(total)
+    hopeless.end()
+    return total, count
+
+
+class Hopeless:
+    """Holds back parts without a row until some example was measured: if none can be, it is not the examples' fault,
+    and what is mended must find nothing that looks done."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.held: list[tuple[int, Table]] = []
+        self.failed = 0
+        self.some = False
+
+    def write(self, number: int, table: Table) -> None:
+        """A part, now or later.
+
+        Raises:
+            InputError: so many examples failed, and none was measured by anybody.
+        """
+        if self.some or table.num_rows:
+            self.measured()
+            self.parts.write(number, table)
+            return
+        self.held.append((number, table))
+        self.failed += len(failures_of(table))
+        if self.failed >= _ENOUGH:
+            self.end()
+
+    def end(self) -> None:
+        """Write what is held, if somebody else has measured an example.
+
+        Raises:
+            InputError: nobody has.
+        """
+        if not self.held:
+            return
+        if not self.parts.has_rows():
+            first = failures_of(self.held[0][1])[0]
+            raise InputError(
+                f"none of {self.failed} examples could be measured; the first one, {first.example}: {first.error} "
+                "Nothing was written."
+            )
+        self.measured()
+
+    def measured(self) -> None:
+        """Somebody has measured an example: write what is held."""
+        self.some = True
+        for number, table in self.held:
+            self.parts.write(number, table)
+        self.held = []
+
+
+def _examples(given: Any) -> Any:
     """What can be gone through, and is not one text.
 
     Raises:
         InputError: it is something else.
     """
+    if isinstance(given, Corpus):
+        return given
     if not isinstance(given, (str, bytes)):
         try:
             return iter(given)
