@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import click
 
 from ..analyze.registry import MEASURES
-from ..analyze.survey import Corpus, CorpusShard, Measurer, survey, survey_on_processes
+from ..analyze.survey import Corpus, CorpusShard, Measurer, survey, survey_on_processes, survey_on_ray
 from ..analyze.survey.chunks import as_shard
 from ..analyze.survey.measurer import ON_ERROR, Failure
 from ..analyze.survey.parts import Parts, failures_listed
@@ -44,6 +45,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> Cor
         "hookattn survey gpt2 hub:Salesforce/wikitext/wikitext-2-raw-v1:test --jobs 4 -o heads.parquet",
         "hookattn survey gpt2 'data/*.jsonl.zst' --shard $SLURM_ARRAY_TASK_ID/64 -o /shared/heads.parquet",
         "hookattn survey gpt2 'data/*.jsonl.zst' --finish -o /shared/heads.parquet",
+        "hookattn survey gpt2 's3://bucket/*.parquet' --engine ray --actors 16 --gpus-per-actor 1 -o s3://bucket/heads/",
     ),
 )
 @click.argument("model")
@@ -59,11 +61,24 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> Cor
 @click.option("--shard", callback=_shard, metavar="I/N", help="Only the I-th of N equal shares, I from 0 to N - 1.")
 @click.option("--finish", is_flag=True, help="Put together the parts of all shards; no model is loaded.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes on this machine.")
+@click.option("--engine", type=click.Choice(["ray"]), help="Measure in actors of Ray, on this machine or on a cluster.")
+@click.option("--actors", type=click.IntRange(min=1), help="With --engine: how many.  [default: 1]")
+@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="With --engine: GPUs of each.  [default: 0]")
+@click.option(
+    "--cpus-per-actor", type=click.FloatRange(min=0, min_open=True),
+    help="With --engine: CPUs of each, and threads.  [default: 1]",
+)  # fmt: skip
+@click.option(
+    "--address", metavar="auto|HOST:PORT",
+    help="With --engine: the cluster to join; else $RAY_ADDRESS, else a Ray is started here.",
+)  # fmt: skip
 @click.option(
     "--on-error", type=click.Choice(ON_ERROR), default="record", show_default=True,
     help="Of an example that fails: record it beside the table, or stop.",
 )  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the model runs.")
+@click.option(
+    "--device", metavar="cpu|cuda", help="Where the model runs.  [default: cpu; cuda with --gpus-per-actor]"
+)  # fmt: skip
 @click.option("--attn", metavar="eager|sdpa|flex_attention", help="The attention kernel of a transformers model.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow a model to run code from its repository.")
 @click.pass_obj
@@ -79,8 +94,13 @@ def command(
     shard: CorpusShard | None,
     finish: bool,
     jobs: int,
+    engine: str | None,
+    actors: int | None,
+    gpus_per_actor: float | None,
+    cpus_per_actor: float | None,
+    address: str | None,
     on_error: str,
-    device: str,
+    device: str | None,
     attn: str | None,
     trust_remote_code: bool,
 ) -> None:
@@ -89,10 +109,19 @@ def command(
     PROMPTS are files (a text in each line, .jsonl or .parquet; also .gz, .bz2, .xz, .zst), patterns, directories, any
     of these in a store (s3://…), or hub:NAME[/CONFIG][:SPLIT]. The memory is that of one batch. Killed at any moment,
     the same command goes on where it stopped. Processes that share a disk share a survey by --shard, and --finish
-    ends it.
+    ends it; --engine ray has a cluster do all of that.
     """
     if finish and (shard is not None or jobs > 1):
         raise click.UsageError("--finish puts together what shards have made; it excludes --shard and --jobs.")
+    of_engine = {
+        "actors": actors, "gpus_per_actor": gpus_per_actor, "cpus_per_actor": cpus_per_actor, "address": address
+    }  # fmt: skip
+    given = {name: value for name, value in of_engine.items() if value is not None}
+    if engine is None and given:
+        raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} is for --engine ray.")
+    if engine is not None and (finish or shard is not None or jobs > 1):
+        raise click.UsageError("--engine divides the prompts by itself; it excludes --shard, --finish and --jobs.")
+    device = device or ("cuda" if gpus_per_actor else "cpu")
     _check_out(out)
     build = SurveyModel(model, attn, device, trust_remote_code, max_tokens)
     measurer = Measurer(build, measures or list(MEASURES), on_error)
@@ -112,7 +141,20 @@ def command(
         expected = corpus.quick_count()
     if expected is not None and shard is not None:
         expected = shard.size(expected, batch)
-    options: Any = {"measures": measurer.measures, "batch": batch, "about": about, "shard": shard, "on_error": on_error}
+    if engine is not None:
+        options: Any = {"measures": measurer.measures, "batch": batch, "about": about, "on_error": on_error, **given}
+        if there := len(Parts(out, settings(measurer, batch, about)).present()):
+            of = "" if expected is None else f" of {-(-expected // batch)}"
+            screen.say(f"{there}{of} parts are there from an earlier run.")
+        with _measuring(screen, expected) as progress, _stdout_kept(screen):
+
+            def say(line: str) -> None:
+                screen.warn(line.removeprefix("warning: "))  # what a process says of its model is one already
+
+            total = survey_on_ray(build, corpus, out, progress=progress, say=say, **options)
+        _say_table(screen, out, total, measurer)
+        return
+    options = {"measures": measurer.measures, "batch": batch, "about": about, "shard": shard, "on_error": on_error}
     loaded = build.load(screen) if jobs == 1 else None
     with _measuring(screen, expected) as progress:
         if loaded is not None:
@@ -123,6 +165,18 @@ def command(
         _say_table(screen, out, total, measurer)
     else:
         _say_shard(screen, Parts(out, settings(measurer, batch, about)), shard, total)
+
+
+@contextmanager
+def _stdout_kept(screen: Screen) -> Iterator[None]:
+    """Ray writes what happens in its cluster to stdout, at length. A command's own words are all that belongs there;
+    what is not repeated in them is shown with --debug."""
+    if screen.debug:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _check_out(out: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 from ... import checks
 from ...errors import InputError, MeasureError, TraceWriteError
+from ...optional import extra_named
 from ..measures.base import Measure
 from .batches import Value
 from .chunks import chunks
@@ -25,6 +27,8 @@ _STORE = 100 << 20
 """Bytes of the object store of a Ray that is started here: only examples and numbers go through it."""
 _SEEN_WITHIN = 30.0
 """Seconds until a part that another machine has written has to be seen here; shared folders are read with a delay."""
+
+_MOST = 1000
 
 
 def survey_on_ray(
@@ -72,7 +76,8 @@ def survey_on_ray(
             says, or a Ray of its own.
         retries: how often a chunk is tried again whose process was lost.
         progress: called with the number of examples done, those of an earlier run first.
-        say: called with a line when a process was lost, or has to wait for a machine.
+        say: called with a line when a process was lost, or has to wait for a machine, and with what ``build`` writes to
+            stderr.
 
     Returns:
         How many examples the table has.
@@ -89,8 +94,8 @@ def survey_on_ray(
     checks.path("out", out, TraceWriteError)
     actors = checks.whole("actors", actors, 1)
     retries = checks.whole("retries", retries, 0)
-    gpus = checks.number("gpus_per_actor", gpus_per_actor, "a number of GPUs, 0 or more", lambda x: x >= 0)
-    cpus = checks.number("cpus_per_actor", cpus_per_actor, "a number of CPUs above 0", lambda x: x > 0)
+    gpus = checks.number("gpus_per_actor", gpus_per_actor, "a number of GPUs, 0 or more", lambda x: 0 <= x <= _MOST)
+    cpus = checks.number("cpus_per_actor", cpus_per_actor, "a number of CPUs above 0", lambda x: 0 < x <= _MOST)
     batch = checks.whole("batch", batch, 1)
     if about is not None:
         checks.one_of("about", about, dict, "plain data by name")
@@ -101,6 +106,8 @@ def survey_on_ray(
     if say is not None:
         checks.function("say", say, "a function of a line")
     measurer = Measurer(build, measures, on_error)
+    with extra_named():
+        import ray  # noqa: F401 - before anything is written
     # Other processes work elsewhere.
     out = out if "://" in os.fspath(out) else os.path.join(os.getcwd(), out)
     parts = Parts(out, settings(measurer, batch, about))
@@ -151,6 +158,7 @@ class _Run:
         self._ended: Told | None = None
         self._processes: dict[str, int] = {}
         self._hosts: set[str] = set()
+        self._lines: set[str] = set()
 
     def follow(self, told: Iterator[Told]) -> None:
         """Hear what the actors say, until the last of them is done.
@@ -168,6 +176,10 @@ class _Run:
                 continue
             for category, text in one.said:
                 warnings.warn(text, category, stacklevel=3)
+            for line in one.lines:
+                if line not in self._lines:  # each actor builds the same model
+                    self._lines.add(line)
+                    self.say(line)
             self._look_at(one)
             if one.empty is not None:
                 self._hopeless.write(one.number, one.empty)
@@ -293,13 +305,7 @@ def _ray(address: str | None, actors: int, cpus: float, gpus: float, say: Callab
         InputError: no cluster answers; this machine has too few GPUs.
         ModuleNotFoundError: it is not installed.
     """
-    import logging
-
-    from ...optional import extra_named
-
-    with extra_named():
-        import ray
-        import ray.data
+    import ray
 
     if ray.is_initialized():
         _check_room(actors, cpus, gpus, say)

@@ -5,12 +5,13 @@ Nothing large is handed about: a chunk of examples goes in, its number comes out
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Told:
         empty: the part where it has no row; it is not written yet, since perhaps none of all can be measured.
         host, actor, process: who says so.
         said: warnings that came up, kind and text.
+        lines: what was written to stderr as the model was built.
         error: why it is not measured.
     """
 
@@ -51,6 +53,7 @@ class Told:
     actor: str = ""
     process: int = 0
     said: tuple[tuple[type[Warning], str], ...] = ()
+    lines: tuple[str, ...] = ()
     error: Exception | None = None
 
 
@@ -143,6 +146,7 @@ class Actor:
         self._pickled, self._place, self._threads = pickled, place, threads
         self._name = ray.get_runtime_context().get_actor_id() or ""
         self._ready: tuple[Measurer, Parts] | None = None
+        self._lines: tuple[str, ...] = ()
 
     def __call__(self, table: Table) -> Table:
         """What became of each chunk."""
@@ -170,7 +174,8 @@ class Actor:
                 return tell(error=portable(error))
         own = [w for w in caught if w.category.__module__.partition(".")[0] == __name__.partition(".")[0]]
         said = tuple(dict.fromkeys((w.category, str(w.message)) for w in own))
-        return tell(empty=None if part.num_rows else part, said=said)
+        lines, self._lines = self._lines, ()
+        return tell(empty=None if part.num_rows else part, said=said, lines=lines)
 
     def _prepared(self) -> tuple[Measurer, Parts]:
         if self._ready is None:
@@ -186,7 +191,9 @@ class Actor:
                     f"{error} All machines have to see the folder of the table under this name; {socket.gethostname()} "
                     "does not."
                 ) from error
-            parts.of_model(type(measurer.load()).__name__)
+            with redirect_stderr(io.StringIO()) as heard:
+                parts.of_model(type(measurer.load()).__name__)
+            self._lines = tuple(line for line in heard.getvalue().split("\n") if line.strip() and "\r" not in line)
             self._ready = measurer, parts
         return self._ready
 
