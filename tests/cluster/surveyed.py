@@ -15,8 +15,6 @@ from torch import nn
 from hookattn.analyze.survey import Batch
 from hookattn.demo.induction import load_pretrained
 
-FOLDER = "HOOKATTN_TEST_CLUSTER"
-"""The variable that names the folder which tests and processes tell each other things in."""
 DEADLY, BAD = 101, 102
 """Token ids: one whose measuring kills its process, and one that the model's encoder does not take."""
 
@@ -57,13 +55,20 @@ def examples(n: int, length: int = 12) -> list[list[int]]:
 
 
 def ray_processes() -> dict[int, str]:
-    """Processes of Ray's workers and what they are at, as they call themselves."""
+    """The workers of the Ray that this process started, and what they are at, as they call themselves."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except (OSError, NotADirectoryError):
+            if entry.name.isdigit() and title.startswith("ray::") and os.getpid() in _ancestors(int(entry.name)):
+                found[int(entry.name)] = title
+        except OSError:
             continue
-        if entry.name.isdigit() and title.startswith("ray::"):
-            found[int(entry.name)] = title
     return found
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        # The name, in brackets, may have anything in it.
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
