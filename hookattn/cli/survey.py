@@ -143,15 +143,8 @@ def command(
         expected = shard.size(expected, batch)
     if engine is not None:
         options: Any = {"measures": measurer.measures, "batch": batch, "about": about, "on_error": on_error, **given}
-        if there := len(Parts(out, settings(measurer, batch, about)).present()):
-            of = "" if expected is None else f" of {-(-expected // batch)}"
-            screen.say(f"{there}{of} parts are there from an earlier run.")
         with _measuring(screen, expected) as progress, _stdout_kept(screen):
-
-            def say(line: str) -> None:
-                screen.warn(line.removeprefix("warning: "))  # what a process says of its model is one already
-
-            total = survey_on_ray(build, corpus, out, progress=progress, say=say, **options)
+            total = survey_on_ray(build, corpus, out, progress=progress, say=screen.say, **options)
         _say_table(screen, out, total, measurer)
         return
     options = {"measures": measurer.measures, "batch": batch, "about": about, "shard": shard, "on_error": on_error}

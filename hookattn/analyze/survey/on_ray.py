@@ -76,8 +76,8 @@ def survey_on_ray(
             says, or a Ray of its own.
         retries: how often a chunk is tried again whose process was lost.
         progress: called with the number of examples done, those of an earlier run first.
-        say: called with a line when a process was lost, or has to wait for a machine, and with what ``build`` writes to
-            stderr.
+        say: called with a line: how many parts are there, a process was lost or has to wait for a machine, and what
+            ``build`` writes to stderr.
 
     Returns:
         How many examples the table has.
@@ -106,17 +106,21 @@ def survey_on_ray(
     if say is not None:
         checks.function("say", say, "a function of a line")
     measurer = Measurer(build, measures, on_error)
+    described = settings(measurer, batch, about)
     with extra_named():
         import ray  # noqa: F401 - before anything is written
     # Other processes work elsewhere.
     out = out if "://" in os.fspath(out) else os.path.join(os.getcwd(), out)
-    parts = Parts(out, settings(measurer, batch, about))
+    parts = Parts(out, described)
     if parts.complete:
         total = sum(chunk.size for chunk in chunks(source, batch, lambda number: False))
         if progress is not None:
             progress(total)
         return total
     run = _Run(parts, batch, actors, progress, say or (lambda line: None))
+    if run.present:
+        of = "" if parts.count is None else f" of {parts.count}"
+        run.say(f"{len(run.present)}{of} parts are there from an earlier run.")
     reader = Reader(source, batch, run.present, Place.here())
     pickled = (measurer, os.fspath(out), parts.about)
     with _ray(address, actors, cpus, gpus, run.say):

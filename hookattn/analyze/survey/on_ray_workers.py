@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -200,14 +202,10 @@ class Actor:
 
 def portable(error: Exception) -> Exception:
     """An error that can go to another process, with where it was raised as a note."""
-    import traceback
-
-    from ray import cloudpickle
-
     trace = "".join(traceback.format_exception(error))
     made: Exception
     try:
-        made = cloudpickle.loads(cloudpickle.dumps(error))
+        made = pickle.loads(pickle.dumps(error))
         if type(made) is not type(error) or str(made) != str(error):
             raise TypeError
     except Exception:  # noqa: BLE001 - an exception of whatever class, which cannot be taken apart and put together
