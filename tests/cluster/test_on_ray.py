@@ -218,16 +218,16 @@ def test_a_measurer_in_a_pipeline_of_ones_own(tmp_path: Path) -> None:
     wanted["doc"] = [f"d{i:02}" for i in wanted["example"]]
     wanted["measure"] = wanted["measure"].astype(str)
     wanted = wanted.sort_values(["doc", "layer", "head", "measure"], ignore_index=True)
-    assert found["value"].equals(wanted["value"])
+    assert found["value"].tolist() == wanted["value"].tolist()
     assert found["doc"].tolist() == wanted["doc"].tolist()
 
 
-def started(code: str, folder: Path) -> subprocess.Popen[str]:
+def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
     """A driver of its own, which starts Ray for itself."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        [sys.executable, *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -236,7 +236,7 @@ DRIVER = """
 from hookattn.analyze.survey import Corpus, survey_on_ray
 n = survey_on_ray(
     "own:build", Corpus(("ids.jsonl",)), "heads.parquet", measures=["entropy", "previous_token"], batch=4,
-    about={"of": "induction"}, actors=2, progress=lambda n: print(n, flush=True))
+    about={"of": "induction"}, actors=2, progress=lambda n: print(n, flush=True), say=print)
 import ray, signal
 print("left", ray.is_initialized(), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
 """
@@ -247,7 +247,7 @@ def test_a_killed_driver_run_again_goes_on(tmp_path: Path) -> None:
     values = examples(100)
     (tmp_path / "own.py").write_text("from tests.cluster.surveyed import slow as build\n")
     (tmp_path / "ids.jsonl").write_text("".join(f"{json.dumps(ids)}\n" for ids in values))
-    first = started(DRIVER, tmp_path)
+    first = started(["-c", DRIVER], tmp_path)
     parts = tmp_path / "heads.parquet.parts"
     until = time.monotonic() + 150
     while len(list(parts.glob("*.parquet"))) < 5:
@@ -257,10 +257,46 @@ def test_a_killed_driver_run_again_goes_on(tmp_path: Path) -> None:
     first.communicate(timeout=60)
     there = len(list(parts.glob("*.parquet")))
     assert 5 <= there < 25 and not (tmp_path / "heads.parquet").exists()
-    again = started(DRIVER, tmp_path)
+    again = started(["-c", DRIVER], tmp_path)
     out, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
     lines = out.split("\n")
-    assert int(lines[0]) >= 4 * (there - 1) and "100" in lines
+    assert lines[0] == f"{there} parts are there from an earlier run."
+    assert int(lines[1]) == 4 * (there - 1) and "100" in lines
     assert "left False True" in out
     same(tmp_path / "heads.parquet", alone(values, tmp_path / "one.parquet"))
+
+
+def test_the_command_writes_the_table_of_one_process_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import sys\nfrom hookattn.demo.induction import load_pretrained\n"
+        "def model():\n    print('a word of the model', file=sys.stderr)\n    return load_pretrained()\n"
+    )
+    (tmp_path / "ids.jsonl").write_text("".join(f"{json.dumps(ids)}\n" for ids in examples(30)))
+    command = [
+        "-c",
+        "from hookattn.cli import main; main()",
+        "survey",
+        "own:model",
+        "ids.jsonl",
+        "--measures",
+        "entropy",
+        "--batch",
+        "4",
+    ]
+    for name, more in (("one", []), ("ray", ["--engine", "ray", "--actors", "2", "--json"])):
+        run = started([*command, *more, "-o", f"{name}.parquet"], tmp_path)
+        out, err = run.communicate(timeout=200)
+        assert run.returncode == 0, err
+    assert json.loads(out) == {
+        "file": "ray.parquet", "examples": 30, "failed": 0, "measures": ["entropy"],
+        "bytes": (tmp_path / "ray.parquet").stat().st_size,
+    }  # fmt: skip
+    said = [line for line in err.splitlines() if "Set ray log level" not in line]
+    assert said == ["a word of the model"]
+    same(tmp_path / "ray.parquet", pq.read_table(tmp_path / "one.parquet"))
+    # On one's own machine, GPUs that are not there are told and not waited for.
+    if not torch.cuda.is_available():
+        run = started([*command, "--engine", "ray", "--gpus-per-actor", "1", "-o", "gpu.parquet"], tmp_path)
+        out, err = run.communicate(timeout=200)
+        assert run.returncode == 1 and "need 1 GPUs, and there are 0 on this machine" in err

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from ... import checks
@@ -123,8 +123,12 @@ def survey_on_ray(
         run.say(f"{len(run.present)}{of} parts are there from an earlier run.")
     reader = Reader(source, batch, run.present, Place.here())
     pickled = (measurer, os.fspath(out), parts.about)
-    with _ray(address, actors, cpus, gpus, run.say):
-        run.follow(_told(reader, pickled, run, actors, cpus, gpus, retries))
+    with (
+        _ray(address, actors, cpus, gpus, run.say),
+        # Closed before Ray is: what an error leaves open would be closed whenever nobody refers to it any more.
+        contextlib.closing(_told(reader, pickled, run, actors, cpus, gpus, retries)) as told,
+    ):
+        run.follow(told)
     return run.finished(strict=on_error == "raise")
 
 
@@ -164,7 +168,7 @@ class _Run:
         self._hosts: set[str] = set()
         self._lines: set[str] = set()
 
-    def follow(self, told: Iterator[Told]) -> None:
+    def follow(self, told: Iterable[Told]) -> None:
         """Hear what the actors say, until the last of them is done.
 
         Raises:
@@ -248,7 +252,7 @@ class _Run:
 
 def _told(
     reader: Reader, pickled: Any, run: _Run, actors: int, cpus: float, gpus: float, retries: int
-) -> Iterator[Told]:
+) -> Generator[Told]:
     """What the actors say, as they say it.
 
     Raises:
