@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-gpu test-latest check-all bench bench-gpu train \
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-gpu test-latest check-all bench bench-gpu train \
 	compare coverage lock newest clean help
 
 help: ## list the targets
@@ -73,6 +73,14 @@ $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(
 
 test-field: $(VENV)/.field ## the other libraries of the field, installed for it
 	$(BIN)/python -m pytest tests/field tests/interop/test_viewers.py -n $(JOBS) -rs
+
+$(VENV)/.cluster: $(VENV)/.dev $(call locked,cluster)
+	@$(call fits,$(BIN)/python,cluster) --venv $(VENV)
+	$(call install,cluster) -e ".[demo,dev,ray]"
+	@touch $@
+
+test-cluster: $(VENV)/.cluster ## surveys on Ray, installed for it: two CPUs of this machine, and what is killed on them
+	$(BIN)/python -m pytest tests/cluster -n 1 -rs
 
 test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong calls, other users: minutes, with figures
 	$(BIN)/python -m tests.attack

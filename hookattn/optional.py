@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
+    "corpora": ("datasets", "zstandard"),
     "image": ("PIL",),
+    "ray": ("ray",),
     "render": ("matplotlib", "plotly"),
     "training": ("accelerate", "lightning"),
     "transformers": ("transformers",),

@@ -4,6 +4,7 @@
     demo.txt    what `make demo` installs; a part of dev.txt
     dev.txt     what the tests need
     mutants.txt what the tests need, and what `make test-mutants` installs beside
+    cluster.txt what the tests need, and what `make test-cluster` installs beside
     field.txt   the other libraries of the field that `make test-field` installs
 
 Each has one exact version a package, and markers where Python versions or platforms need different ones. They are
@@ -166,6 +167,8 @@ def make(torch: str, keep: bool = False) -> None:
         lock("demo", *demo, project, ALONE, "--constraint", whole)
         beside = [*dev, "--extra", "mutants"]
         mutants = lock("mutants", *beside, project, ALONE, "--constraint", whole)
+        clustered = [*dev, "--extra", "ray"]
+        cluster = lock("cluster", *clustered, project, ALONE, "--constraint", whole)
         field = lock("field", "--no-deps", *FIELD, "--constraint", whole)
 
         for (system, processor), target in PLATFORMS.items():
@@ -175,6 +178,7 @@ def make(torch: str, keep: bool = False) -> None:
                 wheels = ["--only-binary", ":all:"]
                 compile(*python, *wheels, *dev, project, ALONE, "--constraint", whole, *out)
                 compile(*python, *wheels, *beside, project, ALONE, "--constraint", mutants, *out)
+                compile(*python, *wheels, *clustered, project, ALONE, "--constraint", cluster, *out)
                 compile(*python, *wheels, FOLDER / "build.in", "--constraint", build, *out)
                 compile(*python, "--no-deps", *FIELD, "--constraint", field, *out)
                 print(f"fits Python 3.{minor} on {system} {processor}")

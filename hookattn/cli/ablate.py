@@ -242,6 +242,7 @@ def _ablated(
     parts = None if out is None else Parts(out, about, "ablation")
     calls = list(dict.fromkeys(i for i, _ in places))
     skip = 0 if parts is None else len(calls) if parts.complete else min(parts.done, len(calls))
+    number = skip
     left = [place for place in places if place[0] in calls[skip:]]
     values: list[float] = []
     total, before = len(places), len(places) - len(left)
@@ -259,7 +260,8 @@ def _ablated(
             for part in ablation.values(left, lambda n: progress(before + n)):
                 if parts is not None:
                     own = left[len(values) : len(values) + len(part)]
-                    parts.write(_arrow(ablation.table(own, part)))
+                    parts.write(number, _arrow(ablation.table(own, part)))
+                    number += 1
                 values += part
         except KeyboardInterrupt:
             if out is not None:
@@ -268,7 +270,7 @@ def _ablated(
     if parts is None:
         return ablation.table(places, values)
     if not parts.complete:
-        parts.finish()
+        parts.finish(len(calls))
     return parts.table()
 
 

@@ -24,7 +24,7 @@ from torch import nn
 import hookattn
 from hookattn import analyze
 from hookattn.analyze.survey import Batch, Corpus, survey
-from hookattn.analyze.survey import run as running
+from hookattn.analyze.survey import measurer as running
 from hookattn.cli.commands import app
 from hookattn.demo.induction import InductionTransformer, load_pretrained
 from hookattn.errors import InputError, MeasureError, TraceWriteError

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from requirements import lock
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {name: ROOT / f"requirements/{name}.txt" for name in ("build", "demo", "dev", "mutants", "field")}
+FILES = {name: ROOT / f"requirements/{name}.txt" for name in ("build", "demo", "dev", "mutants", "cluster", "field")}
 MACHINE = lock.Machine((3, 11, 7), "cpython", "linux", "x86_64", (2, 36), ())
 MAC = lock.Machine((3, 13, 0), "cpython", "darwin", "arm64", (), (15, 1))
 TORCH = next(pin for pin in lock.pins(FILES["dev"]) if pin.startswith("torch=="))
@@ -50,7 +50,7 @@ def test_every_line_is_an_exact_version_and_names_no_place(name):
     assert not re.search(r"://|/work|/root|/home|/tmp|--", FILES[name].read_text().replace("#    ", ""))
 
 
-@pytest.mark.parametrize("name", ["demo", "mutants", "field", "build"])
+@pytest.mark.parametrize("name", ["demo", "mutants", "cluster", "field", "build"])
 def test_two_locks_never_hold_two_versions_of_a_package(name):
     whole, part = locked("dev"), locked(name)
     for package in whole.keys() & part.keys():
@@ -60,7 +60,13 @@ def test_two_locks_never_hold_two_versions_of_a_package(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "extras"), [("demo", ["demo"]), ("dev", ["demo", "dev"]), ("mutants", ["demo", "dev", "mutants"])]
+    ("name", "extras"),
+    [
+        ("demo", ["demo"]),
+        ("dev", ["demo", "dev"]),
+        ("mutants", ["demo", "dev", "mutants"]),
+        ("cluster", ["demo", "dev", "ray"]),
+    ],
 )
 def test_a_lock_holds_what_pyproject_asks_for(name, extras):
     held = locked(name)

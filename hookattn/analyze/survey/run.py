@@ -1,65 +1,28 @@
-"""A survey: trace a batch, measure it, write it down, forget it; and go on where the last run stopped."""
+"""A survey: trace a chunk, measure it, write it down, forget it; and go on where the last run stopped."""
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ... import api, checks
-from ...attention.kernel_call import DERIVED, SOURCES
-from ...errors import HookattnError, InputError, TraceWriteError
+from ... import checks
+from ...errors import InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
 from ...models.wrappers import inside_all, own_class
-from ...recording.forward_inputs import token_lists
-from ..call_view import View, as_real
 from ..measures.base import Measure
-from ..reading import Reading
-from ..registry import capture as capture_of
-from ..registry import resolve
-from ..table import readings
-from .corpus import Value
-from .parts import Parts
+from .batches import Encode, Value
+from .chunks import CorpusShard, as_shard, chunks
+from .corpus import Corpus
+from .measurer import Measurer, failures_of
+from .parts import FOUND, Parts
 
 if TYPE_CHECKING:
     from pyarrow import Table
 
-    from ...calls.call import Call
-    from ...traces import Trace
-
-
-@dataclass
-class Batch:
-    """Examples that go through the model together.
-
-    Attributes:
-        inputs: as :func:`hookattn.trace` takes them.
-        count: how many examples these are, B.
-        tokens: one list of strings for each, where there are any.
-        real: B S, an ``attention_mask``; None: there is no padding.
-
-    Raises:
-        InputError, MeasureError: one of these is something else.
-    """
-
-    inputs: Any
-    count: int
-    tokens: list[list[str]] | None = None
-    real: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.count = checks.whole("Batch: count", self.count, 1, error=InputError)
-        if self.tokens is not None:
-            self.tokens = token_lists(self.tokens)
-        self.real = as_real(self.real)
-
-
-Encode = Callable[[Sequence[Value]], Iterable[Batch]]
+_ENOUGH = 64  # examples that fail, and not one that is measured: no more are tried
 
 
 def survey(
@@ -72,6 +35,8 @@ def survey(
     batch: int = 16,
     about: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    shard: CorpusShard | str | None = None,
+    on_error: str = "raise",
 ) -> int:
     """Measure every head on every example, in memory for one batch, into one Parquet table.
 
@@ -84,18 +49,25 @@ def survey(
         model: what is traced; without gradients, in the mode that it is in.
         examples: any iterable, read once and never kept.
         encode: from examples to one or more batches, in the same order.
-        out: the table's file.
+        out: the table's file; if it ends in ``/``, a directory of Parquet files. On a disk, or in a store that fsspec
+            knows (``s3://…``).
         measures: names or objects. If statistics make up all of them, no weights are formed.
         batch: how many examples are encoded together.
         about: what else tells this survey from others: the model's name, the files; plain data.
         progress: called with the number of examples done, those of an earlier run first.
+        shard: a :class:`CorpusShard`, or its text ``3/64``: only these chunks are measured, and no table is made of the
+            parts. All processes that share ``out`` together make it; the call without a shard then finds all parts
+            there, makes what is missing, and puts them together.
+        on_error: what an example does that the model, or ``encode``, does not take: ``raise``, or ``record``: it has no
+            rows, and is listed with its error in ``OUT.failed.jsonl``; of its batch, the others are measured one by
+            one, to the bits of ``batch=1``.
 
     Returns:
-        How many examples the table has.
+        How many examples the table has, or the shard.
 
     Raises:
-        InputError: the model cannot take an example; names it. What was done stays.
-        MeasureError: ``out`` is of another survey; there was no example.
+        InputError: an example cannot be measured; names it. What was done stays.
+        MeasureError: ``out`` is of another survey; there was no example; none could be measured.
         TraceWriteError: a file cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -108,122 +80,121 @@ def survey(
         checks.one_of("about", about, dict, "plain data by name")
     if progress is not None:
         checks.function("progress", progress, "a function of the number of examples")
-    chosen = resolve(measures)
-    described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": own_class(inside_all(model)).__name__}
-    parts = Parts(out, described)
-    total = 0
-    skip = None if parts.complete else parts.done
-    wanted = _Capture(chosen)
-    for number, values in enumerate(_batches_of(source, batch)):
-        if skip is not None and number >= skip:
-            parts.write(_measured_table(model, encode(values), total, len(values), chosen, wanted))
-        total += len(values)
-        if progress is not None:
-            progress(total)
-    if not parts.complete:
-        parts.finish()
+    own = as_shard(shard)
+    measurer = Measurer.of(model, encode, measures, on_error)
+    parts = Parts(out, settings(measurer, batch, about))
+    parts.shared_by(own.of)
+    total, count = measure_shard(measurer, source, parts, batch, own, progress)
+    parts.counted(count)
+    if shard is None:
+        parts.finish(count, strict=on_error == "raise")
     return total
 
 
-def _examples(given: Any) -> Iterator[Value]:
+def settings(measurer: Measurer, batch: int, about: dict[str, Any] | None) -> dict[str, Any]:
+    """What tells a survey from others.
+
+    Raises:
+        InputError: ``about`` has a name that is the survey's own.
+    """
+    if FOUND in (about or {}):
+        raise InputError(f"about: the name {FOUND!r} is the survey's own; choose another one.")
+    return {**(about or {}), "measures": [m.key for m in measurer.measures], "batch": batch}
+
+
+def measure_shard(
+    measurer: Measurer,
+    examples: Iterable[Any],
+    parts: Parts,
+    batch: int,
+    shard: CorpusShard,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, int]:
+    """Write the parts of a shard that are not there.
+
+    Returns:
+        How many examples it has, and how many chunks there are in all.
+
+    Raises:
+        InputError, ModelError, TraceWriteError: as :func:`survey`.
+    """
+    present = parts.present()
+    hopeless = Hopeless(parts)
+    total = count = 0
+    for chunk in chunks(examples, batch, lambda n: shard.has(n) and not parts.complete and n not in present):
+        count += 1
+        if not shard.has(chunk.number):
+            continue
+        if not parts.complete and chunk.number not in present:
+            parts.of_model(own_class(inside_all(measurer.load())).__name__)
+            hopeless.write(chunk.number, measurer.part(chunk.number, chunk.first, chunk.values))
+        total += chunk.size
+        if progress is not None:
+            progress(total)
+    hopeless.end()
+    return total, count
+
+
+class Hopeless:
+    """Holds back parts without a row until some example was measured: if none can be, it is not the examples' fault,
+    and what is mended must find nothing that looks done."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.held: list[tuple[int, Table]] = []
+        self.failed = 0
+        self.some = False
+
+    def write(self, number: int, table: Table) -> None:
+        """A part, now or later.
+
+        Raises:
+            InputError: so many examples failed, and none was measured by anybody.
+        """
+        if self.some or table.num_rows:
+            self.measured()
+            self.parts.write(number, table)
+            return
+        self.held.append((number, table))
+        self.failed += len(failures_of(table))
+        if self.failed >= _ENOUGH:
+            self.end()
+
+    def end(self) -> None:
+        """Write what is held, if somebody else has measured an example.
+
+        Raises:
+            InputError: nobody has.
+        """
+        if not self.held:
+            return
+        if not self.parts.has_rows():
+            first = failures_of(self.held[0][1])[0]
+            raise InputError(
+                f"none of {self.failed} examples could be measured; the first one, {first.example}: {first.error} "
+                "Nothing was written."
+            )
+        self.measured()
+
+    def measured(self) -> None:
+        """Somebody has measured an example: write what is held."""
+        self.some = True
+        for number, table in self.held:
+            self.parts.write(number, table)
+        self.held = []
+
+
+def _examples(given: Any) -> Any:
     """What can be gone through, and is not one text.
 
     Raises:
         InputError: it is something else.
     """
+    if isinstance(given, Corpus):
+        return given
     if not isinstance(given, (str, bytes)):
         try:
             return iter(given)
         except Exception:  # noqa: BLE001 - said below
             pass
     raise checks.wrong("examples", given, "examples, one after the other, and not one text")
-
-
-def _batches_of(source: Iterator[Value], batch: int) -> Iterator[list[Value]]:
-    while values := list(itertools.islice(source, batch)):
-        yield values
-
-
-def _measured_table(
-    model: nn.Module, batches: Iterable[Batch], first: int, count: int, measures: Sequence[Measure], wanted: _Capture
-) -> Table:
-    import pyarrow as pa
-
-    tables, seen = [], first
-    for batch in checks.several("encode", batches, Batch, "a function that returns several Batch"):
-        try:
-            trace = wanted.trace(model, batch)
-        except HookattnError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model does not take the examples {seen} to {seen + batch.count - 1}: "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            ) from error
-        for call in trace.calls:
-            view = _padded_view(call, trace, batch.real)
-            tables.append(_example_table(view, seen, batch.count, readings(view, measures, missing=True)))
-        seen += batch.count
-    if seen - first != count:
-        raise InputError(f"encode gave {seen - first} examples for {count}.")
-    return pa.concat_tables(tables)
-
-
-def _padded_view(call: Call, trace: Trace, real: Tensor | None) -> View:
-    """A call with its padding, where that is of its keys; else its mask has to tell."""
-    view = View(call, trace)
-    padding = real is not None and view.of_inputs and real.shape[1] == view.shape[3]
-    return View(call, trace, real) if padding else view
-
-
-class _Capture:
-    """What is captured: statistics where they are enough; else what weights are derived of, one call at a time."""
-
-    def __init__(self, measures: Sequence[Measure]) -> None:
-        self.whole = capture_of(*measures)
-        lean = [y for x in self.whole for y in (SOURCES if x in DERIVED else (x,))]
-        self.lean = tuple(dict.fromkeys(lean))
-
-    def trace(self, model: nn.Module, batch: Batch) -> Trace:
-        """A batch, traced without gradients."""
-        with torch.no_grad():
-            found = api.trace(model, batch.inputs, capture=self.lean, tokens=batch.tokens)
-            if self.lean == self.whole or all(c.has(x) for c in found for x in self.whole if isinstance(x, str)):
-                return found
-            self.lean = self.whole  # the model forms scores of its own, which cannot be derived
-            return api.trace(model, batch.inputs, capture=self.lean, tokens=batch.tokens)
-
-
-def _example_table(view: View, first: int, count: int, found: dict[str, Reading | None]) -> Table:
-    """Example, then head, then measure."""
-    import numpy as np
-    import pyarrow as pa
-
-    b, h, _, _ = view.shape
-    if b != count:
-        raise InputError(f"{view.where}: has {b} batch entries for {count} examples, which cannot be told apart.")
-    keys, site = list(found), view.call.site
-    # Columns are made of numbers and of codes into a few words, as a survey has millions of rows.
-    missing = torch.full((b, h), torch.nan, dtype=torch.float64)
-    values = torch.stack([missing if r is None else r.value.double().cpu() for r in found.values()], -1)
-    n = values.numel()
-
-    def same(value: Any, kind: Any) -> Any:
-        return pa.array([value], kind).take(pa.array(np.zeros(n, np.int64)))
-
-    def word(values: list[str], at: Any) -> Any:
-        return pa.DictionaryArray.from_arrays(pa.array(at.astype(np.int32)), pa.array(values, pa.string()))
-
-    zeros = np.zeros(n, np.int64)
-    columns = {
-        "example": pa.array(np.repeat(np.arange(first, first + b), h * len(keys))),
-        "stack": word([site.stack], zeros),
-        "kind": word([site.kind], zeros),
-        "layer": same(site.layer, pa.int32()),
-        "path": word([site.path], zeros),
-        "step": same(view.call.step, pa.int32()),
-        "head": pa.array(np.tile(np.repeat(np.array(view.heads, np.int32), len(keys)), b)),
-        "measure": word(keys, np.tile(np.arange(len(keys)), b * h)),
-        "value": pa.array(values.flatten().numpy(), from_pandas=True),
-    }
-    return pa.table(columns)
