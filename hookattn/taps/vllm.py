@@ -120,6 +120,11 @@ _PAGES = {
 """By the instruction set that the layer has chosen its kernel for (``layer.isa``)."""
 
 
+def sizes_of(tile: dict[str, int], width: int) -> dict[str, int]:
+    """What a pattern of :class:`_Pages` cannot know: how wide a head is, counted in tiles where there are some."""
+    return {**tile, "do": width // tile["di"]} if tile else {"d": width}
+
+
 def read_cpu(given: dict[str, Any], out: Tensor | None) -> Reading:
     """``cpu_attention_with_kv_cache``.
 
@@ -140,7 +145,7 @@ def read_cpu(given: dict[str, Any], out: Tensor | None) -> Reading:
         rearrange(
             pages_of(pool, batch.table, size, batch.longest).flatten(-2),
             pattern,
-            **({"d": width} if not tile else tile | {"do": width // tile["di"]}),
+            **sizes_of(tile, width),
         )
         for pool, pattern, tile in (
             (key_pool, pages.keys, pages.key_tile),

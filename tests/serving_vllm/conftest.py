@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,13 @@ import torch
 
 from tests.serving_vllm.engines import SETTINGS
 
-pytest.importorskip("vllm", reason="vLLM is not installed: make test-serving does that")
-os.environ.update(SETTINGS)
+if importlib.util.find_spec("vllm") is not None:
+    os.environ.update(SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def vllm() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-serving does that")
 
 
 @pytest.fixture(scope="session")

@@ -96,10 +96,16 @@ def known_requests(names: Sequence[str], made: dict[str, list[int]]) -> list[str
     return [name if name in made else name.rpartition("-")[0] for name in names]
 
 
-def distance(trace: Any, made: dict[str, list[int]], folder: Path, out: Path) -> float:
+def distance(trace: Any, made: dict[str, list[int]], folder: Path, out: Path, layers: int | None = None) -> float:
     """The largest distance of the weights of any call from those of transformers, at the keys that each request has.
 
     Every row of every request has to be there, once for each layer.
+
+    Args:
+        trace, made: as :func:`traced` has them.
+        folder: of the model.
+        out: a folder to work in.
+        layers: how many layers are compared, from the first; None: all.
     """
     names = list(made)
     reference = dict(zip(names, weights_by_transformers(folder, [made[n] for n in names], out), strict=True))
@@ -109,7 +115,8 @@ def distance(trace: Any, made: dict[str, list[int]], folder: Path, out: Path) ->
         for b, name in enumerate(known_requests(call.requests, made)):
             t, s = call.lengths[b]
             own, theirs = call.weights[b, :, :t, :s].float(), reference[name][call.site.layer][:, s - t : s, :s]
-            worst = max(worst, float((own - theirs).abs().max()))
+            if layers is None or call.site.layer < layers:
+                worst = max(worst, float((own - theirs).abs().max()))
             rows[name, call.site.layer] += t
     # The last token is generated, and nothing is computed for it.
     assert rows == {(name, layer): len(made[name]) - 1 for name, layer in rows}, rows

@@ -93,7 +93,8 @@ def test_what_models_have_beside(which: str, model_folder: Callable[..., Path], 
     with engine(folder) as llm:
         trace, made = traced(llm, PROMPTS)
     assert all_faithful(trace) and len(trace) == 6
-    assert distance(trace, made, folder, tmp_path) < 1e-6
+    # vLLM computes another gelu than transformers between the layers of Bloom.
+    assert distance(trace, made, folder, tmp_path, layers=1 if kind == "Bloom" else None) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
