@@ -29,6 +29,7 @@ MODULES = (
     "hookattn.render.server",
     "hookattn.statistics",
     "hookattn.testing",
+    "hookattn.training",
 )
 # Of modules without an __all__, the names that docs/ and the README tell users of.
 NAMED = {
