@@ -12,7 +12,7 @@ heads times width exactly; where no parameter does, or two tell different things
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -179,19 +179,34 @@ def _cuts(x: Tensor) -> list[_Cut]:
 
 def _of_cut(cut: Sequence[_Parameter], every: Sequence[_Parameter], heads: Heads) -> tuple[Shard | None, str]:
     """The heads that cut parameters tell; None where they do not, and why."""
-    if any(_is_fused(x, heads) for x in cut):
-        return None, _FUSED
-    telling = [x for x in cut if _told(x, heads.h, heads) is not None]
-    told = {_told(x, heads.h, heads) for x in telling}
-    if len(told) > 1:
+    telling: dict[tuple[int, int], list[_Parameter]] = {}
+    for x in cut:
+        if (found := _told(x, heads.h, heads)) is not None:
+            telling.setdefault(found, []).append(x)
+    fused = any(_is_fused(x, heads) for x in cut)
+    # Where as many key heads as query heads are here, and fewer in the whole, they tell of each by itself.
+    keys = next((k for k in telling if len(telling) == 2 and heads.h == heads.g and _are_keys(k, telling)), None)
+    of_queries = [k for k in telling if k != keys]
+    if len(of_queries) > 1:
         return None, _APART
-    if not any(x.by_rows for x in telling):  # what comes after the attention tells nothing of what it was made of
-        return None, _NONE
-    ((start, of),) = told  # type: ignore[misc]
-    groups = _groups(cut, every, heads, start, of)
-    assert telling[0].cut is not None
-    _, _, _, _, mesh, index, count = telling[0].cut
+    # What comes after the attention tells nothing of what it was made of.
+    by_rows = next((x for k in of_queries for x in telling[k] if x.by_rows), None)
+    if by_rows is None:
+        return None, _FUSED if fused else _NONE
+    ((start, of),) = of_queries
+    groups = _groups(cut, every, heads, start, of) if keys is None else keys
+    if fused and groups == (None, None):
+        return None, _FUSED
+    assert by_rows.cut is not None
+    _, _, _, _, mesh, index, count = by_rows.cut
     return Shard("H", start, of, *groups, mesh, index, count), ""
+
+
+def _are_keys(told: tuple[int, int], telling: Mapping[tuple[int, int], Sequence[_Parameter]]) -> bool:
+    """Whether what some parameters tell is of keys and values, and what others tell of the queries that read them."""
+    (start, of), ((first, whole),) = told, [k for k in telling if k != told]
+    several = sum(x.by_rows for x in telling[told]), sum(x.by_rows for x in telling[first, whole])
+    return several == (2, 1) and whole % of == 0 and first // (whole // of) == start
 
 
 def _told(x: _Parameter, n: int, heads: Heads) -> tuple[int, int] | None:
@@ -233,7 +248,7 @@ def _groups(
     else:
         several = [found for x in here if (found := _told(x, g, heads)) is not None]
         # Of as many key heads as query heads three of them tell: one is the queries'.
-        enough = len(several) >= 1 + 2 * (g == h) and len(set(several)) == 1
+        enough = len(several) >= 2 + (g == h) and len(set(several)) == 1
         told = several[0] if enough else None
     if told is None or of % told[1]:
         return None, None

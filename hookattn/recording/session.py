@@ -222,6 +222,7 @@ class Session:
         self._error_before: BaseException | None = None  # that was being handled as it started
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
+        self._elsewhere: list[Site] = []  # where a call ran of which other processes have what was selected
         self._numbering = RunningNumbers(lambda: plan.unwrapped.root)
         self._kinds, self._pieces = SiteKinds(), Pieces()
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
@@ -685,6 +686,7 @@ class Session:
         if in_part and not self.selection.takes_piece(call, site.label):
             if shards:
                 self.note(_none_here(shards, self.selection))
+                self._elsewhere.append(site)
             return
         if self._room is not None and is_large(call):
             plan = self.plan
@@ -765,6 +767,8 @@ class Session:
             self._layers_found |= named
             return bool(named)
 
+        for site in self._elsewhere:
+            takes(site)
         self.trace.calls[:] = [c for c in self.trace.calls if takes(c.site)]
         for i, call in enumerate(self.trace.calls):
             call.index = i

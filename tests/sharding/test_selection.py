@@ -1,4 +1,4 @@
-"""Heads and queries are chosen by their numbers in the whole model, wherever they are: kept, edited, measured, shown."""
+"""Heads and queries are chosen by their numbers in the whole model: kept, edited, measured, shown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.text import Text
 from torch import Tensor, nn
 
 import hookattn
@@ -168,8 +169,10 @@ def test_what_reads_a_trace_names_the_models_heads(tmp_path: Path) -> None:
     trace.save(tmp_path / "x.safetensors")
     for read in (trace, hookattn.load(tmp_path / "x.safetensors")):
         assert sorted(set(analyze.measure(read, "sink")["head"])) == [4, 5, 6, 7]
-        page = render.page(read)
-        assert "head 4" in page or '"heads":[4,5,6,7]' in page.replace(" ", "")
+        drawn = render.heatmap(read, heads=5)
+        assert any("head 5" in text.get_text() for text in drawn.findobj(Text))
+        with pytest.raises(hookattn.SelectionError, match="kept heads 4, 5, 6, 7"):
+            render.heatmap(read, heads=1)
 
 
 def _on_two(rank: int, folder: Path) -> dict[str, Any]:
