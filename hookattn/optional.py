@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
-    "corpora": ("datasets", "zstandard"),
+    "corpora": ("datasets",),
     "image": ("PIL",),
     "ray": ("ray",),
     "render": ("matplotlib", "plotly"),

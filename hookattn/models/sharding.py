@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..calls.shard import Shard
+from .wrappers import Unwrapped
 
 _UNKNOWN = (
     "which of the model's heads these are is not known: parameters of {0} are cut across processes ({1}), and {2}; say "
@@ -103,7 +104,7 @@ def distributed_tensor() -> Any:
     return None if module is None else getattr(module, "DTensor", None)
 
 
-def shard_of_heads(model: nn.Module, path: str, heads: Heads) -> HeadShard:
+def shard_of_heads(model: Unwrapped, path: str, heads: Heads) -> HeadShard:
     """Which of a model's heads a call has. To be asked while its site runs.
 
     Args:
@@ -129,15 +130,17 @@ def shard_of_heads(model: nn.Module, path: str, heads: Heads) -> HeadShard:
     return HeadShard(sharded)
 
 
-def _with_parameters(model: nn.Module, path: str) -> nn.Module:
+def _with_parameters(model: Unwrapped, path: str) -> nn.Module:
     """The module at a path, or the innermost around it that has a matrix: a kernel may be a module of its own."""
-    around = [model]
+    around = [model.root]
     for name in path.split(".") if path else ():
         child = getattr(around[-1], name, None)
         if not isinstance(child, nn.Module):
             break
         around.append(child)
-    return next((m for m in reversed(around) if any(x.dim() > 1 for x in m.parameters())), model)
+    # What stands for a module may not have the parameters that it runs with now.
+    found = [model.real(module) for module in around]
+    return next((m for m in reversed(found) if any(x.dim() > 1 for x in m.parameters())), found[0])
 
 
 def _parameters(module: nn.Module) -> Iterator[_Parameter]:

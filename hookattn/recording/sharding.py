@@ -150,7 +150,7 @@ class Sharding:
         by_axis = {shard.axis: shard for shard in own}
         named = {shard.axis for shard in said}
         if self._by_parameters and "H" not in by_axis and "H" not in named and not own:
-            told = shard_of_heads(self._plan.model, site.path, heads)
+            told = shard_of_heads(self._plan.unwrapped, site.path, heads)
             note = told.note
             if told.shard is not None:
                 by_axis["H"] = told.shard

@@ -287,7 +287,21 @@ def _analyzers() -> Iterator[Target]:
                   lambda s: {"model": s.model, "examples": ["a", "b"], "encode": batches,
                              "out": s.folder / "survey.parquet", "measures": "sink"},
                   True, model="model", examples="examples", encode="function", out="path",
-                  measures="nothing", batch="count", about="mapping or none", progress="function or none")  # fmt: skip
+                  measures="nothing", batch="count", about="mapping or none", progress="function or none",
+                  shard="nothing or none", on_error="nothing")  # fmt: skip
+    # Processes are not started: what is wrong is found before.
+    yield _target(v + "survey_on_processes", survey.survey_on_processes,
+                  lambda s: {"build": "no.such:build", "examples": ["a", "b"], "out": s.folder / "many.parquet",
+                             "measures": "sink", "jobs": 1},
+                  True, build="function", examples="examples", out="path", jobs="count", measures="nothing",
+                  batch="count", about="mapping or none", progress="function or none", shard="nothing or none",
+                  on_error="nothing", say="function or none")  # fmt: skip
+    yield _target(v + "Measurer", survey.Measurer, lambda s: {"build": "a:b", "measures": "sink"}, build="nothing",
+                  measures="nothing", on_error="nothing")  # fmt: skip
+    yield _target(v + "CorpusShard", survey.CorpusShard, lambda s: {"index": 0, "of": 4}, index="index", of="count")
+    yield _target(v + "chunks", survey.chunks, lambda s: {"examples": ["a", "b"], "batch": 2}, examples="examples",
+                  batch="count", wanted="function or none")  # fmt: skip
+    yield _target(v + "read_table", survey.read_table, lambda s: {"out": "nowhere.parquet"}, out="path")
     yield _target(v + "Corpus", survey.Corpus, lambda s: {"paths": (str(s.text),)}, paths="paths", field="text or none")
     yield _target(v + "Batch", survey.Batch, lambda s: {"inputs": s.inputs, "count": 2}, inputs="anything",
                   count="count", tokens="token lists or none", real="real or none")  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ... import checks
-from ...errors import InputError
+from ...errors import InputError, SelectionError
 from .batches import Value
 from .blocks import Block
 
@@ -35,7 +35,7 @@ class CorpusShard:
         object.__setattr__(self, "of", checks.whole("CorpusShard: of", self.of, 1))
         object.__setattr__(self, "index", checks.whole("CorpusShard: index", self.index, 0))
         if self.index >= self.of:
-            raise checks.wrong("CorpusShard: index", self.index, f"one of 0 to {self.of - 1}, as there are {self.of}")
+            raise checks.wrong("CorpusShard: index", self.index, f"one of 0 to {self.of - 1}", SelectionError)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.of}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -16,6 +18,7 @@ from .blocks import Block, example, json_line, lines, parquet, streamed_rows, ta
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # What of a directory is a file of examples.
 _KNOWN = (*_JSON, *_PARQUET, ".txt")
 _AT_ONCE = 64
@@ -141,14 +144,14 @@ class Corpus:
     def _blocks_of(self, file: _File) -> Iterator[Block]:
         kind = file.kind
         if kind in _PARQUET:
-            with file.open(None) as opened:
+            with file.open(False) as opened:
                 yield from parquet(opened, file.name, self.field)
             return
         read = json_line(self.field) if kind in _JSON else example
         try:
-            with file.open("infer") as opened:
+            with file.open(True) as opened:
                 yield from lines(opened, file.name, read)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise InputError(f"{file.name}: cannot be read: {error}") from error
 
 
@@ -169,24 +172,27 @@ class _File:
     @property
     def kind(self) -> str:
         """The ending, without that of a compression."""
-        from fsspec.utils import infer_compression
-
         path = PurePosixPath(self.path.lower())
-        return path.with_suffix("").suffix if infer_compression(path.name) is not None else path.suffix
+        return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
 
-    def open(self, compression: str | None) -> Any:
+    def open(self, unpacked: bool) -> Any:
         """The file, as bytes.
 
         Raises:
             InputError: it cannot be opened.
         """
+        packing = _PACKED.get(PurePosixPath(self.path.lower()).suffix) if unpacked else None
         try:
-            return self.store.open(self.path, "rb", compression=compression)
+            if packing != "zstd":
+                return self.store.open(self.path, "rb", compression=packing)
+            # The package zstandard, as fsspec uses it, ends after the first frame, and without a word where a file is
+            # cut short.
+            import pyarrow as pa
+
+            return pa.CompressedInputStream(pa.PythonFile(self.store.open(self.path, "rb"), "r"), "zstd")
+        except ModuleNotFoundError as error:
+            raise InputError(f'{self.name}: .zst needs the package pyarrow: pip install "hookattn[analyze]"') from error
         except (OSError, ValueError) as error:
-            if "zstd" in str(error):
-                raise InputError(
-                    f'{self.name}: .zst needs the package zstandard: pip install "hookattn[corpora]"'
-                ) from error
             raise InputError(f"{self.name}: cannot be read: {error}") from error
 
     def quick_bytes(self) -> int:

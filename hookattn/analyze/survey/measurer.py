@@ -167,7 +167,8 @@ class Measurer:
         if not failed:
             # Else the table would depend on what a machine had room for at that moment.
             raise InputError(
-                f"the examples {first} to {first + len(values) - 1} fail together and not alone: {_told(together)} "
+                f"the examples {first} to {first + len(values) - 1} fail together and not alone: "
+                f"{sentence(_told(together))} "
                 "Choose a smaller batch."
             ) from together
 
@@ -263,6 +264,11 @@ def _is_no_examples_fault(error: Exception) -> bool:
     """Whether the model or the machine is at fault: other examples would fail as well, or this one pass later."""
     broken = (ModelError, OSError, getattr(torch, "AcceleratorError", ModelError))
     return isinstance(error, broken) or isinstance(error.__cause__, broken)
+
+
+def sentence(text: str) -> str:
+    """A text with a full stop."""
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
 
 
 def _told(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError, MeasureError, TraceWriteError
 from ...store.partial import remove_leftovers
 from .folders import DiskFolder, folder_and_name, inside
-from .measurer import Failure, failures_of, made_by
+from .measurer import Failure, failures_of, made_by, sentence
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -269,8 +269,8 @@ class Parts:
                 makers.setdefault(json.dumps(maker), []).append(number)
         if failures and not rows:
             raise MeasureError(
-                f"none of {len(failures)} examples could be measured; the first one: {failures[0].error} No table was "
-                f"written. Remove {self.folder} before another try."
+                f"none of {len(failures)} examples could be measured; the first one: "
+                f"{sentence(failures[0].error)} No table was written. Remove {self.folder} before another try."
             )
         self.failures = failures
         model = {} if "model" not in self._found else {"model": self._found["model"]}

@@ -16,7 +16,7 @@ from ..measures.base import Measure
 from .batches import Encode, Value
 from .chunks import CorpusShard, as_shard, chunks
 from .corpus import Corpus
-from .measurer import Measurer, failures_of
+from .measurer import Measurer, failures_of, sentence
 from .parts import FOUND, Parts
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ class Hopeless:
         if not self.parts.has_rows():
             first = failures_of(self.held[0][1])[0]
             raise InputError(
-                f"none of {self.failed} examples could be measured; the first one, {first.example}: {first.error} "
+                f"none of {self.failed} examples could be measured; the first one, {first.example}: "
+                f"{sentence(first.error)} "
                 "Nothing was written."
             )
         self.measured()
