@@ -292,7 +292,8 @@ def is_plain(call: KernelCall) -> bool:
         and call.undropped is call.outer_error is None
         and call.softcap is None
         and call.softmax_dtype is None
-        and call.piece is call.cuts is call.edits is call.requests is None
+        and call.piece is call.edits is call.requests is None
+        and call.cuts is None
         and call.basis is KERNEL_BASIS
         and call.output is not None
         and type(call.scale) is float

@@ -19,6 +19,7 @@ from ..calls.shard import Shard
 from ..calls.site import Site
 from ..errors import SelectionError
 from ..models.description import describe_model
+from ..models.discovery import make_watch_plan
 from ..recording.recorder import CallRecorder
 from ..store.stream import Stream
 from ..traces import Trace
@@ -85,7 +86,9 @@ class RequestFile:
         self.name, self.shown, self.settings, self.rank = name, shown, settings, rank
         self.tokens, self.seconds, self.ended = 0, 0.0, ""
         selection = settings.selection
-        self.trace = Trace(model=describe_model(model), selection=selection.to_json(), notes=[*notes])
+        plan = make_watch_plan(model)
+        about = describe_model(plan.inner, plan.model_class, plan.wrapped_by)
+        self.trace = Trace(model=about, selection=selection.to_json(), notes=[*notes])
         self.path = free_path(settings.folder, shown, rank, ".safetensors")
         self._stream = Stream(self.path, self.trace)
         _taken.add(self.path)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
 from ...errors import HookattnError, InputError, ModelError
+from ...models.wrappers import inside_all, own_class
 from ..call_view import View
 from ..measures.base import Measure
 from ..reading import Reading
@@ -98,6 +99,14 @@ class Measurer:
         if self._built is None:
             self._built = _built(self.build)
         return self._built[0]
+
+    @property
+    def model_class(self) -> str:
+        """The name of the model's own class, whatever is wrapped around it.
+
+        Raises: as :meth:`load`.
+        """
+        return own_class(inside_all(self.load())).__name__
 
     def __call__(self, columns: Any) -> Any:
         """A batch of somebody's own pipeline: ``ds.map_batches(Measurer, fn_constructor_args=(build, measures))``.

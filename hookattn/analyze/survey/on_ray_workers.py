@@ -194,7 +194,7 @@ class Actor:
                     "does not."
                 ) from error
             with redirect_stderr(io.StringIO()) as heard:
-                parts.of_model(own_class(inside_all(measurer.load())).__name__)
+                parts.of_model(measurer.model_class)
             self._lines = tuple(line for line in heard.getvalue().split("\n") if line.strip() and "\r" not in line)
             self._ready = measurer, parts
         return self._ready

@@ -11,7 +11,6 @@ from torch import nn
 from ... import checks
 from ...errors import InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
-from ...models.wrappers import inside_all, own_class
 from ..measures.base import Measure
 from .batches import Encode, Value
 from .chunks import CorpusShard, as_shard, chunks
@@ -126,7 +125,7 @@ def measure_shard(
         if not shard.has(chunk.number):
             continue
         if not parts.complete and chunk.number not in present:
-            parts.of_model(own_class(inside_all(measurer.load())).__name__)
+            parts.of_model(measurer.model_class)
             hopeless.write(chunk.number, measurer.part(chunk.number, chunk.first, chunk.values))
         total += chunk.size
         if progress is not None:
