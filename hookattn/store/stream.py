@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +209,9 @@ class Stream:
             claim(own)
             self.file.writer.rename(own)
             self.path = fspath(own)
-            self.trace.notes.append(f"of several processes each has written a part; this one's is {own.name}")
+            # The same on all ranks, so that what is merged of them says it once.
+            several = re.sub(r"\.rank\d+-of-", ".rank*-of-", own.name)
+            self.trace.notes.append(f"several processes have each written a part of the attention, to {several}")
         self._claimed = True
         return refused
 
