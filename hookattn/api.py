@@ -343,7 +343,8 @@ def _traced(
     plan = make_watch_plan(model)
     layouts = None if layout is None else Layouts(layout, plan.paths.values())
     own, named = stacked_tokens(tokens)
-    trace = Trace(tokens=own, stack_tokens=named, model=describe_model(model), selection=selection.to_json())
+    about = describe_model(plan.inner, plan.model_class, plan.wrapped_by)
+    trace = Trace(tokens=own, stack_tokens=named, model=about, selection=selection.to_json())
     stream: Stream | None = None
     session: Session | None = None
     began = mark(), get_ident()

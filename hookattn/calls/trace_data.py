@@ -12,6 +12,7 @@ from ..errors import NoSuchCallError, SelectionError
 from ..printable import printable
 from .call import Call, Skipped
 from .layer_counts import LayerCounts
+from .site import without_wrappers
 
 
 @dataclass(eq=False)
@@ -55,7 +56,8 @@ class TraceData:
             if not -len(self.calls) <= at < len(self.calls):
                 raise NoSuchCallError(f"trace[{at}]: the trace has {len(self.calls)} calls, counted from 0.")
             return self.calls[at]
-        found = [c for c in self.calls if c.site.path == key]
+        path = self._own_path(key)
+        found = [c for c in self.calls if c.site.path == path]
         if len(found) == 1:
             return found[0]
         if found:
@@ -86,6 +88,7 @@ class TraceData:
         for name, value in (("stack", stack), ("kind", kind), ("path", path), ("tap", tap)):
             if value is not None:
                 checks.text(name, value)
+        wanted = None if path is None else self._own_path(path)
         last_step = max((c.step for c in self.calls), default=0)
         counts = LayerCounts(c.site for c in self.calls)
         kept = [
@@ -93,7 +96,7 @@ class TraceData:
             for c in self.calls
             if (stack is None or c.site.stack == stack)
             and (kind is None or c.site.kind == kind)
-            and (path is None or c.site.path == path)
+            and (path is None or c.site.path == wanted)
             and (tap is None or c.tap == tap)
             and (steps is None or c.step in {i if i >= 0 else last_step + 1 + i for i in steps})
             and (layers is None or counts.naming(layers, c.site))
@@ -117,6 +120,10 @@ class TraceData:
                 f"steps {self._known(lambda c: c.step)}."
             )
         return self._with(kept)
+
+    def _own_path(self, path: str) -> str:
+        """A path as calls have it, of one that may be spelled as a wrapped model spells it."""
+        return path if any(c.site.path == path for c in self.calls) else without_wrappers(path)
 
     def _known(self, of: Callable[[Call], Any]) -> list[Any]:
         return list(dict.fromkeys(of(c) for c in self.calls))

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from .. import checks
 from ..attention.kernel_call import FIELD_SPECS
 from ..calls.layer_counts import names_layer
-from ..calls.site import Site
+from ..calls.site import Site, without_wrappers
 from ..errors import EditError, SelectionError
 
 Numbers = int | Sequence[int] | slice
@@ -98,7 +98,9 @@ class Selected:
         """
         if self.stack not in (None, site.stack) or self.kind not in (None, site.kind):
             return False
-        if self.path not in (None, site.path) or (self.step is not None and step not in self.step):
+        if self.path is not None and site.path not in (self.path, without_wrappers(self.path)):
+            return False
+        if self.step is not None and step not in self.step:
             return False
         return self.layer is None or self._takes_layer(site)
 

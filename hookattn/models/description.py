@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,18 +51,26 @@ class Description(Mapping[str, Any]):
         return dict, (self._read(),)
 
 
-def describe_model(model: nn.Module) -> Description:
-    """Class, configuration and versions of a model and of the libraries that run it, as they are now."""
-    cls = type(model)
+def describe_model(model: nn.Module, cls: type[nn.Module], wrapped_by: Sequence[str]) -> Description:
+    """Class, configuration and versions of a model and of the libraries that run it, as they are now.
+
+    Args:
+        model: without what is around it.
+        cls: its own class, where its class was exchanged.
+        wrapped_by: the names of the classes of wrappers in it; they are told where there are any.
+    """
     config = _noted(model.config if hasattr(model, "config") else getattr(model, "cfg", None))
 
     def make() -> dict[str, Any]:
-        package = cls.__module__.partition(".")[0]
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        version = getattr(sys.modules.get(package), "__version__", None)
-        if isinstance(version, str):
-            versions[package] = version
-        return {"class": cls.__name__, "module": cls.__module__, "config": _plain(config), "versions": versions}
+        # The library of the configuration as well: that of a model may be one that puts adapters into other models.
+        for kind in (cls, type(config)):
+            package = kind.__module__.partition(".")[0]
+            version = getattr(sys.modules.get(package), "__version__", None)
+            if isinstance(version, str):
+                versions[package] = version
+        said = {"class": cls.__name__, "module": cls.__module__, "config": _plain(config), "versions": versions}
+        return {**said, "wrapped_by": list(wrapped_by)} if wrapped_by else said
 
     return Description(make)
 

@@ -25,6 +25,7 @@ from . import registry
 from .adapter import Adapter
 from .layer_numbers import sounds_like_attention
 from .registry import adapter_for, generation
+from .wrappers import Unwrapped, inside_all
 
 # What of torch.nn attends. Its encoder layers, and other people's after their example, leave their fused eval path as
 # soon as a hook is attached anywhere in them; its decoder layers attend in their nn.MultiheadAttention alone.
@@ -47,6 +48,8 @@ class WatchPlan:
         suspects: modules outside the sites that sound like attention.
         named: module identity -> the adapter that named it a site.
         classes: those of all modules; one that has several places in the model comes several times.
+        model_class: of the model without its wrappers.
+        wrapped_by: the names of the classes of wrappers in the model.
         has_graphs: whether graphs are among the modules, which torch.fx has written.
         sites_by_path: path -> site, as far as they were asked for; those of all traces of one model.
     """
@@ -55,6 +58,7 @@ class WatchPlan:
         self.model, self._found = model, found
         self.watch_all, self.has_graphs = found.watch_all, found.has_graphs
         self.classes, self.sites_by_path = found.classes, found.sites_by_path
+        self.model_class, self.wrapped_by = found.model_class, found.wrapped_by
         self.sites: dict[int, Site] = {}
         self.modules: dict[int, nn.Module] = {}
         self.named: dict[int, Adapter] = {}
@@ -67,6 +71,11 @@ class WatchPlan:
         self.suspects = [(path, _there(known)) for path, known in found.suspects]
 
     @property
+    def inner(self) -> nn.Module:
+        """The model inside all wrappers around it."""
+        return inside_all(self.model)
+
+    @property
     def adapters(self) -> set[str]:
         """The names of the adapters that had a say."""
         return {adapter.name for adapter in self.named.values()}
@@ -76,11 +85,16 @@ class WatchPlan:
         """Module identity -> path, of every module."""
         # What is asked for may be asked for late, when the block has changed the model.
         if not self._found.shape.holds(self.model):
-            return _paths(self.model)
+            return self.unwrapped.paths()
         known = self._found.paths
         if not known:  # 1 % of a toy that no adapter covers
-            known.update(_paths(self.model))
+            known.update(self.unwrapped.paths())
         return known
+
+    @cached_property
+    def unwrapped(self) -> Unwrapped:
+        """The model without wrappers, which paths count from."""
+        return Unwrapped(self.model)
 
     @cached_property
     def site_paths(self) -> frozenset[str]:
@@ -134,6 +148,8 @@ class _Found(NamedTuple):
     torch_modules: list[ref[nn.Module]]
     watch_all: bool
     classes: list[type]
+    model_class: type[nn.Module]
+    wrapped_by: list[str]
     has_graphs: bool
     sites_by_path: dict[str, Site]
     paths: dict[int, str]
@@ -162,10 +178,6 @@ def make_watch_plan(model: nn.Module) -> WatchPlan:
     return WatchPlan(model, found)
 
 
-def _paths(model: nn.Module) -> dict[int, str]:
-    return {id(module): path for path, module in model.named_modules()}
-
-
 def _there(known: ref[nn.Module]) -> nn.Module:
     module = known()
     assert module is not None, "a model that has its old shape has its old modules"
@@ -191,8 +203,10 @@ def _look(model: nn.Module) -> _Found:
     unnamed: list[tuple[str, nn.Module]] = []
     torch_modules: list[ref[nn.Module]] = []
     watch_all = False
-    every = list(model.named_modules())
-    for path, module in every:
+    unwrapped = Unwrapped(model)
+    root = unwrapped.root
+    # What stands in a place is looked at, and what it stands for is watched.
+    for path, module, real in unwrapped.modules():
         cls = type(module)
         if _never_attends(cls):
             continue
@@ -200,28 +214,39 @@ def _look(model: nn.Module) -> _Found:
         if adapter is not None:
             if cls.__name__ in adapter.attention:
                 registry.check(adapter, path, module)
-                sites.append((ref(module), registry.site_of(adapter, path, module, model), adapter))
+                sites.append((ref(real), registry.site_of(adapter, path, module, root), adapter))
             elif sounds_like_attention(cls.__name__):
-                unnamed.append((path, module))
+                unnamed.append((path, real))
             continue
         if isinstance(module, _TORCH_ATTENDS):
-            fixed.append(module)
+            fixed.append(real)
         if cls is nn.MultiheadAttention:
-            torch_modules.append(ref(module))
+            torch_modules.append(ref(real))
         else:
             watch_all = True
         if sounds_like_attention(cls.__name__):
-            suspects.append((path, module))
+            suspects.append((path, real))
     for path, module in unnamed:  # neither around a site nor in one: a class that the adapter has not heard of
         if not any(within(path, site.path) or within(site.path, path) for _, site, _ in sites):
             watch_all = True
             suspects.append((path, module))
     locked = {id(m) for top in fixed for m in top.modules()}
     hookable = [(path, ref(m)) for path, m in suspects if id(m) not in locked]
-    classes = _classes(model)
+    classes = _classes(root)
     graphs = any(issubclass(cls, fx.GraphModule) for cls in classes)
-    shape = _Shape(model, [module for _, module in every])
-    return _Found(shape, sites, hookable, [] if watch_all else torch_modules, watch_all, classes, graphs, {}, {})
+    return _Found(
+        _Shape(model, list(model.modules())),
+        sites,
+        hookable,
+        [] if watch_all else torch_modules,
+        watch_all,
+        classes,
+        type(root),
+        unwrapped.wrapped_by,
+        graphs,
+        {},
+        {},
+    )
 
 
 def check_meta(model: nn.Module) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
 from ..torch_internals.frames import running_line
+from .wrappers import Unwrapped
 
 UNKNOWN = (
     "a graph does not say from which modules its nodes were made; what ran in it is named by the nodes of the graph"
@@ -45,14 +46,14 @@ class GraphSites:
     """The places in the graphs of one model.
 
     Args:
-        model: the model.
+        unwrapped: gives the model without wrappers.
 
     Attributes:
         classes: path -> name of the class that a module had which is in no place of the model any more.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, unwrapped: Callable[[], Unwrapped]):
+        self._unwrapped = unwrapped
         self.classes: dict[str, str] = {}
 
     def running(self, path: str) -> tuple[str, bool]:
@@ -62,7 +63,8 @@ class GraphSites:
             ``path``, if that is no graph; else that of the module that the running node was made from, below the path
             of its graph. And whether that is known.
         """
-        module = self._model.get_submodule(path)
+        unwrapped = self._unwrapped()
+        module = unwrapped.real(unwrapped.root.get_submodule(path))
         if not isinstance(module, fx.GraphModule):
             return path, True
         line = running_line(module)
@@ -81,7 +83,7 @@ class GraphSites:
         """The path that a graph's own paths count from: its own, or that of the graph that it is a branch of."""
         outer, _, name = path.rpartition(".")
         while path:
-            around = self._model.get_submodule(outer)
+            around = self._unwrapped().root.get_submodule(outer)
             if isinstance(around, fx.GraphModule):
                 # The body of an operation of the graph around it (a loop, a branch, a block without gradients) is a
                 # constant of that graph, and was made from the same model. A module that it calls is a node.

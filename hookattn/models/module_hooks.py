@@ -58,7 +58,7 @@ class ModuleHooks:
         self._callbacks = (enter, leave, model_begins, model_ends, ran, in_replica, active)
         # A hook of its own would end the fused path of such a layer; one for all modules can't be told its end.
         self.tells_end = not isinstance(plan.model, nn.TransformerEncoderLayer)
-        self._graphs = GraphSites(plan.model) if plan.has_graphs else None
+        self._graphs = GraphSites(lambda: plan.unwrapped) if plan.has_graphs else None
 
     def install(self) -> None:
         """Attach every hook; those of sites whose kernels say themselves where they run only tell that they run."""
@@ -155,16 +155,18 @@ class ModuleHooks:
         found = self.plan.sites_by_path.get(path)
         if found is None:
             made_from = None if self._graphs is None else self._graphs.classes.get(path)
-            found = self._site_around(path) or site_of_path(path, self.plan.model, made_from)
+            found = self._site_around(path) or site_of_path(path, self.plan.unwrapped.root, made_from)
             self.plan.sites_by_path[path] = found
         return found
 
     def _site_around(self, path: str) -> Site | None:
         """The innermost site of an adapter that a path leads through."""
-        module: nn.Module | None = self.plan.model
+        unwrapped = self.plan.unwrapped
+        module: nn.Module | None = unwrapped.root
         found = None
         for part in ("", *path.split(".")):
             if module is not None and part:
                 module = children_of(module).get(part)
-            found = self.plan.sites.get(id(module), found)
+            if module is not None:
+                found = self.plan.sites.get(id(unwrapped.real(module)), found)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -14,11 +15,11 @@ class RunningNumbers:
     """Numbers the sites of one trace that have none, by the order in which their layers run.
 
     Args:
-        model: the model.
+        root: the model without wrappers; asked for when it is first needed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, root: Callable[[], nn.Module]) -> None:
+        self._root = root
         self._layers: dict[tuple[str, str], list[str]] = {}  # stack and kind -> the paths of layers
         self._numbered: dict[tuple[str, str, str], Site] = {}
 
@@ -29,7 +30,7 @@ class RunningNumbers:
         key = site.path, site.stack, site.kind
         known = self._numbered.get(key)
         if known is None:
-            layers, layer = self._layers.setdefault(key[1:], []), running_layer(site.path, self._model)
+            layers, layer = self._layers.setdefault(key[1:], []), running_layer(site.path, self._root())
             if layer not in layers:
                 layers.append(layer)
             known = self._numbered[key] = replace(site, layer=layers.index(layer))

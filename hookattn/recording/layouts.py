@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import checks
 from ..attention.axis_letters import problem_of
+from ..calls.site import without_wrappers
 from ..errors import SelectionError
 
 
@@ -16,7 +17,8 @@ class Layouts:
 
     Args:
         given: path, or a pattern with ``*`` and ``?`` as in file names, to letters of B (batch), H (heads), T (queries)
-            and D (width); the first that fits a path is the one that counts, a path itself before any pattern.
+            and D (width); the first that fits a path is the one that counts, a path itself before any pattern. The
+            names that wrappers put into paths may be in it.
         paths: of all modules of the model.
 
     Raises:
@@ -28,17 +30,20 @@ class Layouts:
             raise checks.wrong(
                 "layout", given, f"module paths with the letters of q's axes, {_EXAMPLE}", SelectionError
             )
-        self._given: dict[str, str] = dict(given)
+        self._given: dict[str, str] = {}
         self._used: set[str] = set()
-        for path, letters in self._given.items():
+        for said, letters in given.items():
+            # As the model spells it, or as a wrapped model spells it.
+            path = next((p for p in (said, without_wrappers(said)) if any(_fits(p, known) for known in paths)), None)
             if problem := problem_of(letters):
-                raise SelectionError(f"layout={{{path!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
-            if not any(_fits(path, known) for known in paths):
+                raise SelectionError(f"layout={{{said!r}: {letters!r}}}: {problem}; {_EXAMPLE}.")
+            if path is None:
                 near = ", ".join(map(repr, sorted(p for p in paths if p)[:6])) + (", …" if len(paths) > 7 else "")
                 raise SelectionError(
-                    f"layout={{{path!r}: {letters!r}}}: the model has no module at {path!r}; there are "
+                    f"layout={{{said!r}: {letters!r}}}: the model has no module at {said!r}; there are "
                     f"{near} (call.site.path says where a call was)."
                 )
+            self._given[path] = letters
 
     def of(self, path: str) -> str | None:
         """The letters of the axes of q in the module at a path; None: nothing was said."""

@@ -211,7 +211,7 @@ class Session:
         self._error_before: BaseException | None = None  # that was being handled as it started
         self._asked = False  # the kernel that will report itself next has asked whether it is to be changed
         self._layers_found: set[int] = set()  # of the selected layers, those that are there
-        self._numbering = RunningNumbers(plan.model)
+        self._numbering = RunningNumbers(lambda: plan.unwrapped.root)
         self._kinds, self._pieces = SiteKinds(), Pieces()
         self._layer_counts = LayerCounts()  # of all that ran, those that were not selected too
         self._entered: list[tuple[Site, bool]] = []  # the sites that run, and whether each opened the mode
@@ -692,7 +692,7 @@ class Session:
         if self._steps.number < 0 and not self._modules_run:
             raise NoAttentionError("the model was never called while it was traced.")
         ran = {known[0] for known in self._follower.operations.values()} if "_follower" in vars(self) else set()
-        raise NoAttentionError(nothing_seen(type(self.plan.model).__name__, ran | self._compiled_run))
+        raise NoAttentionError(nothing_seen(self.plan.model_class.__name__, ran | self._compiled_run))
 
     def _complete_calls(self) -> None:
         self._recorder.complete(self.trace.calls)

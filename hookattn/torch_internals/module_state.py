@@ -46,6 +46,13 @@ def is_replica(module: nn.Module) -> bool:
     return "_is_replica" in vars(module)
 
 
+def alike(module: nn.Module, cls: type[nn.Module], children: dict[str, nn.Module | None]) -> nn.Module:
+    """A module with the attributes of another, of a class and with children of its own; it is not made to run."""
+    made: nn.Module = object.__new__(cls)
+    vars(made).update({**vars(module), "_modules": children})
+    return made
+
+
 def hooks_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
     """The hooks of a module: kind -> those of this kind, by the keys of their handles."""
     return {name: vars(module)[name] for name in _HOOKS}

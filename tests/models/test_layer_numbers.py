@@ -294,5 +294,5 @@ def test_places_that_are_no_modules() -> None:
     assert site_of_path("blocks.2.attn", model).layer == 2
     sites = [site_of_path(path, model) for path in ("features.1.0.attn", "features.1.1.attn", "features.3.0.attn")]
     assert [(site.layer, site.layers, site.module) for site in sites] == [(None, None, "Module")] * 3
-    order = RunningNumbers(model)
+    order = RunningNumbers(lambda: model)
     assert [order.numbered(site).layer for site in (*sites, *sites)] == [0, 1, 2, 0, 1, 2]
