@@ -55,6 +55,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return _exchanged(type(module))[0]
 
 
+def is_sharded_by_torch(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` puts the weights of a module, and of those in it, together when they run."""
+    return any("fsdp" in base.__module__ for base in type(module).__mro__ if not issubclass(base, nn.Module))
+
+
 def _exchanged(cls: type[nn.Module]) -> tuple[type[nn.Module], list[str]]:
     """The class that another was made from as its module lived, and what was put before it in each exchange."""
     added: list[str] = []
@@ -119,9 +124,18 @@ class Unwrapped:
     def paths(self) -> dict[int, str]:
         """Identity -> path of every module of the model; a wrapper is where what it is around is."""
         found = {id(module): path for path, _, module in self.modules()}
-        for wrapper, inner in reversed(self._wrappers):
+        for wrapper, inner in self.wrappers():
             found[id(wrapper)] = found[id(inner)]
         return found
+
+    def stand_ins(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each module that was made to stand for one of the model, and that one."""
+        for made in self._made.values():
+            yield made, self._real[id(made)]
+
+    def wrappers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each wrapper and what it is around, innermost first."""
+        yield from reversed(self._wrappers)
 
     def _inside(self, module: nn.Module, outermost: bool) -> nn.Module:
         """What is inside all wrappers around one another."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError
+from ..models.wrappers import Unwrapped
 from ..torch_internals.dispatch_modes import TorchDispatchMode
 from ..torch_internals.fake_tensors import (
     FakeTensor,
@@ -28,6 +29,7 @@ from ..torch_internals.fake_tensors import (
 from ..torch_internals.frames import argument_names
 from ..torch_internals.isolation import no_gradients
 from ..torch_internals.module_state import hooks_of, parameters_of
+from .prepared import copied, dispatch_hooks, is_prepared, notes_of_torch, shapes_met, undispatched
 
 # Up to this many elements a table (relative positions, sinks) stays real; so does what is no parameter.
 _TABLE = 1 << 14
@@ -83,41 +85,53 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Any) -> Tensor:
 def fake_copy(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks are left out.
+    """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks and wrappers are left out.
 
     Raises:
         ModelError: something in them cannot be copied.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+    given = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+    unwrapped = Unwrapped(model)
+    prepared = is_prepared(model, unwrapped)
+    hooks = list(dispatch_hooks(model)) if prepared else []
+    shapes = shapes_met(model) if prepared else {}
 
-    def fake(x: Tensor) -> Tensor:
+    def fake(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        # What hooks move from device to device stays where the inputs are.
+        device = given if x.is_meta or hooks else x.device
         with mode:
-            return torch.empty_strided(
-                x.shape, x.stride(), dtype=x.dtype, device=device if x.is_meta else x.device, requires_grad=False
-            )
+            if shape is not None:
+                return torch.empty(shape, dtype=x.dtype, device=device)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device, requires_grad=False)
 
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(x): None for x in (*hooks, *notes_of_torch(model))}
     for module in model.modules():
-        for hooks in hooks_of(module).values():  # they are somebody's, and may keep what they see
-            memo[id(hooks)] = type(hooks)()
+        for those in hooks_of(module).values():  # they are somebody's, and may keep what they see
+            memo[id(those)] = type(those)()
         for name, x in parameters_of(module).items():
-            if x is None or id(x) in memo:
+            if x is None or id(x) in memo or id(x) in shapes:
                 continue
             table = isinstance(module, nn.Embedding) or not name.endswith("weight")
             real = table and x.numel() <= _TABLE and not x.is_meta
             with no_gradients():
                 memo[id(x)] = nn.Parameter(x.detach().clone() if real else fake(x), x.requires_grad)
-    for name, x in [*((_name(model, i), x) for i, x in enumerate(args)), *kwargs.items()]:
+    for x, shape in shapes.values():
+        with no_gradients():
+            memo[id(x)] = nn.Parameter(fake(x, shape), x.requires_grad)
+    for name, x in [*((_name(unwrapped.root, i), x) for i, x in enumerate(args)), *kwargs.items()]:
         if isinstance(x, Tensor) and x.is_floating_point() and not _MASK_NAME.search(name):
             memo[id(x)] = fake(x)
     try:
         with no_gradients(), _Copying(fake):
-            return copy.deepcopy((model, args, kwargs), memo)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
+            made = copied(unwrapped, copy.deepcopy, memo)
+            undispatched(made)
+            return made, *copy.deepcopy((args, kwargs), memo)
+    except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} or its inputs cannot be copied without their weights ({error}); plan a model of "
-            "the same configuration that was not prepared for running yet, or trace a short input and scale its sizes."
+            f"{unwrapped.root.__class__.__name__} or its inputs cannot be copied without their weights ({error}); plan "
+            "a model of the same configuration that was not prepared for running yet, or trace a short input and scale "
+            "its sizes."
         ) from error
 
 

@@ -10,6 +10,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from ...errors import MeasureError
+from ...models.wrappers import inside_all
 from ..frame import ranked_table, table_of
 from .circuit import Circuit, checked_circuits
 
@@ -77,6 +78,7 @@ def vocabulary(model: Any) -> tuple[Tensor, Tensor]:
         MeasureError: it does not say.
     """
     found = []
+    model = inside_all(model)
     for name in ("input", "output"):
         get = getattr(model, f"get_{name}_embeddings", None)
         module = get() if callable(get) else None

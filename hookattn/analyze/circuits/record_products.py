@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...attention.functional import compute_dtype
 from ...cached import cached_property
+from ...models.wrappers import Unwrapped
 from ...torch_internals.dispatch_modes import TorchDispatchMode
 from ...torch_internals.tensor_identity import storage_of, version_of
 
@@ -62,7 +63,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: list[Product] = []
         self._seen = seen
         self._names = {storage_of(b): "" for b in model.buffers()}
-        self._names |= {storage_of(p): name for name, p in model.named_parameters()}
+        self._names |= {storage_of(p): name for name, p in Unwrapped(model).root.named_parameters()}
         self._derived = WeakIdKeyDictionary()
         self._last: tuple[Any, Tensor, Tensor] | None = None
 

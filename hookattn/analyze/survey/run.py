@@ -15,6 +15,7 @@ from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
 from ...errors import HookattnError, InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
+from ...models.wrappers import inside_all, own_class
 from ...recording.forward_inputs import token_lists
 from ..call_view import View, as_real
 from ..measures.base import Measure
@@ -108,7 +109,7 @@ def survey(
     if progress is not None:
         checks.function("progress", progress, "a function of the number of examples")
     chosen = resolve(measures)
-    described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": type(model).__name__}
+    described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": own_class(inside_all(model)).__name__}
     parts = Parts(out, described)
     total = 0
     skip = None if parts.complete else parts.done
