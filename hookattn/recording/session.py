@@ -33,6 +33,7 @@ from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
 from ..torch_internals.code_patching import install, remove
 from ..torch_internals.dispatch_modes import tree_leaves
+from ..torch_internals.frames import in_rehearsal
 from ..torch_internals.function_modes import ModeStack, open_modes
 from ..torch_internals.function_modes import close as close_mode
 from ..torch_internals.isolation import in_backward
@@ -381,7 +382,7 @@ class Session:
         self._skipped.setdefault(("", _REPLICA), set()).add(max(self._steps.number, 0))
 
     def _model_begins(self) -> None:
-        if in_backward():  # the whole model is checkpointed
+        if in_backward() or in_rehearsal():  # the whole model is checkpointed, or a stage learns shapes
             return
         self._take_held()
         self._tell_follower(True)
@@ -391,7 +392,7 @@ class Session:
                 self._follower.begin((type(self.plan.model), self.wants("scores")), several=True)
 
     def _model_ends(self) -> None:
-        if in_backward():
+        if in_backward() or in_rehearsal():
             return
         self._take_held()
         if self.plan.watch_all:
@@ -517,6 +518,8 @@ class Session:
             call: of the kernel.
             of_kernel: whether it is recorded next, or said why not: weights may meet values later, or never.
         """
+        if in_rehearsal():
+            return None
         tensor = call.weights if call.q is None else call.q
         if tensor is not None and stands_for_others(tensor):  # what is recorded of it is laid out otherwise
             return None
@@ -539,7 +542,7 @@ class Session:
 
     def skip(self, reason: str, path: str | None = None, changed: bool = False) -> None:
         """Attention ran that cannot be read."""
-        if in_backward():
+        if in_backward() or in_rehearsal():
             return
         asked, self._asked = self._asked or changed, False
         self._take_held()
@@ -611,7 +614,7 @@ class Session:
 
     def _record(self, call: KernelCall) -> None:
         """Take one call: select, derive, measure, keep."""
-        if in_backward():  # a checkpointed part runs again; its first run was recorded
+        if in_backward() or in_rehearsal():  # a checkpointed part runs again, and its first run was recorded
             self.heard += 1
             return
         asked, self._asked = self._asked, False

@@ -30,6 +30,7 @@ def _code_of_calls() -> CodeType | None:
 
 
 _CALL = _code_of_calls()
+_STAGE = "torch.distributed.pipelining.stage"
 
 
 def _check() -> None:
@@ -70,6 +71,24 @@ def inside(module: str, function: str) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def in_rehearsal() -> bool:
+    """Whether a pipeline stage runs its part to learn the shapes of what it returns, on memory that nobody has filled.
+
+    A stage runs a microbatch in ``forward_one_chunk``, and does so nowhere else.
+    """
+    if _STAGE not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    found = False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _STAGE:
+            if frame.f_code.co_name == "forward_one_chunk":
+                return False
+            found = True
+        frame = frame.f_back
+    return found
 
 
 class Outermost(NamedTuple):
