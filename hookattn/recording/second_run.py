@@ -34,11 +34,15 @@ class RunAgain:
         self._function, self._current_step, self._attached = function, step, attached
         self._step: int | None = None  # of the first run
 
+    def ran(self) -> None:
+        """The function, or what it is of, has just run for the first time."""
+        self._step = self._current_step()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._step is None:
             self._step = 0
             out = self._function(*args, **kwargs)
-            self._step = self._current_step()
+            self.ran()
             return out
         # Attached anew even where the trace still runs: a backward pass that is begun under its mode runs without it.
         running = current()

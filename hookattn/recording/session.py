@@ -27,7 +27,7 @@ from ..models.running_numbers import RunningNumbers
 from ..models.unread import unread_sites
 from ..taps import kernels, mode_patches, patches
 from ..taps.active import current, set_current
-from ..taps.base import ActiveTrace, Change
+from ..taps.base import ActiveTrace, Change, SecondRun
 from ..taps.eager import decisions
 from ..taps.eager.recipe import recipes_of
 from ..taps.eager.recogniser import Recogniser
@@ -409,7 +409,7 @@ class Session:
         """What runs in the block is one step; gives its number."""
         return self._steps.together()
 
-    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def again(self, function: Callable[..., Any]) -> SecondRun:
         """A function whose later runs, in a backward pass, are given the changes of its first."""
         plan, selection, layouts, listener = self.plan, self.selection, self._layouts, self._listener
         numbering, kinds = self._numbering, self._kinds

@@ -39,6 +39,16 @@ class Change:
     queries: tuple[int, ...] | None = None
 
 
+class SecondRun(Protocol):
+    """A part of a model that is run again in a backward pass."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the part: for the first time, if nobody has said that it ran, else again."""
+
+    def ran(self) -> None:
+        """Say that the part has just run for the first time, by itself."""
+
+
 class ActiveTrace(Protocol):
     """The running trace of a thread, as :func:`~hookattn.taps.active.current` returns it to a tap.
 
@@ -100,7 +110,7 @@ class ActiveTrace(Protocol):
 
     # How a kernel is run
 
-    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def again(self, function: Callable[..., Any]) -> SecondRun:
         """A part of the model, each later run of which is given the changes of its first: for what a backward pass runs
         a second time. To be asked only where :attr:`listened`."""
 
