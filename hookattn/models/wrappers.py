@@ -63,9 +63,11 @@ def is_sharded_by_torch(module: nn.Module) -> bool:
 def _exchanged(cls: type[nn.Module]) -> tuple[type[nn.Module], list[str]]:
     """The class that another was made from as its module lived, and what was put before it in each exchange."""
     added: list[str] = []
-    while cls.__module__.startswith("torch.distributed.") and len(cls.__bases__) == 2:
+    # The module of a made class says nothing: of one with a metaclass it is that of the metaclass.
+    while len(cls.__bases__) == 2:
         mixed, own = cls.__bases__
-        if issubclass(mixed, nn.Module) or not issubclass(own, nn.Module) or own is nn.Module:
+        by_torch = mixed.__module__.startswith("torch.distributed.") and cls.__name__.endswith(own.__name__)
+        if not by_torch or issubclass(mixed, nn.Module) or not issubclass(own, nn.Module):
             break
         added.append(mixed.__name__)
         cls = own
@@ -141,13 +143,13 @@ class Unwrapped:
         """What is inside all wrappers around one another."""
         while (inner := inner_of(module, outermost)) is not None:
             self._wrappers.append((module, inner))
-            self._note(type(module).__name__)
+            own, added = _exchanged(type(module))
+            self._note(*added, own.__name__)
             module = inner
         return module
 
-    def _note(self, name: str) -> None:
-        if name not in self.wrapped_by:
-            self.wrapped_by.append(name)
+    def _note(self, *names: str) -> None:
+        self.wrapped_by += [name for name in names if name not in self.wrapped_by]
 
     def _around_a_change(self, root: nn.Module) -> set[int]:
         """The identities of the modules in which, or of which, something is not as in the unwrapped model."""
@@ -156,8 +158,7 @@ class Unwrapped:
         waiting = [root]
         for module in waiting:
             own, added = _exchanged(type(module))
-            for name in added:
-                self._note(name)
+            self._note(*added)
             if own is not type(module):
                 changed.append(module)
             for child in children_of(module).values():

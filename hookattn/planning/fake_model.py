@@ -29,7 +29,7 @@ from ..torch_internals.fake_tensors import (
 from ..torch_internals.frames import argument_names
 from ..torch_internals.isolation import no_gradients
 from ..torch_internals.module_state import hooks_of, parameters_of
-from .prepared import copied, dispatch_hooks, is_prepared, notes_of_torch, shapes_met, undispatched
+from .prepared import copied, dispatch_hooks, notes_of_torch, shapes_met, undispatched
 
 # Up to this many elements a table (relative positions, sinks) stays real; so does what is no parameter.
 _TABLE = 1 << 14
@@ -84,8 +84,11 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Any) -> Tensor:
 
 def fake_copy(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], str]:
     """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks and wrappers are left out.
+
+    Returns:
+        The copies, and what was left out that the model's weights may need, in words; "": nothing.
 
     Raises:
         ModelError: something in them cannot be copied.
@@ -93,9 +96,7 @@ def fake_copy(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
     unwrapped = Unwrapped(model)
-    prepared = is_prepared(model, unwrapped)
-    hooks = list(dispatch_hooks(model)) if prepared else []
-    shapes = shapes_met(model) if prepared else {}
+    hooks, shapes = list(dispatch_hooks(model)), shapes_met(model)
 
     def fake(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         # What hooks move from device to device stays where the inputs are.
@@ -126,13 +127,19 @@ def fake_copy(
         with no_gradients(), _Copying(fake):
             made = copied(unwrapped, copy.deepcopy, memo)
             undispatched(made)
-            return made, *copy.deepcopy((args, kwargs), memo)
+            return made, *copy.deepcopy((args, kwargs), memo), _prepared_by(unwrapped, bool(hooks), bool(shapes))
     except Exception as error:
         raise ModelError(
             f"{unwrapped.root.__class__.__name__} or its inputs cannot be copied without their weights ({error}); plan "
             "a model of the same configuration that was not prepared for running yet, or trace a short input and scale "
             "its sizes."
         ) from error
+
+
+def _prepared_by(unwrapped: Unwrapped, dispatched: bool, sharded: bool) -> str:
+    """What was left out of a copy that its weights may need; "": nothing."""
+    found = [*unwrapped.wrapped_by, *["the hooks that bring its weights"] * dispatched, *["its mesh"] * sharded]
+    return ", ".join(found)
 
 
 def _name(model: nn.Module, position: int) -> str:

@@ -131,7 +131,7 @@ def calls_on_shapes(
 ) -> SeenCalls:
     """The calls of a forward on shapes; raises as :func:`plan` does."""
     seen = SeenCalls()
-    copy, args, kwargs = fake_copy(model, args, kwargs)
+    copy, args, kwargs, wrapped_by = fake_copy(model, args, kwargs)
     watched = make_watch_plan(copy)
     layouts = None if layout is None else Layouts(layout, watched.paths.values())
     session = Session(
@@ -157,11 +157,15 @@ def calls_on_shapes(
                 copy(*args, **kwargs)
         except TypeError as error:
             check_fit(copy, args, kwargs)
+            if wrapped_by:
+                raise ModelError(_unprepared(copy, error, wrapped_by)) from error
             error.add_note(_WHILE_PLANNING)
             raise
         except IMPOSSIBLE as error:
-            raise ModelError(_impossible(model, str(error), session.where())) from error
+            raise ModelError(_impossible(copy, str(error), session.where())) from error
         except Exception as error:
+            if wrapped_by:
+                raise ModelError(_unprepared(copy, error, wrapped_by)) from error
             error.add_note(_WHILE_PLANNING)
             raise
         finally:
@@ -172,12 +176,20 @@ def calls_on_shapes(
         session.close()
     for path, reason in seen.skipped:
         if any(error.__name__ in reason for error in IMPOSSIBLE):
-            raise ModelError(_impossible(model, reason, path))
+            raise ModelError(_impossible(copy, reason, path))
     if not seen.calls and not seen.skipped:
-        raise NoAttentionError(f"no attention ran in {type(model).__name__}, so there is nothing to plan.")
+        raise NoAttentionError(f"no attention ran in {type(copy).__name__}, so there is nothing to plan.")
     if why := plain_reason(seen.device):
         seen.note(f"scores, weights and statistics are derived by torch's own operations on {seen.device.type}: {why}")
     return seen
+
+
+def _unprepared(copy: nn.Module, error: Exception, prepared_by: str) -> str:
+    return (
+        f"{type(copy).__name__} cannot be planned: without {prepared_by} its forward raises {type(error).__name__} "
+        f"({error}). Plan a model of the same configuration before it is made ready for running, on the meta device "
+        'say; or stream the trace, to="run.safetensors".'
+    )
 
 
 def _impossible(model: nn.Module, what: str, where: str | None) -> str:

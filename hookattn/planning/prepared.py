@@ -20,13 +20,6 @@ _NOTES = "__composable_api"
 _HOOK, _FORWARD, _OWN_FORWARD = "_hf_hook", "forward", "_old_forward"
 
 
-def is_prepared(model: nn.Module, unwrapped: Unwrapped) -> bool:
-    """Whether somebody has put wrappers around a model, exchanged its classes, sharded its weights or taken them out."""
-    return bool(unwrapped.wrapped_by) or any(
-        _HOOK in vars(module) or any(map(_is_placed, parameters_of(module).values())) for module in model.modules()
-    )
-
-
 def shapes_met(model: nn.Module) -> dict[int, tuple[Tensor, tuple[int, ...]]]:
     """Identity -> tensor and shape, of each tensor that stands for a weight of another shape than its own.
 
