@@ -109,7 +109,12 @@ def survey(
     if progress is not None:
         checks.function("progress", progress, "a function of the number of examples")
     chosen = resolve(measures)
-    described = {**(about or {}), "measures": [m.key for m in chosen], "batch": batch, "model": own_class(inside_all(model)).__name__}
+    described = {
+        **(about or {}),
+        "measures": [m.key for m in chosen],
+        "batch": batch,
+        "model": own_class(inside_all(model)).__name__,
+    }
     parts = Parts(out, described)
     total = 0
     skip = None if parts.complete else parts.done
