@@ -85,7 +85,8 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Any) -> Tensor:
 def fake_copy(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], str]:
-    """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks and wrappers are left out.
+    """Copies of a model and of its forward's arguments, with fake tensors in them. The model's hooks are left out, and
+    its wrappers.
 
     Returns:
         The copies, and what was left out that the model's weights may need, in words; "": nothing.
@@ -117,9 +118,9 @@ def fake_copy(
             real = table and x.numel() <= _TABLE and not x.is_meta
             with no_gradients():
                 memo[id(x)] = nn.Parameter(x.detach().clone() if real else fake(x), x.requires_grad)
-    for x, shape in shapes.values():
+    for apart, shape in shapes.values():
         with no_gradients():
-            memo[id(x)] = nn.Parameter(fake(x, shape), x.requires_grad)
+            memo[id(apart)] = nn.Parameter(fake(apart, shape), apart.requires_grad)
     for name, x in [*((_name(unwrapped.root, i), x) for i, x in enumerate(args)), *kwargs.items()]:
         if isinstance(x, Tensor) and x.is_floating_point() and not _MASK_NAME.search(name):
             memo[id(x)] = fake(x)

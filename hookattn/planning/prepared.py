@@ -1,7 +1,7 @@
 """A model that was made ready for several devices: what its weights are like when its modules run.
 
-Sharded weights are put together for as long as a module runs, or never; offloaded ones are brought by hooks. A plan runs
-a copy of the model without wrappers and hooks, on weights of the shapes that its modules would have met.
+Sharded weights are put together for as long as a module runs, or never; offloaded ones are brought by hooks. A plan
+runs a copy of the model without wrappers and hooks, on weights of the shapes that its modules would have met.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _local_shape(x: Any, together: bool) -> tuple[int, ...]:
 
     Args:
         x: a distributed tensor.
-        together: whether it is put together, over the axes of the mesh up to the first that it is sharded over. Those of
-            tensor parallelism come after that one.
+        together: whether it is put together, over the axes of the mesh up to the first that it is sharded over. Those
+            of tensor parallelism come after that one.
     """
     shape = list(x.shape)
     sharded = [(axis, place.dim) for axis, place in enumerate(x.placements) if hasattr(place, "dim")]
@@ -104,4 +104,3 @@ def copied(unwrapped: Unwrapped, copy: Callable[[Any, dict[int, Any]], Any], mem
         vars(made[id(stands)]).update(copy(vars(stands), memo))
     whole: nn.Module = copy(unwrapped.root, memo)
     return whole
-

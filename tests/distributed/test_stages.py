@@ -1,4 +1,4 @@
-"""Stages of a pipeline: each microbatch is a step, with the paths and layers of the whole model, and nothing else is."""
+"""Stages of a pipeline: each microbatch is a step, with the paths and layers of the whole model; no rehearsal is."""
 
 from __future__ import annotations
 
@@ -97,19 +97,30 @@ def stage_run(rank: int, cut: str, schedule: str, fused: bool, train: bool) -> l
     return told(trace)
 
 
-@pytest.mark.parametrize(
-    ("cut", "schedule", "fused", "train"),
-    [
-        ("by hand", "ScheduleGPipe", True, False),
-        ("by hand", "ScheduleGPipe", False, True),
-        ("by hand", "Schedule1F1B", True, True),
-        ("by torch", "ScheduleGPipe", True, False),
-        ("by torch", "Schedule1F1B", False, True),
-    ],
-)
-def test_each_microbatch_is_a_step(cut: str, schedule: str, fused: bool, train: bool) -> None:
-    whole = hookattn.trace(Net(fused), batch())
-    for rank, (calls, skipped, notes) in enumerate(run_ranks(2, stage_run, cut, schedule, fused, train)):
+CASES = {
+    "GPipe": ("by hand", "ScheduleGPipe", True, False),
+    "GPipe, eager, train": ("by hand", "ScheduleGPipe", False, True),
+    "1F1B, train": ("by hand", "Schedule1F1B", True, True),
+    "graphs, GPipe": ("by torch", "ScheduleGPipe", True, False),
+    "graphs, 1F1B, eager, train": ("by torch", "Schedule1F1B", False, True),
+}
+
+
+def every_run(rank: int) -> dict[str, list[Any]]:
+    return {name: stage_run(rank, *case) for name, case in CASES.items()} | {"interleaved": interleaved_run(rank)}
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, list[Any]]]:
+    """What each rank has seen of each case: one group runs all of them."""
+    return run_ranks(2, every_run, limit=180)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_microbatch_is_a_step(runs: list[dict[str, list[Any]]], name: str) -> None:
+    whole = hookattn.trace(Net(fused=CASES[name][2]), batch())
+    for rank, said in enumerate(runs):
+        calls, skipped, notes = said[name]
         assert (skipped, notes) == ([], [])
         layers = (2 * rank, 2 * rank + 1)
         steps = range(2 * MICROBATCHES)
@@ -134,9 +145,10 @@ def interleaved_run(rank: int) -> list[Any]:
     return told(trace)
 
 
-def test_several_stages_of_one_rank() -> None:
+def test_several_stages_of_one_rank(runs: list[dict[str, list[Any]]]) -> None:
     whole = hookattn.trace(Net(False), batch())
-    for rank, (calls, skipped, notes) in enumerate(run_ranks(2, interleaved_run)):
+    for rank, said in enumerate(runs):
+        calls, skipped, notes = said["interleaved"]
         assert (skipped, notes) == ([], [])
         for place, layer in enumerate((rank, rank + 2)):
             own = [call for call in calls if call[1].endswith(f"blocks.{layer}.attn")]

@@ -1,4 +1,4 @@
-"""A wrapped model is traced as the model is: equal fields, and the names of its own paths, classes and configuration."""
+"""A wrapped model is traced as the model is: equal fields, its own paths, classes and configuration."""
 
 from __future__ import annotations
 
@@ -190,12 +190,11 @@ def test_a_sharded_class_with_a_metaclass() -> None:
 def test_steps_of_a_wrapped_model_and_of_what_it_holds() -> None:
     model = tiny.llama()
     wrapped = ddp(model)
-    with torch.no_grad():
-        with hookattn.tracing(wrapped) as trace:
-            wrapped(**inputs())
-            model(**inputs())
-            model.model(**inputs())
-            model.generate(**inputs(), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    with torch.no_grad(), hookattn.tracing(wrapped) as trace:
+        wrapped(**inputs())
+        model(**inputs())
+        model.model(**inputs())
+        model.generate(**inputs(), max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert [call.step for call in trace] == [i for i in range(5) for _ in range(2)]
     assert [call.entry for call in trace][::2] == ["", "", "model", "", ""]
 

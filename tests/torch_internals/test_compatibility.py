@@ -36,6 +36,7 @@ from hookattn.torch_internals import (
     tensor_identity,
     transforms,
 )
+from hookattn.torch_internals.flat_parameters import flattened
 
 NAMES = {  # the piece of each private name, as its module looks it up
     function_modes: ("depth", "_at", "_push", "_pop"),
@@ -159,6 +160,38 @@ def test_a_backward_pass_is_known_as_one(reentrant: bool) -> None:
 
     checkpoint(part, torch.zeros(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
     assert seen == [False, True]
+
+
+def test_a_composable_checkpoint_says_when_its_module_runs_and_when_it_has_run() -> None:
+    """Its module is handed to the generator, is run by itself between two steps of it, and by the generator after."""
+    from torch.distributed._composable import checkpoint as composable
+
+    generator = vars(torch.utils.checkpoint)["_checkpoint_without_reentrant_generator"]
+    assert generator is vars(sys.modules["torch.distributed._composable.checkpoint_activation"])[generator.__name__]
+    seen: list[bool] = []
+
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(isolation.in_backward())
+            return x.exp()
+
+    composable(Part())(torch.zeros(2, requires_grad=True)).sum().backward()
+    assert seen == [False, True]
+
+
+def test_flat_parameters_know_what_they_are_made_of(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
+        names = [(3, 5), (5,), (5, 2)]
+        wrapper = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        assert [shape for _, shape in flattened(wrapper)] == [names[0][::-1], names[1], names[2][::-1]]
+        assert not list(flattened(model))
+    finally:
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------ code
