@@ -112,7 +112,7 @@ def shard_of_heads(model: Unwrapped, path: str, heads: Heads) -> HeadShard:
         path: of the module that attends.
         heads: of the call.
     """
-    found = list(_parameters(_with_parameters(model, path)))
+    found = list(_matrices(_with_parameters(model, path)))
     cut = [x for x in found if x.cut is not None]
     if not cut:
         return HeadShard(None)
@@ -143,7 +143,7 @@ def _with_parameters(model: Unwrapped, path: str) -> nn.Module:
     return next((m for m in reversed(found) if any(x.dim() > 1 for x in m.parameters())), found[0])
 
 
-def _parameters(module: nn.Module) -> Iterator[_Parameter]:
+def _matrices(module: nn.Module) -> Iterator[_Parameter]:
     """Those of a module that have heads' worth of entries: matrices, and what has more axes."""
     kind = distributed_tensor()
     for x in module.parameters():

@@ -190,6 +190,7 @@ SELECTED = {
 }
 TRACED = {
     **SELECTED,
+    "shard": "empty mapping or none",
     "tokens": "nothing or none",
     "verify": "nothing",
     **dict.fromkeys(("strict", "copy", "gradients", "attached"), "flag"),

@@ -32,6 +32,7 @@ from hookattn.torch_internals import (
     module_state,
     operators,
     private,
+    process_group,
     scripted,
     tensor_identity,
     transforms,
@@ -68,6 +69,17 @@ class Log(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def test_processes_of_a_group_share_a_store(tmp_path: Path) -> None:
+    assert process_group.world() is None and process_group.first_to_claim("x", 0) is None  # there is no group
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        assert process_group.world() is None  # of one process alone
+        assert [process_group.first_to_claim("x", rank) for rank in (3, 1, 3)] == [3, 3, 3]
+        assert process_group.first_to_claim("y", 1) == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_every_private_name_is_there() -> None:
