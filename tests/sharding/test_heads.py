@@ -39,7 +39,8 @@ def held_against(call: hookattn.Call, whole: hookattn.Call, rows: slice = slice(
             per = whole.q.shape[1] // expected.shape[1]
             expected = expected[:, sorted({h // per for h in heads})]
             if shard is not None and shard.group_start is not None:
-                assert shard.group_start == heads[0] // per and shard.groups_of == whole.k.shape[1]
+                assert shard.start is not None and shard.groups_of == whole.k.shape[1]
+                assert shard.group_start == shard.start // per
         else:
             expected = expected[:, heads]
             if call.queries is not None:

@@ -22,8 +22,10 @@ def saved(folder: Path, family: str, heads: int = 4, groups: int = 2) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
-                 num_key_value_heads=groups, max_position_embeddings=64, head_dim=16)  # fmt: skip
+    sizes = {
+        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64, "head_dim": 16},
+        **{"num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": groups},
+    }
     if family == "Mixtral":
         sizes |= {"num_local_experts": 2}
     config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
@@ -84,18 +86,32 @@ def check(said: list[dict[str, Any]], groups: int) -> None:
 _NONE = "of heads=[3] this process has none at some sites, and keeps no call of these (it has heads from {} of 4)"
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-def test_a_model_that_its_plan_has_cut(tmp_path: Path, eager: bool) -> None:
-    check(run_ranks(2, cut, saved(tmp_path, "Llama"), eager, True), 2)
+def several(rank: int, ways: list[tuple[Path, bool, bool]]) -> list[dict[str, Any]]:
+    """In one pair of processes, as each takes its time to import what it needs."""
+    return [cut(rank, *way) for way in ways]
 
 
-def test_a_model_that_torch_has_cut(tmp_path: Path) -> None:
-    check(run_ranks(2, cut, saved(tmp_path, "Llama"), False, False), 2)
+def test_models_that_their_plan_or_torch_has_cut(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "Llama")
+    said = run_ranks(2, several, [(folder, False, True), (folder, True, True), (folder, False, False)])
+    for of_each in zip(*said, strict=True):
+        check(list(of_each), 2)
+
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Phi", "Mixtral")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Olmo2", "Phi", "Mixtral"])
-@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-def test_families(tmp_path: Path, family: str, count: int, eager: bool) -> None:
-    check(run_ranks(count, cut, saved(tmp_path, family, groups=4), eager, True), 4)
+def test_families(tmp_path: Path, count: int) -> None:
+    folders = [saved(tmp_path, family, groups=4) for family in FAMILIES]
+    ways = [(folder, eager, True) for folder in folders for eager in (False, True)]
+    for of_each in zip(*run_ranks(count, several, ways, limit=300), strict=True):
+        check(list(of_each), 4)
+
+
+@pytest.mark.slow
+def test_a_plan_that_puts_heads_together_again(tmp_path: Path) -> None:
+    """Its queries are normed over all heads, so that each process has them all."""
+    for said in run_ranks(2, cut, saved(tmp_path, "Olmo2"), False, True):
+        assert said["heads"] == [None, None] and said["shards"] == {()} and not said["notes"]
