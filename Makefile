@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-gpu test-latest check-all bench bench-gpu train \
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest check-all bench bench-gpu train \
 	compare coverage lock newest clean help
 
 help: ## list the targets
@@ -82,6 +82,16 @@ $(VENV)/.cluster: $(VENV)/.dev $(call locked,cluster)
 test-cluster: $(VENV)/.cluster ## surveys on Ray, installed for it: two CPUs of this machine, and what is killed on them
 	$(BIN)/python -m pytest tests/cluster -n 1 -rs
 
+.venv-serving/.done: tests/serving_vllm/libraries.txt tests/serving_vllm/needed.txt
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python -m pip install --quiet --no-compile "$(TORCH)"
+	.venv-serving/bin/python -m pip install --quiet --no-compile "$(TORCH)" -r tests/serving_vllm/needed.txt
+	.venv-serving/bin/python -m pip install --quiet --no-compile --no-deps -r tests/serving_vllm/libraries.txt
+	@touch $@
+
+test-serving: .venv-serving/.done ## vLLM on a CPU, installed for it: minutes
+	PYTHONPATH=.:adapters .venv-serving/bin/python -m pytest tests/serving_vllm -p no:cacheprovider -rs
+
 test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong calls, other users: minutes, with figures
 	$(BIN)/python -m tests.attack
 
@@ -139,4 +149,4 @@ train: $(VENV)/.dev ## train the demo's small causal model again
 	$(BIN)/python examples/train_induction.py $(if $(WEIGHTS),--out $(WEIGHTS))
 
 clean: ## remove what was set up
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-peers out
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-peers .venv-serving out
