@@ -79,6 +79,8 @@ class HeadMonitor:
         self.follow = followed(follow)
         self.picture, self.strict = checks.flag("picture", picture), checks.flag("strict", strict)
         self.to = None if to is None else Path(checks.path("to", to))
+        if self.to is not None and self.to.is_dir():
+            raise checks.wrong("to", to, "the path of a file, and this is a folder")
         self._prompts = prompts_of(prompts, tokenizer, tokens)
         # With what weights follow from, they are derived of one call at a time, when it is measured.
         self._capture = tuple(dict.fromkeys((*capture(*self.measures), *SOURCES)))
@@ -107,6 +109,8 @@ class HeadMonitor:
         if not isinstance(model, nn.Module):
             make_watch_plan(model)  # says what is wrong with it
         step = checks.whole("step", step, 0)
+        if device is not None:
+            checks.one_of("device", device, torch.device, "a torch.device, or None")
         inner = ranks.unwrapped(model)
         self.last = step
         if not ranks.takes_part(inner):
@@ -123,13 +127,26 @@ class HeadMonitor:
         return table
 
     def due(self, step: int) -> bool:
-        """Whether a multiple of ``every`` was reached since the last measurement."""
+        """Whether a multiple of ``every`` was reached since the last measurement.
+
+        Raises:
+            SelectionError: ``step`` is no number of a step.
+        """
+        step = checks.whole("step", step, 0)
         return self.every is not None and step // self.every > max(self.last, 0) // self.every
 
     def scalars(self, table: DataFrame) -> dict[str, float]:
         """The numbers of a measurement that a logger gets, by name: see
-        :func:`hookattn.training.scalars.scalars_of`."""
-        return scalars_of(table, [m.key for m in self.measures], self.follow)
+        :func:`hookattn.training.scalars.scalars_of`.
+
+        Raises:
+            InputError: ``table`` is none of :meth:`measure`.
+        """
+        places = getattr(table, "columns", None)
+        keys = [m.key for m in self.measures]
+        if places is None or not {*ranks.PLACE, *keys} <= {*places}:
+            raise checks.wrong("table", table, "what HeadMonitor.measure returned")
+        return scalars_of(table, keys, self.follow)
 
     def _measured(self, model: nn.Module, device: torch.device | None) -> DataFrame:
         if not ranks.is_sharded(model):

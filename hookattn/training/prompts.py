@@ -42,6 +42,8 @@ def prompts_of(given: Any, tokenizer: Callable[..., Any] | None, tokens: Any) ->
     Raises:
         InputError: there is none, texts have no tokenizer or tokens of their own, or the tokenizer does not take them.
     """
+    if tokenizer is not None:
+        checks.function("tokenizer", tokenizer, "a tokenizer of the transformers library")
     texts = [given] if isinstance(given, str) else given
     if isinstance(texts, (list, tuple)) and any(isinstance(text, str) for text in texts):
         several = checks.several("prompts", texts, str, "texts")
@@ -58,7 +60,6 @@ def _of_texts(texts: Sequence[str], tokenizer: Callable[..., Any] | None) -> lis
     # tokenizer makes it.
     if tokenizer is None:
         raise InputError("prompts that are texts need the model's tokenizer=.")
-    checks.function("tokenizer", tokenizer, "a tokenizer of the transformers library")
     by_length: dict[int, list[tuple[list[int], list[str]]]] = {}
     for text in texts:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -104,21 +103,16 @@ class Running:
 
     def _pixels(self, table: DataFrame, step: int) -> Any:
         """The atlas of a measurement: uint8, height × width × 3. Its colours end where those of earlier ones do."""
-        import numpy as np
-
         with extra_named():
-            from PIL import Image
-
             from ..render.figures.atlas_figure import atlas
+            from ..render.figures.base import pixels_of
 
         past = self.monitor.history
         keys = [m.key for m in self.monitor.measures if m.unit not in ("share", "correlation")]
         most = {key: float(past[key].abs().max()) for key in keys}
         ends = {key: end for key, end in most.items() if 0 < end < float("inf")}
         figure = atlas(table, [m.key for m in self.monitor.measures], title=f"step {step}", largest=ends)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150)
-        return np.asarray(Image.open(data).convert("RGB"))
+        return pixels_of(figure)
 
     def _tell(self, what: str, error: Exception) -> None:
         if self.monitor.strict:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import hookattn
-from hookattn import analyze, edit, render, statistics
+from hookattn import analyze, edit, render, statistics, training
 from hookattn.analyze import survey
 from hookattn.attention.score_inputs import ScoreInputs
 from hookattn.interop import bertviz, circuitsvis, transformer_lens
@@ -72,6 +72,13 @@ class Stage:
             trace.output.logits.sum().backward()
         self.model.zero_grad()
         return trace
+
+    @functools.cached_property
+    def trainer(self) -> Any:
+        """Of transformers, of the model."""
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer(self.model, TrainingArguments(str(self.folder / "out"), report_to="none", use_cpu=True))
 
     @functools.cached_property
     def problem(self) -> ScoreInputs:
@@ -351,6 +358,8 @@ def _figures() -> Iterator[Target]:
     yield _target(r + "layers", render.layers, _trace, True, **DRAWN, **where)
     yield _target(r + "lens", render.lens, _one_row, True, trace="trace", **where)
     yield _target(r + "neuron", render.neuron, _one_row, True, trace="trace", **where)
+    yield _target(r + "atlas", render.atlas, lambda s: {"table": analyze.measure(s.gpt2, "entropy")}, table="nothing",
+                  measures="nothing or none", title="text", largest="empty mapping or none")  # fmt: skip
     yield _target(r + "plotly", render.plotly, _one_row, True, **DRAWN, view="nothing", **where)
     yield _target(
         r + "page", render.page, _trace, True, **VIEWER, title="text or none", fields="names of fields or none"
@@ -536,6 +545,35 @@ def _others() -> Iterator[Target]:
                   weights="function or none", more_inputs="empty mapping or none", only="no names or none")  # fmt: skip
 
 
+def _training() -> Iterator[Target]:
+    t = "hookattn.training."
+
+    def one(s: Stage) -> training.HeadMonitor:
+        return training.HeadMonitor(s.inputs, measures="entropy")
+
+    yield _target(t + "HeadMonitor", training.HeadMonitor, lambda s: {"prompts": s.inputs}, prompts="anything",
+                  measures="nothing", every="count or none", tokenizer="function or none", tokens="token lists or none",
+                  follow="pairs or no items", picture="flag", to="path or none", strict="flag")  # fmt: skip
+    model = {"model": "model", "step": "count from 0", "device": "nothing or none"}
+    for name in ("begin", "measure"):
+        yield _method(f"{t}HeadMonitor.{name}", one, lambda s: {"model": s.model, "step": 0}, **model)
+    yield _method(t + "HeadMonitor.due", one, lambda s: {"step": 0}, step="count from 0")
+    yield _method(t + "HeadMonitor.save", one, lambda s: {"path": s.folder / "out" / "heads.csv"}, path="path")
+    yield _method(t + "HeadMonitor.load", one, lambda s: {"path": one(s).save(s.folder / "heads.csv")}, path="nothing")
+    yield _method(t + "HeadMonitor.restore", one, lambda s: {"state": one(s).state()}, state="nothing")
+    yield _method(t + "HeadMonitor.scalars", one, lambda s: {"table": one(s).measure(s.model, 0)}, table="nothing")
+    yield _target(t + "repeated_tokens", training.repeated_tokens, lambda s: {"vocabulary": 60}, vocabulary="nothing",
+                  length="count", batch="count", first="count from 0 or none", seed="count from 0")  # fmt: skip
+    yield _target(t + "TrainerHeadMonitor", training.TrainerHeadMonitor, lambda s: {"monitor": one(s)},
+                  monitor="nothing")  # fmt: skip
+    yield _method(t + "TrainerHeadMonitor.add_to", lambda s: training.TrainerHeadMonitor(one(s)),
+                  lambda s: {"trainer": s.trainer}, trainer="nothing")  # fmt: skip
+    yield _target(t + "LightningHeadMonitor", training.LightningHeadMonitor, lambda s: {"monitor": one(s)},
+                  monitor="nothing", part="text or none")  # fmt: skip
+    yield _method(t + "LightningHeadMonitor.load_state_dict", lambda s: training.LightningHeadMonitor(one(s)),
+                  lambda s: {"state_dict": one(s).state()}, state_dict="nothing")  # fmt: skip
+
+
 def targets() -> list[Target]:
     """All of them."""
-    return [*_core(), *_analyzers(), *_causal(), *_edits(), *_figures(), *_others()]
+    return [*_core(), *_analyzers(), *_causal(), *_edits(), *_figures(), *_training(), *_others()]

@@ -147,6 +147,7 @@ _PLAIN: dict[str, frozenset[str]] = {
     "one number": _NUMBERS | {"nan", "numpy's nan", "tensor of five axes"},  # which has one entry
     "trace, call or values": _TRACES | {"a trace without calls", "a call", "float tensor", "no tensor axis"},
     "pairs": frozenset({"[[0, 1]]"}),
+    "pairs or no items": _NO_ITEMS | {"[[0, 1]]"},
     "flag or indices": _INDICES | {"True", "False", "numpy's bool"},
     "text": _TEXT,
     "words": _NAMES | (_TEXT - {"empty text"}),

@@ -63,11 +63,13 @@ EXCUSED = {
     "hookattn.demo.induction.InductionTransformer.forward": "likewise",
     "hookattn.demo.induction.example_tokens": "likewise",
 }  # fmt: skip
-# Methods of measures, statistics and views: a subclass writes them, and the library calls them.
+# Methods of measures, statistics and views: a subclass writes them, and the library calls them. And what trainers call.
 _PROTOCOL = {
     *("counted", "of", "problem", "read", "rows", "pairs", "places", "related", "chosen", "labelled"),
     *("allocate", "columns", "fill", "write", "mean", "of_query", "once", "part", "parts", "per_head", "prepare"),
     *("stat", "tensor"),
+    *("on_train_begin", "on_step_end", "on_evaluate", "on_train_start", "on_train_batch_end", "on_train_end"),
+    "on_validation_end",
 }
 # Below these all is excused: the math of calls, what a checker of adapters does, and a call as an edit is given it.
 _BELOW = ("hookattn.attention.", "hookattn.testing.AdapterContract", "hookattn.edit.EditedCall")

@@ -62,7 +62,12 @@ def atlas(
     """
     title = checks.text("title", title)
     names = _measures_of(table, measures)
+    _check_numbers(table, names)
     ends = {} if largest is None else dict(checks.one_of("largest", largest, Mapping, "a largest value by measure"))
+    if unknown := [name for name in ends if name not in names]:
+        raise RenderError(
+            f"largest has {checks.printed(unknown[0])}, which is not drawn; drawn are {', '.join(names)}."
+        )
     units = table.attrs.get("units", {})
     grid = _grid_of(table)
     rows, columns = len(grid.rows), max(grid.heads) + 1
@@ -133,7 +138,11 @@ def _grid_of(table: DataFrame) -> _Grid:
     places = table[by].drop_duplicates()
     telling = [name for name in by if places[name].nunique() > 1 and name != "layer"]
     key = [tuple(row) for row in table[by].astype(object).where(table[by].notna(), None).itertuples(index=False)]
-    order = list(dict.fromkeys(key))
+    # Stacks and kinds as they come, each with its layers by their numbers, whatever the table was sorted by.
+    first = list(dict.fromkeys(key))
+    at_layer = by.index("layer")
+    others = list(dict.fromkeys(place[:at_layer] for place in first))
+    order = sorted(first, key=lambda place: (others.index(place[:at_layer]), place[at_layer] or 0))
     names = []
     for place in order:
         found = dict(zip(by, place, strict=True))
@@ -160,6 +169,16 @@ def _measures_of(table: Any, measures: Any) -> list[str]:
         which = f"no column {unknown[0]!r}" if unknown else "no measure"
         raise RenderError(f"atlas: the table has {which}; it has {', '.join(there) or 'none'}.")
     return list(chosen)
+
+
+def _check_numbers(table: DataFrame, names: Sequence[str]) -> None:
+    """Raise a RenderError unless heads and measures are numbers."""
+    for name in ("head", *names):
+        column = table[name]
+        if column.dtype.kind not in ("iu" if name == "head" else "iufb"):
+            raise RenderError(f"atlas: the column {name} has no numbers{' of heads' * (name == 'head')}.")
+    if len(table) and int(table["head"].min()) < 0:
+        raise RenderError(f"atlas: the column head has {table['head'].min()}; heads are numbered from 0.")
 
 
 def _end(name: str, values: Array, ends: Mapping[str, float]) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -86,6 +87,15 @@ class Sheet(Figure):
         out = io.BytesIO()
         self.savefig(out, format="png", dpi=160)
         return out.getvalue()
+
+
+def pixels_of(figure: Figure, dpi: int = 150) -> Any:
+    """A figure as an array, height × width × 3, uint8; what is around it is not cut off."""
+    with matplotlib.style.context(["default", style()]):
+        figure.set_dpi(dpi)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def in_own_style(view: Callable[P, Figure]) -> Callable[P, Figure]:
