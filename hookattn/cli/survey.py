@@ -13,7 +13,7 @@ import click
 
 from ..analyze.registry import MEASURES
 from ..analyze.survey import Corpus, CorpusShard, Measurer, survey, survey_on_processes, survey_on_ray
-from ..analyze.survey.chunks import as_shard
+from ..analyze.survey.chunking import as_shard
 from ..analyze.survey.measurer import ON_ERROR, Failure
 from ..analyze.survey.parts import Parts, failures_listed
 from ..analyze.survey.run import settings

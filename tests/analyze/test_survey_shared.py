@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from hookattn.analyze.survey import Corpus, CorpusShard, Measurer, chunks, survey, survey_on_processes
-from hookattn.analyze.survey.chunks import as_shard
+from hookattn.analyze.survey.chunking import as_shard
 from hookattn.analyze.survey.jobs import _Jobs
 from hookattn.analyze.survey.measurer import made_by
 from hookattn.analyze.survey.parts import Parts, ranges

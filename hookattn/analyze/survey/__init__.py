@@ -1,7 +1,7 @@
 """Measures over many prompts, in constant memory, into one Parquet table."""
 
 from .batches import Batch
-from .chunks import Chunk, CorpusShard, chunks
+from .chunking import Chunk, CorpusShard, chunks
 from .corpus import Corpus
 from .jobs import survey_on_processes
 from .measurer import Failure, Measurer, failures_of

@@ -20,7 +20,7 @@ from ... import checks
 from ...errors import HookattnError, InputError, MeasureError, TraceWriteError
 from ..measures.base import Measure
 from .batches import Value
-from .chunks import CorpusShard, as_shard, chunks
+from .chunking import CorpusShard, as_shard, chunks
 from .measurer import Build, Measurer
 from .parts import Parts
 from .run import measure_shard, settings

@@ -13,7 +13,7 @@ from ...errors import InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
 from ..measures.base import Measure
 from .batches import Encode, Value
-from .chunks import CorpusShard, as_shard, chunks
+from .chunking import CorpusShard, as_shard, chunks
 from .corpus import Corpus
 from .measurer import Measurer, failures_of, sentence
 from .parts import FOUND, Parts
