@@ -17,7 +17,7 @@ from ...errors import InputError, MeasureError, TraceWriteError
 from ...optional import extra_named
 from ..measures.base import Measure
 from .batches import Value
-from .chunks import chunks
+from .chunking import chunks
 from .measurer import Build, Measurer
 from .on_ray_workers import COLUMN, Actor, Place, Reader, Told
 from .parts import Parts, ranges
@@ -314,6 +314,7 @@ def _ray(address: str | None, actors: int, cpus: float, gpus: float, say: Callab
         ModuleNotFoundError: it is not installed.
     """
     import ray
+    import ray.data  # which sets levels of its loggers
 
     if ray.is_initialized():
         _check_room(actors, cpus, gpus, say)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import HookattnError, MeasureError
-from .chunks import Chunk, chunks
+from .chunking import Chunk, chunks
 from .measurer import Measurer
 from .parts import Parts
 
