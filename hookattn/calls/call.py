@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ _TELLING = [
     ([name for name, spec in FIELD_SPECS.items() if spec.axes == axes and not spec.broadcast], axes)
     for axes in ("BHTS", "BHTD", "BHTE", "BGSD", "BGSE")
 ]
+
+
+Some = TypeVar("Some", bound="Call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,26 +303,7 @@ class Call:
             made = replace(self)
             made.gradient = self.gradient
             return made
-        return self.part(CallPart.of(self, heads, queries, batch))
-
-    def part(self, part: CallPart) -> Self:
-        """The call of a part of this one, which was chosen already; :meth:`at` chooses one."""
-        made = replace(
-            self,
-            scale=part_of_scale(self.scale, part),
-            edits=self._edits_of(part),
-            requests=part.of_batch(self.requests),
-            lengths=part.of_batch(self.lengths),
-            fields={name: part.field(name, place) for name, place in self.fields.items()},
-            beside={name: part.field(name, place) for name, place in self.beside.items()},
-            heads=part.heads,
-            kv_heads=part.kv_heads,
-            queries=part.queries,
-            of_queries=part.of_queries,
-        )
-        if self.gradient is not None:
-            made.gradient = self.gradient.part((part.batch, part.head_index, part.rows))
-        return made
+        return part_of(self, CallPart.of(self, heads, queries, batch))
 
     def grad(self, name: str) -> Tensor:
         """The gradient of a field, after ``backward()``, of a trace with ``gradients=True``.
@@ -355,11 +339,6 @@ class Call:
             InputError: ``name`` is none of these.
         """
         return gradient_of(self, checks.word("name", name, NAMES, InputError))
-
-    def _edits_of(self, part: CallPart) -> tuple[AppliedEdit, ...]:
-        if not self.edits or part.batch == slice(None):
-            return self.edits
-        return edits_of_batch(self.edits, part.batch, extents_of(self, "B").b or 1)
 
     def __getstate__(self) -> dict[str, Any]:
         _ = self.certificate  # what it would be measured by is of this process
@@ -466,6 +445,29 @@ class Call:
             f"Call({self.index}: {self.site.label}, layer {self.site.layer}, {self.site.stack} {self.site.kind}, "
             f"step {self.step}, {self.shape}, {self.tap}, {self.verdict}{''.join(f', {x}' for x in self.shards)})"
         )
+
+
+def part_of(call: Some, part: CallPart) -> Some:
+    """The call of a part of another one, which was chosen already; :meth:`Call.at` chooses one."""
+    edits = call.edits
+    if edits and part.batch != slice(None):
+        edits = edits_of_batch(edits, part.batch, extents_of(call, "B").b or 1)
+    made = replace(
+        call,
+        scale=part_of_scale(call.scale, part),
+        edits=edits,
+        requests=part.of_batch(call.requests),
+        lengths=part.of_batch(call.lengths),
+        fields={name: part.field(name, place) for name, place in call.fields.items()},
+        beside={name: part.field(name, place) for name, place in call.beside.items()},
+        heads=part.heads,
+        kv_heads=part.kv_heads,
+        queries=part.queries,
+        of_queries=part.of_queries,
+    )
+    if call.gradient is not None:
+        made.gradient = call.gradient.part((part.batch, part.head_index, part.rows))
+    return made
 
 
 def call_like(values: dict[str, Any], site: Site, step: int, index: int, fields: dict[str, Field]) -> Call:

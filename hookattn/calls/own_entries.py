@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..attention.ragged import Length, lengths_by_mask, notes_of_entries
 from ..errors import FieldNotCaptured
+from .call import Call, part_of
 from .extents import extents_of
 from .fields import Index
 from .parts import CallPart
 
-if TYPE_CHECKING:
-    from .call import Call
-
-Whole = TypeVar("Whole", bound="Call")
+Whole = TypeVar("Whole", bound=Call)
 
 
 def lengths_of_entries(call: Call) -> tuple[Length, ...]:
@@ -65,6 +63,6 @@ def own_entries(call: Whole, entries: Sequence[int]) -> Whole | None:
         numbers, of_queries = tuple(call.queries[i] for i in rows), t
     if not t or numbers == ():
         return None
-    made = call.part(CallPart.of_entries(call, entries, rows, slice(0, s), numbers, of_queries))
+    made = part_of(call, CallPart.of_entries(call, entries, rows, slice(0, s), numbers, of_queries))
     notes = tuple(notes_of_entries(call.notes, own))
     return replace(made, lengths=own, notes=notes, keys=None if call.keys is None else s)

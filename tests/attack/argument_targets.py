@@ -18,6 +18,7 @@ from hookattn import analyze, edit, render, statistics, training
 from hookattn.analyze import survey
 from hookattn.attention.score_inputs import ScoreInputs
 from hookattn.interop import bertviz, circuitsvis, transformer_lens
+from hookattn.serving import requests_of_batch
 from hookattn.testing import check_adapter, check_clean, check_trace
 from tests import tiny_models
 
@@ -79,6 +80,13 @@ class Stage:
         from transformers import Trainer, TrainingArguments
 
         return Trainer(self.model, TrainingArguments(str(self.folder / "out"), report_to="none", use_cpu=True))
+
+    @functools.cached_property
+    def served(self) -> hookattn.Trace:
+        """A trace of a batch of requests."""
+        with hookattn.tracing(self.model) as trace, requests_of_batch([str(i) for i in range(len(self.inputs))]):
+            self.model(self.inputs)
+        return trace
 
     @functools.cached_property
     def problem(self) -> ScoreInputs:
@@ -162,6 +170,11 @@ def _in_block(**given: Any) -> Any:
     with hookattn.tracing(**given) as trace:
         stage().model(stage().inputs)
     return trace
+
+
+def _named(**given: Any) -> None:
+    with requests_of_batch(**given):
+        pass
 
 
 def _checked(trace: Any) -> None:
@@ -389,6 +402,9 @@ def _core() -> Iterator[Target]:
     yield _method(t + "save", lambda s: s.gpt2, lambda s: {"path": s.folder / "out" / "t.safetensors"},
                   path="path", compact="flag")  # fmt: skip
     yield _method(t + "stitch", lambda s: s.steps, beams="beams", length="count or none")
+    yield _method(t + "split", lambda s: s.served, by="nothing")
+    yield _target("hookattn.serving.requests_of_batch", _named, lambda s: {"ids": ["a"]},
+                  ids="names of requests", only="names or none")  # fmt: skip
     yield Target(t + "__getitem__", lambda s, given: s.gpt2[given.get("key", 0)], {"key": "index, a slice or a path"})
     c = h + "Call."
     yield _method(c + "get", lambda s: s.gpt2[0], lambda s: {"name": "weights"}, name="nothing")

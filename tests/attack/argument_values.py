@@ -152,6 +152,7 @@ _PLAIN: dict[str, frozenset[str]] = {
     "text": _TEXT,
     "words": _NAMES | (_TEXT - {"empty text"}),
     "names": _NAMES,
+    "names of requests": _NAMES | _FUNCTIONS,  # a function gives them later
     "no names": _NO_ITEMS | {"a set"},
     "no items": _NO_ITEMS,
     "examples": frozenset(VALUES) - _NOT_ITERABLE,

@@ -27,6 +27,7 @@ MODULES = (
     "hookattn.interop.transformer_lens",
     "hookattn.render",
     "hookattn.render.server",
+    "hookattn.serving",
     "hookattn.statistics",
     "hookattn.testing",
     "hookattn.training",
