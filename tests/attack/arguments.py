@@ -54,7 +54,7 @@ EXCUSED = {
                     "hookattn.interop.circuitsvis.attention_heads "
                     "hookattn.interop.transformer_lens.to_transformer_lens hookattn.Trace.to_transformer_lens".split(),
                     _FOREIGN),
-    "hookattn.analyze.survey.survey_on_ray": "it is attacked elsewhere, as it needs Ray: tests/analyze/test_survey_on_ray",
+    "hookattn.analyze.survey.survey_on_ray": "attacked in tests/analyze/test_survey_on_ray, as it needs Ray",
     "hookattn.analyze.PairMass": "a base of measures, which those that are made of it are",
     "hookattn.analyze.WordRelation": "likewise",
     "hookattn.edit.Edit": "a base of edits, which those that are made of it are",
