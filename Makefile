@@ -82,11 +82,14 @@ $(VENV)/.cluster: $(VENV)/.dev $(call locked,cluster)
 test-cluster: $(VENV)/.cluster ## surveys on Ray, installed for it: two CPUs of this machine, and what is killed on them
 	$(BIN)/python -m pytest tests/cluster -n 1 -rs
 
-.venv-serving/.done: tests/serving_vllm/libraries.txt tests/serving_vllm/needed.txt
+# Of its own: vLLM asks for other versions than the tests do. It has wheels for Linux on x86_64 alone.
+served = .venv-serving/bin/python -m pip install --quiet --no-compile $(if $(UNLOCKED),,--constraint $(LOCK)/serving.txt)
+.venv-serving/.done: tests/serving_vllm/libraries.txt tests/serving_vllm/needed.txt $(if $(UNLOCKED),,$(LOCK)/serving.txt)
+	@$(call fits,$(PYTHON),serving) --venv .venv-serving
 	$(PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python -m pip install --quiet --no-compile "$(TORCH)"
-	.venv-serving/bin/python -m pip install --quiet --no-compile "$(TORCH)" -r tests/serving_vllm/needed.txt
-	.venv-serving/bin/python -m pip install --quiet --no-compile --no-deps -r tests/serving_vllm/libraries.txt
+	$(served) "$(TORCH)"
+	$(served) "$(TORCH)" -r tests/serving_vllm/needed.txt
+	$(served) --no-deps -r tests/serving_vllm/libraries.txt
 	@touch $@
 
 test-serving: .venv-serving/.done ## vLLM on a CPU, installed for it: minutes

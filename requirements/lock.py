@@ -6,6 +6,7 @@
     mutants.txt what the tests need, and what `make test-mutants` installs beside
     cluster.txt what the tests need, and what `make test-cluster` installs beside
     field.txt   the other libraries of the field that `make test-field` installs
+    serving.txt what `make test-serving` installs into an environment of its own, for the one platform that it is for
 
 Each has one exact version a package, and markers where Python versions or platforms need different ones. They are
 given to pip as constraints (`pip install -c requirements/dev.txt -e ".[dev]"`) and not as a list to install: which
@@ -27,6 +28,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,8 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 ALONE = FOLDER / "alone.in"
 FIELD = [ROOT / "tests/field/libraries.txt", ROOT / "tests/field/needed.txt"]
+SERVED = ROOT / "tests/serving_vllm/libraries.txt"
+SERVING = [SERVED, ROOT / "tests/serving_vllm/needed.txt"]
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that the files are for
 # The platforms that the files are for, as uv names them. Their names tell the oldest glibc and macOS that torch has
@@ -43,6 +47,8 @@ PLATFORMS = {
     ("linux", "aarch64"): "aarch64-manylinux_2_28",
     ("darwin", "arm64"): "aarch64-apple-darwin",
 }
+# Pure Python of which there is no wheel: what comes with the mutation tests alone.
+UNBUILT = ["--no-binary", "yattag"]
 GLIBC = (2, 28)
 MACOS = (14, 0)
 
@@ -140,9 +146,10 @@ def make(torch: str, keep: bool = False) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings, cap = Path(scratch, "uv.toml"), Path(scratch, "torch.txt")
         cap.write_text(torch + "\n", encoding="utf-8")
-        # alone.in says what is installed without dependencies; uv has to know, or it would lock these too.
+        # These are installed without dependencies; uv has to know, or it would lock their dependencies too.
+        alone = [pin.partition("==")[0] for pin in (*pins(ALONE), *pins(SERVED))]
         settings.write_text(
-            "".join(f'[[dependency-metadata]]\nname = "{pin}"\nrequires-dist = []\n' for pin in pins(ALONE)),
+            "".join(f'[[dependency-metadata]]\nname = "{name}"\nrequires-dist = []\n' for name in alone),
             encoding="utf-8",
         )
 
@@ -152,11 +159,12 @@ def make(torch: str, keep: bool = False) -> None:
             environment["UV_CUSTOM_COMPILE_COMMAND"] = "make lock"
             subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=True)
 
-        def lock(name: str, *arguments: str | Path) -> Path:
+        def lock(name: str, *arguments: str | Path, platforms: Sequence[str] = ()) -> Path:
             output = FOLDER / f"{name}.txt"
             oldest = dotted(OLDEST)
             upgrade = [] if keep else ["--upgrade"]
-            compile("--universal", "--python-version", oldest, *upgrade, *arguments, "--output-file", output)
+            place = platforms or ["--universal"]
+            compile(*place, "--python-version", oldest, *upgrade, *arguments, "--output-file", output)
             print(f"{output.relative_to(ROOT)}: {len(pins(output))} pins")
             return output
 
@@ -170,6 +178,8 @@ def make(torch: str, keep: bool = False) -> None:
         clustered = [*dev, "--extra", "ray"]
         cluster = lock("cluster", *clustered, project, ALONE, "--constraint", whole)
         field = lock("field", "--no-deps", *FIELD, "--constraint", whole)
+        only = ["--python-platform", PLATFORMS["linux", "x86_64"]]  # vLLM for a CPU has no wheels for others
+        lock("serving", *SERVING, "--constraint", cap, platforms=only)
 
         for (system, processor), target in PLATFORMS.items():
             for minor in range(OLDEST[1], NEWEST[1] + 1):
@@ -177,7 +187,7 @@ def make(torch: str, keep: bool = False) -> None:
                 out = ["--output-file", Path(scratch, "checked.txt")]
                 wheels = ["--only-binary", ":all:"]
                 compile(*python, *wheels, *dev, project, ALONE, "--constraint", whole, *out)
-                compile(*python, *wheels, *beside, project, ALONE, "--constraint", mutants, *out)
+                compile(*python, *wheels, *UNBUILT, *beside, project, ALONE, "--constraint", mutants, *out)
                 compile(*python, *wheels, *clustered, project, ALONE, "--constraint", cluster, *out)
                 compile(*python, *wheels, FOLDER / "build.in", "--constraint", build, *out)
                 compile(*python, "--no-deps", *FIELD, "--constraint", field, *out)
