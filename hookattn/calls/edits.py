@@ -176,8 +176,8 @@ def numbered_together(
     Args:
         name: what an edit calls its numbers along the axis: ``heads``, ``queries`` or ``batch``.
         letters: of the axis, one or more; a field that has none of them has no such numbers.
-        several: of each call its edits; which numbers of the whole all of an edited field are there; and what is added
-            to its own numbers to make them the whole's.
+        several: of each call its edits; which numbers of the whole all of an edited field are there, none where that is
+            not known; and what is added to its own numbers to make them the whole's.
         whole: how many the whole has, for an edit; None: that is not known.
     """
     told = []
@@ -190,7 +190,8 @@ def numbered_together(
         told.append(own)
 
     def written(edit: AppliedEdit, cells: set[int]) -> list[AppliedEdit]:
-        along = any(letter in FIELD_SPECS[edit.field].axes for letter in letters) and len(cells) != whole(edit)
-        return [edit.numbered(**{name: tuple(sorted(cells))}) if along else edit]
+        along = any(letter in FIELD_SPECS[edit.field].axes for letter in letters)
+        some = along and cells and len(cells) != whole(edit)
+        return [edit.numbered(**{name: tuple(sorted(cells))}) if some else edit]
 
     return put_together(told, written)

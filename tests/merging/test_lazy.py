@@ -94,8 +94,8 @@ def test_part_of_the_files_compact(whole: hookattn.Trace, tmp_path: Path, monkey
 
 
 MEMORY = """
-import resource, sys
-import torch, torch.nn.functional as F, tracemalloc
+import sys
+import torch, torch.nn.functional as F
 import hookattn
 from hookattn import Shard
 
@@ -134,14 +134,9 @@ print(peak(run))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_writing_the_whole_takes_the_memory_of_a_field(tmp_path: Path) -> None:
-    t = 768
-    field = 8 * t * t * 4
-    found = []
-    for layers in (2, 12):
-        command = [sys.executable, "-c", MEMORY, str(layers), str(t), str(tmp_path)]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert said.returncode == 0, said.stderr
-        found.append(int(said.stdout))
-        (tmp_path / f"{layers}.safetensors").unlink()
-    assert found[1] < 4 * field, (found, field)
-    assert found[1] < found[0] + 1.5 * field, (found, field)
+    layers, t = 8, 512
+    field = 8 * t * t * 4  # the weights of one call; scores and weights of all calls are sixteen times that
+    command = [sys.executable, "-c", MEMORY, str(layers), str(t), str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0, said.stderr
+    assert int(said.stdout) < 4 * field

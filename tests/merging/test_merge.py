@@ -208,9 +208,10 @@ EDITS = [
     edit.zero(field="weights", heads=[3], layer=0),
     edit.zero(field="weights", heads=[1, 2]),
     edit.zero(field="output"),
-    edit.add(field="scores", values=0.5, heads=[0], layer=1),
+    edit.scale(field="scores", gates=0.5, heads=[0], layer=1),
     edit.add(field="scores", values=0.5, heads=[0]),
     edit.scale(field="k", gates=0.5, heads=[1]),
+    edit.scale(field="v", gates=0.5),
     edit.scale(field="q", gates=0.5, queries=[1, 3]),
     edit.knockout(queries=[4], keys=[1], heads=[0, 1]),
 ]
@@ -231,6 +232,27 @@ def test_edits(number: int, axis: str, counts: list[int], tmp_path: Path) -> Non
     same_trace(hookattn.merge(ranks), trace)
     paths = [rank.save(tmp_path / f"{i}.safetensors") for i, rank in enumerate(ranks)]
     same_trace(hookattn.merge(paths), trace)
+
+
+def test_edits_of_the_key_heads_of_some_ranks() -> None:
+    """Numbers of key heads are the model's, of which the ranks have kept some, or none."""
+    model = tiny_models.llama()
+    with torch.no_grad(), hookattn.editing(model, edit.scale(field="v", gates=0.5)) as trace:
+        model(tiny_models.ids(5, 3))
+    for capture in (("v", "weights"), ("weights",)):
+        ranks = cut(trace, "H", [2, 2])
+        for rank, head in zip(ranks, (0, 3), strict=True):
+            rank.selection = {"heads": [0, 3]}
+            rank.calls = [call.at(heads=head) for call in rank]
+            for call in rank:
+                call.fields = {name: call.get(name) for name in capture}
+                call.derivable = ()
+        assert all(call.edits == trace[0].edits for call in hookattn.merge(ranks))
+        ranks[1][0].edits = ()
+        assert [e.heads for e in hookattn.merge(ranks)[0].edits] == [(0,)]
+    ranks = cut(trace, "H", [2, 2])
+    ranks[1][0].edits = ()
+    assert [e.heads for e in hookattn.merge(ranks)[0].edits] == [(0,)]
 
 
 @pytest.mark.parametrize(("axis", "counts"), [("H", [2, 2]), ("T", [2, 3]), ("B", [1, 2])])
