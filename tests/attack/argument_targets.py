@@ -166,6 +166,20 @@ def _method(
     return Target(name, run, kinds)
 
 
+def _one_batch(values: Any) -> list[survey.Batch]:
+    return [survey.Batch(tiny_models.ids(), len(values))]
+
+
+def _built() -> Any:
+    return tiny_models.gpt2(), _one_batch
+
+
+def _surveyed(s: Stage) -> Path:
+    out = s.folder / "read.parquet"
+    survey.survey(s.model, ["a", "b"], _one_batch, out, measures="sink")
+    return out
+
+
 def _in_block(**given: Any) -> Any:
     with hookattn.tracing(**given) as trace:
         stage().model(stage().inputs)
@@ -310,19 +324,18 @@ def _analyzers() -> Iterator[Target]:
                   True, model="model", examples="examples", encode="function", out="path",
                   measures="nothing", batch="count", about="mapping or none", progress="function or none",
                   shard="nothing or none", on_error="nothing")  # fmt: skip
-    # Processes are not started: what is wrong is found before.
     yield _target(v + "survey_on_processes", survey.survey_on_processes,
-                  lambda s: {"build": "no.such:build", "examples": ["a", "b"], "out": s.folder / "many.parquet",
+                  lambda s: {"build": _built, "examples": ["a", "b"], "out": s.folder / "many.parquet",
                              "measures": "sink", "jobs": 1},
                   True, build="function", examples="examples", out="path", jobs="count", measures="nothing",
                   batch="count", about="mapping or none", progress="function or none", shard="nothing or none",
                   on_error="nothing", say="function or none")  # fmt: skip
-    yield _target(v + "Measurer", survey.Measurer, lambda s: {"build": "a:b", "measures": "sink"}, build="nothing",
+    yield _target(v + "Measurer", survey.Measurer, lambda s: {"build": _built, "measures": "sink"}, build="function",
                   measures="nothing", on_error="nothing")  # fmt: skip
     yield _target(v + "CorpusShard", survey.CorpusShard, lambda s: {"index": 0, "of": 4}, index="index", of="count")
     yield _target(v + "chunks", survey.chunks, lambda s: {"examples": ["a", "b"], "batch": 2}, examples="examples",
                   batch="count", wanted="function or none")  # fmt: skip
-    yield _target(v + "read_table", survey.read_table, lambda s: {"out": "nowhere.parquet"}, out="path")
+    yield _target(v + "read_table", survey.read_table, lambda s: {"out": _surveyed(s)}, out="path")
     yield _target(v + "Corpus", survey.Corpus, lambda s: {"paths": (str(s.text),)}, paths="paths", field="text or none")
     yield _target(v + "Batch", survey.Batch, lambda s: {"inputs": s.inputs, "count": 2}, inputs="anything",
                   count="count", tokens="token lists or none", real="real or none")  # fmt: skip

@@ -95,8 +95,11 @@ def chunks(examples: Iterable[Any], batch: int, wanted: Callable[[int], bool] | 
         wanted: of the number of a chunk, whether its values are; None: all are.
 
     Raises:
-        InputError: a file cannot be read at all.
+        InputError: an argument is something else; a file cannot be read at all.
     """
+    batch, examples = checks.whole("batch", batch, 1), as_examples(examples)
+    if wanted is not None:
+        checks.function("wanted", wanted, "a function of the number of a chunk")
     number, first, size = 0, 0, 0
     values: list[Value | InputError] = []
     blocks = getattr(examples, "blocks", None)
@@ -104,7 +107,7 @@ def chunks(examples: Iterable[Any], batch: int, wanted: Callable[[int], bool] | 
         at = 0
         while at < block.size:
             more = min(batch - size, block.size - at)
-            if wanted is None or wanted(number):
+            if wanted is None or _is_wanted(wanted, number):
                 values += block.values(at, at + more)
             at, size = at + more, size + more
             if size == batch:
@@ -118,3 +121,26 @@ def _blocks(examples: Iterable[Any], batch: int) -> Iterator[Block]:
     source = iter(examples)
     while values := list(itertools.islice(source, batch)):
         yield Block(len(values), lambda start, stop, values=values: values[start:stop])  # type: ignore[misc]
+
+
+def _is_wanted(wanted: Callable[[int], bool], number: int) -> bool:
+    try:
+        return wanted(number)
+    except Exception as error:
+        raise InputError(f"wanted does not take the number of a chunk, {number}: {error}") from error
+
+
+def as_examples(given: Any) -> Any:
+    """What can be gone through, and is not one text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if callable(getattr(given, "blocks", None)):
+        return given  # a Corpus
+    if not isinstance(given, (str, bytes)):
+        try:
+            return iter(given)
+        except Exception:  # noqa: BLE001 - said below
+            pass
+    raise checks.wrong("examples", given, "examples, one after the other, and not one text")

@@ -20,7 +20,7 @@ from ... import checks
 from ...errors import HookattnError, InputError, MeasureError, TraceWriteError
 from ..measures.base import Measure
 from .batches import Value
-from .chunking import CorpusShard, as_shard, chunks
+from .chunking import CorpusShard, as_examples, as_shard, chunks
 from .measurer import Build, Measurer
 from .parts import Parts
 from .run import measure_shard, settings
@@ -79,6 +79,12 @@ def survey_on_processes(
     jobs = checks.whole("jobs", jobs, 1)
     checks.path("out", out, TraceWriteError)
     batch = checks.whole("batch", batch, 1)
+    as_examples(examples)
+    if about is not None:
+        checks.one_of("about", about, dict, "plain data by name")
+    for name, function in (("progress", progress), ("say", say)):
+        if function is not None:
+            checks.function(name, function, "a function")
     own = as_shard(shard)
     measurer = Measurer(build, measures, on_error)
     described = settings(measurer, batch, about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ ON_ERROR = ("raise", "record")
 Built = tuple[nn.Module, Encode]
 Build = str | Callable[[], Built]
 
+_NAMED = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _FAILED, _MADE_BY = b"hookattn_failed", b"hookattn_made_by"
 _LONGEST = 300  # characters that are kept of an example's error
 
@@ -68,8 +70,11 @@ class Measurer:
     def __init__(
         self, build: Build, measures: str | Measure | Iterable[str | Measure], on_error: str = "raise"
     ) -> None:
+        expected = "module:function, or a function that gives (model, encode)"
         if not isinstance(build, str):
-            checks.function("build", build, "module:function, or a function that gives (model, encode)")
+            checks.function("build", build, expected)
+        elif _NAMED.fullmatch(build) is None:
+            raise checks.wrong("build", build, expected)
         self.build = build
         self.measures = resolve(measures)
         self.on_error = checks.word("on_error", on_error, ON_ERROR)
@@ -143,6 +148,7 @@ class Measurer:
                 not alone.
             ModelError: the model cannot be built or traced.
         """
+        first = checks.whole("first", first, 0)
         self.load()
         tables: list[Table] = []
         failed: list[Failure] = []

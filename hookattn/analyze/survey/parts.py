@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import checks
 from ...errors import InputError, MeasureError, TraceWriteError
 from ...store.partial import remove_leftovers
 from .folders import DiskFolder, folder_and_name, inside
@@ -432,7 +433,7 @@ def read_table(out: str | os.PathLike[str]) -> DataFrame:
     Raises:
         MeasureError: there is none, or it is not complete.
     """
-    text = os.fspath(out)
+    text = checks.path("out", out, MeasureError)
     if os.path.isdir(text) and not text.endswith("/"):
         text += "/"
     told = finished(text)

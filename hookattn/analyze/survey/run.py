@@ -13,8 +13,7 @@ from ...errors import InputError, TraceWriteError
 from ...models.discovery import make_watch_plan
 from ..measures.base import Measure
 from .batches import Encode, Value
-from .chunking import CorpusShard, as_shard, chunks
-from .corpus import Corpus
+from .chunking import CorpusShard, as_examples, as_shard, chunks
 from .measurer import Measurer, failures_of, sentence
 from .parts import FOUND, Parts
 
@@ -71,7 +70,7 @@ def survey(
     """
     if not isinstance(model, nn.Module):
         make_watch_plan(model)  # says what is wrong with it
-    source = _examples(examples)
+    source = as_examples(examples)
     checks.function("encode", encode, "a function from examples to batches")
     checks.path("out", out, TraceWriteError)
     batch = checks.whole("batch", batch, 1)
@@ -182,19 +181,3 @@ class Hopeless:
         for number, table in self.held:
             self.parts.write(number, table)
         self.held = []
-
-
-def _examples(given: Any) -> Any:
-    """What can be gone through, and is not one text.
-
-    Raises:
-        InputError: it is something else.
-    """
-    if isinstance(given, Corpus):
-        return given
-    if not isinstance(given, (str, bytes)):
-        try:
-            return iter(given)
-        except Exception:  # noqa: BLE001 - said below
-            pass
-    raise checks.wrong("examples", given, "examples, one after the other, and not one text")
