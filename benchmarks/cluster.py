@@ -32,8 +32,8 @@ from hookattn.analyze.survey import Batch, Measurer, on_ray_workers, survey, sur
 BAR_OVERHEAD, BAR_MEMORY = 0.10, 1.1
 LOG = "HOOKATTN_BENCH_CLUSTER"
 """The variable that names the folder in which processes write when each chunk began and ended."""
-SLEEP = 0.5
-"""Seconds that a simulated worker sleeps for a chunk."""
+SLEEP = 1.2
+"""Seconds that a simulated worker sleeps for a chunk: what eight examples took a model of GPT-2-small's size."""
 _VOCABULARY, _SHORTEST = 50257, 32
 _MEASURES = ("entropy", "sink", "previous_token", "induction")
 
@@ -243,7 +243,7 @@ def draw(seconds: dict[int, float], chunks: int, out: str) -> None:
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
     counts = list(seconds)
-    base = SLEEP * chunks
+    base = seconds[counts[0]] * counts[0]
     axes.plot(counts, counts, color="0.7", linewidth=1, label="linear")
     axes.plot(counts, [base / seconds[n] for n in counts], marker="o", label="survey_on_ray")
     axes.set_xscale("log", base=2)
