@@ -14,8 +14,10 @@ import hookattn
 
 ROOT = Path(hookattn.__file__).parent
 OPTIONAL = (
+    "accelerate",
     "anywidget",
     "IPython",
+    "lightning",
     "matplotlib",
     "pandas",
     "PIL",
@@ -26,6 +28,7 @@ OPTIONAL = (
     "traitlets",
     "transformers",
     "uvicorn",
+    "wandb",
 )
 NOT_AT_IMPORT = (
     "click",
@@ -106,7 +109,9 @@ def test_nothing_heavy_is_imported(imports: list[dict[str, object]]) -> None:
     assert not foreign, f"neither the standard library's nor declared: {foreign}"
 
 
-@pytest.mark.parametrize("module", ["hookattn.cli.commands", "hookattn.analyze", "hookattn.render", "hookattn.testing"])
+@pytest.mark.parametrize(
+    "module", ["hookattn.cli.commands", "hookattn.analyze", "hookattn.render", "hookattn.testing", "hookattn.training"]
+)
 def test_what_is_around_the_core_imports_nothing_optional(module: str) -> None:
     if module == "hookattn.cli.commands":
         pytest.importorskip("click")
