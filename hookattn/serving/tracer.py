@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..attention.kernel_call import KernelCall
 from ..attention.masks import split_additive
 from ..calls.call import Call
@@ -309,8 +310,6 @@ def _options(asked: Any) -> Mapping[str, Any]:
     Raises:
         InputError: what it says are none.
     """
-    from .. import checks
-
     if isinstance(asked, str) and asked not in ("true", "True", "1"):
         try:
             asked = json.loads(asked)
