@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 from requirements import lock
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {name: ROOT / f"requirements/{name}.txt" for name in ("build", "demo", "dev", "mutants", "cluster", "field", "serving")}
+NAMES = ("build", "demo", "dev", "mutants", "cluster", "field", "serving")
+FILES = {name: ROOT / f"requirements/{name}.txt" for name in NAMES}
 MACHINE = lock.Machine((3, 11, 7), "cpython", "linux", "x86_64", (2, 36), ())
 MAC = lock.Machine((3, 13, 0), "cpython", "darwin", "arm64", (), (15, 1))
 TORCH = next(pin for pin in lock.pins(FILES["dev"]) if pin.startswith("torch=="))
