@@ -30,7 +30,7 @@ _ABOUT, _ABOUT_DATASET, _FAILED = "survey.json", "_survey.json", "_failed.jsonl"
 FOUND = "found"
 """The key of what is found out as a survey runs, and is no setting of it: ``model``, ``parts``, ``shards``, ``failed``,
 ``made_by``, ``finished``."""
-_ROWS = 1 << 18  # of a row group: few, large ones, which readers like
+_ROWS = 1 << 16  # of a row group: large enough for readers, and of no account in memory
 
 
 class Parts:
