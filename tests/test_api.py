@@ -410,7 +410,7 @@ def test_the_ways_in_take_the_same_keywords() -> None:
     assert keywords(hookattn.tracing) == whole
     assert whole == api._DEFAULTS and list(api.TracingOptions.__annotations__) == list(whole)
     # No bytes depend on who checks a call, or on what its tokens are called; what a backward brings is no forward's.
-    left_out = ("tokens", "verify", "strict", "copy", "gradients", "attached")
+    left_out = ("tokens", "verify", "strict", "copy", "gradients", "attached", "shard")
     assert told == {n: default for n, default in whole.items() if n not in left_out}
     assert chosen == {n: default for n, default in told.items() if n not in ("to", "layout")}
     assert list(chosen) == [f.name for f in dataclasses.fields(Selection) if f.name != "statistics"]

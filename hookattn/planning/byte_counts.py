@@ -56,7 +56,12 @@ def field_bytes(seen: SeenCalls, selection: Selection, streamed: bool) -> tuple[
         lazy = not streamed and selection.keeps_as_it_is(seen.device)
         call = replace(given, mask=_complete(given, step, masks))
         _, h, t, _ = call.shape
-        chosen = selection.head_index(h, site.label), selection.query_index(t, site.label)
+        if call.cuts is None:
+            chosen = selection.head_index(h, site.label), selection.query_index(t, site.label)
+        else:  # of the whole model's heads and queries this process may have none
+            chosen = selection.within(call, site.label)
+            if [] in chosen:
+                continue
         own_mask, whole_mask = replace(given), _complete(given, step, masks)
         restrict(own_mask, *chosen)
         restrict(call, *chosen)

@@ -12,7 +12,11 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 
 import hookattn
-from hookattn import Shard, analyze, edit, render
+from hookattn import Shard, Site, analyze, edit, render
+from hookattn.attention.kernel_call import KernelCall
+from hookattn.attention.pieces import Cut
+from hookattn.planning.byte_counts import SeenCalls, field_bytes
+from hookattn.recording.selection import Selection
 from tests.ranks import run_ranks
 from tests.sharding.models import Attention, by_columns, inputs, mesh
 from tests.sharding.test_heads import held_against
@@ -173,6 +177,14 @@ def test_what_reads_a_trace_names_the_models_heads(tmp_path: Path) -> None:
         assert any("head 5" in text.get_text() for text in drawn.findobj(Text))
         with pytest.raises(hookattn.SelectionError, match="kept heads 4, 5, 6, 7"):
             render.heatmap(read, heads=1)
+
+
+def test_room_is_asked_for_what_is_here() -> None:
+    x = torch.zeros(1, 4, 5, 6, device="meta")
+    call = KernelCall(x, x, x, x, 1.0, "sdpa", cuts={"H": Cut(4, 8), "G": Cut(4, 8)})
+    for heads, calls in (([5, 1], 1), ([1], 0)):
+        rows, _ = field_bytes(SeenCalls([(call, Site("a"), 0)]), Selection.of(heads=heads), False)
+        assert len(rows) == calls and all(row.shapes["q"] == (1, 1, 5, 6) for row in rows)
 
 
 def _on_two(rank: int, folder: Path) -> dict[str, Any]:
