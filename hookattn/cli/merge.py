@@ -73,8 +73,10 @@ def _of_rank(file: str, trace: Trace) -> dict[str, Any]:
 
 def _table(ranks: Sequence[dict[str, Any]]) -> Table:
     made = Table(box=None, pad_edge=False)
-    for title in ("file", "size", "has"):
-        made.add_column(title, justify="right" if title == "size" else "left")
+    # A long path goes on in the next line, and not what the file has.
+    made.add_column("file", overflow="fold")
+    made.add_column("size", justify="right")
+    made.add_column("has", no_wrap=True)
     for rank in ranks:
         shards = "; ".join(rank["shards"][:4]) + ("; …" if len(rank["shards"]) > 4 else "")
         layers = f", layers {rank['layers'][0]} to {rank['layers'][-1]}" if rank["layers"] else ""

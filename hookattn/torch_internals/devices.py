@@ -50,6 +50,21 @@ def absent(device: str) -> str:
     return f"this torch sees no {name} device" if name and not there() else ""
 
 
+def name_of(device: torch.device) -> str:
+    """What a device is, as far as it may decide the last bits of a number."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that processes can be shared out to, as CUDA_VISIBLE_DEVICES has them."""
+    if not torch.cuda.is_available():
+        return []
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+
+
 # ------------------------------------------------------------------------------------------------ free memory
 
 

@@ -6,11 +6,11 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..torch_internals.devices import random_state
 from ..torch_internals.module_state import buffers_of
 
 
@@ -49,13 +49,9 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             back.callback(numpy.random.set_state, numpy.random.get_state())
-        back.callback(torch.set_rng_state, torch.get_rng_state())
-        devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-        for device in devices:
-            if device.type not in ("cpu", "meta"):
-                module: Any = torch.get_device_module(device)
-                own = () if device.type == "mps" else (device,)  # of which there is one
-                back.callback(module.set_rng_state, module.get_rng_state(*own), *own)
+        of = {torch.device("cpu"), *(x.device for x in (*model.parameters(), *model.buffers()))}
+        for device in of:
+            back.callback(random_state(device))
         yield
 
 

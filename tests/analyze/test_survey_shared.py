@@ -272,7 +272,7 @@ def test_a_measurer_is_pickled_as_how_to_build_the_model(model: Any, tmp_path: P
     assert len(raw) < 2000, "the model is not in it"
     parts = Parts(tmp_path / "u.parquet", {})
     for chunk in chunks(values, 2):
-        parts.write(chunk.number, pickle.loads(raw)(chunk.number, chunk.first, chunk.values))
+        parts.write(chunk.number, pickle.loads(raw).part(chunk.number, chunk.first, chunk.values))
     parts.counted(3)
     for number in range(3):
         same_table(

@@ -402,7 +402,7 @@ def _core() -> Iterator[Target]:
     yield _target(h + "tracing", _in_block, lambda s: {"model": s.model}, model="model", **TRACED)
     yield _target(h + "plan", hookattn.plan, _run, True, model="model", inputs="inputs", **SELECTED)
     yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
-    yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.steps, "steps": "batches"}, traces="nothing",
+    yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.gpt2, "steps": "batches"}, traces="nothing",
                   steps="text or none")  # fmt: skip
     numbers = {"of": "count or none", "groups_of": "count or none", "count": "count", "index": "count from 0"}
     starts = dict.fromkeys(("start", "group_start"), "count from 0 or none")

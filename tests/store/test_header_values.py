@@ -15,9 +15,11 @@ from hookattn.store.schema import (
     CALL,
     CERTIFICATE,
     DOCUMENT,
+    EDIT,
     FIRST,
     LINK,
     MODEL,
+    SHARD,
     SITE,
     SKIPPED,
     Scalar,
@@ -203,6 +205,14 @@ KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "scale": ([1.0, 3, 0, -2.5, {"tensor": "a"}], [{"tensor": 1}, {}, None, "a", "nan", math.inf, 1e39, True, [1.0]]),
     "counts": ([[], [1, 2], [2**63 - 1]], [[True], [1.0], ["1"], [-1], [2**63], 1, None, {"1": 1}]),
     "strs": ([[], ["a"]], [[1], [None], "a", {"a": 1}, None]),
+    "pairs": (
+        [[], [[1, 2]], [[0, 0], [3, 2**63 - 1]]],
+        [[1], [[1]], [[1, 2, 3]], [[1, True]], [[-1, 1]], [["1", 1]], {}, None],
+    ),
+    "numbers": ([[1], [2, 0]], [[], [1, 1], [-1], [True], [1.0], ["1"], 1, None]),
+    "word": (["zero"], ["", "a\x1b", 1, None]),
+    "edited": (["q", "weights"], ["sinks", "", 1, None]),
+    "axis": (["H", "T", "B"], ["S", "", "HT", 1, None]),
     "objects": ([[], [{}]], [[[]], [None], {}, None]),
     "texts": ([[], [[]], [["a"], []]], [["a"], [[1]], [None], None, "a"]),
     "dtype": (["float32", "bfloat16", "float8_e4m3fn"], ["float", "int64", "bool", "Tensor", "", "torch.float32", 3]),
@@ -228,7 +238,7 @@ def test_what_is_of_a_kind_and_what_is_not(kind: str) -> None:
 
 
 def test_every_kind_of_the_tables_is_tried() -> None:
-    tables = (DOCUMENT, MODEL, SKIPPED, CALL, LINK, SITE, CERTIFICATE)
+    tables = (DOCUMENT, MODEL, SKIPPED, CALL, EDIT, SHARD, LINK, SITE, CERTIFICATE)
     assert {scalar.kind.removesuffix("?") for table in tables for scalar in table} <= KINDS.keys()
 
 

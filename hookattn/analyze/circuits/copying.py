@@ -78,7 +78,7 @@ def vocabulary(model: Any) -> tuple[Tensor, Tensor]:
         MeasureError: it does not say.
     """
     found = []
-    model = inside_all(model)
+    model = inside_all(model) if isinstance(model, nn.Module) else model
     for name in ("input", "output"):
         get = getattr(model, f"get_{name}_embeddings", None)
         module = get() if callable(get) else None

@@ -18,6 +18,7 @@ import torch
 
 from ... import checks
 from ...errors import HookattnError, InputError, MeasureError, TraceWriteError
+from ...torch_internals.devices import visible_gpus
 from ..measures.base import Measure
 from .batches import Value
 from .chunking import CorpusShard, as_examples, as_shard, chunks
@@ -95,7 +96,7 @@ def survey_on_processes(
         return sum(own_sizes)
     # The chunks i of n are, for each j, the chunks i + n·j of n·jobs.
     shards = [CorpusShard(own.index + own.of * j, own.of * jobs) for j in range(jobs)]
-    gpus = _gpus()
+    gpus = visible_gpus()
     orders = [
         _Order(
             measurer, examples, os.fspath(out), described, batch, each, max(1, torch.get_num_threads() // jobs),
@@ -115,14 +116,6 @@ def survey_on_processes(
     if shard is None:
         parts.finish(count, strict=on_error == "raise")
     return total
-
-
-def _gpus() -> list[str]:
-    """The GPUs that processes are shared out to, as CUDA_VISIBLE_DEVICES has them."""
-    if not torch.cuda.is_available():
-        return []
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
 
 
 class _Jobs:

@@ -16,6 +16,7 @@ from ... import api, checks
 from ...attention.kernel_call import DERIVED, SOURCES
 from ...errors import HookattnError, InputError, ModelError
 from ...models.wrappers import inside_all, own_class
+from ...torch_internals.devices import name_of
 from ..call_view import View
 from ..measures.base import Measure
 from ..reading import Reading
@@ -268,11 +269,7 @@ def _built(build: Build) -> Built:
 def _machine(model: nn.Module) -> dict[str, str]:
     """What may decide the last bits of a value."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-    return {"torch": torch.__version__, "device": name}
+    return {"torch": torch.__version__, "device": name_of(device)}
 
 
 def _is_no_examples_fault(error: Exception) -> bool:
