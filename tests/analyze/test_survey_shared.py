@@ -189,7 +189,7 @@ def test_parts_that_are_no_part_of_it(model: Any, tmp_path: Path) -> None:
 
 
 @POSIX
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2))])
 def test_a_worker_is_killed_at_any_time(model: Any, tmp_path: Path, seed: int) -> None:
     corpus = written(tmp_path, examples(30))
     one, out = tmp_path / "one.parquet", tmp_path / "t.parquet"
@@ -361,7 +361,9 @@ def test_what_a_job_raises_is_raised(tmp_path: Path) -> None:
 
 
 @POSIX
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending", [signal.SIGTERM, *(pytest.param(x, marks=pytest.mark.slow) for x in (signal.SIGINT, signal.SIGKILL))]
+)
 def test_who_ends_the_command_ends_its_jobs(tmp_path: Path, ending: signal.Signals) -> None:
     corpus, out = written(tmp_path, examples(4000)), tmp_path / "t.parquet"
     start = [sys.executable, "-c", "from hookattn.cli import main; main()"]

@@ -99,6 +99,7 @@ def broadcast(data: st.DataObject, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(data.draw(st.sampled_from(sorted({1, n}))) for n in shape)
 
 
+@pytest.mark.slow
 @given(st.data(), sizes, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @few
 def test_everything_at_once(data: st.DataObject, n: dict[str, int], dtype: torch.dtype) -> None:

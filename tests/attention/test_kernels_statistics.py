@@ -81,6 +81,7 @@ def compare(problem: st.Problem) -> None:
         assert value is None or value.is_contiguous(), name
 
 
+@pytest.mark.slow
 @given(data=some.data())
 @few
 def test_everything_at_once(data: some.DataObject) -> None:

@@ -170,6 +170,7 @@ def test_cells_are_five_characters(weight: float, text: str) -> None:
     assert shaded(weight, colours=True).cell_len == 5
 
 
+@pytest.mark.slow
 def test_the_readme_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "demo.png"

@@ -164,6 +164,7 @@ def test_the_induction_head_rests_on_bos_where_nothing_repeats(model: InductionT
     assert layers[1][:, head, 2 : length + 1, BOS].mean() > 0.8
 
 
+@pytest.mark.slow
 def test_training_is_reproducible(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     script = str(ROOT / "examples" / "train_induction.py")

@@ -505,6 +505,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         command.main(["--cases", "nothing"])
 
 
+@pytest.mark.slow
 def test_the_command_measures_both_allocators(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

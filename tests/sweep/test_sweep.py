@@ -272,6 +272,7 @@ def test_a_call_that_is_left_out_makes_a_red_row(monkeypatch: pytest.MonkeyPatch
     assert any(p.startswith("unseen") for p in row.problems), row.problems
 
 
+@pytest.mark.slow
 def test_a_crash_costs_its_own_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, object]] = []
     seen: list[Worker] = []

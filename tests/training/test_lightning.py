@@ -196,6 +196,7 @@ def test_what_fails_later_is_told_once(tmp_path: Path) -> None:
     assert len([w for w in told if w.category is MonitorWarning]) == 1 and monitor.history["step"].nunique() == 5
 
 
+@pytest.mark.slow
 def test_the_other_name_of_lightning(tmp_path: Path) -> None:
     """In a process of its own, as the class is made for what a process has imported."""
     import subprocess
