@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 _BRINGS = {
     "analyze": ("pandas", "pyarrow", "scipy"),
@@ -37,3 +39,24 @@ def extra_named() -> Iterator[None]:
         if how is not None:
             error.add_note(f"hookattn: {how}")
         raise
+
+
+def imported_when_asked(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package each of whose names needs a library of its own.
+
+    Args:
+        package: its name.
+        modules: public name → the module that has it, imported when the name is first asked for.
+
+    Returns:
+        What gives a name; it raises AttributeError where there is no such name, and ModuleNotFoundError, with how to
+        install it, where a library is missing.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; there are {', '.join(modules)}.")
+        with extra_named():
+            return getattr(import_module(modules[name]), name)
+
+    return get

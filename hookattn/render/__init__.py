@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..optional import extra_named
+from ..optional import imported_when_asked
 from .figures import VIEWS
 
 if TYPE_CHECKING:  # What type checkers and editors see; _MODULES says the same to Python.
@@ -37,12 +36,7 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
-    with extra_named():
-        return getattr(import_module(_MODULES[name]), name)
+__getattr__ = imported_when_asked(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -5,10 +5,9 @@ Nothing is imported unasked: each callback needs the library whose trainer it is
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..optional import extra_named
+from ..optional import imported_when_asked
 
 if TYPE_CHECKING:  # What type checkers and editors see; _MODULES says the same to Python.
     from .head_monitor import HeadMonitor as HeadMonitor
@@ -25,12 +24,7 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
-    with extra_named():
-        return getattr(import_module(_MODULES[name]), name)
+__getattr__ = imported_when_asked(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

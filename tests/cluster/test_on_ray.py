@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,8 +262,10 @@ def test_a_killed_driver_run_again_goes_on(tmp_path: Path) -> None:
     out, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
     lines = out.split("\n")
-    assert lines[0] == f"{there} parts are there from an earlier run."
-    assert int(lines[1]) == 4 * (there - 1) and "100" in lines
+    told = re.fullmatch(r"(\d+) parts are there from an earlier run\.", lines[0])
+    # The actors of the killed driver end a moment after it, and may write what they were at.
+    assert told is not None and there <= int(told[1]) < 25
+    assert int(lines[1]) == 4 * (int(told[1]) - 1) and "100" in lines
     assert "left False True" in out
     same(tmp_path / "heads.parquet", alone(values, tmp_path / "one.parquet"))
 
