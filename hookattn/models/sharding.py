@@ -163,21 +163,42 @@ def _cuts(x: Tensor) -> list[_Cut]:
         over = [i for i, p in placed if mesh.size(i) > 1 and getattr(p, "dim", None) in (dim, dim - x.dim())]
         if not over:
             continue
-        start, here, of, index, count = 0, x.shape[dim], x.shape[dim], 0, 1
-        plain = True
-        for i in over:
-            size, rank = mesh.size(i), mesh.get_local_rank(i)
-            plain = plain and x.placements[i].is_shard()  # type: ignore[attr-defined]
-            chunk = -(-here // size)  # as torch.chunk cuts: the last ones may have less
-            first = min(rank * chunk, here)
-            start, here = start + first, min(chunk, here - first)
-            index, count = index * size + rank, count * size
-        names = mesh.mesh_dim_names or ()
+        part = part_of_mesh(x.shape[dim], mesh, over)
+        plain = all(x.placements[i].is_shard() for i in over)  # type: ignore[attr-defined]
         local = tuple(x.to_local().shape)[dim]  # type: ignore[attr-defined]
         # Cut in strides, or by somebody's own rule: how many rows are here is known, and not which.
-        start = start if plain and local == here else -1
-        made.append(_Cut(dim, start, local, of, ", ".join(names[i] for i in over if i < len(names)), index, count))
+        start = part.start if plain and local == part.here else -1
+        made.append(_Cut(dim, start, local, x.shape[dim], part.mesh, part.rank, part.ranks))
     return made
+
+
+class MeshPart(NamedTuple):
+    """What one process has of an axis that is cut along dimensions of a device mesh.
+
+    Attributes:
+        start, here: the first position, and how many.
+        mesh: the names of the dimensions.
+        rank, ranks: which of the processes on these this is, and how many they are.
+    """
+
+    start: int
+    here: int
+    mesh: str
+    rank: int
+    ranks: int
+
+
+def part_of_mesh(of: int, mesh: Any, over: Sequence[int]) -> MeshPart:
+    """What this process has of ``of`` positions that are cut along dimensions of a mesh, one after the other."""
+    start, here, index, count = 0, of, 0, 1
+    for i in over:
+        size, rank = mesh.size(i), mesh.get_local_rank(i)
+        chunk = -(-here // size)  # as torch.chunk cuts: the last ones may have less
+        first = min(rank * chunk, here)
+        start, here = start + first, min(chunk, here - first)
+        index, count = index * size + rank, count * size
+    names = mesh.mesh_dim_names or ()
+    return MeshPart(start, here, ", ".join(names[i] for i in over if i < len(names)), index, count)
 
 
 def _of_cut(cut: Sequence[_Parameter], every: Sequence[_Parameter], heads: Heads) -> tuple[Shard | None, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention.kernel_call import TENSOR_SPECS, KernelCall
 from ..attention.pieces import Cut
 from ..calls.shard import Shard
-from ..models.sharding import distributed_tensor
+from ..models.sharding import distributed_tensor, part_of_mesh
 
 _LETTERS = {"B": "B", "H": "H", "G": "H", "T": "T"}
 """What an axis of a tensor is cut along, of the axes that a call can be cut along."""
@@ -98,7 +98,6 @@ def _words(along: list[str | None]) -> str:
 
 
 def _shards(mesh: Any, along: list[str | None], call: KernelCall) -> list[Shard]:
-    names = mesh.mesh_dim_names or ()
     b, h, t, _ = call.shape
     g = call.v.shape[1]
     made = []
@@ -107,24 +106,12 @@ def _shards(mesh: Any, along: list[str | None], call: KernelCall) -> list[Shard]
         if not over:
             continue
         of = {"B": b, "H": h, "T": t}[letter]
-        start, groups, index, count = _first(of, mesh, over), _first(g, mesh, over), 0, 1
-        for i in over:
-            index, count = index * mesh.size(i) + mesh.get_local_rank(i), count * mesh.size(i)
+        start, _, name, rank, ranks = part_of_mesh(of, mesh, over)
+        groups = part_of_mesh(g, mesh, over).start
         known = letter == "H" and h * groups == g * start
-        mesh_name = ", ".join(names[i] for i in over if i < len(names))
         at = (groups, g) if known else (None, None)
-        made.append(Shard(letter, start if start < of else None, of, at[0], at[1], mesh_name, index, count))
+        made.append(Shard(letter, start if start < of else None, of, at[0], at[1], name, rank, ranks))
     return made
-
-
-def _first(of: int, mesh: Any, over: list[int]) -> int:
-    """The first position that this process has of an axis that is cut along dimensions of a mesh, as torch cuts."""
-    start, here = 0, of
-    for i in over:
-        chunk = -(-here // mesh.size(i))
-        first = min(mesh.get_local_rank(i) * chunk, here)
-        start, here = start + first, min(chunk, here - first)
-    return start
 
 
 def cuts_of(shards: list[Shard]) -> dict[str, Cut] | None:
