@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from ... import checks
-from ...errors import HookattnError, InputError, MeasureError, TraceWriteError
+from ...errors import HookattnError, InputError, MeasureError
 from ...torch_internals.devices import visible_gpus
 from ..measures.base import Measure
 from .batches import Value
 from .chunking import CorpusShard, as_examples, as_shard, chunks
 from .measurer import Build, Measurer
 from .parts import Parts
-from .run import measure_shard, settings
+from .run import checked, measure_shard, settings
 
 _PATIENCE = 5.0  # seconds that a process has to end itself
 
@@ -78,14 +78,8 @@ def survey_on_processes(
         TraceWriteError: a file cannot be written.
     """
     jobs = checks.whole("jobs", jobs, 1)
-    checks.path("out", out, TraceWriteError)
-    batch = checks.whole("batch", batch, 1)
+    batch = checked(out, batch, about, progress, say)
     as_examples(examples)
-    if about is not None:
-        checks.one_of("about", about, dict, "plain data by name")
-    for name, function in (("progress", progress), ("say", say)):
-        if function is not None:
-            checks.function(name, function, "a function")
     own = as_shard(shard)
     measurer = Measurer(build, measures, on_error)
     described = settings(measurer, batch, about)

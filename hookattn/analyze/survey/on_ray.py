@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from ... import checks
-from ...errors import InputError, MeasureError, TraceWriteError
+from ...errors import InputError, MeasureError
 from ...optional import extra_named
 from ..measures.base import Measure
 from .batches import Value
@@ -21,7 +21,7 @@ from .chunking import chunks
 from .measurer import Build, Measurer
 from .on_ray_workers import COLUMN, Actor, Place, Reader, Told
 from .parts import Parts, ranges
-from .run import Hopeless, settings
+from .run import Hopeless, checked, settings
 
 _STORE = 100 << 20
 """Bytes of the object store of a Ray that is started here: only examples and numbers go through it."""
@@ -91,20 +91,13 @@ def survey_on_ray(
         ModuleNotFoundError: Ray is not installed: ``pip install "hookattn[ray]"``.
     """
     source = _again(examples)
-    checks.path("out", out, TraceWriteError)
+    batch = checked(out, batch, about, progress, say)
     actors = checks.whole("actors", actors, 1)
     retries = checks.whole("retries", retries, 0)
     gpus = checks.number("gpus_per_actor", gpus_per_actor, "a number of GPUs, 0 or more", lambda x: 0 <= x <= _MOST)
     cpus = checks.number("cpus_per_actor", cpus_per_actor, "a number of CPUs above 0", lambda x: 0 < x <= _MOST)
-    batch = checks.whole("batch", batch, 1)
-    if about is not None:
-        checks.one_of("about", about, dict, "plain data by name")
     if address is not None:
         checks.text("address", address)
-    if progress is not None:
-        checks.function("progress", progress, "a function of the number of examples")
-    if say is not None:
-        checks.function("say", say, "a function of a line")
     measurer = Measurer(build, measures, on_error)
     described = settings(measurer, batch, about)
     with extra_named():

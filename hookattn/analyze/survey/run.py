@@ -72,12 +72,7 @@ def survey(
         make_watch_plan(model)  # says what is wrong with it
     source = as_examples(examples)
     checks.function("encode", encode, "a function from examples to batches")
-    checks.path("out", out, TraceWriteError)
-    batch = checks.whole("batch", batch, 1)
-    if about is not None:
-        checks.one_of("about", about, dict, "plain data by name")
-    if progress is not None:
-        checks.function("progress", progress, "a function of the number of examples")
+    batch = checked(out, batch, about, progress)
     own = as_shard(shard)
     measurer = Measurer.of(model, encode, measures, on_error)
     parts = Parts(out, settings(measurer, batch, about))
@@ -87,6 +82,22 @@ def survey(
     if shard is None:
         parts.finish(count, strict=on_error == "raise")
     return total
+
+
+def checked(out: Any, batch: Any, about: Any, progress: Any, say: Any = None) -> int:
+    """What every way to run a survey takes, checked; gives ``batch`` as a plain int.
+
+    Raises:
+        InputError, SelectionError: one of these is something else.
+    """
+    checks.path("out", out, TraceWriteError)
+    if about is not None:
+        checks.one_of("about", about, dict, "plain data by name")
+    if progress is not None:
+        checks.function("progress", progress, "a function of the number of examples")
+    if say is not None:
+        checks.function("say", say, "a function of a line")
+    return checks.whole("batch", batch, 1)
 
 
 def settings(measurer: Measurer, batch: int, about: dict[str, Any] | None) -> dict[str, Any]:
