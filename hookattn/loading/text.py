@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, pairwise
 from os import PathLike
 from typing import Any, Unpack
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import checks
 from ..api import TracingOptions, tracing
+from ..calls.extents import extents_of
 from ..errors import InputError, ModelError
 from ..recording.forward_inputs import arguments, check_fit
 from ..traces import Trace
@@ -148,7 +149,16 @@ def _generate(model: Any, made: Trace, given: Given, inputs: Any, count: int) ->
     tokens = token_strings(tokenizer, getattr(written, "sequences", written))
     if tokens is None:
         return
-    if getattr(model.config, "is_encoder_decoder", False):
+    both = getattr(model.config, "is_encoder_decoder", False)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    prompt = given.tokens if isinstance(given.tokens, list) else None
+    if both:
+        prompt = None if start is None else [tokenizer.convert_ids_to_tokens([start])] * len(tokens)
+    tokens = _with_prompt(tokens, prompt, _positions_read(made))
+    if tokens is None:
+        made.notes.append("what generate() returned is not the whole text that was read, so that it names no token")
+        return
+    if both:
         made.stack_tokens = {**made.stack_tokens, "decoder": tokens}
         return
     made.tokens = tokens
@@ -157,6 +167,35 @@ def _generate(model: Any, made: Trace, given: Given, inputs: Any, count: int) ->
         made.segments = [
             [*own, *([max(own)] * (len(row) - len(own)))] for own, row in zip(made.segments, tokens, strict=True)
         ]
+
+
+def _with_prompt(written: list[list[str]], prompt: list[list[str]] | None, read: int | None) -> list[list[str]] | None:
+    """The whole texts of a generation, whose last token was never read: some models return only what they wrote.
+
+    Args:
+        written: what ``generate`` returned, B lists.
+        prompt: what it went on from, likewise.
+        read: how many positions the model has read; None: not known.
+    """
+    lacking = 0 if read is None else read + 1 - len(written[0])
+    if lacking <= 0:
+        return written
+    if prompt is None or len(prompt) != len(written) or len(prompt[0]) != lacking:
+        return None
+    return [[*before, *row] for before, row in zip(prompt, written, strict=True)]
+
+
+def _positions_read(made: Trace) -> int | None:
+    """How many positions of its own text a generating model has read in all steps; None: nothing tells."""
+    # What runs last is what writes: encoders and towers run before it.
+    own = [c for c in made.calls if not c.site.crosses]
+    fed = [c.of_queries or extents_of(c, "T").t for c in own if c.site == own[-1].site]
+    known = [t for t in fed if t is not None]
+    if not known or len(known) < len(fed):
+        return None
+    # Without a cache, each step reads all of the text anew.
+    grows = all(a < b for a, b in pairwise(known))
+    return known[-1] if grows else sum(known)
 
 
 def _loaded(model: Any, tokenizer: Any, processor: Any, load: Mapping[str, Any] | None) -> Loaded:

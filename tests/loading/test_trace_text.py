@@ -165,6 +165,25 @@ def test_an_encoder_decoder_has_tokens_of_both() -> None:
     assert found.tokens == [A.split()] and len(found.stack_tokens["decoder"][0]) == 4
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_model_that_returns_only_what_it_wrote(count: int) -> None:
+    """Whisper leaves the start tokens out of what it returns, which would name each position by the next one's token."""
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=len(WORDS), num_mel_bins=8, max_source_positions=50,
+        max_target_positions=20, decoder_start_token_id=2, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    processor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    found = hookattn.trace_text(
+        model, audio=np.zeros(8000, "float32"), processor=processor, tokenizer=tokenizer(), generate=count
+    )
+    tokens = found.stack_tokens["decoder"][0]
+    assert tokens[0] == "[CLS]" and len(tokens) == 1 + count == 1 + max(c.step for c in found) + 1
+
+
 def test_a_conversation_goes_through_its_template() -> None:
     tok = tokenizer()
     tok.chat_template = "{% for m in messages %}[CLS] {{ m['content'] }} [SEP] {% endfor %}[CLS]"
