@@ -167,7 +167,7 @@ def test_an_encoder_decoder_has_tokens_of_both() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_model_that_returns_only_what_it_wrote(count: int) -> None:
-    """Whisper leaves the start tokens out of what it returns, which would name each position by the next one's token."""
+    """Whisper leaves the start tokens out of what it returns: each position would be named by the next one."""
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
         d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
