@@ -3,6 +3,8 @@ import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signal
 import type { Call } from "./data/call";
 import { type Axes, axesOf } from "./data/labels";
 import { Trace } from "./data/trace";
+import { nothing } from "./find";
+import type { Findings } from "./findings";
 import type { Options } from "./options";
 import type { Source } from "./source/source";
 import { callOf, normalise, type State } from "./state";
@@ -22,6 +24,8 @@ export interface App {
   readonly state: ReadonlySignal<State>;
   readonly dark: ReadonlySignal<boolean>;
   readonly cursor: Signal<Cursor>;
+  /** What is found of the heads so far; `find.ts` fills it. */
+  readonly findings: Signal<Findings>;
   /** Whether the steps are being played, one after the other. */
   readonly playing: Signal<boolean>;
   set(patch: Partial<State>): void;
@@ -44,6 +48,7 @@ export async function open(
     state,
     dark,
     cursor,
+    findings: signal(nothing({ trace, options })),
     playing: signal(false),
     set(patch) {
       const next = normalise(patch, state.peek(), trace, ids);
