@@ -106,3 +106,7 @@ __all__ = [
     "trace_text",
     "tracing",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

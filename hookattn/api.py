@@ -20,13 +20,14 @@ from torch import nn
 
 from . import checks
 from .calls.shard import Shard
+from .calls.token_lists import stacked_tokens
 from .edit.base import Edit
 from .edit.editor import Editor
 from .errors import GuessedAxesWarning, HookattnError, InputError, SkippedWarning, TraceWriteError, UnfitTokensWarning
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
-from .recording.forward_inputs import arguments, check_fit, check_text, stacked_tokens, tokens_of
+from .recording.forward_inputs import arguments, check_fit, check_text, tokens_of
 from .recording.layouts import Layouts
 from .recording.nothing import Nothing
 from .recording.recorder import CallRecorder

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
 
 from . import checks
+from .calls.token_lists import are_token_lists, stacked_tokens, token_lists
 from .calls.trace_data import TraceData
-from .errors import MergeError, ModelError, TraceFileError, TraceWriteError
+from .errors import MergeError, ModelError, TraceFileError, TraceWriteError, UnfitTokensWarning
 from .recording.session import Session
+from .recording.token_fit import unfit_tokens
 from .taps.active import current
 
 
@@ -31,6 +34,28 @@ class Trace(TraceData):
         segments: of a pair of texts, for each of ``tokens`` the number of the text that it is of, from 0, or −1 for
             padding; None: separators among the tokens tell, or there is no pair.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any attribute; what is set as ``tokens`` or ``stack_tokens`` is taken in the forms that ``tokens=`` takes.
+
+        Raises:
+            InputError: it is none of these. Lists that fit no call of the trace are told by an UnfitTokensWarning.
+        """
+        if name not in ("tokens", "stack_tokens"):
+            return super().__setattr__(name, value)
+        named = None
+        if name == "stack_tokens" or isinstance(value, Mapping):
+            own, named = stacked_tokens(value) if value else (None, {})
+            if not isinstance(value, Mapping):
+                raise checks.wrong("stack_tokens", value, "lists of token strings by the names of stacks")
+            super().__setattr__("stack_tokens", named)
+            if name == "tokens":
+                super().__setattr__("tokens", own)
+        else:
+            super().__setattr__("tokens", value if are_token_lists(value) else token_lists(value))
+        if vars(self).get("calls") and value and "segments" in vars(self):
+            for line in unfit_tokens(self, named or ()):
+                warnings.warn(line, UnfitTokensWarning, stacklevel=2)
 
     @contextmanager
     def step(self) -> Iterator[int]:

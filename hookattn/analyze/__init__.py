@@ -146,3 +146,7 @@ __all__ = [
     "variability",
     "vocabulary",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,6 +15,7 @@ from ..attention.ragged import lengths_of
 from ..errors import FieldAbsent, FieldNotCaptured, InputError, NoSuchFieldError
 from ..printable import printable
 from ..statistics.registry import STATISTICS, resolve
+from .captured_statistics import CapturedStatistics
 from .certificate import UNVERIFIED, Certificate
 from .derived_cache import DERIVED_CACHE
 from .deriving import derive_field
@@ -73,7 +74,7 @@ class LazyCertificate:
 
 
 @dataclass(eq=False)
-class Call:
+class Call(CapturedStatistics):
     """One attention call. The fields of the contract are attributes; letters: B H G T S D E as in the documentation.
 
     Attributes:

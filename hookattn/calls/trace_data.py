@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 from .. import checks
 from ..errors import NoSuchCallError, SelectionError
 from ..printable import printable
 from .call import Call, Skipped
+from .extents import extents_of
 from .layer_counts import LayerCounts
 from .site import without_wrappers
+
+Label = TypeVar("Label", str, int)
 
 
 @dataclass(eq=False)
@@ -77,12 +80,23 @@ class TraceData:
         step: int | Sequence[int] | None = None,
         path: str | None = None,
         tap: str | None = None,
+        heads: int | Sequence[int] | slice | None = None,
+        queries: int | Sequence[int] | slice | None = None,
+        batch: int | Sequence[int] | slice | None = None,
     ) -> Self:
-        """The calls that fit all of the given; layers may be negative, from the end of each stack, and so may steps.
+        """The calls that fit all of the given, and of these some heads, queries or batch entries.
+
+        Args:
+            layer, step: one or several; negative ones count from the end, layers from that of each stack.
+            stack, kind, path, tap: as ``call.site`` and ``call.tap`` have them.
+            heads, queries, batch: parts of each call, as :meth:`hookattn.Call.at` takes them. Tokens are then those of
+                the batch entries that are left.
 
         Raises:
-            SelectionError: nothing fits, which says what there is; or ``layer`` or ``step`` is no int.
+            SelectionError: nothing fits, which says what there is; or ``layer`` or ``step`` is no int; or a call has no
+                such head, query or batch entry.
             InputError: one of the others is no text.
+            FieldNotCaptured: nothing that was captured tells how many heads, queries or batch entries a call has.
         """
         layers = None if layer is None else checks.several_ints("layer", layer)
         steps = None if step is None else checks.several_ints("step", step)
@@ -120,7 +134,27 @@ class TraceData:
                 f"{self._known(lambda c: c.site.stack)}, kinds {self._known(lambda c: c.site.kind)}, "
                 f"steps {self._known(lambda c: c.step)}."
             )
-        return self._with(kept)
+        if heads is None and queries is None and batch is None:
+            return self._with(kept)
+        return self._parts(kept, heads, queries, batch)
+
+    def _parts(self, kept: Sequence[Call], heads: Any, queries: Any, batch: Any) -> Self:
+        """A trace of parts of some calls, with the tokens of the batch entries that are left."""
+        made = self._with([call.at(heads=heads, queries=queries, batch=batch) for call in kept])
+        if batch is None:
+            return made
+        sizes = {extents_of(call, "B").b for call in kept}
+
+        def own(lists: list[list[Label]] | None) -> list[list[Label]] | None:
+            if lists is None or len(lists) == 1 or {len(lists)} != sizes:
+                return lists
+            if isinstance(batch, slice):
+                return lists[batch]
+            return [lists[i] for i in ([batch] if hasattr(batch, "__index__") else batch)]
+
+        made.stack_tokens = {stack: own(lists) or [] for stack, lists in self.stack_tokens.items()}
+        made.tokens, made.segments = own(self.tokens), own(self.segments)
+        return made
 
     def _own_path(self, path: str) -> str:
         """A path as calls have it, of one that may be spelled as a wrapped model spells it."""

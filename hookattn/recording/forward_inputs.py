@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .. import checks
 from ..errors import InputError
 
 
@@ -64,51 +63,6 @@ def tokens_of(inputs: Any) -> list[list[str]] | None:
     """The token strings that a fast tokenizer's BatchEncoding has, a list for each batch entry; None: it has none."""
     encodings = getattr(inputs, "encodings", None)
     return [list(e.tokens) for e in encodings] if encodings else None
-
-
-def token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
-    """Token strings as a list for each batch entry, from one list or several.
-
-    Raises:
-        InputError: these are no lists of strings.
-    """
-    if tokens is None:
-        return None
-    items = _items(tokens)
-    rows = [items] if items and all(isinstance(x, str) for x in items) else [_items(x) for x in items or ()]
-    if any(rows) and all(row is not None and all(isinstance(x, str) for x in row) for row in rows):
-        return [list(row) for row in rows if row is not None]
-    raise InputError(
-        "tokens has to be a list of strings, one for each position, or one such list for each batch "
-        f"entry; got {checks.printed(tokens)}."
-    )
-
-
-def _items(x: Any) -> list[Any] | None:
-    """What is in a sequence, in its order; None: it is text, or has no order, or is no sequence at all."""
-    return None if isinstance(x, (Mapping, Set)) else checks.items_of(x)
-
-
-# The stacks whose text a trace's tokens are of, as calls/key_tokens.py has it: what is given for one of them is both.
-_FIRST = ("encoder", "text", "main")
-
-
-def stacked_tokens(tokens: Any) -> tuple[list[list[str]] | None, dict[str, list[list[str]]]]:
-    """The tokens of a trace, and those of single stacks.
-
-    Args:
-        tokens: as in :func:`token_lists`, or such lists by the name of the stack whose sequence they are.
-
-    Raises:
-        InputError: these are no lists of strings.
-    """
-    if not isinstance(tokens, Mapping):
-        return token_lists(tokens), {}
-    wrong = [name for name in tokens if not isinstance(name, str)]
-    if wrong:
-        raise InputError(f"tokens: expected the names of stacks, such as 'encoder' and 'decoder'; got {wrong[0]!r}.")
-    named = {name: lists for name, of in tokens.items() if (lists := token_lists(of)) is not None}
-    return next((named[name] for name in _FIRST if name in named), None), named
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

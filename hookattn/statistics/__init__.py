@@ -56,3 +56,7 @@ def __getattr__(name: str) -> Any:
     if name == "merge":
         return import_module("hookattn.generation.merge_statistics").merge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return __all__

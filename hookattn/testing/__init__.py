@@ -28,3 +28,7 @@ from .failure import Failure
 from .invariants import check_trace
 
 __all__ = ["CHECKS", "AdapterContract", "Failure", "check_adapter", "check_clean", "check_trace"]
+
+
+def __dir__() -> list[str]:
+    return __all__

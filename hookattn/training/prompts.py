@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..calls.token_lists import token_lists
 from ..errors import InputError
-from ..recording.forward_inputs import token_lists, tokens_of
+from ..recording.forward_inputs import tokens_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ... import checks
+from ...calls.token_lists import token_lists
 from ...errors import InputError
-from ...recording.forward_inputs import token_lists
 from ..call_view import as_real
 
 Value = str | list[int]

@@ -20,6 +20,13 @@ from ..frame import long_table, ranked_table, views
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+UNITS = {
+    "total_variation": "share",
+    "jensen_shannon": "nats",
+    "max_difference": "share",
+    "output_difference": "share of the first's norm",
+}
+
 # Weights of both, with their sinks, their distance, and what their divergence is made of.
 _MATRICES = 8
 
@@ -45,8 +52,9 @@ def compare(a: TraceLike, b: TraceLike, *, real: Any = None) -> DataFrame:
         real: B S, see :func:`hookattn.analyze.measure`; for both.
 
     Returns:
-        A pandas DataFrame, the largest ``total_variation`` first, with the columns of a call, ``head``, and the above;
-        NaN where no row counts in both.
+        A pandas DataFrame, the largest ``total_variation`` first: ``call``, ``step``, ``layer``, ``stack``, ``kind``,
+        ``path``, ``head`` (and ``edited``), and the above in their order; NaN where no row counts in both.
+        ``attrs["units"]`` has the units.
 
     Raises:
         MeasureError: the traces do not fit each other; says where and in what.
@@ -68,7 +76,9 @@ def compare(a: TraceLike, b: TraceLike, *, real: Any = None) -> DataFrame:
             if any_edited:
                 frame.insert(list(frame.columns).index("head") + 1, "edited", [_edited(one, other, h) for h in heads])
             frames.append(frame)
-    return ranked_table(frames, "total_variation")
+    table = ranked_table(frames, "total_variation")
+    table.attrs["units"] = dict(UNITS)
+    return table
 
 
 def _check_fit(one: View, other: View) -> None:

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from ...traces import TraceLike
 
 
-def top_targets(trace: TraceLike, of: str | int, k: int = 5, *, example: int = 0) -> DataFrame:
+def top_targets(trace: TraceLike, of: str | int | slice | Sequence[int], k: int = 5, *, example: int = 0) -> DataFrame:
     """The keys that a token attends to most, in every layer and head.
 
     Args:
         trace: with weights, or the statistic ``TopK(k)``.
-        of: a position, or a text: every token or word that is written so (``"it"``, also where the tokenizer has
-            ``"Ġit"``).
+        of: a position, several or a slice of them, negative ones from the end of the sequence; or a text: every token
+            or word that is written so (``"it"``, also where the tokenizer has ``"Ġit"``). ``slice(None)``: every query.
         k: how many.
         example: the batch entry.
 
     Returns:
         A DataFrame: the columns of the call, ``head``, ``query`` and ``token`` (its position and text), ``rank`` from
         1, ``key`` and ``target`` (its position and text) and ``weight``. Keys without any weight are left out; text is
-        missing where there is none. In cross-attention a position is that of a query.
+        missing where there is none. In cross-attention a position is that of a query. ``attrs["units"]`` has the units.
 
     Raises:
         SelectionError: no query is at this position, no token is written so, or there is no such batch entry.
@@ -46,7 +46,10 @@ def top_targets(trace: TraceLike, of: str | int, k: int = 5, *, example: int = 0
     import pandas as pd
 
     k, example = checks.whole("k", k, 1), checks.whole("example", example)
-    of = of if isinstance(of, str) else checks.whole("of", of, what="a position, or the text of a token")
+    if not isinstance(of, (str, slice)):
+        of = checks.several_ints("of", of)
+    if isinstance(of, slice):
+        of = checks.int_slice("of", of)
     frames, why = [], ""
     for view in views(trace):
         if not 0 <= example < view.shape[0]:
@@ -68,23 +71,28 @@ def top_targets(trace: TraceLike, of: str | int, k: int = 5, *, example: int = 0
         for row, place in rows:
             frames.append(table_of(_target_columns(view, example, row, place, k, tokens)))
     if frames:
-        return pd.concat(frames, ignore_index=True)
+        table = pd.concat(frames, ignore_index=True)
+        table.attrs["units"] = {"weight": "share"}
+        return table
     if why:
         raise MeasureError(f"top_targets({of!r}): {why}.")
     raise SelectionError(f"top_targets({of!r}): no call of the trace has such a query.")
 
 
 def _query_rows(
-    view: View, example: int, of: str | int, tokens: tuple[str | None, ...] | None
+    view: View, example: int, of: str | slice | Sequence[int], tokens: tuple[str | None, ...] | None
 ) -> list[tuple[int, int]]:
     """The rows that are asked for, and their positions."""
     places = view.positions
     at = list(view.queries) if places is None else places[0 if len(places) == 1 else example].tolist()
-    if isinstance(of, int):
-        return [(row, place) for row, place in enumerate(at) if place == of]
-    assert tokens is not None
-    same = _written(of, tokens)
-    return [(row, place) for row, place in enumerate(at) if place in same]
+    if isinstance(of, str):
+        assert tokens is not None
+        chosen = set(_written(of, tokens))
+    else:
+        _, _, t, s = view.shape
+        length = s if places is not None else max(view.call.of_queries or t, max(at, default=-1) + 1)
+        chosen = {*(range(length)[of] if isinstance(of, slice) else (i + length if i < 0 else i for i in of))}
+    return [(row, place) for row, place in enumerate(at) if place in chosen]
 
 
 def _written(of: str, tokens: Sequence[str | None]) -> list[int]:
