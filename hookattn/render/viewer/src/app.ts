@@ -3,6 +3,8 @@ import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signal
 import type { Call } from "./data/call";
 import { type Axes, axesOf } from "./data/labels";
 import { Trace } from "./data/trace";
+import { handedFindings } from "./data/handed";
+import type { Findings } from "./findings";
 import type { Options } from "./options";
 import type { Source } from "./source/source";
 import { callOf, normalise, type State } from "./state";
@@ -22,10 +24,18 @@ export interface App {
   readonly state: ReadonlySignal<State>;
   readonly dark: ReadonlySignal<boolean>;
   readonly cursor: Signal<Cursor>;
+  readonly findings: ReadonlySignal<Findings>;
+  /** Whether the reader has chosen what is looked at; until then it follows what is found. */
+  readonly chosen: Signal<boolean>;
   /** Whether the steps are being played, one after the other. */
   readonly playing: Signal<boolean>;
   set(patch: Partial<State>): void;
+  /** As `set`, by the page itself: the selection goes on following. */
+  lead(patch: Partial<State>): void;
 }
+
+/** The parts of a state that say what is looked at. */
+const LOOKED_AT = ["step", "batch", "stack", "kind", "layer", "nth", "heads", "query", "key"] as const;
 
 export async function open(
   source: Source,
@@ -37,6 +47,17 @@ export async function open(
   const cursor = signal<Cursor>({ query: null, key: null });
   let ids = views.map((view) => view.id);
   const state = signal(normalise(options.state ?? {}, null, trace, ids));
+  const change = (patch: Partial<State>, own: boolean) => {
+    const before = state.peek();
+    const next = normalise(patch, before, trace, ids);
+    if (JSON.stringify(next) === JSON.stringify(before)) return;
+    if (!own && LOOKED_AT.some((part) => String(next[part]) !== String(before[part]))) app.chosen.value = true;
+    // What the pointer was at may not be there in another view or another call.
+    if ((["view", "step", "stack", "kind", "nth"] as const).some((part) => next[part] !== before[part]))
+      cursor.value = { query: null, key: null };
+    state.value = next;
+    options.onState?.(next);
+  };
   const app: App = {
     trace,
     other,
@@ -44,17 +65,11 @@ export async function open(
     state,
     dark,
     cursor,
+    findings: signal(handedFindings(trace, options.scores)),
+    chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
     playing: signal(false),
-    set(patch) {
-      const next = normalise(patch, state.peek(), trace, ids);
-      if (JSON.stringify(next) === JSON.stringify(state.peek())) return;
-      // What the pointer was at may not be there in another view or another call.
-      const before = state.peek();
-      if ((["view", "step", "stack", "kind", "nth"] as const).some((part) => next[part] !== before[part]))
-        cursor.value = { query: null, key: null };
-      state.value = next;
-      options.onState?.(next);
-    },
+    set: (patch) => change(patch, false),
+    lead: (patch) => change(patch, true),
   };
   // A view that has nothing to show for this trace has no tab, and no link leads to it.
   ids = views.filter((view) => !view.absent?.(app)).map((view) => view.id);
