@@ -45,6 +45,7 @@ from .errors import (
     UnfitTokensWarning,
     UnsupportedConfigError,
 )
+from .loading.text import trace_text
 from .models.adapter import Adapter
 from .models.registry import adapters, register
 from .planning.memory_plan import MemoryPlan, PlannedCall
@@ -102,5 +103,6 @@ __all__ = [
     "plan",
     "register",
     "trace",
+    "trace_text",
     "tracing",
 ]

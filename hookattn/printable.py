@@ -35,6 +35,11 @@ def printable(text: str, keep: str = "") -> str:
     return _written(text, keep, _escape)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; the error's kind where none does."""
+    return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def json_text(data: Any) -> str:
     """Plain data as JSON over several lines; in its strings, too, only what is printable is written as it is.
 

@@ -28,6 +28,8 @@ class Trace(TraceData):
         path: the file it is in, if it is in one.
         stack_tokens: stack → token strings of the sequence that it reads, in the form of ``tokens``, where they were
             given stack by stack: of the decoder of a translation, say, whose encoder reads ``tokens``.
+        segments: of a pair of texts, for each of ``tokens`` the number of the text that it is of, from 0, or −1 for
+            padding; None: separators among the tokens tell, or there is no pair.
     """
 
     @contextmanager

@@ -31,6 +31,7 @@ class TraceData:
     selection: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
     stack_tokens: dict[str, list[list[str]]] = field(default_factory=dict)
+    segments: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.calls)

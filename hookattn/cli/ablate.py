@@ -17,11 +17,14 @@ from ..analyze.causal.metric import Metric, logits_of
 from ..analyze.survey.parts import Parts
 from ..console.screen import Screen, counted, decimal_size, plain
 from ..errors import InputError, TraceWriteError
+from ..loading.inputs import Given, to_device
+from ..loading.pretrained import Loaded
+from ..printable import first_line
 from ..recording.forward_inputs import arguments
-from .command import Command, first_line
-from .inputs import Given, inputs_asked_for, read_tensors, to_device
-from .models import Loaded, is_factory, load_model, named_in_module
+from .command import Command
+from .models import inputs_asked_for, is_factory, load_model, named_in_module
 from .options import ints
+from .tensor_files import read_tensors
 from .trace import check_target
 
 if TYPE_CHECKING:

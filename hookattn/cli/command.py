@@ -12,7 +12,7 @@ import click
 from ..console.screen import Screen
 from ..errors import HookattnError
 from ..optional import install
-from ..printable import printable
+from ..printable import first_line, printable
 
 
 class Failure(click.ClickException):
@@ -103,8 +103,3 @@ def explain(error: BaseException) -> str:
     notes = [n for n in getattr(error, "__notes__", ()) if n.startswith("hookattn: ")]
     where = notes[0].removeprefix("hookattn: ").rstrip(".") + "; " if notes else ""
     return f"{type(error).__name__}: {message} ({where}--debug shows the traceback)"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something; the error's kind where none does."""
-    return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from ..console.screen import Screen, counted, quiet_transformers
-from ..errors import ModelError
+from ..console.screen import Screen, quiet_transformers
+from ..errors import InputError, ModelError
+from ..loading.inputs import Given, inputs_of
+from ..loading.pretrained import Loaded, load_pretrained
+from ..printable import first_line
 from ..torch_internals.devices import absent
-from .command import first_line
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_TRANSFORMERS = 'needs the package transformers: pip install "hookattn[transformers]"'
-
-
-@dataclass
-class Loaded:
-    """A model, and where the rest of it is.
-
-    Attributes:
-        model: on its device, in eval mode.
-        name: as the user wrote it.
-        source: the directory or hub name that also has the tokenizer; None for a factory's model.
-        inputs: what a factory returned beside the model.
-        trust: whether code from the model's repository may run.
-    """
-
-    model: nn.Module
-    name: str
-    source: str | None = None
-    inputs: Any = None
-    trust: bool = False
 
 
 def load_model(
@@ -57,9 +38,39 @@ def load_model(
             raise ModelError(f"--attn chooses a kernel of a transformers model; {name} is made by its own factory.")
         loaded = _from_factory(name)
     else:
-        loaded = _from_transformers(name, screen, attn, trust)
+        options = {"attn_implementation": attn, "trust_remote_code": trust or None}
+        with screen.working(f"loading {name}"):
+            with suppress(ModuleNotFoundError):  # what loads the model says what is missing
+                quiet_transformers()
+            loaded = load_pretrained(name, {k: v for k, v in options.items() if v is not None})
+        for note in loaded.notes:
+            screen.warn(note)
     loaded.model.to(device).eval()
     return loaded
+
+
+def inputs_asked_for(
+    loaded: Loaded,
+    *,
+    texts: Sequence[str],
+    pair: tuple[str, str] | None,
+    images: Sequence[str] = (),
+    audio: Sequence[str] = (),
+    generate: bool = False,
+) -> Given:
+    """The inputs that the options ask for, through the model's own tokenizer or processor.
+
+    Raises:
+        InputError: the model has none, or a file cannot be read.
+    """
+    if not (texts or pair or images or audio):
+        if loaded.inputs is None:
+            raise InputError(
+                f"{loaded.name} gives no inputs: give --inputs, or let the factory return (model, inputs)."
+            )
+        return Given(loaded.inputs)
+    first, pairs = (list(texts), None) if pair is None else ([pair[0]], [pair[1]])
+    return inputs_of(loaded, texts=first, pairs=pairs, images=images, audio=audio, generate=generate)
 
 
 def is_factory(name: str) -> bool:
@@ -134,101 +145,3 @@ def _may_be_meant(name: str, value: Any, module: ModuleType) -> bool:
         return False
     own = getattr(value, "__module__", module.__name__) == module.__name__
     return own and (callable(value) or isinstance(value, nn.Module))
-
-
-def _from_transformers(name: str, screen: Screen, attn: str | None, trust: bool) -> Loaded:
-    source = os.path.expanduser(name)
-    if os.path.isdir(source):
-        _check_directory(name, Path(source))
-    elif Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
-        raise ModelError(
-            f"{name}: there is no such directory. MODEL is a directory that transformers saved, a name on "
-            "the hub, or module:factory."
-        )
-    with screen.working(f"loading {name}"):
-        try:
-            import transformers
-        except ModuleNotFoundError as error:
-            raise ModelError(f"{name}: loading it {_TRANSFORMERS}") from error
-        quiet_transformers()
-        if not os.path.isdir(source) and not _hub_answers():
-            source = _cached_directory(name)
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            made, report = _class_for(transformers, config, trust).from_pretrained(
-                source,
-                output_loading_info=True,
-                **({"trust_remote_code": True} if trust else {}),
-                **({} if attn is None else {"attn_implementation": attn}),
-            )
-        except Exception as error:
-            raise ModelError(_load_failure(name, error, os.path.isdir(source))) from error
-    random = sorted(report.get("missing_keys", ()))
-    if random:
-        screen.warn(
-            f"{counted(len(random), 'weight')} of {type(made).__name__} not in {name} and drawn at random, "
-            f"{random[0]} for example."
-        )
-    return Loaded(made, name, source, trust=trust)
-
-
-def _hub_answers() -> bool:
-    """One look whether the hub can be reached: transformers tries for half a minute, for each file anew."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:  # nobody will ask it
-        return True
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # noqa: BLE001 - each version of the hub's library has another client, with errors of its own
-        return False
-    return True
-
-
-def _cached_directory(name: str) -> str:
-    """The directory of a model that was loaded from the hub before."""
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        return snapshot_download(name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: it is no directory here, the hub ({constants.ENDPOINT}) does not answer, and no earlier copy "
-            "from there is in the cache. Offline, give the directory of a model that is already here."
-        ) from error
-
-
-def _check_directory(name: str, path: Path) -> None:
-    config = path / "config.json"
-    if not config.is_file():
-        raise ModelError(
-            f"{name}: the directory has no config.json, so it is no model that transformers saved. For a "
-            "model of your own, give module:factory."
-        )
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config}: cannot be read as JSON: {first_line(error)}") from error
-
-
-def _class_for(transformers: Any, config: Any, trust: bool) -> Any:
-    """The class that the checkpoint was saved from, else the auto class that fits."""
-    names = getattr(config, "architectures", None) or []
-    remote = getattr(config, "auto_map", None) or {}
-    if trust:
-        auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel" if "AutoModel" in remote else None)
-        if auto is not None:
-            return getattr(transformers, auto)
-    return next((c for n in names if isinstance(c := getattr(transformers, n, None), type)), transformers.AutoModel)
-
-
-def _load_failure(name: str, error: Exception, local: bool) -> str:
-    said = first_line(error)
-    if "trust_remote_code" in str(error):
-        return f"{name}: this model runs code from its own repository; read it, then allow it with --trust-remote-code."
-    if not local and isinstance(error, OSError):
-        return (
-            f"{name}: it is no directory here, and the hub did not give it: {said} Offline, give the directory "
-            "of a model that is already here."
-        )
-    return f"{name}: transformers cannot load it: {type(error).__name__}: {said}"

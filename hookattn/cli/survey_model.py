@@ -13,8 +13,9 @@ from torch import nn
 from ..analyze.survey import Batch
 from ..console.screen import Screen
 from ..errors import InputError, ModelError
-from .inputs import encoded_texts, to_device, tokenizer_of
-from .models import Loaded, load_model
+from ..loading.inputs import encoded_texts, to_device, tokenizer_of
+from ..loading.pretrained import Loaded
+from .models import load_model
 
 Encode = Callable[[Sequence[Any]], Iterator[Batch]]
 
@@ -61,9 +62,10 @@ def _encoder(loaded: Loaded, device: str, limit: int | None) -> Encode:
                 tokenizer.append(tokenizer_of(loaded))
             except InputError as error:  # the fault of no example
                 raise ModelError(str(error)) from error
-            tokenizer[0].padding_side = "right"
-        given = encoded_texts(loaded, tokenizer[0], texts, limit=limit)
-        return Batch(to_device(given.args, device), len(texts), given.tokens, given.args.get("attention_mask"))
+        given = encoded_texts(loaded, tokenizer[0], texts, limit=limit, side="right")
+        # Those of the encoder, where a decoder has its start token.
+        tokens = given.tokens["encoder"] if isinstance(given.tokens, dict) else given.tokens
+        return Batch(to_device(given.args, device), len(texts), tokens, given.args.get("attention_mask"))
 
     def of_ids(ids: Sequence[list[int]]) -> Batch:
         made = torch.tensor(ids)

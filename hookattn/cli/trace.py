@@ -8,16 +8,18 @@ from typing import Any
 import click
 import torch
 
-from .. import api
 from ..attention.kernel_call import STORED
 from ..console.screen import Screen, counted, decimal_size
 from ..console.tables import print_calls, print_head, print_verdict, trace_as_json
-from ..errors import ModelError, TraceWriteError
+from ..errors import TraceWriteError
+from ..loading.inputs import Given
+from ..loading.pretrained import Loaded
+from ..loading.text import run
 from ..traces import Trace
 from .command import Command
-from .inputs import Given, inputs_asked_for, read_tensors, to_device
-from .models import Loaded, is_factory, load_model
+from .models import inputs_asked_for, is_factory, load_model
 from .options import DTYPES, ints, names, pairs, positions
+from .tensor_files import read_tensors
 
 
 @click.command(
@@ -36,6 +38,7 @@ from .options import DTYPES, ints, names, pairs, positions
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text; several are one padded batch.")
 @click.option("--pair", nargs=2, metavar="A B", help="A pair of sentences, as one input.")
 @click.option("--image", "images", multiple=True, type=click.Path(), help="An image file, through the image processor.")
+@click.option("--audio", "sounds", multiple=True, type=click.Path(), help="A WAV file, through the audio processor.")
 @click.option("--inputs", "file", type=click.Path(), help="Named tensors: .safetensors, .pt, .json or .npz.")
 @click.option("-o", "--out", type=click.Path(), help="The trace file; without it, only the table is printed.")
 @click.option(
@@ -77,6 +80,7 @@ def trace(
     texts: tuple[str, ...],
     pair: tuple[str, str] | None,
     images: tuple[str, ...],
+    sounds: tuple[str, ...],
     file: str | None,
     out: str | None,
     capture: tuple[str, ...] | None,
@@ -100,14 +104,15 @@ def trace(
     nn.Module or a callable that returns one, or a pair of one and its inputs. It runs in eval mode, without gradients,
     with the kernels it has.
     """
-    _check_options(model, texts, pair, images, file, out, compact)
+    _check_options(model, texts, pair, images, sounds, file, out, compact)
     if out is not None:
         check_target(out)
     read = None if file is None else Given(read_tensors(file))
     torch.manual_seed(seed)
     loaded = load_model(model, screen, attn=attn, device=device, trust=trust_remote_code)
-    given = read or inputs_asked_for(loaded, texts=texts, pair=pair, images=images, generate=generate is not None)
-    given.args = to_device(given.args, device)
+    given = read or inputs_asked_for(
+        loaded, texts=texts, pair=pair, images=images, audio=sounds, generate=generate is not None
+    )
     if capture is None and (out is None or compact):
         # What tells the extents of a call without q and k, too, and is linear in the tokens.
         capture = STORED if compact else ("q", "k", "v", "output")
@@ -117,7 +122,6 @@ def trace(
         "heads": heads,
         "queries": queries,
         "dtype": None if dtype is None else DTYPES[dtype],
-        "tokens": given.tokens,
         "verify": verify,
         "strict": strict,
         "layout": layouts,
@@ -134,35 +138,15 @@ def trace(
 
 
 def _traced(screen: Screen, loaded: Loaded, given: Given, options: dict[str, Any], generate: int | None) -> Trace:
-    model = loaded.model
-    with torch.no_grad():
-        if generate is None:
-            with screen.working(f"tracing {type(model).__name__}"):
-                return api.trace(model, given.args, **options)
-        if not callable(getattr(model, "generate", None)):
-            raise ModelError(f"--generate: {type(model).__name__} has no generate(); it is no generating model.")
-        args = given.args if isinstance(given.args, dict) else {"inputs": given.args}
-        running: list[Trace] = []
+    name = type(loaded.model).__name__
+    running: list[Trace] = []
 
-        def progress() -> str:
-            steps = running[0].calls[-1].step + 1 if running and running[0].calls else 0
-            return f"{steps} of {generate} tokens"
+    def progress() -> str:
+        steps = running[0].calls[-1].step + 1 if running and running[0].calls else 0
+        return f"{steps} of {generate} tokens"
 
-        with screen.working("generating", live=progress), api.tracing(model, **options) as made:
-            running.append(made)
-            pad = getattr(given.tokenizer, "pad_token_id", None)
-            if pad is None:
-                pad = getattr(given.tokenizer, "eos_token_id", None)
-            ids = model.generate(  # type: ignore[operator]
-                **args, max_new_tokens=generate, do_sample=False, **({} if pad is None else {"pad_token_id": pad})
-            )
-            if given.tokenizer is not None:
-                tokens = [given.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
-                if getattr(model.config, "is_encoder_decoder", False):
-                    made.stack_tokens = {"decoder": tokens}
-                else:
-                    made.tokens = tokens
-        return made
+    with screen.working("generating", live=progress) if generate else screen.working(f"tracing {name}"):
+        return run(loaded, given, generate, options, watch=running.append)  # type: ignore[arg-type]
 
 
 def _print_trace(screen: Screen, made: Trace) -> None:
@@ -187,16 +171,19 @@ def _check_options(
     texts: tuple[str, ...],
     pair: tuple[str, str] | None,
     images: tuple[str, ...],
+    sounds: tuple[str, ...],
     file: str | None,
     out: str | None,
     compact: bool,
 ) -> None:
-    sources = {"--text": texts, "--pair": pair, "--image": images, "--inputs": file}
+    sources = {"--text": texts, "--pair": pair, "--image": images, "--audio": sounds, "--inputs": file}
     asked = [name for name, given in sources.items() if given]
-    if len(asked) > 1 and asked != ["--text", "--image"]:
+    if len(asked) > 1 and not {*asked} <= {"--text", "--image", "--audio"}:
         raise click.UsageError(f"{' and '.join(asked)} exclude each other.")
     if not asked and not is_factory(model):
-        raise click.UsageError("there is nothing to run the model on: give --text, --pair, --image or --inputs.")
+        raise click.UsageError(
+            "there is nothing to run the model on: give --text, --pair, --image, --audio or --inputs."
+        )
     if compact and out is None:
         raise click.UsageError("--compact says how the file is written: it needs -o FILE.")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..calls.call import Call, Skipped
     from ..calls.trace_data import TraceData
 
+Label = TypeVar("Label", str, int)
 Whole = TypeVar("Whole", bound="TraceData")
 
 _BY = ("request",)
@@ -83,6 +84,7 @@ def _one(trace: Whole, calls: Sequence[tuple[Call, Call, tuple[int, ...]]]) -> W
         made.tokens = _tokens(trace.tokens, own or calls)
         if made.tokens is None:
             made.notes.append(_MOVED)
+    made.segments = None if trace.segments is None or made.tokens is None else _tokens(trace.segments, own or calls)
     made.stack_tokens = {}
     for stack, lists in trace.stack_tokens.items():
         of_stack = [one for one in own if one[0].site.stack == stack]
@@ -103,7 +105,7 @@ def _within(skipped: Skipped, steps: set[int]) -> Skipped | None:
     return replace(skipped, steps=own) if own else None
 
 
-def _tokens(lists: list[list[str]], calls: Sequence[tuple[Call, Call, tuple[int, ...]]]) -> list[list[str]] | None:
+def _tokens(lists: list[list[Label]], calls: Sequence[tuple[Call, Call, tuple[int, ...]]]) -> list[list[Label]] | None:
     """Those of the entries of a request, without what fills them up; None: its entries changed from step to step."""
     places = {entries for _, _, entries in calls}
     if len(lists) == 1:

@@ -21,6 +21,7 @@ from .order import Key, in_order
 from .shards import Held, Missing, Run, places_of, whole_call
 
 Merged = TypeVar("Merged", bound=TraceData)
+Label = TypeVar("Label", str, int)
 
 _OTHER_RUN = "These are of different runs: merge the files that one run has written."
 
@@ -52,6 +53,7 @@ def merge(traces: Sequence[Merged], *, batches: bool = False) -> Merged:
         skipped=_skipped(traces),
         tokens=_tokens([t.tokens for t in traces], labels, traces, calls),
         stack_tokens=_stack_tokens(traces, labels, calls),
+        segments=_tokens([t.segments for t in traces], labels, traces, calls, what="segments"),
         output=None,
         model=_model(traces),
         notes=[*_notes_of_ranks(traces, labels), *_notes(traces, labels, calls)],
@@ -292,12 +294,13 @@ def _skipped(traces: Sequence[TraceData]) -> list[Skipped]:
 
 
 def _tokens(
-    of_ranks: Sequence[list[list[str]] | None],
+    of_ranks: Sequence[list[list[Label]] | None],
     labels: Sequence[str],
     traces: Sequence[TraceData],
     calls: Sequence[Call],
-) -> list[list[str]] | None:
-    """The tokens of all batch entries.
+    what: str = "tokens",
+) -> list[list[Label]] | None:
+    """The tokens of all batch entries, or their segments.
 
     Raises:
         MergeError: they are of different inputs.
@@ -305,14 +308,14 @@ def _tokens(
     given = [(t, label, trace) for t, label, trace in zip(of_ranks, labels, traces, strict=True) if t is not None]
     if not given:
         return None
-    entries: dict[int, tuple[list[list[str]], str]] = {}
+    entries: dict[int, tuple[list[list[Label]], str]] = {}
     for tokens, label, trace in given:
         start = _first_entry(trace, len(tokens))
         known, whose = entries.setdefault(start, (tokens, label))
         if known != tokens:
             differ = next((i for i, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), 0)
             raise MergeError(
-                f"the tokens of batch entry {start + differ} differ between {whose} and {label}. {_OTHER_RUN}"
+                f"the {what} of batch entry {start + differ} differ between {whose} and {label}. {_OTHER_RUN}"
             )
     return [row for start in sorted(entries) for row in entries[start][0]]
 

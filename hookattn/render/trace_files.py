@@ -60,7 +60,8 @@ def _as_written(trace: Trace, path: str) -> bool:
         return False  # it can still be read: the trace holds the file open
     return (
         len(there) == len(trace)
-        and (there.tokens, there.stack_tokens, there.notes) == (trace.tokens, trace.stack_tokens, trace.notes)
+        and (there.tokens, there.stack_tokens, there.segments, there.notes)
+        == (trace.tokens, trace.stack_tokens, trace.segments, trace.notes)
         and all(
             (a.site, a.step, a.certificate, list(a.fields)) == (b.site, b.step, b.certificate, list(b.fields))
             and all(map(_is_stored, b.fields.values()))

@@ -127,6 +127,7 @@ def document_of(trace: TraceData, calls: list[dict[str, Any]], compact: bool) ->
         "selection": json_value(trace.selection),
         "tokens": trace.tokens,
         **({"stack_tokens": trace.stack_tokens} if trace.stack_tokens else {}),
+        **({"segments": trace.segments} if trace.segments is not None else {}),
         "notes": trace.notes,
         "compact": compact,
         "skipped": [to_entry(SKIPPED, s) for s in trace.skipped],

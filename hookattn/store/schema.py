@@ -73,6 +73,10 @@ def _are_texts(x: list[Any]) -> bool:
     return all(type(row) is list and all(type(each) is str for each in row) for row in x)
 
 
+def _are_segments(x: list[Any]) -> bool:
+    return all(type(row) is list and all(type(n) is int and n >= -1 for n in row) for row in x)
+
+
 _NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """JSON has no word for a number that is not finite: its name stands there."""
 
@@ -120,6 +124,7 @@ _KINDS: dict[str, Kind] = {
     "strs": Kind("a list of strings", (list,), _all(str), list, tuple),
     "objects": Kind("a list of objects", (list,), _all(dict)),
     "texts": Kind("a list of lists of strings", (list,), _are_texts),
+    "segments": Kind("a list of lists of integers from -1", (list,), _are_segments),
     "dtype": Kind(
         "the name of a floating dtype",
         (str,),
@@ -202,6 +207,7 @@ DOCUMENT = Table(
     Scalar("calls", "objects"),
     Scalar("compact", "bool"),
     Scalar("stack_tokens", "stacks?", since=(1, 3)),
+    Scalar("segments", "segments?", since=(1, 3)),
 )
 MODEL = Table(Scalar("class", "str"), Scalar("module", "str"), Scalar("versions", "words"), optional=True)
 """What is read of the model; a trace that was made by hand has none of it."""

@@ -166,6 +166,20 @@ def _method(
     return Target(name, run, kinds)
 
 
+class _Letters:
+    """A tokenizer of ids below 8."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) % 8 for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+def _run_text(s: Stage) -> dict[str, Any]:
+    return {"model": s.model, "text": "the cat", "tokenizer": _Letters()}
+
+
 def _one_batch(values: Any) -> list[survey.Batch]:
     return [survey.Batch(tiny_models.ids(), len(values))]
 
@@ -400,9 +414,12 @@ def _core() -> Iterator[Target]:
     h = "hookattn."
     yield _target(h + "trace", hookattn.trace, _run, model="model", inputs="inputs", **TRACED)
     yield _target(h + "tracing", _in_block, lambda s: {"model": s.model}, model="model", **TRACED)
+    yield _target(h + "trace_text", hookattn.trace_text, _run_text, model="model", text="nothing", pair="nothing",
+                  images="nothing", audio="nothing", tokenizer="nothing", processor="nothing",
+                  generate="count or none", load="nothing", **TRACED)  # fmt: skip
     yield _target(h + "plan", hookattn.plan, _run, True, model="model", inputs="inputs", **SELECTED)
     yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
-    yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.gpt2, "steps": "batches"}, traces="nothing",
+    yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.gpt2, "steps": "batches"}, traces="trace",
                   steps="text or none")  # fmt: skip
     numbers = {"of": "count or none", "groups_of": "count or none", "count": "count", "index": "count from 0"}
     starts = dict.fromkeys(("start", "group_start"), "count from 0 or none")

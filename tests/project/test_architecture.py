@@ -44,6 +44,7 @@ ORDER = (
     "traces",
     "edit",
     "api",
+    "loading",
     "__init__",
     "analyze",
     "render",
@@ -244,11 +245,11 @@ def words(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def core() -> dict[str, Path]:
-    """Without interop/, whose files are of one library each, which is imported where it is used."""
+    """Without interop/ and loading/, whose files are of other libraries, which are imported where they are used."""
     return {
         name: path
         for name, path in sources(ROOT).items()
-        if name.partition(".")[0] in CORE and not name.startswith("interop.")
+        if name.partition(".")[0] in CORE and not name.startswith(("interop.", "loading."))
     }
 
 

@@ -217,6 +217,7 @@ KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "texts": ([[], [[]], [["a"], []]], [["a"], [[1]], [None], None, "a"]),
     "dtype": (["float32", "bfloat16", "float8_e4m3fn"], ["float", "int64", "bool", "Tensor", "", "torch.float32", 3]),
     "stacks": ([{}, {"a": []}, {"a": [["b"]]}], [{"a": ["b"]}, {"a": [[1]]}, {"a": None}, [], None]),
+    "segments": ([[], [[]], [[0, 1, -1], [0, 0, 0]]], [[0], [[-2]], [[0.5]], [["a"]], [[True]], {}, "0", None]),
     "names": ([{}, {"q": "a", "k": None}], [{"q": 1}, {"q": ["a"]}, [], None]),
     "words": ([{}, {"B": "kernel"}], [{"B": None}, {"B": 1}, [], None]),
     "basis": ([{}, {"B": "kernel", "G": "guessed"}], [{"X": "kernel"}, {"B": "seen"}, {"B": None}, [], None]),

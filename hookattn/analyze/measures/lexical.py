@@ -15,8 +15,9 @@ from ...errors import MeasureError
 from ...tokens.pieces import is_special
 from ...tokens.words import Words, split_words
 from ..call_view import View
+from ..labels import key_labels, with_padding_marked
 from ..pairs import PairMass
-from .segments import segment_of
+from .segments import segment_of, segments_of_keys
 
 _BRACKETS = {")": "(", "]": "[", "}": "{", "⟩": "⟨", "»": "«", "”": "“", "）": "（", "】": "【", "」": "「"}
 
@@ -69,11 +70,30 @@ class SameWord(WordPairs):
 
     def related(self, tokens: tuple[Any, ...]) -> Tensor:
         """See :class:`PairMass`."""
-        return _same_word(tokens, self.across)
+        return _same_word(tokens)
+
+    def problem(self, view: View) -> str | None:
+        """See :class:`~hookattn.analyze.Measure`."""
+        found = super().problem(view) or (self._segments(view) if self.across else None)
+        return found if isinstance(found, str) else None
+
+    def places(self, view: View) -> list[Tensor]:
+        """See :class:`PairMass`."""
+        every = super().places(view)
+        if not self.across:
+            return every
+        parts = (torch.tensor(row) for row in self._segments(view))
+        return [pairs[:, part[pairs[0]] != part[pairs[1]]] for pairs, part in zip(every, parts, strict=True)]
+
+    def _segments(self, view: View) -> Any:
+        if self.tokens is None:
+            return segments_of_keys(view)
+        rows = key_labels(view, self.tokens)
+        return rows if isinstance(rows, str) else [segment_of(row) for row in with_padding_marked(view, rows)]
 
 
 @lru_cache(maxsize=32)
-def _same_word(tokens: tuple[str, ...], across: bool) -> Tensor:
+def _same_word(tokens: tuple[str, ...]) -> Tensor:
     words = split_words(tokens)
     numbers: dict[str, int] = {}
     text = [
@@ -83,9 +103,6 @@ def _same_word(tokens: tuple[str, ...], across: bool) -> Tensor:
     of = torch.tensor(words.of)
     ids = torch.tensor(text)[of]
     same = (ids.unsqueeze(1) == ids) & (ids >= 0) & (of.unsqueeze(1) != of)
-    if across:
-        part = torch.tensor(segment_of(tokens))
-        same &= part.unsqueeze(1) != part
     return same.nonzero().T
 
 

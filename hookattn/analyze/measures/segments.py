@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...calls.key_tokens import lists_of_keys
 from ...tokens.pieces import SEPARATORS
 from ..call_view import View
 from ..labels import PADDING, Rows, as_label_rows, key_labels, with_padding_marked
@@ -89,11 +90,20 @@ def between_segments(trace: TraceLike, segments: Any = None, *, real: Any = None
 
 
 def _segments(view: View, given: Rows | None) -> Labelled:
-    found = key_labels(view, given, "tokens" if given is None else "segments")
-    if isinstance(found, str):
-        return found
-    numbers = [segment_of(row) for row in with_padding_marked(view, found)] if given is None else found
+    numbers = segments_of_keys(view) if given is None else key_labels(view, given, "segments")
+    if isinstance(numbers, str):
+        return numbers
     return [tuple(_letter(x) for x in row) for row in numbers]
+
+
+def segments_of_keys(view: View) -> list[tuple[int, ...]] | str:
+    """B S: the number of the segment of each key, −1 for padding: as the trace says, else as separators set them
+    apart; text: why there are none."""
+    trace = view.trace
+    if trace.segments is not None and lists_of_keys(view.traced, trace) == trace.tokens:
+        return key_labels(view, as_label_rows(trace.segments, "trace.segments"), "segments")
+    found = key_labels(view)
+    return found if isinstance(found, str) else [segment_of(row) for row in with_padding_marked(view, found)]
 
 
 def _letter(segment: Any) -> Any:

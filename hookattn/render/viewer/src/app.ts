@@ -3,7 +3,7 @@ import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signal
 import type { Call } from "./data/call";
 import { type Axes, axesOf } from "./data/labels";
 import { Trace } from "./data/trace";
-import { handedFindings } from "./data/handed";
+import { nothing } from "./find";
 import type { Findings } from "./findings";
 import type { Options } from "./options";
 import type { Source } from "./source/source";
@@ -24,7 +24,8 @@ export interface App {
   readonly state: ReadonlySignal<State>;
   readonly dark: ReadonlySignal<boolean>;
   readonly cursor: Signal<Cursor>;
-  readonly findings: ReadonlySignal<Findings>;
+  /** What is found of the heads so far; `find.ts` fills it. */
+  readonly findings: Signal<Findings>;
   /** Whether the reader has chosen what is looked at; until then it follows what is found. */
   readonly chosen: Signal<boolean>;
   /** Whether the steps are being played, one after the other. */
@@ -65,7 +66,7 @@ export async function open(
     state,
     dark,
     cursor,
-    findings: signal(handedFindings(trace, options.scores)),
+    findings: signal(nothing({ trace, options })),
     chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
     playing: signal(false),
     set: (patch) => change(patch, false),

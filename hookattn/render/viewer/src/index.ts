@@ -14,6 +14,8 @@
 import { h, render } from "preact";
 import { type App, darkness, open } from "./app";
 import { message, ViewerError } from "./errors";
+import { find } from "./find";
+import type { Findings } from "./findings";
 import type { Options, Scores } from "./options";
 import { asked, type WidgetModel } from "./source/widget";
 import type { Source } from "./source/source";
@@ -34,6 +36,8 @@ export type { Source, Options, Scores, State };
 export interface Viewer {
   /** The selection; null until the trace is open. */
   readonly state: State | null;
+  /** What is found of the heads so far; null until the trace is open. */
+  readonly findings: Findings | null;
   /** Resolves when the trace is open and drawn, or its error is. */
   readonly ready: Promise<void>;
   set(state: Partial<State>): void;
@@ -53,6 +57,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
   const theme = darkness(options.theme);
   let app: App | null = null;
   let gone = false;
+  let stop = () => {};
   const pending: Partial<State> = { ...options.state, ...(options.link ? decode(location.hash) : {}) };
   const onHash = () => app?.set(decode(location.hash));
   if (options.link) addEventListener("hashchange", onHash);
@@ -71,6 +76,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
       app = opened;
       app.set(pending);
       render(h(Shell, { app, views }), root);
+      stop = find(app);
     })
     .catch((error: unknown) => {
       const notice = h("div", { class: "notice error", role: "alert" }, message(error));
@@ -86,6 +92,9 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     get state() {
       return app?.state.value ?? null;
     },
+    get findings() {
+      return app?.findings.value ?? null;
+    },
     ready,
     set(state) {
       if (app === null) Object.assign(pending, state);
@@ -93,6 +102,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     },
     destroy() {
       gone = true;
+      stop();
       theme.stop();
       removeEventListener("hashchange", onHash);
       render(null, root);

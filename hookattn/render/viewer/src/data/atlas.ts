@@ -3,7 +3,9 @@ import type { Call } from "./call";
 import type { Trace } from "./trace";
 
 export interface AtlasRow {
+  /** The call that stands for the row, and all of the site: in a generation one a step. */
   readonly call: Call;
+  readonly calls: readonly Call[];
   readonly name: string;
 }
 
@@ -16,7 +18,7 @@ export interface AtlasGroup {
 
 /** The calls of a step, or, of steps that go on from each other (null), the call of each site with most queries. */
 export function atlasOf(trace: Trace, step: number | null): AtlasGroup[] {
-  const sites = new Map<string, Call>();
+  const sites = new Map<string, Call[]>();
   const runs = new Map<string, number>();
   for (const call of trace.calls) {
     if (step !== null && call.step !== step) continue;
@@ -26,17 +28,20 @@ export function atlasOf(trace: Trace, step: number | null): AtlasGroup[] {
     runs.set(run, nth + 1);
     const site = [stack, kind, path, nth].join("\n");
     const known = sites.get(site);
-    if (known === undefined || call.extents.T > known.extents.T) sites.set(site, call);
+    if (known === undefined) sites.set(site, [call]);
+    else known.push(call);
   }
-  const groups = new Map<string, Call[]>();
-  for (const call of sites.values()) {
+  const groups = new Map<string, AtlasRow[]>();
+  for (const calls of sites.values()) {
+    const call = calls.reduce((a, b) => (b.extents.T > a.extents.T ? b : a));
     const name = [call.site.stack, call.site.kind].filter(Boolean).join(" · ");
-    groups.set(name, [...(groups.get(name) ?? []), call]);
+    const rows = groups.get(name) ?? [];
+    groups.set(name, rows);
+    rows.push({ call, calls, name: String(call.site.layer ?? rows.length) });
   }
-  return [...groups].map(([name, calls]) => {
-    calls.sort((a, b) => (a.site.layer ?? -1) - (b.site.layer ?? -1) || a.index - b.index);
-    const heads = [...new Set(calls.flatMap((c) => c.headNumbers))].sort((a, b) => a - b);
-    return { name, rows: calls.map((call, i) => ({ call, name: String(call.site.layer ?? i) })), heads };
+  return [...groups].map(([name, rows]) => {
+    rows.sort((a, b) => (a.call.site.layer ?? -1) - (b.call.site.layer ?? -1) || a.call.index - b.call.index);
+    return { name, rows, heads: [...new Set(rows.flatMap((r) => r.call.headNumbers))].sort((a, b) => a - b) };
   });
 }
 

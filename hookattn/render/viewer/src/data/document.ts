@@ -81,6 +81,8 @@ export interface TraceDocument {
   tokens: string[][] | null;
   /** Of single stacks: each in the form of `tokens`, of the sequence that this stack reads (format 1.3). */
   stack_tokens?: Record<string, string[][]>;
+  /** Of a pair of texts, for each of `tokens` the number of its text, −1 for padding (format 1.3). */
+  segments?: number[][] | null;
   notes: string[];
   compact: boolean;
   skipped: { path: string; reason: string; steps?: number[] }[];

@@ -47,14 +47,14 @@ function make(trace: Trace, call: Call, batch: number, heads: readonly number[])
   const keys = Array.from({ length: S }, (_, s) => call.place.first + s);
   const forQueries = !crosses(call.site) && call.place.certain;
   return {
-    queries: axis(queries, forQueries ? tokens : across, namedBy(call, "queries", batch, heads, T)),
-    keys: axis(keys, tokens, namedBy(call, "keys", batch, heads, S)),
+    queries: axis(trace, queries, forQueries ? tokens : across, namedBy(call, "queries", batch, heads, T)),
+    keys: axis(trace, keys, tokens, namedBy(call, "keys", batch, heads, S)),
   };
 }
 
-function axis(positions: number[], tokens: string[] | null, edited: Uint8Array | null): Axis {
+function axis(trace: Trace, positions: number[], tokens: string[] | null, edited: Uint8Array | null): Axis {
   const read = tokens === null ? null : readable(tokens);
-  const pair = tokens === null ? null : segments(tokens);
+  const pair = tokens === null ? null : (given(trace, tokens) ?? segments(tokens));
   return {
     labels: positions.map((p) => read?.[p] ?? { text: String(p), raw: String(p) }),
     positions,
@@ -63,4 +63,14 @@ function axis(positions: number[], tokens: string[] | null, edited: Uint8Array |
     edited,
     named: read !== null,
   };
+}
+
+/** Which sentence each token is of, where the trace says it of these tokens; padding counts to the sentence before it. */
+function given({ document }: Trace, tokens: string[]): number[] | null {
+  // Tokens that were given stack by stack stand in the document twice.
+  const text = tokens.join("\0");
+  const found = document.segments?.[document.tokens?.findIndex((row) => row.join("\0") === text) ?? -1];
+  if (found === undefined || !found.some((n) => n > 0)) return null;
+  let last = 0;
+  return found.map((n) => (last = n < 0 ? last : Math.min(n, 1)));
 }

@@ -1,30 +1,16 @@
 /** What a role is called in its colour and in a sentence about one pair of tokens. */
 import type { HeadFound, RoleFound } from "../findings";
 import type { Axes, Axis } from "./labels";
-
-/** Roles of hookattn/analyze/tables/roles.py, the most telling first; each has its hue, whatever else is there. */
-const ORDER = [
-  "induction",
-  "duplicate token",
-  "same word in the other sentence",
-  "previous token",
-  "next token",
-  "itself",
-  "neighbours",
-  "separators",
-  "first token",
-  "learned sink",
-  "uniform",
-];
+import { ALL } from "./roles";
 
 /** The hue of a role, as style.css has it; a role of somebody else's has that of all others. */
 export function hue(role: string): string {
-  const place = ORDER.indexOf(role);
-  return `var(--r${place < 0 ? ORDER.length - 1 : place})`;
+  const place = ALL.indexOf(role);
+  return `var(--r${place < 0 ? ALL.length - 1 : place})`;
 }
 
 export function inOrder(roles: Iterable<string>): string[] {
-  const place = (role: string) => (ORDER.indexOf(role) + ORDER.length + 1) % (ORDER.length + 1);
+  const place = (role: string) => (ALL.indexOf(role) + ALL.length + 1) % (ALL.length + 1);
   return [...roles].sort((a, b) => place(a) - place(b) || (a < b ? -1 : 1));
 }
 

@@ -19,6 +19,9 @@ const CACHE = 256 * 2 ** 20;
 /** Numbers in the first part of a large head: enough for the eye, and soon there. */
 const PART = 2 ** 20;
 
+/** Queries from the first to before the last. */
+export type Range = readonly [number, number];
+
 export interface Tensor {
   shape: number[];
   data: Numbers;
@@ -93,12 +96,17 @@ export class Trace {
    * One query of q, output, scores, weights, mask or bias, 1 × its columns, or null where the call has no such term.
    * Nothing else is read.
    */
-  async row(call: Call, field: string, batch: number, head: number, query: number): Promise<Matrix | null> {
+  row(call: Call, field: string, batch: number, head: number, query: number): Promise<Matrix | null> {
+    return this.rows(call, field, batch, head, [query, query + 1]);
+  }
+
+  /** The same of the queries from the first to before the last. */
+  async rows(call: Call, field: string, batch: number, head: number, range: Range): Promise<Matrix | null> {
     const name = call.fields[field];
     if (name === null) return null;
     return name === undefined
-      ? this.derive(call, field, batch, head, query)
-      : this.storedRow(call, field, name, batch, head, query);
+      ? this.derive(call, field, batch, head, range)
+      : this.storedRows(call, field, name, batch, head, range);
   }
 
   /** The error for a field that is not here. */
@@ -164,47 +172,48 @@ export class Trace {
     return BROADCAST.has(field) ? expand(stored, call.extents.T, call.extents.S) : stored;
   }
 
-  private async storedRow(
+  private async storedRows(
     call: Call,
     field: string,
     name: string,
     batch: number,
     head: number,
-    query: number,
+    [first, end]: Range,
   ): Promise<Matrix> {
     const entry = this.entry(name);
     const { start, rows, cols } = place(entry, batch, head);
-    const from = start + (rows > 1 ? query * cols : 0);
-    const stored = { rows: 1, cols, data: await this.numbers(name, entry, from, from + cols) };
-    return BROADCAST.has(field) ? expand(stored, 1, call.extents.S) : stored;
+    const count = rows > 1 ? end - first : 1;
+    const from = start + (rows > 1 ? first * cols : 0);
+    const stored = { rows: count, cols, data: await this.numbers(name, entry, from, from + count * cols) };
+    return BROADCAST.has(field) ? expand(stored, end - first, call.extents.S) : stored;
   }
 
-  /** All rows, or those of one query. */
-  private async derive(call: Call, field: string, batch: number, head: number, query?: number): Promise<Matrix> {
+  /** All rows, or those of some queries. */
+  private async derive(call: Call, field: string, batch: number, head: number, range?: Range): Promise<Matrix> {
     const part = (of: string) =>
-      query === undefined ? this.optional(call, of, batch, head) : this.row(call, of, batch, head, query);
+      range === undefined ? this.optional(call, of, batch, head) : this.rows(call, of, batch, head, range);
     if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, call);
     const slices = new Slices();
     if (field === "weights") {
       const [scores, mask, sinks] = await Promise.all([part("scores"), part("mask"), this.sinks(call, batch, head)]);
-      const own = query !== undefined && sinks !== null && sinks.length > 1 ? sinks.subarray(query) : sinks;
+      const own = range !== undefined && sinks !== null && sinks.length > 1 ? sinks.subarray(...range) : sinks;
       return derive.weights(scores!, mask, own, slices);
     }
     const [q, k, bias, scale] = await Promise.all([
       part("q"),
       this.head(call, "k", batch, head),
       part("bias"),
-      this.scale(call, batch, head, query),
+      this.scale(call, batch, head, range),
     ]);
     return derive.scores({ q: q!, k, scale, softcap: call.softcap, bias }, slices);
   }
 
-  /** The kernel's factor on q·kᵀ, for one head: a number, or T×S; 1×S for one query. */
-  async scale(call: Call, batch: number, head: number, query?: number): Promise<number | Matrix> {
+  /** The kernel's factor on q·kᵀ, for one head: a number, or T×S, of some queries their rows. */
+  async scale(call: Call, batch: number, head: number, range?: Range): Promise<number | Matrix> {
     if (typeof call.scale === "number") return call.scale;
-    return query === undefined
+    return range === undefined
       ? this.stored(call, "scale", call.scale.tensor, batch, head)
-      : this.storedRow(call, "scale", call.scale.tensor, batch, head, query);
+      : this.storedRows(call, "scale", call.scale.tensor, batch, head, range);
   }
 }
 

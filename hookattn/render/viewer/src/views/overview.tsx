@@ -31,9 +31,8 @@ function Overview({ app }: { app: App }) {
   const scene = useScene(app, findings);
   const here = useMemo(() => {
     const rows = groups.flatMap((g) => g.rows);
-    const of = stitched ? generation(app.trace, call) : [call];
-    return rows.find((r) => of.includes(r.call))?.call ?? null;
-  }, [groups, stitched, call]);
+    return rows.find((r) => r.calls.includes(call))?.call ?? null;
+  }, [groups, call]);
   const apart = useApart(app, groups);
   const { axes } = scene.sheet;
   const lines = useMemo(() => linesOf(axes, call.site.kind === "self"), [axes, call]);

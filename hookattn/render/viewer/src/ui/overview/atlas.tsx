@@ -2,7 +2,7 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, focus, stored } from "../../app";
 import { domain, ramp } from "../../colours";
-import { type AtlasGroup, headName } from "../../data/atlas";
+import { type AtlasGroup, type AtlasRow, headName } from "../../data/atlas";
 import type { Call } from "../../data/call";
 import { whole } from "../../data/frame";
 import { weightsOf } from "../../data/kinds";
@@ -31,6 +31,7 @@ export interface Apart {
 }
 
 interface Cell {
+  readonly row: AtlasRow;
   readonly i: number;
   readonly call: Call;
   readonly head: number;
@@ -68,7 +69,7 @@ function layoutOf(groups: readonly AtlasGroup[], room: number, most: number, lea
     calls.forEach((row, i) => {
       if (i % stride === 0) names.push({ text: row.name, y: y + size / 2 });
       for (const head of row.call.headNumbers) {
-        const cell = { i: cells.length, call: row.call, head, x: LEFT + heads.indexOf(head) * size, y };
+        const cell = { row, i: cells.length, call: row.call, head, x: LEFT + heads.indexOf(head) * size, y };
         cells.push(cell);
         at.set(`${row.call.index} ${head}`, cell);
       }
@@ -101,7 +102,7 @@ export function Atlas(props: {
   const chosen = here === null ? undefined : layout.at.get(`${here.index} ${focus(state)}`);
   const list = useRef<HTMLDivElement>(null);
   const [tip, setTip] = useState<(TipAt & { cell: Cell }) | null>(null);
-  const found = (cell: Cell): HeadFound | null => findings.heads[cell.call.index]?.[stored(cell.call, cell.head)] ?? null;
+  const found = ({ row, call, head }: Cell) => foundIn(findings, row, stored(call, head));
 
   const squares = useMemo(
     () =>
@@ -232,6 +233,12 @@ export function Atlas(props: {
   );
 }
 
+/** What is found of a head: of a generation, in the step that stands for it, or in any that was measured. */
+function foundIn(findings: Findings, { call, calls }: AtlasRow, place: number): HeadFound | null {
+  const of = (c: Call) => findings.heads[c.index]?.[place] ?? null;
+  return of(call) ?? calls.map(of).find((f) => f !== null) ?? null;
+}
+
 function headLabels(heads: readonly number[], size: number): { head: number; i: number }[] {
   const stride = [1, 2, 4, 8, 16, 32].find((n) => n * size >= NUMBER + (heads.length > 10 ? 4 : 0)) ?? 64;
   return heads.map((head, i) => ({ head, i })).filter(({ i }) => i % stride === 0);
@@ -319,8 +326,9 @@ function Roles({ app, findings, groups }: { app: App; findings: Findings; groups
   const { role: asked } = app.state.value;
   const counts = new Map<string, number>();
   let none = 0;
-  for (const { call } of groups.flatMap((g) => g.rows))
-    for (const found of findings.heads[call.index] ?? []) {
+  for (const row of groups.flatMap((g) => g.rows))
+    for (const place of row.call.headNumbers.keys()) {
+      const found = foundIn(findings, row, place);
       if (found !== null && found.roles.length === 0) none++;
       for (const { role } of found?.roles ?? []) counts.set(role, (counts.get(role) ?? 0) + 1);
     }

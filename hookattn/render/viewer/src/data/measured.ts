@@ -1,0 +1,129 @@
+/**
+ * What one head does, measured: the cheap measures of `hookattn.analyze`, with their names. All of it is one pass over the
+ * weights, so that a head is read once and let go.
+ */
+
+/** What counts in a call and a batch entry; it is the same for all its heads. */
+export interface Context {
+  /** For each of the T rows the key that its query is at; −1: at none. Null: queries and keys are of two sequences. */
+  at: Int32Array | null;
+  /** 1 where a query counts: it may attend to something, and is no padding. */
+  counts: Uint8Array;
+  /** How many keys each query may attend to; null where no mask was kept. */
+  allowed: Int32Array | null;
+  /** The first key that is no padding. */
+  first: number;
+  /** The keys related to each row: those of row t are from `start[t]` to `start[t + 1]`. Null: there are no tokens. */
+  duplicate: Related | null;
+  induction: Related | null;
+}
+
+export interface Related {
+  start: Int32Array;
+  key: Int32Array;
+}
+
+/** In the order in which `measure` returns them: the names of `hookattn.analyze`. */
+export const NAMES = [
+  "induction",
+  "duplicate_token",
+  "previous_token",
+  "next_token",
+  "self_token",
+  "local_mass(window=2)",
+  "first_token",
+  "learned_sink",
+  "normalised_entropy",
+  "entropy",
+  "mean_distance",
+] as const;
+export type Name = (typeof NAMES)[number];
+
+/** How many numbers there are for each measure: the sum, how many rows it is of, and the row, key and weight of the pair
+ * that shows it best. The last group is of the strongest pair of all, and says in place of the sum how many rows are no
+ * distribution. */
+export const STRIDE = 5;
+
+/**
+ * Sums over some rows of one head. It names nothing outside of itself: a worker is made of its text.
+ *
+ * `data`: weights of the rows `rows`, one after the other, S columns each. Returns 12 groups of five numbers.
+ */
+export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: number, c: Context): Float64Array {
+  const out = new Float64Array(60);
+  for (let m = 0; m < 12; m++) out[5 * m + 2] = -1;
+  const best = new Float64Array(12).fill(-1);
+  const add = (m: number, value: number) => {
+    out[5 * m]! += value;
+    out[5 * m + 1]!++;
+  };
+  // A pair says more in a row that may look elsewhere: the one key of the first row weighs 1 in any head.
+  const show = (m: number, t: number, key: number, weight: number, n: number) => {
+    const worth = weight * (1 - 1 / Math.max(n, 1));
+    if (worth > best[m]!) {
+      best[m] = worth;
+      out[5 * m + 2] = t;
+      out[5 * m + 3] = key;
+      out[5 * m + 4] = weight;
+    }
+  };
+  for (let r = 0; r < rows.length; r++) {
+    const t = rows[r]!;
+    if (c.counts[t] === 0) continue;
+    const from = r * S;
+    const n = c.allowed === null ? S : c.allowed[t]!;
+    const p = c.at === null ? -1 : c.at[t]!;
+    let sum = 0;
+    let entropy = 0;
+    let far = 0;
+    let top = 0;
+    let below = 0;
+    for (let s = 0; s < S; s++) {
+      const w = data[from + s]!;
+      if (w > 0) {
+        sum += w;
+        entropy -= w * Math.log(w);
+        far += w * Math.abs(p - s);
+        if (w > data[from + top]!) top = s;
+      } else if (w < 0) below = 1;
+    }
+    if (below === 1 || (Math.abs(sum - 1) > 0.02 && sum > 0 && sum > 1)) out[55]!++;
+    show(11, t, top, data[from + top]!, n);
+    add(9, entropy);
+    add(7, Math.max(0, 1 - sum));
+    add(6, data[from + c.first]!);
+    show(6, t, c.first, data[from + c.first]!, n);
+    if (c.allowed !== null && n > 1) {
+      add(8, entropy / Math.log(n));
+    }
+    if (c.at !== null) {
+      const near = (offset: number) => {
+        const key = p + offset;
+        return p >= 0 && key >= 0 && key < S ? data[from + key]! : 0;
+      };
+      const [before, own, after] = [near(-1), near(0), near(1)];
+      add(2, before);
+      add(3, after);
+      add(4, own);
+      add(5, before + own + after);
+      if (before > 0) show(2, t, p - 1, before, n);
+      if (after > 0) show(3, t, p + 1, after, n);
+      if (own > 0) show(4, t, p, own, n);
+      if (sum > 0) add(10, far / sum);
+    }
+    for (let m = 0; m < 2; m++) {
+      const related = m === 0 ? c.induction : c.duplicate;
+      if (related === null) continue;
+      const [start, end] = [related.start[t]!, related.start[t + 1]!];
+      if (end === start) continue;
+      let mass = 0;
+      for (let i = start; i < end; i++) {
+        const w = data[from + related.key[i]!]!;
+        mass += w;
+        show(m, t, related.key[i]!, w, n);
+      }
+      add(m, mass);
+    }
+  }
+  return out;
+}

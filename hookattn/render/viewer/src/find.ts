@@ -1,0 +1,310 @@
+/** Measures the heads of a trace when it is open, the ones in view first, and tells what is found as it comes. */
+import { effect } from "@preact/signals";
+import type { App } from "./app";
+import type { Call } from "./data/call";
+import { contextOf } from "./data/context";
+import { areShares } from "./data/kinds";
+import type { Matrix } from "./data/matrix";
+import { type Context, type Name, NAMES, STRIDE } from "./data/measured";
+import { ALL, ROLES, rolesFor } from "./data/roles";
+import type { Range } from "./data/trace";
+import { message } from "./errors";
+import type { Findings, HeadFound, RoleFound } from "./findings";
+import { type Measure, type Scores, rolesOf } from "./options";
+import { Slices } from "./slices";
+import { joined, type Measurer, measurer } from "./worker";
+
+/** Numbers of a head that are read; of a larger one some rows, in so many groups. */
+const OF_HEAD = 2 ** 19;
+const GROUPS = 8;
+/** Numbers of all batch entries of a trace that are read; of more, the first entries. */
+const OF_TRACE = 2 ** 28;
+/** Heads that are read at the same time, and milliseconds between two tellings. */
+const AT_ONCE = 4;
+const PAUSE = 120;
+
+const UNITS: Readonly<Record<string, [string, string]>> = {
+  induction: ["share", "The weight on the tokens that came after earlier occurrences of the query's own token."],
+  duplicate_token: ["share", "The weight on all earlier occurrences of the query's own token."],
+  previous_token: ["share", "The weight on the token before."],
+  next_token: ["share", "The weight on the token after."],
+  self_token: ["share", "The weight on the token itself."],
+  "local_mass(window=2)": ["share", "The weight on the token itself and its two neighbours."],
+  first_token: ["share", "The weight on the first token."],
+  learned_sink: ["share", "What goes to learned sinks and to no key."],
+  normalised_entropy: ["share", "The entropy over that of uniform attention."],
+  entropy: ["nats", "How spread out the attention of a query is."],
+  mean_distance: ["keys", "How far from the query its keys are."],
+};
+
+type Values = Partial<Record<Name, number | null>>;
+interface Pairs {
+  [measure: string]: RoleFound["pair"];
+}
+
+/** What is known of one head, all batch entries together. */
+interface Known {
+  values: Values;
+  pairs: Pairs;
+}
+
+export function nothing(app: Pick<App, "trace" | "options">): Findings {
+  const heads = app.trace.calls.map((call) => Array.from({ length: call.extents.H }, () => null));
+  return { scores: app.options.scores ?? {}, heads, done: 0, total: 0, striking: null, missing: null };
+}
+
+/** Starts measuring; returns what stops it. */
+export function find(app: App): () => void {
+  const stop = new AbortController();
+  const known = app.trace.calls.map((call) => new Array<Known | null>(call.extents.H).fill(null));
+  const chances = new Map<string, Promise<Values>>();
+  const worker = measurer();
+  const seen = new Set<number>();
+  let told = 0;
+  let missing: string | null = null;
+  const tell = (total: number, done: number, last: boolean) => {
+    if (stop.signal.aborted || (!last && performance.now() - told < PAUSE)) return;
+    told = performance.now();
+    app.findings.value = made(app, known, total, done, missing);
+  };
+  /** Measures the calls of one step, those in view first. */
+  async function measureStep(step: number): Promise<void> {
+    const { stack, kind, layer } = app.state.peek();
+    const rank = ({ site }: Call) =>
+      (site.stack === stack && site.kind === kind ? 0 : 2) + (site.layer === layer ? 0 : 1);
+    const calls = app.trace.calls.filter((c) => c.step === step).sort((a, b) => rank(a) - rank(b) || a.index - b.index);
+    const total = calls.reduce((n, c) => n + c.extents.H, 0);
+    let done = 0;
+    const numbers = calls.reduce((n, c) => n + c.extents.H * Math.min(OF_HEAD, c.extents.T * c.extents.S), 0);
+    const entries = Math.max(1, Math.floor(OF_TRACE / Math.max(1, numbers)));
+    for (const call of calls) {
+      if (!app.trace.has(call, "weights")) {
+        missing ??= app.trace.lacks("weights", call).message;
+        done += call.extents.H;
+        continue;
+      }
+      try {
+        await measureCall(app, call, Math.min(entries, call.extents.B), worker, chances, stop.signal, (head, found) => {
+          known[call.index]![head] = found;
+          tell(total, ++done, false);
+        });
+      } catch (error) {
+        if (stop.signal.aborted) return;
+        missing ??= message(error);
+      }
+    }
+    tell(total, total, true);
+  }
+  const follow = effect(() => {
+    const { step } = app.state.value;
+    if (seen.has(step)) return;
+    seen.add(step);
+    void measureStep(step);
+  });
+  return () => {
+    stop.abort();
+    follow();
+    worker.stop();
+  };
+}
+
+async function measureCall(
+  app: App,
+  call: Call,
+  entries: number,
+  worker: Measurer,
+  chances: Map<string, Promise<Values>>,
+  signal: AbortSignal,
+  tell: (head: number, found: Known) => void,
+): Promise<void> {
+  const { trace } = app;
+  const { H, S } = call.extents;
+  const rows = sampled(call);
+  const sums = new Array<Float64Array | null>(H).fill(null);
+  const where = new Array<number[]>(H).fill([]).map(() => new Array<number>(12).fill(0));
+  let chance: Promise<Values> | null = null;
+  for (let batch = 0; batch < entries; batch++) {
+    signal.throwIfAborted();
+    // Where heads have masks of their own, the first stands for all, as in hookattn/analyze/chance.py.
+    const mask = trace.has(call, "mask") ? await trace.optional(call, "mask", batch, 0) : null;
+    const whole = mask ?? (trace.has(call, "mask") ? open(call) : null);
+    const context = await contextOf(trace, call, batch, whole, new Slices(10, signal));
+    if (batch === 0 && whole !== null) {
+      const key = [call.fields["mask"], call.site.stack, call.site.kind, call.step, call.queries, rows].join(" ");
+      chance = chances.get(key) ?? uniform(whole, context, rows, S, worker);
+      chances.set(key, chance);
+    }
+    const one = async (head: number) => {
+      signal.throwIfAborted();
+      const parts = await Promise.all(rows.map((range) => trace.rows(call, "weights", batch, head, range)));
+      const out = await worker.measure(together(parts as Matrix[]), numbered(rows), S, context);
+      const before = sums[head];
+      const next = before === null || before === undefined ? out : joined(before, out);
+      for (let m = 0; m < 12; m++)
+        if (before == null || next[m * STRIDE + 2] !== before[m * STRIDE + 2]) where[head]![m] = batch;
+      sums[head] = next;
+    };
+    let next = 0;
+    const lane = async () => {
+      while (next < H) await one(next++);
+    };
+    await Promise.all(Array.from({ length: Math.min(AT_ONCE, H) }, lane));
+  }
+  const level = chance === null ? {} : await chance;
+  for (let head = 0; head < H; head++) tell(head, read(call, sums[head]!, where[head]!, level));
+}
+
+/** Rows of a head as ranges: all, or of a large one groups, each in the middle of its part of the rows. */
+function sampled({ extents: { T, S } }: Call): Range[] {
+  const most = Math.max(GROUPS, Math.floor(OF_HEAD / S));
+  if (T <= most) return [[0, T]];
+  const size = Math.floor(most / GROUPS);
+  return Array.from({ length: GROUPS }, (_, g) => {
+    const first = Math.round(((g + 0.5) * T) / GROUPS - size / 2);
+    return [first, first + size];
+  });
+}
+
+/** How many of the T query rows of a call are looked at. */
+export function rowsOf(call: Call): number {
+  return sampled(call).reduce((n, [first, end]) => n + end - first, 0);
+}
+
+function numbered(rows: readonly Range[]): Int32Array {
+  return Int32Array.from(rows.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
+}
+
+function together(parts: readonly Matrix[]): Float32Array | Float64Array {
+  const [first] = parts;
+  const wide = first!.data instanceof Float64Array;
+  if (parts.length === 1 && (wide || first!.data instanceof Float32Array)) return first!.data as Float32Array;
+  const size = parts.reduce((n, p) => n + p.data.length, 0);
+  const data = wide ? new Float64Array(size) : new Float32Array(size);
+  let at = 0;
+  for (const part of parts) {
+    data.set(part.data, at);
+    at += part.data.length;
+  }
+  return data;
+}
+
+/** A mask that hides nothing. */
+function open({ extents: { T, S } }: Call): Matrix {
+  return { rows: T, cols: S, data: new Uint8Array(T * S).fill(1) };
+}
+
+/** What attention that is the same for all keys has of each measure. */
+async function uniform(mask: Matrix, context: Context, rows: readonly Range[], S: number, worker: Measurer) {
+  const at = numbered(rows);
+  const data = new Float32Array(at.length * S);
+  at.forEach((t, r) => {
+    const n = context.allowed![t]! || 1;
+    for (let s = 0; s < S; s++) data[r * S + s] = mask.data[t * S + s] ? 1 / n : 0;
+  });
+  return valuesOf(await worker.measure(data, at, S, context));
+}
+
+function valuesOf(sums: Float64Array): Values {
+  return Object.fromEntries(
+    NAMES.map((name, m) => {
+      const count = sums[m * STRIDE + 1]!;
+      return [name, count > 0 ? sums[m * STRIDE]! / count : null];
+    }),
+  );
+}
+
+function read(call: Call, sums: Float64Array, batches: readonly number[], chance: Values): Known {
+  // Weights of a kind that nobody knows are measured where they are shares after all.
+  const shares = areShares(call, "weights") || sums[11 * STRIDE] === 0;
+  const values: Values = shares ? valuesOf(sums) : {};
+  const pairs: Pairs = {};
+  [...NAMES, "strongest"].forEach((name, m) => {
+    const [query, key, weight] = sums.subarray(m * STRIDE + 2, m * STRIDE + 5);
+    pairs[name] = query! < 0 ? null : { batch: batches[m]!, query: query!, key: key!, weight: weight! };
+  });
+  levels.set(values, chance);
+  return { values, pairs };
+}
+
+const levels = new WeakMap<Values, Values>();
+
+function made(app: App, known: (Known | null)[][], total: number, done: number, missing: string | null): Findings {
+  const given = app.options.scores ?? {};
+  const measured = NAMES.filter((name) => known.some((call) => call.some((k) => k?.values[name] != null)));
+  const scores: Record<string, Measure | string[][][] | undefined> = {};
+  for (const name of measured) {
+    const [unit, description] = UNITS[name]!;
+    scores[name] = { unit, description, values: known.map((call) => call.map((k) => k?.values[name] ?? null)) };
+  }
+  const heads = known.map((call, index) => call.map((k, head) => found(app, index, head, k)));
+  scores["roles"] = heads.map((call) => call.map((h) => (h === null ? [] : h.roles.map((r) => r.role))));
+  return {
+    // What was handed in was measured with all there is to measure with: it counts.
+    scores: { ...scores, ...given } as Scores,
+    heads,
+    done,
+    total,
+    striking: striking(app, heads, known),
+    missing: done > 0 && heads.some((call) => call.some((h) => h !== null)) ? null : missing,
+  };
+}
+
+function found(app: App, call: number, head: number, known: Known | null): HeadFound | null {
+  const given = rolesOf(app.options.scores, call, head);
+  if (known === null && given.length === 0) return null;
+  const chance = (known && levels.get(known.values)) ?? {};
+  const measured = (known === null ? [] : rolesFor(known.values, chance)).map(
+    ({ name, measure, lifted }): RoleFound => ({
+      role: name,
+      measure,
+      score: known!.values[measure]!,
+      chance: lifted ? (chance[measure] ?? null) : null,
+      pair: known!.pairs[measure] ?? known!.pairs["strongest"] ?? null,
+    }),
+  );
+  const more = given
+    .filter((name) => !measured.some((r) => r.role === name))
+    .map((role): RoleFound => {
+      const measure = ROLES.find((r) => r.name === role)?.measure ?? MEASURES[role] ?? role;
+      const values = (app.options.scores?.[measure] as Measure | undefined)?.values;
+      return { role, measure, score: values?.[call]?.[head] ?? NaN, chance: null, pair: known?.pairs[measure] ?? null };
+    });
+  const place = ({ role }: RoleFound) => (ALL.includes(role) ? ALL.indexOf(role) : ALL.length);
+  return { call, head, roles: [...measured, ...more].sort((a, b) => place(a) - place(b)) };
+}
+
+const MEASURES: Readonly<Record<string, string>> = {
+  "same word in the other sentence": "same_word(across=True)",
+  separators: "separators",
+};
+
+/** The pair of a head without a role that weighs most. */
+const strongest = new WeakMap<HeadFound, RoleFound["pair"]>();
+export function strongestPair(head: HeadFound | null): RoleFound["pair"] {
+  return head === null ? null : (head.roles.find((r) => r.pair !== null)?.pair ?? strongest.get(head) ?? null);
+}
+
+/** The most telling role with the highest score; where none is clear, the head that is least spread out. */
+function striking(app: App, heads: Findings["heads"], known: (Known | null)[][]): Findings["striking"] {
+  const { step } = app.state.peek();
+  let best: { call: number; head: number; worth: number } | null = null;
+  heads.forEach((call, index) => {
+    if (app.trace.calls[index]!.step !== step) return;
+    call.forEach((head, h) => {
+      if (head === null) return;
+      strongest.set(head, known[index]![h]?.pairs["strongest"] ?? null);
+      const [role] = head.roles;
+      const values = known[index]![h]?.values;
+      const worth =
+        role === undefined
+          ? 1 - (values?.normalised_entropy ?? 1) - (values?.first_token ?? 0)
+          : 10 * (ALL.length - place(role.role)) + (Number.isNaN(role.score) ? 0 : role.score);
+      if (best === null || worth > best.worth) best = { call: index, head: h, worth };
+    });
+  });
+  return best && { call: (best as { call: number }).call, head: (best as { head: number }).head };
+}
+
+function place(role: string): number {
+  return ALL.includes(role) ? ALL.indexOf(role) : ALL.length - 1;
+}
