@@ -1,5 +1,5 @@
 /** The first screen: what there is, which heads do what, one head, one of its weights and the reason for it. */
-import { useEffect, useMemo } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { atlasOf } from "../data/atlas";
 import { ofPatches } from "../data/patches";
@@ -41,11 +41,18 @@ function Overview({ app }: { app: App }) {
   const share = { three: [0.3, 0.4, 0.3], two: [0.42, 0.58, 1], one: [1, 1, 1] }[layout];
   const gaps = { three: 2, two: 1, one: 0 }[layout];
   const [atlas, head, token] = share.map((part) => Math.floor(part === 1 ? room : (room - gaps * GAP) * part));
-  const most = Math.max(300, globalThis.innerHeight - 330);
+  const [said, foot] = [useRef<HTMLDivElement>(null), useRef<HTMLDivElement>(null)];
+  const [most, setMost] = useState(420);
+  useLayoutEffect(() => {
+    if (said.current === null || foot.current === null) return;
+    // What the window shows at once: from below the first sentence to above the text.
+    const top = said.current.getBoundingClientRect().bottom + globalThis.scrollY;
+    setMost(Math.max(320, Math.min(1600, Math.floor(globalThis.innerHeight - top - foot.current.offsetHeight - 34))));
+  });
   const named = lines.every((line) => line.axis.named);
   return (
     <div ref={ref} class={`overview ${layout}`}>
-      <div class="said">
+      <div class="said" ref={said}>
         <p class="sentence" data-summary>
           {summary(app.trace, findings)}
         </p>
@@ -72,12 +79,18 @@ function Overview({ app }: { app: App }) {
             groups={groups}
             here={here}
             room={atlas!}
-            most={layout === "one" ? 340 : most - 130}
+            most={layout === "one" ? 340 : most - 110}
             apart={apart}
           />
           <ChosenHead app={app} scene={scene} room={head!} most={layout === "one" ? 520 : most} />
-          <ChosenToken app={app} scene={scene} groups={groups} room={layout === "two" ? (room - GAP) / 2 : token!} />
-          <div class="lines">
+          <ChosenToken
+            app={app}
+            scene={scene}
+            groups={groups}
+            room={layout === "two" ? (room - GAP) / 2 : token!}
+            most={layout === "three" ? most - 410 : 300}
+          />
+          <div class="lines" ref={foot}>
             {lines
               .filter(({ title }) => !picture || title === "Queries")
               .map((line) => (

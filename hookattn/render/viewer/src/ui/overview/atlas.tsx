@@ -18,8 +18,9 @@ import { Tip, type TipAt } from "../tip";
 const LEFT = 30;
 const TOP = 18;
 const TITLE = 22;
-/** Sides of a square, and of a small picture that still shows something. */
-const [LEAST, MOST, PICTURE, LARGE] = [5, 34, 26, 104];
+/** Sides of a square and of a small picture that still show something, and how large they get. */
+const [LEAST, PICTURE] = [5, 26];
+const largest = (room: number, picture: boolean) => (picture ? Math.max(104, Math.min(220, room / 5)) : room > 700 ? 60 : 34);
 /** Below this no square has room for its number. */
 const NUMBER = 15;
 
@@ -49,12 +50,12 @@ interface Layout {
   readonly height: number;
 }
 
-function layoutOf(groups: readonly AtlasGroup[], room: number, most: number, least: number, largest: number): Layout {
+function layoutOf(groups: readonly AtlasGroup[], room: number, most: number, least: number, greatest: number): Layout {
   const rows = groups.reduce((n, g) => n + g.rows.length, 0);
   const columns = Math.max(1, ...groups.map((g) => g.heads.length));
   const titled = groups.length > 1 ? TITLE : 0;
   const fixed = groups.length * (TOP + titled + 6);
-  const fit = Math.min((room - LEFT - 2) / columns, (most - fixed) / rows, largest);
+  const fit = Math.min((room - LEFT - 2) / columns, (most - fixed) / rows, greatest);
   const size = Math.max(least, fit > 10 ? Math.floor(fit) : Math.floor(fit * 2) / 2);
   const cells: Cell[] = [];
   const at = new Map<string, Cell>();
@@ -92,11 +93,11 @@ export function Atlas(props: {
 }) {
   const { app, findings, groups, here, room, most, apart } = props;
   const state = app.state.value;
-  const few = layoutOf(groups, room, most, LEAST, LARGE).size >= 56;
+  const few = layoutOf(groups, room, most, LEAST, 104).size >= 56;
   const tiles = state.tiles === "auto" ? (few ? "matrix" : "squares") : state.tiles;
   const pictures = tiles !== "squares";
   const layout = useMemo(
-    () => layoutOf(groups, room, most, pictures ? PICTURE : LEAST, pictures ? LARGE : MOST),
+    () => layoutOf(groups, room, most, pictures ? PICTURE : LEAST, largest(room, pictures)),
     [groups, room, most, pictures],
   );
   const chosen = here === null ? undefined : layout.at.get(`${here.index} ${focus(state)}`);

@@ -163,6 +163,11 @@ function pairOf(
   const column = key === null ? null : columnOf(sheet, call, key);
   if (row >= 0) return [row, column ?? (matrix === null ? null : strongestOf(matrix, row))];
   if (column !== null) return [matrix === null ? null : strongestIn(matrix, column), column];
+  // A step that was gone to is what is told of.
+  if (call !== sheet.calls[0]) {
+    const last = rowOf(sheet, call, call.extents.T - 1);
+    return [last, matrix === null ? null : strongestOf(matrix, last)];
+  }
   const pair = (roleOf(found, role) ?? roleOf(found, ""))?.pair;
   if (pair != null && pair.batch === batch && found !== null) {
     const at = sheet.calls.find((c) => c.index === found.call);

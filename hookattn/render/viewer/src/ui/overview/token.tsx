@@ -28,8 +28,17 @@ interface Bar {
   readonly beside: number | null;
 }
 
-export function ChosenToken({ app, scene, groups, room }: { app: App; scene: Scene; groups: readonly AtlasGroup[]; room: number }) {
-  const { row, column, sheet, error } = scene;
+interface Room {
+  app: App;
+  scene: Scene;
+  groups: readonly AtlasGroup[];
+  room: number;
+  /** The height that the strip of heads may take. */
+  most: number;
+}
+
+export function ChosenToken(props: Room) {
+  const { row, column, sheet, error } = props.scene;
   const at = row === null ? null : (sheet.rows[row] ?? null);
   if (at === null)
     return (
@@ -41,19 +50,11 @@ export function ChosenToken({ app, scene, groups, room }: { app: App; scene: Sce
       </div>
     );
   const key = column === null ? null : keyOf(sheet, at.call, column);
-  return <Token app={app} scene={scene} groups={groups} room={room} call={at.call} query={at.query} asked={key} />;
+  return <Token {...props} call={at.call} query={at.query} asked={key} />;
 }
 
-function Token(props: {
-  app: App;
-  scene: Scene;
-  groups: readonly AtlasGroup[];
-  room: number;
-  call: Call;
-  query: number;
-  asked: number | null;
-}) {
-  const { app, scene, groups, room, call, query, asked } = props;
+function Token(props: Room & { call: Call; query: number; asked: number | null }) {
+  const { app, scene, call, query, asked } = props;
   const { trace, head, batch, field, sheet, other, error } = scene;
   const axes = axesOf(trace, call, batch, [head]);
   const names = namesOf(app, call, axes);
@@ -74,6 +75,7 @@ function Token(props: {
   const key = asked !== null && asked >= 0 ? asked : (ready?.bars[0]?.key ?? null);
   return (
     <div class="token">
+      <div>
       <div class="heading">
         <h2>The chosen token</h2>
       </div>
@@ -108,9 +110,12 @@ function Token(props: {
           )}
         </>
       )}
-      {key !== null && <Why scene={scene} call={call} query={query} asked={key} axes={axes} />}
+      </div>
       {key !== null && (
-        <Strip app={app} scene={scene} groups={groups} room={room} call={call} query={query} asked={key} told={names.key(key)} />
+        <div>
+          <Why scene={scene} call={call} query={query} asked={key} names={names} />
+          <Strip {...props} asked={key} told={names.key(key)} />
+        </div>
       )}
     </div>
   );
@@ -127,7 +132,12 @@ function rest(bars: readonly Bar[], of: number): string {
 }
 
 /** What queries and keys are called here: patches by where they lie, tokens by position and text. */
-function namesOf(app: App, call: Call, axes: Axes): { query(i: number): string; key(i: number): string } {
+interface Names {
+  query(i: number): string;
+  key(i: number): string;
+}
+
+function namesOf(app: App, call: Call, axes: Axes): Names {
   const keys = ofPatches(call, app.options) ? patches(call.extents.S, app.options.images) : null;
   const part = (axis: Axes["keys"], i: number) => (axis.segments === null ? "" : `${"AB"[axis.segments[i]!]} · `);
   return {
@@ -144,7 +154,7 @@ interface Pair {
 }
 
 /** The sentence of the view that tells why. */
-function Why({ scene, call, query, asked: key, axes }: Pair & { axes: Axes }) {
+function Why({ scene, call, query, asked: key, names }: Pair & { names: Names }) {
   const { trace, head, batch } = scene;
   const lacking = ["scores", "mask", "weights"].find((field) => !trace.has(call, field));
   const fit = isSoftmax(call);
@@ -159,7 +169,7 @@ function Why({ scene, call, query, asked: key, axes }: Pair & { axes: Axes }) {
     if (error !== null) return error;
     if (value === null || value.call !== call || value.query !== query || key >= value.row.weights.length) return "Reading …";
     const { row, verdict } = value;
-    return explain(row, verdict, key, name(axes.queries, query), (s) => `key ${name(axes.keys, s)}`);
+    return explain(row, verdict, key, names.query(query), (s) => `key ${names.key(s)}`);
   };
   return (
     <div class="why" aria-live="polite">
@@ -172,8 +182,8 @@ function Why({ scene, call, query, asked: key, axes }: Pair & { axes: Axes }) {
 const LEFT = 26;
 
 /** Layers down, heads across: how much each head looks at the key, from the same query. */
-function Strip(props: Pair & { app: App; groups: readonly AtlasGroup[]; room: number; told: string }) {
-  const { app, scene, groups, room, call, query, asked: key, told } = props;
+function Strip(props: Pair & Room & { told: string }) {
+  const { app, scene, groups, room, most, call, query, asked: key, told } = props;
   const { trace, head, batch, field } = scene;
   const [tip, setTip] = useState<TipAt | null>(null);
   const calls = trace.calls.filter(
@@ -191,7 +201,7 @@ function Strip(props: Pair & { app: App; groups: readonly AtlasGroup[]; room: nu
     [trace, call, field, batch, query, key],
   );
   const heads = [...new Set(calls.flatMap((c) => c.headNumbers))].sort((a, b) => a - b);
-  const size = Math.max(4, Math.min(26, Math.floor((Math.min(room, 420) - LEFT) / heads.length), Math.floor(300 / calls.length)));
+  const size = Math.max(4, Math.min(room > 700 ? 44 : 26, Math.floor((Math.min(room, 900) - LEFT) / heads.length), Math.floor(Math.max(most, 120) / calls.length)));
   const cells = calls.flatMap((c, y) =>
     c.headNumbers.map((h) => ({ call: c, head: h, x: LEFT + heads.indexOf(h) * size, y: y * size, look: value?.get(`${c.index} ${h}`) })),
   );
