@@ -13,7 +13,7 @@ import { ChosenHead } from "../ui/overview/chosen";
 import { linesOf, TokenLine } from "../ui/overview/line";
 import { useScene } from "../ui/overview/scene";
 import { ChosenToken } from "../ui/overview/token";
-import { summary } from "../data/summary";
+import { headline } from "../data/sentences";
 import type { View } from "./view";
 
 /** Widths from which three columns have room, and two. */
@@ -54,7 +54,11 @@ function Overview({ app }: { app: App }) {
     <div ref={ref} class={`overview ${layout}`}>
       <div class="said" ref={said}>
         <p class="sentence" data-summary>
-          {summary(app.trace, findings)}
+          {headline(app.trace, findings, state.step).map(({ tone, text }) => (
+            <span key={text} class={tone}>
+              {text}{" "}
+            </span>
+          ))}
         </p>
         {app.other !== null && (
           <Segments

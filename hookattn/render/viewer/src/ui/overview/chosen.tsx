@@ -1,12 +1,12 @@
 /** The chosen head: what it does in a sentence, and its matrix, or the picture whose patches it looks at. */
 import { computed } from "@preact/signals";
 import { useMemo, useState } from "preact/hooks";
-import type { App } from "../../app";
+import { type App, stored } from "../../app";
 import { domain, ramp } from "../../colours";
-import { headName } from "../../data/atlas";
 import { at } from "../../data/matrix";
 import { ofPatches, patches, place as patchName } from "../../data/patches";
-import { hue, pairSentence, roleOf } from "../../data/rolewords";
+import { hue, roleOf } from "../../data/rolewords";
+import { headName, pairSentence } from "../../data/sentences";
 import { number } from "../../format";
 import { useFrame } from "../frame";
 import { Legend } from "../legend";
@@ -32,7 +32,7 @@ export function ChosenHead({ app, scene, room, most }: { app: App; scene: Scene;
         <Notice error>{error}</Notice>
       ) : numbers === null ? (
         <div class="quiet" style={{ minHeight: `${Math.min(most, room)}px` }}>
-          Reading {headName(call, head)} …
+          Reading {headName(scene.trace, call, stored(call, head))} …
         </div>
       ) : ofPatches(call, app.options) && patches(call.extents.S, app.options.images) !== null && scene.other === null ? (
         <Patches app={app} scene={scene} room={room} />
@@ -68,7 +68,7 @@ function Sentence({ app, scene }: { app: App; scene: Scene }) {
   const side = app.other === null ? "" : { a: "A", b: "B", difference: "B − A" }[app.state.value.side];
   return (
     <>
-      <b>{headName(call, head)}</b>
+      <b>{headName(scene.trace, call, stored(call, head))}</b>
       {side && ` · ${side}`}
       {shown !== null && (
         <>
@@ -113,7 +113,7 @@ function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: num
         setFrame={setFrame}
         domain={scaling}
         ramp={colours}
-        label={`${field} of ${headName(call, head)}, queries down, keys across`}
+        label={`${field} of ${headName(scene.trace, call, stored(call, head))}, queries down, keys across`}
         told={(query, key) => {
           const value = at(matrix, query, key);
           return [

@@ -1,7 +1,8 @@
 /** The chosen token: what it looks at most, why it looks at the one that is told of, and which other heads do. */
 import { useState } from "preact/hooks";
 import { type App, stored } from "../../app";
-import { type AtlasGroup, headName } from "../../data/atlas";
+import type { AtlasGroup } from "../../data/atlas";
+import { headName } from "../../data/sentences";
 import { isSoftmax, normalizerOf } from "../../data/kinds";
 import { type Axes, axesOf } from "../../data/labels";
 import { type Look, looksAt } from "../../data/looksat";
@@ -222,7 +223,7 @@ function Strip(props: Pair & Room & { told: string }) {
         {value === null
           ? "Reading …"
           : `${among.length} of ${cells.length} heads have ${told} among the ${BARS} keys they look at most from here` +
-            (best === null ? "." : `; ${headName(best.call, best.head)} most, ${two(best.look!.weight)}.`)}
+            (best === null ? "." : `; ${headName(trace, best.call, stored(best.call, best.head))} most, ${two(best.look!.weight)}.`)}
       </p>
       <div class="plane" style={{ width: `${width}px`, height: `${height}px`, touchAction: "auto" }}>
         <svg
@@ -238,7 +239,7 @@ function Strip(props: Pair & Room & { told: string }) {
                 : {
                     x: cell.x + size,
                     y: cell.y,
-                    text: `${headName(cell.call, cell.head)}: ${cell.look === undefined ? "not read" : `${two(cell.look.weight)}, rank ${cell.look.rank}`}`,
+                    text: `${headName(trace, cell.call, stored(cell.call, cell.head))}: ${cell.look === undefined ? "not read" : `${two(cell.look.weight)}, rank ${cell.look.rank}`}`,
                   },
             );
           }}
