@@ -113,8 +113,12 @@ function Overview({ app }: { app: App }) {
   );
 }
 
-/** Until the reader chooses, the most striking head is shown. */
+/** How long, in milliseconds, another head has to be the most striking before the page goes on to it. */
+const PATIENCE = 600;
+
+/** Until the reader chooses, the most striking head is shown: the first at once, and what is found after it in time. */
 function useLead(app: App): void {
+  const led = useRef(false);
   const { striking, heads } = app.findings.value;
   const chosen = app.chosen.value;
   useEffect(() => {
@@ -122,7 +126,12 @@ function useLead(app: App): void {
     if (chosen || striking === null || call === undefined) return;
     const pair = heads[striking.call]?.[striking.head]?.roles.find((r) => r.pair !== null)?.pair;
     const head = call.headNumbers[striking.head]!;
-    app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) });
+    const wait = setTimeout(
+      () => app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) }),
+      led.current ? PATIENCE : 0,
+    );
+    led.current = true;
+    return () => clearTimeout(wait);
   }, [app, chosen, striking?.call, striking?.head]);
 }
 

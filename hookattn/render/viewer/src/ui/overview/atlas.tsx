@@ -360,7 +360,6 @@ function Roles({ app, findings, groups }: { app: App; findings: Findings; groups
           measuring, {findings.done} of {findings.total}
         </span>
       )}
-      {findings.missing !== null && <p class="quiet">{findings.missing}</p>}
     </div>
   );
 }

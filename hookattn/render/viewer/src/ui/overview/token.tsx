@@ -47,7 +47,7 @@ export function ChosenToken(props: Room) {
         <div class="heading">
           <h2>The chosen token</h2>
         </div>
-        {error === null && <p class="quiet">Reading …</p>}
+        <p class="quiet">{error === null ? "Reading …" : "Without the weights of the head there is nothing to tell of its tokens."}</p>
       </div>
     );
   const key = column === null ? null : keyOf(sheet, at.call, column);
