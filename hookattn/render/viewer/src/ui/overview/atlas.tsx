@@ -310,7 +310,7 @@ function Square(props: {
         data-head={`${cell.call.site.layer}.${cell.head}`}
         data-role={own?.role ?? ""}
         data-pending={pending}
-        tabIndex={chosen ? 0 : -1}
+        tabindex={chosen ? 0 : -1}
         aria-selected={selected}
         aria-label={`${headName(cell.call, cell.head)}: ${said || (pending ? "not measured" : "no clear role")}`}
       />

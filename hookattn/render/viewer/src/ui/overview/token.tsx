@@ -43,7 +43,7 @@ export function ChosenToken(props: Room) {
   const at = row === null ? null : (sheet.rows[row] ?? null);
   if (at === null)
     return (
-      <div class="token">
+      <div class="asked">
         <div class="heading">
           <h2>The chosen token</h2>
         </div>
@@ -75,7 +75,7 @@ function Token(props: Room & { call: Call; query: number; asked: number | null }
   const ready = value !== null && value.call === call && value.query === query ? value : null;
   const key = asked !== null && asked >= 0 ? asked : (ready?.bars[0]?.key ?? null);
   return (
-    <div class="token">
+    <div class="asked">
       <div>
       <div class="heading">
         <h2>The chosen token</h2>
