@@ -140,7 +140,8 @@ export const overview: View = {
   label: "Overview",
   help:
     "All heads by what they do, one head, and why one of its weights is what it is. Choose a head on the left, a token in " +
-    "the text below. Arrow keys move among the heads and along the text.",
+    "the text below: hover for what it looks at, with shift for who looks at it, click or press Enter to keep it. With the " +
+    "focus among the heads or in the text, arrow keys move there.",
   fields: () => [],
   controls: ["weights", "scale", "sink", "filter"],
   component: Overview,
