@@ -80,7 +80,7 @@ def test_a_row_brings_its_call_into_view(open_page: Open, doubtful: tuple[hookat
     page.wait_for_function("viewer.state.layer === 2")
     assert page.locator("header .badge").get_attribute("data-status") == "unfaithful"
     assert page.locator(".certificates tr[aria-current=true]").count() == 1
-    page.keyboard.press("1")
+    page.keyboard.press("2")
     page.wait_for_function("viewer.state.view === 'head'")
 
 

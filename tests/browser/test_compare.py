@@ -160,7 +160,7 @@ def test_calls_heads_and_fields_of_one_trace_alone(open_page: Open, file: Path) 
 
 def test_without_a_second_trace_there_is_no_tab(open_page: Open, file: Path) -> None:
     page = show(open_page(), file, "{state: {view: 'compare'}}")
-    assert page.get_by_role("tab", name="Compare").count() == 0 and state(page)["view"] == "head"
+    assert page.get_by_role("tab", name="Compare").count() == 0 and state(page)["view"] == "overview"
 
 
 @pytest.mark.parametrize("width", [400, 1280, 3840])

@@ -118,6 +118,6 @@ def test_a_link_to_a_view_that_is_not_there_leads_to_one_that_is(open_page: Open
     elif when == "set":
         page.evaluate("viewer.set({view: 'compare', layer: 1})")
     found = state(page)
-    assert found["view"] == "head" and found["layer"] == 1
+    assert found["view"] == "overview" and found["layer"] == 1
     assert page.get_by_role("tab", selected=True).inner_text() == "Heads"
     assert page.locator(".figure svg").first.is_visible() and ORIGIN in page.url

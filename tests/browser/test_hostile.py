@@ -23,7 +23,7 @@ WORD = (
     f"</script><script>{RUN}</script><img src=x onerror='{RUN}'><svg onload='{RUN}'><a href='javascript:{RUN}'>x</a>"
     f'<iframe srcdoc=\'<script>parent.{RUN}</script>\'></iframe>" autofocus onfocus="{RUN}" {{{{constructor}}}} \u2028'
 )
-VIEWS = ("head", "matrix", "model", "neuron", "lens", "flow", "compare", "certificates")
+VIEWS = ("overview", "head", "matrix", "model", "neuron", "lens", "flow", "compare", "certificates")
 LIVE = "img[onerror], iframe, script, a[href^=javascript], [onload], [onfocus]"
 
 

@@ -145,7 +145,7 @@ def test_rows_that_were_not_kept_cannot_be_chosen(open_page: Open, tmp_path: Pat
 
 def test_text_has_no_picture(open_page: Open, file: Path, tmp_path: Path) -> None:
     page = show(open_page(), file, "{state: {view: 'image'}}")
-    assert page.get_by_role("tab", name="Image").count() == 0 and state(page)["view"] == "head"
+    assert page.get_by_role("tab", name="Image").count() == 0 and state(page)["view"] == "overview"
     inputs = {"input_ids": torch.randint(3, 60, (1, 7)), "pixel_values": torch.randn(1, 3, 8, 8)}
     made = hookattn.trace(tiny.clip(), inputs)
     page = show(open_page(), Path(made.save(tmp_path / "c.safetensors")), "{state: {view: 'image', stack: 'text'}}")

@@ -41,6 +41,7 @@ WIDTH = 412.86
 """Of that sentence in the font of the pictures."""
 
 VIEWS: dict[str, dict[str, Any]] = {
+    "overview": {"layer": 1, "heads": [2], "query": 6, "key": 2},
     "head": {"layer": 1, "heads": [1, 2, 3]},
     "matrix": {"layer": 1, "heads": [2], "field": "scores"},
     "model": {},

@@ -27,6 +27,7 @@ import { VIEWS } from "./views/index";
 
 export { Trace } from "./data/trace";
 export { axesOf } from "./data/labels";
+export { headline, headSentence, pairSentence } from "./data/sentences";
 export { isSpecial, marksOf, readPieces } from "./pieces";
 export { embedded } from "./source/embedded";
 export { served } from "./source/served";

@@ -9,6 +9,10 @@ export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
 export type Through = "rollout" | "flow";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
+/** How the overview draws each head; `auto`: as there is room. */
+export type Tiles = "auto" | "squares" | "matrix" | "lines";
+/** Which of two traces the overview shows, or B − A. */
+export type Side = "a" | "b" | "difference";
 
 export interface State {
   /** Id of a view, as in views/index.ts. */
@@ -39,6 +43,10 @@ export interface State {
   least: number | null;
   /** Flow view: attention rollout, or the maximum flow. */
   through: Through;
+  /** Overview: how heads are drawn, the role that alone is shown (empty: all), and which of two traces. */
+  tiles: Tiles;
+  role: string;
+  side: Side;
   /** Matrix view: first key, first query, keys, queries. */
   zoom: [number, number, number, number] | null;
 }
@@ -62,10 +70,13 @@ const FIRST: State = {
   sort: "layer",
   least: null,
   through: "rollout",
+  tiles: "auto",
+  role: "",
+  side: "a",
   zoom: null,
 };
 
-/** Numbers up to which all heads are shown at first; a matrix of a quarter of it is shown as one, not as lines. */
+/** Numbers up to which all heads are shown at first. */
 const AT_ONCE = 2 ** 22;
 
 const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
@@ -75,6 +86,8 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   sink: ["show", "drop", "renormalise"],
   filter: ["all", "AA", "AB", "BA", "BB"],
   through: ["rollout", "flow"],
+  tiles: ["auto", "squares", "matrix", "lines"],
+  side: ["a", "b", "difference"],
 };
 
 /** The call that a state shows. The trace must have calls. */
@@ -124,8 +137,6 @@ export function normalise(wanted: Partial<State>, before: State | null, trace: T
   const many = T * S * shown.headNumbers.length > AT_ONCE;
   if (state.heads.length === 0)
     state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
-  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix"))
-    state.view = "matrix";
   if (state.query !== null) state.query = clamp(state.query, T);
   if (state.key !== null) state.key = clamp(state.key, S);
   return state;
@@ -140,6 +151,7 @@ function sound(key: keyof State, value: unknown): boolean {
     case "stack":
     case "kind":
     case "sort":
+    case "role":
       return typeof value === "string";
     case "heads":
       return Array.isArray(value) && value.every(Number.isInteger);

@@ -92,10 +92,10 @@ export const KEYS: readonly Key[] = [
     press: (app) => ({ sink: cycle(["show", "drop", "renormalise"], app.state.value.sink) }),
   },
   {
-    keys: ["1", "2", "3", "4", "5", "6", "7", "8", "9"],
-    does: "view",
+    keys: ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0"],
+    does: "view; 0 is the tenth",
     press: (_, key, views) => {
-      const view = views[Number(key) - 1];
+      const view = views[(Number(key) + 9) % 10];
       return view === undefined ? undefined : { view };
     },
   },
