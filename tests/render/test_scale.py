@@ -60,7 +60,7 @@ def test_the_end_has_two_digits_and_is_above_the_quantile() -> None:
     weights = np.full((20, 100), 0.001)
     weights[:, 7] = np.arange(20) / 1000 + 0.0512345
     weights[0, 9] = 1.0
-    assert scale_end(weights) == pytest.approx(0.066)  # sorted[14], 0.0652345
+    assert scale_end(weights) == pytest.approx(0.067)  # the fifteenth of twenty, 0.0662345
     weights[:, 7] = 0.05
     assert scale_end(weights) == pytest.approx(0.05)
 
