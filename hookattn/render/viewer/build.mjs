@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 const here = dirname(fileURLToPath(import.meta.url));
 
 /**
- * SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
+ * SHA-256 of the sources, of the colours shared with figures and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
  * node.
  */
 function fingerprint() {
@@ -16,7 +16,7 @@ function fingerprint() {
     (name) => `src/${name.replaceAll("\\", "/")}`,
   );
   const hash = createHash("sha256");
-  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "build.mjs", "package-lock.json"].sort()) {
+  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "../palette.json", "build.mjs", "package-lock.json"].sort()) {
     hash
       .update(`${name}\n`)
       .update(readFileSync(join(here, name)))

@@ -8,6 +8,10 @@ export type Scale = "linear" | "log";
 export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
 export type Through = "rollout" | "flow";
+/** What is drawn of several heads where one matrix is shown: the last that is chosen, or the mean or the largest of them. */
+export type Over = "one" | "mean" | "max";
+/** What the Model view draws of each head. */
+export type Thumbs = "matrix" | "lines";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
 
 export interface State {
@@ -33,10 +37,12 @@ export interface State {
    * again.
    */
   sink: Sink;
+  over: Over;
   filter: Filter;
   /** Model view: in the order of the layers, or by an analyzer's measure; and the smallest value shown. */
   sort: string;
   least: number | null;
+  thumbs: Thumbs;
   /** Flow view: attention rollout, or the maximum flow. */
   through: Through;
   /** Matrix view: first key, first query, keys, queries. */
@@ -58,9 +64,11 @@ const FIRST: State = {
   scale: "linear",
   pool: "max",
   sink: "show",
+  over: "one",
   filter: "all",
   sort: "layer",
   least: null,
+  thumbs: "matrix",
   through: "rollout",
   zoom: null,
 };
@@ -73,6 +81,8 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   scale: ["linear", "log"],
   pool: ["max", "sum"],
   sink: ["show", "drop", "renormalise"],
+  over: ["one", "mean", "max"],
+  thumbs: ["matrix", "lines"],
   filter: ["all", "AA", "AB", "BA", "BB"],
   through: ["rollout", "flow"],
 };

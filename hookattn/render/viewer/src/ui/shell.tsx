@@ -49,6 +49,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         </button>
         <Edits call={call} />
       </header>
+      <div class="bar">
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
           <button
@@ -64,6 +65,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         ))}
       </div>
       <Controls app={app} view={view} />
+      </div>
       <Notices app={app} call={call} fields={fields} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
         {unfit !== null ? (
