@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -92,14 +93,22 @@ def serve(page: Any, files: dict[str, Path | str]) -> None:
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>trace</title>
 <body style="margin:0"><div id="viewer"></div><script type="module">
 import {{ mount, served }} from "/hookattn-viewer.js";
-window.viewer = mount(document.getElementById("viewer"), await served("/trace.safetensors"), {options});
+const options = {options};
+if ({view}) options.state = {{ view: {view}, ...options.state }};
+window.viewer = mount(document.getElementById("viewer"), await served("/trace.safetensors"), options);
 await viewer.ready; window.opened = performance.now();
 </script>"""
 
 
-def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = "") -> Any:
-    """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open."""
-    files = {"index.html": PAGE.format(options=options), "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
+def show(
+    page: Any, trace: Path, options: str = "{link: true}", fragment: str = "", view: str | None = "head"
+) -> Any:
+    """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open.
+
+    ``view`` is the one that opens unless the options or the link name another; None: the viewer's own choice.
+    """
+    page_ = PAGE.format(options=options, view=json.dumps(view))
+    files = {"index.html": page_, "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
     serve(page, {**files, "trace.safetensors": trace})
     page.goto(f"{ORIGIN}/index.html{fragment}")
     page.wait_for_function("window.opened !== undefined")

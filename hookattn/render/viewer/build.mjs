@@ -1,7 +1,7 @@
 // Bundles src/ into hookattn-viewer.js, the same bytes for the same sources. `--out FILE` writes elsewhere.
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
-import { build } from "esbuild";
+import { build, transform } from "esbuild";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -39,7 +39,16 @@ await build({
   minify: true,
   charset: "utf8",
   legalComments: "inline",
-  loader: { ".css": "text" },
+  plugins: [
+    {
+      name: "style",
+      setup: ({ onLoad }) =>
+        onLoad({ filter: /\.css$/ }, async ({ path }) => {
+          const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true, target: "es2022" });
+          return { contents: code, loader: "text" };
+        }),
+    },
+  ],
   footer: { js: `// sources: ${fingerprint()}` },
   logLevel: "warning",
 });

@@ -29,6 +29,7 @@ import { VIEWS } from "./views/index";
 export { Trace } from "./data/trace";
 export { axesOf } from "./data/labels";
 export { shownOver } from "./data/over";
+export { headline, headSentence, pairSentence } from "./data/sentences";
 export { isSpecial, marksOf, readPieces } from "./pieces";
 export { rangeOf } from "./scale";
 export { Slices } from "./slices";

@@ -13,6 +13,10 @@ export type Over = "one" | "mean" | "max";
 /** What the Model view draws of each head. */
 export type Thumbs = "matrix" | "lines";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
+/** How the overview draws each head; `auto`: as there is room. */
+export type Tiles = "auto" | "squares" | "matrix" | "lines";
+/** Which of two traces the overview shows, or B − A. */
+export type Side = "a" | "b" | "difference";
 
 export interface State {
   /** Id of a view, as in views/index.ts. */
@@ -45,6 +49,10 @@ export interface State {
   thumbs: Thumbs;
   /** Flow view: attention rollout, or the maximum flow. */
   through: Through;
+  /** Overview: how heads are drawn, the role that alone is shown (empty: all), and which of two traces. */
+  tiles: Tiles;
+  role: string;
+  side: Side;
   /** Matrix view: first key, first query, keys, queries. */
   zoom: [number, number, number, number] | null;
 }
@@ -70,10 +78,13 @@ const FIRST: State = {
   least: null,
   thumbs: "matrix",
   through: "rollout",
+  tiles: "auto",
+  role: "",
+  side: "a",
   zoom: null,
 };
 
-/** Numbers up to which all heads are shown at first; a matrix of a quarter of it is shown as one, not as lines. */
+/** Numbers up to which all heads are shown at first. */
 const AT_ONCE = 2 ** 22;
 
 const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
@@ -85,6 +96,8 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   thumbs: ["matrix", "lines"],
   filter: ["all", "AA", "AB", "BA", "BB"],
   through: ["rollout", "flow"],
+  tiles: ["auto", "squares", "matrix", "lines"],
+  side: ["a", "b", "difference"],
 };
 
 /** The call that a state shows. The trace must have calls. */
@@ -134,8 +147,6 @@ export function normalise(wanted: Partial<State>, before: State | null, trace: T
   const many = T * S * shown.headNumbers.length > AT_ONCE;
   if (state.heads.length === 0)
     state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
-  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix"))
-    state.view = "matrix";
   if (state.query !== null) state.query = clamp(state.query, T);
   if (state.key !== null) state.key = clamp(state.key, S);
   return state;
@@ -150,6 +161,7 @@ function sound(key: keyof State, value: unknown): boolean {
     case "stack":
     case "kind":
     case "sort":
+    case "role":
       return typeof value === "string";
     case "heads":
       return Array.isArray(value) && value.every(Number.isInteger);

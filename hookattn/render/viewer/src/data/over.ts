@@ -33,12 +33,11 @@ export function nameOver(call: Call, heads: readonly number[], over: Over): stri
 /**
  * A field over heads, chosen as `headsOver` has them: the mean, or the largest, of weights that may be below 0 the
  * farthest from 0. An entry is masked, NaN, where it is in all of them; where it is in some, the mean of weights counts
- * their 0, and that of scores is of the others. Weights of a call with sinks have a column more: `sinkOf`, named by
- * `axesOver`.
+ * their 0, and that of scores is of the others.
  *
  * `show` is called with the first rows of a large head, the others NaN, where there is only one.
  */
-export function shownOver(
+export function keysOver(
   trace: Trace,
   call: Call,
   field: string,
@@ -50,24 +49,27 @@ export function shownOver(
   const of = headsOver(call, heads, over);
   let cache = kept.get(trace);
   if (cache === undefined) kept.set(trace, (cache = new Lru(CACHE)));
-  const key = [call.index, field, batch, over, ...of].join(" ");
+  const key = [call.index, field, batch, of.length > 1 && over, ...of].join(" ");
   let known = cache.get(key);
   if (known === undefined) {
-    const sink = hasSink(call, field);
-    const early = show && !sink ? show : undefined;
-    known = all(call, field, of, over, (i, alone) => shownHead(trace, call, field, batch, i, alone ? early : undefined)).then(
-      (shown) => (sink ? withSink(shown) : shown),
-    );
+    const read = (i: number, alone: boolean) => shownHead(trace, call, field, batch, i, alone ? show : undefined);
+    known = all(call, field, of, over, read);
     cache.set(key, known, 0);
-    known.then(
-      ({ matrix, whole }) => cache.set(key, known!, matrix.data.byteLength + (matrix === whole ? 0 : whole.data.byteLength)),
-      () => cache.delete(key),
-    );
+    const weigh = ({ matrix, whole }: Shown) =>
+      cache.set(key, known!, matrix.data.byteLength + (matrix === whole ? 0 : whole.data.byteLength));
+    known.then(weigh, () => cache.delete(key));
   }
   return known;
 }
 
-/** One query of it. */
+/** The same; weights of a call with sinks have a column more, of what goes to the sink: `sinkOf`, named by `axesOver`. */
+export async function shownOver(...asked: Parameters<typeof keysOver>): Promise<Shown> {
+  const [trace, call, field, batch, heads, over, show] = asked;
+  if (!hasSink(call, field)) return keysOver(trace, call, field, batch, heads, over, show);
+  return withSink(await keysOver(trace, call, field, batch, heads, over));
+}
+
+/** One query of what `shownOver` gives. */
 export async function rowOver(
   trace: Trace,
   call: Call,
