@@ -182,10 +182,8 @@ def test_heads_are_sorted_filtered_and_badged_by_scores(open_page: Open, file: P
     options = f"{{scores: {json.dumps(scores)}, state: {{view: 'model', sort: 'mass', least: 0.25}}}}"
     page = show(open_page(), file, options)
     page.locator(".tile").first.wait_for(state="attached")
-    names = [
-        n.split(",")[0] + n.split(",")[1] for n in page.locator(".tile").evaluate_all("t => t.map(x => x.ariaLabel)")
-    ]
-    assert names == [f"layer {i} head {j}" for i, j in [(0, 1), (1, 0), (1, 2), (0, 3), (1, 3)]]
+    names = page.locator(".tile .hidden").all_text_contents()
+    assert names == [f"layer {i}, head {j}: " for i, j in [(0, 1), (1, 0), (1, 2), (0, 3), (1, 3)]]
     assert "previous token" in page.locator(".tile").first.inner_text()
     page.locator(".tile").nth(2).click()
     assert {k: state(page)[k] for k in ("view", "layer", "heads")} == {"view": "matrix", "layer": 1, "heads": [2]}

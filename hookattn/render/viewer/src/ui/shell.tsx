@@ -42,7 +42,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         <button
           type="button"
           class="plain"
-          aria-label="The certificates of all calls"
+          title="The certificates of all calls"
           onClick={() => app.set({ view: "certificates" })}
         >
           <Badge call={call} />

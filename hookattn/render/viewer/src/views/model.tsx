@@ -140,7 +140,6 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       style={{ width: `${width}px` }}
       aria-current={here}
       title={[place + said, ...edits, ...roles, error ?? ""].filter(Boolean).join("\n")}
-      aria-label={[place + said, ...edits, ...roles].join(", ")}
       onClick={(event) => {
         // The tile goes with its view: the keys are to go on working.
         event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
@@ -155,6 +154,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       }}
     >
       <canvas ref={canvas} width={2 * PIXELS} height={2 * PIXELS} />
+      <span class="hidden">{place}: </span>
       <span class="label">
         {measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}
         {value !== null && ` · ${number(value)}`}
@@ -162,6 +162,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       </span>
       {roles.map((role) => (
         <span key={role} class="value label">
+          {" "}
           <span class="role">{role}</span>
         </span>
       ))}
