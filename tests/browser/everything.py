@@ -1,4 +1,4 @@
-"""A page that has something for every view: a pair of texts over a picture's patches, an edit, scores, a second trace."""
+"""A page that has something for every view: a text over a picture's patches, an edit, scores, a second trace."""
 
 from __future__ import annotations
 
