@@ -16,7 +16,7 @@ export function summed(
   scale: number,
 ): Float64Array {
   const D = q.length / (reads.length * T);
-  const round = q instanceof Float64Array ? (x: number) => x : Math.fround;
+  const wide = q instanceof Float64Array;
   const sum = new Float64Array(T * S);
   const query = new Float64Array(D);
   const row = new Float64Array(S);
@@ -28,15 +28,28 @@ export function summed(
       let top = -Infinity;
       for (let s = 0; s < S; s++) {
         if (mask !== null && !mask[at + s]) continue;
+        // Four sums: each addition would wait for the one before.
         let x = 0;
-        for (let d = 0, i = first + s * D; d < D; d++, i++) x += query[d]! * k[i]!;
-        row[s] = x = round(x * scale);
+        let y = 0;
+        let z = 0;
+        let w = 0;
+        let d = 0;
+        let i = first + s * D;
+        for (; d + 3 < D; d += 4, i += 4) {
+          x += query[d]! * k[i]!;
+          y += query[d + 1]! * k[i + 1]!;
+          z += query[d + 2]! * k[i + 2]!;
+          w += query[d + 3]! * k[i + 3]!;
+        }
+        for (; d < D; d++, i++) x += query[d]! * k[i]!;
+        x = (x + y + z + w) * scale;
+        row[s] = x = wide ? x : Math.fround(x);
         if (x > top) top = x;
       }
       if (top === -Infinity) continue;
       let total = 0;
       for (let s = 0; s < S; s++) if (mask === null || mask[at + s]) total += row[s] = Math.exp(row[s]! - top);
-      for (let s = 0; s < S; s++) if (mask === null || mask[at + s]) sum[at + s]! += round(row[s]! / total);
+      for (let s = 0; s < S; s++) if (mask === null || mask[at + s]) sum[at + s]! += wide ? row[s]! / total : Math.fround(row[s]! / total);
     }
   }
   return sum;
