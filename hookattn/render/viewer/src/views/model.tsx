@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { type App, current, focus, stored } from "../app";
 import { domain, ramp } from "../colours";
 import type { Call } from "../data/call";
@@ -122,7 +122,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
     [app, call, head, batch, field, sink, filter, seen],
   );
   const dark = app.dark.value;
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (canvas.current === null || small === null) return;
     const d = domain(field, scale, ...small.extent);
     draw(canvas.current, [small.matrix], whole(small.matrix.cols, small.matrix.rows), d, ramp(d.kind, dark));
