@@ -100,9 +100,7 @@ await viewer.ready; window.opened = performance.now();
 </script>"""
 
 
-def show(
-    page: Any, trace: Path, options: str = "{link: true}", fragment: str = "", view: str | None = "head"
-) -> Any:
+def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = "", view: str | None = "head") -> Any:
     """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open.
 
     ``view`` is the one that opens unless the options or the link name another; None: the viewer's own choice.

@@ -75,8 +75,13 @@ def bars(page: Any) -> list[tuple[str, str]]:
 
 def shades(page: Any, line: int = 0) -> dict[int, float]:
     """The weight that each token of a line is shaded by."""
-    found = page.locator(f"{VIEW} .line").nth(line).locator(".tok").evaluate_all(
-        "all => all.filter(e => Number(e.dataset.weight)).map(e => [Number(e.dataset.i), Number(e.dataset.weight)])"
+    found = (
+        page.locator(f"{VIEW} .line")
+        .nth(line)
+        .locator(".tok")
+        .evaluate_all(
+            "all => all.filter(e => Number(e.dataset.weight)).map(e => [Number(e.dataset.i), Number(e.dataset.weight)])"
+        )
     )
     return {int(i): float(w) for i, w in found}
 
@@ -103,7 +108,9 @@ def test_the_first_screen_tells_of_induction_and_why(
         assert box["y"] + box["height"] <= 900
     # The bars are the weights of the trace, in two digits.
     at = page.evaluate("viewer.findings.striking")
-    pair = page.evaluate("viewer.findings.heads[viewer.findings.striking.call][viewer.findings.striking.head].roles[0].pair")
+    pair = page.evaluate(
+        "viewer.findings.heads[viewer.findings.striking.call][viewer.findings.striking.head].roles[0].pair"
+    )
     row = induction[at["call"]].weights[pair["batch"], at["head"], pair["query"]]
     top = row.topk(5)
     assert bars(page)[0] == (f"{top.indices[0]} “{induction.tokens[0][int(top.indices[0])]}”", f"{top.values[0]:.2f}")
@@ -158,7 +165,10 @@ def test_the_keys_move_among_heads_and_along_the_text(
     for key, head in (("ArrowRight", (0, 1)), ("ArrowDown", (1, 1)), ("ArrowLeft", (1, 0)), ("ArrowUp", (0, 0))):
         page.keyboard.press(key)
         assert (state(page)["layer"], state(page)["heads"]) == (head[0], [head[1]])
-        assert page.evaluate("viewer, document.activeElement.shadowRoot.activeElement.dataset.head") == f"{head[0]}.{head[1]}"
+        assert (
+            page.evaluate("viewer, document.activeElement.shadowRoot.activeElement.dataset.head")
+            == f"{head[0]}.{head[1]}"
+        )
     page.locator(f"{VIEW} .tok[tabindex='0']").focus()
     page.keyboard.press("Home")
     page.wait_for_timeout(100)
@@ -318,7 +328,10 @@ def test_the_sentences_of_a_pair_are_told_apart(open_page: Open, tmp_path: Path)
     made, _ = traced("encoder", tmp_path)
     page = opened(open_page(), made, tmp_path)
     assert page.locator(f"{VIEW} .letter").all_inner_texts() == ["A", "B"]
-    ends = [page.locator(f"{VIEW} .tok.of-{part}").first.evaluate("e => getComputedStyle(e).borderBottomColor") for part in "AB"]
+    ends = [
+        page.locator(f"{VIEW} .tok.of-{part}").first.evaluate("e => getComputedStyle(e).borderBottomColor")
+        for part in "AB"
+    ]
     assert ends[0] != ends[1]
     assert all(who[:4] in ("A · ", "B · ") for who, _ in bars(page))
 
@@ -354,7 +367,9 @@ def test_stacks_and_kinds_stand_below_each_other(open_page: Open, tmp_path: Path
 @pytest.mark.parametrize("heads", [[12] * 12, [64] * 80, [4] * 100])
 def test_many_heads_fit(open_page: Open, tmp_path: Path, heads: list[int]) -> None:
     made = hookattn.trace(Stack(*heads), points(6))
-    page = show(open_page(viewport={"width": 1440, "height": 900}), Path(made.save(tmp_path / "t.safetensors")), view=None)
+    page = show(
+        open_page(viewport={"width": 1440, "height": 900}), Path(made.save(tmp_path / "t.safetensors")), view=None
+    )
     page.locator(f"{VIEW} .chosen canvas").wait_for()
     assert page.locator(f"{VIEW} .head").count() == sum(heads)
     atlas, scroll = (page.locator(f"{VIEW} .atlas {part}").bounding_box() for part in (".plane", ".scroll"))
@@ -363,8 +378,12 @@ def test_many_heads_fit(open_page: Open, tmp_path: Path, heads: list[int]) -> No
 
 
 def test_a_long_text_is_a_window_around_the_chosen_token(open_page: Open, tmp_path: Path) -> None:
-    made = hookattn.trace(Stack(1), points(4096), tokens=[f"w{i}" for i in range(4096)], capture=("q", "k", "mask", "bias", "sinks"))
-    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {query: 3000, heads: [0]}}", view=None)
+    made = hookattn.trace(
+        Stack(1), points(4096), tokens=[f"w{i}" for i in range(4096)], capture=("q", "k", "mask", "bias", "sinks")
+    )
+    page = show(
+        open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {query: 3000, heads: [0]}}", view=None
+    )
     page.locator(f"{VIEW} .chosen canvas").wait_for(timeout=60_000)
     assert state(page)["view"] == "overview"
     drawn = page.locator(f"{VIEW} .tok")
@@ -408,7 +427,9 @@ def test_two_traces(open_page: Open, induction: hookattn.Trace, tmp_path: Path, 
     told = bars(page)
     if side == "difference":
         far = int((b - a).abs().argmax())
-        assert told[0][0].startswith(f"{far} ") and told[0][1] == f"{a[far]:.2f} → {b[far]:.2f}".replace("0.00", told[0][1].split(" → ")[1] if b[far] < 0.005 else "0.00")
+        assert told[0][0].startswith(f"{far} ") and told[0][1] == f"{a[far]:.2f} → {b[far]:.2f}".replace(
+            "0.00", told[0][1].split(" → ")[1] if b[far] < 0.005 else "0.00"
+        )
         assert "B − A" in sentence(page) and "in A" in sentence(page) and "in B" in sentence(page)
         assert page.locator(f"{VIEW} .head[data-pending=true]").count() == 0
     else:
@@ -435,10 +456,14 @@ def page_of(one: hookattn.Trace, other: hookattn.Trace, side: str, tmp_path: Pat
     ],
 )
 def test_what_is_missing_is_said(open_page: Open, tmp_path: Path, what: str, says: str) -> None:
-    capture = {"scores": ("weights",), "weights": ("q",)}.get(what, ("q", "k", "v", "scores", "mask", "weights", "bias", "sinks"))
+    capture = {"scores": ("weights",), "weights": ("q",)}.get(
+        what, ("q", "k", "v", "scores", "mask", "weights", "bias", "sinks")
+    )
     made = hookattn.trace(Stack(2, 2), points(1 if what == "one" else 5), capture=capture)
     if what == "skipped":
-        made.skipped.append(hookattn.calls.SkippedSite("other", "it forms no weights")) if hasattr(hookattn, "calls") else None
+        made.skipped.append(hookattn.calls.SkippedSite("other", "it forms no weights")) if hasattr(
+            hookattn, "calls"
+        ) else None
     page = opened(open_page(), made, tmp_path)
     assert page.locator(f"{VIEW} .head").count() == 4
     assert says in page.locator(VIEW).inner_text()

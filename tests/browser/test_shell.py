@@ -34,6 +34,27 @@ def test_a_link_restores_the_selection(open_page: Open, file: Path) -> None:
     assert state(again) == state(page)
 
 
+def test_keys_work_as_soon_as_a_page_is_open(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file)
+    for key in ["2", "]", "."]:
+        page.keyboard.press(key)
+    assert {k: state(page)[k] for k in ("view", "layer")} == {"view": "matrix", "layer": 1}
+    page.keyboard.press("?")
+    assert "once it was clicked" not in page.locator("dialog").inner_text()
+
+
+def test_in_a_notebook_keys_wait_for_the_viewer_to_have_the_focus(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file, "{}")
+    before = state(page)["view"]
+    page.keyboard.press("2")
+    assert state(page)["view"] == before
+    page.locator(".caption + .controls").click(position={"x": 2, "y": 2})
+    page.keyboard.press("2")
+    assert state(page)["view"] == "matrix"
+    page.keyboard.press("?")
+    assert "once it was clicked" in page.locator("dialog").inner_text()
+
+
 @pytest.mark.parametrize(
     "fragment",
     ['{"view":"nothing","layer":99,"heads":"x","zoom":[1],"__proto__":{"a":1},"toString":1}', "%", "null", "[1]", "{"],

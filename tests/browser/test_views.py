@@ -190,10 +190,8 @@ def test_heads_are_sorted_filtered_and_badged_by_scores(open_page: Open, file: P
     options = f"{{scores: {json.dumps(scores)}, state: {{view: 'model', sort: 'mass', least: 0.25}}}}"
     page = show(open_page(), file, options)
     page.locator(".tile").first.wait_for(state="attached")
-    names = [
-        n.split(",")[0] + n.split(",")[1] for n in page.locator(".tile").evaluate_all("t => t.map(x => x.ariaLabel)")
-    ]
-    assert names == [f"layer {i} head {j}" for i, j in [(0, 1), (1, 0), (1, 2), (0, 3), (1, 3)]]
+    names = page.locator(".tile .hidden").all_text_contents()
+    assert names == [f"layer {i}, head {j}: " for i, j in [(0, 1), (1, 0), (1, 2), (0, 3), (1, 3)]]
     assert "previous token" in page.locator(".tile").first.inner_text()
     page.locator(".tile").nth(2).click()
     assert {k: state(page)[k] for k in ("view", "layer", "heads")} == {"view": "matrix", "layer": 1, "heads": [2]}
@@ -220,3 +218,21 @@ def test_ragged_layers_are_all_there(open_page: Open, tmp_path: Path) -> None:
     page.keyboard.press("]")
     page.wait_for_function("viewer.state.layer === 2")
     assert state(page)["heads"] == [0]
+
+
+def test_a_line_and_a_locked_token_have_their_numbers(open_page: Open, file: Path, trace: hookattn.Trace) -> None:
+    page = show(open_page(), file, "{state: {view: 'head', layer: 1, heads: [1, 2], query: 8}}")
+    page.locator("[data-view=head] path").first.wait_for(state="attached")
+    weights = trace[1].weights[0, [1, 2], 8]
+    largest = weights.max()
+    head, key = divmod(int(weights.argmax()), 9)
+    told = page.locator("[data-view=head] .readout").inner_text()
+    assert told.startswith("from query 8 “") and f"{largest:.3g} (head {head + 1})" in told and f"key {key} “" in told
+    line = page.locator("[data-view=head] path").evaluate_all(
+        """(all) => { const p = all.reduce((a, b) => Number(a.dataset.value) > Number(b.dataset.value) ? a : b);
+        const at = p.getPointAtLength(0.7 * p.getTotalLength()), box = p.ownerSVGElement.getBoundingClientRect();
+        return [box.x + at.x, box.y + at.y]; }"""
+    )
+    page.mouse.move(*line)
+    tip = page.locator(".tip").inner_text()
+    assert float(tip.rsplit(" ", 1)[1]) == pytest.approx(float(largest), rel=1e-6) and f"head {head + 1}:" in tip

@@ -21,6 +21,7 @@ import type { Options, Scores } from "./options";
 import { asked, type WidgetModel } from "./source/widget";
 import type { Source } from "./source/source";
 import { decode, encode, type State } from "./state";
+import { caption } from "./ui/caption";
 import { toPng, toSvg } from "./ui/export";
 import { Shell } from "./ui/shell";
 import style from "./ui/style.css";
@@ -47,7 +48,7 @@ export interface Viewer {
   readonly ready: Promise<void>;
   set(state: Partial<State>): void;
   destroy(): void;
-  /** What the view in front has drawn. */
+  /** What the view in front has drawn, under a title that says what it is. */
   svg(): string;
   png(): Promise<Blob>;
 }
@@ -93,6 +94,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     if (found === null) throw new ViewerError("Nothing is drawn yet: wait for `ready`.");
     return found;
   };
+  const title = () => caption(app!, VIEWS.find((view) => view.id === app!.state.value.view)!);
   return {
     get state() {
       return app?.state.value ?? null;
@@ -113,8 +115,8 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
       render(null, root);
       shadow.replaceChildren();
     },
-    svg: () => toSvg(figure()),
-    png: async () => toPng(figure()),
+    svg: () => toSvg(figure(), title()),
+    png: async () => toPng(figure(), title()),
   };
 }
 

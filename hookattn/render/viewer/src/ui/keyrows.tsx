@@ -1,6 +1,6 @@
 /** Keys as rows, with columns of numbers: bars, heatmaps of components, anything of one number a key. */
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { domain, ramp } from "../colours";
 import type { Axis } from "../data/labels";
 import type { Matrix } from "../data/matrix";
@@ -201,7 +201,7 @@ function HeatMap(props: { heat: Heat; dark: boolean; x: number; y: number; width
   const { heat, dark, x, y, width, row } = props;
   const canvas = useRef<HTMLCanvasElement>(null);
   const { matrix, most } = heat;
-  useEffect(() => {
+  useLayoutEffect(() => {
     const ratio = globalThis.devicePixelRatio || 1;
     const element = canvas.current!;
     element.width = Math.round(width * ratio);

@@ -65,6 +65,35 @@ export function Lines(props: {
   );
 }
 
+/** How near to a line the pointer is at it, in pixels. */
+const NEAR = 5;
+
+/** The line that runs through a point between the columns: the strongest of those that are near; or null. */
+export function lineAt(
+  links: readonly Link[],
+  x: number,
+  y: number,
+  { left, right, from, to }: { left: number; right: number; from(query: number): number; to(key: number): number },
+): Link | null {
+  // Where a line is at this x: all bend alike, so that they have gone down by the same part.
+  const along = (x - left) / (right - left);
+  if (along < 0 || along > 1) return null;
+  let [low, high] = [0, 1];
+  for (let i = 0; i < 20; i++) {
+    const t = (low + high) / 2;
+    if (3 * (1 - t) * t * (0.4 * (1 - t) + 0.6 * t) + t ** 3 < along) low = t;
+    else high = t;
+  }
+  const part = low * low * (3 - 2 * low);
+  let best: Link | null = null;
+  for (const link of links) {
+    const [y1, y2] = [from(link.query), to(link.key)];
+    if (Math.abs(y1 + (y2 - y1) * part - y) > NEAR) continue;
+    if (best === null || Math.abs(link.value) > Math.abs(best.value)) best = link;
+  }
+  return best;
+}
+
 /** How high a row of `count` is: as text needs it, lower where there are very many. */
 export function rowHeight(count: number): number {
   return count <= 300 ? 20 : Math.max(3, 6000 / count);

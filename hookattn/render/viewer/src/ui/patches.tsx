@@ -1,6 +1,6 @@
 /** The panels of the image view: the picture in which the query is chosen, and the weights of a head over it. */
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { type Domain, type Ramp } from "../colours";
 import { type Patches, place } from "../data/patches";
 import { number } from "../format";
@@ -36,7 +36,7 @@ function Plane(props: {
   const { rows, cols, prefix } = patches;
   const [width, height] = size(props.width, patches);
   const ref = useRef<HTMLCanvasElement>(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const canvas = ref.current!;
     const ratio = globalThis.devicePixelRatio || 1;
     canvas.width = Math.round(width * ratio);

@@ -12,6 +12,7 @@ import type { Trace } from "../data/trace";
 import { exact } from "../format";
 import { joined, rangeOf } from "../scale";
 import { Slices } from "../slices";
+import { placeOf } from "../state";
 import { Distances } from "../ui/distances";
 import { useFrame } from "../ui/frame";
 import { useLoaded, useWidth } from "../ui/hooks";
@@ -36,10 +37,11 @@ function Compare({ app }: { app: App }) {
   const { batch, sink, filter } = state;
   const { call, axes } = current(app);
   const field = fieldOf(call, state.field);
-  const head = focus(state);
   const [ref, room] = useWidth();
   const [frame, setFrame] = useFrame(app);
   const twin = twinOf(app.trace, other, call);
+  const asked = focus(state);
+  const head = twin === null ? asked : common(call, twin, state.heads);
   const missing = twin === null ? null : absent(other, twin, field, head);
   const { value, error } = useLoaded(async (signal) => {
     if (twin === null || missing !== null) return null;
@@ -73,7 +75,7 @@ function Compare({ app }: { app: App }) {
       b,
     };
   }, [app, call, twin, missing, head, batch, field, sink, filter]);
-  if (twin === null) return <Notice>{alone(app, other)}</Notice>;
+  if (twin === null) return <Alone app={app} other={other} />;
   if (missing !== null) return <Notice error>{missing}</Notice>;
   if (error !== null) return <Notice error>{error}</Notice>;
   if (value === null || room === 0)
@@ -129,6 +131,11 @@ function Compare({ app }: { app: App }) {
   return (
     <div ref={ref}>
       {uneven(app, other)}
+      {head !== asked && (
+        <Notice>
+          B, {other.source.name}, has no head {asked} of {where(twin)}: shown is head {head}, which both have.
+        </Notice>
+      )}
       {reason !== null && <Notice>There is no difference to draw: {reason}.</Notice>}
       <Tokens app={app} a={value.axes} b={others} />
       <div class="panels" style={{ gap: `${GAP}px` }}>
@@ -172,14 +179,14 @@ function Compare({ app }: { app: App }) {
         <ZoomButtons frame={frame} setFrame={setFrame} rows={first.matrix.rows} cols={first.matrix.cols} />
       </div>
       {apart !== null && (
-        <Differences app={app} sides={[first, second, apart]} axes={merged(value.axes, others)} />
+        <Differences app={app} head={head} sides={[first, second, apart]} axes={merged(value.axes, others)} />
       )}
     </div>
   );
 }
 
 /** The cells of the selection, or of all, in which the two differ most. */
-function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Side, Side]; axes: Axes }) {
+function Differences({ app, head, sides, axes }: { app: App; head: number; sides: readonly [Side, Side, Side]; axes: Axes }) {
   const state = app.state.value;
   const { query, key } = state;
   const apart = sides[2].matrix;
@@ -195,7 +202,7 @@ function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Si
   return (
     <div aria-live="polite">
       <Tabular
-        summary={`Head ${focus(state)}${of}: where A and B differ most`}
+        summary={`Head ${head}${of}: where A and B differ most`}
         columns={["query", "key", "A", "B", "B − A"]}
         rows={pairs.map((pair) => [
           name(axes.queries, pair.query),
@@ -211,6 +218,12 @@ function shown(value: number, field: string, absent: string): string {
   return Number.isNaN(value) ? absent : field === "mask" ? "may attend" : exact(value);
 }
 
+/** The head that is compared: the last one chosen that both have, else the first that both have. */
+function common(call: Call, twin: Call, chosen: readonly number[]): number {
+  const both = call.headNumbers.filter((h) => twin.headNumbers.includes(h));
+  return chosen.findLast((h) => both.includes(h)) ?? both[0] ?? chosen.at(-1) ?? 0;
+}
+
 /** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
 function absent(other: Trace, twin: Call, field: string, head: number): string | null {
   if (!other.has(twin, field)) return `B, ${other.source.name}: ${other.lacks(field, twin).message}`;
@@ -218,13 +231,21 @@ function absent(other: Trace, twin: Call, field: string, head: number): string |
   return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
 }
 
-function alone(app: App, other: Trace): string {
+function Alone({ app, other }: { app: App; other: Trace }) {
   const { call } = current(app);
   const known = [...new Set(other.calls.map(({ site }) => `${site.stack} ${site.kind}`))];
   const steps = new Set(other.calls.map((c) => c.step)).size;
+  const both = app.trace.calls.find((c) => twinOf(app.trace, other, c) !== null);
   return (
-    `B, ${other.source.name}, has nothing to compare with ${where(call)}. It has ${other.calls.length} calls ` +
-    `in ${steps === 1 ? "one step" : `${steps} steps`}: ${known.join(", ")} attention.`
+    <Notice>
+      B, {other.source.name}, has nothing to compare with {where(call)}. It has {other.calls.length} calls in{" "}
+      {steps === 1 ? "one step" : `${steps} steps`}: {known.join(", ")} attention.{" "}
+      {both !== undefined && (
+        <button type="button" onClick={() => app.set({ ...placeOf(app.trace, both), query: null, key: null, zoom: null })}>
+          Show {where(both)}, which both have
+        </button>
+      )}
+    </Notice>
   );
 }
 

@@ -1,4 +1,4 @@
-import { useMemo } from "preact/hooks";
+import { useMemo, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { look, type Look } from "../colours";
 import { areShares, weightsOf } from "../data/kinds";
@@ -7,12 +7,13 @@ import { axesOver, headsOver, nameOver, shownOver } from "../data/over";
 import { presented } from "../data/presented";
 import { absence, type Shown } from "../data/shown";
 import { type Link, strongest } from "../data/strongest";
-import { number, percent } from "../format";
+import { exact, number, percent, short } from "../format";
 import { Slices } from "../slices";
 import { useLoaded, useWidth } from "../ui/hooks";
-import { Column, labelWidth, Lines, rowHeight } from "../ui/lines";
+import { Column, labelWidth, lineAt, Lines, rowHeight } from "../ui/lines";
 import { Notice } from "../ui/notice";
 import { name } from "../ui/table";
+import { Tip, type TipAt } from "../ui/tip";
 import type { View } from "./view";
 
 /** Lines at once, and for one token; more are no longer told apart. */
@@ -28,6 +29,7 @@ function Head({ app }: { app: App }) {
   const state = app.state.value;
   const { batch, sink, filter, scale, over } = state;
   const [ref, room] = useWidth();
+  const [tip, setTip] = useState<TipAt | null>(null);
   const { call, axes: named } = current(app);
   const field = weightsOf(call, state.field);
   const axes = axesOver(call, field, named);
@@ -101,8 +103,10 @@ function Head({ app }: { app: App }) {
   };
   const one = query !== null || key !== null;
   const shown = one ? few : value.links;
+  const ofLine = (l: Link) =>
+    `${name(queries, l.query)} → ${name(keys, l.key)}\nhead ${heads[l.of]}: ${value.field} ${exact(l.value)}`;
   return (
-    <div ref={ref}>
+    <div ref={ref} style={{ position: "relative" }}>
       <svg
         width={right + wide2 + cells}
         height={top + count * height + 6}
@@ -111,8 +115,15 @@ function Head({ app }: { app: App }) {
         onPointerMove={(event) => {
           const { side, index } = find(event);
           app.cursor.value = { query: side === "query" ? index : null, key: side === "key" ? index : null };
+          const box = event.currentTarget.getBoundingClientRect();
+          const [px, py] = [event.clientX - box.left, event.clientY - box.top];
+          const line = lineAt(shown, px, py, { left: left + 3, right: right - 3, from, to });
+          setTip(line === null ? null : { x: px, y: py, text: ofLine(line) });
         }}
-        onPointerLeave={() => (app.cursor.value = { query: null, key: null })}
+        onPointerLeave={() => {
+          setTip(null);
+          app.cursor.value = { query: null, key: null };
+        }}
         onClick={(event) => {
           const { side, index } = find(event);
           // The sink is no key that other views have.
@@ -159,6 +170,7 @@ function Head({ app }: { app: App }) {
           <Cells links={few} {...{ unit, heads, look, cell, digits: narrow ? 2 : 4 }} x={cells - 4} end at={(l) => from(l.query)} height={height} />
         )}
       </svg>
+      <Tip tip={tip} width={right + wide2 + cells} />
       {over === "one" && chosen.length < state.heads.length && (
         <Notice>
           Of the {state.heads.length} heads chosen, the last {chosen.length} are drawn: more of this length do not fit
@@ -169,9 +181,9 @@ function Head({ app }: { app: App }) {
         {query !== null && key !== null
           ? `${name(queries, query)} → ${name(keys, key)}: ${pair(value, query, key)}`
           : query !== null
-            ? `from query ${name(queries, query)}`
+            ? `from query ${name(queries, query)}: ${several(heads, few, (l) => `key ${name(keys, l.key)}`)}`
             : key !== null
-              ? `to key ${name(keys, key)}`
+              ? `to key ${name(keys, key)}: ${several(heads, few, (l) => `query ${name(queries, l.query)}`)}`
               : `${value.links.length} lines, which carry ${percent(value.share)} of ` +
                 `${value.shares ? "the attention" : "the size of all weights"} of ` +
                 `${over !== "one" ? `the ${names[0]}` : heads.length === 1 ? "this head" : "these heads"}; ` +
@@ -194,6 +206,16 @@ function pair(
       return `${name} ${Number.isNaN(value) ? absence(shown[i]!, query, key) : number(value)}`;
     })
     .join(" · ");
+}
+
+/** Lines named in the readout. */
+const NAMED = 5;
+
+/** The strongest of some links, with their numbers. */
+function several(heads: readonly number[], links: readonly Link[], other: (link: Link) => string): string {
+  if (links.length === 0) return "nothing";
+  const told = links.slice(0, NAMED).map((l) => `${other(l)} ${short(l.value)}${heads.length > 1 ? ` (head ${heads[l.of]})` : ""}`);
+  return told.join(", ") + (links.length > NAMED ? ", …" : "");
 }
 
 /** The links of one query, of one key, or of the pair; the strongest, should there be very many. */
@@ -281,5 +303,6 @@ export const head: View = {
     "Hover over a token for its own lines, click to lock it.",
   fields: () => ["weights"],
   controls: ["layer", "weights", "filter", "heads", "over", "scale", "sink"],
+  shows: "heads",
   component: Head,
 };

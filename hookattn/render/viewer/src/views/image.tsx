@@ -177,6 +177,7 @@ export const image: View = {
     "token beside the picture, to make it the query; arrow keys move it while the picture has the focus.",
   fields: () => ["weights"],
   controls: ["layer", "weights", "heads", "over", "scale", "sink"],
+  shows: "heads",
   ownTable: true,
   absent: (app) =>
     app.trace.calls.some((call) => ofPatches(call, app.options)) ? null : "No call attends to patches of a picture.",

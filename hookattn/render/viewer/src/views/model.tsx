@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { type App, current, focus, stored } from "../app";
 import { domain, look, ramp } from "../colours";
 import type { Call } from "../data/call";
@@ -123,7 +123,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
     [app, call, head, batch, field, sink, filter, seen],
   );
   const dark = app.dark.value;
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (canvas.current === null || small === null) return;
     if (thumbs === "lines" && field !== "scores" && field !== "mask") return lines(canvas.current, small, head);
     const d = domain(field, scale, ...small.extent, small.end);
@@ -143,7 +143,6 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       style={{ width: `${width}px` }}
       aria-current={here}
       title={[place + said, ...edits, ...roles, error ?? ""].filter(Boolean).join("\n")}
-      aria-label={[place + said, ...edits, ...roles].join(", ")}
       onClick={(event) => {
         // The tile goes with its view: the keys are to go on working.
         event.currentTarget.closest<HTMLElement>(".ha")?.focus({ preventScroll: true });
@@ -158,6 +157,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       }}
     >
       <canvas ref={canvas} width={2 * PIXELS} height={2 * PIXELS} />
+      <span class="hidden">{place}: </span>
       <span class="label">
         {measure === null ? (width < 70 ? head : `head ${head}`) : `${call.site.layer ?? "–"}.${head}`}
         {value !== null && ` · ${number(value)}`}
@@ -165,6 +165,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
       </span>
       {roles.map((role) => (
         <span key={role} class="value label">
+          {" "}
           <span class="role">{role}</span>
         </span>
       ))}

@@ -17,6 +17,8 @@ export interface View {
   fields(state: State): readonly string[];
   /** Which controls, beside those for stack, step and batch, have a meaning here; some are in the Display menu. */
   controls: readonly ControlName[];
+  /** What a picture of it is of: the head in focus (by default, where heads are chosen), all that are chosen, or no head. */
+  shows?: "head" | "heads" | "trace";
   /** Whether it has a table of its own, in place of that of the head in focus. */
   ownTable?: boolean;
   /** Why it has nothing to show for a call of this kind, or null. */
