@@ -104,7 +104,7 @@ function Head({ app }: { app: App }) {
   const one = query !== null || key !== null;
   const shown = one ? few : value.links;
   const ofLine = (l: Link) =>
-    `${name(queries, l.query)} → ${name(keys, l.key)}\nhead ${heads[l.of]}: ${value.field} ${exact(l.value)}`;
+    `${name(queries, l.query)} → ${name(keys, l.key)}\n${names[l.of]}: ${value.field} ${exact(l.value)}`;
   return (
     <div ref={ref} style={{ position: "relative" }}>
       <svg
