@@ -1,6 +1,6 @@
 import { useMemo, useState } from "preact/hooks";
 import { type App, current } from "../app";
-import { look, type Look } from "../colours";
+import { look as lookOf, type Look } from "../colours";
 import { areShares, weightsOf } from "../data/kinds";
 import { at, extent, type Matrix } from "../data/matrix";
 import { axesOver, headsOver, nameOver, shownOver } from "../data/over";
@@ -71,6 +71,8 @@ function Head({ app }: { app: App }) {
       </div>
     );
   const { heads, names, unit } = value;
+  // What is of several heads has the colour of none.
+  const look = over === "one" ? lookOf : () => ({ colour: "var(--accent)", dash: "" });
   const { queries, keys } = value.axes;
   const width = Math.min(room, 1100);
   const narrow = width < 560;

@@ -113,7 +113,7 @@ function Image({ app }: { app: App }) {
             domain={scaling}
             ramp={colours}
             query={self ? positions[query]! : null}
-            colour={look(head).colour}
+            colour={over === "one" ? look(head).colour : "var(--accent)"}
           />
         ))}
       </div>
