@@ -64,7 +64,7 @@ test-browser: $(VENV)/.dev ## the viewer in Chromium, which is installed if it i
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo "chromium is missing and cannot be installed here: what needs it is skipped"
 	@command -v npm >/dev/null && npm ci --silent --prefix hookattn/render/viewer || \
-		echo "npm is missing: that the bundle is what its sources build is not checked"
+		echo "npm is missing: that the bundle is what its sources build is not checked, nor the rules of axe"
 	$(BIN)/python -m pytest tests/browser -n 1 -rs
 
 $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(call locked,field)

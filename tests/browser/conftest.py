@@ -113,6 +113,16 @@ def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = 
     return page
 
 
+# Whether a cell of a canvas is hatched: a cell with a number has one colour all over.
+HATCHED = """([selector, t, s, rows, cols]) => {
+  const c = document.querySelector('#viewer').shadowRoot.querySelector(selector);
+  const [w, h] = [c.width / cols, c.height / rows];
+  const box = [Math.ceil(s * w) + 1, Math.ceil(t * h) + 1, Math.floor(w) - 2, Math.floor(h) - 2];
+  const all = new Uint32Array(c.getContext('2d').getImageData(...box).data.buffer);
+  return new Set(all).size > 1;
+}"""
+
+
 def assert_fits(page: Any) -> None:
     """Neither the page nor its figure is wider than the window."""
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -123,7 +133,7 @@ def assert_fits(page: Any) -> None:
 # ------------------------------------------------------------------------------------------- what is looked at
 
 TOKENS = ["<s>", "Ġthe", "Ġcat", "ing", "çĮ", "«", "Ċ", "Ġ×©×ľ×ķ×Ŀ", "</script><img src=x onerror=alert(1)>"]
-READ = ["<s>", "the", "cat", "‿ing", "猫 1/2", "猫 2/2", "↵", "שלום", "</script><img src=x onerr…"]
+READ = ["<s>", "the", "cat", "…ing", "猫 1/2", "猫 2/2", "↵", "שלום", "</script><img src=x onerr…"]
 
 
 class Layers(torch.nn.Module):

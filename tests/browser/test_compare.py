@@ -240,3 +240,21 @@ def test_pairs_and_first_keys_of_both(open_page: Open, tmp_path: Path) -> None:
     a, b = (t[0].weights[0, 1].double() for t in (one, two))
     rest = b / (1 - b[:, :1]) - a / (1 - a[:, :1])
     assert found == pytest.approx({(t, s): rest[t, s].item() for t in (4, 5, 6) for s in (1, 2, 3)}, rel=1e-4, abs=1e-8)
+
+
+def test_a_head_that_the_other_lacks_is_replaced_by_one_that_both_have(
+    open_page: Open, file: Path, trace: hookattn.Trace
+) -> None:
+    part = trace.select(layer=1)
+    other = hookattn.trace(
+        Layers(4, 4).eval(), (torch.randn(2, 9, 24), None, causal(9)), heads=[0, 2], layers=[1], tokens=TOKENS
+    )
+    assert len(part) == 1
+    page = compared(open_page(), file, other, layer=1, heads=[3])
+    page.locator("[data-side=difference] canvas").wait_for()
+    told = page.locator(".figure").inner_text()
+    assert "has no head 3 of layer 1" in told and "shown is head 0, which both have" in told
+    page.evaluate("viewer.set({layer: 0})")
+    page.get_by_role("button", name="which both have").click()
+    page.locator("[data-side=difference] canvas").wait_for()
+    assert state(page)["layer"] == 1

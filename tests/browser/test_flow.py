@@ -234,3 +234,30 @@ def test_it_fits_and_is_exported(open_page: Open, deep_file: Path, width: int, t
     assert_fits(page)
     svg = page.evaluate("viewer.svg()")
     assert "<path" in svg and "שלום" in svg and "var(--" not in svg
+
+
+def test_a_step_of_a_generation_leads_to_one_that_flows(open_page: Open, tmp_path: Path) -> None:
+    model, x, y = Layers(2).eval(), torch.randn(1, 3, 24), torch.randn(1, 6, 24)
+    with hookattn.tracing(model) as made:
+        model(y, y)
+        model(x, torch.cat([y, x], 1))
+    made = replace(made, calls=[replace(c, site=replace(c.site, kind="self")) for c in made])
+    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")), "{state: {view: 'flow', step: 1}}")
+    page.get_by_role("button", name="Show step 0").click()
+    page.locator("[data-view=flow] svg path").first.wait_for(state="attached")
+    assert state(page)["step"] == 0
+
+
+def test_derived_weights_are_summed_as_stored_ones_are(open_page: Open, tmp_path: Path) -> None:
+    """Of q and k with fewer key heads, a causal mask and a width that is no multiple of four."""
+    q, k = torch.randn(1, 6, 9, 5), torch.randn(1, 2, 9, 5)
+
+    class Grouped(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+    made = hookattn.trace(Grouped(), q)
+    path = Path(made.save(tmp_path / "t.safetensors", compact=True))
+    page = show(open_page(), path, "{state: {view: 'flow'}}")
+    page.locator(".as-table summary", has_text="rollout").wait_for()
+    assert shown(page, 9) == pytest.approx(rollout(made)[-1, 0, 8].tolist(), rel=2e-6, abs=1e-9)

@@ -182,3 +182,11 @@ def test_without_the_first_key(open_page: Open, tmp_path: Path, sink: str) -> No
     text = hover(page, PANEL.format(2), 2, 1, (4, 4))
     assert float(text.split()[-1]) == pytest.approx(expected.item(), rel=1e-5)
     assert "class token left out" in page.locator(f"{PANEL.format(2)} .label").all_text_contents()
+
+
+def test_who_hands_in_a_picture_sees_it(open_page: Open, tmp_path: Path) -> None:
+    _, file = seen(tmp_path)
+    page = show(open_page(), file, f"{{images: {pictures(tmp_path)}}}")
+    assert state(page)["view"] in ("overview", "image")
+    page = show(open_page(), file, f"{{images: {pictures(tmp_path)}, state: {{view: 'matrix'}}}}")
+    assert state(page)["view"] == "matrix"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,27 @@ def test_a_link_restores_the_selection(open_page: Open, file: Path) -> None:
     assert {k: state(page)[k] for k in wanted} == wanted
     again = show(open_page(), file, fragment=page.evaluate("location.hash"))
     assert state(again) == state(page)
+
+
+def test_keys_work_as_soon_as_a_page_is_open(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file)
+    for key in ["2", "]", "."]:
+        page.keyboard.press(key)
+    assert {k: state(page)[k] for k in ("view", "layer")} == {"view": "matrix", "layer": 1}
+    page.keyboard.press("?")
+    assert "once it was clicked" not in page.locator("dialog").inner_text()
+
+
+def test_in_a_notebook_keys_wait_for_the_viewer_to_have_the_focus(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file, "{}")
+    before = state(page)["view"]
+    page.keyboard.press("2")
+    assert state(page)["view"] == before
+    page.locator(".caption + .controls").click(position={"x": 2, "y": 2})
+    page.keyboard.press("2")
+    assert state(page)["view"] == "matrix"
+    page.keyboard.press("?")
+    assert "once it was clicked" in page.locator("dialog").inner_text()
 
 
 @pytest.mark.parametrize(
@@ -140,12 +162,21 @@ DICHROMATS = {
 }
 
 
+SHARED = json.loads((VIEWER.parent / "palette.json").read_text("utf-8"))
+
+
+def hex_rgb(x: str) -> torch.Tensor:
+    x = x.removeprefix("#")
+    return torch.tensor([int(x[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+
+
 def colours(theme: str) -> dict[str, torch.Tensor]:
     """The variables of a theme, as linear RGB."""
     style = (VIEWER / "src" / "ui" / "style.css").read_text("utf-8")
     light, dark = re.findall(r"\{([^}]*--bg:[^}]*)\}", style)
     found = re.findall(r"--([\w-]+): #([0-9a-f]{6})", dark if theme == "dark" else light)
-    rgb = {name: torch.tensor([int(x[i : i + 2], 16) / 255 for i in (0, 2, 4)]) for name, x in found}
+    rgb = {name: hex_rgb(x) for name, x in found}
+    rgb |= {f"h{i}": hex_rgb(x) for i, x in enumerate(SHARED["heads"][theme])}
     return {name: torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4) for name, x in rgb.items()}
 
 

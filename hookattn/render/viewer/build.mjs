@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 const here = dirname(fileURLToPath(import.meta.url));
 
 /**
- * SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
+ * SHA-256 of the sources, of the colours shared with figures and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
  * node.
  */
 function fingerprint() {
@@ -16,13 +16,19 @@ function fingerprint() {
     (name) => `src/${name.replaceAll("\\", "/")}`,
   );
   const hash = createHash("sha256");
-  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "build.mjs", "package-lock.json"].sort()) {
+  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "../palette.json", "build.mjs", "package-lock.json"].sort()) {
     hash
       .update(`${name}\n`)
       .update(readFileSync(join(here, name)))
       .update("\n");
   }
   return hash.digest("hex");
+}
+
+/** The style sheet as a text, without what is for its readers alone. */
+async function style({ path }) {
+  const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true, charset: "utf8" });
+  return { contents: code, loader: "text" };
 }
 
 const at = process.argv.indexOf("--out");

@@ -74,7 +74,9 @@ export async function open(
   };
   // A view that has nothing to show for this trace has no tab, and no link leads to it.
   ids = views.filter((view) => !view.absent?.(app)).map((view) => view.id);
-  state.value = normalise({}, state.peek(), trace, ids);
+  // Who hands in a picture wants to see it.
+  const asked = options.state?.view !== undefined || options.images === undefined || ids.includes("overview");
+  state.value = normalise(!asked && ids.includes("image") ? { view: "image" } : {}, state.peek(), trace, ids);
   return app;
 }
 
@@ -95,14 +97,15 @@ export function focus(state: State): number {
   return state.heads.at(-1) ?? 0;
 }
 
-/** Whether the page is dark: as asked, or as the system is. `stop` ends listening. */
+/** Whether the page is dark: as asked, or as the system is; never on paper. `stop` ends listening. */
 export function darkness(theme: Options["theme"]): { dark: ReadonlySignal<boolean>; stop(): void } {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const dark = signal(theme === "dark" || (theme !== "light" && system.matches));
-  const listen = () => (dark.value = system.matches);
-  const follow = theme === undefined || theme === "auto";
-  if (follow) system.addEventListener("change", listen);
-  return { dark, stop: () => system.removeEventListener("change", listen) };
+  const queries = ["(prefers-color-scheme: dark)", "print"].map((query) => matchMedia(query));
+  const [system, paper] = queries as [MediaQueryList, MediaQueryList];
+  const now = () => !paper.matches && (theme === "dark" || (theme !== "light" && system.matches));
+  const dark = signal(now());
+  const listen = () => (dark.value = now());
+  for (const query of queries) query.addEventListener("change", listen);
+  return { dark, stop: () => queries.forEach((query) => query.removeEventListener("change", listen)) };
 }
 
 export { effect };

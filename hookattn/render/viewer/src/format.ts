@@ -1,10 +1,16 @@
 /** Numbers as text: four significant digits, an exponent where the zeros would not be readable. */
-export function number(x: number): string {
+export function number(x: number, digits = 4): string {
   if (!Number.isFinite(x)) return Number.isNaN(x) ? "not a number" : x > 0 ? "∞" : "−∞";
   if (x === 0) return "0";
   const size = Math.abs(x);
-  const text = size < 1e-3 || size >= 1e6 ? x.toExponential(2) : x.toPrecision(4);
+  const text =
+    size < 1e-3 || size >= 1e6 ? x.toExponential(2) : size >= 10 ** digits ? x.toFixed(0) : x.toPrecision(digits);
   return text.replace("e+", "e").replaceAll("-", "−");
+}
+
+/** A number inside a sentence: three significant digits. */
+export function short(x: number): string {
+  return number(x, 3);
 }
 
 /** All digits of a number that was stored in 32 bits: nine tell it from its neighbours. */

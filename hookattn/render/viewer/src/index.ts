@@ -13,6 +13,7 @@
  */
 import { h, render } from "preact";
 import { type App, darkness, open } from "./app";
+import { variables } from "./colours";
 import { message, ViewerError } from "./errors";
 import { find } from "./find";
 import type { Findings } from "./findings";
@@ -20,6 +21,7 @@ import type { Options, Scores } from "./options";
 import { asked, type WidgetModel } from "./source/widget";
 import type { Source } from "./source/source";
 import { decode, encode, type State } from "./state";
+import { caption } from "./ui/caption";
 import { toPng, toSvg } from "./ui/export";
 import { Shell } from "./ui/shell";
 import style from "./ui/style.css";
@@ -27,8 +29,11 @@ import { VIEWS } from "./views/index";
 
 export { Trace } from "./data/trace";
 export { axesOf } from "./data/labels";
+export { shownOver } from "./data/over";
 export { headline, headSentence, pairSentence } from "./data/sentences";
 export { isSpecial, marksOf, readPieces } from "./pieces";
+export { rangeOf } from "./scale";
+export { Slices } from "./slices";
 export { embedded } from "./source/embedded";
 export { served } from "./source/served";
 export { readable, segments } from "./tokens";
@@ -43,7 +48,7 @@ export interface Viewer {
   readonly ready: Promise<void>;
   set(state: Partial<State>): void;
   destroy(): void;
-  /** What the view in front has drawn. */
+  /** What the view in front has drawn, under a title that says what it is. */
   svg(): string;
   png(): Promise<Blob>;
 }
@@ -52,7 +57,7 @@ export interface Viewer {
 export function mount(el: HTMLElement, source: Source, options: Options = {}): Viewer {
   const shadow = el.shadowRoot ?? el.attachShadow({ mode: "open" });
   const sheet = document.createElement("style");
-  sheet.textContent = style;
+  sheet.textContent = variables() + style;
   const root = document.createElement("div");
   shadow.replaceChildren(sheet, root);
   const theme = darkness(options.theme);
@@ -89,6 +94,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     if (found === null) throw new ViewerError("Nothing is drawn yet: wait for `ready`.");
     return found;
   };
+  const title = () => caption(app!, VIEWS.find((view) => view.id === app!.state.value.view)!);
   return {
     get state() {
       return app?.state.value ?? null;
@@ -109,8 +115,8 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
       render(null, root);
       shadow.replaceChildren();
     },
-    svg: () => toSvg(figure()),
-    png: async () => toPng(figure()),
+    svg: () => toSvg(figure(), title()),
+    png: async () => toPng(figure(), title()),
   };
 }
 

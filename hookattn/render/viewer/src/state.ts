@@ -8,6 +8,10 @@ export type Scale = "linear" | "log";
 export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
 export type Through = "rollout" | "flow";
+/** What is drawn of several heads where one matrix is shown: the last that is chosen, or the mean or the largest of them. */
+export type Over = "one" | "mean" | "max";
+/** What the Model view draws of each head. */
+export type Thumbs = "matrix" | "lines";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
 /** How the overview draws each head; `auto`: as there is room. */
 export type Tiles = "auto" | "squares" | "matrix" | "lines";
@@ -37,10 +41,12 @@ export interface State {
    * again.
    */
   sink: Sink;
+  over: Over;
   filter: Filter;
   /** Model view: in the order of the layers, or by an analyzer's measure; and the smallest value shown. */
   sort: string;
   least: number | null;
+  thumbs: Thumbs;
   /** Flow view: attention rollout, or the maximum flow. */
   through: Through;
   /** Overview: how heads are drawn, the role that alone is shown (empty: all), and which of two traces. */
@@ -66,9 +72,11 @@ const FIRST: State = {
   scale: "linear",
   pool: "max",
   sink: "show",
+  over: "one",
   filter: "all",
   sort: "layer",
   least: null,
+  thumbs: "matrix",
   through: "rollout",
   tiles: "auto",
   role: "",
@@ -84,6 +92,8 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   scale: ["linear", "log"],
   pool: ["max", "sum"],
   sink: ["show", "drop", "renormalise"],
+  over: ["one", "mean", "max"],
+  thumbs: ["matrix", "lines"],
   filter: ["all", "AA", "AB", "BA", "BB"],
   through: ["rollout", "flow"],
   tiles: ["auto", "squares", "matrix", "lines"],

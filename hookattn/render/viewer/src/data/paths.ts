@@ -45,8 +45,12 @@ function rolled(layers: readonly Matrix[], query: number, key: number | null): F
   const T = layers[0]!.rows;
   const edges = layers.map(({ data }, l) => {
     const [above, below] = [shares[l + 1]!, reach?.[l]];
-    const carried = data.map((x, e) => above[Math.floor(e / T)]! * x * (below === undefined ? 1 : below[e % T]!));
-    return { rows: T, cols: T, data: carried as Float32Array };
+    const carried = new Float32Array(T * T);
+    for (let i = 0; i < T; i++) {
+      if (above[i] === 0) continue;
+      for (let j = 0, e = i * T; j < T; j++, e++) carried[e] = above[i]! * data[e]! * (below === undefined ? 1 : below[j]!);
+    }
+    return { rows: T, cols: T, data: carried };
   });
   return {
     key,

@@ -4,14 +4,20 @@
  * heads, each row over its sum; a row that is padding, or attends to nothing, stays itself.
  */
 import { ViewerError } from "../errors";
+import { type Crew, crew } from "../crew";
 import type { Slices } from "../slices";
-import { type Call, where } from "./call";
+import { type Call, kvHead, where } from "./call";
 import type { Matrix } from "./matrix";
+import { summed } from "./summed";
 import type { Trace } from "./trace";
 
 export const RESIDUAL = 0.5;
 /** Numbers of all layers together: what fits into the memory of a page. */
 const MOST = 2 ** 25;
+/** Numbers of one request: several heads of 512 tokens, a part of a large layer. */
+const AT_ONCE = 2 ** 22;
+/** Layers that are read at the same time: while one comes, others are summed. */
+const SIDE_BY_SIDE = 3;
 
 /** Why the calls are no layers that follow on each other, or null. */
 export function refusal(trace: Trace, calls: readonly Call[]): string | null {
@@ -40,35 +46,94 @@ function unfit(call: Call, first: Call): string | null {
 /** A of each call, T × T: row i is what token i is made of. */
 export async function mixing(trace: Trace, calls: readonly Call[], batch: number, slices: Slices): Promise<Matrix[]> {
   const layers: Matrix[] = [];
-  for (const call of calls) layers.push(await mix(trace, call, batch, slices));
+  const workers: Workers = crew(summed);
+  let next = 0;
+  const go = async () => {
+    while (next < calls.length) {
+      const l = next++;
+      layers[l] = await mix(trace, calls[l]!, batch, slices, workers);
+    }
+  };
+  try {
+    await Promise.all(Array.from({ length: SIDE_BY_SIDE }, go));
+  } finally {
+    workers.stop();
+  }
   return layers;
 }
 
-async function mix(trace: Trace, call: Call, batch: number, slices: Slices): Promise<Matrix> {
-  const { H, T } = call.extents;
-  const data = new Float32Array(T * T);
-  const sum = new Float64Array(T * T);
-  const queries = new Uint8Array(T);
-  const keys = new Uint8Array(T);
-  const maskHeads = trace.entries.get(call.fields["mask"] ?? "")?.shape.at(-3) ?? H;
-  for (let head = 0; head < H; head++) {
-    const weights = (await trace.head(call, "weights", batch, head)).data;
-    for (let i = 0; i < sum.length; i++) sum[i]! += weights[i]!;
-    if (head < maskHeads) {
-      const may = call.fields["mask"] === undefined ? weights : (await trace.head(call, "mask", batch, head)).data;
-      for (let i = 0; i < sum.length; i++) if (may[i]) queries[Math.floor(i / T)] = keys[i % T] = 1;
-    }
+type Workers = Crew<Parameters<typeof summed>, Float64Array>;
+
+/** The weights of all heads, summed: T × T. */
+async function total(trace: Trace, call: Call, batch: number, slices: Slices, workers: Workers): Promise<Float64Array> {
+  const { H, T, S } = call.extents;
+  const { fields } = call;
+  const each = Math.max(1, Math.floor(AT_ONCE / (T * S)));
+  const sum = new Float64Array(T * S);
+  const add = (other: ArrayLike<number>, from: number) => {
+    for (let i = 0; i < sum.length; i++) sum[i]! += other[from + i]!;
+  };
+  // Mostly a plain product of q and k, which workers can do; the rest is derived as any view has it.
+  const plain =
+    fields["weights"] === undefined &&
+    fields["scores"] === undefined &&
+    typeof call.scale === "number" &&
+    call.softcap === null &&
+    fields["bias"] === null &&
+    fields["sinks"] === null &&
+    maskHeads(trace, call) <= 1;
+  for (let head = 0; head < H; head += each) {
+    const end = Math.min(H, head + each);
+    if (fields["weights"] !== undefined) {
+      const data = await trace.heads(call, "weights", batch, [head, end]);
+      for (let h = head; h < end; h++) add(data, (h - head) * T * S);
+    } else if (plain) {
+      const reads = Array.from({ length: end - head }, (_, h) => kvHead(call, head + h));
+      const first = Math.min(...reads);
+      const [q, k, mask] = await Promise.all([
+        trace.heads(call, "q", batch, [head, end]),
+        trace.heads(call, "k", batch, [first, Math.max(...reads) + 1]),
+        trace.optional(call, "mask", batch, head),
+      ]);
+      const from = reads.map((g) => g - first);
+      add(await workers.run(q, k, mask?.data ?? null, from, T, S, call.scale as number), 0);
+    } else for (let h = head; h < end; h++) add((await trace.head(call, "weights", batch, h)).data, 0);
     await slices.turn();
   }
+  return sum;
+}
+
+function maskHeads(trace: Trace, call: Call): number {
+  return trace.entries.get(call.fields["mask"] ?? "")?.shape.at(-3) ?? 1;
+}
+
+/** Which queries may attend to anything, and which keys anything may attend to; null: all. */
+async function touched(trace: Trace, call: Call, batch: number): Promise<[Uint8Array, Uint8Array] | null> {
+  const { T, H } = call.extents;
+  if (call.fields["mask"] === null) return null;
+  const own = call.fields["mask"] === undefined;
+  const queries = new Uint8Array(T);
+  const keys = new Uint8Array(T);
+  for (let head = 0; head < (own ? H : maskHeads(trace, call)); head++) {
+    const { data } = await trace.head(call, own ? "weights" : "mask", batch, head);
+    for (let t = 0, i = 0; t < T; t++) for (let s = 0; s < T; s++, i++) if (data[i]) queries[t] = keys[s] = 1;
+  }
+  return [queries, keys];
+}
+
+async function mix(trace: Trace, call: Call, batch: number, slices: Slices, workers: Workers): Promise<Matrix> {
+  const { T } = call.extents;
+  const data = new Float32Array(T * T);
+  const [sum, seen] = await Promise.all([total(trace, call, batch, slices, workers), touched(trace, call, batch)]);
   for (let i = 0; i < T; i++) {
     const row = sum.subarray(i * T, (i + 1) * T);
-    const total = row.reduce((a, b) => a + b, 0);
-    if (!Number.isFinite(total))
+    const all = row.reduce((a, b) => a + b, 0);
+    if (!Number.isFinite(all))
       throw new ViewerError(`${where(call)} has weights that are not finite: nothing flows.`);
     if (row.some((x) => x < 0))
       throw new ViewerError(`${where(call)} has weights below 0, and a flow divides what is shared out.`);
-    const still = total === 0 || !queries[i] || !keys[i];
-    for (let j = 0; j < T; j++) data[i * T + j] = still ? 0 : ((1 - RESIDUAL) * row[j]!) / total;
+    const still = all === 0 || (seen !== null && !(seen[0][i] && seen[1][i]));
+    for (let j = 0; j < T; j++) data[i * T + j] = still ? 0 : ((1 - RESIDUAL) * row[j]!) / all;
     data[i * T + i]! += still ? 1 : RESIDUAL;
   }
   return { rows: T, cols: T, data };

@@ -3,11 +3,12 @@
  * Where steps do not go on from each other, the sheet of a call is the call alone.
  */
 import type { Slices } from "../slices";
+import type { Over } from "../state";
 import type { Call } from "./call";
 import { crosses } from "./keytokens";
 import { type Axes, type Axis, axesOf } from "./labels";
-import type { Matrix } from "./matrix";
-import { type Shown, shownHead } from "./shown";
+import { keysOver } from "./over";
+import type { Shown } from "./shown";
 import type { Trace } from "./trace";
 
 export interface Sheet {
@@ -122,16 +123,12 @@ export async function readSheet(
   sheet: Sheet,
   field: string,
   batch: number,
-  head: number,
+  heads: readonly number[],
+  over: Over,
   slices: Slices,
   show?: (part: Shown) => void,
 ): Promise<Shown> {
-  const read = async (call: Call, early?: (part: Shown) => void): Promise<Shown> => {
-    const place = Math.max(0, call.headNumbers.indexOf(head));
-    const mask = trace.has(call, "mask") ? trace.optional(call, "mask", batch, place) : null;
-    const part = early && ((shown: Shown) => early(shown));
-    return hidden(await shownHead(trace, call, field, batch, place, part), await mask);
-  };
+  const read = (call: Call, early?: (part: Shown) => void) => keysOver(trace, call, field, batch, heads, over, early);
   if (sheet.calls.length === 1) return read(sheet.calls[0]!, show);
   const cols = sheet.axes.keys.labels.length;
   const data = new Float32Array(sheet.rows.length * cols).fill(NaN);
@@ -148,13 +145,4 @@ export async function readSheet(
   }
   const whole = { rows: sheet.rows.length, cols, data };
   return { matrix: whole, whole, masks: true };
-}
-
-/** Without what is masked and weighs nothing. */
-function hidden(shown: Shown, mask: Matrix | null): Shown {
-  const { matrix } = shown;
-  if (mask === null || shown.masks || !mask.data.some((x) => x === 0)) return shown;
-  const data = matrix.data instanceof Float64Array ? matrix.data.slice() : Float32Array.from(matrix.data);
-  for (let i = 0; i < data.length; i++) if (!mask.data[i] && data[i] === 0) data[i] = NaN;
-  return { matrix: { ...matrix, data }, whole: shown.whole, masks: true };
 }

@@ -109,6 +109,15 @@ export class Trace {
       : this.storedRows(call, field, name, batch, head, range);
   }
 
+  /** The heads from the first to before the last of a field that is stored, one after the other, in one request. */
+  async heads(call: Call, field: string, batch: number, [first, end]: Range): Promise<Numbers> {
+    const name = call.fields[field];
+    if (name == null) throw this.lacks(field, call);
+    const entry = this.entry(name);
+    const { start, rows, cols } = place(entry, batch, first);
+    return this.numbers(name, entry, start, start + (end - first) * rows * cols);
+  }
+
   /** The error for a field that is not here. */
   lacks(field: string, call: Call): ViewerError {
     const why = absent(call, field);

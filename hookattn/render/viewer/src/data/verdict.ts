@@ -1,5 +1,5 @@
 /** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of figures/lens_figure.py. */
-import { number, percent } from "../format";
+import { exact, percent, short } from "../format";
 import type { Row } from "./row";
 
 /**
@@ -68,53 +68,117 @@ export function standing({ scores, allowed, lse }: Row, key: number): Standing {
   return { rank, competitor, softmax };
 }
 
-/** The verdict on one key in plain words; `query` and `keys` are their names. */
-export function explain(row: Row, verdict: Verdict, key: number, query: string, keys: (s: number) => string): string {
-  const { n, fair, learned, first, words } = verdict;
+/** A piece of a sentence; of a number, with all of its digits. */
+export interface Part {
+  readonly text: string;
+  readonly exact?: string;
+}
+
+export interface Told {
+  /** Of which weight it is told: “query 4 “it” → key 2 “cat””. */
+  readonly subject: string;
+  /** In plain words, with that subject in it and numbers of three digits. */
+  readonly sentence: string;
+  /** The sentence in pieces, whose numbers have their digits with them. */
+  readonly parts: readonly Part[];
+}
+
+/**
+ * Why one weight is what it is. `query` is the name of the query, as “4 “it””, and `keys` names the keys, as “key 2 “cat””.
+ */
+export function verdict(row: Row, judged: Verdict, key: number, query: string, keys: (s: number) => string): Told {
+  const parts = reasons(row, judged, key, `query ${query}`, keys);
+  const [first, ...rest] = parts;
+  const whole = [{ ...first!, text: first!.text.charAt(0).toUpperCase() + first!.text.slice(1) }, ...rest];
+  return {
+    subject: `query ${query} → ${keys(key)}`,
+    sentence: whole.map((part) => part.text).join(""),
+    parts: whole,
+  };
+}
+
+/** The sentence alone. */
+export function explain(row: Row, judged: Verdict, key: number, query: string, keys: (s: number) => string): string {
+  return verdict(row, judged, key, query, keys).sentence;
+}
+
+function reasons(row: Row, judged: Verdict, key: number, query: string, keys: (s: number) => string): Part[] {
+  const { n, fair, learned, first, words } = judged;
   const { rank, competitor, softmax } = standing(row, key);
-  const own = row.scores[key]!;
-  const weight = number(row.weights[key]!);
-  const share = `an equal share, 1/${n} = ${number(fair)}`;
-  const apart = competitor === null ? 0 : Math.abs(own - row.scores[competitor]!);
-  const rival = competitor === null ? "" : `${keys(competitor)} (${number(row.scores[competitor]!)})`;
-  if (n === 0 && words[key] !== "edited") return `Masked: query ${query} may attend to nothing. The weight in the trace is ${weight}.`;
+  const [own, weight, it] = [row.scores[key]!, row.weights[key]!, keys(key)];
+  const given = say`${query} gives ${it} a weight of ${weight}`;
+  const share = say`an equal share, 1/${String(n)} = ${fair}`;
+  const rival = competitor === null ? 0 : row.scores[competitor]!;
+  const other = competitor === null ? "" : keys(competitor);
+  if (n === 0 && words[key] !== "edited")
+    return say`${query} may attend to nothing: all keys are masked. The weight of ${it} in the trace is ${weight}.`;
   switch (words[key]!) {
     case "edited":
-      return (
-        `Edited: the weight was set to ${weight} while the model ran. Its score of ${number(own)} ` +
-        `${row.allowed[key] ? `is rank ${rank} of ${n} and would make it ${number(softmax)}` : "is masked"}.`
-      );
+      return [
+        ...given,
+        ...say`: an edit set it while the model ran. The score of ${own} `,
+        ...(row.allowed[key]
+          ? say`is rank ${String(rank)} of ${String(n)} and would make it ${softmax}.`
+          : say`is masked.`),
+      ];
     case "masked":
-      return (
-        `Masked: query ${query} may not attend to ${keys(key)}, so it weighs ${weight}. ` +
-        `Its score of ${number(own)} would be rank ${rank} of ${n + 1}, and would weigh ${number(softmax)}.`
-      );
+      return [
+        ...say`${query} may not attend to ${it}: the mask hides it, so it weighs ${weight}. Its score of ${own} would `,
+        ...say`be rank ${String(rank)} of ${String(n + 1)}, and would weigh ${softmax}.`,
+      ];
     case "attended":
-      if (competitor === null) return `Attended to: ${keys(key)} is the only key that may be. It weighs ${weight}.`;
+      if (competitor === null) return [...given, ...say`: it is the only key that may be attended to.`];
       return rank === 1
-        ? `Attended to: its score of ${number(own)} is the largest of ${n}, ${number(apart)} above ${rival}. ` +
-            `It weighs ${weight}.`
-        : `Attended to: its score of ${number(own)} is rank ${rank} of ${n}, ${number(apart)} below ${rival}; ` +
-            `it weighs ${weight}, at least ${share}.`;
+        ? [
+            ...given,
+            ...say`: its score of ${own} is the largest of ${String(n)}, ${own - rival} above ${other} (${rival}).`,
+          ]
+        : [
+            ...given,
+            ...say`, at least `,
+            ...share,
+            ...say`: its score of ${own} is rank ${String(rank)} of ${String(n)}, ${rival - own} below ${other} (${rival}).`,
+          ];
     case "outscored":
       if (rank === 1)
-        return (
-          `It weighs ${weight}, less than ${share}, although its score of ${number(own)} is the largest of ${n}: ` +
-          "the weight is rounded, or not the softmax of the scores alone."
-        );
-      return (
-        `Outscored by ${rival}: its score of ${number(own)}, rank ${rank} of ${n}, is ${number(apart)} below that, ` +
-        `which makes it ${number(Math.exp(apart))} times lighter. It weighs ${weight}, less than ${share}.`
-      );
+        return [
+          ...given,
+          ...say`, less than `,
+          ...share,
+          ...say`, although its score of ${own} is the largest of ${String(n)}: the weight is rounded, or not the `,
+          ...say`softmax of the scores alone.`,
+        ];
+      return [
+        ...given,
+        ...say`, less than `,
+        ...share,
+        ...say`: ${other} outscores it, ${rival} against ${own} (rank ${String(rank)} of ${String(n)}), and is `,
+        ...say`${Math.exp(rival - own)} times as heavy.`,
+      ];
     case "drained": {
       const takers = [
         first > 0 ? `${keys(row.first)}, the first key, takes ${percent(first)}` : "",
         learned > 0 ? `the learned sink takes ${percent(learned)}` : "",
       ].filter(Boolean);
-      return (
-        `Drained by a sink: ${takers.join(" and ")}. Its score of ${number(own)} is rank ${rank} of ${n}; it weighs ` +
-        `${weight}, and of what is left ${number(row.weights[key]! / (1 - learned - first))}, at least ${share}.`
-      );
+      return [
+        ...given,
+        ...say`, drained by a sink: ${takers.join(" and ")}. Of what is left it has ${weight / (1 - learned - first)}, `,
+        ...say`at least `,
+        ...share,
+        ...say`; its score of ${own} is rank ${String(rank)} of ${String(n)}.`,
+      ];
     }
   }
+}
+
+/** The pieces of a sentence: numbers are shortened, and keep their digits. */
+function say(words: TemplateStringsArray, ...values: (string | number)[]): Part[] {
+  const parts: Part[] = [];
+  words.forEach((text, i) => {
+    if (text !== "") parts.push({ text });
+    const value = values[i];
+    if (typeof value === "number") parts.push({ text: short(value), exact: exact(value) });
+    else if (value !== undefined) parts.push({ text: value });
+  });
+  return parts;
 }

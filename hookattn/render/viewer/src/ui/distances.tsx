@@ -84,7 +84,7 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
                     <button
                       type="button"
                       class="plain"
-                      aria-label={`Layer ${call.site.layer ?? call.site.path}, head ${row.head}`}
+                      aria-label={`${call.site.layer ?? call.site.path}.${row.head}: layer ${call.site.layer ?? call.site.path}, head ${row.head}`}
                       onClick={() => app.set({ ...placeOf(app.trace, call), heads: [row.head] })}
                     >
                       {call.site.layer ?? call.site.path}.{row.head}

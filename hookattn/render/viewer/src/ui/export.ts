@@ -18,7 +18,12 @@ const INHERITED = [
 ] as const;
 const SVG = "http://www.w3.org/2000/svg";
 
-export function toSvg(figure: HTMLElement): string {
+const [MARGIN, LINE, SIZE] = [8, 18, 13];
+/** A picture is at least as wide as a few words of its title. */
+const NARROW = 360;
+
+/** `title`: its parts, which stand above the picture, in as many lines as its width takes. */
+export function toSvg(figure: HTMLElement, title: readonly string[]): string {
   const frame = figure.getBoundingClientRect();
   const [left, top] = [frame.left - figure.scrollLeft, frame.top - figure.scrollTop];
   const parts: Element[] = [];
@@ -37,14 +42,46 @@ export function toSvg(figure: HTMLElement): string {
     width = Math.max(width, x + box.width);
     height = Math.max(height, y + box.height);
   }
-  const root = make("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
-  const paper = getComputedStyle(figure.closest(".ha")!).backgroundColor;
-  root.append(make("rect", { width, height, fill: paper }), ...parts);
+  width = Math.max(width, NARROW);
+  const style = getComputedStyle(figure.closest(".ha")!);
+  const lines = wrapped(title, width - 2 * MARGIN, `600 ${SIZE}px ${style.fontFamily}`);
+  const head = lines.length * LINE + MARGIN;
+  const root = make("svg", { xmlns: SVG, width, height: height + head, viewBox: `0 ${-head} ${width} ${height + head}` });
+  root.append(make("rect", { y: -head, width, height: height + head, fill: style.backgroundColor }));
+  lines.forEach((line, i) => {
+    const text = make("text", {
+      x: MARGIN,
+      y: (i + 1) * LINE - head,
+      fill: style.color,
+      "font-family": style.fontFamily,
+      "font-size": SIZE,
+      "font-weight": i === 0 ? 600 : 400,
+    });
+    text.textContent = line;
+    root.append(text);
+  });
+  root.append(...parts);
   return new XMLSerializer().serializeToString(root);
 }
 
-export async function toPng(figure: HTMLElement): Promise<Blob> {
-  const svg = toSvg(figure);
+function wrapped(parts: readonly string[], width: number, font: string): string[] {
+  const measure = document.createElement("canvas").getContext("2d")!;
+  measure.font = font;
+  const fits = (text: string) => measure.measureText(text).width <= width;
+  const lines: string[] = [];
+  for (const part of parts) {
+    // A name may be longer than the picture is wide.
+    let kept = part;
+    while (kept.length > 2 && !fits(kept)) kept = `${kept.slice(0, -2)}…`;
+    const joined = lines.length === 0 ? kept : `${lines.at(-1)} · ${kept}`;
+    if (lines.length > 0 && fits(joined)) lines[lines.length - 1] = joined;
+    else lines.push(kept);
+  }
+  return lines;
+}
+
+export async function toPng(figure: HTMLElement, title: readonly string[]): Promise<Blob> {
+  const svg = toSvg(figure, title);
   const image = new Image();
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
   await image.decode();

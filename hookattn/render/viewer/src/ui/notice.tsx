@@ -28,7 +28,7 @@ export function Badge({ call, short }: { call: Call; short?: boolean }) {
   // Nothing speaks against a guess, and nothing for it, as where nothing was verified.
   const look = axes !== "" && status === "faithful" ? "unverified" : status;
   return (
-    <span class={`badge ${look}`} title={told} aria-label={`${status}: ${told}`} data-status={status} data-axes={axes}>
+    <span class={`badge ${look}`} title={told} {...(short && named(`${status}: ${told}`))} data-status={status} data-axes={axes}>
       <span aria-hidden="true">{sign}</span>
       {!short && <span>{status}</span>}
       {!short && certificate !== null && status !== "unverified" && (
@@ -42,13 +42,18 @@ export function Badge({ call, short }: { call: Call; short?: boolean }) {
   );
 }
 
+/** A sign that stands for words. */
+function named(words: string) {
+  return { role: "img", "aria-label": words } as const;
+}
+
 /** What was edited in a call, beside its certificate; nothing where nothing was. `short`: only a sign. */
 export function Edits({ call, short }: { call: Call; short?: boolean }) {
   const told = edited(call);
   if (told === "") return null;
   const all = edited(call, true);
   return (
-    <span class="badge edited" title={all} aria-label={all} data-edited={all}>
+    <span class="badge edited" title={all} {...(short && named(all))} data-edited={all}>
       <span aria-hidden="true">✎</span>
       {!short && <span>{told}</span>}
     </span>

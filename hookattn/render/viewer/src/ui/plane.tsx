@@ -1,5 +1,5 @@
 /** A matrix on the screen: its canvas, the names along it, the cursor that views share, and how it is moved. */
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { App } from "../app";
 import { type Domain, type Ramp } from "../colours";
 import { type Frame, moved, within, zoomed } from "../data/frame";
@@ -70,7 +70,7 @@ export function Plane(props: {
   const canvas = useRef<HTMLCanvasElement>(null);
   const [tip, setTip] = useState<TipAt | null>(null);
   const drag = useRef<{ x: number; y: number; from: Frame | null; moved: boolean } | null>(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const ratio = globalThis.devicePixelRatio || 1;
     canvas.current!.width = Math.round(width * ratio);
     canvas.current!.height = Math.round(height * ratio);
@@ -123,8 +123,11 @@ export function Plane(props: {
       }}
       onPointerUp={(event) => {
         const { query, key } = cell(event);
-        if (!drag.current?.moved && query !== null)
-          app.set(query === state.query && key === state.key ? { query: null, key: null } : { query, key });
+        if (!drag.current?.moved && query !== null) {
+          // The sink is no key that other views have.
+          const picked = key === axes.keys.sink ? null : key;
+          app.set(query === state.query && picked === state.key ? { query: null, key: null } : { query, key: picked });
+        }
         drag.current = null;
       }}
       onWheel={(event) => {

@@ -1,10 +1,11 @@
-import { useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { message } from "../errors";
 import { where } from "../data/call";
 import { fieldOf } from "../data/kinds";
 import { encode } from "../state";
 import type { View } from "../views/view";
+import { caption, fileName } from "./caption";
 import { Controls } from "./controls";
 import { download, toPng, toSvg } from "./export";
 import { KEYS, keyName, press } from "./keyboard";
@@ -23,17 +24,28 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   const figure = useRef<HTMLDivElement>(null);
   const help = useRef<HTMLDialogElement>(null);
   const { model } = app.trace.document;
+  const onKey = (event: KeyboardEvent) => {
+    if (event.key === "?") help.current?.showModal();
+    else if (!press(app, event, ids)) return;
+    event.preventDefault();
+  };
+  const page = app.options.link === true;
+  // In a page of its own keys need no click first: what nothing else has the focus for is meant for the viewer.
+  const late = useRef(onKey);
+  late.current = onKey;
+  useEffect(() => {
+    if (!page) return;
+    const listen = (event: KeyboardEvent) => event.target === document.body && late.current(event);
+    document.addEventListener("keydown", listen);
+    return () => document.removeEventListener("keydown", listen);
+  }, [page]);
   return (
     <div
       class="ha"
       data-theme={app.dark.value ? "dark" : "light"}
-      data-page={app.options.link === true}
+      data-page={page}
       tabIndex={-1}
-      onKeyDown={(event) => {
-        if (event.key === "?") help.current?.showModal();
-        else if (!press(app, event, ids)) return;
-        event.preventDefault();
-      }}
+      onKeyDown={onKey}
     >
       <header class="top">
         <h1 dir="auto">{app.trace.source.name}</h1>
@@ -42,13 +54,14 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         <button
           type="button"
           class="plain"
-          aria-label="The certificates of all calls"
+          title="The certificates of all calls"
           onClick={() => app.set({ view: "certificates" })}
         >
           <Badge call={call} />
         </button>
         <Edits call={call} />
       </header>
+      <div class="bar">
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
           <button
@@ -63,7 +76,9 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
           </button>
         ))}
       </div>
+      <p class="caption">{caption(app, view).join(" · ")}</p>
       <Controls app={app} view={view} />
+      </div>
       <Notices app={app} call={call} fields={fields} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
         {unfit !== null ? (
@@ -75,7 +90,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         )}
       </div>
       <div aria-live="polite">{!view.ownTable && app.trace.has(call, fieldOf(call, state.field)) && <Table app={app} />}</div>
-      <Foot app={app} figure={() => figure.current!} help={() => help.current?.showModal()} />
+      <Foot app={app} view={view} figure={() => figure.current!} help={() => help.current?.showModal()} />
       <dialog class="help" ref={help}>
         <p>{view.help}</p>
         <table>
@@ -90,6 +105,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
             </tr>
           ))}
         </table>
+        {!page && <p>Keys go to the viewer once it was clicked, or was reached with Tab.</p>}
         <form method="dialog">
           <button>Close</button>
         </form>
@@ -98,21 +114,22 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   );
 }
 
-function Foot({ app, figure, help }: { app: App; figure(): HTMLElement; help(): void }) {
+function Foot({ app, view, figure, help }: { app: App; view: View; figure(): HTMLElement; help(): void }) {
   const [told, tell] = useState("");
   const act = (work: () => Promise<string>) => () => {
     work().then(tell, (error: unknown) => tell(message(error)));
   };
-  const name = app.trace.source.name.replace(/\.safetensors$/, "").replace(/[^\p{L}\p{N}._-]+/gu, "-") || "attention";
+  const named = (ending: string) => `${fileName(app, view)}.${ending}`;
+  const title = () => caption(app, view);
   return (
     <div class="foot">
       <button
         type="button"
-        onClick={act(async () => download(new Blob([toSvg(figure())], { type: "image/svg+xml" }), `${name}.svg`))}
+        onClick={act(async () => download(new Blob([toSvg(figure(), title())], { type: "image/svg+xml" }), named("svg")))}
       >
         SVG
       </button>
-      <button type="button" onClick={act(async () => download(await toPng(figure()), `${name}.png`))}>
+      <button type="button" onClick={act(async () => download(await toPng(figure(), title()), named("png")))}>
         PNG
       </button>
       {app.options.link && (

@@ -6,11 +6,13 @@ import { fieldOf } from "../data/kinds";
 import { at, extent, type Matrix } from "../data/matrix";
 import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
 import { type Pyramid, pyramid } from "../data/pool";
-import { presented } from "../data/presented";
-import { shownHead } from "../data/shown";
+import { firstOf, presented } from "../data/presented";
+import { absence, type Shown, shownHead } from "../data/shown";
 import type { Trace } from "../data/trace";
 import { exact } from "../format";
+import { joined, rangeOf } from "../scale";
 import { Slices } from "../slices";
+import { placeOf } from "../state";
 import { Distances } from "../ui/distances";
 import { useFrame } from "../ui/frame";
 import { useLoaded, useWidth } from "../ui/hooks";
@@ -35,10 +37,11 @@ function Compare({ app }: { app: App }) {
   const { batch, sink, filter } = state;
   const { call, axes } = current(app);
   const field = fieldOf(call, state.field);
-  const head = focus(state);
   const [ref, room] = useWidth();
   const [frame, setFrame] = useFrame(app);
   const twin = twinOf(app.trace, other, call);
+  const asked = focus(state);
+  const head = twin === null ? asked : common(call, twin, state.heads);
   const missing = twin === null ? null : absent(other, twin, field, head);
   const { value, error } = useLoaded(async (signal) => {
     if (twin === null || missing !== null) return null;
@@ -53,13 +56,26 @@ function Compare({ app }: { app: App }) {
       matrix,
       levels: await pyramid(matrix, pool, slices),
     });
+    const range = async (shown: Shown, { matrix }: Side) => rangeOf(matrix, firstOf(shown.matrix, field, sink), slices);
     const first = await side(presented(a.matrix, field, sink, filter, axes));
     const second = await side(presented(b.matrix, field, sink, filter, others));
     const reason = misfit(call, twin);
-    const apart = reason === null ? await side(difference(first.matrix, second.matrix), "far") : null;
-    return { axes, others, first, second, apart, reason, field, left: sink !== "show" || filter !== "all", masks: a.masks || b.masks };
+    const apart = reason === null ? await side(difference(first.matrix, second.matrix, field !== "scores"), "far") : null;
+    return {
+      axes,
+      others,
+      first,
+      second,
+      apart,
+      range: joined([await range(a, first), await range(b, second)]),
+      reason,
+      field,
+      left: first.matrix !== a.matrix || second.matrix !== b.matrix,
+      a,
+      b,
+    };
   }, [app, call, twin, missing, head, batch, field, sink, filter]);
-  if (twin === null) return <Notice>{alone(app, other)}</Notice>;
+  if (twin === null) return <Alone app={app} other={other} />;
   if (missing !== null) return <Notice error>{missing}</Notice>;
   if (error !== null) return <Notice error>{error}</Notice>;
   if (value === null || room === 0)
@@ -73,16 +89,16 @@ function Compare({ app }: { app: App }) {
   const width = Math.floor((room - (columns - 1) * GAP) / columns);
   const most = Math.max(260, Math.min(900, globalThis.innerHeight * 0.55));
   const dark = app.dark.value;
-  const both = [extent(first.matrix), extent(second.matrix)];
-  const shared = domain(value.field, state.scale, least(both.map((e) => e[0])), -least(both.map((e) => -e[1])));
+  const { low, high, end } = value.range;
+  const shared = domain(value.field, state.scale, low, high, value.field === "scores" ? Infinity : end);
   const told = (query: number, key: number) => {
-    const cell = (side: Side | null) => (side === null ? NaN : (at(side.matrix, query, key) ?? NaN));
+    const cell = (side: Side, of: Shown) => shown(at(side.matrix, query, key), value.field, absence(of, query, key));
     const there = query < second.matrix.rows && key < second.matrix.cols;
     const here = query < first.matrix.rows && key < first.matrix.cols;
     return [
-      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${shown(cell(first), value.masks)}`,
-      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${shown(cell(second), value.masks)}`,
-      apart !== null && `B − A: ${shown(cell(apart), value.masks)}`,
+      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${cell(first, value.a)}`,
+      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${cell(second, value.b)}`,
+      apart !== null && `B − A: ${cell(apart, value.a)}`,
     ]
       .filter(Boolean)
       .join("\n");
@@ -110,11 +126,16 @@ function Compare({ app }: { app: App }) {
     </div>
   );
   const far = apart === null ? 0 : Math.max(...extent(apart.matrix).map((x) => Math.abs(x) || 0));
-  const between: Domain = { kind: "diverging", scale: "linear", low: -(far || 1), high: far || 1 };
+  const between: Domain = { kind: "diverging", scale: "linear", low: -(far || 1), high: far || 1, clipped: false };
   const level = apart && levelOf(apart.levels, place(apart.matrix.rows, apart.matrix.cols, axes, width, most, frame));
   return (
     <div ref={ref}>
       {uneven(app, other)}
+      {head !== asked && (
+        <Notice>
+          B, {other.source.name}, has no head {asked} of {where(twin)}: shown is head {head}, which both have.
+        </Notice>
+      )}
       {reason !== null && <Notice>There is no difference to draw: {reason}.</Notice>}
       <Tokens app={app} a={value.axes} b={others} />
       <div class="panels" style={{ gap: `${GAP}px` }}>
@@ -142,8 +163,9 @@ function Compare({ app }: { app: App }) {
         <Legend
           domain={shared}
           ramp={ramp(shared.kind, dark)}
-          dropped={value.left || value.masks}
-          blank={value.masks ? "masked" : "left out"}
+          dropped={value.left || value.a.masks || value.b.masks}
+          blank={value.a.masks || value.b.masks ? (value.left ? "masked or left out" : "masked") : "left out"}
+          {...(value.field === "mask" && { choice: "may attend" })}
           title={`${value.field}, head ${head}, A and B`}
         />
         {apart !== null && (
@@ -157,14 +179,14 @@ function Compare({ app }: { app: App }) {
         <ZoomButtons frame={frame} setFrame={setFrame} rows={first.matrix.rows} cols={first.matrix.cols} />
       </div>
       {apart !== null && (
-        <Differences app={app} sides={[first, second, apart]} axes={merged(value.axes, others)} />
+        <Differences app={app} head={head} sides={[first, second, apart]} axes={merged(value.axes, others)} />
       )}
     </div>
   );
 }
 
 /** The cells of the selection, or of all, in which the two differ most. */
-function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Side, Side]; axes: Axes }) {
+function Differences({ app, head, sides, axes }: { app: App; head: number; sides: readonly [Side, Side, Side]; axes: Axes }) {
   const state = app.state.value;
   const { query, key } = state;
   const apart = sides[2].matrix;
@@ -180,7 +202,7 @@ function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Si
   return (
     <div aria-live="polite">
       <Tabular
-        summary={`Head ${focus(state)}${of}: where A and B differ most`}
+        summary={`Head ${head}${of}: where A and B differ most`}
         columns={["query", "key", "A", "B", "B − A"]}
         rows={pairs.map((pair) => [
           name(axes.queries, pair.query),
@@ -192,13 +214,14 @@ function Differences({ app, sides, axes }: { app: App; sides: readonly [Side, Si
   );
 }
 
-function shown(value: number, masks: boolean): string {
-  return Number.isNaN(value) ? (masks ? "masked" : "left out") : exact(value);
+function shown(value: number, field: string, absent: string): string {
+  return Number.isNaN(value) ? absent : field === "mask" ? "may attend" : exact(value);
 }
 
-function least(values: readonly number[]): number {
-  const found = values.filter((x) => !Number.isNaN(x));
-  return found.length === 0 ? NaN : Math.min(...found);
+/** The head that is compared: the last one chosen that both have, else the first that both have. */
+function common(call: Call, twin: Call, chosen: readonly number[]): number {
+  const both = call.headNumbers.filter((h) => twin.headNumbers.includes(h));
+  return chosen.findLast((h) => both.includes(h)) ?? both[0] ?? chosen.at(-1) ?? 0;
 }
 
 /** Why the second trace cannot show this head: it was not kept, or the field was not captured. */
@@ -208,13 +231,21 @@ function absent(other: Trace, twin: Call, field: string, head: number): string |
   return `B, ${other.source.name}, has no head ${head} of ${where(twin)}: it has ${twin.headNumbers.join(", ")}.`;
 }
 
-function alone(app: App, other: Trace): string {
+function Alone({ app, other }: { app: App; other: Trace }) {
   const { call } = current(app);
   const known = [...new Set(other.calls.map(({ site }) => `${site.stack} ${site.kind}`))];
   const steps = new Set(other.calls.map((c) => c.step)).size;
+  const both = app.trace.calls.find((c) => twinOf(app.trace, other, c) !== null);
   return (
-    `B, ${other.source.name}, has nothing to compare with ${where(call)}. It has ${other.calls.length} calls ` +
-    `in ${steps === 1 ? "one step" : `${steps} steps`}: ${known.join(", ")} attention.`
+    <Notice>
+      B, {other.source.name}, has nothing to compare with {where(call)}. It has {other.calls.length} calls in{" "}
+      {steps === 1 ? "one step" : `${steps} steps`}: {known.join(", ")} attention.{" "}
+      {both !== undefined && (
+        <button type="button" onClick={() => app.set({ ...placeOf(app.trace, both), query: null, key: null, zoom: null })}>
+          Show {where(both)}, which both have
+        </button>
+      )}
+    </Notice>
   );
 }
 

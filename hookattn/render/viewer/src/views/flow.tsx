@@ -7,6 +7,7 @@ import { strongest } from "../data/strongest";
 import { exact, percent } from "../format";
 import { Slices } from "../slices";
 import type { Through } from "../state";
+import { stepName, steps, toStep } from "../steps";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { Segments } from "../ui/inputs";
 import { Drawing, type Graph } from "../ui/layers";
@@ -25,7 +26,28 @@ function Flow({ app }: { app: App }) {
   const { step, stack, kind } = app.state.value;
   const calls = app.trace.calls.filter((c) => c.step === step && c.site.stack === stack && c.site.kind === kind);
   const why = refusal(app.trace, calls);
-  return why === null ? <Layers app={app} calls={calls} /> : <Notice>{why}</Notice>;
+  if (why === null) return <Layers app={app} calls={calls} />;
+  const other = passable(app, step);
+  return (
+    <Notice>
+      {why}{" "}
+      {other !== null && (
+        <button type="button" onClick={() => app.set(toStep(app, other))}>
+          Show step {stepName(app, other)}
+        </button>
+      )}
+    </Notice>
+  );
+}
+
+/** The first other step of the same attention through whose layers something can flow. */
+function passable(app: App, here: number): number | null {
+  const { stack, kind } = app.state.value;
+  const found = steps(app).find((step) => {
+    const calls = app.trace.calls.filter((c) => c.step === step && c.site.stack === stack && c.site.kind === kind);
+    return step !== here && calls.length > 0 && refusal(app.trace, calls) === null;
+  });
+  return found ?? null;
 }
 
 function Layers({ app, calls }: { app: App; calls: readonly Call[] }) {

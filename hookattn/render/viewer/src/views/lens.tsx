@@ -2,8 +2,8 @@ import { type App, current, focus, stored } from "../app";
 import { where } from "../data/call";
 import { isSoftmax, normalizerOf } from "../data/kinds";
 import { listed, readRow, type Row } from "../data/row";
-import { explain, judge, standing, type Verdict, type Word } from "../data/verdict";
-import { exact, number, percent } from "../format";
+import { judge, standing, type Verdict, verdict as tell, type Word } from "../data/verdict";
+import { exact, number, percent, short } from "../format";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { bars, type KeyColumn, KeyRows, maskColumn, ROW } from "../ui/keyrows";
 import { Notice } from "../ui/notice";
@@ -43,13 +43,13 @@ function Lens({ app }: { app: App }) {
       ) : (
         <>
           <div class="verdict" aria-live="polite" style={{ minHeight: room < 600 ? "9em" : "4.4em" }}>
-            {explain(
+            {tell(
               value.row,
               value.verdict,
               shown,
               name(value.axes.queries, value.query),
               (s) => `key ${name(value.axes.keys, s)}`,
-            )}
+            ).parts.map(({ text, exact }, i) => (exact === undefined ? text : <span key={i} title={exact}>{text}</span>))}
           </div>
           <Facts {...value} shown={shown} />
           <KeyRows
@@ -100,27 +100,32 @@ function Facts({ axes, row, verdict, shown }: Shown) {
   const { rank, competitor, softmax } = standing(row, shown);
   const { allowed, scores, weights } = row;
   const may = allowed[shown] === 1;
-  const facts: [string, string][] = [
-    ["score", exact(scores[shown]!)],
+  const facts: [string, string, (number | undefined)?][] = [
+    ["score", short(scores[shown]!), scores[shown]!],
     ["rank", may ? `${rank} of ${verdict.n}` : "–"],
     ["mask", may ? "may attend" : "masked"],
     [
       "largest competitor",
-      competitor === null ? "none" : `key ${name(axes.keys, competitor)}, ${exact(scores[competitor]!)}`,
+      competitor === null ? "none" : `key ${name(axes.keys, competitor)}, ${short(scores[competitor]!)}`,
+      competitor === null ? undefined : scores[competitor],
     ],
-    ["log-sum-exp", exact(row.lse)],
-    ["learned sink", row.sink === null ? "none" : `${percent(verdict.learned)} (logit ${number(row.sink)})`],
-    [`first key, ${name(axes.keys, row.first)}`, allowed[row.first] ? percent(weights[row.first]!) : "masked"],
-    ["weight", exact(weights[shown]!)],
+    ["log-sum-exp", short(row.lse), row.lse],
+    ["learned sink", row.sink === null ? "none" : `${percent(verdict.learned)} (logit ${short(row.sink)})`, row.sink ?? undefined],
+    [
+      `first key, ${name(axes.keys, row.first)}`,
+      allowed[row.first] ? percent(weights[row.first]!) : "masked",
+      weights[row.first],
+    ],
+    ["weight", short(weights[shown]!), weights[shown]],
   ];
   const apart = may && verdict.words[shown] !== "edited" && Math.abs(weights[shown]! - softmax) > APART;
   return (
     <>
       <dl class="facts">
-        {facts.map(([term, told]) => (
+        {facts.map(([term, told, value]) => (
           <div key={term}>
             <dt>{term}</dt>
-            <dd>{told}</dd>
+            <dd title={value === undefined ? undefined : exact(value)}>{told}</dd>
           </div>
         ))}
       </dl>

@@ -143,6 +143,6 @@ export const overview: View = {
     "the text below: hover for what it looks at, with shift for who looks at it, click or press Enter to keep it. With the " +
     "focus among the heads or in the text, arrow keys move there.",
   fields: () => [],
-  controls: ["weights", "scale", "sink", "filter"],
+  controls: ["weights", "filter", "over", "scale", "sink"],
   component: Overview,
 };

@@ -390,7 +390,7 @@ function Pictures({ app, layout, lines }: { app: App; layout: Layout; lines: boo
       const box = { x: Math.round((cell.x + 2) * ratio), y: Math.round((cell.y + 2) * ratio), width: side, height: side };
       context.clearRect(box.x, box.y, side, side);
       if (lines) return drawLines(context, made, ink, box);
-      const d = domain(field, scale, ...made.extent);
+      const d = domain(field, scale, ...made.extent, made.end);
       draw(small, [made.matrix], whole(made.matrix.cols, made.matrix.rows), d, ramp(d.kind, dark));
       context.drawImage(small, box.x, box.y);
     };

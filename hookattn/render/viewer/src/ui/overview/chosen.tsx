@@ -2,8 +2,9 @@
 import { computed } from "@preact/signals";
 import { useMemo, useState } from "preact/hooks";
 import { type App, stored } from "../../app";
-import { domain, ramp } from "../../colours";
+import { type Domain, domain, ramp } from "../../colours";
 import { at } from "../../data/matrix";
+import { nameOver } from "../../data/over";
 import { ofPatches, patches, place as patchName } from "../../data/patches";
 import { hue, roleOf } from "../../data/rolewords";
 import { headName, pairSentence } from "../../data/sentences";
@@ -46,8 +47,11 @@ export function ChosenHead({ app, scene, room, most }: { app: App; scene: Scene;
 /** `L1H2 · induction · from the 2nd “43” it looks at what followed the 1st “43”, 1.00`. */
 function Sentence({ app, scene }: { app: App; scene: Scene }) {
   const { call, head, found, sheet, numbers, row, column } = scene;
-  const roles = scene.other === null ? (found?.roles ?? []) : [];
-  const shown = scene.other === null ? (roleOf(found, app.state.value.role) ?? roles[0] ?? null) : null;
+  const { over, heads } = app.state.value;
+  // What was found is of one head.
+  const alone = scene.other === null && over === "one";
+  const roles = alone ? (found?.roles ?? []) : [];
+  const shown = alone ? (roleOf(found, app.state.value.role) ?? roles[0] ?? null) : null;
   const keys = ofPatches(call, app.options) ? patches(call.extents.S, app.options.images) : null;
   const value = numbers === null || row === null || column === null ? null : at(numbers.matrix, row, column);
   const pair = () => {
@@ -68,7 +72,11 @@ function Sentence({ app, scene }: { app: App; scene: Scene }) {
   const side = app.other === null ? "" : { a: "A", b: "B", difference: "B − A" }[app.state.value.side];
   return (
     <>
-      <b>{headName(scene.trace, call, stored(call, head))}</b>
+      <b>
+        {over === "one"
+          ? headName(scene.trace, call, stored(call, head))
+          : `Layer ${call.site.layer ?? call.site.path}, ${nameOver(call, heads, over)}`}
+      </b>
       {side && ` · ${side}`}
       {shown !== null && (
         <>
@@ -77,7 +85,7 @@ function Sentence({ app, scene }: { app: App; scene: Scene }) {
           {shown.role} {two(shown.score)}
         </>
       )}
-      {shown === null && scene.other === null && found !== null && " · no clear role"}
+      {shown === null && alone && found !== null && " · no clear role"}
       {value !== null && ` · ${pair()}`}
     </>
   );
@@ -85,7 +93,8 @@ function Sentence({ app, scene }: { app: App; scene: Scene }) {
 
 function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: number; most: number }) {
   const { sheet, numbers: made, field, call, head, row, column } = scene;
-  const { matrix, levels, extent, masked, left, of } = made!;
+  const { matrix, levels, range, masked, left, of } = made!;
+  const { low, high, end } = range;
   const [frame, setFrame] = useFrame(app);
   // The plane speaks of the sheet: its rows may be queries of many steps.
   const shown = useMemo<App>(
@@ -97,9 +106,11 @@ function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: num
     [app, row, column, sheet],
   );
   const layout = place(matrix.rows, matrix.cols, sheet.axes, room, Math.max(160, most - 170), frame);
-  const far = Math.max(...extent.map((x) => Math.abs(x) || 0)) || 1;
-  const scaling =
-    of === null ? domain(field, app.state.value.scale, ...extent) : ({ kind: "diverging", scale: "linear", low: -far, high: far } as const);
+  const far = Math.max(-low, high) || 1;
+  const scaling: Domain =
+    of === null
+      ? domain(field, app.state.value.scale, low, high, end)
+      : { kind: "diverging", scale: "linear", low: -far, high: far, clipped: false };
   const size = 2 ** levelOf(levels, layout);
   const colours = ramp(scaling.kind, app.dark.value);
   return (
@@ -128,7 +139,7 @@ function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: num
         ramp={colours}
         dropped={masked || left}
         blank={masked ? (left ? "masked or left out" : "masked") : "left out"}
-        title={`${of === null ? field : "B − A"}${size > 1 ? `, the largest of ${size}×${size}` : ""}`}
+        title={`${of === null ? field : "B − A"}, ${nameOver(call, app.state.value.heads, app.state.value.over)}${size > 1 ? `, the largest of ${size}×${size}` : ""}`}
       />
     </>
   );
@@ -174,6 +185,8 @@ function Patches({ app, scene, room }: { app: App; scene: Scene; room: number })
         <Panel
           {...shared}
           head={head}
+          name={nameOver(call, app.state.value.heads, app.state.value.over)}
+          blank={numbers!.masked ? "masked" : "left out"}
           weights={weights}
           domain={scaling}
           ramp={colours}

@@ -2,17 +2,18 @@
 import { useMemo } from "preact/hooks";
 import { type App, current, focus, stored } from "../../app";
 import type { Call } from "../../data/call";
-import { mayBeNegative, weightsOf } from "../../data/kinds";
+import { weightsOf } from "../../data/kinds";
 import { axesOf } from "../../data/labels";
-import { extent, type Matrix } from "../../data/matrix";
+import type { Matrix } from "../../data/matrix";
 import { difference, misfit, twinOf } from "../../data/pairs";
 import { type Pyramid, pooling, pyramid } from "../../data/pool";
-import { presented } from "../../data/presented";
+import { firstOf, presented } from "../../data/presented";
 import { roleOf } from "../../data/rolewords";
 import { columnOf, generation, readSheet, rowOf, type Sheet, sheetOf } from "../../data/sheet";
 import type { Shown } from "../../data/shown";
 import type { Trace } from "../../data/trace";
 import type { Findings, HeadFound } from "../../findings";
+import { type Range, rangeOf } from "../../scale";
 import { Slices } from "../../slices";
 import { placeOf } from "../../state";
 import { useLoaded } from "../hooks";
@@ -21,7 +22,7 @@ import { useLoaded } from "../hooks";
 export interface Numbers {
   readonly matrix: Matrix;
   readonly levels: Pyramid;
-  readonly extent: [number, number];
+  readonly range: Range;
   /** Whether some entries are masked, or left out. */
   readonly masked: boolean;
   readonly left: boolean;
@@ -55,7 +56,7 @@ export interface Scene {
 
 export function useScene(app: App, findings: Findings): Scene {
   const state = app.state.value;
-  const { batch, sink, filter } = state;
+  const { batch, sink, filter, over } = state;
   const { call: own } = current(app);
   const head = focus(state);
   const side = app.other === null ? "a" : state.side;
@@ -73,23 +74,23 @@ export function useScene(app: App, findings: Findings): Scene {
       const make = async ({ matrix: read, masks }: Shown, of: Numbers["of"] = null): Promise<Read> => {
         const matrix = of === null ? presented(read, field, sink, filter, sheet.axes) : read;
         const levels = await pyramid(matrix, of === null ? pooling(call, field) : "far", slices);
-        const every = of !== null || mayBeNegative(call, field) ? matrix : levels.at(-1)!;
-        return { sheet, numbers: { matrix, levels, extent: extent(every), masked: masks, left: matrix !== read, of } };
+        const range = await rangeOf(matrix, firstOf(read, field, sink), slices);
+        return { sheet, numbers: { matrix, levels, range, masked: masks, left: matrix !== read, of } };
       };
       if (side !== "difference") {
         const early = (part: Shown) => void make(part).then(show, () => undefined);
-        return make(await readSheet(trace, sheet, field, here(call), head, slices, early));
+        return make(await readSheet(trace, sheet, field, here(call), state.heads, over, slices, early));
       }
       const others = sheetOf(app.other!, generation(app.other!, twin!)[0]!, here(twin!), [head]);
       const [a, b] = await Promise.all([
-        readSheet(app.trace, sheet, field, here(own), head, slices),
-        readSheet(app.other!, others, field, here(twin!), head, slices),
+        readSheet(app.trace, sheet, field, here(own), state.heads, over, slices),
+        readSheet(app.other!, others, field, here(twin!), state.heads, over, slices),
       ]);
       const [one, two] = [a, b].map(({ matrix }) => presented(matrix, field, sink, filter, sheet.axes)) as [Matrix, Matrix];
-      const apart = difference(one, two);
+      const apart = difference(one, two, true);
       return make({ matrix: apart, whole: apart, masks: a.masks || b.masks }, [one, two]);
     },
-    [app, sheet, side, twin, missing, field, batch, head, sink, filter],
+    [app, sheet, side, twin, missing, field, batch, state.heads.join(), over, sink, filter],
   );
   // While another head is read, the one before is not shown under its name.
   const numbers = value !== null && value.sheet === sheet ? value.numbers : null;
