@@ -72,14 +72,16 @@ SEEN = """() => { const root = document.querySelector("#viewer").shadowRoot, see
   [...root.querySelectorAll(s)].some((e) => e.checkVisibility());
   const ha = getComputedStyle(root.querySelector(".ha"));
   return { tabs: seen(".tabs"), controls: seen(".ha > .controls"), foot: seen(".ha > .foot"),
-    title: seen(".caption") && root.querySelector(".caption").textContent, paper: ha.backgroundColor, ink: ha.color }; }"""
+    title: seen(".caption") && root.querySelector(".caption").textContent,
+    paper: ha.backgroundColor, ink: ha.color }; }"""
 DARKEST = """() => { const c = document.querySelector("#viewer").shadowRoot.querySelector(".plane canvas");
   const d = c.getContext("2d").getImageData(c.width - 3, 2, 1, 1).data; return d[0] + d[1] + d[2]; }"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_page_is_printed_light_with_its_title_and_no_controls(open_page: Open, file: Path, theme: str) -> None:
-    page = show(open_page(), file, f"{{link: true, theme: '{theme}', state: {{view: 'matrix', layer: 1, heads: [2]}}}}")
+    options = f"{{link: true, theme: '{theme}', state: {{view: 'matrix', layer: 1, heads: [2]}}}}"
+    page = show(open_page(), file, options)
     page.locator(".plane canvas").wait_for()
     page.wait_for_timeout(200)
     on_screen = page.evaluate(SEEN)
