@@ -48,6 +48,8 @@ def test_a_picture_says_what_it_shows(open_page: Open, file: Path, view: str) ->
             "batch entry 0",
         ):
             assert part in title, (part, title)
+    if view == "lens":
+        assert "scores" not in title and "weights" not in title  # it shows both
     if view == "head":
         assert "heads 0-1, 3" in title
     if view == "model":
@@ -96,3 +98,15 @@ def test_a_page_is_printed_light_with_its_title_and_no_controls(open_page: Open,
     page.emulate_media(media="screen")
     page.wait_for_timeout(200)
     assert page.evaluate(SEEN)["paper"] == on_screen["paper"]
+
+
+def test_a_picture_of_an_edited_call_says_so(open_page: Open, tmp_path: Path) -> None:
+    from tests.browser.everything import pair_of_traces
+
+    _, changed = pair_of_traces()
+    page = show(open_page(), Path(changed.save(tmp_path / "t.safetensors")), "{state: {view: 'matrix', layer: 1}}")
+    page.locator(".plane canvas").wait_for()
+    assert "edited: zero(weights)" in page.evaluate(TITLE, page.evaluate("viewer.svg()"))
+    page.evaluate("viewer.set({layer: 0})")
+    page.wait_for_timeout(200)
+    assert "edited" not in page.evaluate(TITLE, page.evaluate("viewer.svg()"))

@@ -1,7 +1,7 @@
 // Bundles src/ into hookattn-viewer.js, the same bytes for the same sources. `--out FILE` writes elsewhere.
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
-import { build } from "esbuild";
+import { build, transform } from "esbuild";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -25,6 +25,12 @@ function fingerprint() {
   return hash.digest("hex");
 }
 
+/** A style sheet as text, without what is there for people. */
+async function small({ path }) {
+  const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true });
+  return { contents: code, loader: "text" };
+}
+
 const at = process.argv.indexOf("--out");
 
 await build({
@@ -39,7 +45,7 @@ await build({
   minify: true,
   charset: "utf8",
   legalComments: "inline",
-  loader: { ".css": "text" },
+  plugins: [{ name: "small-css", setup: (of) => of.onLoad({ filter: /\.css$/ }, small) }],
   footer: { js: `// sources: ${fingerprint()}` },
   logLevel: "warning",
 });
