@@ -1,26 +1,41 @@
-"""Colours: for heads, told apart by every kind of colour vision, and for values."""
+"""Colours: for heads, told apart by every kind of colour vision, and for values.
+
+What figures and the viewer share stands in ``palette.json``, which both read.
+"""
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+from typing import Any
+
+_SHARED: dict[str, Any] = json.loads(files(__package__).joinpath("palette.json").read_text("utf-8"))
+
 INK, FAINT, GRID, PAPER = "#1f2933", "#52606d", "#cbd2d9", "#ffffff"
-MASKED, HATCH, MAY = "#eceff1", "#b0b8c0", "#4a7fb5"
+MASKED, HATCH, MAY = str(_SHARED["masked"]["light"]), str(_SHARED["hatch"]["light"]), "#4a7fb5"
 SCORE, WEIGHT, SINK = "#8a94a0", "#2f6db3", "#8e0152"
 ALARM = "#b42318"
 
 # Chosen by search for the largest least distance (CIELAB) between any two, as seen with normal vision and with each of
 # the three kinds of dichromacy (Machado et al. 2009); each has a contrast of 3 or more on white.
-HEADS = ("#332288", "#ee6677", "#117733", "#5b8ff9", "#8e0152", "#999933", "#000000", "#aa4499")
+HEADS: tuple[str, ...] = tuple(_SHARED["heads"]["light"])
 # After the colours are used up, they come again with the next of these: on, off, … in line widths.
-DASHES: tuple[tuple[float, ...], ...] = ((), (3.0, 1.2), (1.0, 1.0), (5.0, 1.2, 1.0, 1.2))
+DASHES: tuple[tuple[float, ...], ...] = tuple(tuple(map(float, dash)) for dash in _SHARED["dashes"])
 
-SEQUENTIAL = "Blues"
-DIVERGING = "PuOr_r"
+SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
+SEQUENTIAL_STOPS: tuple[str, ...] = tuple(_SHARED["sequential"]["light"])
+"""Stops of a ramp from nothing to much, evenly apart."""
+DIVERGING_STOPS: tuple[str, ...] = tuple(_SHARED["diverging"]["light"])
+"""Stops of a ramp from negative by zero to positive, evenly apart."""
+LINE: dict[str, float] = _SHARED["line"]
+"""How a weight is drawn as a line: see ``strength`` and ``Lines`` of the viewer. ``bend``: how far its control points
+are from its ends, in parts of its width; ``thinnest``, ``thickest``: pixels; ``faintest``: its least opacity."""
 
 
-def head_style(n: int) -> tuple[str, tuple[float, ...]]:
-    """Colour and dashes of the n-th line of a figure; the first 32 are all different.
+def head_style(head: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes of a head, the same whichever others are drawn; those of the first 32 are all different.
 
     Args:
-        n: its place among the heads that are drawn, from 0.
+        head: its number in the model.
     """
-    return HEADS[n % len(HEADS)], DASHES[n // len(HEADS) % len(DASHES)]
+    return HEADS[head % len(HEADS)], DASHES[head // len(HEADS) % len(DASHES)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -92,18 +93,34 @@ def serve(page: Any, files: dict[str, Path | str]) -> None:
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>trace</title>
 <body style="margin:0"><div id="viewer"></div><script type="module">
 import {{ mount, served }} from "/hookattn-viewer.js";
-window.viewer = mount(document.getElementById("viewer"), await served("/trace.safetensors"), {options});
+const options = {options};
+if ({view}) options.state = {{ view: {view}, ...options.state }};
+window.viewer = mount(document.getElementById("viewer"), await served("/trace.safetensors"), options);
 await viewer.ready; window.opened = performance.now();
 </script>"""
 
 
-def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = "") -> Any:
-    """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open."""
-    files = {"index.html": PAGE.format(options=options), "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
+def show(page: Any, trace: Path, options: str = "{link: true}", fragment: str = "", view: str | None = "head") -> Any:
+    """Mounts the viewer on a trace file; ``options`` is JavaScript. Waits until it is open.
+
+    ``view`` is the one that opens unless the options or the link name another; None: the viewer's own choice.
+    """
+    page_ = PAGE.format(options=options, view=json.dumps(view))
+    files = {"index.html": page_, "hookattn-viewer.js": VIEWER / "hookattn-viewer.js"}
     serve(page, {**files, "trace.safetensors": trace})
     page.goto(f"{ORIGIN}/index.html{fragment}")
     page.wait_for_function("window.opened !== undefined")
     return page
+
+
+# Whether a cell of a canvas is hatched: a cell with a number has one colour all over.
+HATCHED = """([selector, t, s, rows, cols]) => {
+  const c = document.querySelector('#viewer').shadowRoot.querySelector(selector);
+  const [w, h] = [c.width / cols, c.height / rows];
+  const box = [Math.ceil(s * w) + 1, Math.ceil(t * h) + 1, Math.floor(w) - 2, Math.floor(h) - 2];
+  const all = new Uint32Array(c.getContext('2d').getImageData(...box).data.buffer);
+  return new Set(all).size > 1;
+}"""
 
 
 def assert_fits(page: Any) -> None:
@@ -116,7 +133,7 @@ def assert_fits(page: Any) -> None:
 # ------------------------------------------------------------------------------------------- what is looked at
 
 TOKENS = ["<s>", "Ġthe", "Ġcat", "ing", "çĮ", "«", "Ċ", "Ġ×©×ľ×ķ×Ŀ", "</script><img src=x onerror=alert(1)>"]
-READ = ["<s>", "the", "cat", "‿ing", "猫 1/2", "猫 2/2", "↵", "שלום", "</script><img src=x onerr…"]
+READ = ["<s>", "the", "cat", "…ing", "猫 1/2", "猫 2/2", "↵", "שלום", "</script><img src=x onerr…"]
 
 
 class Layers(torch.nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,9 @@ def assert_same(made: dict[str, Any], trace: hookattn.Trace, tolerance: float = 
         assert [r["role"] for r in head["roles"]] == names
         for role in head["roles"]:
             pair = role["pair"]
+            if pair is None:
+                assert role["role"] in ("learned sink", "uniform"), "no pair of a query and a key shows it"
+                continue
             where = (pair["batch"], place, pair["query"], pair["key"])
             assert pair["weight"] == pytest.approx(float(call.weights[where]), abs=max(tolerance, 1e-6))
 
@@ -180,3 +185,133 @@ def test_a_large_head_is_read_in_part(open_page: Open, tmp_path: Path) -> None:
             value = made["scores"][name]["values"][row["call"]][row["head"]]
             assert value == pytest.approx(row[name], rel=0.15, abs=0.01)
             assert value != row[name]
+
+
+def said(page: Any) -> dict[str, Any]:
+    """The line of a trace, and the sentence of each of its heads."""
+    return dict(
+        page.evaluate(
+            """async () => {
+              const { Trace, served, headline, headSentence } = await import("/hookattn-viewer.js");
+              const trace = await Trace.open(await served("/trace.safetensors"));
+              const found = viewer.findings;
+              const line = headline(trace, found, viewer.state.step);
+              const heads = trace.calls.map((c) => c.headNumbers.map((_, h) => headSentence(trace, found, c, h)));
+              return { line, text: line.map((part) => part.text).join(" "), heads };
+            }"""
+        )
+    )
+
+
+def test_the_line_and_the_sentence_of_the_induction_model(open_page: Open, tmp_path: Path) -> None:
+    trace = traced("induction")
+    page = show(open_page(), Path(trace.save(tmp_path / "t.safetensors")))
+    made = found(page)
+    told = said(page)
+    table = analyze.report(trace)
+    n = int(table["role"].str.startswith("induction").sum())
+    best = table.loc[table["induction"].idxmax()]
+    name = f"L{best['layer']}H{best['head']}"
+    assert told["text"].startswith(f"2 layers × 4 heads, {trace[0].weights.shape[-1]} tokens. {n} induction heads")
+    assert f"(strongest {name}, {best['induction']:.2f})" in told["text"]
+    assert told["line"][-1] == {"tone": "good", "text": "✓ all 2 calls faithful."}
+    pair = made["heads"][best["call"]][best["head"]]["roles"][0]["pair"]
+    tokens = trace.tokens[0] if trace.tokens else []
+    word = tokens[pair["query"]]
+    assert word == tokens[pair["key"] - 1]
+    where = {i: n for n, i in enumerate((i for i, t in enumerate(tokens) if t == word), 1)}
+    ends = {1: "1st", 2: "2nd", 3: "3rd"}
+    q, k = ends[where[pair["query"]]], ends[where[pair["key"] - 1]]
+    assert told["heads"][best["call"]][best["head"]] == (
+        f"{name} · induction · from the {q} “{word}” it looks at what followed the {k} “{word}”, {pair['weight']:.2f}"
+    )
+
+
+class Fixed(nn.Module):
+    """Heads whose weights are given, T S each: as their logarithms are scores."""
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        super().__init__()
+        self.weights = torch.stack(weights)[None]
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        t = self.weights.shape[-1]
+        eye = torch.eye(t).expand(1, self.weights.shape[1], t, t) * t**0.5
+        k = self.weights.clamp(min=1e-9).log().mT
+        return nn.functional.scaled_dot_product_attention(eye, k, v)
+
+
+def test_every_role_has_a_sentence_that_its_pair_bears_out(open_page: Open, tmp_path: Path) -> None:
+    words = list("abcdabcd")
+    n = len(words)
+    eye = torch.eye(n)
+    before, after = eye.roll(-1, 1), eye.roll(1, 1)  # rows that have none look across the edge
+    duplicate, induction = torch.zeros(n, n), torch.zeros(n, n)
+    for t in range(n):
+        duplicate[t, t - 4 if t >= 4 else t] = 1
+        induction[t, t - 3 if t >= 4 else 0] = 1
+    first, level = torch.zeros(n, n), torch.full((n, n), 1 / n)
+    first[:, 0] = 1
+    near = (eye + before + after) / 3
+    some = torch.softmax(3 * torch.randn(n, n, generator=torch.Generator().manual_seed(4)), -1)
+    kinds = (induction, duplicate, before, after, eye, near, first, level, some)
+    trace = hookattn.trace(Fixed(*kinds), torch.randn(1, len(kinds), n, 4), tokens=words)
+    page = show(open_page(), Path(trace.save(tmp_path / "t.safetensors")))
+    made = found(page)
+    heads = said(page)["heads"][0]
+    role = [head["roles"][0]["role"] if head["roles"] else None for head in made["heads"][0]]
+    assert role[:8] == [
+        "induction", "duplicate token", "previous token", "next token", "itself", "neighbours", "first token", "uniform",
+    ]  # fmt: skip
+    ways = (
+        r"from the 2nd “(.)” it looks at what followed the 1st “\1”, 1\.00",
+        r"from the 2nd “(.)” it looks back at the 1st “\1”, 1\.00",
+        r"from the (1st|2nd) “.” it looks at the token before, the (1st|2nd) “.”, 1\.00",
+        r"from the (1st|2nd) “.” it looks at the token after, the (1st|2nd) “.”, 1\.00",
+        r"the (1st|2nd) “.” looks at itself, 1\.00",
+        r"(from )?the (1st|2nd) “.” (looks at itself|it looks at the token (before|after), the (1st|2nd) “.”), 0\.33",
+        r"from the (1st|2nd) “.” it looks at the first token, the 1st “a”, 1\.00",
+        r"looks at all the keys that it may look at nearly alike: its entropy is 1\.00 of the most there can be",
+    )
+    for h, (name, way) in enumerate(zip(role, ways, strict=False)):
+        assert re.fullmatch(rf".*H{h} · {name} · {way}", heads[h]), heads[h]
+    if role[8] is None:
+        assert re.search(r"H8 · no clear role · its entropy is 0\.\d\d of that of even attention, its keys", heads[8])
+
+
+def test_the_line_says_what_is_not_to_be_trusted(open_page: Open, tmp_path: Path) -> None:
+    trace = hookattn.trace(Layers(2, 3, 2).eval(), (torch.randn(2, 6, 24),))
+    bad = replace(trace[1].certificate, status="unfaithful", output_error=1.0)
+    assert not bad.faithful
+    calls = [
+        replace(trace[0], basis=dict.fromkeys("BHTSG", "guessed")),
+        replace(trace[1], certificate=bad),
+        replace(trace[2], certificate=replace(trace[2].certificate, status="unverified")),
+    ]
+    skipped = [hookattn.Skipped(path=f"mixer.{i}", reason="linear attention") for i in range(4)]
+    made = replace(trace, calls=calls, skipped=skipped)
+    page = show(open_page(), Path(made.save(tmp_path / "t.safetensors")))
+    found(page)
+    told = said(page)
+    assert "3 layers × 2 to 3 heads, 6 tokens, a batch of 2." in told["text"]
+    assert not any(part["tone"] == "good" for part in told["line"])
+    wrong = [part["text"] for part in told["line"] if part["tone"] == "wrong"]
+    doubt = [part["text"] for part in told["line"] if part["tone"] == "doubt"]
+    assert wrong == [f"✗ 1 of 3 calls unfaithful: {trace[1].site.path}."]
+    assert doubt == [
+        "? 1 of 3 calls unverified.",
+        "? Which axis is which (B, H, T, S, G) was guessed in 1 of 3 calls.",
+        "4 sites skipped: mixer.0 (linear attention); mixer.1 (linear attention); and 2 more.",
+    ]
+    assert "(batch entry " in str(told["heads"]) or "no clear role" in str(told["heads"])
+
+
+def test_the_line_of_several_stacks_and_of_what_cannot_be_measured(open_page: Open, tmp_path: Path) -> None:
+    trace = traced("cross")
+    page = show(open_page(), Path(trace.save(tmp_path / "t.safetensors")))
+    found(page)
+    assert "5 queries on 9 keys" in said(page)["text"]
+    made = hookattn.trace(Layers(2).eval(), (torch.randn(1, 6, 24),), capture=("entropy",))
+    page = show(open_page(), Path(made.save(tmp_path / "u.safetensors")))
+    found(page)
+    assert "What heads do is not known: " in said(page)["text"] and "capture=" in said(page)["heads"][0][0]

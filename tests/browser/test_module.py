@@ -41,7 +41,7 @@ const pack = (x) => {
 def test_the_bundle_is_of_these_sources() -> None:
     digest = hashlib.sha256()
     names = [p.relative_to(VIEWER).as_posix() for p in (VIEWER / "src").rglob("*.*")]
-    for name in sorted([*names, "build.mjs", "package-lock.json"]):
+    for name in sorted([*names, "../palette.json", "build.mjs", "package-lock.json"]):
         digest.update(f"{name}\n".encode() + (VIEWER / name).read_bytes() + b"\n")
     said = BUNDLE.read_text("utf-8").rstrip().rsplit("\n", 1)[-1]
     assert said == f"// sources: {digest.hexdigest()}", "stale: run `npm run build` in hookattn/render/viewer"

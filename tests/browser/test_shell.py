@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -161,12 +162,21 @@ DICHROMATS = {
 }
 
 
+SHARED = json.loads((VIEWER.parent / "palette.json").read_text("utf-8"))
+
+
+def hex_rgb(x: str) -> torch.Tensor:
+    x = x.removeprefix("#")
+    return torch.tensor([int(x[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+
+
 def colours(theme: str) -> dict[str, torch.Tensor]:
     """The variables of a theme, as linear RGB."""
     style = (VIEWER / "src" / "ui" / "style.css").read_text("utf-8")
     light, dark = re.findall(r"\{([^}]*--bg:[^}]*)\}", style)
     found = re.findall(r"--([\w-]+): #([0-9a-f]{6})", dark if theme == "dark" else light)
-    rgb = {name: torch.tensor([int(x[i : i + 2], 16) / 255 for i in (0, 2, 4)]) for name, x in found}
+    rgb = {name: hex_rgb(x) for name, x in found}
+    rgb |= {f"h{i}": hex_rgb(x) for i, x in enumerate(SHARED["heads"][theme])}
     return {name: torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4) for name, x in rgb.items()}
 
 

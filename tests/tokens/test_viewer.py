@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import hookattn
+from hookattn.tokens.display import CONTINUES
 from hookattn.tokens.pieces import SEPARATORS, is_special, marks_of, read_pieces
 from tests.tokens.test_pieces import CASES, data
 
 BUNDLE = Path(hookattn.__file__).parent / "render" / "viewer" / "hookattn-viewer.js"
-JOIN = "‿"
+JOIN = CONTINUES
 READ = """
 import { readFileSync } from "node:fs";
 const [bundle, path] = process.argv.slice(2);

@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 const here = dirname(fileURLToPath(import.meta.url));
 
 /**
- * SHA-256 of the sources and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
+ * SHA-256 of the sources, of the colours shared with figures and of the pinned libraries: the bundle ends with it, so that a stale one is noticed without
  * node.
  */
 function fingerprint() {
@@ -16,19 +16,13 @@ function fingerprint() {
     (name) => `src/${name.replaceAll("\\", "/")}`,
   );
   const hash = createHash("sha256");
-  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "build.mjs", "package-lock.json"].sort()) {
+  for (const name of [...sources.filter((name) => /\.\w+$/.test(name)), "../palette.json", "build.mjs", "package-lock.json"].sort()) {
     hash
       .update(`${name}\n`)
       .update(readFileSync(join(here, name)))
       .update("\n");
   }
   return hash.digest("hex");
-}
-
-/** A style sheet as text, without what is there for people. */
-async function small({ path }) {
-  const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true });
-  return { contents: code, loader: "text" };
 }
 
 const at = process.argv.indexOf("--out");
@@ -45,7 +39,16 @@ await build({
   minify: true,
   charset: "utf8",
   legalComments: "inline",
-  plugins: [{ name: "small-css", setup: (of) => of.onLoad({ filter: /\.css$/ }, small) }],
+  plugins: [
+    {
+      name: "style",
+      setup: ({ onLoad }) =>
+        onLoad({ filter: /\.css$/ }, async ({ path }) => {
+          const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true, target: "es2022" });
+          return { contents: code, loader: "text" };
+        }),
+    },
+  ],
   footer: { js: `// sources: ${fingerprint()}` },
   logLevel: "warning",
 });

@@ -26,10 +26,17 @@ export interface App {
   readonly cursor: Signal<Cursor>;
   /** What is found of the heads so far; `find.ts` fills it. */
   readonly findings: Signal<Findings>;
+  /** Whether the reader has chosen what is looked at; until then it follows what is found. */
+  readonly chosen: Signal<boolean>;
   /** Whether the steps are being played, one after the other. */
   readonly playing: Signal<boolean>;
   set(patch: Partial<State>): void;
+  /** As `set`, by the page itself: the selection goes on following. */
+  lead(patch: Partial<State>): void;
 }
+
+/** The parts of a state that say what is looked at. */
+const LOOKED_AT = ["step", "batch", "stack", "kind", "layer", "nth", "heads", "query", "key"] as const;
 
 export async function open(
   source: Source,
@@ -41,6 +48,17 @@ export async function open(
   const cursor = signal<Cursor>({ query: null, key: null });
   let ids = views.map((view) => view.id);
   const state = signal(normalise(options.state ?? {}, null, trace, ids));
+  const change = (patch: Partial<State>, own: boolean) => {
+    const before = state.peek();
+    const next = normalise(patch, before, trace, ids);
+    if (JSON.stringify(next) === JSON.stringify(before)) return;
+    if (!own && LOOKED_AT.some((part) => String(next[part]) !== String(before[part]))) app.chosen.value = true;
+    // What the pointer was at may not be there in another view or another call.
+    if ((["view", "step", "stack", "kind", "nth"] as const).some((part) => next[part] !== before[part]))
+      cursor.value = { query: null, key: null };
+    state.value = next;
+    options.onState?.(next);
+  };
   const app: App = {
     trace,
     other,
@@ -49,17 +67,10 @@ export async function open(
     dark,
     cursor,
     findings: signal(nothing({ trace, options })),
+    chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
     playing: signal(false),
-    set(patch) {
-      const next = normalise(patch, state.peek(), trace, ids);
-      if (JSON.stringify(next) === JSON.stringify(state.peek())) return;
-      // What the pointer was at may not be there in another view or another call.
-      const before = state.peek();
-      if ((["view", "step", "stack", "kind", "nth"] as const).some((part) => next[part] !== before[part]))
-        cursor.value = { query: null, key: null };
-      state.value = next;
-      options.onState?.(next);
-    },
+    set: (patch) => change(patch, false),
+    lead: (patch) => change(patch, true),
   };
   // A view that has nothing to show for this trace has no tab, and no link leads to it.
   ids = views.filter((view) => !view.absent?.(app)).map((view) => view.id);

@@ -1,8 +1,7 @@
 /** Colours of numbers and of heads, legible in both themes and to people who confuse red and green. */
 
-/** How many colours stay apart in every kind of vision (in style.css). */
-const HUES = 8;
-const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+/** Shared with figures, where the light ones are used. */
+import palette from "../../palette.json";
 
 /** A head's colour and dash. */
 export interface Look {
@@ -10,44 +9,41 @@ export interface Look {
   dash: string;
 }
 
-/**
- * The looks of heads that are shown together, no two alike: each has its own colour of eight, or the next that is free;
- * only where there are more than eight are some dashed.
- */
-export function looks(heads: readonly number[]): (head: number) => Look {
-  const taken = new Map<number, number>();
-  const used = new Set<number>();
-  for (const head of [...heads].sort((a, b) => a - b)) {
-    const round = Math.floor(taken.size / HUES) * HUES;
-    let place = head % HUES;
-    while (used.has(round + place)) place = (place + 1) % HUES;
-    used.add(round + place);
-    taken.set(head, round + place);
-  }
-  return (head) => {
-    const place = taken.get(head) ?? head % HUES;
-    return { colour: `var(--h${place % HUES})`, dash: DASHES[Math.floor(place / HUES) % DASHES.length]! };
-  };
+const HUES = palette.heads.light.length;
+/** Pixels of a dash of one line width. */
+const DASH = 2;
+
+/** How a weight is drawn as a line. */
+export const LINE = palette.line;
+
+/** The look of a head, by its number in the model: it stays whichever others are shown. The first 32 all differ. */
+export function look(head: number): Look {
+  const dash = palette.dashes[Math.floor(head / HUES) % palette.dashes.length]!;
+  return { colour: `var(--h${head % HUES})`, dash: dash.map((part) => part * DASH).join(" ") };
+}
+
+/** The colours that a style sheet names: of heads, of what is masked, and its hatching. */
+export function variables(): string {
+  const of = (theme: "light" | "dark") =>
+    [
+      ...palette.heads[theme].map((colour, i) => `--h${i}: ${colour};`),
+      `--masked: ${palette.masked[theme]}; --hatch: ${palette.hatch[theme]};`,
+    ].join(" ");
+  return `.ha { ${of("light")} }\n.ha[data-theme="dark"] { ${of("dark")} }\n`;
 }
 
 /** From nothing to much; lightness runs one way only. */
-const SEQUENTIAL = {
-  light: ["#ffffff", "#dbe8f5", "#a6cae6", "#5a9fd0", "#2068ab", "#0a3a73", "#051f42"],
-  dark: ["#12161c", "#19324f", "#1b5570", "#2b8185", "#67b184", "#c3d97c", "#fff6b8"],
-};
+const SEQUENTIAL = palette.sequential;
 /** The same over a grey picture: from dark to bright, in colours that it does not have. */
 const HEAT = ["#1a0b2e", "#5b1a6e", "#b93556", "#f2843a", "#fde74c"];
 /** From negative through zero to positive. */
-const DIVERGING = {
-  light: ["#7a3300", "#c96a1b", "#f2bd85", "#fbfbfa", "#9fc6e4", "#2f79b9", "#083b70"],
-  dark: ["#ffc48a", "#d97b2b", "#7d4213", "#14181e", "#1d4f78", "#3f94d1", "#b5defa"],
-};
-const VOID = { light: "#e9e6df", dark: "#2a2f36" };
+const DIVERGING = palette.diverging;
 
-/** 256 colours, packed as ImageData holds them, and what stands for “no number here”. */
+/** 256 colours, packed as ImageData holds them; where there is no number, `masked` is hatched with `hatch`. */
 export interface Ramp {
   colours: Uint32Array;
-  void: number;
+  masked: string;
+  hatch: string;
   stops: readonly string[];
 }
 
@@ -63,7 +59,8 @@ export function ramp(kind: keyof typeof RAMPS, dark: boolean): Ramp {
     const stops = RAMPS[kind][theme];
     known = {
       colours: Uint32Array.from({ length: 256 }, (_, i) => between(stops, i / 255)),
-      void: pack(rgb(VOID[theme])),
+      masked: palette.masked[theme],
+      hatch: palette.hatch[theme],
       stops,
     };
     made.set(key, known);
@@ -92,22 +89,26 @@ export interface Domain {
   scale: "linear" | "log";
   low: number;
   high: number;
+  /** Whether there are numbers farther from 0 than the ramp goes; they have its last colours. */
+  clipped: boolean;
 }
 
 /** Decades that a log scale spans below the largest value. */
 const DECADES = 5;
 
-/** The domain of a field whose finite values run from `low` to `high`. A log scale is for what is not negative. */
-export function domain(field: string, scale: "linear" | "log", low: number, high: number): Domain {
-  if (field === "mask") return { kind: "sequential", scale: "linear", low: 0, high: 1 };
+/**
+ * The domain of a field whose finite values run from `low` to `high`, and whose linear colours end at `end` (scale.ts). A
+ * log scale is for what is not negative.
+ */
+export function domain(field: string, scale: "linear" | "log", low: number, high: number, end = Infinity): Domain {
+  if (field === "mask") return { kind: "sequential", scale: "linear", low: 0, high: 1, clipped: false };
   if (Number.isNaN(low)) [low, high] = [0, 1];
-  if (low < 0) {
-    if (high <= 0) high = 0;
-    const far = Math.max(-low, high);
-    return { kind: "diverging", scale: "linear", low: -far, high: far };
-  }
-  high = high > 0 ? high : 1;
-  return { kind: "sequential", scale, low: scale === "log" ? high / 10 ** DECADES : 0, high };
+  const far = Math.max(-low, high, 0);
+  const last = Number.isFinite(end) && end > 0 ? end : far || 1;
+  const clipped = far > last;
+  if (low < 0) return { kind: "diverging", scale: "linear", low: -last, high: last, clipped };
+  if (scale === "linear") return { kind: "sequential", scale, low: 0, high: last, clipped };
+  return { kind: "sequential", scale, low: (far || 1) / 10 ** DECADES, high: far || 1, clipped: false };
 }
 
 /** From a number to 0…255. */
@@ -116,14 +117,14 @@ export function position(d: Domain, x: number): number {
   return part <= 0 ? 0 : part >= 1 ? 255 : Math.round(part * 255);
 }
 
-/** Paint numbers as pixels, one each; NaN is void. */
+/** Paint numbers as pixels, one each; NaN is transparent. */
 export function paint(values: ArrayLike<number>, pixels: Uint32Array, d: Domain, colours: Ramp): void {
   if (d.scale === "log") {
     const [offset, factor] = [Math.log(d.low), 255 / Math.log(d.high / d.low)];
     for (let i = 0; i < pixels.length; i++) {
       const x = values[i]!;
       const place = x <= d.low ? 0 : Math.min(255, (Math.log(x) - offset) * factor);
-      pixels[i] = x === x ? colours.colours[place | 0]! : colours.void;
+      pixels[i] = x === x ? colours.colours[place | 0]! : 0;
     }
     return;
   }
@@ -131,6 +132,6 @@ export function paint(values: ArrayLike<number>, pixels: Uint32Array, d: Domain,
   for (let i = 0; i < pixels.length; i++) {
     const x = values[i]!;
     const place = (x - d.low) * factor;
-    pixels[i] = x === x ? colours.colours[place <= 0 ? 0 : place >= 255 ? 255 : (place + 0.5) | 0]! : colours.void;
+    pixels[i] = x === x ? colours.colours[place <= 0 ? 0 : place >= 255 ? 255 : (place + 0.5) | 0]! : 0;
   }
 }

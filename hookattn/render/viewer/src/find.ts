@@ -259,7 +259,7 @@ function found(app: App, call: number, head: number, known: Known | null): HeadF
       measure,
       score: known!.values[measure]!,
       chance: lifted ? (chance[measure] ?? null) : null,
-      pair: known!.pairs[measure] ?? known!.pairs["strongest"] ?? null,
+      pair: known!.pairs[measure] ?? null,
     }),
   );
   const more = given

@@ -13,6 +13,7 @@
  */
 import { h, render } from "preact";
 import { type App, darkness, open } from "./app";
+import { variables } from "./colours";
 import { message, ViewerError } from "./errors";
 import { find } from "./find";
 import type { Findings } from "./findings";
@@ -28,7 +29,11 @@ import { VIEWS } from "./views/index";
 
 export { Trace } from "./data/trace";
 export { axesOf } from "./data/labels";
+export { shownOver } from "./data/over";
+export { headline, headSentence, pairSentence } from "./data/sentences";
 export { isSpecial, marksOf, readPieces } from "./pieces";
+export { rangeOf } from "./scale";
+export { Slices } from "./slices";
 export { embedded } from "./source/embedded";
 export { served } from "./source/served";
 export { readable, segments } from "./tokens";
@@ -52,7 +57,7 @@ export interface Viewer {
 export function mount(el: HTMLElement, source: Source, options: Options = {}): Viewer {
   const shadow = el.shadowRoot ?? el.attachShadow({ mode: "open" });
   const sheet = document.createElement("style");
-  sheet.textContent = style;
+  sheet.textContent = variables() + style;
   const root = document.createElement("div");
   shadow.replaceChildren(sheet, root);
   const theme = darkness(options.theme);

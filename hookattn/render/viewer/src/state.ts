@@ -8,7 +8,15 @@ export type Scale = "linear" | "log";
 export type Pool = "max" | "sum";
 export type Sink = "show" | "drop" | "renormalise";
 export type Through = "rollout" | "flow";
+/** What is drawn of several heads where one matrix is shown: the last that is chosen, or the mean or the largest of them. */
+export type Over = "one" | "mean" | "max";
+/** What the Model view draws of each head. */
+export type Thumbs = "matrix" | "lines";
 export type Filter = "all" | "AA" | "AB" | "BA" | "BB";
+/** How the overview draws each head; `auto`: as there is room. */
+export type Tiles = "auto" | "squares" | "matrix" | "lines";
+/** Which of two traces the overview shows, or B − A. */
+export type Side = "a" | "b" | "difference";
 
 export interface State {
   /** Id of a view, as in views/index.ts. */
@@ -33,12 +41,18 @@ export interface State {
    * again.
    */
   sink: Sink;
+  over: Over;
   filter: Filter;
   /** Model view: in the order of the layers, or by an analyzer's measure; and the smallest value shown. */
   sort: string;
   least: number | null;
+  thumbs: Thumbs;
   /** Flow view: attention rollout, or the maximum flow. */
   through: Through;
+  /** Overview: how heads are drawn, the role that alone is shown (empty: all), and which of two traces. */
+  tiles: Tiles;
+  role: string;
+  side: Side;
   /** Matrix view: first key, first query, keys, queries. */
   zoom: [number, number, number, number] | null;
 }
@@ -58,14 +72,19 @@ const FIRST: State = {
   scale: "linear",
   pool: "max",
   sink: "show",
+  over: "one",
   filter: "all",
   sort: "layer",
   least: null,
+  thumbs: "matrix",
   through: "rollout",
+  tiles: "auto",
+  role: "",
+  side: "a",
   zoom: null,
 };
 
-/** Numbers up to which all heads are shown at first; a matrix of a quarter of it is shown as one, not as lines. */
+/** Numbers up to which all heads are shown at first. */
 const AT_ONCE = 2 ** 22;
 
 const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
@@ -73,8 +92,12 @@ const CHOICES: { [K in keyof State]?: readonly State[K][] } = {
   scale: ["linear", "log"],
   pool: ["max", "sum"],
   sink: ["show", "drop", "renormalise"],
+  over: ["one", "mean", "max"],
+  thumbs: ["matrix", "lines"],
   filter: ["all", "AA", "AB", "BA", "BB"],
   through: ["rollout", "flow"],
+  tiles: ["auto", "squares", "matrix", "lines"],
+  side: ["a", "b", "difference"],
 };
 
 /** The call that a state shows. The trace must have calls. */
@@ -124,8 +147,6 @@ export function normalise(wanted: Partial<State>, before: State | null, trace: T
   const many = T * S * shown.headNumbers.length > AT_ONCE;
   if (state.heads.length === 0)
     state.heads = before === null && !many ? [...shown.headNumbers] : shown.headNumbers.slice(0, 1);
-  if (before === null && wanted.view === undefined && T * S > AT_ONCE / 4 && views.includes("matrix"))
-    state.view = "matrix";
   if (state.query !== null) state.query = clamp(state.query, T);
   if (state.key !== null) state.key = clamp(state.key, S);
   return state;
@@ -140,6 +161,7 @@ function sound(key: keyof State, value: unknown): boolean {
     case "stack":
     case "kind":
     case "sort":
+    case "role":
       return typeof value === "string";
     case "heads":
       return Array.isArray(value) && value.every(Number.isInteger);

@@ -11,8 +11,8 @@ export interface Label {
   raw: string;
 }
 
-/** Marks a piece that continues the word before it: an undertie. */
-const JOIN = "‿";
+/** Marks a piece that continues the word before it, as the library does in tables and figures. */
+const JOIN = "…";
 /** Scripts that are written without spaces between words: there a piece without one is nothing to be marked. */
 const UNSPACED = /^[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Thai}\p{sc=Lao}\p{sc=Khmer}\p{sc=Myanmar}]/u;
 

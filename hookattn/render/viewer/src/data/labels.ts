@@ -15,6 +15,8 @@ export interface Axis {
   edited: Uint8Array | null;
   /** Whether the labels are tokens, or numbers for want of them. */
   named: boolean;
+  /** The entry that is no key but the sink; absent where there is none. */
+  sink?: number;
 }
 
 export interface Axes {

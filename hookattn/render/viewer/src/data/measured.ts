@@ -106,9 +106,14 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
       add(3, after);
       add(4, own);
       add(5, before + own + after);
-      if (before > 0) show(2, t, p - 1, before, n);
-      if (after > 0) show(3, t, p + 1, after, n);
-      if (own > 0) show(4, t, p, own, n);
+      const shows = (m: number, offset: number, weight: number) => {
+        if (weight <= 0) return;
+        show(m, t, p + offset, weight, n);
+        show(5, t, p + offset, weight, n);
+      };
+      shows(2, -1, before);
+      shows(3, 1, after);
+      shows(4, 0, own);
       if (sum > 0) add(10, far / sum);
     }
     for (let m = 0; m < 2; m++) {

@@ -20,11 +20,17 @@ export function misfit(one: Call, other: Call): string | null {
   return null;
 }
 
-/** B − A, as exact as the two are. */
-export function difference(a: Matrix, b: Matrix): Matrix {
+/**
+ * B − A, as exact as the two are; NaN where neither has a number. `zero`: what is masked in one of them alone is 0 there,
+ * as a weight is; else there is no difference.
+ */
+export function difference(a: Matrix, b: Matrix, zero: boolean): Matrix {
   const wide = a.data instanceof Float64Array || b.data instanceof Float64Array;
   const data = new (wide ? Float64Array : Float32Array)(a.data.length);
-  for (let i = 0; i < data.length; i++) data[i] = b.data[i]! - a.data[i]!;
+  for (let i = 0; i < data.length; i++) {
+    const [x, y] = [a.data[i]!, b.data[i]!];
+    data[i] = zero && (x === x || y === y) ? (y || 0) - (x || 0) : y - x;
+  }
   return { rows: a.rows, cols: a.cols, data };
 }
 

@@ -12,7 +12,15 @@ export function firstKey({ rows, cols, data }: Matrix): number {
   return 0;
 }
 
-/** The same matrix where nothing is to be changed; what is left out is NaN. */
+/** The first key, which has no say in where the colours of weights end (scale.ts); null where it is not in view. */
+export function firstOf(matrix: Matrix, field: string, sink: Sink): number | null {
+  return sink === "show" && (field === "weights" || field === "applied") ? firstKey(matrix) : null;
+}
+
+/**
+ * What goes to a sink is no key's: it does not count in what is shared out, and is left out where the rest is all there is.
+ *
+ * The same matrix where nothing is to be changed; what is left out is NaN. */
 export function presented(matrix: Matrix, field: string, sink: Sink, filter: Filter, axes: Axes): Matrix {
   const sunk = (field === "weights" || field === "applied") && sink !== "show";
   const [from, to] = [axes.queries.segments, axes.keys.segments];
@@ -22,12 +30,15 @@ export function presented(matrix: Matrix, field: string, sink: Sink, filter: Fil
   const data = matrix.data instanceof Float64Array ? matrix.data.slice() : Float32Array.from(matrix.data);
   if (sunk) {
     const key = firstKey(matrix);
+    const extra = axes.keys.sink ?? -1;
     for (let t = 0; t < rows; t++) {
       const row = t * cols;
       let rest = 0;
-      for (let i = row; i < row + cols; i++) rest += i === row + key ? 0 : data[i]!;
+      for (let i = row; i < row + cols; i++) rest += i === row + key || i === row + extra ? 0 : data[i]! || 0;
       data[row + key] = NaN;
-      if (sink === "renormalise" && rest > 0) for (let i = row; i < row + cols; i++) data[i]! /= rest;
+      if (sink !== "renormalise") continue;
+      if (extra >= 0) data[row + extra] = NaN;
+      if (rest > 0) for (let i = row; i < row + cols; i++) data[i]! /= rest;
     }
   }
   if (split) {

@@ -1,18 +1,21 @@
 /** Heads made small: the largest of what falls together, a few at a time, and kept. */
 import { Lru } from "../lru";
+import { rangeOf } from "../scale";
 import { Slices } from "../slices";
 import type { Filter, Sink } from "../state";
 import type { Call } from "./call";
 import { axesOf } from "./labels";
-import { extent, type Matrix } from "./matrix";
+import type { Matrix } from "./matrix";
 import { poolTo, pooling } from "./pool";
-import { presented } from "./presented";
+import { firstOf, presented } from "./presented";
 import { shownHead } from "./shown";
 import type { Trace } from "./trace";
 
 export interface Thumbnail {
   matrix: Matrix;
+  /** Of the whole head, not of what is left when it is made small: its smallest and largest, and where its colours end. */
   extent: [number, number];
+  end: number;
 }
 
 /** Heads that are read at the same time: a large one takes long, and the cache holds only a few. */
@@ -47,9 +50,11 @@ export async function thumbnail(
     const whole = presented(read.matrix, field, sink, filter, axesOf(trace, call, batch));
     const matrix = await poolTo(whole, size, size, new Slices(8, signal), pooling(call, field));
     // A small head is its own thumbnail, and not to be kept a second time.
-    const made = {
+    const { low, high, end } = await rangeOf(whole, firstOf(read.matrix, field, sink), new Slices(8, signal));
+    const made: Thumbnail = {
       matrix: matrix === whole ? { ...matrix, data: matrix.data.slice() } : matrix,
-      extent: extent(matrix),
+      extent: [low, high],
+      end: field === "scores" ? Infinity : end,
     };
     cache.set(key, made, made.matrix.data.byteLength);
     return made;

@@ -1,9 +1,20 @@
-/** Names of rows and columns along a matrix: tokens where there is room for each, else positions. */
+/**
+ * Names of rows and columns along a matrix: tokens where there is room for each, else every second, fifth or so; where even
+ * these would be few of many, positions.
+ */
 import type { Axis } from "../data/labels";
 import { shorten } from "../tokens";
 import { labelWidth } from "./lines";
 
+/** The height of a line of names, as large as they are where there is room, and as small as they may be. */
 const LINE = 14;
+const LEAST = 12;
+/** The size of the text in a line of so many pixels. */
+function sizeOf(line: number): number {
+  return line >= LINE ? 13 : 11;
+}
+/** Of more names than this each stands for too many others to be read on. */
+const SKIPPED = 5;
 
 /** The room that an axis takes beside a matrix, whatever part of it is in view. Numbers need little. */
 export function axisRoom(axis: Axis, most: number): number {
@@ -25,10 +36,12 @@ interface Props {
 }
 
 /** `apart`: how far numbers stand apart at the least. */
-function entries({ axis, first, count, length }: Props, apart: number): { i: number; text: string; name: boolean }[] {
+function entries({ axis, first, count, length }: Props, apart: number): { i: number; text: string; name: boolean; size: number }[] {
   const cell = length / count;
-  const name = axis.named && cell >= LINE;
-  const stride = name ? 1 : nice(apart / cell);
+  const every = nice(LEAST / cell);
+  const name = axis.named && every <= SKIPPED;
+  const stride = name ? every : nice(apart / cell);
+  const size = name ? sizeOf(stride * cell) : 13;
   const out = [];
   for (
     let i = Math.ceil(first / stride) * stride;
@@ -37,9 +50,13 @@ function entries({ axis, first, count, length }: Props, apart: number): { i: num
   ) {
     const middle = i + 0.5 - first;
     if (middle >= 0 && middle <= count)
-      out.push({ i, text: name ? axis.labels[i]!.text : String(axis.positions[i]), name });
+      out.push({ i, text: name || i === axis.sink ? axis.labels[i]!.text : String(axis.positions[i]), name, size });
   }
-  return out;
+  const { sink } = axis;
+  if (sink === undefined || sink < first || sink >= first + count) return out;
+  // The sink is always named; what would overlap it is not.
+  const free = out.filter(({ i }) => (sink - i) * cell >= (name ? LEAST : apart));
+  return [...free, { i: sink, text: axis.labels[sink]!.text, name, size }];
 }
 
 /** 1, 2 or 5 times a power of ten, at least `x`. */
@@ -61,13 +78,14 @@ export function Rows(props: Props) {
   const { first, count, length, start, at, room } = props;
   return (
     <g>
-      {entries(props, 24).map(({ i, text }) => (
+      {entries(props, 24).map(({ i, text, size }) => (
         <text
           key={i}
           x={at - 6}
           y={start + ((i + 0.5 - first) / count) * length}
           text-anchor="end"
           dominant-baseline="central"
+          style={{ fontSize: `${size}px` }}
           font-weight={weight(i, props)}
           class={mark(i, props)}
         >
@@ -82,17 +100,18 @@ export function Columns(props: Props) {
   const { first, count, length, start, at, room } = props;
   return (
     <g>
-      {entries(props, 40).map(({ i, text, name }) => {
+      {entries(props, 40).map(({ i, text, name, size }) => {
         const x = start + ((i + 0.5 - first) / count) * length;
         return name ? (
           <text
             key={i}
-            transform={`translate(${x} ${at - 6}) rotate(-60)`}
+            transform={`translate(${x} ${at - 6}) rotate(${size < 13 ? -90 : -60})`}
+            style={{ fontSize: `${size}px` }}
             dominant-baseline="central"
             font-weight={weight(i, props)}
             class={mark(i, props)}
           >
-            {shorten(text, Math.max(2, Math.floor((room - 8) / 6.4)))}
+            {shorten(text, Math.max(2, Math.floor((room - 8) / (size < 13 ? 7.2 : 6.4))))}
           </text>
         ) : (
           <text key={i} x={x} y={at - 7} text-anchor="middle" font-weight={weight(i, props)} class={mark(i, props)}>

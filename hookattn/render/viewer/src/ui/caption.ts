@@ -2,15 +2,23 @@
 import { type App, current, focus } from "../app";
 import { edited } from "../data/edits";
 import { fieldOf, guessed, weightsOf } from "../data/kinds";
+import { headsOver, nameOver } from "../data/over";
 import { measured } from "../format";
 import type { View } from "../views/view";
 import { name } from "./table";
 
 /** The heads that a view shows of the selection; none where it shows the whole trace. */
-function headsOf(app: App, view: View): number[] {
+function headsOf(app: App, view: View): readonly number[] {
   const state = app.state.value;
+  if (overOf(app, view) !== null) return headsOver(current(app).call, state.heads, state.over);
   const shows = view.shows ?? (view.controls.includes("heads") ? "head" : "trace");
   return shows === "trace" ? [] : shows === "head" ? [focus(state)] : state.heads.toSorted((a, b) => a - b);
+}
+
+/** Whether what is shown is the mean or the largest over heads. */
+function overOf(app: App, view: View): "mean" | "max" | null {
+  const { over } = app.state.value;
+  return view.controls.includes("over") && over !== "one" ? over : null;
 }
 
 /** Numbers that follow each other as a range: 0-3.7 */
@@ -44,6 +52,7 @@ export function fileName(app: App, view: View): string {
     source.name.replace(/\.(safetensors|html)$/, "") || "attention",
     view.id,
     heads.length > 0 && `L${state.layer ?? "-"}H${ranges(heads)}`,
+    overOf(app, view) ?? false,
     several && `step${state.step}`,
     call.extents.B > 1 && `batch${state.batch}`,
     heads.length > 0 && field !== null && field !== "weights" && field,
@@ -70,7 +79,9 @@ export function caption(app: App, view: View): string[] {
     document.model.class ?? "",
     view.label,
     one ? `${layer === null ? path || "the model itself" : `layer ${layer}`}, ${stack} ${kind}` : "",
-    one ? `${heads.length === 1 ? "head" : "heads"} ${ranges(heads).replaceAll(".", ", ")}` : "",
+    overOf(app, view) !== null
+      ? nameOver(call, state.heads, state.over)
+      : one ? `${heads.length === 1 ? "head" : "heads"} ${ranges(heads).replaceAll(".", ", ")}` : "",
     several ? `step ${state.step}` : "",
     call.extents.B > 1 ? `batch entry ${state.batch}` : "",
     fieldShown(app, view) ?? "",

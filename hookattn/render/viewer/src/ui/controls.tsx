@@ -1,10 +1,11 @@
 import type { ComponentChildren } from "preact";
 import { type App, current, focus } from "../app";
-import { looks } from "../colours";
+import { look } from "../colours";
 import { editsOfHead, tell } from "../data/edits";
 import { fieldOf, hasApplied, weightsOf } from "../data/kinds";
 import { measures } from "../options";
-import { type Field, type Filter, matches, type Pool, type Scale, type Sink, type State } from "../state";
+import { type Field, type Filter, matches, type Over, type Pool, type Scale, type Sink, type State, type Thumbs } from "../state";
+import { Menu } from "./menu";
 import { Named, Segments, Slider } from "./inputs";
 import { Player } from "./player";
 import type { ControlName, View } from "../views/view";
@@ -15,16 +16,23 @@ interface ControlProps {
 }
 
 export function Controls({ app, view }: ControlProps) {
-  const shown = view.controls.map((name) => {
-    const Control = CONTROLS[name];
-    return <Control key={name} app={app} view={view} />;
-  });
+  const of = (names: readonly ControlName[]) =>
+    names.map((name) => {
+      const Control = CONTROLS[name];
+      return <Control key={name} app={app} view={view} />;
+    });
+  const display = DISPLAY.filter((name) => view.controls.includes(name) && (ofWeights(app, view) || !OF_WEIGHTS.has(name)));
   return (
     <div class="controls" role="group" aria-label="What is shown">
       <Stack app={app} />
       <Player app={app} />
       <Batch app={app} />
-      {shown}
+      {of(view.controls.filter((name) => !DISPLAY.includes(name)))}
+      {display.length > 0 && (
+        <Menu name="Display" told={displayed(app, display)}>
+          {of(display)}
+        </Menu>
+      )}
     </div>
   );
 }
@@ -116,7 +124,6 @@ function Heads({ app }: { app: App }) {
     const rest = state.heads.filter((h) => h !== head);
     app.set({ heads: rest.length === state.heads.length ? [...rest, head] : rest.length > 0 ? rest : [head] });
   };
-  const look = looks(state.heads);
   return (
     <div class="control" role="group" aria-label="Heads">
       <span class="name">Heads</span>
@@ -187,8 +194,45 @@ function ofWeights(app: App, view: View): boolean {
   return field === "weights" || field === "applied" || !view.controls.includes("field");
 }
 
-function ScaleControl({ app, view }: ControlProps) {
-  if (!ofWeights(app, view)) return null;
+/** How what is chosen is drawn: in one menu, the same in all views. */
+const DISPLAY: readonly ControlName[] = ["over", "scale", "sink", "pool", "thumbs"];
+const OF_WEIGHTS: ReadonlySet<ControlName> = new Set(["scale", "sink", "pool"]);
+
+const OVERS: [Over, string, string][] = [
+  ["one", "one", "Each head as it is; where one matrix is shown, that of the last head chosen"],
+  ["mean", "mean", "The mean over the heads chosen, or over all of the layer where only one is"],
+  ["max", "max", "The largest over the heads chosen, or over all of the layer where only one is"],
+];
+
+/** What differs from how a page opens, so that the closed menu says it. */
+function displayed(app: App, names: readonly ControlName[]): string {
+  const { over, scale, sink, pool, thumbs } = app.state.value;
+  const said: Partial<Record<ControlName, string | false>> = {
+    over: over !== "one" && `${over} of heads`,
+    scale: scale === "log" && "log",
+    sink: sink !== "show" && `first key ${sink === "drop" ? "dropped" : "renormalised"}`,
+    pool: pool === "sum" && "sums",
+    thumbs: thumbs === "lines" && "lines",
+  };
+  return names
+    .map((name) => said[name])
+    .filter(Boolean)
+    .join(", ");
+}
+
+function OverControl({ app }: { app: App }) {
+  return <Segments name="Heads" value={app.state.value.over} of={OVERS} pick={(over) => app.set({ over })} />;
+}
+
+function ThumbsControl({ app }: { app: App }) {
+  const of: [Thumbs, string][] = [
+    ["matrix", "matrices"],
+    ["lines", "lines"],
+  ];
+  return <Segments name="Thumbnails" value={app.state.value.thumbs} of={of} pick={(thumbs) => app.set({ thumbs })} />;
+}
+
+function ScaleControl({ app }: ControlProps) {
   const of: [Scale, string][] = [
     ["linear", "linear"],
     ["log", "log"],
@@ -196,8 +240,7 @@ function ScaleControl({ app, view }: ControlProps) {
   return <Segments name="Scale" value={app.state.value.scale} of={of} pick={(scale) => app.set({ scale })} />;
 }
 
-function PoolControl({ app, view }: ControlProps) {
-  if (!ofWeights(app, view)) return null;
+function PoolControl({ app }: ControlProps) {
   const of: [Pool, string, string][] = [
     ["max", "largest", "Where a pixel covers several numbers, it shows the largest"],
     ["sum", "sum", "Where a pixel covers several numbers, it shows their sum"],
@@ -205,8 +248,7 @@ function PoolControl({ app, view }: ControlProps) {
   return <Segments name="Pooled" value={app.state.value.pool} of={of} pick={(pool) => app.set({ pool })} />;
 }
 
-function SinkControl({ app, view }: ControlProps) {
-  if (!ofWeights(app, view)) return null;
+function SinkControl({ app }: ControlProps) {
   const of: [Sink, string, string][] = [
     ["show", "shown", "All weights as they are"],
     ["drop", "dropped", "Without the first key that is attended to"],
@@ -269,6 +311,8 @@ function SortControl({ app }: { app: App }) {
 const CONTROLS: Readonly<Record<ControlName, (props: ControlProps) => ComponentChildren>> = {
   layer: Layer,
   heads: Heads,
+  over: OverControl,
+  thumbs: ThumbsControl,
   field: FieldControl,
   weights: WeightsControl,
   scale: ScaleControl,

@@ -2,6 +2,7 @@
 import { type Domain, paint, type Ramp } from "../colours";
 import type { Frame } from "../data/frame";
 import type { Pyramid } from "../data/pool";
+import { hatching } from "./hatch";
 
 /** The finest level of which a cell is not smaller than a pixel, so that no number is lost between pixels. */
 export function levelFor(pyramid: Pyramid, [, , keys, queries]: Frame, width: number, height: number): number {
@@ -9,8 +10,15 @@ export function levelFor(pyramid: Pyramid, [, , keys, queries]: Frame, width: nu
   return Math.min(fine, pyramid.length - 1);
 }
 
-/** Draw into `canvas`, whose width and height are device pixels. */
-export function draw(canvas: HTMLCanvasElement, pyramid: Pyramid, frame: Frame, domain: Domain, ramp: Ramp): void {
+/** Draw into `canvas`, whose width and height are device pixels, `ratio` to one of the page; NaN is hatched. */
+export function draw(
+  canvas: HTMLCanvasElement,
+  pyramid: Pyramid,
+  frame: Frame,
+  domain: Domain,
+  ramp: Ramp,
+  ratio = globalThis.devicePixelRatio || 1,
+): void {
   const [k, q, keys, queries] = frame;
   const level = levelFor(pyramid, frame, canvas.width, canvas.height);
   const { data, rows, cols } = pyramid[level]!;
@@ -29,6 +37,8 @@ export function draw(canvas: HTMLCanvasElement, pyramid: Pyramid, frame: Frame, 
   const context = canvas.getContext("2d")!;
   context.imageSmoothingEnabled = false;
   context.clearRect(0, 0, canvas.width, canvas.height);
+  context.fillStyle = hatching(ramp, ratio);
+  context.fillRect(0, 0, canvas.width, canvas.height);
   const [x, y] = [canvas.width / keys, canvas.height / queries];
   context.drawImage(small, (left * size - k) * x, (top * size - q) * y, wide * size * x, high * size * y);
 }

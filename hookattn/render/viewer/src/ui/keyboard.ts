@@ -87,6 +87,11 @@ export const KEYS: readonly Key[] = [
     press: (app) => ({ scale: cycle(["linear", "log"], app.state.value.scale) }),
   },
   {
+    keys: ["m"],
+    does: "heads: one, the mean, the largest of them",
+    press: (app) => ({ over: cycle(["one", "mean", "max"], app.state.value.over) }),
+  },
+  {
     keys: ["s"],
     does: "first key: shown, dropped, renormalised",
     press: (app) => ({ sink: cycle(["show", "drop", "renormalise"], app.state.value.sink) }),

@@ -6,6 +6,7 @@ import type { Axis } from "../data/labels";
 import type { Matrix } from "../data/matrix";
 import { whole } from "../data/frame";
 import { number } from "../format";
+import { HATCHED, Hatching } from "./hatch";
 import { draw } from "./heatmap";
 import { Column as Labels, labelWidth } from "./lines";
 import { Tip, type TipAt } from "./tip";
@@ -154,6 +155,7 @@ function Line(props: Props & { names: Axis; side: number; line: readonly KeyColu
         role="img"
         aria-label={`${props.label}: ${line.map((c) => c.title).join(", ")}`}
       >
+        <Hatching />
         {[props.active, props.locked].map((key, i) => {
           const n = placeOf(key);
           return (
@@ -268,12 +270,12 @@ export function bars(title: string, values: readonly (number | null)[], colour: 
   };
 }
 
-/** What stands in the place of a number that a mask hides: a dashed line, whatever the colours. */
+/** What stands in the place of a number that a mask hides, as in any view. */
 function Masked({ x, y, width }: { x: number; y: number; width: number }) {
-  return <line x1={x} x2={x + width} y1={y} y2={y} stroke="var(--muted)" stroke-dasharray="2 4" />;
+  return <rect x={x} y={y - 6} width={width} height={12} fill={HATCHED} />;
 }
 
-/** A square for each key: filled where it may be attended to, empty and struck through where it is masked. */
+/** A square for each key: filled where it may be attended to, hatched where it is masked. */
 export function maskColumn(allowed: readonly boolean[]): KeyColumn {
   return {
     title: "mask",
@@ -283,8 +285,7 @@ export function maskColumn(allowed: readonly boolean[]): KeyColumn {
       <g stroke="var(--muted)">
         {allowed.map((may, n) => (
           <g key={n}>
-            <rect x={x + 6.5} y={y(n) - 5.5} width={11} height={11} fill={may ? "var(--muted)" : "none"} />
-            {!may && <line x1={x + 6} y1={y(n) + 6} x2={x + 18} y2={y(n) - 6} />}
+            <rect x={x + 6.5} y={y(n) - 5.5} width={11} height={11} fill={may ? "var(--muted)" : HATCHED} />
           </g>
         ))}
       </g>

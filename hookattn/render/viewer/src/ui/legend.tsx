@@ -1,34 +1,49 @@
 /** A ramp with its numbers. */
 import { type Domain, type Ramp } from "../colours";
 import { number } from "../format";
+import { HATCHED, Hatching } from "./hatch";
 
 const WIDTH = 240;
+
+/** Without zeros at the end, which say nothing of where a scale ends. */
+function short(x: number): string {
+  return number(x).replace(/(\.\d*?)0+(?=e|$)/, "$1").replace(/\.(?=e|$)/, "");
+}
 
 export function Legend({
   domain,
   ramp,
   title,
   dropped,
-  blank: word = "left out",
+  blank = "left out",
+  choice,
 }: {
   domain: Domain;
   ramp: Ramp;
   title: string;
-  /** Whether anything has no colour, and what that means. */
+  /** Whether anything is hatched, and what that means. */
   dropped: boolean;
   blank?: string;
+  /** What the last colour means, where there is no other. */
+  choice?: string;
 }) {
-  const { low, high, scale } = domain;
+  const { low, high, scale, clipped } = domain;
   const parts = [0, 0.5, 1];
   const value = (part: number) => (scale === "log" ? low * (high / low) ** part : low + (high - low) * part);
+  const sign = (part: number) => {
+    if (part === 1) return clipped ? "≥ " : "";
+    return part === 0 && (scale === "log" || (clipped && low < 0)) ? "≤ " : "";
+  };
   const id = `ramp-${ramp.stops.join("").replaceAll("#", "")}`;
-  const blank = `#${[0, 8, 16].map((shift) => ((ramp.void >> shift) & 255).toString(16).padStart(2, "0")).join("")}`;
+  const end = choice === undefined ? WIDTH : 12;
+  const at = choice === undefined ? WIDTH + 18 : 40 + 7 * choice.length;
+  const numbers = `from ${short(low)} to ${short(high)}${clipped ? " and above" : ""}, ${scale}`;
   return (
     <svg
-      width={WIDTH + 20 + (dropped ? 90 : 0)}
+      width={Math.max(WIDTH, at) + 20 + (dropped ? 30 + 7 * blank.length : 0)}
       height={48}
       role="img"
-      aria-label={`Colours: ${title} from ${number(low)} to ${number(high)}, ${scale}`}
+      aria-label={`Colours: ${title} ${choice ?? numbers}${dropped ? `; hatched: ${blank}` : ""}`}
     >
       <defs>
         <linearGradient id={id}>
@@ -40,23 +55,37 @@ export function Legend({
       <text class="faint" x={1} y={11}>
         {title}
       </text>
-      <rect x={1} y={17} width={WIDTH} height={10} fill={`url(#${id})`} stroke="var(--line)" />
-      {parts.map((part) => (
-        <text
-          key={part}
-          class="faint"
-          x={1 + part * WIDTH}
-          y={42}
-          text-anchor={part === 0 ? "start" : part === 1 ? "end" : "middle"}
-        >
-          {part === 0 && scale === "log" ? "≤ " : ""}
-          {number(value(part))}
+      <rect
+        x={1}
+        y={17}
+        width={end}
+        height={choice === undefined ? 10 : 12}
+        fill={choice === undefined ? `url(#${id})` : ramp.stops.at(-1)}
+        stroke="var(--line)"
+      />
+      {choice === undefined ? (
+        parts.map((part) => (
+          <text
+            key={part}
+            class="faint"
+            x={1 + part * WIDTH}
+            y={42}
+            text-anchor={part === 0 ? "start" : part === 1 ? "end" : "middle"}
+          >
+            {sign(part)}
+            {short(value(part))}
+          </text>
+        ))
+      ) : (
+        <text class="faint" x={18} y={27}>
+          {choice}
         </text>
-      ))}
-      {dropped && <rect x={WIDTH + 18} y={16} width={12} height={12} fill={blank} stroke="var(--line)" />}
+      )}
+      {dropped && <Hatching />}
+      {dropped && <rect x={at} y={15} width={24} height={14} fill={HATCHED} stroke="var(--line)" />}
       {dropped && (
-        <text class="faint" x={WIDTH + 36} y={26}>
-          {word}
+        <text class="faint" x={at + 30} y={27}>
+          {blank}
         </text>
       )}
     </svg>

@@ -1,15 +1,25 @@
 /** Lines between two columns of tokens, and the columns themselves. */
-import type { Look } from "../colours";
+import { LINE, type Look } from "../colours";
 import type { Axis } from "../data/labels";
 import type { Link } from "../data/strongest";
 import type { Scale } from "../state";
 import { shorten } from "../tokens";
 
-/** How strongly a weight is drawn, from 0 to 1. */
-export function strength(weight: number, scale: Scale): number {
-  const x = scale === "log" ? 1 + Math.log10(weight) / 4 : weight;
+/** How strongly a weight is drawn, from 0 to 1; on a log scale `least` and what is below are 0. */
+export function strength(weight: number, scale: Scale, least = 1e-4): number {
+  const x = scale === "log" ? 1 - Math.log10(weight) / Math.log10(least) : weight;
   return x <= 0 ? 0 : Math.min(1, x);
 }
+
+/**
+ * How much of its opacity a line keeps where there are many: on a log scale thousands of weak ones would be one solid block.
+ */
+function thinned(lines: number, scale: Scale): number {
+  return scale === "log" ? Math.min(1, Math.sqrt(THICKET / lines)) : 1;
+}
+
+/** Lines that are still told apart, each in its full strength. */
+const THICKET = 100;
 
 /** The dots of a line whose weight is below 0. */
 const NEGATIVE = "0.5 4";
@@ -22,19 +32,22 @@ export function Lines(props: {
   scale: Scale;
   /** The weight that is drawn strongest. */
   unit: number;
+  /** The weight, in parts of `unit`, that a log scale begins with. */
+  least: number;
   left: number;
   right: number;
   from(query: number): number;
   to(key: number): number;
 }) {
   const { heads, left, right, scale, unit } = props;
-  const bend = (right - left) / 2.5;
+  const bend = (right - left) * LINE.bend;
+  const keeps = thinned(props.links.length, scale);
   return (
     <g fill="none" stroke-linecap="round">
       {props.links.map(({ of, query, key, value }) => {
         const head = heads[of]!;
         const { colour, dash } = props.look(head);
-        const s = strength(Math.abs(value) / unit, scale);
+        const s = strength(Math.abs(value) / unit, scale, props.least) * keeps;
         const [y1, y2] = [props.from(query), props.to(key)];
         return (
           <path
@@ -43,8 +56,8 @@ export function Lines(props: {
             stroke={colour}
             stroke-dasharray={value < 0 ? NEGATIVE : dash}
             data-value={value}
-            stroke-opacity={Math.max(0.03, s).toFixed(3)}
-            stroke-width={(0.8 + 2.4 * s).toFixed(2)}
+            stroke-opacity={Math.max(LINE.faintest, s).toFixed(3)}
+            stroke-width={(LINE.thinnest + (LINE.thickest - LINE.thinnest) * s).toFixed(2)}
           />
         );
       })}

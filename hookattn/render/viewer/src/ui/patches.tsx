@@ -179,25 +179,27 @@ export function Panel({
   at,
   setAt,
   head,
+  name,
+  blank,
   weights,
   domain,
   ramp,
   query,
   colour,
   pick,
-}: Shared & { head: number; weights: ArrayLike<number>; domain: Domain; ramp: Ramp; query: number | null; colour: string }) {
+}: Shared & { head: number; name: string; blank: string; weights: ArrayLike<number>; domain: Domain; ramp: Ramp; query: number | null; colour: string }) {
   let inside = 0;
   for (let s = keys.prefix; s < weights.length; s++) inside += weights[s]! || 0;
   const before = Array.from({ length: Math.min(keys.prefix, 5) }, (_, i) => i);
   return (
     <div class="panel" data-head={head}>
       <div class="label" style={{ borderColor: colour }}>
-        head {head}
+        {name}
       </div>
       <Plane
         patches={keys}
         width={width}
-        label={`Weights of head ${head} over the patches`}
+        label={`Weights of ${name} over the patches`}
         draw={(canvas) => drawWeights(canvas, weights, keys, domain, ramp, picture)}
         marks={
           <>
@@ -211,7 +213,7 @@ export function Panel({
       <div class="label faint">patches {number(inside)}</div>
       {before.map((i) => (
         <div key={i} class="label faint">
-          {place(i, keys)} {Number.isNaN(weights[i]!) ? "left out" : number(weights[i]!)}
+          {place(i, keys)} {Number.isNaN(weights[i]!) ? blank : number(weights[i]!)}
         </div>
       ))}
     </div>

@@ -2,6 +2,7 @@
 import { type Domain, paint, position, type Ramp } from "../colours";
 import type { Patches } from "../data/patches";
 import { useEffect, useState } from "preact/hooks";
+import { hatching } from "./hatch";
 
 /** The picture behind an address, once it is there; null while it is not, or where there is none. */
 export function usePicture(url: string | undefined): { picture: HTMLImageElement | null; failed: boolean } {
@@ -44,13 +45,18 @@ export function drawWeights(
   const values = Float64Array.from({ length: rows * cols }, (_, i) => weights[prefix + i]!);
   const image = new ImageData(cols, rows);
   paint(values, new Uint32Array(image.data.buffer), domain, ramp);
-  if (picture !== null) {
+  context.fillStyle = hatching(ramp, globalThis.devicePixelRatio || 1);
+  if (picture === null) context.fillRect(0, 0, canvas.width, canvas.height);
+  else {
     context.filter = "grayscale(1) brightness(0.6)";
     drawPicture(canvas, picture);
     context.filter = "none";
     values.forEach((x, i) => {
-      const strength = Number.isNaN(x) ? 0 : position(domain, x) / 255;
-      image.data[4 * i + 3] = 255 * (FAINT + (STRONG - FAINT) * strength);
+      if (Number.isNaN(x)) {
+        const [wide, high] = [canvas.width / cols, canvas.height / rows];
+        return context.fillRect((i % cols) * wide, Math.floor(i / cols) * high, wide, high);
+      }
+      image.data[4 * i + 3] = 255 * (FAINT + ((STRONG - FAINT) * position(domain, x)) / 255);
     });
   }
   const small = new OffscreenCanvas(cols, rows);

@@ -123,8 +123,11 @@ export function Plane(props: {
       }}
       onPointerUp={(event) => {
         const { query, key } = cell(event);
-        if (!drag.current?.moved && query !== null)
-          app.set(query === state.query && key === state.key ? { query: null, key: null } : { query, key });
+        if (!drag.current?.moved && query !== null) {
+          // The sink is no key that other views have.
+          const picked = key === axes.keys.sink ? null : key;
+          app.set(query === state.query && picked === state.key ? { query: null, key: null } : { query, key: picked });
+        }
         drag.current = null;
       }}
       onWheel={(event) => {

@@ -61,6 +61,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         </button>
         <Edits call={call} />
       </header>
+      <div class="bar">
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
           <button
@@ -77,6 +78,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
       </div>
       <p class="caption">{caption(app, view).join(" · ")}</p>
       <Controls app={app} view={view} />
+      </div>
       <Notices app={app} call={call} fields={fields} />
       <div class="figure" ref={figure} role="tabpanel" aria-label={`${view.label}: ${view.help}`} data-view={view.id}>
         {unfit !== null ? (

@@ -1,10 +1,11 @@
 /** The current selection as text: a sentence for a screen reader, and a table of its strongest pairs. */
-import { type App, current, focus, stored } from "../app";
+import { type App, current } from "../app";
 import { type Axes, type Axis } from "../data/labels";
 import { fieldOf, mayBeNegative } from "../data/kinds";
 import { at, type Matrix } from "../data/matrix";
+import { axesOver, nameOver, shownOver } from "../data/over";
 import { presented } from "../data/presented";
-import { shownHead } from "../data/shown";
+import { absence } from "../data/shown";
 import { exact } from "../format";
 import { Slices } from "../slices";
 import { useLoaded } from "./hooks";
@@ -19,34 +20,41 @@ interface Pair {
 
 export function name(axis: Axis, i: number): string {
   const label = axis.labels[i];
+  if (i === axis.sink) return "the sink";
   return label === undefined ? String(i) : axis.named ? `${axis.positions[i]} “${label.text}”` : label.text;
 }
 
 export function Table({ app }: { app: App }) {
   const state = app.state.value;
-  const { call, axes } = current(app);
-  const head = focus(state);
-  const { query, key, sink, filter, batch } = state;
+  const { call, axes: named } = current(app);
+  const { query, key, sink, filter, batch, over } = state;
   const field = fieldOf(call, state.field);
+  const axes = axesOver(call, field, named);
+  const heads = state.heads.join();
   const { value } = useLoaded(
     async (signal) => {
-      const { matrix: read } = await shownHead(app.trace, call, field, batch, stored(call, head));
-      const matrix = presented(read, field, sink, filter, axes);
+      const shown = await shownOver(app.trace, call, field, batch, state.heads, over);
+      const matrix = presented(shown.matrix, field, sink, filter, axes);
       // Of weights of either sign the strongest are those farthest from 0; scores outscore each other as they are.
       const far = field !== "scores" && mayBeNegative(call, field);
       const sizes = far ? { ...matrix, data: matrix.data.map(Math.abs) } : matrix;
       const found = await strongest(sizes, query, key, new Slices(10, signal));
       const pairs = found.map((p) => ({ ...p, value: at(matrix, p.query, p.key) }));
-      return { pairs, axes, field, head };
+      const blank = query !== null && key !== null && found.length === 0 ? absence(shown, query, key) : null;
+      return { pairs, axes, field, what: nameOver(call, state.heads, over), blank };
     },
-    [app, call, head, query, key, field, sink, filter, batch],
+    [app, call, heads, over, query, key, field, sink, filter, batch],
   );
   if (value === null) return null;
   return (
     <Tabular
-      summary={told(value, query, key)}
+      summary={summary(value, query, key)}
       columns={["query", "key", value.field]}
-      rows={value.pairs.map((p) => [name(value.axes.queries, p.query), name(value.axes.keys, p.key), p.value])}
+      rows={
+        value.blank !== null
+          ? [[name(value.axes.queries, query!), name(value.axes.keys, key!), value.blank]]
+          : value.pairs.map((p) => [name(value.axes.queries, p.query), name(value.axes.keys, p.key), told(field, p.value)])
+      }
     />
   );
 }
@@ -88,22 +96,41 @@ export function Tabular(props: {
   );
 }
 
-function told(
-  { pairs, axes, field, head }: { pairs: Pair[]; axes: Axes; field: string; head: number },
+/** A number, or a word: of a mask there is none. */
+function told(field: string, value: number): number | string {
+  return field === "mask" ? "may attend" : value;
+}
+
+interface Found {
+  pairs: Pair[];
+  axes: Axes;
+  field: string;
+  /** Which heads. */
+  what: string;
+  /** Why the pair that is selected has no number. */
+  blank: string | null;
+}
+
+function summary(
+  { pairs, axes, field, what, blank }: Found,
   query: number | null,
   key: number | null,
 ): string {
+  const of = what[0]!.toUpperCase() + what.slice(1);
+  const pair = (query: number, key: number) => `${name(axes.queries, query)} → ${name(axes.keys, key)}`;
+  if (blank !== null) return `${of}, ${pair(query!, key!)}: ${blank}`;
   const first = pairs[0];
-  if (first === undefined) return `Head ${head}: nothing is attended to here`;
-  const cell = `${name(axes.queries, first.query)} → ${name(axes.keys, first.key)}: ${field} ${exact(first.value)}`;
-  if (query !== null && key !== null) return `Head ${head}, ${cell}`;
-  const of =
+  if (first === undefined) return `${of}: nothing is attended to here`;
+  const value = told(field, first.value);
+  const cell = `${pair(first.query, first.key)}: ${typeof value === "string" ? value : `${field} ${exact(value)}`}`;
+  if (query !== null && key !== null) return `${of}, ${cell}`;
+  const among =
     query !== null
       ? `the keys of ${name(axes.queries, query)}`
       : key !== null
         ? `the queries of ${name(axes.keys, key)}`
         : "all pairs";
-  return `Head ${head}, strongest of ${of}: ${cell}`;
+  return `${of}, ${field === "mask" ? "first" : "strongest"} of ${among}: ${cell}`;
 }
 
 /** The largest values of a row, a column, one cell, or of all, the largest first. */

@@ -6,10 +6,11 @@ import { fieldOf } from "../data/kinds";
 import { at, extent, type Matrix } from "../data/matrix";
 import { difference, differing, merged, misfit, twinOf } from "../data/pairs";
 import { type Pyramid, pyramid } from "../data/pool";
-import { presented } from "../data/presented";
-import { shownHead } from "../data/shown";
+import { firstOf, presented } from "../data/presented";
+import { absence, type Shown, shownHead } from "../data/shown";
 import type { Trace } from "../data/trace";
 import { exact } from "../format";
+import { joined, rangeOf } from "../scale";
 import { Slices } from "../slices";
 import { placeOf } from "../state";
 import { Distances } from "../ui/distances";
@@ -55,11 +56,24 @@ function Compare({ app }: { app: App }) {
       matrix,
       levels: await pyramid(matrix, pool, slices),
     });
+    const range = async (shown: Shown, { matrix }: Side) => rangeOf(matrix, firstOf(shown.matrix, field, sink), slices);
     const first = await side(presented(a.matrix, field, sink, filter, axes));
     const second = await side(presented(b.matrix, field, sink, filter, others));
     const reason = misfit(call, twin);
-    const apart = reason === null ? await side(difference(first.matrix, second.matrix), "far") : null;
-    return { axes, others, first, second, apart, reason, field, left: sink !== "show" || filter !== "all", masks: a.masks || b.masks };
+    const apart = reason === null ? await side(difference(first.matrix, second.matrix, field !== "scores"), "far") : null;
+    return {
+      axes,
+      others,
+      first,
+      second,
+      apart,
+      range: joined([await range(a, first), await range(b, second)]),
+      reason,
+      field,
+      left: first.matrix !== a.matrix || second.matrix !== b.matrix,
+      a,
+      b,
+    };
   }, [app, call, twin, missing, head, batch, field, sink, filter]);
   if (twin === null) return <Alone app={app} other={other} />;
   if (missing !== null) return <Notice error>{missing}</Notice>;
@@ -75,16 +89,16 @@ function Compare({ app }: { app: App }) {
   const width = Math.floor((room - (columns - 1) * GAP) / columns);
   const most = Math.max(260, Math.min(900, globalThis.innerHeight * 0.55));
   const dark = app.dark.value;
-  const both = [extent(first.matrix), extent(second.matrix)];
-  const shared = domain(value.field, state.scale, least(both.map((e) => e[0])), -least(both.map((e) => -e[1])));
+  const { low, high, end } = value.range;
+  const shared = domain(value.field, state.scale, low, high, value.field === "scores" ? Infinity : end);
   const told = (query: number, key: number) => {
-    const cell = (side: Side | null) => (side === null ? NaN : (at(side.matrix, query, key) ?? NaN));
+    const cell = (side: Side, of: Shown) => shown(at(side.matrix, query, key), value.field, absence(of, query, key));
     const there = query < second.matrix.rows && key < second.matrix.cols;
     const here = query < first.matrix.rows && key < first.matrix.cols;
     return [
-      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${shown(cell(first), value.masks)}`,
-      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${shown(cell(second), value.masks)}`,
-      apart !== null && `B − A: ${shown(cell(apart), value.masks)}`,
+      here && `A: ${name(value.axes.queries, query)} → ${name(value.axes.keys, key)}: ${cell(first, value.a)}`,
+      there && `B: ${name(others.queries, query)} → ${name(others.keys, key)}: ${cell(second, value.b)}`,
+      apart !== null && `B − A: ${cell(apart, value.a)}`,
     ]
       .filter(Boolean)
       .join("\n");
@@ -112,7 +126,7 @@ function Compare({ app }: { app: App }) {
     </div>
   );
   const far = apart === null ? 0 : Math.max(...extent(apart.matrix).map((x) => Math.abs(x) || 0));
-  const between: Domain = { kind: "diverging", scale: "linear", low: -(far || 1), high: far || 1 };
+  const between: Domain = { kind: "diverging", scale: "linear", low: -(far || 1), high: far || 1, clipped: false };
   const level = apart && levelOf(apart.levels, place(apart.matrix.rows, apart.matrix.cols, axes, width, most, frame));
   return (
     <div ref={ref}>
@@ -149,8 +163,9 @@ function Compare({ app }: { app: App }) {
         <Legend
           domain={shared}
           ramp={ramp(shared.kind, dark)}
-          dropped={value.left || value.masks}
-          blank={value.masks ? "masked" : "left out"}
+          dropped={value.left || value.a.masks || value.b.masks}
+          blank={value.a.masks || value.b.masks ? (value.left ? "masked or left out" : "masked") : "left out"}
+          {...(value.field === "mask" && { choice: "may attend" })}
           title={`${value.field}, head ${head}, A and B`}
         />
         {apart !== null && (
@@ -199,13 +214,8 @@ function Differences({ app, head, sides, axes }: { app: App; head: number; sides
   );
 }
 
-function shown(value: number, masks: boolean): string {
-  return Number.isNaN(value) ? (masks ? "masked" : "left out") : exact(value);
-}
-
-function least(values: readonly number[]): number {
-  const found = values.filter((x) => !Number.isNaN(x));
-  return found.length === 0 ? NaN : Math.min(...found);
+function shown(value: number, field: string, absent: string): string {
+  return Number.isNaN(value) ? absent : field === "mask" ? "may attend" : exact(value);
 }
 
 /** The head that is compared: the last one chosen that both have, else the first that both have. */

@@ -1,9 +1,11 @@
 import { useMemo, useState } from "preact/hooks";
-import { type App, current, stored } from "../app";
-import { type Look, looks } from "../colours";
+import { type App, current } from "../app";
+import { look, type Look } from "../colours";
 import { areShares, weightsOf } from "../data/kinds";
 import { at, extent, type Matrix } from "../data/matrix";
+import { axesOver, headsOver, nameOver, shownOver } from "../data/over";
 import { presented } from "../data/presented";
+import { absence, type Shown } from "../data/shown";
 import { type Link, strongest } from "../data/strongest";
 import { exact, number, percent, short } from "../format";
 import { Slices } from "../slices";
@@ -25,28 +27,33 @@ const CELLS = 16;
 
 function Head({ app }: { app: App }) {
   const state = app.state.value;
-  const { batch, sink, filter, scale } = state;
+  const { batch, sink, filter, scale, over } = state;
   const [ref, room] = useWidth();
   const [tip, setTip] = useState<TipAt | null>(null);
-  const { call, axes } = current(app);
+  const { call, axes: named } = current(app);
   const field = weightsOf(call, state.field);
+  const axes = axesOver(call, field, named);
   const most = Math.max(1, Math.floor(ROOM / (call.extents.T * call.extents.S)));
   const chosen = state.heads.slice(-most);
-  const numbers = chosen.toSorted((a, b) => a - b).join();
+  // Over heads one matrix is made, and drawn as one head; of as many as there are, one after the other.
+  const numbers = over === "one" ? chosen.toSorted((a, b) => a - b).join() : state.heads.join();
   const { value, error } = useLoaded(
     async (signal) => {
-      const heads = numbers.split(",").map(Number);
-      const read = await Promise.all(heads.map((head) => app.trace.head(call, field, batch, stored(call, head))));
-      const matrices = read.map((m) => presented(m, field, sink, filter, axes));
+      const asked = numbers.split(",").map(Number);
+      const groups = over === "one" ? asked.map((head) => [head]) : [asked];
+      const shown = await Promise.all(groups.map((group) => shownOver(app.trace, call, field, batch, group, over)));
+      const names = groups.map((group) => nameOver(call, group, over));
+      const heads = groups.map((group) => headsOver(call, group, over)[0]!);
+      const matrices = shown.map(({ matrix }) => presented(matrix, field, sink, filter, axes));
       // Shares are at most 1. Other weights are drawn against the largest of all, and what is below 0 by its size.
       const shares = areShares(call, field);
       const sizes = shares ? matrices : matrices.map(magnitudes);
       const largest = shares ? 1 : Math.max(...sizes.map((m) => extent(m)[1] || 0)) || 1;
       const found = await strongest(sizes, LINES, FLOOR * largest, new Slices(10, signal));
       const links = found.links.map((l) => ({ ...l, value: at(matrices[l.of]!, l.query, l.key) }));
-      return { call, axes, field, heads, matrices, shares, unit: Math.max(1, largest), links, share: found.share };
+      return { call, axes, field, heads, names, shown, matrices, shares, unit: Math.max(1, largest), links, share: found.share };
     },
-    [app, call, field, batch, numbers, sink, filter],
+    [app, call, field, batch, numbers, over, sink, filter],
   );
   const locked = { query: state.query, key: state.key };
   const cursor = app.cursor.value;
@@ -63,12 +70,14 @@ function Head({ app }: { app: App }) {
         Reading …
       </div>
     );
-  const { heads, matrices, unit } = value;
-  const look = looks(state.heads);
+  const { heads, names, unit } = value;
   const { queries, keys } = value.axes;
-  const cells = heads.length === 1 ? 58 : Math.min(heads.length, CELLS) * CELL + 8;
   const width = Math.min(room, 1100);
-  const label = Math.min(190, Math.max(60, (width - 2 * cells) * 0.3));
+  const narrow = width < 560;
+  // Lines are what is to be seen: where there is little room, numbers and cells beside them take less.
+  const cell = Math.min(CELL, Math.floor((narrow ? 36 : 400) / Math.min(heads.length, CELLS)));
+  const cells = heads.length === 1 ? (narrow ? 38 : 58) : Math.min(heads.length, CELLS) * cell + 8;
+  const label = Math.min(190, Math.max(60, (width - 2 * cells) * (narrow ? 0.26 : 0.3)));
   const [wide1, wide2] = [labelWidth(queries, label), labelWidth(keys, label)];
   const gap = Math.min(460, Math.max(70, width - 2 * cells - wide1 - wide2));
   const left = cells + wide1;
@@ -95,14 +104,14 @@ function Head({ app }: { app: App }) {
   const one = query !== null || key !== null;
   const shown = one ? few : value.links;
   const ofLine = (l: Link) =>
-    `${name(queries, l.query)} → ${name(keys, l.key)}\nhead ${heads[l.of]}: ${value.field} ${exact(l.value)}`;
+    `${name(queries, l.query)} → ${name(keys, l.key)}\n${names[l.of]}: ${value.field} ${exact(l.value)}`;
   return (
     <div ref={ref} style={{ position: "relative" }}>
       <svg
         width={right + wide2 + cells}
         height={top + count * height + 6}
         role="img"
-        aria-label={`Lines from queries to keys, as strong as the ${value.field}, heads ${heads.join(", ")}`}
+        aria-label={`Lines from queries to keys, as strong as the ${value.field}, ${names.join(", ")}`}
         onPointerMove={(event) => {
           const { side, index } = find(event);
           app.cursor.value = { query: side === "query" ? index : null, key: side === "key" ? index : null };
@@ -117,6 +126,8 @@ function Head({ app }: { app: App }) {
         }}
         onClick={(event) => {
           const { side, index } = find(event);
+          // The sink is no key that other views have.
+          if (side === "key" && index !== null && index === keys.sink) return;
           app.set({ [side]: index === locked[side] ? null : index });
         }}
       >
@@ -146,16 +157,21 @@ function Head({ app }: { app: App }) {
           active={key}
           locked={locked.key}
         />
-        <Lines {...{ links: shown, heads, look, scale, unit, from, to }} left={left + 3} right={right - 3} />
+        <Lines
+          {...{ links: shown, heads, look, scale, unit, from, to }}
+          least={one ? 1e-4 : FLOOR}
+          left={left + 3}
+          right={right - 3}
+        />
         {query !== null && key === null && (
-          <Cells links={few} unit={unit} heads={heads} look={look} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
+          <Cells links={few} {...{ unit, heads, look, cell, digits: narrow ? 2 : 4 }} x={right + wide2 + 4} at={(l) => to(l.key)} height={height} />
         )}
         {key !== null && query === null && (
-          <Cells links={few} unit={unit} heads={heads} look={look} x={cells - 4} end at={(l) => from(l.query)} height={height} />
+          <Cells links={few} {...{ unit, heads, look, cell, digits: narrow ? 2 : 4 }} x={cells - 4} end at={(l) => from(l.query)} height={height} />
         )}
       </svg>
       <Tip tip={tip} width={right + wide2 + cells} />
-      {chosen.length < state.heads.length && (
+      {over === "one" && chosen.length < state.heads.length && (
         <Notice>
           Of the {state.heads.length} heads chosen, the last {chosen.length} are drawn: more of this length do not fit
           into memory.
@@ -163,14 +179,14 @@ function Head({ app }: { app: App }) {
       )}
       <div class="readout quiet">
         {query !== null && key !== null
-          ? `${name(queries, query)} → ${name(keys, key)}: ${pair(heads, matrices, query, key)}`
+          ? `${name(queries, query)} → ${name(keys, key)}: ${pair(value, query, key)}`
           : query !== null
             ? `from query ${name(queries, query)}: ${several(heads, few, (l) => `key ${name(keys, l.key)}`)}`
             : key !== null
               ? `to key ${name(keys, key)}: ${several(heads, few, (l) => `query ${name(queries, l.query)}`)}`
               : `${value.links.length} lines, which carry ${percent(value.share)} of ` +
                 `${value.shares ? "the attention" : "the size of all weights"} of ` +
-                `${heads.length === 1 ? "this head" : "these heads"}; ` +
+                `${over !== "one" ? `the ${names[0]}` : heads.length === 1 ? "this head" : "these heads"}; ` +
                 (unit > 1 ? `the strongest line is ${number(unit)}; ` : "") +
                 (value.links.some((l) => l.value < 0) ? "dotted lines are negative; " : "") +
                 "hover over a token for all of its own, click to lock it"}
@@ -179,9 +195,17 @@ function Head({ app }: { app: App }) {
   );
 }
 
-function pair(heads: readonly number[], matrices: readonly Matrix[], query: number, key: number): string {
-  const told = (value: number) => (Number.isNaN(value) ? "left out" : number(value));
-  return heads.map((h, i) => `head ${h} ${told(at(matrices[i]!, query, key))}`).join(" · ");
+function pair(
+  { names, matrices, shown }: { names: readonly string[]; matrices: readonly Matrix[]; shown: readonly Shown[] },
+  query: number,
+  key: number,
+): string {
+  return names
+    .map((name, i) => {
+      const value = at(matrices[i]!, query, key);
+      return `${name} ${Number.isNaN(value) ? absence(shown[i]!, query, key) : number(value)}`;
+    })
+    .join(" · ");
 }
 
 /** Lines named in the readout. */
@@ -225,8 +249,11 @@ function Cells(props: {
   end?: boolean;
   at(link: Link): number;
   height: number;
+  /** How wide the cell of one head is, and how many digits a number has. */
+  cell: number;
+  digits: number;
 }) {
-  const { links, heads, x, end, height } = props;
+  const { links, heads, x, end, height, cell, digits } = props;
   if (heads.length === 1) {
     const free = new Set<number>();
     return (
@@ -239,7 +266,7 @@ function Cells(props: {
           free.add(slot);
           return (
             <text key={y} class="faint" x={x} y={y} text-anchor={end ? "end" : "start"} dominant-baseline="central">
-              {l.value.toFixed(4)}
+              {l.value.toFixed(digits)}
             </text>
           );
         })}
@@ -254,9 +281,9 @@ function Cells(props: {
         .map((l) => (
           <rect
             key={`${l.of} ${l.query} ${l.key}`}
-            x={end ? x - (heads.slice(0, CELLS).length - l.of) * CELL : x + l.of * CELL}
+            x={end ? x - (heads.slice(0, CELLS).length - l.of) * cell : x + l.of * cell}
             y={props.at(l) - size / 2}
-            width={CELL - 1}
+            width={Math.max(1, cell - 1)}
             height={size}
             fill={props.look(heads[l.of]!).colour}
             fill-opacity={Math.max(0.05, Math.abs(l.value) / props.unit).toFixed(3)}
@@ -275,7 +302,7 @@ export const head: View = {
     "Lines from each query (left) to the keys it attends to (right), as strong as the weight, a colour a head. " +
     "Hover over a token for its own lines, click to lock it.",
   fields: () => ["weights"],
-  controls: ["layer", "weights", "scale", "sink", "filter", "heads"],
+  controls: ["layer", "weights", "filter", "heads", "over", "scale", "sink"],
   shows: "heads",
   component: Head,
 };

@@ -1,8 +1,9 @@
 import { useState } from "preact/hooks";
-import { type App, current, stored } from "../app";
-import { domain, looks, ramp } from "../colours";
+import { type App, current } from "../app";
+import { domain, look, ramp } from "../colours";
 import { where } from "../data/call";
 import { weightsOf } from "../data/kinds";
+import { axesOver, headsOver, nameOver, rowOver, shownOver } from "../data/over";
 import { ofPatches, patches, place } from "../data/patches";
 import { presented } from "../data/presented";
 import { exact } from "../format";
@@ -20,7 +21,7 @@ const LISTED = 24;
 
 function Image({ app }: { app: App }) {
   const state = app.state.value;
-  const { batch, sink, scale } = state;
+  const { batch, sink, scale, over } = state;
   const { images } = app.options;
   const { call, axes } = current(app);
   const field = weightsOf(call, state.field);
@@ -38,18 +39,25 @@ function Image({ app }: { app: App }) {
   const { picture, failed } = usePicture(images !== undefined && images.urls.length === B ? images.urls[batch] : undefined);
   const { value, error } = useLoaded(
     async () => {
-      const heads = numbers.split(",").map(Number);
+      const asked = numbers.split(",").map(Number);
+      const groups = over === "one" ? asked.map((head) => [head]) : [asked];
+      const masks: boolean[] = [];
       const rows = await Promise.all(
-        heads.map(async (head): Promise<ArrayLike<number>> => {
-          const i = stored(call, head);
-          if (sink === "show") return (await app.trace.row(call, field, batch, i, query))!.data;
-          const whole = presented(await app.trace.head(call, field, batch, i), field, sink, "all", axes);
-          return whole.data.slice(query * S, (query + 1) * S);
+        groups.map(async (group): Promise<ArrayLike<number>> => {
+          const shown =
+            sink === "show"
+              ? await rowOver(app.trace, call, field, batch, group, over, query)
+              : await shownOver(app.trace, call, field, batch, group, over);
+          masks.push(shown.masks);
+          const { rows: count, cols, data } = presented(shown.matrix, field, sink, "all", axesOver(call, field, axes));
+          // What goes to a sink is on no patch.
+          return data.slice(count > 1 ? query * cols : 0, (count > 1 ? query * cols : 0) + S);
         }),
       );
-      return { call, field, heads, rows };
+      const heads = groups.map((group) => headsOver(call, group, over)[0]!);
+      return { call, field, heads, names: groups.map((group) => nameOver(call, group, over)), rows, masks: masks.includes(true) };
     },
-    [app, call, field, batch, numbers, query, sink],
+    [app, call, field, batch, numbers, over, query, sink],
   );
   if (keys === null) return <Notice>{why(app)}</Notice>;
   if (error !== null) return <Notice error>{error}</Notice>;
@@ -59,7 +67,8 @@ function Image({ app }: { app: App }) {
         Reading …
       </div>
     );
-  const { heads, rows } = value;
+  const { heads, names, rows } = value;
+  const blank = value.masks ? (sink === "show" ? "masked" : "masked or left out") : "left out";
   const dark = app.dark.value;
   const strongest = Math.max(...rows.map((row) => most(row, keys.prefix)));
   const weakest = Math.min(0, ...rows.map((row) => -most(Array.from(row, (x) => -x), keys.prefix)));
@@ -79,7 +88,6 @@ function Image({ app }: { app: App }) {
     return found >= 0;
   };
   const shared = { width, keys, picture, dark, at, setAt, pick };
-  const look = looks(heads);
   return (
     <div ref={ref}>
       {queries === null && <QueryControl app={app} />}
@@ -99,6 +107,8 @@ function Image({ app }: { app: App }) {
             key={head}
             {...shared}
             head={head}
+            name={names[i]!}
+            blank={blank}
             weights={rows[i]!}
             domain={scaling}
             ramp={colours}
@@ -108,28 +118,28 @@ function Image({ app }: { app: App }) {
         ))}
       </div>
       <div class="foot">
-        <Legend domain={scaling} ramp={colours} dropped={sink !== "show"} title={`${value.field} of the patches, all heads`} />
+        <Legend domain={scaling} ramp={colours} dropped={sink !== "show" || value.masks} blank={blank} title={`${value.field} of the patches, ${names.length === 1 ? names[0] : "all heads"}`} />
       </div>
       <div class="readout quiet">
         {at === null
           ? `${keys.rows} × ${keys.cols} patches${keys.prefix > 0 ? ` after ${keys.prefix === 1 ? "a class token" : `${keys.prefix} tokens`}` : ""}` +
             `${keys.guessed ? `, taken from the number of keys, ${S}` : ""}; hover over a patch for its weights`
           : `${asked} → ${place(at.key, keys)}: ` +
-            heads.map((head, i) => `head ${head} ${told(rows[i]![at.key]!)}`).join(" · ")}
+            names.map((of, i) => `${of} ${told(rows[i]![at.key]!, blank)}`).join(" · ")}
       </div>
       <div aria-live="polite">
         <Tabular
-          summary={`The strongest keys of ${asked}, in ${heads.length === 1 ? `head ${heads[0]}` : "each head"}`}
-          columns={["head", "key", value.field]}
-          rows={listed(rows).map(({ of, key, value: x }) => [String(heads[of]), place(key, keys), x])}
+          summary={`The strongest keys of ${asked}, in ${names.length === 1 ? names[0] : "each head"}`}
+          columns={[over === "one" ? "head" : "heads", "key", value.field]}
+          rows={listed(rows).map(({ of, key, value: x }) => [over === "one" ? String(heads[of]) : names[of]!, place(key, keys), x])}
         />
       </div>
     </div>
   );
 }
 
-function told(weight: number): string {
-  return Number.isNaN(weight) ? "left out" : exact(weight);
+function told(weight: number, blank: string): string {
+  return Number.isNaN(weight) ? blank : exact(weight);
 }
 
 function most(row: ArrayLike<number>, from: number): number {
@@ -166,7 +176,7 @@ export const image: View = {
     "What one query attends to, drawn over the patches of the picture, a panel for each head. Click a patch, or a " +
     "token beside the picture, to make it the query; arrow keys move it while the picture has the focus.",
   fields: () => ["weights"],
-  controls: ["layer", "weights", "scale", "sink", "heads"],
+  controls: ["layer", "weights", "heads", "over", "scale", "sink"],
   shows: "heads",
   ownTable: true,
   absent: (app) =>

@@ -20,6 +20,7 @@ import { lens } from "./lens";
 import { matrix } from "./matrix";
 import { model } from "./model";
 import { neuron } from "./neuron";
+import { overview } from "./overview";
 import type { View } from "./view";
 
-export const VIEWS: readonly View[] = [head, matrix, model, neuron, lens, flow, image, compare, certificates];
+export const VIEWS: readonly View[] = [overview, head, matrix, model, neuron, lens, flow, image, compare, certificates];

@@ -1,12 +1,14 @@
-import { type App, current, focus, stored } from "../app";
+import { type App, current } from "../app";
 import { domain, ramp } from "../colours";
 import type { Axes } from "../data/labels";
-import { fieldOf, mayBeNegative } from "../data/kinds";
-import { at, extent, type Matrix as Numbers } from "../data/matrix";
+import { fieldOf } from "../data/kinds";
+import { at, type Matrix as Numbers } from "../data/matrix";
+import { axesOver, nameOver, shownOver } from "../data/over";
 import { type Pooling, pooling, type Pyramid, pyramid } from "../data/pool";
-import { presented } from "../data/presented";
-import { type Shown, shownHead } from "../data/shown";
+import { firstOf, presented } from "../data/presented";
+import { absence, type Shown } from "../data/shown";
 import { exact, number } from "../format";
+import { type Range, rangeOf } from "../scale";
 import { Slices } from "../slices";
 import { useFrame } from "../ui/frame";
 import { useLoaded, useWidth } from "../ui/hooks";
@@ -18,17 +20,16 @@ import type { View } from "./view";
 
 interface Made {
   matrix: Numbers;
-  /** With the numbers of what is masked, or left out. */
-  whole: Numbers;
-  /** Whether masked entries are told apart. */
-  masks: boolean;
+  shown: Shown;
   levels: Pyramid;
-  /** Smallest and largest: of each level, where they differ, or of all. */
-  extents: [number, number][];
+  /** What the colours are of: of each level, where they differ, or of all. */
+  ranges: Range[];
   axes: Axes;
   field: string;
   pool: Pooling;
   dropped: boolean;
+  /** Which heads. */
+  what: string;
 }
 
 const POOLED = { max: "largest", sum: "sum", far: "farthest from 0" };
@@ -40,43 +41,47 @@ function largest(): number {
 
 function Matrix({ app }: { app: App }) {
   const state = app.state.value;
-  const { batch, sink, filter } = state;
-  const { call, axes } = current(app);
+  const { batch, sink, filter, over } = state;
+  const { call, axes: named } = current(app);
   const field = fieldOf(call, state.field);
+  const axes = axesOver(call, field, named);
   const ofWeights = field === "weights" || field === "applied";
   const pool: Pooling = ofWeights && state.pool === "sum" ? "sum" : pooling(call, field);
-  const head = focus(state);
+  const heads = state.heads.join();
   const [ref, room] = useWidth();
   const [frame, setFrame] = useFrame(app);
   const { value, error } = useLoaded(
     async (signal, show: (made: Made) => void) => {
-      const make = async ({ matrix: read, whole, masks }: Shown): Promise<Made> => {
-        const matrix = presented(read, field, sink, filter, axes);
-        const levels = await pyramid(matrix, pool, new Slices(10, signal));
-        // Where nothing is negative, the largest of all is the largest of the coarsest level.
-        const every = mayBeNegative(call, field) ? matrix : levels.at(-1)!;
-        const extents = pool === "sum" ? levels.map(extent) : [extent(every)];
-        return { matrix, whole, masks, levels, extents, axes, field, pool, dropped: matrix !== read };
+      const slices = new Slices(10, signal);
+      const what = nameOver(call, state.heads, over);
+      const make = async (shown: Shown): Promise<Made> => {
+        const matrix = presented(shown.matrix, field, sink, filter, axes);
+        const levels = await pyramid(matrix, pool, slices);
+        const first = firstOf(shown.matrix, field, sink);
+        const ranges = [];
+        for (const [i, level] of (pool === "sum" ? levels : [matrix]).entries())
+          ranges.push(await rangeOf(level, first && first >> i, slices, (axes.keys.sink ?? matrix.cols) >> i));
+        return { matrix, shown, levels, ranges, axes, field, pool, dropped: matrix !== shown.matrix, what };
       };
       const early = (part: Shown) => void make(part).then(show, () => undefined);
-      return make(await shownHead(app.trace, call, field, batch, stored(call, head), early));
+      return make(await shownOver(app.trace, call, field, batch, state.heads, over, early));
     },
-    [app, call, head, batch, field, sink, filter, pool],
+    [app, call, heads, over, batch, field, sink, filter, pool],
   );
 
   if (error !== null) return <Notice error>{error}</Notice>;
   if (value === null || room === 0)
     return (
       <div ref={ref} class="quiet">
-        Reading head {head} …
+        Reading {nameOver(call, state.heads, over)} …
       </div>
     );
   const { matrix, levels } = value;
   const layout = place(matrix.rows, matrix.cols, value.axes, room, largest(), frame);
   const level = levelOf(levels, layout);
   const size = 2 ** level;
-  const [low, high] = value.extents[level] ?? value.extents[0]!;
-  const scaling = domain(value.field, state.scale, low, high);
+  const { low, high, end } = value.ranges[level] ?? value.ranges[0]!;
+  const scaling = domain(value.field, state.scale, low, high, value.field === "scores" ? Infinity : end);
   const colours = ramp(scaling.kind, app.dark.value);
   const pooled = `${POOLED[value.pool]} of ${size}×${size}`;
   const of = (query: number, key: number) => {
@@ -100,16 +105,17 @@ function Matrix({ app }: { app: App }) {
         setFrame={setFrame}
         domain={scaling}
         ramp={colours}
-        label={`${value.field} of head ${head}, queries down, keys across`}
+        label={`${value.field} of ${value.what}, queries down, keys across`}
         told={of}
       />
       <div class="foot">
         <Legend
           domain={scaling}
           ramp={colours}
-          dropped={value.dropped || value.masks}
-          blank={value.masks ? (value.dropped ? "masked or left out" : "masked") : "left out"}
-          title={`${value.field}, head ${head}${level > 0 ? `, ${pooled}` : ""}`}
+          dropped={value.dropped || value.shown.masks}
+          blank={value.shown.masks ? (value.dropped ? "masked or left out" : "masked") : "left out"}
+          {...(value.field === "mask" && { choice: "may attend" })}
+          title={`${value.field}, ${value.what}${level > 0 ? `, ${pooled}` : ""}`}
         />
         <ZoomButtons {...moving} />
       </div>
@@ -117,22 +123,23 @@ function Matrix({ app }: { app: App }) {
   );
 }
 
-function told({ field, matrix, whole, masks }: Made, query: number, key: number): string {
+function told({ field, matrix, shown, axes }: Made, query: number, key: number): string {
   const value = at(matrix, query, key);
-  if (Number.isNaN(value)) {
-    const hidden = at(whole, query, key);
-    return masks && !Number.isNaN(hidden) ? `masked (without the mask ${exact(hidden)})` : "left out";
-  }
-  return field === "mask" ? (value ? "may attend" : "masked") : exact(value);
+  if (key === axes.keys.sink) return `${exact(value)}, what the row's weights lack of 1`;
+  if (!Number.isNaN(value)) return field === "mask" ? "may attend" : exact(value);
+  const why = absence(shown, query, key);
+  return why === "masked" && field === "scores" && shown.whole !== shown.matrix
+    ? `masked (without the mask ${exact(at(shown.whole, query, key))})`
+    : why;
 }
 
 export const matrix: View = {
   id: "matrix",
   label: "Matrix",
   help:
-    "One head as a heatmap, queries down, keys across. Hover for the exact number, click to lock a cell, " +
+    "One head, or the mean or the largest of several, as a heatmap, queries down, keys across. Hover for the exact number, click to lock a cell, " +
     "wheel or pinch to zoom, drag to pan.",
   fields: (state) => [state.field],
-  controls: ["layer", "field", "scale", "pool", "sink", "filter", "heads"],
+  controls: ["layer", "field", "filter", "heads", "over", "scale", "pool", "sink"],
   component: Matrix,
 };

@@ -1,14 +1,15 @@
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { type App, current, focus, stored } from "../app";
-import { domain, ramp } from "../colours";
+import { domain, look, ramp } from "../colours";
 import type { Call } from "../data/call";
 import { whole } from "../data/frame";
 import { fieldOf } from "../data/kinds";
-import { thumbnail } from "../data/thumbnail";
+import { type Thumbnail, thumbnail } from "../data/thumbnail";
 import { number } from "../format";
 import { type Measure, measures, rolesOf } from "../options";
 import { placeOf } from "../state";
 import { draw } from "../ui/heatmap";
+import { drawLines } from "../ui/thumblines";
 import { useLoaded, useWidth } from "../ui/hooks";
 import { editsOfHead, tell } from "../data/edits";
 import { Badge, Edits } from "../ui/notice";
@@ -78,7 +79,7 @@ function Model({ app }: { app: App }) {
       )}
       <p class="readout quiet">
         {measure === null
-          ? `${items.length} heads, each in a colour scale of its own; click one to see its matrix`
+          ? `${items.length} heads, each in a colour scale of its own, what is masked hatched; click one to see its matrix`
           : `${shown.length} of ${items.length} heads. ${measure.description}`}
       </p>
     </div>
@@ -101,7 +102,7 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const ref = useRef<HTMLButtonElement>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   const seen = useSeen(ref);
-  const { batch, sink, filter, scale } = state;
+  const { batch, sink, filter, scale, thumbs } = state;
   const field = fieldOf(call, state.field);
   const { value: small, error } = useLoaded(
     async (signal) => {
@@ -124,9 +125,11 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   const dark = app.dark.value;
   useLayoutEffect(() => {
     if (canvas.current === null || small === null) return;
-    const d = domain(field, scale, ...small.extent);
-    draw(canvas.current, [small.matrix], whole(small.matrix.cols, small.matrix.rows), d, ramp(d.kind, dark));
-  }, [small, scale, field, dark]);
+    if (thumbs === "lines" && field !== "scores" && field !== "mask") return lines(canvas.current, small, head);
+    const d = domain(field, scale, ...small.extent, small.end);
+    const ratio = canvas.current.width / (canvas.current.clientWidth || canvas.current.width);
+    draw(canvas.current, [small.matrix], whole(small.matrix.cols, small.matrix.rows), d, ramp(d.kind, dark), ratio);
+  }, [small, scale, thumbs, head, field, dark]);
   const roles = rolesOf(app.options.scores, call.index, stored(call, head));
   const place = `layer ${call.site.layer ?? call.site.path}, head ${head}`;
   const here = current(app).call === call && focus(state) === head;
@@ -170,6 +173,14 @@ function Tile({ app, item, measure, width }: { app: App; item: Item; measure: Me
   );
 }
 
+/** In the colour that the head has everywhere. */
+function lines(canvas: HTMLCanvasElement, small: Thumbnail, head: number): void {
+  const context = canvas.getContext("2d")!;
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  const colour = getComputedStyle(canvas).getPropertyValue(look(head).colour.slice(4, -1));
+  drawLines(context, small, colour, { x: 0, y: 0, width: canvas.width, height: canvas.height });
+}
+
 /** Whether an element has been in view, or nearly. */
 function useSeen(ref: { current: Element | null }): boolean {
   const [seen, setSeen] = useState(false);
@@ -191,6 +202,6 @@ export const model: View = {
     "Every head of the model as a thumbnail, layers down, heads across. Order and filter them by what an analyzer " +
     "measured; click one to see its matrix.",
   fields: (state) => [state.field],
-  controls: ["field", "scale", "sink", "filter", "sort"],
+  controls: ["field", "filter", "sort", "scale", "sink", "thumbs"],
   component: Model,
 };

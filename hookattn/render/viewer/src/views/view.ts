@@ -4,7 +4,7 @@ import type { App } from "../app";
 import type { Call } from "../data/call";
 import type { State } from "../state";
 
-export type ControlName = "layer" | "heads" | "field" | "weights" | "scale" | "pool" | "sink" | "filter" | "sort";
+export type ControlName = "layer" | "heads" | "field" | "weights" | "over" | "scale" | "pool" | "sink" | "filter" | "sort" | "thumbs";
 
 export interface View {
   /** As in `State.view`. */
@@ -15,7 +15,7 @@ export interface View {
   help: string;
   /** The fields of the call that it cannot do without; without them the shell says which `capture=` keeps them. */
   fields(state: State): readonly string[];
-  /** Which controls, beside those for stack, step and batch, have a meaning here. */
+  /** Which controls, beside those for stack, step and batch, have a meaning here; some are in the Display menu. */
   controls: readonly ControlName[];
   /** What a picture of it is of: the head in focus (by default, where heads are chosen), all that are chosen, or no head. */
   shows?: "head" | "heads" | "trace";
