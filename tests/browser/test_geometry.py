@@ -54,6 +54,7 @@ FAULTS = """() => {
       const under = ground(e), r = ratio(over(colour, under), under);
       if (r < 4.5) found.push(`contrast ${r.toFixed(2)}: ${said}`);
     }
+    let scrolled = false;
     for (let p = svg ? svg.ownerSVGElement : e; p && p !== root.host; p = up(p)) {
       const s = getComputedStyle(p);
       const [x, y] = [s.overflowX, s.overflowY];
@@ -67,10 +68,11 @@ FAULTS = """() => {
         if ((b.bottom > box.bottom + 2 || b.top < box.top - 2) && !(scrollsY && p.scrollHeight > p.clientHeight))
           { found.push(`cut down by ${p.tagName}.${p.getAttribute("class") ?? ""}: ${said}`); break; }
       }
+      scrolled ||= scrollsX && p.scrollWidth > p.clientWidth;
       if (scrollsX || scrollsY) break;
     }
     const edge = document.documentElement.clientWidth + 1;
-    if (boxes.some((b) => b.right > edge || b.left < -1) && !e.closest(".wide, .figure, .rows"))
+    if (boxes.some((b) => b.right > edge || b.left < -1) && !scrolled)
       found.push(`off the page: ${said}`);
     // What is turned has a box that is larger than it is; two of the same slant do not meet where their feet do not.
     const turned = svg?.getAttribute("transform")?.includes("rotate");

@@ -143,5 +143,6 @@ export const overview: View = {
     "the text below. Arrow keys move among the heads and along the text.",
   fields: () => [],
   controls: ["weights", "filter", "over", "scale", "sink"],
+  shows: "head",
   component: Overview,
 };
