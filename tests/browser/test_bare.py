@@ -58,8 +58,9 @@ def test_every_view_shows_what_there_is_and_says_what_is_missing(open_page: Open
 BROWSERS = {
     "workers": "delete globalThis.Worker;",
     "workers that start": "globalThis.Worker = class { constructor() { throw new Error('forbidden'); } };",
-    "WebGL": """HTMLCanvasElement.prototype.getContext = ((real) => function (kind, ...more) {
-      return kind.startsWith("webgl") ? null : real.call(this, kind, ...more); })(HTMLCanvasElement.prototype.getContext);""",
+    "WebGL": """const real = HTMLCanvasElement.prototype.getContext;
+      HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
+        return kind.startsWith("webgl") ? null : real.call(this, kind, ...more); };""",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,15 @@ def test_a_picture_of_an_edited_call_says_so(open_page: Open, tmp_path: Path) ->
     page.evaluate("viewer.set({layer: 0})")
     page.wait_for_timeout(200)
     assert "edited" not in page.evaluate(TITLE, page.evaluate("viewer.svg()"))
+
+
+def test_what_comes_out_of_the_printer_is_the_same_in_both_themes(open_page: Open, file: Path) -> None:
+    colours = []
+    for theme in ("light", "dark"):
+        options = f"{{link: true, theme: '{theme}', state: {{view: 'lens', layer: 1}}}}"
+        page = show(open_page(), file, options)
+        page.locator(".facts").wait_for()
+        parts = re.findall(rb"stream\r?\n(.*?)endstream", page.pdf(), re.DOTALL)
+        drawn = b"".join(zlib.decompressobj().decompress(part) for part in parts if part[:1] == b"x")
+        colours.append(sorted(set(re.findall(rb"([\d.]+ [\d.]+ [\d.]+) rg", drawn))))
+    assert colours[0] == colours[1] and len(colours[0]) >= 3
