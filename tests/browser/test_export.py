@@ -75,7 +75,7 @@ def test_the_title_is_in_the_picture_whatever_its_width(open_page: Open, file: P
 SEEN = """() => { const root = document.querySelector("#viewer").shadowRoot, seen = (s) =>
   [...root.querySelectorAll(s)].some((e) => e.checkVisibility());
   const ha = getComputedStyle(root.querySelector(".ha"));
-  return { tabs: seen(".tabs"), controls: seen(".ha > .controls"), foot: seen(".ha > .foot"),
+  return { tabs: seen(".tabs"), controls: seen(".controls"), foot: seen(".ha > .foot"),
     title: seen(".caption") && root.querySelector(".caption").textContent,
     paper: ha.backgroundColor, ink: ha.color }; }"""
 DARKEST = """() => { const c = document.querySelector("#viewer").shadowRoot.querySelector(".plane canvas");
