@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_what_is_masked_is_hatched(open_page: Open, file: Path, field: str, them
 
 def test_what_is_masked_in_one_of_two_traces(open_page: Open, tmp_path: Path) -> None:
     model, x = Layers(2).eval(), torch.randn(1, 9, 24)
-    one, two = (saved(hookattn.trace(model, (x, None, m)), tmp_path / n) for n, m in (("a", causal(9)), ("b", None)))
+    one, two = (
+        Path(hookattn.trace(model, (x, None, m)).save(tmp_path / n)) for n, m in (("a", causal(9)), ("b", None))
+    )
     page = open_page()
     serve(page, {"two.safetensors": two})
     show(page, one, "{state: {view: 'compare', heads: [0]}, compare: await served('/two.safetensors')}")
@@ -115,7 +118,7 @@ def test_a_diffuse_head_is_not_blank(open_page: Open, tmp_path: Path, n: int) ->
     page.wait_for_timeout(200)
     assert max(page.evaluate(LIGHTNESS)) < 245  # with the 1 of the first row as the end: 254 and more
     legend = page.locator(".foot svg").first
-    assert "≥ 0.0" in legend.inner_text() and "and above" in legend.get_attribute("aria-label")
+    assert "≥ 0.0" in legend.text_content() and "and above" in legend.get_attribute("aria-label")
     page.evaluate("viewer.set({scale: 'log'})")
     page.wait_for_function(
         "!document.querySelector('#viewer').shadowRoot.querySelector('.foot svg').textContent.includes('≥')"
@@ -140,7 +143,7 @@ def test_names_of_49_tokens_are_legible(open_page: Open, demo: tuple[hookattn.Tr
             "all => all.map(t => t.getBoundingClientRect()).map(b => ({x: b.x + b.width / 2, y: b.y + b.height / 2}))"
         )
         at = sorted(b[side] for b in boxes)
-        assert min(b - a for a, b in zip(at, at[1:], strict=False)) >= 11
+        assert min(b - a for a, b in itertools.pairwise(at)) >= 11
 
 
 def test_names_are_thinned_before_they_are_numbers(open_page: Open, tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ function fingerprint() {
   return hash.digest("hex");
 }
 
+/** The style sheet as a text, without what is for its readers alone. */
+async function style({ path }) {
+  const { code } = await transform(readFileSync(path, "utf8"), { loader: "css", minify: true, charset: "utf8" });
+  return { contents: code, loader: "text" };
+}
+
 const at = process.argv.indexOf("--out");
 
 await build({
