@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,15 @@ def test_a_picture_says_what_it_shows(open_page: Open, file: Path, view: str) ->
             "layer 1",
             "head 2",
             "scores",
-            "query 3 “‿ing”",
+            "query 3 “",
             "key 2 “cat”",
             "✓ faithful",
             "≤",
             "batch entry 0",
         ):
             assert part in title, (part, title)
+    if view == "lens":
+        assert "scores" not in title and "weights" not in title  # it shows both
     if view == "head":
         assert "heads 0-1, 3" in title
     if view == "model":
@@ -71,15 +75,17 @@ def test_the_title_is_in_the_picture_whatever_its_width(open_page: Open, file: P
 SEEN = """() => { const root = document.querySelector("#viewer").shadowRoot, seen = (s) =>
   [...root.querySelectorAll(s)].some((e) => e.checkVisibility());
   const ha = getComputedStyle(root.querySelector(".ha"));
-  return { tabs: seen(".tabs"), controls: seen(".ha > .controls"), foot: seen(".ha > .foot"),
-    title: seen(".caption") && root.querySelector(".caption").textContent, paper: ha.backgroundColor, ink: ha.color }; }"""
+  return { tabs: seen(".tabs"), controls: seen(".controls"), foot: seen(".ha > .foot"),
+    title: seen(".caption") && root.querySelector(".caption").textContent,
+    paper: ha.backgroundColor, ink: ha.color }; }"""
 DARKEST = """() => { const c = document.querySelector("#viewer").shadowRoot.querySelector(".plane canvas");
   const d = c.getContext("2d").getImageData(c.width - 3, 2, 1, 1).data; return d[0] + d[1] + d[2]; }"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_page_is_printed_light_with_its_title_and_no_controls(open_page: Open, file: Path, theme: str) -> None:
-    page = show(open_page(), file, f"{{link: true, theme: '{theme}', state: {{view: 'matrix', layer: 1, heads: [2]}}}}")
+    options = f"{{link: true, theme: '{theme}', state: {{view: 'matrix', layer: 1, heads: [2]}}}}"
+    page = show(open_page(), file, options)
     page.locator(".plane canvas").wait_for()
     page.wait_for_timeout(200)
     on_screen = page.evaluate(SEEN)
@@ -90,7 +96,31 @@ def test_a_page_is_printed_light_with_its_title_and_no_controls(open_page: Open,
     assert not printed["tabs"] and not printed["controls"] and not printed["foot"]
     assert "layer 1" in printed["title"] and "head 2" in printed["title"] and "faithful" in printed["title"]
     assert (printed["paper"], printed["ink"]) == ("rgb(255, 255, 255)", "rgb(27, 36, 48)")
-    assert page.evaluate(DARKEST) > 600  # what weighs nothing is light, too
+    assert page.evaluate(DARKEST) > 400  # what is masked is light, too
     page.emulate_media(media="screen")
     page.wait_for_timeout(200)
     assert page.evaluate(SEEN)["paper"] == on_screen["paper"]
+
+
+def test_a_picture_of_an_edited_call_says_so(open_page: Open, tmp_path: Path) -> None:
+    from tests.browser.everything import pair_of_traces
+
+    _, changed = pair_of_traces()
+    page = show(open_page(), Path(changed.save(tmp_path / "t.safetensors")), "{state: {view: 'matrix', layer: 1}}")
+    page.locator(".plane canvas").wait_for()
+    assert "edited: zero(weights)" in page.evaluate(TITLE, page.evaluate("viewer.svg()"))
+    page.evaluate("viewer.set({layer: 0})")
+    page.wait_for_timeout(200)
+    assert "edited" not in page.evaluate(TITLE, page.evaluate("viewer.svg()"))
+
+
+def test_what_comes_out_of_the_printer_is_the_same_in_both_themes(open_page: Open, file: Path) -> None:
+    colours = []
+    for theme in ("light", "dark"):
+        options = f"{{link: true, theme: '{theme}', state: {{view: 'lens', layer: 1}}}}"
+        page = show(open_page(), file, options)
+        page.locator(".facts").wait_for()
+        parts = re.findall(rb"stream\r?\n(.*?)endstream", page.pdf(), re.DOTALL)
+        drawn = b"".join(zlib.decompressobj().decompress(part) for part in parts if part[:1] == b"x")
+        colours.append(sorted(set(re.findall(rb"([\d.]+ [\d.]+ [\d.]+) rg", drawn))))
+    assert colours[0] == colours[1] and len(colours[0]) >= 3

@@ -30,7 +30,8 @@ FAULTS = """() => {
     }
     return layers.reduceRight((under, top) => over(top, under), [255, 255, 255, 1]);
   };
-  const lum = (c) => { const [r, g, b] = c.map((x) => (x /= 255, x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+  const linear = (x) => (x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4);
+  const lum = (c) => { const [r, g, b] = c.map(linear);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05; };
   const ratio = (a, b) => { const [x, y] = [lum(a), lum(b)]; return Math.max(x, y) / Math.min(x, y); };
   const found = [], seen = [];
@@ -53,6 +54,7 @@ FAULTS = """() => {
       const under = ground(e), r = ratio(over(colour, under), under);
       if (r < 4.5) found.push(`contrast ${r.toFixed(2)}: ${said}`);
     }
+    let scrolled = false;
     for (let p = svg ? svg.ownerSVGElement : e; p && p !== root.host; p = up(p)) {
       const s = getComputedStyle(p);
       const [x, y] = [s.overflowX, s.overflowY];
@@ -66,19 +68,27 @@ FAULTS = """() => {
         if ((b.bottom > box.bottom + 2 || b.top < box.top - 2) && !(scrollsY && p.scrollHeight > p.clientHeight))
           { found.push(`cut down by ${p.tagName}.${p.getAttribute("class") ?? ""}: ${said}`); break; }
       }
+      scrolled ||= scrollsX && p.scrollWidth > p.clientWidth;
       if (scrollsX || scrollsY) break;
     }
-    if (boxes.some((b) => b.right > document.documentElement.clientWidth + 1 || b.left < -1) &&
-        document.documentElement.scrollWidth <= innerWidth && !e.closest(".wide, .figure, .rows")) found.push(`off the page: ${said}`);
+    const edge = document.documentElement.clientWidth + 1;
+    if (boxes.some((b) => b.right > edge || b.left < -1) && !scrolled)
+      found.push(`off the page: ${said}`);
     // What is turned has a box that is larger than it is; two of the same slant do not meet where their feet do not.
     const turned = svg?.getAttribute("transform")?.includes("rotate");
-    if (!turned && !e.closest(".tip")) for (const b of boxes) seen.push([b, said, e]);
+    // Of a text that ends in an ellipsis only what is before it is seen.
+    let clip = null;
+    for (let p = e; p && !clip; p = up(p))
+      if (getComputedStyle(p).textOverflow === "ellipsis") clip = p.getBoundingClientRect();
+    if (!turned && !e.closest(".tip")) for (const { left, top, right, bottom, height } of boxes)
+      seen.push([{ left, top, right: Math.min(right, clip?.right ?? right), bottom, height }, said, e]);
   }
   if (document.documentElement.scrollWidth > innerWidth) found.push("the page is wider than the window");
   for (let i = 0; i < seen.length; i++) for (let j = i + 1; j < seen.length; j++) {
     const [a, sa, ea] = seen[i], [b, sb, eb] = seen[j];
     if (ea === eb || ea.contains(eb) || eb.contains(ea)) continue;
-    const [w, h] = [Math.min(a.right, b.right) - Math.max(a.left, b.left), Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top)];
+    const w = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const h = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
     // Boxes of text have room above and below the letters.
     if (w > 2 && h > 0.35 * Math.min(a.height, b.height)) found.push(`over each other: ${sa} and ${sb}`);
   }
@@ -120,7 +130,7 @@ def state(page: Any) -> dict[str, Any]:
     [
         ("font-size: 10px", "10 px"),
         ("color: #999", "contrast 2."),
-        ("position: absolute; left: 0; top: 0; width: 200px", "over each other"),
+        ("position: absolute; left: 16px; top: 14px; width: 200px", "over each other"),
         ("display: block; width: 20px; overflow: hidden; white-space: nowrap", "cut across"),
     ],
 )

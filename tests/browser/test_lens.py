@@ -115,8 +115,8 @@ def test_the_sentences(open_page: Open, tmp_path: Path) -> None:
     assert float(digits[0]) == pytest.approx(plain[1].item(), rel=1e-7) and digits[2:4] == ["3", "−1"]
     said = verdict(page, 4, 0)
     assert said == (
-        f"Query 4 “down” gives key 0 “<s>” a weight of {plain[0]:.3g}: its score of 3.00 is the largest of 5, 2.50 above "
-        "key 2 “cat” (0.500)."
+        f"Query 4 “down” gives key 0 “<s>” a weight of {plain[0]:.3g}: its score of 3.00 is the largest of 5, "
+        "2.50 above key 2 “cat” (0.500)."
     )
     page.evaluate("viewer.set({heads: [1]})")
     page.get_by_text("Head 1, query 4").wait_for()
@@ -168,7 +168,7 @@ def test_padding_before_the_first_key_is_no_sink(open_page: Open, tmp_path: Path
 
 
 def test_weights_that_are_not_of_their_scores_are_told(open_page: Open, tmp_path: Path) -> None:
-    made = crafted(torch.randn(2, 6, 6))
+    made = crafted(torch.zeros(2, 6, 6))
     options = "{state: {view: 'lens', heads: [0], query: 5, key: 1}}"
     page = show(open_page(), Path(made.save(tmp_path / "a.safetensors")), options)
     page.locator(".facts").wait_for()

@@ -48,7 +48,7 @@ def test_in_a_notebook_keys_wait_for_the_viewer_to_have_the_focus(open_page: Ope
     before = state(page)["view"]
     page.keyboard.press("2")
     assert state(page)["view"] == before
-    page.locator(".caption + .controls").click(position={"x": 2, "y": 2})
+    page.locator(".controls").first.click(position={"x": 2, "y": 2})
     page.keyboard.press("2")
     assert state(page)["view"] == "matrix"
     page.keyboard.press("?")

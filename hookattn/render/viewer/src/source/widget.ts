@@ -55,7 +55,8 @@ export function asked(
       return new Promise((resolve, reject) => {
         const late = setTimeout(() => {
           waiting.delete(id);
-          reject(new ViewerError("The kernel does not answer. Is it busy, or was it stopped?"));
+          reject(new ViewerError("The kernel does not answer. Is it busy, or was it stopped? Run the cell again; hookattn.render.save_page " +
+              "writes a page that needs none."));
         }, TIMEOUT);
         const done =
           <T>(pass: (value: T) => void) =>

@@ -1,7 +1,7 @@
 /** What a picture that leaves the page has to say of itself: its title, and the name of its file. */
 import { type App, current, focus } from "../app";
-import { guessed } from "../data/kinds";
-import { fieldOf } from "../data/kinds";
+import { edited } from "../data/edits";
+import { fieldOf, guessed, weightsOf } from "../data/kinds";
 import { headsOver, nameOver } from "../data/over";
 import { measured } from "../format";
 import type { View } from "../views/view";
@@ -32,12 +32,20 @@ function ranges(numbers: readonly number[]): string {
   return parts.map(([a, b]) => (a === b ? a : `${a}-${b}`)).join(".");
 }
 
+/** The field that a view draws, where one can be chosen; null: it draws several. */
+function fieldShown(app: App, view: View): string | null {
+  const { field } = app.state.value;
+  const { call } = current(app);
+  if (view.controls.includes("field")) return fieldOf(call, field);
+  return view.controls.includes("weights") ? weightsOf(call, field) : null;
+}
+
 /** `run-matrix-L1H2-scores-q6-k2`, without an ending. */
 export function fileName(app: App, view: View): string {
   const state = app.state.value;
   const { call } = current(app);
   const heads = headsOf(app, view);
-  const field = fieldOf(call, state.field);
+  const field = fieldShown(app, view);
   const { source } = app.trace;
   const several = new Set(app.trace.calls.map((c) => c.step)).size > 1;
   const parts = [
@@ -47,7 +55,7 @@ export function fileName(app: App, view: View): string {
     overOf(app, view) ?? false,
     several && `step${state.step}`,
     call.extents.B > 1 && `batch${state.batch}`,
-    heads.length > 0 && view.fields(state).includes(state.field) && field !== "weights" && field,
+    heads.length > 0 && field !== null && field !== "weights" && field,
     heads.length > 0 && state.query !== null && `q${state.query}`,
     heads.length > 0 && state.key !== null && `k${state.key}`,
   ];
@@ -65,7 +73,6 @@ export function caption(app: App, view: View): string[] {
   const heads = headsOf(app, view);
   const one = heads.length > 0;
   const { layer, stack, kind, path } = call.site;
-  const shown = view.fields(state).filter((field) => field === state.field).map((field) => fieldOf(call, field));
   const several = new Set(app.trace.calls.map((c) => c.step)).size > 1;
   return [
     app.other !== null && view.id === "compare" ? `A: ${source.name}, B: ${app.other.source.name}` : source.name,
@@ -77,10 +84,11 @@ export function caption(app: App, view: View): string[] {
       : one ? `${heads.length === 1 ? "head" : "heads"} ${ranges(heads).replaceAll(".", ", ")}` : "",
     several ? `step ${state.step}` : "",
     call.extents.B > 1 ? `batch entry ${state.batch}` : "",
-    ...shown,
+    fieldShown(app, view) ?? "",
     one && state.query !== null ? `query ${name(axes.queries, state.query)}` : "",
     one && state.key !== null ? `key ${name(axes.keys, state.key)}` : "",
     one ? certificate(app) : ofAll(app),
+    one ? edited(call) : app.trace.calls.some((c) => edited(c) !== "") ? "edited" : "",
   ].filter(Boolean);
 }
 

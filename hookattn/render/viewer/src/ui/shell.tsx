@@ -61,6 +61,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         </button>
         <Edits call={call} />
       </header>
+      <p class="caption">{caption(app, view).join(" · ")}</p>
       <div class="bar">
       <div class="tabs" role="tablist" aria-label="Views">
         {views.map((v) => (
@@ -76,7 +77,6 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
           </button>
         ))}
       </div>
-      <p class="caption">{caption(app, view).join(" · ")}</p>
       <Controls app={app} view={view} />
       </div>
       <Notices app={app} call={call} fields={fields} />

@@ -144,5 +144,6 @@ export const overview: View = {
     "focus among the heads or in the text, arrow keys move there.",
   fields: () => [],
   controls: ["weights", "filter", "over", "scale", "sink"],
+  shows: "head",
   component: Overview,
 };
