@@ -1,3 +1,5 @@
+import type { Coding } from "./document";
+
 /** Numbers as a reader of the page needs them: nothing is narrowed, nothing is rounded. */
 export type Numbers = Float32Array | Float64Array | Uint8Array;
 
@@ -70,8 +72,10 @@ export const DTYPES: Readonly<Record<string, Dtype>> = {
   U64: plain(8, BigUint64Array),
 };
 
-/** Codings of a narrowed tensor, named in the document under `coding`. */
-export const CODINGS: Readonly<Record<string, (codes: Uint8Array) => Numbers>> = {
+/** Codings of a narrowed tensor, named in the document under `coding`; `first`: the place of the first code in it. */
+export const CODINGS: Readonly<
+  Record<string, (codes: Uint8Array, coding: Coding, shape: readonly number[], first: number) => Numbers>
+> = {
   // Codes are of the square root, as most weights are small: near 0 their steps are 1/65025, near 1 they are 1/128. The
   // colours of a picture could not show less, and a page of bytes is a quarter of one of floats.
   sqrt8: (codes) => {
@@ -80,4 +84,22 @@ export const CODINGS: Readonly<Record<string, (codes: Uint8Array) => Numbers>> =
     for (let i = 0; i < out.length; i++) out[i] = values[codes[i]!]!;
     return out;
   },
+  // Doubles, as what follows from q and k is to be rounded as it was when the page was made.
+  steps8: (codes, { step = [], doubled = [] }, shape, first) => {
+    const [heads, rows, cols] = shape.slice(-3) as [number, number, number];
+    const times = new Map(doubled.map(([head, col, n]) => [head * cols + col, 2 ** n]));
+    const signed = new Int8Array(codes.buffer, codes.byteOffset, codes.length);
+    return Float64Array.from(signed, (code, i) => {
+      const head = Math.floor((first + i) / (rows * cols)) % heads;
+      return code * step[head]! * (times.get(head * cols + ((first + i) % cols)) ?? 1);
+    });
+  },
 };
+
+/** The kind of weights of which what follows from q and k was taken off: code − round(255·√w), modulo 256. */
+export const SQRT8_LESS = "sqrt8-less-qk";
+
+/** Codes of weights put together from what follows and what was left. */
+export function together(rest: Uint8Array, weights: Numbers): Uint8Array {
+  return rest.map((code, i) => code + Math.round(255 * Math.sqrt(weights[i]!)));
+}
