@@ -25,7 +25,8 @@ try {
   const { mount, source, compare, options } = await open();
   // Inside a frame of a notebook there is no address to keep the selection in.
   const link = location.protocol !== "about:";
-  mount(box, source, { ...options, link, ...(compare && { compare }) });
+  // For programs, and for a reader at the console.
+  globalThis.viewer = mount(box, source, { ...options, link, ...(compare && { compare }) });
 } catch (error) {
   const said = document.createElement("p");
   said.className = "said";
