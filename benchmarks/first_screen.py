@@ -8,7 +8,8 @@ In a shell:
 
 It needs playwright and a Chromium (``--chromium``); the browser reaches this machine alone. *painted* is the first
 paint of the page, *drawn* when the view in front stands, *found* when all heads are measured; *longest* is the longest
-task of the page's own thread.
+task of the page's own thread. On a busy machine look at *busy*, the time on a processor of all the browser's processes
+until then.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _served(folder: Path, layers: int, tokens: int, stored: bool) -> Iterator[tu
     trace = _traced(layers, tokens, capture=capture, to=folder / "run.safetensors", dtype=torch.float16)
     del trace
     path = folder / "run.safetensors"
-    command = [sys.executable, "-m", "hookattn", "--json", "view", str(path), "--no-open", "--port", "0"]
+    command = [sys.executable, "-c", "from hookattn.cli import main; main()", "--json", "view", str(path), "--no-open", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -142,6 +143,7 @@ def _once(browser: Any, url: str) -> dict[str, float]:
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
     page.add_init_script(_WATCH)
+    before = _busy()
     page.goto(url)
     # The page's policy forbids what wait_for_function does.
     end = time.monotonic() + 120
@@ -149,10 +151,27 @@ def _once(browser: Any, url: str) -> dict[str, float]:
         if time.monotonic() > end:
             raise SystemExit(f"{url.partition('?')[0]}: its heads were not measured in two minutes")
         time.sleep(0.1)
+    busy = 1000 * (_busy() - before)
     seen = page.evaluate("seen")
     painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     context.close()
-    return {"painted": painted, **seen}
+    return {"painted": painted, **seen, "busy": busy}
+
+
+def _busy() -> float:
+    """Seconds on a processor of what this process has started and what that has, the server left out."""
+    try:
+        import psutil
+    except ImportError:
+        return float("nan")
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "python" not in process.name():
+                total += sum(process.cpu_times()[:2])
+        except psutil.Error:
+            continue
+    return total
 
 
 if __name__ == "__main__":
