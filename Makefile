@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest check-all bench bench-gpu train \
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest docs docs-links check-all bench bench-gpu train \
 	compare coverage lock newest clean help
 
 help: ## list the targets
@@ -97,6 +97,18 @@ test-serving: .venv-serving/.done ## vLLM on a CPU, installed for it: minutes
 
 test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong calls, other users: minutes, with figures
 	$(BIN)/python -m tests.attack
+
+$(VENV)/.docs: $(VENV)/.dev $(call locked,docs)
+	@$(call fits,$(BIN)/python,docs) --venv $(VENV)
+	$(call install,docs) -e ".[demo,dev,site]"
+	@touch $@
+
+docs: $(VENV)/.docs ## the documentation site, offline: every notebook run, warnings as errors, links within it checked
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/cache docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+docs-links: docs ## the links that lead out of the site, where there is a network
+	HOOKATTN_DOCS_NOTEBOOKS=cache $(BIN)/python -m sphinx -q -b linkcheck -d docs/_build/cache docs docs/_build/links
 
 SECONDS ?= 3600
 test-soak: $(VENV)/.dev ## traces of changing models in one process for an hour (SECONDS=): nothing may grow

@@ -128,9 +128,11 @@ def _fitting(model: nn.Module, args: dict[str, Any], encoded: Encoded) -> Any:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return args
+    names = {p.name for p in parameters}
+    if callable(getattr(model, "tokenize", None)) and "input_ids" not in names:
+        return (args,)  # a pipeline of modules that hands a dictionary of features on
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return args
-    names = {p.name for p in parameters}
     if "attention_mask" not in names and not bool(encoded.real.all()):
         raise InputError(
             f"{type(model).__name__}.forward takes no attention_mask, so that it would read the padding of texts of "

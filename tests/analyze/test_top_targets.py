@@ -62,7 +62,7 @@ def test_cross_attention_by_position() -> None:
     best = made.weights[0][0, :, 2].argmax(-1)
     assert table[table.call == 0]["key"].tolist() == best.tolist()
     assert table[table.call == 0]["target"].tolist() == [TOKENS[j] for j in best]
-    with pytest.raises(MeasureError, match="tokens of its queries are not known"):
+    with pytest.raises(MeasureError, match="it needs tokens of its queries; trace again with tokens="):
         analyze.top_targets(made.trace, "it")
 
 
@@ -80,3 +80,28 @@ def test_nothing_to_show() -> None:
         analyze.top_targets(given(uniform(3)), "a")
     with pytest.raises(FieldNotCaptured):
         analyze.top_targets(hookattn.trace(Causal(), torch.randn(1, 3, 8), capture=("q",)), 0)
+
+
+def test_by_the_names_of_the_queries_in_cross_attention() -> None:
+    """Queries have the names of their own stack, keys those of the other."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9, 10, 9, 3]])}
+    source, target = ["Das", "Haus", "ist", "."], ["<s>", "the", "house", "the", "?"]
+    trace = hookattn.trace(model, inputs, tokens={"encoder": source, "decoder": target})
+    cross = trace.select(stack="decoder", kind="cross")
+    table = analyze.top_targets(cross, "the", 2)
+    assert set(table["query"]) == {1, 3} and set(table["token"]) == {"the"} and set(table["target"]) <= set(source)
+    for row in table.to_dict("records"):
+        assert row["weight"] == pytest.approx(float(cross[0].weights[0, row["head"], row["query"], row["key"]]))
+        assert source[row["key"]] == row["target"]
+    assert set(analyze.top_targets(trace, "the", 2)["kind"]) == {"self", "cross"}
+    with pytest.raises(SelectionError, match="no call"):
+        analyze.top_targets(cross, "Haus")
+    alone = hookattn.trace(model, inputs, tokens=source).select(stack="decoder", kind="cross")
+    with pytest.raises(MeasureError, match=r"trace again with tokens=\{'decoder': …\}"):
+        analyze.top_targets(alone, "the")

@@ -68,3 +68,10 @@ def test_encode_is_traced_batch_by_batch(model: Any) -> None:
         traced = model.encode(SENTENCES, batch_size=1)
     assert (plain == traced).all()
     assert [call.step for call in trace] == [0, 0, 1, 1]
+
+
+def test_from_a_text(model: Any) -> None:
+    found, expected = hookattn.trace_text(model, SENTENCES), hookattn.trace(model, (features(model),))
+    assert found.tokens is not None and found.tokens[1][:5] == ["[CLS]", "a", "dog", "ran", "[SEP]"]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.weights, other.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ... import checks
 from ... import statistics as st
+from ...calls.key_tokens import lists_of_queries
 from ...errors import MeasureError, SelectionError
 from ...tokens.words import split_words
 from ..call_view import View
@@ -51,10 +53,19 @@ def top_targets(trace: TraceLike, of: str | int, k: int = 5, *, example: int = 0
             raise SelectionError(f"example={example}: {view.where} has {view.shape[0]} batch entries.")
         found = named_keys(view)
         tokens = None if isinstance(found, str) else found[example]
-        if isinstance(of, str) and (tokens is None or view.crosses):
-            why = why or f"{view.where}: {found if isinstance(found, str) else 'tokens of its queries are not known'}"
+        if isinstance(of, str) and view.crosses:
+            lists = lists_of_queries(view.traced, view.trace)
+            names = named_queries(view)[example]
+            if not any(names):
+                why = why or f"{view.where}: {lists if isinstance(lists, str) else 'the tokens do not fit its queries'}"
+                continue
+            rows = [(row, view.queries[row]) for row in _written(of, names)]
+        elif isinstance(of, str) and tokens is None:
+            why = why or f"{view.where}: {found}"
             continue
-        for row, place in _query_rows(view, example, of, tokens):
+        else:
+            rows = _query_rows(view, example, of, tokens)
+        for row, place in rows:
             frames.append(table_of(_target_columns(view, example, row, place, k, tokens)))
     if frames:
         return pd.concat(frames, ignore_index=True)
@@ -72,12 +83,17 @@ def _query_rows(
     if isinstance(of, int):
         return [(row, place) for row, place in enumerate(at) if place == of]
     assert tokens is not None
-    tokens = tuple(token for token in tokens if token is not None)  # a prompt's tokens name the first keys
-    words = split_words(tokens)
+    same = _written(of, tokens)
+    return [(row, place) for row, place in enumerate(at) if place in same]
+
+
+def _written(of: str, tokens: Sequence[str | None]) -> list[int]:
+    """The places at which a text stands among tokens, of which the first are known."""
+    known = tuple(token for token in tokens if token is not None)  # a prompt's tokens name the first keys
+    words = split_words(known)
     # As the tokenizer has it, as the piece reads, or as the whole word that the piece is of.
-    same = [of in (token, piece.strip(" "), words.texts[word]) for token, piece, word in
-            zip(tokens, words.pieces, words.of, strict=True)]  # fmt: skip
-    return [(row, place) for row, place in enumerate(at) if 0 <= place < len(same) and same[place]]
+    pieces = zip(known, words.pieces, words.of, strict=True)
+    return [i for i, (token, piece, word) in enumerate(pieces) if of in (token, piece.strip(" "), words.texts[word])]
 
 
 def _target_columns(
