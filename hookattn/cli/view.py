@@ -19,7 +19,6 @@ from .command import Command, explain
     short_help="Look at a trace file in the browser.",
     examples=(
         "hookattn view run.safetensors",
-        "hookattn view run.safetensors --scores",
         "hookattn view before.safetensors after.safetensors",
         "hookattn view vit.safetensors --image cat.png",
         "hookattn view run.safetensors --html run.html",
@@ -29,7 +28,7 @@ from .command import Command, explain
 @click.argument("compare", type=click.Path(), required=False, metavar="[FILE2]")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; by default the first free one from 8765 on.")
 @click.option("--no-open", is_flag=True, help="Print the address, and open no browser.")
-@click.option("--scores", is_flag=True, help="Score all heads first, as `hookattn heads` does, to sort them by it.")
+@click.option("--scores", is_flag=True, help="Add all that `hookattn heads` measures to what the page does.")
 @click.option(
     "--image",
     "pictures",

@@ -26,9 +26,14 @@ from .trace_files import TraceLike, as_trace, name_of, title_of
 BLOCK = 1 << 18
 """Bytes of one block, which is what is decoded at once: a head of 512 tokens in 8-bit codes."""
 
+# The module is packed as the blocks are: what unpacks these unpacks it.
 _OPEN = """
+  const packed = Uint8Array.from(atob("%s"), (c) => c.charCodeAt(0));
+  const text = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  const { mount, embedded } = await import("data:text/javascript;charset=utf-8," + encodeURIComponent(text));
   const part = (id) => document.getElementById(id);
   return {
+    mount,
     source: embedded(part("trace")),
     compare: part("compare") && embedded(part("compare")),
     options: JSON.parse(part("options").textContent),
@@ -118,8 +123,7 @@ def page_pieces(
     made = {"trace": narrowed(first, fields, limit)}
     if second is not None:
         made["compare"] = narrowed(second, fields, limit)
-    code = base64.b64encode(viewer_module().encode("utf-8")).decode()
-    text = module_script(f'import {{ mount, embedded }} from "data:text/javascript;base64,{code}";', _OPEN)
+    text = module_script(_OPEN % _packed(viewer_module().encode("utf-8")))
     yield page_head(
         title_of(first) if title is None else title, content_policy(text, module="data: blob:", connect="'none'")
     )
@@ -160,10 +164,14 @@ def _narrowed_header(file: BinaryIO, made: Narrowed) -> tuple[bytes, int]:
 
 
 def _script_element(start: int, data: bytes, more: str = "") -> str:
-    # The viewer decodes the blocks that it shows, so that a page of 200 MB opens as fast as a small one. gzip's header
-    # has a fixed time, so that the same trace gives the same page.
-    packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    # The viewer decodes the blocks that it shows, so that a page of 200 MB opens as fast as a small one.
+    packed = _packed(data)
     return (
         f'<script type="application/x-hookattn" data-start="{start}" data-end="{start + len(data)}" '
         f'data-codec="gzip"{more}>{packed}</script>\n'
     )
+
+
+def _packed(data: bytes) -> str:
+    # gzip's header has a fixed time, so that the same trace gives the same page.
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()

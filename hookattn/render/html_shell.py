@@ -22,10 +22,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color-scheme: light dark; }
 _BOOT = """
 const box = document.getElementById("viewer");
 try {
-  const { source, compare, options } = await open();
+  const { mount, source, compare, options } = await open();
   // Inside a frame of a notebook there is no address to keep the selection in.
   const link = location.protocol !== "about:";
-  mount(box, source, { ...options, link, ...(compare && { compare }) });
+  // For programs, and for a reader at the console.
+  globalThis.viewer = mount(box, source, { ...options, link, ...(compare && { compare }) });
 } catch (error) {
   const said = document.createElement("p");
   said.className = "said";
@@ -49,14 +50,13 @@ def viewer_module() -> str:
         raise RenderError(f"the viewer's module {error.filename} is missing. Install hookattn again.") from error
 
 
-def module_script(imports: str, body: str) -> str:
+def module_script(body: str) -> str:
     """The text of the page's module script.
 
     Args:
-        imports: its import declarations, of ``mount`` at the least.
-        body: JavaScript that returns ``{source, compare, options}``, or throws.
+        body: JavaScript that imports the viewer and returns ``{mount, source, compare, options}``, or throws.
     """
-    return f"{imports}\nasync function open() {{\n{body}\n}}{_BOOT}"
+    return f"async function open() {{\n{body}\n}}{_BOOT}"
 
 
 def content_policy(text: str, *, module: str, connect: str) -> str:

@@ -1,4 +1,4 @@
-"""A trace made small enough for a page: weights as 8-bit codes, the rest as 16-bit floats, some fields left out."""
+"""A trace made small enough for a page: some fields as 8-bit codes, the rest as 16-bit floats, some fields left out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..calls.extents import extents_of
 from ..calls.fields import Field, Later
 from ..errors import FieldNotCaptured, PageTooLargeError, SelectionError
 from ..traces import Trace
+from .page_codes import SQRT8, SQRT8_LESS, STEPS8, follow_weights, followed, from_steps8, half_floats, sqrt8, steps8
 
 ROOM = 4_000_000
 """Bytes of data that a page takes unasked: with base64 and the viewer, six million."""
@@ -30,6 +31,8 @@ GROUPS = (("weights", *_OF_WEIGHTS), ("applied",), _OF_SCORES, ("scores",), ("v"
 """What is worth most first. What is in one group is of no use alone."""
 
 _WIDTHS = {"weights": 1, "applied": 1, "mask": 1}
+# Of q and k as codes gzip leaves so much, and of the weights, once what follows from these is taken off, so much less.
+_OF_STEPS, _OFF_WEIGHTS = 0.75, 0.75
 # A mask is mostly long runs, which gzip leaves next to nothing of.
 _MASK_SHARE = 8
 
@@ -40,24 +43,37 @@ class Narrowed:
 
     Attributes:
         trace: its fields are computed when they are read.
-        coding: ``(call, field)`` → ``{"kind", "error"}``, by the call's place in the trace; complete once every field
-            was read, as the error is measured then. ``sqrt8``: a U8 tensor of codes, which mean (code / 255)².
+        coding: ``(call, field)`` → ``{"kind", "error", …}``, by the call's place in the trace; complete once every
+            field was read, as the error is measured then. The kinds are those of :mod:`.page_codes`.
         rounded: field → the largest absolute error of its 16-bit floats, likewise; exact ones are not in it.
         left_out: fields of the trace that are not in the page.
+        in_steps: whether q and k are codes, and the weights what these leave open, as 16 bits have no room.
+        score_errors: of each call whose scores follow from such codes, how far these are off at the most, and the mean
+            square of it.
     """
 
     trace: Trace
     coding: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    in_steps: bool = False
+    score_errors: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the page has to know."""
         made = []
-        if self.coding:
-            error = max(entry["error"] for entry in self.coding.values())
-            made.append(f"This page holds the weights as 8-bit codes: off by {error:.1e} at the most.")
+        for fields in (("weights", "applied"), ("q",), ("k",)):
+            errors = [entry["error"] for (_, name), entry in self.coding.items() if name in fields]
+            if errors:
+                said = "the weights" if "weights" in fields else fields[0]
+                made.append(f"This page holds {said} as 8-bit codes: off by {max(errors):.1e} at the most.")
+        if self.score_errors:
+            worst, level = max(e for e, _ in self.score_errors), sum(e for _, e in self.score_errors)
+            made.append(
+                f"Scores follow from these q and k: off by {(level / len(self.score_errors)) ** 0.5:.1e} (root "
+                f"mean square), {worst:.1e} at the most. The weights are not made of them."
+            )
         if self.rounded:
             said = ", ".join(f"{name} by {error:.1e}" for name, error in self.rounded.items())
             made.append(f"This page holds 16-bit floats: rounded, at the most, are {said}.")
@@ -83,7 +99,10 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
     if fields is None and sum(_bytes_of(call, f) for call in trace for f in call.fields) <= ROOM:
         return Narrowed(trace)
     there = [f for f in FIELDS if any(call.has(f) for call in trace)]
-    kept = _fields_that_fit(trace, there) if fields is None else _fields_asked_for(trace, there, fields)
+    if fields is None:
+        kept, in_steps = _fields_that_fit(trace, there)
+    else:
+        kept, in_steps = _fields_asked_for(trace, there, fields), False
     held = [*kept, *dict.fromkeys(f for call in trace for f in call.fields if f not in FIELDS)]
     size = sum(_bytes_of(call, f, narrow=True) for call in trace for f in held if call.has(f))
     if size > limit:
@@ -93,7 +112,7 @@ def narrowed(trace: Trace, fields: Sequence[str] | None = None, limit: int = LIM
             "size, as it reads only what is looked at; or make a page of a part: trace.select(layer=…, step=…), or a "
             "trace of fewer heads or queries."
         )
-    made = Narrowed(trace)
+    made = Narrowed(trace, in_steps=in_steps)
     lost = [f for f in there if f not in kept and not _follows(trace, f, kept)]
     made.left_out = tuple(f for f in lost if any(call.fields.get(f, ...) is not None for call in trace))
     made.trace = replace(trace, calls=[_narrowed_call(call, i, kept, made) for i, call in enumerate(trace)])
@@ -116,17 +135,31 @@ def _fields_asked_for(trace: Trace, there: Sequence[str], fields: Sequence[str])
     return [f for f in there if f in fields or not any(_bytes_of(call, f) for call in trace if call.has(f))]
 
 
-def _fields_that_fit(trace: Trace, there: Sequence[str]) -> list[str]:
+def _fields_that_fit(trace: Trace, there: Sequence[str]) -> tuple[list[str], bool]:
+    """The fields that have room, and whether q and k have it as codes alone."""
     # A group is taken whole or not at all, and the first in any case. After one that has no room a smaller may fit.
     kept: list[str] = []
-    left = ROOM
+    left, in_steps = float(ROOM), False
     for group in GROUPS:
         wanted = [f for f in group if f in there and not _follows(trace, f, kept)]
-        size = sum(_bytes_of(call, f, narrow=True) for call in trace for f in wanted if call.has(f))
+        sizes = {f: sum(_bytes_of(call, f, narrow=True) for call in trace if call.has(f)) for f in wanted}
+        size: float = sum(sizes.values())
+        if group == _OF_SCORES and size > left and _in_steps(trace, [*kept, *wanted]):
+            weights = sum(_bytes_of(call, "weights", narrow=True) for call in trace)
+            size -= (1 - _OF_STEPS / 2) * (sizes["q"] + sizes["k"]) + _OFF_WEIGHTS * weights
+            size = max(size, 0.0)
+            in_steps = size <= left
         if size <= left or (wanted and not kept):
             kept += wanted
             left -= size
-    return [f for f in FIELDS if f in kept]
+    return [f for f in FIELDS if f in kept], in_steps
+
+
+def _in_steps(trace: Trace, kept: Sequence[str]) -> bool:
+    """Whether q and k are worth their codes: the weights of all calls are kept, and follow from them."""
+    return {"q", "k", "weights"} <= {*kept} and all(
+        call.has("q") and "weights" in _derivable(call, kept) and follow_weights(call) for call in trace
+    )
 
 
 def _follows(trace: Trace, name: str, kept: Iterable[str]) -> bool:
@@ -185,7 +218,17 @@ def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
         codes = sqrt8(value)
         if codes is not None:
             errors = [_largest_error(*head) for head in zip(codes.flatten(0, 1), value.flatten(0, 1), strict=True)]
-            made.coding[place, name] = {"kind": "sqrt8", "error": max(errors, default=0.0)}
+            coding: dict[str, Any] = {"kind": SQRT8, "error": max(errors, default=0.0)}
+            if name == "weights" and made.in_steps:
+                codes, coding = _less_what_follows(call, codes, coding, made)
+            made.coding[place, name] = coding
+            return codes
+    if name in ("q", "k") and made.in_steps:
+        found = steps8(value)
+        if found is not None:
+            codes, meaning = found
+            error = float((from_steps8(codes, meaning) - value).abs().max()) if codes.numel() else 0.0
+            made.coding[place, name] = {"kind": STEPS8, "error": error, **meaning}
             return codes
     half, error = half_floats(value)
     if error:
@@ -193,32 +236,23 @@ def _encoded(call: Call, place: int, name: str, made: Narrowed) -> Tensor:
     return half
 
 
+def _less_what_follows(
+    call: Call, codes: Tensor, coding: dict[str, Any], made: Narrowed
+) -> tuple[Tensor, dict[str, Any]]:
+    """Codes of weights, or, where q and k are codes, what these leave open of them: most of it is 0."""
+    call = replace(call)
+    found = [steps8(call.get(name)) for name in ("q", "k")]  # type: ignore[arg-type]
+    if not follow_weights(call) or any(pair is None for pair in found):
+        return codes, coding
+    scores, follow = followed(call, *(from_steps8(*pair) for pair in found if pair is not None))
+    if follow is None:
+        return codes, coding
+    mask = call.mask if call.has("mask") else None
+    off = scores - call.scores if mask is None else (scores - call.scores)[mask.expand(scores.shape)]
+    made.score_errors.append((float(off.abs().max()), float(off.square().mean())) if off.numel() else (0.0, 0.0))
+    return (codes.to(torch.int16) - follow).bitwise_and(255).to(torch.uint8), {**coding, "kind": SQRT8_LESS}
+
+
 def _largest_error(codes: Tensor, weights: Tensor) -> float:
     """How far codes of :func:`sqrt8` are from the weights of a head, T S, at the most."""
     return float((codes.double().div(255).square() - weights).abs().max()) if codes.numel() else 0.0
-
-
-def sqrt8(weights: Tensor) -> Tensor | None:
-    """Weights as 8-bit codes, U8 of the same shape: round(255·√w), so that small ones are told apart.
-
-    None where something is no weight: below 0, above 1 by more than rounding, or not finite.
-    """
-    if weights.numel() and not bool(((weights >= 0) & (weights <= 1 + 1e-2)).all()):
-        return None
-    # A step of the code at w is 2·√w / 255: at most 0.008, so that a weight is off by at most 0.004, and small weights,
-    # which are most of a matrix, by far less. Codes of w itself would make 0 of all below 0.002.
-    return weights.float().clamp(max=1).sqrt().mul(255).round().to(torch.uint8)
-
-
-def half_floats(x: Tensor) -> tuple[Tensor, float]:
-    """A tensor of 32- or 64-bit floats as 16-bit ones, and the largest absolute error; any other one as it is.
-
-    It stays as it is, too, where a number is too large for 16 bits.
-    """
-    if x.dtype not in (torch.float32, torch.float64) or not x.numel():
-        return x, 0.0
-    half = x.to(torch.float16)
-    finite = x.isfinite()
-    if bool((half.isinf() & finite).any()):
-        return x, 0.0
-    return half, float(torch.where(finite, half.to(x.dtype) - x, 0.0).abs().max())

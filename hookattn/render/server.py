@@ -39,11 +39,12 @@ _TRIED = 100
 _BIN = "application/octet-stream"
 _AT_ONCE = 1 << 26  # bytes of an answer that is made before it is sent
 
-_OPEN = """
+_OPEN = f"""
+  const {{ mount, served }} = await import("./{html_shell.MODULE}");
   const got = await fetch("options");
   if (!got.ok) throw new Error(await got.text());
-  const { compare, ...options } = await got.json();
-  return { source: await served("trace"), compare: compare && await served("compare"), options };
+  const {{ compare, ...options }} = await got.json();
+  return {{ mount, source: await served("trace"), compare: compare && await served("compare"), options }};
 """
 
 
@@ -67,7 +68,7 @@ def application(
     """
     files = {"trace": path} | ({} if compare is None else {"compare": compare})
     opened = {name: OpenedFile(file) for name, file in files.items()}
-    text = html_shell.module_script(f'import {{ mount, served }} from "./{html_shell.MODULE}";', _OPEN)
+    text = html_shell.module_script(_OPEN)
     page = html_shell.page_head(title_of(as_trace(path))) + html_shell.page_tail(text)
     policy = html_shell.content_policy(text, module="'self' blob:", connect="'self'")
     headers = {"content-security-policy": f"{policy}; {NO_FRAMES}"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ import hookattn
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.render import page_size
 from hookattn.render.html_page import page, save_page
-from tests.render.test_html_page import HOSTILE, made, small
+from tests.browser.conftest import show
+from tests.render.test_html_page import HOSTILE, contents, decoded, made, small
 
 pytestmark = pytest.mark.browser
 
@@ -120,3 +125,54 @@ def test_two_traces_open_together(open_page: Callable[..., Any], trace: Any, tmp
         second = hookattn.trace(load_pretrained(), ids, tokens=[[f"u{i}" for i in ids[0].tolist()]])
     tab = opened(open_page(), Path(save_page(trace, tmp_path / "a.html", compare=second)))
     assert tab.get_by_role("alert").count() == 0
+
+
+def test_codes_of_queries_and_keys_are_read_as_they_were_written(
+    open_page: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page's own reader makes of its blocks, against what docs/viewer.md says of the codes."""
+    for sinks in (False, True):
+        trace = made(90, model=small(layers=2, heads=3, causal=True))
+        if sinks:
+            learned = [replace(c, fields={**c.fields, "sinks": torch.tensor([0.0, 1.0, 2.0])}) for c in trace]
+            trace = replace(trace, calls=learned)
+        weights = 2 * 3 * 90 * 90
+        monkeypatch.setattr(page_size, "ROOM", weights + 2 * 90 * 90 // 8 + 20_000)
+        text = page(trace)
+        document, tensors = contents(text)
+        packed = re.findall('data-codec="gzip"[^>]*>([^<]+)<', text)
+        raw = tmp_path / f"{sinks}.safetensors"
+        raw.write_bytes(b"".join(gzip.decompress(base64.b64decode(part)) for part in packed))
+        tab = show(open_page(), raw)
+        for place, call in enumerate(trace):
+            expected = decoded(document, tensors, place)
+            for head in range(3):
+                for name in ("q", "k", "scores", "weights"):
+                    got = tab.evaluate(
+                        """async ([place, name, head]) => {
+                          const { Trace, served } = await import("/hookattn-viewer.js");
+                          const trace = await Trace.open(await served("/trace.safetensors"));
+                          const call = trace.calls[place];
+                          const whole = await trace.head(call, name, 0, head);
+                          const part = await trace.rows(call, name, 0, head, [11, 23]);
+                          return [[...whole.data], [...part.data]];
+                        }""",
+                        [place, name, head],
+                    )
+                    whole, width = expected[name][0, head], expected[name].shape[-1]
+                    if name == "weights":
+                        whole = whole.float()  # as the viewer keeps them
+                    near = {"atol": 1e-12, "rtol": 1e-12} if name != "weights" else {"atol": 1e-7, "rtol": 1e-6}
+                    assert torch.allclose(torch.tensor(got[0], dtype=whole.dtype).view(-1, width), whole, **near)
+                    assert torch.allclose(torch.tensor(got[1], dtype=whole.dtype).view(-1, width), whole[11:23], **near)
+            off = (expected["weights"] - call.weights).abs().max()
+            assert float(off) < 1 / 255
+
+
+def test_a_page_with_codes_of_queries_and_keys_says_what_is_rounded(
+    open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    made_of = made(128, model=small(layers=12))
+    tab = opened(open_page(), Path(save_page(made_of, tmp_path / "a.html", state={"view": "neuron"})))
+    tab.locator(".notice", has_text="q by at most").wait_for()
+    tab.get_by_text("Scores follow from these q and k: off by").first.wait_for(state="attached")

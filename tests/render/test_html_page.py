@@ -35,7 +35,8 @@ from hookattn.errors import (
 from hookattn.render import page_size
 from hookattn.render.html_page import page, save_page
 from hookattn.render.options import script_json, viewer_options
-from hookattn.render.page_size import half_floats, narrowed, sqrt8
+from hookattn.render.page_codes import from_steps8, half_floats, sqrt8, steps8
+from hookattn.render.page_size import narrowed
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "<script>", "]]>", "&lt;", "\u2028", "é\ud800"]
 
@@ -147,23 +148,102 @@ def test_every_form_of_a_trace(tmp_path: Path, form: str) -> None:
         assert torch.equal(tensors[last["fields"]["weights"]], trace[-1].weights)
 
 
+def decoded(document: dict[str, Any], tensors: dict[str, Tensor], place: int) -> dict[str, Tensor]:
+    """q, k and weights of a call as docs/viewer.md says that they are to be read, float64."""
+    entry = document["calls"][place]
+    made: dict[str, Tensor] = {}
+    for name in ("q", "k"):
+        codes, coding = tensors[entry["fields"][name]], document["coding"][entry["fields"][name]]
+        assert coding["kind"] == "steps8" and codes.dtype == torch.int8
+        made[name] = torch.stack([codes[:, h].double() * step for h, step in enumerate(coding["step"])], 1)
+        for head, column, times in coding["doubled"]:
+            made[name][:, head, :, column] *= 2**times
+    scores = made["q"] @ made["k"].mT * entry["scale"]
+    open_scores = scores.masked_fill(~tensors[entry["fields"]["mask"]], -torch.inf)
+    weights = open_scores.softmax(-1)
+    if entry["fields"].get("sinks") is not None:
+        sinks = tensors[entry["fields"]["sinks"]].double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([open_scores, sinks], -1).softmax(-1)[..., :-1]
+    name = entry["fields"]["weights"]
+    assert document["coding"][name]["kind"] == "sqrt8-less-qk" and tensors[name].dtype == torch.uint8
+    codes = (tensors[name].double() + (255 * weights.sqrt()).round()) % 256
+    return made | {"scores": scores, "weights": (codes / 255).square()}
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_12_by_12_heads_of_128_tokens_take_six_megabytes_at_the_most(causal: bool) -> None:
+def test_12_by_12_heads_of_128_tokens_are_a_page_with_q_and_k(causal: bool) -> None:
     trace = made(128, model=small(causal=causal))
     text = page(trace)
-    assert len(text.encode()) <= 6_000_000
+    assert len(text.encode()) <= (3_000_000 if causal else 3_300_000)
     document, tensors = contents(text)
-    for call, entry in zip(trace, document["calls"], strict=True):
+    said = " ".join(document["notes"])
+    for place, (call, entry) in enumerate(zip(trace, document["calls"], strict=True)):
+        found = decoded(document, tensors, place)
+        for name, most in (("q", None), ("k", None), ("weights", 1 / 255)):
+            worst = float((found[name] - call.get(name)).abs().max())  # type: ignore[operator]
+            assert document["coding"][entry["fields"][name]]["error"] == pytest.approx(worst, rel=1e-9)
+            assert 0 < worst < (most or 0.05 * float(call.get(name).abs().max()))  # type: ignore[union-attr]
+        assert bool((found["weights"][~call.mask.expand(call.weights.shape)] == 0).all())
+        assert torch.equal(tensors[entry["fields"]["mask"]], call.mask)
+        assert entry["derivable"] == ["scores", "weights"]
+        off = (found["scores"] - call.scores)[call.mask.expand(call.weights.shape)]
+        stated = re.search(r"off by (\S+) \(root mean square\), (\S+) at the most", said)
+        assert stated is not None and float(off.abs().max()) <= 1.05 * float(stated[2])
+        assert float(off.square().mean().sqrt()) < 0.05 * float(call.scores.std())
+    assert "holds the weights as 8-bit" in said and "leaves out v, output for its size" in said
+
+
+def test_without_q_and_k_weights_are_codes_alone() -> None:
+    trace = made(128, model=small(), capture=("weights", "mask"))
+    document, tensors = contents(page(replace(trace, calls=[*trace, *trace])))
+    for call, entry in zip([*trace, *trace], document["calls"], strict=True):
         name = entry["fields"]["weights"]
         coding = document["coding"][name]
         assert tensors[name].dtype == torch.uint8 and coding["kind"] == "sqrt8"
         back = (tensors[name].to(torch.float64) / 255) ** 2
         worst = float((back - call.weights).abs().max())
         assert coding["error"] == pytest.approx(worst, rel=1e-9) and 0 < worst < 1 / 255
-        assert bool((back[~call.mask.expand(back.shape)] == 0).all())
-        assert torch.equal(tensors[entry["fields"]["mask"]], call.mask)
-    said = " ".join(document["notes"])
-    assert "8-bit" in said and "leaves out q, k, v, scores, output for its size" in said
+
+
+def test_codes_of_steps_reach_columns_that_are_far_larger() -> None:
+    x = torch.randn(2, 3, 50, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1, :, 5] = 300 + x[:, 1, :, 5]
+    x[:, 2] = 0
+    found = steps8(x)
+    assert found is not None
+    codes, coding = found
+    back = from_steps8(codes, coding)
+    assert coding["doubled"] and all((h, d) == (1, 5) for h, d, _ in coding["doubled"]) and coding["step"][2] == 1
+    off = (back - x).abs().amax((0, 2))
+    steps = torch.tensor(coding["step"], dtype=torch.float64)[:, None].expand(3, 400).clone()
+    for h, d, times in coding["doubled"]:
+        steps[h, d] *= 2**times
+    assert bool((off <= steps / 2 * (1 + 1e-9)).all()) and int(codes.abs().max()) <= 127
+    assert bool((back[:, 2] == 0).all())
+    assert steps8(torch.tensor([[[[1.0, float("inf")]]]])) is None
+
+
+@pytest.mark.parametrize("kind", ["inf", "relu", "scale"])
+def test_weights_that_do_not_follow_are_codes_alone(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    trace = made(40)
+    call = trace[0]
+    stored = {**call.fields, "weights": call.weights, "mask": call.mask}
+    if kind == "inf":
+        q = call.q.clone()
+        q[0, 0, 0, 0] = float("inf")
+        trace.calls[0] = replace(call, fields={**stored, "q": q})
+    elif kind == "relu":
+        trace.calls[0] = replace(call, fields=stored, normalizer="relu")
+    else:
+        trace.calls[0] = replace(call, fields=stored, scale=torch.full((1, 1, 40, 40), 0.3))
+    weights, mask, one = 2 * 3 * 40 * 40, 2 * 40 * 40 // 8, 2 * 3 * 40 * 8 * 2
+    monkeypatch.setattr(page_size, "ROOM", weights + mask + one // 2)
+    made_of = narrowed(trace)
+    found = made_of.trace[0]
+    values = {name: found.get(name) for name in found.fields if name in ("q", "k", "weights")}
+    assert values["weights"].dtype == torch.uint8  # type: ignore[union-attr]
+    assert made_of.coding[0, "weights"]["kind"] == "sqrt8"
+    assert ("q" in values) == (kind == "inf") and (0, "q") not in made_of.coding
 
 
 def test_512_tokens_take_80_megabytes_at_the_most(tmp_path: Path) -> None:
@@ -226,6 +306,7 @@ def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) ->
     weights, mask, one = 2 * 3 * 40 * 40, 2 * 40 * 40 // 8, 2 * 3 * 40 * 8 * 2
     for room, kept in (
         (1, {"weights", "mask", "sinks"}),
+        (weights + mask + one // 2, {"weights", "mask", "sinks", "applied", "q", "k", "bias"}),
         (weights + mask + 2 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias"}),
         (weights + mask + 3 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias", "v"}),
         (weights + mask + 4 * one, {"weights", "mask", "sinks", "applied", "q", "k", "bias", "v", "output"}),
@@ -236,7 +317,10 @@ def test_room_is_given_in_the_order_of_worth(monkeypatch: pytest.MonkeyPatch) ->
         assert set(call.fields) == kept
         assert call.derivable == (("scores", "weights") if "q" in kept else ()), "what follows, follows from the page"
         if "q" in kept:
-            assert torch.allclose(call.scores, trace[0].scores, atol=0.02)
+            coded = room < weights + mask + 2 * one
+            assert made_of.in_steps == coded
+            if not coded:
+                assert torch.allclose(call.scores, trace[0].scores, atol=0.02)
         follows = {"scores"} if "q" in kept else set()
         assert set(made_of.left_out) == {"q", "k", "v", "scores", "output"} - kept - follows
 

@@ -198,7 +198,7 @@ def test_the_page_and_its_parts(path: Path) -> None:
     asker = client(path, options=viewer_options(state={"layer": 1}, theme="dark"))
     page = asker.get("")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert re.search(r'from "\./hookattn-viewer\.js"', page.text)
+    assert re.search(r'import\("\./hookattn-viewer\.js"\)', page.text)
     assert "<title>InductionTransformer · Lauf é.safetensors</title>" in page.text
     module = asker.get("hookattn-viewer.js")
     assert module.headers["content-type"].startswith("text/javascript")

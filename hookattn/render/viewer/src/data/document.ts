@@ -72,6 +72,9 @@ export interface CallDocument {
 export interface Coding {
   kind: string;
   error?: number;
+  /** Of `steps8`: what a code of each head counts, and the columns of a head that count it doubled so often. */
+  step?: number[];
+  doubled?: [number, number, number][];
 }
 
 export interface TraceDocument {

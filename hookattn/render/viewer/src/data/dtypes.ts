@@ -1,3 +1,5 @@
+import type { Coding } from "./document";
+
 /** Numbers as a reader of the page needs them: nothing is narrowed, nothing is rounded. */
 export type Numbers = Float32Array | Float64Array | Uint8Array;
 
@@ -70,14 +72,38 @@ export const DTYPES: Readonly<Record<string, Dtype>> = {
   U64: plain(8, BigUint64Array),
 };
 
-/** Codings of a narrowed tensor, named in the document under `coding`. */
-export const CODINGS: Readonly<Record<string, (codes: Uint8Array) => Numbers>> = {
+const SQUARES = Float32Array.from({ length: 256 }, (_, code) => (code / 255) ** 2);
+
+/** Codings of a narrowed tensor, named in the document under `coding`; `first`: the place of the first code in it. */
+export const CODINGS: Readonly<
+  Record<string, (codes: Uint8Array, coding: Coding, shape: readonly number[], first: number) => Numbers>
+> = {
   // Codes are of the square root, as most weights are small: near 0 their steps are 1/65025, near 1 they are 1/128. The
   // colours of a picture could not show less, and a page of bytes is a quarter of one of floats.
   sqrt8: (codes) => {
-    const values = Float32Array.from({ length: 256 }, (_, code) => (code / 255) ** 2);
     const out = new Float32Array(codes.length);
-    for (let i = 0; i < out.length; i++) out[i] = values[codes[i]!]!;
+    for (let i = 0; i < out.length; i++) out[i] = SQUARES[codes[i]!]!;
+    return out;
+  },
+  // Doubles, as what follows from q and k is to be rounded as it was when the page was made.
+  steps8: (codes, { step = [], doubled = [] }, shape, first) => {
+    const [heads, rows, cols] = shape.slice(-3) as [number, number, number];
+    const steps = Array.from(step, (size) => new Float64Array(cols).fill(size));
+    for (const [head, col, times] of doubled) steps[head]![col]! *= 2 ** times;
+    const out = new Float64Array(codes.length);
+    // What is read begins where a row does.
+    for (let i = 0, row = first / cols; i < out.length; row++) {
+      const own = steps[Math.floor(row / rows) % heads]!;
+      for (let col = 0; col < cols; col++, i++) out[i] = ((codes[i]! << 24) >> 24) * own[col]!;
+    }
     return out;
   },
 };
+
+/** The kind of weights of which what follows from q and k was taken off: code − round(255·√w), modulo 256. */
+export const SQRT8_LESS = "sqrt8-less-qk";
+
+/** Codes of weights put together from what follows and what was left. */
+export function together(rest: Uint8Array, weights: Numbers): Uint8Array {
+  return rest.map((code, i) => code + Math.round(255 * Math.sqrt(weights[i]!)));
+}

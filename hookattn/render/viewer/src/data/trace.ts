@@ -7,7 +7,7 @@ import { type Call, kvHead, where } from "./call";
 import { describeCalls } from "./describe";
 import * as derive from "./derive";
 import { type Coding, type Entry, readHeader, type TraceDocument } from "./document";
-import { CODINGS, DTYPES, type Numbers } from "./dtypes";
+import { CODINGS, DTYPES, type Numbers, SQRT8_LESS, together } from "./dtypes";
 import { absent, OPTIONAL } from "./kinds";
 import type { Matrix } from "./matrix";
 
@@ -151,17 +151,25 @@ export class Trace {
     return entry;
   }
 
-  /** Elements `first` to `end` of a tensor, as numbers. */
-  private async numbers(name: string, { dtype, begin }: Entry, first: number, end: number): Promise<Numbers> {
+  /** Elements `first` to `end` of a tensor, as numbers; `follow`: what its weights are by q and k, where it lacks that. */
+  private async numbers(name: string, entry: Entry, first: number, end: number, follow?: Numbers): Promise<Numbers> {
+    const { dtype, begin, shape } = entry;
     const type = DTYPES[dtype];
     if (type === undefined) throw new ViewerError(`“${name}” has the dtype ${dtype}, unknown to this viewer.`);
     const bytes = await this.source.read(begin + first * type.size, begin + end * type.size);
     const coding = this.document.coding?.[name];
     if (coding === undefined) return type.decode(bytes);
-    const decode = CODINGS[coding.kind];
+    let codes = new Uint8Array(bytes);
+    if (follow !== undefined) codes = together(codes, follow) as typeof codes;
+    const decode = CODINGS[follow === undefined ? coding.kind : "sqrt8"];
     if (decode === undefined)
       throw new ViewerError(`“${name}” is coded as “${coding.kind}”, which this viewer does not know.`);
-    return decode(new Uint8Array(bytes));
+    return decode(codes, coding, shape, first);
+  }
+
+  /** What q and k make of weights that are stored without it. */
+  private async follow(call: Call, field: string, batch: number, head: number, range?: Range): Promise<Matrix | null> {
+    return this.coding(call, field)?.kind === SQRT8_LESS ? this.derive(call, field, batch, head, range) : null;
   }
 
   private async stored(
@@ -174,7 +182,9 @@ export class Trace {
   ): Promise<Matrix> {
     const entry = this.entry(name);
     const { start, rows, cols } = place(entry, batch, head);
-    const read = (from: number, to: number) => this.numbers(name, entry, start + from * cols, start + to * cols);
+    const follow = (await this.follow(call, field, batch, head))?.data;
+    const read = (from: number, to: number) =>
+      this.numbers(name, entry, start + from * cols, start + to * cols, follow?.subarray(from * cols, to * cols));
     const first = Math.ceil(PART / cols);
     const whole = show === undefined || rows < 2 * first ? read(0, rows) : inParts(read, first, rows, cols, show);
     const stored = { rows, cols, data: await whole };
@@ -193,7 +203,8 @@ export class Trace {
     const { start, rows, cols } = place(entry, batch, head);
     const count = rows > 1 ? end - first : 1;
     const from = start + (rows > 1 ? first * cols : 0);
-    const stored = { rows: count, cols, data: await this.numbers(name, entry, from, from + count * cols) };
+    const follow = (await this.follow(call, field, batch, head, [first, end]))?.data;
+    const stored = { rows: count, cols, data: await this.numbers(name, entry, from, from + count * cols, follow) };
     return BROADCAST.has(field) ? expand(stored, end - first, call.extents.S) : stored;
   }
 

@@ -75,7 +75,10 @@ export function Notices({ app, call, fields }: { app: App; call: Call; fields: r
   const unfaithful = calls.filter((c) => c.certificate?.status === "unfaithful").length;
   const shown = weightsOf(call, app.state.value.field);
   const ofWeights = fields.some((field) => field === "weights" || field === "applied");
-  const coding = fields.map((field) => app.trace.coding(call, field)).find((found) => found !== null) ?? null;
+  const coded = [...new Set(fields)].flatMap((field) => {
+    const coding = app.trace.coding(call, field);
+    return coding === null ? [] : [`${field} by at most ${measured(coding.error)}`];
+  });
   const narrow = app.trace.entries.get(call.fields["weights"] ?? "")?.dtype;
   return (
     <>
@@ -107,13 +110,10 @@ export function Notices({ app, call, fields }: { app: App; call: Call; fields: r
           {areShares(call, "weights") ? "." : ": they are no shares of the attention, and need not sum to 1."}
         </Notice>
       )}
-      {coding !== null && (
-        <Notice>
-          The numbers are rounded to 8 bits to keep the page small
-          {coding.error !== undefined && `: they are off by at most ${measured(coding.error)}`}.
-        </Notice>
+      {coded.length > 0 && (
+        <Notice>The numbers are rounded to 8 bits to keep the page small: off are {coded.join(", ")}.</Notice>
       )}
-      {coding === null && narrow === "F16" && call.dtype !== "float16" && (
+      {coded.length === 0 && narrow === "F16" && call.dtype !== "float16" && (
         <Notice>The weights are rounded to 16 bits (float16).</Notice>
       )}
       {skipped.length > 0 && (
