@@ -85,11 +85,21 @@ def _page(folder: Path, layers: int, tokens: int) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def _served(folder: Path, layers: int, tokens: int, stored: bool) -> Iterator[tuple[str, int]]:
-    capture = ("q", "k", "mask", "weights") if stored else ("q", "k", "mask")
+    capture = ("mask", "weights") if stored else ("q", "k", "bias", "mask", "sinks")
     trace = _traced(layers, tokens, capture=capture, to=folder / "run.safetensors", dtype=torch.float16)
     del trace
     path = folder / "run.safetensors"
-    command = [sys.executable, "-c", "from hookattn.cli import main; main()", "--json", "view", str(path), "--no-open", "--port", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from hookattn.cli import main; main()",
+        "view",
+        str(path),
+        "--json",
+        "--no-open",
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -152,6 +162,9 @@ def _once(browser: Any, url: str) -> dict[str, float]:
             raise SystemExit(f"{url.partition('?')[0]}: its heads were not measured in two minutes")
         time.sleep(0.1)
     busy = 1000 * (_busy() - before)
+    missing = page.evaluate("viewer.findings.missing")
+    if missing is not None:
+        raise SystemExit(f"nothing was measured: {missing}")
     seen = page.evaluate("seen")
     painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     context.close()
