@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..calls.call import Call, Skipped
 from ..calls.extents import extents_of
@@ -54,12 +54,36 @@ def concat(traces: Sequence[Joined], dim: str) -> Joined:
         stack_tokens={},
     )
     join_tokens = _of_batches if dim == "batch" else _of_steps
-    made.tokens = join_tokens(traces, labels, None, notes)
+    made.tokens = join_tokens(traces, labels, _Said("tokens", [t.tokens for t in traces]), notes)
+    made.segments = join_tokens(traces, labels, _Said("segments", [t.segments for t in traces]), notes)
     for stack in dict.fromkeys(stack for t in traces for stack in t.stack_tokens):
-        found = join_tokens(traces, labels, stack, notes)
+        found = join_tokens(traces, labels, _of_stack(traces, stack), notes)
         if found is not None:
             made.stack_tokens[stack] = found
     return made
+
+
+class _Said(NamedTuple):
+    """What traces say of the positions of each batch entry.
+
+    Attributes:
+        what: tokens, or the segments that they are of.
+        several: of each trace its lists; None: it says nothing.
+        stack: whose tokens they are; None: those of the trace.
+    """
+
+    what: str
+    several: list[Any]
+    stack: str | None = None
+
+    @property
+    def attribute(self) -> str:
+        """How it is set."""
+        return f"trace.{self.what}" if self.stack is None else f"trace.stack_tokens[{self.stack!r}]"
+
+
+def _of_stack(traces: Sequence[TraceData], stack: str) -> _Said:
+    return _Said(f"tokens of the {stack}", [t.stack_tokens.get(stack) for t in traces], stack)
 
 
 # Step after step
@@ -94,16 +118,14 @@ def _skipped_in_steps(traces: Sequence[TraceData]) -> list[Skipped]:
     return [Skipped(path, reason, tuple(own)) for (path, reason), own in steps.items()]
 
 
-def _of_steps(
-    traces: Sequence[TraceData], labels: Sequence[str], stack: str | None, notes: list[str]
-) -> list[list[str]] | None:
+def _of_steps(traces: Sequence[TraceData], labels: Sequence[str], said: _Said, notes: list[str]) -> Any:
     """The tokens that all have; None where they have different ones, of which a trace can't say the steps."""
-    several = [_tokens(trace, stack) for trace in traces]
+    several = said.several
     i = next((i for i, tokens in enumerate(several) if tokens != several[0]), None)
     if i is None:
         return several[0]
     notes.append(
-        f"{labels[0]} and {labels[i]} have different {_named(stack)}, and a trace has a list for each batch entry, not "
+        f"{labels[0]} and {labels[i]} have different {said.what}, and a trace has a list for each batch entry, not "
         "for each step, so that it has none: set them on trace.select(step=…), which is of one step"
     )
     return None
@@ -174,26 +196,22 @@ def _check_lengths(calls: Sequence[Call], labels: Sequence[str], where: str) -> 
                 )
 
 
-def _of_batches(
-    traces: Sequence[TraceData], labels: Sequence[str], stack: str | None, notes: list[str]
-) -> list[list[str]] | None:
+def _of_batches(traces: Sequence[TraceData], labels: Sequence[str], said: _Said, notes: list[str]) -> Any:
     """The tokens of all batch entries, one list each.
 
     Raises:
         MergeError: one of the traces has none, or they are of another number of batch entries.
     """
-    several = [_tokens(trace, stack) for trace in traces]
-    found: list[list[str]] = []
-    for trace, label, tokens in zip(traces, labels, several, strict=True):
+    found: list[list[Any]] = []
+    for trace, label, tokens in zip(traces, labels, said.several, strict=True):
         if tokens is None:
-            if all(x is None for x in several):
+            if all(x is None for x in said.several):
                 return None
-            has = next(other for other, x in zip(labels, several, strict=True) if x is not None)
-            where = "trace.tokens" if stack is None else f"trace.stack_tokens[{stack!r}]"
-            raise MergeError(f"{has} has {_named(stack)} and {label} has none. Set {where} of it, or of none.")
-        entries = _entries(trace, stack)
+            has = next(other for other, x in zip(labels, said.several, strict=True) if x is not None)
+            raise MergeError(f"{has} has {said.what} and {label} has none. Set {said.attribute} of it, or of none.")
+        entries = _entries(trace, said.stack)
         if len(tokens) not in (1, entries):
-            raise MergeError(f"{label} has {len(tokens)} lists of {_named(stack)} for {entries} batch entries.")
+            raise MergeError(f"{label} has {len(tokens)} lists of {said.what} for {entries} batch entries.")
         found += [list(row) for row in (tokens if len(tokens) == entries else tokens * entries)]
     return found
 
@@ -202,11 +220,3 @@ def _entries(trace: TraceData, stack: str | None) -> int:
     """How many batch entries the inputs of a trace had: its calls have as many, or several windows of each."""
     own = [c for c in trace.calls if stack is None or c.site.stack == stack]
     return min((n for c in own or trace.calls if (n := count_along(c, "B")) is not None), default=1)
-
-
-def _tokens(trace: TraceData, stack: str | None) -> list[list[str]] | None:
-    return trace.tokens if stack is None else trace.stack_tokens.get(stack)
-
-
-def _named(stack: str | None) -> str:
-    return "tokens" if stack is None else f"tokens of the {stack}"

@@ -108,6 +108,17 @@ def test_tokens_of_batches() -> None:
     assert hookattn.concat([first, second], dim="batch").stack_tokens == {"main": [WORDS[1], WORDS[1], WORDS[2]]}
 
 
+def test_segments_follow_the_tokens() -> None:
+    several = [hookattn.trace(model(), x(b, 5, b), tokens=WORDS[0]) for b in (2, 1)]
+    several[0].segments, several[1].segments = [[0, 0, 1, 1, -1]], [[0, 1, 1, 1, 1]]
+    assert hookattn.concat(several, dim="batch").segments == [[0, 0, 1, 1, -1]] * 2 + [[0, 1, 1, 1, 1]]
+    made = hookattn.concat(several, dim="step")
+    assert made.segments is None and made.tokens == [WORDS[0]] and any("segments" in note for note in made.notes)
+    several[1].segments = None
+    with pytest.raises(MergeError, match=r"trace 0 has segments and trace 1 has none.*trace\.segments"):
+        hookattn.concat(several, dim="batch")
+
+
 def test_requests_and_lengths_are_of_all_entries() -> None:
     gpt2, ids = tiny_models.gpt2(), tiny_models.ids()
     several = []
