@@ -50,7 +50,7 @@ from .models.adapter import Adapter
 from .models.registry import adapters, register
 from .planning.memory_plan import MemoryPlan, PlannedCall
 from .planning.plan import plan
-from .traces import Trace, load, merge
+from .traces import Trace, concat, load, merge
 from .version import __version__ as __version__
 
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "UnfitTokensWarning",
     "UnsupportedConfigError",
     "adapters",
+    "concat",
     "edit",
     "edited",
     "editing",

@@ -8,10 +8,21 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
 
+import torch
+
 from . import checks
+from .calls.converting import converted
 from .calls.token_lists import are_token_lists, stacked_tokens, token_lists
 from .calls.trace_data import TraceData
-from .errors import MergeError, ModelError, TraceFileError, TraceWriteError, UnfitTokensWarning
+from .errors import (
+    MergeError,
+    ModelError,
+    SelectionError,
+    TraceFileError,
+    TraceWriteError,
+    UnfitTokensWarning,
+)
+from .recording.selection import device_here, floating
 from .recording.session import Session
 from .recording.token_fit import unfit_tokens
 from .taps.active import current
@@ -116,6 +127,38 @@ class Trace(TraceData):
 
         return split(self, by)
 
+    def to(
+        self, device: str | torch.device | torch.dtype | int | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The trace on another device, in another dtype, or both: ``trace.to("cpu")``, ``trace.to(torch.float16)``.
+
+        Certificates are those of the trace itself: all are measured now, on the numbers that the kernel had. A narrower
+        dtype rounds what is read, which they say nothing of; ``selection["dtype"]`` says it, as with ``dtype=`` of
+        :func:`hookattn.trace`. With a dtype, scores and weights are derived first and rounded then, and not derived of
+        rounded q and k. Masks and what counts (of top keys, say) keep their dtypes, and ``call.dtype`` that the kernel
+        ran in.
+
+        Args:
+            device: a device or its name; or a floating dtype; by default each tensor stays where it is.
+            dtype: a floating dtype for all floating fields; by default each keeps its own.
+
+        Returns:
+            A trace of the same calls; this one is left as it is. What is in memory is copied there now (tensors that
+            are there already are shared), what is in a file is brought there when it is read. ``output``, what the
+            forward returned, stays with this one.
+
+        Raises:
+            SelectionError: there is no such device, the dtype is no floating one, or neither is given.
+            TraceTooLargeError: there is no memory to derive a call's scores or weights.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise SelectionError(f"to({device}, dtype={checks.printed(dtype)}): expected one dtype.")
+            device, dtype = None, device
+        if device is None and dtype is None:
+            raise SelectionError("to(): expected a device, a floating dtype, or both.")
+        return converted(self, device_here(device), floating(dtype))
+
     def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
         """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
 
@@ -206,6 +249,39 @@ def merge(traces: TraceLike | Iterable[TraceLike], *, steps: str | None = None) 
     if not several:
         raise MergeError("traces is empty: expected " + expected + ".")
     return merged([as_trace(trace, "traces") for trace in several], batches=batches)
+
+
+def concat(traces: Iterable[TraceLike], *, dim: str) -> Trace:
+    """One trace of several of one model over different inputs; what is in a file is read when it is asked for.
+
+    - ``dim="batch"``: their calls are the same (paths, steps, numbers of queries and keys), and each becomes one call
+      with the batch entries of all, in the order of the traces. Tokens, requests, lengths and edits are of these
+      entries; a certificate is the worst of theirs.
+    - ``dim="step"``: all calls of the first, then all of the second, and so on. Steps are numbered anew, without gaps.
+      Inputs may have any lengths. Tokens are kept where all have the same: a trace has none of its own for each step.
+
+    Skipped sites and notes are joined, with the name of the trace where not all have a note. ``output`` is not kept.
+    Files have to stay as long as the trace is used; ``save`` writes it call by call.
+
+    Args:
+        traces: traces, or the paths of their files; at least one. They are left as they are.
+        dim: ``"batch"`` or ``"step"``.
+
+    Raises:
+        MergeError: they are of different models or selections, or do not fit along ``dim``; names the traces, the call
+            and the field, and what to do.
+        InputError: ``traces`` is something else, or empty.
+        SelectionError: ``dim`` is another word.
+        TraceFileError: a file is no trace, or cannot be opened.
+    """
+    from .merging.concat import DIMS
+    from .merging.concat import concat as joined
+
+    checks.word("dim", dim, DIMS)
+    several = None if isinstance(traces, (Trace, Mapping)) else checks.items_of(traces)
+    if not several:
+        raise checks.wrong("traces", traces, "several traces, or paths of trace files")
+    return joined([as_trace(trace, "traces") for trace in several], dim)
 
 
 TraceLike = Trace | str | PathLike[str]

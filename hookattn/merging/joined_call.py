@@ -31,7 +31,7 @@ _ALIKE = (
     *("tap", "dtype", "softcap", "window", "dropout", "score", "normalizer", "mixed", "entry", "keys"),
     "attached",
 )
-_DIFFERENT = "These are of different runs: merge the files that one run has written."
+ONE_RUN = "These are of different runs: merge the files that one run has written."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,14 @@ class Whole:
         of: how many the whole model has along the axis.
         groups_of: of heads, how many key heads it has; None: that is not known, and no key was kept.
         selected: whether some of the axis were left out by whoever traced.
+        advice: what to do where they are not of one call.
     """
 
     axis: str
     of: int
     groups_of: int | None
     selected: bool
+    advice: str = ONE_RUN
 
 
 def join(parts: Sequence[Part], whole: Whole, histories: JoinedHistories) -> Call:
@@ -104,6 +106,7 @@ class _Joint:
             derivable=tuple(n for n in self.first.derivable if all(n in c.derivable for c in self.calls)),
             shards=self.first.shards[1:],
             requests=self._requests(),
+            lengths=self._lengths(),
             notes=(*dict.fromkeys(n for c in self.calls for n in c.notes), self._note()),
             certificate=self._certificate(),
             edits=self._edits(),
@@ -142,7 +145,7 @@ class _Joint:
             i = list(alike).index(False)
             raise MergeError(
                 f"{self.where}: {what} is {values[0]} in {self.parts[0].label} and {values[i]} in "
-                f"{self.parts[i].label}. {_DIFFERENT}"
+                f"{self.parts[i].label}. {self.whole.advice}"
             )
 
     def _names(self) -> list[str]:
@@ -188,6 +191,12 @@ class _Joint:
             self._agree("whether its requests are known", lambda c: c.requests is None)
             return None
         return tuple(r for c in self.calls for r in c.requests or ())
+
+    def _lengths(self) -> tuple[tuple[int, int], ...] | None:
+        if self.axis != "B":
+            return self.first.lengths
+        several = [c.lengths for c in self.calls]
+        return None if None in several else tuple(n for lengths in several for n in lengths or ())
 
     def _own_by_edits(self) -> bool:
         own = [c for c in self.calls if c.own_scores]
@@ -306,7 +315,7 @@ class _Joint:
         j = [s.place is None for s in sources].index(False)
         raise MergeError(
             f"{self.where}: there is no {name} in {self.parts[i].label}, and there is in {self.parts[j].label}. "
-            f"{_DIFFERENT}"
+            f"{self.whole.advice}"
         )
 
     def _same_shape(self, name: str, sources: Sequence[Source], dim: int | None) -> None:
@@ -376,7 +385,8 @@ class _Joint:
         heads = [s.read([slice(None), slice(at, at + 1)] + [slice(None)] * 2) for s, at in ((first, i), (second, j))]
         if not same_numbers(heads[0], heads[1]):
             raise MergeError(
-                f"{self.where}: key head {group} is in {a.label} and in {b.label}, and its {name} differ. {_DIFFERENT}"
+                f"{self.where}: key head {group} is in {a.label} and in {b.label}, and its {name} differ. "
+                f"{self.whole.advice}"
             )
 
     def _check_copies(self, name: str, found: Sequence[tuple[Part, Source]]) -> None:
@@ -391,7 +401,7 @@ class _Joint:
             if not _same(first, source):
                 raise MergeError(
                     f"{self.where}: {name} is of all queries, and differs between {part.label} and {other.label}. "
-                    f"{_DIFFERENT}"
+                    f"{self.whole.advice}"
                 )
 
     def _broadcast(self, spec: FieldSpec, sources: Sequence[Source]) -> Field:
@@ -405,7 +415,7 @@ class _Joint:
             if source.shape[d] not in (1, own):
                 found = [list(s.shape) for _, s in there]
                 raise MergeError(
-                    f"{self.where}: {name} has the shapes {found}, which do not fit together. {_DIFFERENT}"
+                    f"{self.where}: {name} has the shapes {found}, which do not fit together. {self.whole.advice}"
                 )
         alike = len(there) == len(sources) and len({s.shape for s in sources}) == 1 and sources[0].shape[dim] == 1
         if alike:
@@ -418,7 +428,7 @@ class _Joint:
             if any(len(p.numbers) > 1 for p in self.parts) and self.axis == "H":
                 raise MergeError(
                     f"{self.where}: the {name}, which all heads have in common, differs between "
-                    f"{self.parts[0].label} and {differs.label}. {_DIFFERENT}"
+                    f"{self.parts[0].label} and {differs.label}. {self.whole.advice}"
                 )
         others = [max(s.shape[d] for _, s in there) for d in range(4)]
         return self._joined(

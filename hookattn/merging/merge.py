@@ -33,11 +33,11 @@ def merge(traces: Sequence[Merged], *, batches: bool = False) -> Merged:
         traces: of the ranks, in any order.
         batches: whether the steps of each site become one, batch entry after batch entry.
     """
-    labels = [_label(trace, i) for i, trace in enumerate(traces)]
+    labels = labels_of(traces)
     _check_distinct(traces, labels)
     if not any(trace.calls for trace in traces):
         raise MergeError(f"{', '.join(labels)}: expected traces of attention calls, and there are none.")
-    _check_runs(traces, labels)
+    check_runs(traces, labels, _OTHER_RUN)
     if batches and len(traces) == 1 and not any(c.shards for c in traces[0].calls):
         calls = traces[0].calls
     else:
@@ -50,19 +50,20 @@ def merge(traces: Sequence[Merged], *, batches: bool = False) -> Merged:
     return replace(
         first,
         calls=calls,
-        skipped=_skipped(traces),
+        skipped=joint_skipped(traces),
         tokens=_tokens([t.tokens for t in traces], labels, traces, calls),
         stack_tokens=_stack_tokens(traces, labels, calls),
         segments=_tokens([t.segments for t in traces], labels, traces, calls, what="segments"),
         output=None,
-        model=_model(traces),
-        notes=[*_notes_of_ranks(traces, labels), *_notes(traces, labels, calls)],
+        model=joint_model(traces),
+        notes=[*joint_notes(traces, labels), *_notes(traces, labels, calls)],
         path=None,
     )
 
 
-def _label(trace: TraceData, number: int) -> str:
-    return f"trace {number}" if trace.path is None else os.path.basename(trace.path)
+def labels_of(traces: Sequence[TraceData]) -> list[str]:
+    """What messages call each of several traces."""
+    return [f"trace {i}" if t.path is None else os.path.basename(t.path) for i, t in enumerate(traces)]
 
 
 # Whether they are of one run
@@ -77,8 +78,13 @@ def _check_distinct(traces: Sequence[TraceData], labels: Sequence[str]) -> None:
         seen[key] = i
 
 
-def _check_runs(traces: Sequence[TraceData], labels: Sequence[str]) -> None:
-    """That model, selection and format agree, as far as a rank says any.
+def check_runs(traces: Sequence[TraceData], labels: Sequence[str], advice: str) -> None:
+    """That model, selection and format agree, as far as a trace says any.
+
+    Args:
+        traces: several.
+        labels: what messages call each.
+        advice: what to do where they do not agree.
 
     Raises:
         MergeError: they do not; names what, and where.
@@ -93,9 +99,7 @@ def _check_runs(traces: Sequence[TraceData], labels: Sequence[str]) -> None:
         for label, x in told[1:]:
             if x != told[0][1]:
                 differ = _difference(told[0][1], x)
-                raise MergeError(
-                    f"{what} differs: {differ[0]} in {told[0][0]} and {differ[1]} in {label}. {_OTHER_RUN}"
-                )
+                raise MergeError(f"{what} differs: {differ[0]} in {told[0][0]} and {differ[1]} in {label}. {advice}")
 
 
 def _comparable(x: Any) -> Any:
@@ -285,7 +289,8 @@ def _check_files(traces: Sequence[TraceData], files: Mapping[int, str], selectio
 # What is said of the whole
 
 
-def _skipped(traces: Sequence[TraceData]) -> list[Skipped]:
+def joint_skipped(traces: Sequence[TraceData]) -> list[Skipped]:
+    """What was skipped in any of several traces, once each."""
     steps: dict[tuple[str, str], set[int]] = {}
     for trace in traces:
         for skipped in trace.skipped:
@@ -337,12 +342,13 @@ def _stack_tokens(
     return {stack: tokens for stack, tokens in found.items() if tokens is not None}
 
 
-def _model(traces: Sequence[TraceData]) -> Mapping[str, Any]:
+def joint_model(traces: Sequence[TraceData]) -> Mapping[str, Any]:
+    """What the first of them says of the model that says anything."""
     return next((t.model for t in traces if t.model), {})
 
 
-def _notes_of_ranks(traces: Sequence[TraceData], labels: Sequence[str]) -> list[str]:
-    """The notes of all ranks, once each; with the rank where not all have it."""
+def joint_notes(traces: Sequence[TraceData], labels: Sequence[str]) -> list[str]:
+    """The notes of all traces, once each; with the trace where not all have it."""
     every = [note for note in traces[0].notes if all(note in t.notes for t in traces)]
     own = [f"{label}: {n}" for label, t in zip(labels, traces, strict=True) for n in t.notes if n not in every]
     return [*dict.fromkeys((*every, *own))]

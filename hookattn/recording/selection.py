@@ -74,11 +74,10 @@ class Selection:
         """
         fields, statistics = _captured(capture)
         fields += [f for f, spec in FIELD_SPECS.items() if spec.kept_with in fields]
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise checks.wrong("dtype", dtype, "a floating torch.dtype such as torch.float16", SelectionError)
+        dtype = floating(dtype)
         queries = checks.int_slice("queries", queries) if isinstance(queries, slice) else _indices("queries", queries)
         chosen = _indices("layers", layers), _indices("heads", heads)
-        return cls(frozenset(fields), *chosen, queries, dtype, _device(device), statistics)
+        return cls(frozenset(fields), *chosen, queries, dtype, device_here(device), statistics)
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
@@ -242,7 +241,23 @@ def _indices(name: str, value: Any) -> tuple[int, ...] | None:
     return items
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def floating(dtype: Any) -> torch.dtype | None:
+    """A dtype that fields can be stored in; None: none was named.
+
+    Raises:
+        SelectionError: it is no floating dtype.
+    """
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise checks.wrong("dtype", dtype, "a floating torch.dtype such as torch.float16", SelectionError)
+
+
+def device_here(device: Any) -> torch.device | None:
+    """A device that this machine has, by its name or otherwise; None: none was named.
+
+    Raises:
+        SelectionError: there is no such device.
+    """
     if device is None:
         return None
     if not isinstance(device, (str, torch.device, int)) or isinstance(device, bool):

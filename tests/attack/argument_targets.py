@@ -421,6 +421,8 @@ def _core() -> Iterator[Target]:
     yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
     yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.gpt2, "steps": "batches"}, traces="trace",
                   steps="text or none")  # fmt: skip
+    yield _target(h + "concat", hookattn.concat, lambda s: {"traces": [s.gpt2], "dim": "step"}, traces="nothing",
+                  dim="nothing")  # fmt: skip
     numbers = {"of": "count or none", "groups_of": "count or none", "count": "count", "index": "count from 0"}
     starts = dict.fromkeys(("start", "group_start"), "count from 0 or none")
     yield _target(h + "Shard", hookattn.Shard, lambda s: {"axis": "H", "start": 0, "of": 4}, axis="nothing",
@@ -431,6 +433,7 @@ def _core() -> Iterator[Target]:
                   step="indices or none", path="text or none", tap="text or none")  # fmt: skip
     yield _method(t + "save", lambda s: s.gpt2, lambda s: {"path": s.folder / "out" / "t.safetensors"},
                   path="path", compact="flag")  # fmt: skip
+    yield _method(t + "to", lambda s: s.gpt2, lambda s: {"device": "cpu"}, device="nothing", dtype="nothing or none")
     yield _method(t + "stitch", lambda s: s.steps, beams="beams", length="count or none")
     yield _method(t + "split", lambda s: s.served, by="nothing")
     yield _target("hookattn.serving.requests_of_batch", _named, lambda s: {"ids": ["a"]},
