@@ -15,6 +15,7 @@ _BRINGS = {
     "render": ("matplotlib", "plotly"),
     "training": ("accelerate", "lightning"),
     "transformers": ("transformers",),
+    "xarray": ("xarray",),
     "view": ("anywidget", "starlette", "traitlets", "uvicorn"),
 }
 

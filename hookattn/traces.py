@@ -159,6 +159,45 @@ class Trace(TraceData):
             raise SelectionError("to(): expected a device, a floating dtype, or both.")
         return converted(self, device_here(device), floating(dtype))
 
+    def to_pandas(self, field: str = "weights", *, masked: bool = False) -> Any:
+        """A long table: one row for each weight, or for each number of another field.
+
+        Args:
+            field: ``weights``, ``applied``, ``scores`` or ``mask``, or a statistic that was captured.
+            masked: whether pairs that the mask hides have rows, too.
+
+        Returns:
+            A pandas DataFrame: ``call``, ``step``, ``layer``, ``stack``, ``kind``, ``path``, ``batch``, ``head``,
+            ``query`` and ``query_token``, ``key`` and ``key_token`` (those that the field has; None where nobody knows
+            a token), ``value``. Heads and queries have the model's own numbers.
+
+        Raises:
+            SelectionError: no such field, no calls, or more than twenty million rows; ``trace.select(…)`` takes a part.
+            FieldNotCaptured: it is not in the trace. ModuleNotFoundError: pandas is missing.
+        """
+        from .interop.tables import to_pandas
+
+        return to_pandas(self, field, masked)
+
+    def to_xarray(self, field: str = "weights") -> Any:
+        """The weights of all layers, or another field, as one labelled array.
+
+        Args:
+            field: as in :meth:`to_pandas`.
+
+        Returns:
+            An ``xarray.DataArray``: layer, batch, head, query, key (those axes that the field has), with the model's
+            numbers as coordinates, ``path`` of each layer, and ``query_token`` and ``key_token`` where there are any.
+
+        Raises:
+            SelectionError: no such field; or calls of several stacks, kinds, steps or shapes, which
+                ``trace.select(stack=…, kind=…, step=…)`` tells apart.
+            FieldNotCaptured: it is not in the trace. ModuleNotFoundError: xarray is missing.
+        """
+        from .interop.tables import to_xarray
+
+        return to_xarray(self, field)
+
     def to_transformer_lens(self, model: Any = None, *, rotary: bool | None = None) -> Any:
         """An ``ActivationCache`` with transformer-lens' hook names: ``blocks.0.attn.hook_pattern`` and its kin.
 

@@ -27,6 +27,7 @@ from .output_gradient import OutputGradient
 from .parts import CallPart, part_of_scale
 from .shard import Shard
 from .site import Site
+from .still import still_html
 
 if TYPE_CHECKING:
     from ..statistics.base import Statistic
@@ -440,6 +441,10 @@ class Call(CapturedStatistics):
         """The extents that are known, as text."""
         letters = next((axes for names, axes in _TELLING if any(self.fields.get(n) is not None for n in names)), "BHTS")
         return " ".join(f"{x}{n}" for x, n in extents_of(self, letters).known(letters).items()) or "?"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what the call is, and small pictures of its heads."""
+        return still_html(self, "call")
 
     def __repr__(self) -> str:
         return printable(

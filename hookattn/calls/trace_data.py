@@ -14,6 +14,7 @@ from .call import Call, Skipped
 from .extents import extents_of
 from .layer_counts import LayerCounts
 from .site import without_wrappers
+from .still import still_html
 
 Label = TypeVar("Label", str, int)
 
@@ -216,6 +217,10 @@ class TraceData:
     def faithful(self) -> bool:
         """Whether every call's certificate is within tolerance."""
         return all(c.certificate.faithful for c in self.calls)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the calls in a table, each with small pictures of its heads."""
+        return still_html(self, "trace")
 
     def __repr__(self) -> str:
         where = f" of {printable(str(self.model['class']))}" if self.model.get("class") else ""

@@ -16,7 +16,9 @@ PAGE = """<!doctype html><div id="viewer"></div><script type="module">
 import widget from "/hookattn-viewer.js";
 const bytes = await (await fetch("/trace.safetensors")).arrayBuffer();
 const listeners = {};
-window.traits = { _size: bytes.byteLength, _name: "run.safetensors", options: { theme: "dark" }, state: { view: "head", layer: 1 } };
+window.traits = {
+  _size: bytes.byteLength, _name: "run.safetensors", options: { theme: "dark" }, state: { view: "head", layer: 1 },
+};
 window.reads = []; window.broken = false; window.saved = 0; window.listeners = listeners;
 window.tell = (event, ...args) => [...(listeners[event] ?? [])].forEach((listen) => listen(...args));
 const model = {
