@@ -27,7 +27,7 @@ extensions = [
 exclude_patterns = ["_build", "coverage.md"] if os.environ.get("HOOKATTN_DOCS_QUICK") else ["_build"]
 html_theme = "furo"
 html_title = f"hookattn {__version__}"
-html_static_path = ["_static"]
+
 html_show_sphinx = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
