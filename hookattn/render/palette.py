@@ -22,7 +22,7 @@ HEADS: tuple[str, ...] = tuple(_SHARED["heads"]["light"])
 # After the colours are used up, they come again with the next of these: on, off, … in line widths.
 DASHES: tuple[tuple[float, ...], ...] = tuple(tuple(map(float, dash)) for dash in _SHARED["dashes"])
 
-SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
+
 SEQUENTIAL_STOPS: tuple[str, ...] = tuple(_SHARED["sequential"]["light"])
 """Stops of a ramp from nothing to much, evenly apart."""
 DIVERGING_STOPS: tuple[str, ...] = tuple(_SHARED["diverging"]["light"])

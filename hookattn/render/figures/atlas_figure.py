@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from ... import checks
 from ...errors import RenderError
-from ..palette import DIVERGING, GRID, SEQUENTIAL
+from ..palette import GRID
 from ..values import Array
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
-from .colours import ColourScale, show_masked
+from .colours import DIVERGING, SEQUENTIAL, ColourScale, show_masked
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -195,8 +195,8 @@ def _colours(unit: str, values: Array, end: float | None) -> ColourScale:
     if end is None:
         end = max(1.0, most) if unit in ("share", "correlation") else most or 1.0
     if signed:
-        return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-end, end))
-    return ColourScale(matplotlib.colormaps[SEQUENTIAL], Normalize(0, end))
+        return ColourScale(DIVERGING, Normalize(-end, end))
+    return ColourScale(SEQUENTIAL, Normalize(0, end))
 
 
 def _label(axes: Axes, rows: Sequence[str], columns: int, points: float, layer: str) -> None:

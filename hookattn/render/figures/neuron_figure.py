@@ -11,9 +11,10 @@ from torch import Tensor
 from ...calls.part import Where
 from ...errors import SelectionError
 from ...traces import TraceLike, as_trace
-from ..palette import DIVERGING, SCORE, WEIGHT
+from ..palette import SCORE, WEIGHT
 from ..values import Array, part_array
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
+from .colours import DIVERGING
 from .row import draw_bars, key_axes, key_label_width, label_keys, query_row
 
 _HEAT, _BARS, _GAP = 1.9, 1.05, 0.16
