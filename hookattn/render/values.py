@@ -43,8 +43,8 @@ class DrawnValues:
         masked: whether any entry is masked, in a block or alone.
         largest: the largest magnitude of what is finite and not masked; 0 where nothing is.
         negative: whether any of it is below 0.
-        ends: for each head where a linear scale of its weights ends, see :func:`hookattn.render.scale.scale_end`; for other
-            fields its largest magnitude.
+        ends: for each head where a linear scale of its weights ends, see :func:`hookattn.render.scale.scale_end`; for
+            other fields its largest magnitude.
     """
 
     data: np.ma.MaskedArray[Any, Any]

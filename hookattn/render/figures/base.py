@@ -163,7 +163,9 @@ class Heading:
         if room is None:
             return self
         title = wrapped(self.title, room - 0.1, _SIZE["title"], "bold") if self.title else ""
-        alarms, notes = (tuple(wrapped(x, room - 0.1, _SIZE["line"]) for x in lines) for lines in (self.alarms, self.notes))
+        alarms, notes = (
+            tuple(wrapped(x, room - 0.1, _SIZE["line"]) for x in lines) for lines in (self.alarms, self.notes)
+        )
         return Heading(title, alarms, notes)
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -59,8 +60,8 @@ def title_of(title: Any, usual: str) -> str:
 def fitted(width: float | None, draw: Callable[[float | None], Figure]) -> Figure:
     """A figure with all that it draws inside, and, where a width is asked for, exactly that wide.
 
-    What a view takes in room is an estimate, since nobody knows how wide a label is before it is set. So the view is drawn,
-    measured, and drawn again in less room where it was too wide.
+    What a view takes in room is an estimate, since nobody knows how wide a label is before it is set. So the view is
+    drawn, measured, and drawn again in less room where it was too wide.
 
     Args:
         width: inches; None: as wide as what is drawn.
@@ -87,8 +88,8 @@ def fitted(width: float | None, draw: Callable[[float | None], Figure]) -> Figur
         if room < 0.3:
             break
     raise RenderError(
-        f"the figure can't be {width:g} in wide: it takes {math.ceil(narrowest * 10) / 10:g} in; give it more, or draw less "
-        "(heads=, queries=, keys=)."
+        f"the figure can't be {width:g} in wide: it takes {math.ceil(narrowest * 10) / 10:g} in; give it more, or draw "
+        "less (heads=, queries=, keys=)."
     )
 
 
@@ -121,10 +122,10 @@ def _move(figure: Figure, right: float, down: float, width: float, height: float
     for text in figure.texts:
         x, y = text.get_position()
         text.set_position((x_of(x), y_of(y)))
-    for line in figure.findobj(Line2D):
-        if line.axes is None:
-            xs, ys = line.get_data()
-            line.set_data([x_of(x) for x in xs], [y_of(y) for y in ys])
+    for line in (*figure.artists, *figure.lines):
+        if isinstance(line, Line2D):
+            xs, ys = np.asarray(line.get_data(), float)
+            line.set_data([x_of(float(x)) for x in xs], [y_of(float(y)) for y in ys])
     figure.set_size_inches(width, height)
 
 
@@ -140,7 +141,8 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 @functools.cache
 def _renderer() -> Any:
-    return RendererAgg(1, 1, _DOTS)
+    made: Any = RendererAgg
+    return made(1, 1, _DOTS)
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
@@ -158,4 +160,3 @@ def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str
                 lines.append("")
             lines[-1] += character
     return "\n".join(lines)
-

@@ -155,9 +155,7 @@ def draw_mesh(axes: Axes, data: Any, block: int, mapped: ColourScale) -> QuadMes
     return mesh
 
 
-def draw_legend(
-    figure: Figure, x: float, y: float, scales: Sequence[ColourScale], field: str, masked: bool
-) -> None:
+def draw_legend(figure: Figure, x: float, y: float, scales: Sequence[ColourScale], field: str, masked: bool) -> None:
     """The colour bar, or the colour of what may be attended to; and what the hatching means.
 
     Args:
@@ -197,7 +195,7 @@ def _bar_ticks(scales: Sequence[ColourScale]) -> tuple[list[float], list[str]]:
     ends = {(one.norm.vmin, one.norm.vmax) for one in scales}
     low, high = float(mapped.norm.vmin or 0.0), float(mapped.norm.vmax or 1.0)
     if len(ends) > 1:
-        own = "each head's\nown end"
+        own = "own end"
         signed = low < 0
         return ([low, 0, high] if signed else [low, high]), [*(["−"] * signed), "0" if low <= 0 else f"≤ {low:g}", own]
     if isinstance(mapped.norm, LogNorm):

@@ -17,7 +17,15 @@ from ...calls.part import Part, Where
 from ...traces import TraceLike, as_trace
 from ..palette import GRID
 from ..values import (
-    WEIGHTS, DrawnValues, Field, Scale, Sink, check_options, drawn_values, has_negative, largest_magnitude,
+    WEIGHTS,
+    DrawnValues,
+    Field,
+    Scale,
+    Sink,
+    check_options,
+    drawn_values,
+    has_negative,
+    largest_magnitude,
 )
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist
 from .colours import ColourScale, colour_scale, show_masked
@@ -48,8 +56,8 @@ def layers(
 
     Args:
         trace: in memory, loaded, or compact; one stack, kind and step of it.
-        field: ``weights``, ``applied``, ``scores`` or ``mask``. Each head is coloured by its own range: a legend says so
-            where they differ.
+        field: ``weights``, ``applied``, ``scores`` or ``mask``. Each head is coloured by its own range: the legend
+            says so where they differ.
         scale, sink, width, title: as for :func:`hookattn.render.heatmap`.
         **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
@@ -74,7 +82,7 @@ def _draw(parts: Sequence[Part], grid: _Thumbnails, field: str, scale: str, titl
     names = [_row_name(part) for part in parts]
     left = 0.2 + max(text_width(name, _LABEL) for name in names) + 0.1
     spare = (_WIDEST if room is None else room) - left - _LEGEND
-    cell = min(_LARGEST, max(_LEAST if room is None else 0.02, spare / len(numbers)))
+    cell = min(_LARGEST if room is None else 1.2, max(_LEAST if room is None else 0.02, spare / len(numbers)))
     heading = Heading.of(parts, title, grid.notes).within(room)
     top = heading.height + 0.3
     figure = empty_sheet(left + len(numbers) * cell + _LEGEND, top + len(parts) * cell + 0.15)

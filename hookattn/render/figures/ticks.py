@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -62,7 +62,8 @@ def _every(which: Literal["x", "y"], labels: Sequence[str], spacing: float) -> i
     # Positions: round steps, and upright as long as there are enough of them.
     if which == "x":
         every = max(every, math.ceil(label_width(labels, spacing) / spacing - 1e-6))
-    return next(n for k in range(9) for n in (10**k, 2 * 10**k, 5 * 10**k) if n >= every)
+    steps: Iterator[int] = (n * 10**k for k in range(9) for n in (1, 2, 5))
+    return next(n for n in steps if n >= every)
 
 
 def _turned(labels: Sequence[str], spacing: float) -> bool:
