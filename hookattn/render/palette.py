@@ -22,7 +22,6 @@ HEADS: tuple[str, ...] = tuple(_SHARED["heads"]["light"])
 # After the colours are used up, they come again with the next of these: on, off, … in line widths.
 DASHES: tuple[tuple[float, ...], ...] = tuple(tuple(map(float, dash)) for dash in _SHARED["dashes"])
 
-SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
 SEQUENTIAL_STOPS: tuple[str, ...] = tuple(_SHARED["sequential"]["light"])
 """Stops of a ramp from nothing to much, evenly apart."""
 DIVERGING_STOPS: tuple[str, ...] = tuple(_SHARED["diverging"]["light"])
@@ -39,3 +38,25 @@ def head_style(head: int) -> tuple[str, tuple[float, ...]]:
         head: its number in the model.
     """
     return HEADS[head % len(HEADS)], DASHES[head // len(HEADS) % len(DASHES)]
+
+
+# As the viewer has them (--r0 and on in its style.css, in the order of ALL in its roles.ts), the most telling first.
+ROLES: dict[str, str] = {
+    "induction": "#d1495b",
+    "duplicate token": "#e07b1a",
+    "same word in the other sentence": "#b8860b",
+    "previous token": "#2b6cb0",
+    "next token": "#2a9db5",
+    "itself": "#2f8f4e",
+    "neighbours": "#7a9a2e",
+    "separators": "#8457b8",
+    "first token": "#c05299",
+    "learned sink": "#8c5a3c",
+    "uniform": "#7b8794",
+}
+NO_ROLE = "no clear role"
+
+
+def role_colour(role: str) -> str:
+    """The hue of a role of heads; a role of somebody else's has that of the last."""
+    return ROLES.get(role, ROLES["uniform"])

@@ -14,6 +14,7 @@ from ..attention.functional import with_four_axes
 from ..attention.normalizers import is_softmax
 from ..calls.part import Part
 from ..errors import SelectionError
+from .scale import scale_end
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -42,6 +43,8 @@ class DrawnValues:
         masked: whether any entry is masked, in a block or alone.
         largest: the largest magnitude of what is finite and not masked; 0 where nothing is.
         negative: whether any of it is below 0.
+        ends: for each head where a linear scale of its weights ends, see :func:`hookattn.render.scale.scale_end`; for
+            other fields its largest magnitude.
     """
 
     data: np.ma.MaskedArray[Any, Any]
@@ -52,6 +55,12 @@ class DrawnValues:
     masked: bool
     largest: float
     negative: bool
+    ends: tuple[float, ...]
+
+    @property
+    def end(self) -> float:
+        """Where the colours end that all heads share: at the largest of their ends."""
+        return max(self.ends)
 
 
 def check_options(field: str, scale: str, sink: str) -> None:
@@ -97,15 +106,18 @@ def drawn_values(
         raise SelectionError(f"sink={sink!r}: the first key is the only one that is drawn.")
     most = max(len(part.rows), len(columns)) if most is None else most
     images, block, masked, largest, negative = [], 1, False, 0.0, False
+    ends: list[float] = []
+    resting = columns.index(first_key(part)) if sink == "show" and first_key(part) in columns else None
     for one in part.each_head():
         data = _drawn_head(one, drawn, columns, first if sink == "renormalise" else None)
         masked = masked or bool(np.ma.getmaskarray(data).any())
         largest = max(largest, largest_magnitude(data))
+        ends.append(scale_end(data[0], resting) if drawn in WEIGHTS else largest_magnitude(data))
         negative = negative or has_negative(data)
         image, block = block_maxima(data, most, far=drawn in WEIGHTS and has_negative(data))
         images.append(image)
     whole = np.ma.masked_array(np.concatenate([x.data for x in images]), np.concatenate([x.mask for x in images]))
-    return DrawnValues(whole, part.rows, columns, tuple(notes), block, masked, largest, negative)
+    return DrawnValues(whole, part.rows, columns, tuple(notes), block, masked, largest, negative, tuple(ends))
 
 
 def drawn_field(part: Part, field: str) -> str:

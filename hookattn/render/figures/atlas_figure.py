@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ... import checks
 from ...errors import RenderError
-from ..palette import DIVERGING, GRID, SEQUENTIAL
+from ...traces import Trace, TraceLike, as_trace
 from ..values import Array
+from .atlas_grid import LABEL, Grid, grid_of, label_grid
+from .atlas_roles import draw_roles
 from .base import Heading, axes_at, empty_sheet, in_own_style, name_artist, text_at
-from .colours import ColourScale, show_masked
+from .colours import DIVERGING, SEQUENTIAL, ColourScale, show_masked
+from .fitting import Width, fitted, text_width, title_of, width_in_inches, wrapped
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,20 +28,24 @@ if TYPE_CHECKING:
 _PLACE = ("step", "example", "query", "token", "call", "layer", "stack", "kind", "path", "head", "role", "evidence")
 _WIDEST, _TALLEST = 3.4, 4.5
 _LARGEST, _LEAST = 0.3, 0.02
-_GAP, _BAR = 0.35, 0.09
-# So few points a number needs to be read.
-_READABLE = 5.0
+_GAP, _BAR, _BAR_ROOM = 0.2, 0.09, 0.5
 
 
 @in_own_style
 def atlas(
-    table: DataFrame,
+    table: DataFrame | TraceLike,
     measures: str | Iterable[str] | None = None,
     *,
-    title: str = "",
+    title: str | bool = True,
     largest: Mapping[str, float] | None = None,
+    width: Width = None,
 ) -> Figure:
-    """All heads of a model by some measures: a panel for each, a row for each layer, a square for each head.
+    """All heads of a model: a row for each layer, a square for each head, by its role or by some measures.
+
+    Of a trace, or where the table is a report and no measures are asked for, one panel: the hue of a square is the role
+    of the head, its strength the score that is the evidence, and a legend has how many heads have each role, as the
+    viewer's Overview does. A head with several roles has the colour of the most telling one; a grey square has none
+    that is clear.
 
     A share of the attention has colours from 0 to 1, a correlation from −1 to 1, whatever the table has, so that
     pictures of several trainings, or steps of one, can be held against each other. Of other measures the range is from
@@ -48,41 +55,69 @@ def atlas(
     Args:
         table: a row for each head, with ``layer``, ``head`` and the measures, as of
             :func:`hookattn.analyze.measure`, :func:`hookattn.analyze.report` or a
-            :class:`hookattn.training.HeadMonitor`; ``attrs["units"]`` says what they are in.
-        measures: which columns; all measures of the table.
+            :class:`hookattn.training.HeadMonitor`; ``attrs["units"]`` says what they are in. A trace: its report.
+        measures: which columns, a panel for each; None: the roles, or all measures of a table without any.
         title: above the picture.
         largest: by measure where its colours end.
+        width: inches that the figure is wide, ``column`` (3.3) or ``page`` (7); None: as wide as it is.
 
     Returns:
-        A figure with one image for each measure, named ``atlas-<measure>``: a value for each layer and head.
+        A figure with one image for each measure, named ``atlas-<measure>``: a value for each layer and head. Of roles:
+        named ``atlas-role``, a colour for each.
 
     Raises:
-        RenderError: the table has no such column, no heads, or two rows for one head.
+        RenderError: the table has no such column, no heads, or two rows for one head; or it can't be so narrow.
+        MeasureError: of a trace nothing can be measured.
         InputError, SelectionError: an argument is of another kind.
     """
-    title = checks.text("title", title)
-    names = _measures_of(table, measures)
-    _check_numbers(table, names)
+    wide, title = width_in_inches(width), title_of(title, "")
+    found = _table_of(table, measures)
+    if measures is None and {"role", "layer", "head"} <= {*getattr(found, "columns", ())}:
+        if largest is not None:
+            raise RenderError("atlas: roles have no largest value; give measures= with it.")
+        return draw_roles(found, grid_of(found), title, wide)
+    names = _measures_of(found, measures)
+    _check_numbers(found, names)
     ends = {} if largest is None else dict(checks.one_of("largest", largest, Mapping, "a largest value by measure"))
     if unknown := [name for name in ends if name not in names]:
         raise RenderError(
             f"largest has {checks.printed(unknown[0])}, which is not drawn; drawn are {', '.join(names)}."
         )
+    grid = grid_of(found)
+    return fitted(wide, lambda room: _draw(found, names, grid, ends, title, room))
+
+
+def _table_of(table: Any, measures: Any) -> DataFrame:
+    """What is drawn of: the table itself, or the report of a trace."""
+    if isinstance(table, Trace | str | PathLike):
+        from ...analyze import report
+
+        return report(as_trace(table, "table"), measures)
+    return table  # type: ignore[no-any-return]
+
+
+def _draw(
+    table: DataFrame, names: Sequence[str], grid: Grid, ends: Mapping[str, float], title: str, room: float | None
+) -> Figure:
     units = table.attrs.get("units", {})
-    grid = _grid_of(table)
-    rows, columns = len(grid.rows), max(grid.heads) + 1
+    rows, columns = len(grid.rows), grid.columns
     # Squares, also where there are many: each panel is as wide as its heads need.
-    cell = max(_LEAST, min(_LARGEST, _WIDEST / columns, _TALLEST / rows))
-    left = 0.32 + 0.05 * max(map(len, grid.rows))
-    panel, across = columns * cell, min(len(names), 4)
-    wide = max(panel + left + 0.5, 1.5)
-    heading = Heading(title, (), ())
-    tall = 0.42 + rows * cell + _GAP
+    left = 0.2 + max(text_width(name, LABEL) for name in grid.rows)
+    across = min(len(names), 4 if room is None else max(1, int(room / 1.6)))
+    spare = _WIDEST if room is None else room / across - left - _BAR_ROOM
+    cell = max(_LEAST, min(_LARGEST if room is None else 0.45, spare / columns, _TALLEST / rows))
+    panel = columns * cell
+    wide = max(panel + left + _BAR_ROOM, 1.5 if room is None else 0.0)
+    heading = Heading(title, (), ()).within(room)
+    told = {name: f"{name}  {units.get(name, '')}".rstrip() for name in names}
+    told = {name: text if room is None else wrapped(text, wide - left, 7.0) for name, text in told.items()}
+    above = 0.3 + 0.12 * max(text.count("\n") + 1 for text in told.values())
+    tall = above + rows * cell + _GAP
     figure = empty_sheet(across * wide + 0.1, heading.height + math.ceil(len(names) / across) * tall)
     heading.draw(figure)
     for n, name in enumerate(names):
-        x, y = n % across * wide + left, heading.height + n // across * tall + 0.42
-        text_at(figure, x, y - 0.4, f"{name}  {units.get(name, '')}".rstrip(), fontsize=7.5)
+        x, y = n % across * wide + left, heading.height + n // across * tall + above
+        text_at(figure, x, y - above + 0.02, told[name], fontsize=7.0)
         values = grid.values(table[name])
         end = _end(name, values, ends)
         colours = _colours(units.get(name, ""), values, end)
@@ -90,66 +125,14 @@ def atlas(
         show_masked(axes.patch)
         image = axes.imshow(values, cmap=colours.map, norm=colours.norm, interpolation="nearest", aspect="auto")
         name_artist(image, f"atlas-{name}")
-        _label(axes, grid.rows, columns, cell * 72, "layer" if n % across == 0 else "")
+        label_grid(axes, grid.rows, columns, cell, "layer" if n % across == 0 else "")
         bar = axes_at(figure, x + panel + 0.08, y, _BAR, max(rows * cell, 0.4))
-        figure.colorbar(image, cax=bar).outline.set_visible(False)
-        bar.tick_params(labelsize=5.5, length=1.5, pad=1)
+        made = figure.colorbar(image, cax=bar)
+        made.outline.set_visible(False)
+        made.locator = MaxNLocator(3 if rows * cell < 0.8 else 5)
+        made.update_ticks()
+        bar.tick_params(labelsize=LABEL, length=1.5, pad=1)
     return figure
-
-
-class _Grid(NamedTuple):
-    """Where each row of a table stands.
-
-    Attributes:
-        rows: the names of the rows of the picture.
-        of_row: for each row of the table its row in the picture,
-        heads: and its column.
-    """
-
-    rows: list[str]
-    of_row: list[int]
-    heads: list[int]
-
-    def values(self, column: Any) -> Array:
-        """Rows × heads, masked where there is no value."""
-        made = np.full((len(self.rows), max(self.heads) + 1), np.nan)
-        made[self.of_row, self.heads] = column
-        return np.ma.masked_invalid(made)
-
-
-def _grid_of(table: DataFrame) -> _Grid:
-    """A row for each layer, or, where layers have several attentions or no numbers, for each place of the model.
-
-    Raises:
-        RenderError: see :func:`atlas`.
-    """
-    if not len(table):
-        raise RenderError("atlas: the table has no heads.")
-    by = [name for name in ("stack", "kind", "layer") if name in table.columns]
-    numbers = list(table["layer"])
-    if any(layer is None or layer != layer for layer in numbers) and "path" in table.columns:
-        by.append("path")
-    if table.duplicated([*by, "head"]).any() and "call" in table.columns:
-        by.append("call")
-    if table.duplicated([*by, "head"]).any():
-        raise RenderError(
-            f"atlas: expected one row for each {', '.join(by)} and head; choose a step, example or query of the table."
-        )
-    places = table[by].drop_duplicates()
-    telling = [name for name in by if places[name].nunique() > 1 and name != "layer"]
-    key = [tuple(row) for row in table[by].astype(object).where(table[by].notna(), None).itertuples(index=False)]
-    # Stacks and kinds as they come, each with its layers by their numbers, whatever the table was sorted by.
-    first = list(dict.fromkeys(key))
-    at_layer = by.index("layer")
-    others = list(dict.fromkeys(place[:at_layer] for place in first))
-    order = sorted(first, key=lambda place: (others.index(place[:at_layer]), place[at_layer] or 0))
-    names = []
-    for place in order:
-        found = dict(zip(by, place, strict=True))
-        number = "" if found.get("layer") is None else str(int(found["layer"]))
-        names.append(" ".join([*(str(found[name]) for name in telling), number]).strip())
-    at = {place: n for n, place in enumerate(order)}
-    return _Grid(names, [at[one] for one in key], [int(head) for head in table["head"]])
 
 
 def _measures_of(table: Any, measures: Any) -> list[str]:
@@ -195,21 +178,5 @@ def _colours(unit: str, values: Array, end: float | None) -> ColourScale:
     if end is None:
         end = max(1.0, most) if unit in ("share", "correlation") else most or 1.0
     if signed:
-        return ColourScale(matplotlib.colormaps[DIVERGING], Normalize(-end, end))
-    return ColourScale(matplotlib.colormaps[SEQUENTIAL], Normalize(0, end))
-
-
-def _label(axes: Axes, rows: Sequence[str], columns: int, points: float, layer: str) -> None:
-    """Numbers of heads above and of layers on the left: as many as can be read."""
-    axes.xaxis.set_label_position("top")
-    axes.xaxis.tick_top()
-    every = max(1, math.ceil(1.6 * _READABLE / points))
-    size = min(6.5, max(_READABLE, points * 0.5))
-    axes.set_xticks(range(0, columns, every), [str(n) for n in range(0, columns, every)], fontsize=size)
-    at = range(0, len(rows), max(1, math.ceil(_READABLE / points)))
-    axes.set_yticks(at, [rows[n] for n in at], fontsize=size)
-    axes.tick_params(length=0, pad=1.5)
-    axes.set_xlabel("head", labelpad=2)
-    axes.set_ylabel(layer, labelpad=2)
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
+        return ColourScale(DIVERGING, Normalize(-end, end))
+    return ColourScale(SEQUENTIAL, Normalize(0, end))

@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
 import matplotlib.style
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ...calls.part import Part
-from ...printable import printable
 from ..palette import ALARM, FAINT, GRID, INK, PAPER
+from .fitting import wrapped
 
 P = ParamSpec("P")
 
@@ -61,8 +61,7 @@ def style() -> dict[str, Any]:
         "figure.facecolor": PAPER,
         "savefig.facecolor": PAPER,
         "savefig.dpi": 300,
-        "savefig.bbox": "tight",
-        "savefig.pad_inches": 0.04,
+        "savefig.bbox": None,  # a figure is saved as wide as it is: see fitting.py
         "image.composite_image": False,  # hundreds of thumbnails, each resampled to the whole sheet, take a minute
         "svg.fonttype": "none",
         "svg.hashsalt": "hookattn",
@@ -105,11 +104,7 @@ def in_own_style(view: Callable[P, Figure]) -> Callable[P, Figure]:
     @functools.wraps(view)
     def run(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.style.context(["default", style()]):
-            figure = view(*args, **kwargs)
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)  # a token such as $x$ is what it says
-            text.set_text(printable(text.get_text(), keep="\n"))  # and a control character is no part of an SVG
-        return figure
+            return view(*args, **kwargs)
 
     return run
 
@@ -161,14 +156,43 @@ class Heading:
     @property
     def height(self) -> float:
         """Inches from the top of the figure to where the view may begin."""
-        return 0.05 + 0.2 * bool(self.title) + 0.13 * (len(self.alarms) + len(self.notes))
+        return 0.05 + sum(_PITCH[text.kind] for text in self._lines)
+
+    def within(self, room: float | None) -> Heading:
+        """The same in lines that fit into so many inches; None: in lines as long as they are."""
+        if room is None:
+            return self
+        title = wrapped(self.title, room - 0.1, _SIZE["title"], "bold") if self.title else ""
+        alarms, notes = (
+            tuple(wrapped(x, room - 0.1, _SIZE["line"]) for x in lines) for lines in (self.alarms, self.notes)
+        )
+        return Heading(title, alarms, notes)
+
+    @property
+    def _lines(self) -> list[_Line]:
+        """Its lines from the top."""
+        said = [("title", INK, self.title)] if self.title else []
+        said += [("line", ALARM, text) for text in self.alarms] + [("line", FAINT, text) for text in self.notes]
+        return [_Line(kind, colour, line) for kind, colour, text in said for line in text.split("\n")]
 
     def draw(self, figure: Figure) -> None:
         """Write it."""
-        text_at(figure, 0.05, 0.03, self.title, fontsize=8.0, fontweight="bold")
-        lines = [*((line, ALARM) for line in self.alarms), *((line, FAINT) for line in self.notes)]
-        for i, (line, colour) in enumerate(lines):
-            text_at(figure, 0.05, 0.03 + 0.2 * bool(self.title) + 0.13 * i, line, fontsize=6.5, color=colour)
+        y = 0.03
+        for line in self._lines:
+            weight = "bold" if line.kind == "title" else "normal"
+            text_at(figure, 0.05, y, line.text, fontsize=_SIZE[line.kind], color=line.colour, fontweight=weight)
+            y += _PITCH[line.kind]
+
+
+# Points, and inches from one line to the next.
+_SIZE = {"title": 8.0, "line": 6.5}
+_PITCH = {"title": 0.17, "line": 0.13}
+
+
+class _Line(NamedTuple):
+    kind: str
+    colour: str
+    text: str
 
 
 def _places_text(places: list[str]) -> str:

@@ -17,6 +17,7 @@ from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
 from ..values import first_key
 from .base import Heading, empty_sheet, in_own_style, name_artist, text_at
 from .colours import show_masked
+from .fitting import Width, fitted, text_width, title_of, width_in_inches
 from .row import QueryRow, draw_bars, key_axes, key_label_width, label_keys, query_row
 from .ticks import font_size
 
@@ -26,7 +27,7 @@ _TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT, EDITED:
 
 
 @in_own_style
-def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
+def lens(trace: TraceLike, *, width: Width = None, title: str | bool = True, **where: Unpack[Where]) -> Figure:
     """One query of one head: score → mask → weight, and a word for each key.
 
     - *edited*: an edit has set its weight, whatever its score is;
@@ -40,6 +41,7 @@ def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
 
     Args:
         trace: in memory, loaded, or compact, with scores, mask and weights (or what these are derived from).
+        width, title: as for :func:`hookattn.render.heatmap`.
         **where: what is drawn: :class:`hookattn.calls.part.Where`; ``heads`` and ``queries`` name one each, and
             without ``queries`` it is the last one.
 
@@ -49,8 +51,11 @@ def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
     Raises:
         SelectionError: no one call, head or query; or weights that are no softmax, in which keys outscore each other.
         FieldNotCaptured: a field is not in the trace; names the ``capture=``.
+        RenderError: it can't be so narrow.
     """
+    wide = width_in_inches(width)
     found = query_row(as_trace(trace), "lens", **where)
+    title = title_of(title, found.title)
     part = found.part
     if not is_softmax(part.call.normalizer):
         raise SelectionError(
@@ -58,19 +63,28 @@ def lens(trace: TraceLike, **where: Unpack[Where]) -> Figure:
             f"{part.call.normalizer!r}); hookattn.render.heatmap draws any weights."
         )
     words, drain = verdicts(found)
-    heading = Heading.of([part], found.title, [*found.notes, *drain])
+    return fitted(wide, lambda room: _draw(found, words, drain, title, room))
+
+
+def _draw(found: QueryRow, words: Sequence[str], drain: Sequence[str], title: str, room: float | None) -> Figure:
+    heading = Heading.of([found.part], title, [*found.notes, *drain]).within(room)
     left = 0.1 + key_label_width(found)
+    score, weight, gap, why = _SCORE, _WEIGHT, _GAP, _WHY
+    if room is not None:
+        gap, why = 0.1, max(text_width(word, font_size(found.spacing), "bold") for word in words) + 0.05
+        spare = max(0.7, room - left - _MASK - why - 4 * gap)
+        score, weight = (part / (_SCORE + _WEIGHT) * spare for part in (_SCORE, _WEIGHT))
     top = heading.height + 0.25
-    figure = empty_sheet(left + _SCORE + _MASK + _WEIGHT + _WHY + 4 * _GAP, top + found.height + 0.3)
+    figure = empty_sheet(left + score + _MASK + weight + why + 4 * gap, top + found.height + 0.3)
     heading.draw(figure)
     label_keys(figure, left - 0.05, top, found)
     x = left
-    _draw_scores(figure, x, top, found)
-    x += _SCORE + _GAP
+    _draw_scores(figure, x, top, found, score)
+    x += score + gap
     _draw_mask(figure, x, top, found)
-    x += _MASK + _GAP
-    draw_bars(key_axes(figure, x, top, _WEIGHT, found, "weight"), found, found.weights, "weight", WEIGHT)
-    x += _WEIGHT + _GAP
+    x += _MASK + gap
+    draw_bars(key_axes(figure, x, top, weight, found, "weight"), found, found.weights, "weight", WEIGHT)
+    x += weight + gap
     text_at(figure, x, top - 0.05, "why", va="bottom", fontsize=6.8)
     for n, j in enumerate(found.keys):
         bold = "bold" if words[j] == ATTENDED else "normal"
@@ -108,9 +122,9 @@ def verdicts(found: QueryRow) -> tuple[list[str], Sequence[str]]:
     return words, said + ([f"{first:.0%} goes to the first key"] if DRAINED in words and first else [])
 
 
-def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow) -> None:
+def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow, across: float) -> None:
     """A dot for each score, and the log of the denominator."""
-    axes = key_axes(figure, x, y, _SCORE, found, "score")
+    axes = key_axes(figure, x, y, across, found, "score")
     hidden = np.zeros(len(found.scores), bool) if found.hidden is None else found.hidden
     away, scores = found.listed(hidden), found.listed(found.scores)
     at = np.arange(len(scores))
@@ -125,7 +139,7 @@ def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow) -> None:
         line = axes.axvline(total, color=WEIGHT, linestyle=(0, (3, 2)), linewidth=0.8)
         name_artist(line, "log-of-the-denominator")
         said = f"dashed: ln of the softmax's denominator, {total:.2f}"
-        text_at(figure, x, y + found.height + 0.04, said, fontsize=5.6, color=WEIGHT)
+        text_at(figure, x, y + found.height + 0.04, said, fontsize=6.0, color=WEIGHT)
     for n in range(len(scores)):
         axes.axhline(n, color=GRID, linewidth=0.3, zorder=0)
     axes.margins(x=0.06)

@@ -19,7 +19,8 @@ from ..palette import FAINT
 from ..values import UNKNOWN, Array, Flags, hidden_keys, part_array
 from .base import axes_at, hide_frame, name_artist, text_at
 from .colours import show_masked
-from .ticks import LONGEST, font_size, label_width
+from .fitting import text_width
+from .ticks import LONGEST, SMALLEST, font_size, label_width
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16
@@ -137,21 +138,26 @@ def draw_bars(axes: Axes, found: QueryRow, values: Array, name: str, colour: str
     seen = np.isfinite(listed) & ~_hidden_flags(found)
     low, high = min(0.0, *listed[seen], 0.0), max(0.0, *listed[seen], 1e-9)
     digits = _digits(listed[seen])
-    room_for_text = (0.2 + 0.05 * digits) / axes.get_position().width / axes.figure.get_figwidth()  # type: ignore[union-attr]
+    size = max(SMALLEST, font_size(found.spacing) * 0.85)
+    numbers = [f"{value:z.{digits}f}" for value in listed]
     # Numbers stand beyond the ends of the bars, so that the axis is longer than the bars by the width of a number.
-    span = (high - low) / (1 - min(0.6, room_for_text * (2 if low < 0 else 1)))
-    left = low - (span * min(0.3, room_for_text) if low < 0 else 0)
+    across = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
+    widths = [text_width(text, size) for text in numbers]
+    left_of, right_of = (max((w for w, v in zip(widths, listed, strict=True) if (v < 0) is below), default=0.0)
+                         for below in (True, False))  # fmt: skip
+    beside = [min(0.42, (wide + 0.04) / across) if wide else 0.0 for wide in (left_of * (low < 0), right_of)]
+    span = (high - low) / (1 - sum(beside))
+    left = low - span * beside[0]
     axes.set_xlim(left, left + span)
     made = axes.barh(np.arange(len(listed))[seen], listed[seen], height=0.72, color=colour, linewidth=0)
     for patch, j in zip(made, np.array(found.keys)[seen], strict=True):
         name_artist(patch, f"{name}-{j}")
-    size = font_size(found.spacing) * 0.85
     for n, value in enumerate(listed):
         if seen[n]:
             end = value if low < 0 or value >= 0 else 0.0
             side = "left" if value >= 0 else "right"
             gap = span * 0.012 * (1 if value >= 0 else -1)
-            axes.text(end + gap, n, f"{value:z.{digits}f}", ha=side, va="center", fontsize=size)
+            axes.text(end + gap, n, numbers[n], ha=side, va="center", fontsize=size)
         else:
             show_masked(axes.barh(n, span, left=left, height=0.9)[0])
     if low < 0:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
 
 from ...tokens.display import shortened
+from .fitting import text_width
 
-LARGEST, SMALLEST = 7.5, 5.0
+LARGEST, SMALLEST = 7.5, 6.0
 """Points. What is smaller than the second can't be read on paper."""
 LONGEST = 16
 _LEADING = 1.05
@@ -32,11 +32,7 @@ def label_width(labels: Sequence[str], spacing: float) -> float:
     """Inches that the longest of the labels takes, at the size that they will have."""
     if not labels:
         return 0.0
-    return max(_width_in_ems(shortened(label, LONGEST)) for label in labels) * font_size(spacing) * _POINT + 0.08
-
-
-def _width_in_ems(label: str) -> float:
-    return sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.62 for c in label)
+    return max(text_width(shortened(label, LONGEST), font_size(spacing)) for label in labels) + 0.08
 
 
 def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spacing: float, shown: bool = True) -> None:
@@ -49,9 +45,7 @@ def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spac
         spacing: inches between two positions.
         shown: whether there are labels, or only the axis without any.
     """
-    every = stride(spacing)
-    if labels[0].isdigit():  # positions: round steps
-        every = next(n for k in range(9) for n in (10**k, 2 * 10**k, 5 * 10**k) if n >= every)
+    every = _every(which, labels, spacing)
     at = list(range(0, len(labels), every)) if shown else []
     texts = [shortened(labels[i], LONGEST) for i in at]
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -60,8 +54,21 @@ def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spac
     axis.set_tick_params(length=1.5 if every > 1 and shown else 0, pad=2)
 
 
+def _every(which: Literal["x", "y"], labels: Sequence[str], spacing: float) -> int:
+    """Every how manieth label is shown."""
+    every = stride(spacing)
+    if not labels[0].isdigit():
+        return every
+    # Positions: round steps, and upright as long as there are enough of them.
+    if which == "x":
+        every = max(every, math.ceil(label_width(labels, spacing) / spacing - 1e-6))
+    steps: Iterator[int] = (n * 10**k for k in range(9) for n in (1, 2, 5))
+    return next(n for n in steps if n >= every)
+
+
 def _turned(labels: Sequence[str], spacing: float) -> bool:
-    return label_width(labels, spacing) > spacing
+    """Whether labels below an axis stand upright on their ends."""
+    return not labels[0].isdigit() and label_width(labels, spacing) > spacing
 
 
 def label_depth(labels: Sequence[str], spacing: float) -> float:
