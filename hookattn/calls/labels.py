@@ -42,11 +42,15 @@ def labels(
         # Of a sequence that grows, its first keys; of any other there are no more keys than these.
         if len(key_tokens) > s and key_positions(call, trace, s, [len(key_tokens)]) is None:
             name = "tokens" if key_tokens is tokens else "key_tokens"
-            raise InputError(f"{name} has {len(key_tokens)} labels, and {call.site.label} has {s} keys.")
+            more = _one_more(len(key_tokens), s)
+            raise InputError(f"{name} has {len(key_tokens)} labels, and {call.site.label} has {s} keys{more}.")
         numbers = shown(key_tokens)[:s]
     if tokens is not None and own_labels:
         if len(tokens) not in (t, call.of_queries or max(own) + 1):
-            raise InputError(f"tokens has {len(tokens)} labels, and {call.site.label} has {t} queries and {s} keys.")
+            more = _one_more(len(tokens), call.of_queries or max(own) + 1)
+            raise InputError(
+                f"tokens has {len(tokens)} labels, and {call.site.label} has {t} queries and {s} keys{more}."
+            )
         given = shown(tokens)
         return tuple(given if len(given) == t else [given[i] for i in own]), tuple(numbers)
     # Of more queries than keys, a diagonal goes on where no key is.
@@ -55,6 +59,12 @@ def labels(
     else:
         named = [numbers[i] if 0 <= i < s else i for i in at]
     return tuple(map(str, named)), tuple(numbers)
+
+
+def _one_more(labels: int, positions: int) -> str:
+    """What may have gone wrong where there is one label too many."""
+    said = "; the last token that a generation makes is never a query: drop it, as tokens[:-1]"
+    return said if labels == positions + 1 else ""
 
 
 def _of_queries(trace: TraceData, call: Call, batch: int, b: int, t: int) -> list[str] | None:

@@ -8,6 +8,7 @@ from ..version import __version__
 from .ablate import command as ablate
 from .adapters import adapters
 from .command import Group
+from .compare import command as compare
 from .demo import demo
 from .heads import command as heads
 from .info import info
@@ -31,5 +32,5 @@ def app() -> None:
     """
 
 
-for command in (trace, info, merge, heads, view, render, survey, ablate, verify, adapters, demo):
+for command in (trace, info, merge, heads, compare, view, render, survey, ablate, verify, adapters, demo):
     app.add_command(command)

@@ -73,20 +73,12 @@ def command(
     trace = load(file)
     table = report(trace if field == "weights" else as_distribution(trace, field), measures)
     if sort is not None:
-        table = _sorted(table, sort)
+        table = sorted_by(table, sort)
     table = table.head(top) if top is not None else table
     if screen.as_json:
         units, left_out = table.attrs["units"], table.attrs["left_out"]
-        screen.json({"file": file, "of": field, "units": units, "left_out": left_out, "heads": _json_rows(table)})
-    if csv == "-":
-        click.echo(table.to_csv(index=False), nl=False)
-    for path, write in ((csv, table.to_csv), (parquet, table.to_parquet)):
-        if path is not None and path != "-":
-            try:
-                write(path, index=False)
-            except OSError as error:
-                raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
-            screen.say(f"wrote {path}: {counted(len(table), 'head')}")
+        screen.json({"file": file, "of": field, "units": units, "left_out": left_out, "heads": json_rows(table)})
+    write_table(screen, table, csv, parquet)
     if not screen.as_json and csv is None and parquet is None:
         asked = [*(measures or ()), *([sort.removeprefix("-")] if sort is not None else [])]
         _print_heads(screen, table, asked or list(SHOWN), keep=len(asked))
@@ -108,7 +100,24 @@ def command(
             )
 
 
-def _sorted(table: DataFrame, sort: str) -> DataFrame:
+def write_table(screen: Screen, table: DataFrame, csv: str | None, parquet: str | None) -> None:
+    """Write a table of heads where it was asked for; ``-``: to stdout.
+
+    Raises:
+        TraceWriteError: it cannot be written there.
+    """
+    if csv == "-":
+        click.echo(table.to_csv(index=False), nl=False)
+    for path, write in ((csv, table.to_csv), (parquet, table.to_parquet)):
+        if path is not None and path != "-":
+            try:
+                write(path, index=False)
+            except OSError as error:
+                raise TraceWriteError(f"{path}: cannot be written: {error.strerror or error}.") from error
+            screen.say(f"wrote {path}: {counted(len(table), 'head')}")
+
+
+def sorted_by(table: DataFrame, sort: str) -> DataFrame:
     """The table, the largest of a measure first; ``-measure``: the smallest.
 
     Raises:
@@ -116,13 +125,13 @@ def _sorted(table: DataFrame, sort: str) -> DataFrame:
     """
     key = sort.removeprefix("-")
     if key not in table.attrs["units"]:
-        why = table.attrs["left_out"].get(key)
+        why = table.attrs.get("left_out", {}).get(key)
         said = f"it is not defined here: {why}" if why else f"there are {', '.join(table.attrs['units'])}"
         raise SelectionError(f"--sort {sort}: {said}.")
     return table.sort_values(key, ascending=sort.startswith("-"), kind="stable", na_position="last")
 
 
-def _json_rows(table: DataFrame) -> list[dict[str, Any]]:
+def json_rows(table: DataFrame) -> list[dict[str, Any]]:
     """Rows as plain data; NaN as null."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(key): value for key, value in row.items()} for row in rows]
@@ -149,13 +158,13 @@ def _print_heads(screen: Screen, table: DataFrame, measures: list[str], keep: in
     shown.add_column(Text("role").append("  and its evidence", "dim not bold"))
     for row in table.to_dict("records"):
         numbers = ["" if row[m] != row[m] else f"{row[m]:.2f}" for m in heads]  # NaN is not equal to itself
-        place = [plain(_place_text(c, row[c])) for c in where]
+        place = [plain(place_text(c, row[c])) for c in where]
         shown.add_row(*place, *numbers, _role_lines(str(row["role"]), str(row["evidence"])))
     screen.out.print(shown)
     _print_left_out(screen, table)
 
 
-def _place_text(column: str, value: Any) -> str:
+def place_text(column: str, value: Any) -> str:
     """Where a head is. A layer that is not known makes its column one of floats."""
     if value is None or value != value:
         return "?"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from ..calls.part import Part, Where
 from ..errors import SelectionError
 from ..optional import extra_named
 from ..printable import printable
+from ..tokens.display import shortened
 from ..traces import Trace, TraceLike, as_trace
 from .by_distance import highest, lowest, mean_by_distance, notes_of
-from .palette import INK, MASKED, PAPER, head_style
+from .palette import DIVERGING_STOPS, HATCH, INK, MASKED, PAPER, SEQUENTIAL_STOPS, head_style
 from .values import FLOOR, Field, Scale, Sink, check_options, drawn_values
 
 if TYPE_CHECKING:
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
 
 _MOST = 1024
 _PIXELS = 64
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_BLUES, _SCORES = "Blues", "PuOr_r"
+_PANEL, _CELL = 380, 22
+"""Pixels of the longer side of a panel at the most, and of a cell."""
+_LETTER, _LINE = 6.5, 13
+"""Pixels of a character of a label, and from one line of labels to the next."""
+_LONGEST, _GAP = 16, 34
+_SCALES = {
+    name: [[i / (len(stops) - 1), colour] for i, colour in enumerate(stops)]
+    for name, stops in (("weights", SEQUENTIAL_STOPS), ("scores", DIVERGING_STOPS))
+}
 
 
 def plotly(
@@ -50,7 +58,8 @@ def plotly(
         **where: what is drawn: :class:`hookattn.calls.part.Where`.
 
     Returns:
-        A figure. Masked entries are gaps in its data (None), never 0.
+        A figure. Masked entries are gaps in its data (None), never 0, and grey, as a legend says; each cell is a
+        square.
 
     Raises:
         ModuleNotFoundError: plotly is not installed.
@@ -86,13 +95,79 @@ def _matrix(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) 
         place = {"row": n // columns + 1, "col": n % columns + 1}
         hover = [[f"query {q}<br>key {k}" for k in _escaped(across)] for q in _escaped(rows)]
         _add_heatmap(figure, data[n], hover, f"head {head}", place, scale)
-        size = {"tickfont": {"size": max(7, min(11, 420 // max(len(rows), 1)))}}
-        _set_ticks(figure, "y", rows, place, {**size, "autorange": "reversed"})
-        _set_ticks(figure, "x", across, place, size)
+    shape = _Sheet.of(rows, across, columns, math.ceil(len(heads) / columns))
+    for n in range(len(heads)):
+        place = {"row": n // columns + 1, "col": n % columns + 1}
+        first, last = n % columns == 0, n + columns >= len(heads)
+        _set_ticks(figure, "y", rows if first else [], place, shape.cell, {"autorange": "reversed"})
+        _set_ticks(figure, "x", across if last else [], place, shape.cell, {})
+        if first:
+            figure.update_yaxes(title_text="query", title_standoff=6, **place)
+        if last:
+            figure.update_xaxes(title_text="key", title_standoff=6, **place)
     notes = [part.doubt, part.edited, *found.notes]
     notes += [f"each pixel is the largest of {block} × {block} entries"] if block > 1 else []
-    _finish_layout(figure, field, scale, _title(part.title, notes), math.ceil(len(heads) / columns))
+    shape.lay_out(figure)
+    _finish_layout(figure, field, scale, _title(part.title, notes), found.end, found.masked)
     return figure
+
+
+class _Sheet(NamedTuple):
+    """Where the panels of a figure are, in pixels: their cells are squares whatever the number of tokens.
+
+    Attributes:
+        cell: side of a cell.
+        width, height: of a panel.
+        columns, rows: of panels.
+        left, below: what the labels take.
+    """
+
+    cell: float
+    width: float
+    height: float
+    columns: int
+    rows: int
+    left: float
+    below: float
+
+    @classmethod
+    def of(cls, down: list[str], across: list[str], columns: int, rows: int) -> _Sheet:
+        """Of panels with these labels."""
+        cell = min(_CELL, _PANEL / max(len(down), len(across), 1))
+        left, below = (40 + _LETTER * max(len(shortened(x, _LONGEST)) for x in labels) for labels in (down, across))
+        return cls(cell, len(across) * cell, len(down) * cell, columns, rows, left, below)
+
+    @property
+    def whole(self) -> tuple[float, float]:
+        """Of all panels with the gaps between them."""
+        return self.columns * (self.width + _GAP) - _GAP, self.rows * (self.height + _GAP) - _GAP
+
+    def lay_out(self, figure: Figure) -> None:
+        """Put the panels, the titles above them and the margins where they belong."""
+        wide, high = self.whole
+        n = 0
+        for row in range(self.rows):
+            for column in range(self.columns):
+                n += 1
+                key = "" if n == 1 else str(n)
+                left, top = column * (self.width + _GAP), row * (self.height + _GAP)
+                figure.layout[f"xaxis{key}"].domain = _within(left / wide, (left + self.width) / wide)
+                figure.layout[f"yaxis{key}"].domain = _within(1 - (top + self.height) / high, 1 - top / high)
+        for at, note in enumerate(figure.layout.annotations):
+            left, top = at % self.columns * (self.width + _GAP), at // self.columns * (self.height + _GAP)
+            note.update(x=(left + self.width / 2) / wide, y=1 - top / high, yanchor="bottom")
+        margin = {"l": self.left, "r": 130, "t": 90, "b": self.below}
+        width, height = max(wide + self.left + 130, 360), max(high, 150) + 90 + self.below
+        if wide + self.left + 130 < 360:
+            margin["r"] = 360 - wide - self.left
+        if high < 150:
+            margin["b"] += 150 - high
+        figure.update_layout(width=round(width), height=round(height), margin=margin)
+
+
+def _within(low: float, high: float) -> list[float]:
+    """A domain, which rounding may have made a little more than all."""
+    return [max(0.0, low), min(1.0, high)]
 
 
 def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -> Figure:
@@ -100,8 +175,11 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
     numbers = sorted({head for part in parts for head in part.heads})
     figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
+    ends, masked = [0.0], False
     for row, part in enumerate(parts, 1):
         found = drawn_values(part, field, sink, most=_PIXELS)
+        ends.append(found.end)
+        masked = masked or found.masked
         data, block = found.data, found.block
         notes += [*_said_of(part), *found.notes]
         queries, keys = (
@@ -115,11 +193,10 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
             figure.update_xaxes(showticklabels=False, **place)
         figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
     for n, head in enumerate(numbers, 1):
-        figure.update_xaxes(title_text=str(head), row=len(parts), col=n)
-    _finish_layout(
-        figure, field, scale, _title(f"{parts[0].stack} layers down, heads across".strip(), notes), len(parts), 90
-    )
-    figure.update_layout(width=260 + 90 * len(numbers))
+        figure.update_xaxes(title_text=str(head), title_standoff=2, row=len(parts), col=n)
+    title = _title(f"{parts[0].stack} layers down, heads across".strip(), notes)
+    _Sheet(90, 90, 90, len(numbers), len(parts), 60, 50).lay_out(figure)
+    _finish_layout(figure, field, scale, title, max(ends), masked)
     return figure
 
 
@@ -129,12 +206,12 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
     parts = parts_of_one_stack(trace, "distance", **where)
     columns = min(4, math.ceil(math.sqrt(len(parts))))
     figure = _subplots([part.title for part in parts], columns)
-    numbers = sorted({head for part in parts for head in part.heads})
     curves = [mean_by_distance(part) for part in parts]
     for n, (part, (at, means)) in enumerate(zip(parts, curves, strict=True)):
         for head, mean in zip(part.heads, means, strict=True):
-            style = numbers.index(head)
-            line = {"color": head_style(style)[0], "dash": _DASHES[style // 8 % len(_DASHES)], "width": 1.4}
+            colour, dashes = head_style(head)
+            dash = ",".join(f"{2 * on:g}px" for on in dashes) or "solid"
+            line = {"color": colour, "dash": dash, "width": 1.4}
             shown = all(head not in other.heads for other in parts[:n])
             made = go.Scatter(
                 x=at, y=mean, mode="lines", line=line, name=f"head {head}", legendgroup=str(head), showlegend=shown
@@ -145,7 +222,14 @@ def _distance(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where
     figure.update_yaxes(type="log" if scale == "log" else "linear", range=floor)
     notes = [said for p in parts for said in _said_of(p)] + notes_of(parts)
     title = _title("mean weight against distance back to the key", notes)
-    figure.update_layout(title=title, height=120 + 220 * math.ceil(len(parts) / columns))
+    rows = math.ceil(len(parts) / columns)
+    for n in range(len(parts)):
+        place = {"row": n // columns + 1, "col": n % columns + 1}
+        if n % columns == 0:
+            figure.update_yaxes(title_text="mean weight", **place)
+        if n + columns >= len(parts):
+            figure.update_xaxes(title_text="distance back to the key", **place)
+    figure.update_layout(title=title, height=120 + 220 * rows)
     return figure
 
 
@@ -181,28 +265,50 @@ def _add_heatmap(figure: Figure, data: Any, hover: Any, name: str, place: dict[s
     figure.add_trace(made, **place)
 
 
-def _set_ticks(figure: Figure, which: str, labels: list[str], place: dict[str, int], more: dict[str, Any]) -> None:
-    every = max(1, math.ceil(len(labels) / 50))  # more than 50 labels on an axis cover each other
+def _set_ticks(
+    figure: Figure, which: str, labels: list[str], place: dict[str, int], cell: float, more: dict[str, Any]
+) -> None:
+    """Labels that don't cover each other, upright below an axis; of no labels no ticks."""
+    every = max(1, math.ceil(_LINE / cell))
     at = list(range(0, len(labels), every))
     update = figure.update_xaxes if which == "x" else figure.update_yaxes
-    update(tickvals=at, ticktext=_escaped([labels[i] for i in at]), showgrid=False, zeroline=False, **more, **place)
+    texts = _escaped([shortened(labels[i], _LONGEST) for i in at])
+    turned = {"tickangle": -90} if which == "x" else {}
+    look = {"showgrid": False, "zeroline": False, "tickfont": {"size": 10}, "showticklabels": bool(labels)}
+    update(tickmode="array", tickvals=at, ticktext=texts, **look, **turned, **more, **place)
 
 
-def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any], rows: int, each: int = 460) -> None:
+def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any], end: float, masked: bool) -> None:
+    """Colours by the scale of all figures, with a short bar; what is grey is said below it."""
     heats = figure.select_traces(selector={"type": "heatmap"})
-    axis: dict[str, Any] = {"colorscale": _BLUES, "cmin": 0.0, "cmax": 1.0, "colorbar": {"title": {"text": field}}}
     seen = [np.asarray(h.customdata, float) for h in heats]
     seen = [x[np.isfinite(x)] for x in seen]
     top = max((float(np.abs(x).max()) for x in seen if x.size), default=1.0) or 1.0
-    if field == "scores" or (field != "mask" and scale != "log" and any((x < 0).any() for x in seen)):
-        axis |= {"colorscale": _SCORES, "cmin": -top, "cmax": top}
-    elif field != "mask" and top > 1.01:
-        axis["cmax"] = top
-    if scale == "log":
-        ticks = list(range(round(math.log10(FLOOR)), 1))
-        axis |= {"cmin": ticks[0], "cmax": max(0.0, math.log10(top)) if top > 1.01 else 0.0}
-        axis["colorbar"] |= {"tickvals": ticks, "ticktext": [f"{10.0**t:g}" for t in ticks]}
-    figure.update_layout(coloraxis=axis, title=title, height=120 + each * rows)
+    bar: dict[str, Any] = {
+        "title": {"text": field, "side": "top"}, "lenmode": "pixels", "len": 130, "thickness": 12, "y": 1,
+        "yanchor": "top", "x": 1, "xpad": 14, "xanchor": "left", "outlinewidth": 0,
+    }  # fmt: skip
+    axis: dict[str, Any] = {"colorscale": _SCALES["weights"], "cmin": 0.0, "cmax": 1.0, "colorbar": bar}
+    if field == "mask":
+        axis["showscale"] = False
+    elif field == "scores" or (scale != "log" and any((x < 0).any() for x in seen)):
+        axis |= {"colorscale": _SCALES["scores"], "cmin": -top, "cmax": top}
+    elif scale == "log":
+        low, high = math.log10(FLOOR), math.log10(max(top, 10 * FLOOR))
+        at = [float(k) for k in range(round(low), math.floor(high - 0.3) + 1)]
+        axis |= {"cmin": low, "cmax": high}
+        told = [f"≤ {FLOOR:g}", *(f"{10.0**k:g}" for k in at[1:])]
+        bar |= {"tickvals": [*at, high], "ticktext": [*told, f"{10**high:.2g}"]}
+    else:
+        axis["cmax"] = end = end or 1.0
+        told = [f"{end * part:.3g}" for part in (0, 0.25, 0.5, 0.75)]
+        last = ("≥ " if top > end else "") + f"{end:.3g}"
+        bar |= {"tickvals": [end * part for part in (0, 0.25, 0.5, 0.75, 1)], "ticktext": [*told, last]}
+    if masked:
+        said = {"text": f"<span style='color:{HATCH}'>■</span> masked", "showarrow": False, "xref": "paper"}
+        below = 0 if field == "mask" else -160
+        figure.add_annotation(**said, yref="paper", x=1, y=1, xshift=14, yshift=below, xanchor="left", yanchor="top")
+    figure.update_layout(coloraxis=axis, title=title)
     figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))
     figure.for_each_yaxis(lambda axis: axis.update(showgrid=False))
 

@@ -33,6 +33,7 @@ from hookattn.errors import FieldNotCaptured, SelectionError, TraceWriteError
 from hookattn.render.figures import VIEWS
 from hookattn.render.figures.files import save
 from hookattn.render.figures.ticks import SMALLEST
+from hookattn.render.palette import HEADS, LINE, SEQUENTIAL_STOPS
 from tests import tiny_models as tiny
 
 WORDS = ["Ġthe", "Ġcat", "s", "Ġ$x$", "</script>", "Ċ", "Ġcaf", "Ã©"]
@@ -65,6 +66,12 @@ def names(figure: Figure, start: str) -> list[str]:
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def ends_of(lines: Any) -> list[tuple[float, float]]:
+    """Where the lines of a head begin and end."""
+    assert all(tuple(path.vertices[:, 0]) == (0, LINE["bend"], 1 - LINE["bend"], 1) for path in lines.get_paths())
+    return [(path.vertices[0][1], path.vertices[-1][1]) for path in lines.get_paths()]
 
 
 def draw(view: str, trace: hookattn.Trace) -> Figure:
@@ -119,7 +126,7 @@ def test_heatmap_logarithmic_and_without_the_sink() -> None:
     assert np.allclose(mesh.get_array().sum(-1)[1:], 1) and mesh.get_array().shape == (8, 7)
     assert "first key left out, rows divided by the rest" in texts(figure)
     figure.canvas.draw()
-    assert {"0.0001", "0.01", "1"} <= set(texts(figure))
+    assert {"≤ 0.0001", "0.01", "1"} <= set(texts(figure))
 
 
 def test_heatmap_of_very_many_tokens_is_pooled_and_says_so() -> None:
@@ -143,10 +150,11 @@ def test_heads_has_a_line_for_each_weight() -> None:
     for head in (0, 2):
         lines = named(figure, f"head-{head}")
         expected = [(i, j) for i in range(8) for j in range(8) if call.weights[0, head, i, j] >= 0.05]
-        assert [(p[0][1], p[1][1]) for p in lines.get_segments()] == expected and expected
+        assert ends_of(lines) == expected and expected
         alphas = [call.weights[0, head, i, j].item() for i, j in expected]
-        assert np.allclose(lines.get_colors()[:, 3], alphas)
-        colours.add(tuple(lines.get_colors()[0, :3]))
+        assert np.allclose(lines.get_edgecolors()[:, 3], alphas)
+        colours.add(tuple(lines.get_edgecolors()[0, :3]))
+        assert matplotlib.colors.to_hex(lines.get_edgecolors()[0, :3]) == HEADS[head]  # whichever others are drawn
     assert len(colours) == 2
     shown = texts(figure)
     assert all(shown.count(label) == 2 for label in LABELS) and {"head 0", "head 2"} <= set(shown)
@@ -156,7 +164,7 @@ def test_heads_of_a_cross_attention() -> None:
     trace = traced("t5")
     call = trace.select(kind="cross", layer=0)[0]
     figure = render.heads(trace, kind="cross", layer=0, heads=1, least=0.2, tokens=list("vwxyz"))
-    lines = named(figure, "head-1").get_segments()
+    lines = ends_of(named(figure, "head-1"))
     assert len(lines) == int((call.weights[0, 1] >= 0.2).sum()) > 0
     assert set("vwxyz") <= set(texts(figure)) and texts(figure).count("cat") == 1
     with pytest.raises(SelectionError, match="least=0"):
@@ -283,11 +291,11 @@ def test_one_query_of_one_head() -> None:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("length", [5, 20, 100])
 def test_labels_can_be_read(view: str, length: int) -> None:
-    """No text is smaller than five points, and labels of one axis don't overlap."""
+    """No text is smaller than six points, and labels of one axis don't overlap."""
     figure = draw(view, traced(length=length))
     figure.canvas.draw()
     for text in figure.findobj(Text):
-        assert not text.get_text() or not text.get_visible() or text.get_fontsize() >= 0.8 * SMALLEST
+        assert not text.get_text() or not text.get_visible() or text.get_fontsize() >= SMALLEST
     for axes in figure.axes:
         boxes = [t.get_window_extent() for t in axes.get_yticklabels() if t.get_text() and t.get_visible()]
         centres = sorted((box.y0 + box.y1) / 2 for box in boxes)
@@ -330,7 +338,7 @@ def test_vectors_are_vectors(tmp_path: Path) -> None:
     cells = [cell for cell in cells if "fill: none" not in str(cell.get("style"))]
     assert len(cells) == int(trace[0].mask.expand_as(trace[0].weights)[0, 0].sum())
     first = re.search(r"fill: (#\w{6})", str(cells[0].get("style")))
-    assert first and first[1] == matplotlib.colors.to_hex(matplotlib.colormaps["Blues"](1.0))
+    assert first and first[1] == SEQUENTIAL_STOPS[-1]
 
 
 def test_pdf_has_fonts_that_can_be_searched(tmp_path: Path) -> None:

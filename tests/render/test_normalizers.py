@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import numpy as np
-from matplotlib.collections import LineCollection
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -74,14 +74,14 @@ def test_weights_below_0_are_coloured_about_0_and_those_above_1_to_the_largest()
 def test_lines_are_as_opaque_as_weights_are_large_and_dotted_below_0() -> None:
     trace = traced("differential")
     w = trace[0].weights[0, 1]
-    lines = render.heads(trace, heads=1).findobj(LineCollection)[0]
-    assert len(lines.get_segments()) == int((w.abs() >= 0.01).sum())
-    opacity = torch.tensor(lines.get_colors())[:, 3]
+    lines = render.heads(trace, heads=1).findobj(PathCollection)[0]
+    assert len(lines.get_paths()) == int((w.abs() >= 0.01).sum())
+    opacity = torch.tensor(lines.get_edgecolors())[:, 3]
     assert torch.allclose(opacity, w[w.abs() >= 0.01].abs().double(), atol=1e-6)
     dotted = [style[1] is not None for style in lines.get_linestyles()]
     assert dotted == (w[w.abs() >= 0.01] < 0).tolist() and any(dotted)
     large = traced("relu")
-    opacity = torch.tensor(render.heads(large, heads=1).findobj(LineCollection)[0].get_colors())[:, 3]
+    opacity = torch.tensor(render.heads(large, heads=1).findobj(PathCollection)[0].get_edgecolors())[:, 3]
     assert float(opacity.max()) == 1 and float(opacity.median()) < 0.9
 
 

@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from ... import checks
 from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
-from ...tokens.display import shortened
 from ...traces import TraceLike, as_trace
 from ..palette import LINE, head_style
 from ..values import SINKS, WEIGHTS, Array, DrawnValues, Flags, Sink, drawn_values, first_key
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
 from .fitting import Width, fitted, title_of, width_in_inches
-from .ticks import LONGEST, font_size, label_width, stride
+from .ticks import font_size, label_width, short_labels, stride
 
 _TALLEST = 9.5
 _FAN, _NARROWEST = 2.2, 0.5
+_LABELS = 0.25
+"""The part of a narrow figure that the labels of one side may take."""
 _NAME = 0.62
 _FLOOR, _LINES = 0.01, 600
 """The least weight that has a line, and how many lines there are at the most where nobody says which."""
@@ -159,7 +160,9 @@ def _draw(part: Part, found: _Found, title: str, room: float | None) -> Figure:
     keys = [part.keys[j] for j in found.columns]
     slots = highest - lowest + 1
     row = min(_ROW, _TALLEST / slots)
-    left, right = label_width(part.row_labels, row), label_width(keys, row)
+    most = None if room is None else _LABELS * room
+    queries, keys = (short_labels(labels, row, most) for labels in (part.row_labels, keys))
+    left, right = label_width(queries, row), label_width(keys, row)
     fan = _FAN if room is None else max(_NARROWEST, room - left - right - 0.2)
     heading = Heading.of([part], title, found.notes).within(room)
     top = heading.height + 0.12
@@ -175,13 +178,12 @@ def _draw(part: Part, found: _Found, title: str, room: float | None) -> Figure:
     for name, x, align in (("query", 0.1 + left, "right"), ("key", 0.1 + left + fan, "left")):
         text_at(figure, x, top - 0.14, name, fontsize=6.5, ha=align, fontstyle="italic")
     for x, align, at, labels in (
-        (-0.03 / fan, "right", level.queries, part.row_labels),
+        (-0.03 / fan, "right", level.queries, queries),
         (1 + 0.03 / fan, "left", level.keys, keys),
     ):
         apart = row * (at[1] - at[0] if len(at) > 1 else 1.0)
         for i in range(0, len(labels), stride(apart)):
-            label = shortened(labels[i], LONGEST)
-            axes.text(x, at[i], label, ha=align, va="center", fontsize=font_size(row), clip_on=False)
+            axes.text(x, at[i], labels[i], ha=align, va="center", fontsize=font_size(row), clip_on=False)
     for head, links in zip(part.heads, found.heads, strict=True):
         lines = _lines(head, links, level)
         name_artist(lines, f"head-{head}")

@@ -68,7 +68,7 @@ def lens(trace: TraceLike, *, width: Width = None, title: str | bool = True, **w
 
 def _draw(found: QueryRow, words: Sequence[str], drain: Sequence[str], title: str, room: float | None) -> Figure:
     heading = Heading.of([found.part], title, [*found.notes, *drain]).within(room)
-    left = 0.1 + key_label_width(found)
+    left = 0.1 + key_label_width(found, room)
     score, weight, gap, why = _SCORE, _WEIGHT, _GAP, _WHY
     if room is not None:
         gap, why = 0.1, max(text_width(word, font_size(found.spacing), "bold") for word in words) + 0.05
@@ -77,7 +77,7 @@ def _draw(found: QueryRow, words: Sequence[str], drain: Sequence[str], title: st
     top = heading.height + 0.25
     figure = empty_sheet(left + score + _MASK + weight + why + 4 * gap, top + found.height + 0.3)
     heading.draw(figure)
-    label_keys(figure, left - 0.05, top, found)
+    label_keys(figure, left - 0.05, top, found, room)
     x = left
     _draw_scores(figure, x, top, found, score)
     x += score + gap

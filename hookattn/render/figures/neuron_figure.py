@@ -65,7 +65,7 @@ def neuron(trace: TraceLike, *, width: Width = None, title: str | bool = True, *
 
 def _draw(found: QueryRow, q: Array, k: Array, columns: Mapping[str, Array], title: str, room: float | None) -> Figure:
     heading = Heading.of([found.part], title, found.notes).within(room)
-    left = 0.1 + key_label_width(found)
+    left = 0.1 + key_label_width(found, room)
     top = heading.height + 0.62
     heat, bars, gap = _HEAT, _BARS, _GAP
     if room is not None:
@@ -78,7 +78,7 @@ def _draw(found: QueryRow, q: Array, k: Array, columns: Mapping[str, Array], tit
             heat = max(0.25, (spare - bars * len(columns)) / 2)
     figure = empty_sheet(left + 2 * (heat + gap) + len(columns) * (bars + gap), top + found.height + 0.12)
     heading.draw(figure)
-    label_keys(figure, left - 0.05, top, found)
+    label_keys(figure, left - 0.05, top, found, room)
     x = left
     _draw_components(figure, x, top - 0.36, 0.13, heat, q[None], "q", float(np.abs(q).max()))
     for name, values in (("k", k), ("q∘k", q * k)):

@@ -13,17 +13,18 @@ from matplotlib.figure import Figure
 from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...errors import SelectionError
-from ...tokens.display import shortened
 from ...traces import Trace
 from ..palette import FAINT
 from ..values import UNKNOWN, Array, Flags, hidden_keys, part_array
 from .base import axes_at, hide_frame, name_artist, text_at
 from .colours import show_masked
 from .fitting import text_width
-from .ticks import LONGEST, SMALLEST, font_size, label_width
+from .ticks import SMALLEST, font_size, label_width, short_labels
 
 _MOST = 100
 _TALLEST, _ROW = 9.0, 0.16
+_LABELS = 0.22
+"""The part of a narrow figure that labels may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +59,10 @@ class QueryRow:
         """Inches that the keys take."""
         return self.spacing * len(self.keys)
 
-    @property
-    def labels(self) -> list[str]:
-        """Labels of the keys that are listed."""
-        return [shortened(self.part.keys[j], LONGEST) for j in self.keys]
+    def labels(self, room: float | None) -> list[str]:
+        """Labels of the keys that are listed, shortened where the figure has so few inches."""
+        most = None if room is None else _LABELS * room
+        return short_labels([self.part.keys[j] for j in self.keys], self.spacing, most)
 
     @property
     def title(self) -> str:
@@ -101,18 +102,18 @@ def query_row(trace: Trace, view: str, **where: Unpack[Where]) -> QueryRow:
     return QueryRow(part, i, keys, None if hidden is None else hidden[0, 0], scores, weights, tuple(notes))
 
 
-def label_keys(figure: Figure, x: float, y: float, found: QueryRow) -> None:
+def label_keys(figure: Figure, x: float, y: float, found: QueryRow, room: float | None) -> None:
     """A label for each key, ending at ``x``; the first key begins at ``y`` (inches)."""
-    for n, (label, j) in enumerate(zip(found.labels, found.keys, strict=True)):
+    for n, (label, j) in enumerate(zip(found.labels(room), found.keys, strict=True)):
         away = found.hidden is not None and bool(found.hidden[j])
         at = y + (n + 0.5) * found.spacing
         colour = {"color": FAINT} if away else {}
         text_at(figure, x, at, label, ha="right", va="center", fontsize=font_size(found.spacing), **colour)
 
 
-def key_label_width(found: QueryRow) -> float:
+def key_label_width(found: QueryRow, room: float | None) -> float:
     """Inches that :func:`label_keys` takes."""
-    return label_width([found.part.keys[j] for j in found.keys], found.spacing)
+    return label_width(found.labels(room), found.spacing)
 
 
 def key_axes(figure: Figure, x: float, y: float, width: float, found: QueryRow, title: str) -> Axes:
@@ -143,7 +144,7 @@ def draw_bars(axes: Axes, found: QueryRow, values: Array, name: str, colour: str
     # Numbers stand beyond the ends of the bars, so that the axis is longer than the bars by the width of a number.
     across = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
     widths = [text_width(text, size) for text in numbers]
-    left_of, right_of = (max((w for w, v in zip(widths, listed, strict=True) if (v < 0) is below), default=0.0)
+    left_of, right_of = (max((w for w, v in zip(widths, listed, strict=True) if bool(v < 0) == below), default=0.0)
                          for below in (True, False))  # fmt: skip
     beside = [min(0.42, (wide + 0.04) / across) if wide else 0.0 for wide in (left_of * (low < 0), right_of)]
     span = (high - low) / (1 - sum(beside))

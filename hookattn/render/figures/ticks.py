@@ -35,6 +35,20 @@ def label_width(labels: Sequence[str], spacing: float) -> float:
     return max(text_width(shortened(label, LONGEST), font_size(spacing)) for label in labels) + 0.08
 
 
+def short_labels(labels: Sequence[str], spacing: float, most: float | None = None) -> list[str]:
+    """Labels of at most 16 characters, and of at most ``most`` inches at the size that they will have."""
+    made = [shortened(label, LONGEST) for label in labels]
+    if most is None:
+        return made
+    size = font_size(spacing)
+    for i, label in enumerate(made):
+        length = len(label)
+        while length > 2 and text_width(made[i], size) > most:
+            length -= 1
+            made[i] = shortened(label, length)
+    return made
+
+
 def label_axis(axes: Axes, which: Literal["x", "y"], labels: Sequence[str], spacing: float, shown: bool = True) -> None:
     """Ticks at 0, 1, … with a label each, or with every n-th.
 
