@@ -166,9 +166,10 @@ bench-gpu: $(VENV)/.dev ## the same on a GPU, in eight minutes; says so where th
 	.venv-peers/bin/python -m pip install --quiet --no-compile -r $<
 	@touch $@
 
-compare: .venv-peers/.done ## ten experiments in hookattn, TransformerLens and nnsight, and docs/comparison-edits.md anew
-	PYTHONPATH=. .venv-peers/bin/python -m benchmarks.side_by_side $(or $(PAGE),docs/comparison-edits.md)
-	PYTHONPATH=.:adapters .venv-peers/bin/python -m pytest tests/edit/test_peers.py -rs
+compare: .venv-peers/.done ## the same in other libraries: docs/comparison.md and docs/comparison-edits.md anew; PAGES= is another folder
+	PYTHONPATH=.:adapters .venv-peers/bin/python -m benchmarks.same_weights $(or $(PAGES),docs)/comparison.md
+	PYTHONPATH=.:adapters .venv-peers/bin/python -m benchmarks.side_by_side $(or $(PAGES),docs)/comparison-edits.md
+	PYTHONPATH=.:adapters .venv-peers/bin/python -m pytest tests/edit/test_peers.py tests/interop -rs
 
 coverage: $(VENV)/.dev ## every model type of transformers, and docs/coverage.md anew
 	$(BIN)/python -m tests.sweep --jobs $(JOBS) --resume $(if $(REPORT),--report $(REPORT))

@@ -65,7 +65,7 @@ def page(
         images: what the patches of a vision model were cut of; see docs/viewer.md.
         theme: ``"light"``, ``"dark"`` or ``"auto"``.
         title: of the page; by default the model and the file.
-        fields: what to keep, such as ``("q", "k", "v", "weights", "mask")``; by default what six million bytes have
+        fields: what to keep, such as ``("q", "k", "v", "weights", "mask")``; by default what four million bytes have
             room for, the weights and the mask in any case.
 
     Raises:
