@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
-pd = pytest.importorskip("pandas")
+pytest.importorskip("pandas")
 
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -68,7 +69,7 @@ def check(figure: Figure, width: float) -> None:
     boxes = boxes_of(figure)
     for text, box in boxes:
         assert text.get_fontsize() >= 6, text
-        inside = -1e-3 <= box.x0 and box.x1 <= wide + 1e-3 and -1e-3 <= box.y0 and box.y1 <= high + 1e-3
+        inside = box.x0 >= -1e-3 and box.x1 <= wide + 1e-3 and box.y0 >= -1e-3 and box.y1 <= high + 1e-3
         assert inside, f"{text} is cut: {box} of {wide} × {high}"
     for (a, first), (b, second) in itertools.combinations(boxes, 2):
         across = min(first.x1, second.x1) - max(first.x0, second.x0)
@@ -151,7 +152,7 @@ def test_the_colour_bar_says_where_it_clips() -> None:
     weights = torch.tril(torch.ones(100, 100))
     call.fields = {**call.fields, "weights": (weights / weights.sum(-1, keepdim=True)).expand(1, 4, 100, 100)}
     figure = render.heatmap(trace, layer=0, heads=0)
-    (mesh,) = [a for a in figure.findobj(lambda artist: artist.get_gid() == "head-0")]
+    (mesh,) = figure.findobj(lambda artist: artist.get_gid() == "head-0")
     assert 0.02 <= mesh.norm.vmax <= 0.1 and f"≥ {mesh.norm.vmax:.3g}" in {t.get_text() for t, _ in boxes_of(figure)}
     assert mesh.get_array().max() == 1  # the numbers are the call's own
 
@@ -160,7 +161,7 @@ def test_many_lines_are_the_strongest_and_say_how_much_they_are() -> None:
     trace = traced(100)
     weights = trace[0].weights[0].double()
     figure = render.heads(trace, layer=0, width="column")
-    lines = [a for a in figure.findobj(lambda artist: (artist.get_gid() or "").startswith("head-"))]
+    lines = figure.findobj(lambda artist: (artist.get_gid() or "").startswith("head-"))
     drawn = sum(len(one.get_paths()) for one in lines)
     assert 300 <= drawn <= 600
     least = weights.flatten().sort().values[-drawn]
