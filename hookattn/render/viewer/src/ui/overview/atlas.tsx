@@ -360,6 +360,12 @@ function Roles({ app, findings, groups }: { app: App; findings: Findings; groups
           measuring, {findings.done} of {findings.total}
         </span>
       )}
+      {!pending && findings.later > 0 && (
+        <span class="quiet">
+          <span class="swatch pending" aria-hidden="true" />
+          measured when their layer is opened <b>{findings.later}</b>
+        </span>
+      )}
     </div>
   );
 }
