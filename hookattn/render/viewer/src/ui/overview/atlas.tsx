@@ -93,7 +93,9 @@ export function Atlas(props: {
 }) {
   const { app, findings, groups, here, room, most, apart } = props;
   const state = app.state.value;
-  const few = layoutOf(groups, room, most, LEAST, 104).size >= 56;
+  // Pictures are of whole heads: unasked they are drawn where there is room, and where so much may be read.
+  const whole = groups.flatMap((g) => g.rows).reduce((n, { call: { extents: e } }) => n + e.H * e.T * e.S, 0);
+  const few = layoutOf(groups, room, most, LEAST, 104).size >= 56 && whole <= (app.trace.source.ahead ?? Infinity);
   const tiles = state.tiles === "auto" ? (few ? "matrix" : "squares") : state.tiles;
   const pictures = tiles !== "squares";
   const layout = useMemo(
