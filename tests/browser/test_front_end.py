@@ -86,7 +86,7 @@ def test_it_reads_from_the_kernel_only_what_it_shows(page: Any, file: Path) -> N
 
 
 def test_a_kernel_is_not_asked_for_everything_at_once(open_page: Callable[..., Any], tmp_path: Path) -> None:
-    """Of a large trace the layer in view is measured, and others as far as may be read ahead; the rest when it is seen."""
+    """The layer in view is measured, and others as far as may be read ahead; the rest when it is looked at."""
     made = hookattn.trace(Layers(4, 4, 4).eval(), torch.randn(1, 700, 24), capture=("weights",))
     file = Path(made.save(tmp_path / "large.safetensors"))
     page = opened(open_page, file)
