@@ -95,7 +95,7 @@ def test_labels_of_any_script(view: str, length: int, words: str | None) -> None
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_file_is_as_wide(view: str, tmp_path: Path) -> None:
-    """3.3 in are 3.3 in, whatever else is asked of the file; and as large as it takes without a width, with no edge cut."""
+    """3.3 in are 3.3 in, whatever else is asked of the file; without a width it is as large as it takes, no edge cut."""
     trace = traced(35, WORDS["plain"])
     figure = draw(view, trace, width="column")
     figure.savefig(tmp_path / "x.svg")
