@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_labels_of_any_script(view: str, length: int, words: str | None) -> None
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_file_is_as_wide(view: str, tmp_path: Path) -> None:
-    """3.3 in are 3.3 in, whatever else is asked of the file; without a width it is as large as it takes, no edge cut."""
+    """3.3 in are 3.3 in in each kind of file; and without a width it is as large as it takes, with no edge cut."""
     trace = traced(35, WORDS["plain"])
     figure = draw(view, trace, width="column")
     figure.savefig(tmp_path / "x.svg")
@@ -169,3 +170,11 @@ def test_many_lines_are_the_strongest_and_say_how_much_they_are() -> None:
     assert f"lines from {least.item():.2g} on, {share:.0%} of the attention" in {
         t.get_text() for t, _ in boxes_of(figure)
     }
+
+
+def test_the_gallery_has_every_figure_at_both_widths(tmp_path: Path) -> None:
+    gallery = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "gallery.py"))
+    written = [path.name for path in gallery["draw"](tmp_path, "svg")]
+    drawn = {figure.__name__ for figure, _ in gallery["FIGURES"].values()}
+    assert drawn == {"atlas", *(view.function for view in VIEWS.values())}
+    assert {f"heatmap-{width}.svg" for width in WIDTHS} < {*written} and len(written) == 2 * len(gallery["FIGURES"]) + 1

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WIDEST, _TALLEST = 5.0, 6.0
 _LARGEST, _LEAST, _TIGHT = 0.3, 0.02, 0.05
-"""Inches of a square: at most, at least where nobody asks for a width, and below which the legend goes below."""
+"""Inches of a square: at the most, at the least where nobody asks for a width, and where the legend goes below."""
 _FAINTEST = 0.3
 """The least strength of a head that has a role, so that its hue is seen."""
 
