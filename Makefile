@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest docs docs-links check-all bench bench-gpu train \
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest docs docs-links dist check-all bench bench-gpu train \
 	compare coverage lock newest clean help
 
 help: ## list the targets
@@ -100,7 +100,7 @@ test-attack: $(VENV)/.dev ## interrupts, forks, kills, damaged files, wrong call
 
 $(VENV)/.docs: $(VENV)/.dev $(call locked,docs)
 	@$(call fits,$(BIN)/python,docs) --venv $(VENV)
-	$(call install,docs) -e ".[demo,dev,site]"
+	$(call install,docs) -e ".[demo,dev,site,release]"
 	@touch $@
 
 docs: $(VENV)/.docs ## the documentation site, offline: every notebook run, warnings as errors, links within it checked
@@ -109,6 +109,19 @@ docs: $(VENV)/.docs ## the documentation site, offline: every notebook run, warn
 
 docs-links: docs ## the links that lead out of the site, where there is a network
 	HOOKATTN_DOCS_NOTEBOOKS=cache $(BIN)/python -m sphinx -q -b linkcheck -d docs/_build/cache docs docs/_build/links
+
+dist: $(VENV)/.docs ## wheel and sdist: built, checked, and tried in an environment that has nothing else
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.project.distributions dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --no-compile $(if $(UNLOCKED),,--constraint $(LOCK)/dev.txt) "$(TORCH)" numpy
+	.venv-dist/bin/python -m pip install --quiet --no-compile $(if $(UNLOCKED),,--constraint $(LOCK)/dev.txt) dist/*.whl
+	cd .venv-dist && bin/python -I $(CURDIR)/tests/project/installed.py
+	.venv-dist/bin/python -m pip install --quiet --no-compile $(if $(UNLOCKED),,--constraint $(LOCK)/dev.txt) "$$(ls dist/*.whl)[cli]"
+	cd .venv-dist && bin/hookattn --help > /dev/null && bin/hookattn adapters > /dev/null
+	@echo "dist/ is ready: docs/releasing.md says what comes next"
 
 SECONDS ?= 3600
 test-soak: $(VENV)/.dev ## traces of changing models in one process for an hour (SECONDS=): nothing may grow

@@ -1,4 +1,4 @@
-"""``hookattn compare``, and ``hookattn render --stitch``: traces held against each other, and a generation as one."""
+"""``hookattn compare``, and ``hookattn render --stitch``: two traces side by side, a generation in one picture."""
 
 from __future__ import annotations
 

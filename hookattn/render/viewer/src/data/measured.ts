@@ -59,7 +59,8 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
   };
   // A pair says more in a row that may look elsewhere: the one key of the first row weighs 1 in any head.
   const show = (m: number, t: number, key: number, weight: number, n: number) => {
-    const worth = weight * (1 - 1 / Math.max(n, 1));
+    // Nor does the first key, where heads rest attention that has nowhere to go, say much but of attention to it.
+    const worth = weight * (1 - 1 / Math.max(n, 1)) * (key === c.first && m !== 6 ? 0.5 : 1);
     if (worth > best[m]!) {
       best[m] = worth;
       out[5 * m + 2] = t;
