@@ -37,6 +37,8 @@ nb_execution_mode = os.environ.get("HOOKATTN_DOCS_NOTEBOOKS", "force")
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # nothing is fetched when a page is read
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a bar is no part of what a cell says
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -44,8 +46,9 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # an attribute that stands in a docstring and in the class is one
 # Shared by many classes of the library, whose docstrings say what differs.
-suppress_warnings = ["myst.header"]
+suppress_warnings = ["myst.header", "ref.python"]  # two packages may have a class of one name
 
 
 def setup(app: object) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 
@@ -25,9 +27,13 @@ class PublicNames(SphinxDirective):
         names = self.options.get("only") or names_of(module)
         if "errors" in self.options:
             names = [name for name in names if _directive(getattr(module, name)) == "autoexception"]
-        lines: list[str] = []
+        # In reStructuredText, as the docstrings are; the page itself is Markdown.
+        lines = ["````{eval-rst}"]
         for name in names:
-            lines += [f".. {_directive(getattr(module, name))}:: {package}.{name}", ""]
+            value = getattr(module, name)
+            lines += [f".. {_directive(value)}:: {package}.{name}", *_content(value), ""]
+        lines.append("````")
+        self.env.domaindata["py"].setdefault("listed", set()).update(f"{package}.{name}" for name in names)
         node = nodes.section()
         node.document = self.state.document
         self.state.nested_parse(StringList(lines, source=package), self.content_offset, node, match_titles=True)
@@ -42,13 +48,32 @@ def names_of(module: Any) -> list[str]:
     return [name for name, value in own.items() if getattr(value, "__module__", None) == module.__name__]
 
 
+def _content(value: Any) -> list[str]:
+    """What stands below an entry that has no docstring: of data, which has that of its type, what is in it."""
+    if callable(value) or inspect.ismodule(value):
+        return []
+    items = list(value) if isinstance(value, Collection) and not isinstance(value, str) else [value]
+    words = ", ".join(f"``{getattr(item, 'name', item)}``" for item in items)
+    return ["", f"   A {type(value).__name__}: {words}."]
+
+
 def _directive(value: Any) -> str:
     if inspect.isclass(value):
         return "autoexception" if issubclass(value, BaseException) else "autoclass"
-    return "autofunction" if callable(value) else "automodule" if inspect.ismodule(value) else "autodata"
+    return "autofunction" if callable(value) else "automodule" if inspect.ismodule(value) else "py:data"
+
+
+def _check(app: Sphinx, env: Any) -> None:
+    """That every name which was listed has become an entry: a page of their bare names would be as silent as none."""
+    data = env.domaindata["py"]
+    known = {name.rpartition(".")[2] for name in data["objects"]}
+    missing = sorted(name for name in data.get("listed", ()) if name.rpartition(".")[2] not in known)
+    if missing:
+        raise ExtensionError(f"the reference lists {len(missing)} names and has no entry of them: {missing[:8]}")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """As Sphinx wants it."""
     app.add_directive("public-names", PublicNames)
+    app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True}

@@ -213,12 +213,15 @@ class Call(CapturedStatistics):
         if name not in FIELDS:
             return self._statistic(name)
         kept = asked_for({*self.fields, *self.derivable})
+        counted = [own for own in self.fields if own not in FIELDS]
         none = f" (it may have none: its score is {self.score!r})" if name in ("q", "k") and self.score != DOT else ""
         if set_by_edits(self.edits, name):
             none = f" ({edits_in_words(e for e in self.edits if e.field == name)}: it does not follow from the rest)"
+        said = ", ".join([*kept, *counted]) or "nothing"
+        beside = " beside the statistics" if counted else ""
         raise FieldNotCaptured(
-            f"{name!r} of {self.site.label} was not captured{none} (captured: {', '.join(kept)}); "
-            f"trace again with capture={asked_for({*kept, name})!r}."
+            f"{name!r} of {self.site.label} was not captured{none} (captured: {said}); "
+            f"trace again with capture={asked_for({*kept, name})!r}{beside}."
         )
 
     def _statistic(self, name: str) -> Tensor | None:

@@ -70,8 +70,8 @@ def trace_text(
     Raises:
         ModelError: there is no such model, it cannot be loaded, or cannot generate.
         InputError: there is nothing to run it on; the model has no tokenizer or processor, or it does not take this;
-            texts and pairs are not as many; or an argument is of another kind.
-        The errors of :func:`hookattn.trace`.
+            texts and pairs are not as many; or an argument is of another kind. And the errors of
+            :func:`hookattn.trace`.
     """
     texts, pairs = _texts(text, pair)
     pictures, sounds = _several(images, "images"), _sounds(audio)

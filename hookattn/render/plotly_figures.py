@@ -305,9 +305,13 @@ def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any]
         last = ("≥ " if top > end else "") + f"{end:.3g}"
         bar |= {"tickvals": [end * part for part in (0, 0.25, 0.5, 0.75, 1)], "ticktext": [*told, last]}
     if masked:
-        said = {"text": f"<span style='color:{HATCH}'>■</span> masked", "showarrow": False, "xref": "paper"}
-        below = 0 if field == "mask" else -160
-        figure.add_annotation(**said, yref="paper", x=1, y=1, xshift=14, yshift=below, xanchor="left", yanchor="top")
+        top = 0 if field == "mask" else -160
+        box = {"xsizemode": "pixel", "ysizemode": "pixel", "xanchor": 1, "yanchor": 1, "x0": 14, "x1": 24}
+        where = {"xref": "paper", "yref": "paper"}
+        line = {"color": HATCH, "width": 1}
+        figure.add_shape(**where, **box, y0=top - 14, y1=top - 4, fillcolor=MASKED, line=line)
+        text = {"text": "masked", "showarrow": False, "xshift": 28, "yshift": top}
+        figure.add_annotation(**where, **text, x=1, y=1, xanchor="left", yanchor="top")
     figure.update_layout(coloraxis=axis, title=title)
     figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))
     figure.for_each_yaxis(lambda axis: axis.update(showgrid=False))

@@ -32,7 +32,7 @@ _BUDGET = 1 << 24
 """Numbers that are looked at for one output, and of one head a quarter of it."""
 _SMALL, _WIDE = 28, 112
 """Pixels of a head in a row, and of one alone."""
-_CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:middle"
+_CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:middle;white-space:nowrap"
 
 
 def trace_html(trace: TraceData) -> str:
@@ -49,7 +49,7 @@ def trace_html(trace: TraceData) -> str:
         said.append(f"and {len(trace.skipped) - 3} more in trace.skipped")
     said += [str(note) for note in trace.notes[:3]]
     table = f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f"<div>{_lines(said)}{table if shown else ''}</div>"
+    return f"<div>{_lines(said)}{_scrolled(table) if shown else ''}</div>"
 
 
 def call_html(call: Call) -> str:
@@ -69,7 +69,7 @@ def call_html(call: Call) -> str:
     if extents.h is not None and len(heads) < extents.h and heads:
         why = f"{len(heads)} of {extents.h} heads are shown"
     below = "queries down, keys across; darker is more, each pixel the largest of its block, masked is hatched"
-    table = f"<table><tbody><tr>{pictures}</tr></tbody></table>" if heads else ""
+    table = _scrolled(f"<table><tbody><tr>{pictures}</tr></tbody></table>") if heads else ""
     return f"<div>{_lines([*facts, *([why] if why else [])])}{table}{_lines([below] if heads else [])}</div>"
 
 
@@ -182,6 +182,10 @@ def _png(pixels: Tensor) -> bytes:
 
 def _rgb(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def _scrolled(table: str) -> str:
+    return f'<div style="overflow-x:auto">{table}</div>'
 
 
 def _lines(lines: Sequence[str]) -> str:

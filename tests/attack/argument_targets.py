@@ -390,17 +390,18 @@ def _measures(a: str) -> Iterator[Target]:
 
 def _figures() -> Iterator[Target]:
     r = "hookattn.render."
-    where = {**WHERE}
+    where = {**WHERE, "width": "width or none", "title": "title"}
     yield _target(r + "distance", render.distance, _trace, True, trace="trace", scale="nothing", **where)
-    yield _target(r + "heads", render.heads, _one_row, True, trace="trace", least="share to 1",
+    yield _target(r + "heads", render.heads, _one_row, True, trace="trace", least="share to 1 or none",
                   field="nothing", sink="nothing", **where)  # fmt: skip
     yield _target(r + "heatmap", render.heatmap, _one_row, True, **DRAWN, columns="count or none", **where)
     yield _target(r + "layers", render.layers, _trace, True, **DRAWN, **where)
     yield _target(r + "lens", render.lens, _one_row, True, trace="trace", **where)
     yield _target(r + "neuron", render.neuron, _one_row, True, trace="trace", **where)
-    yield _target(r + "atlas", render.atlas, lambda s: {"table": analyze.measure(s.gpt2, "entropy")}, table="nothing",
-                  measures="nothing or none", title="text", largest="empty mapping or none")  # fmt: skip
-    yield _target(r + "plotly", render.plotly, _one_row, True, **DRAWN, view="nothing", **where)
+    yield _target(r + "atlas", render.atlas, lambda s: {"table": analyze.measure(s.gpt2, "entropy")}, table="trace",
+                  measures="nothing or none", title="title", width="width or none",
+                  largest="empty mapping or none")  # fmt: skip
+    yield _target(r + "plotly", render.plotly, _one_row, True, **DRAWN, view="nothing", **WHERE)
     yield _target(
         r + "page", render.page, _trace, True, **VIEWER, title="text or none", fields="names of fields or none"
     )

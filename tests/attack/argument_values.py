@@ -173,6 +173,8 @@ _PLAIN: dict[str, frozenset[str]] = {
     "path": _PATHS,
     "mapping": _MAPPINGS,
     "empty mapping": frozenset({"{}"}),
+    "width": frozenset({"1", "1.5", "numpy's int", "no tensor axis"}),
+    "title": _TEXT | {"True", "False"},
     "beams": frozenset({"None", "False"}),
 }
 TAKES = _PLAIN | {f"{kind} or none": fine | {"None"} for kind, fine in _PLAIN.items()}

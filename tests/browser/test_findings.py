@@ -187,6 +187,21 @@ def test_a_large_head_is_read_in_part(open_page: Open, tmp_path: Path) -> None:
             assert value != row[name]
 
 
+GONE = """const before = fetch; window.asked = 0;
+window.fetch = (url, how) =>
+  how?.headers?.Range && ++asked > 6 ? Promise.reject(new TypeError("gone")) : before(url, how);
+"""
+
+
+def test_a_trace_that_is_gone_is_not_asked_for_again(open_page: Open, tmp_path: Path) -> None:
+    made = hookattn.trace(Layers(*[2] * 16).eval(), torch.randn(1, 6, 24), capture=("weights",))
+    page = open_page()
+    page.add_init_script(GONE)
+    show(page, Path(made.save(tmp_path / "t.safetensors")), "{state: {layer: 0}}")
+    found(page)
+    assert 6 < page.evaluate("asked") < 16  # each of the 16 layers asked on its own
+
+
 def said(page: Any) -> dict[str, Any]:
     """The line of a trace, and the sentence of each of its heads."""
     return dict(

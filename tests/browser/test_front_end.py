@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.browser.conftest import ORIGIN, VIEWER, serve
+import hookattn
+from tests.browser.conftest import ORIGIN, VIEWER, Layers, serve
 
 pytestmark = pytest.mark.browser
 
@@ -43,6 +46,10 @@ window.close_ = widget.render({ model, el: document.getElementById("viewer") });
 
 @pytest.fixture
 def page(open_page: Callable[..., Any], file: Path) -> Any:
+    return opened(open_page, file)
+
+
+def opened(open_page: Callable[..., Any], file: Path) -> Any:
     made = open_page()
     files = {"index.html": PAGE, "hookattn-viewer.js": VIEWER / "hookattn-viewer.js", "trace.safetensors": file}
     serve(made, files)
@@ -51,13 +58,48 @@ def page(open_page: Callable[..., Any], file: Path) -> Any:
     return made
 
 
+def offsets(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor is in the file."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__")
+    return {name: tuple(8 + length + x for x in entry["data_offsets"]) for name, entry in header.items()}
+
+
+def read(page: Any) -> int:
+    """Bytes that the kernel was asked for."""
+    return int(page.evaluate("reads.reduce((n, [, start, end]) => n + end - start, 0)"))
+
+
 def test_it_reads_from_the_kernel_only_what_it_shows(page: Any, file: Path) -> None:
     assert page.locator("h1").inner_text() == "run.safetensors"
     assert page.locator(".ha").get_attribute("data-theme") == "dark"
     reads = page.evaluate("reads")
     assert {kind for kind, _, _ in reads} == {"read"} and reads[0][1:] == [0, 8]
-    header = reads[1][2]
-    assert sum(end - start for _, start, end in reads[2:]) < (file.stat().st_size - header) / 4
+    places = offsets(file)
+    asked = [name for _, start, _ in reads[2:] for name, (first, last) in places.items() if first <= start < last]
+    assert asked and {name.split("/")[-1] for name in asked} <= {"weights", "000"}
+    # What is in view comes first, and then what is measured: nothing of the other layer before all of this one.
+    layers = [name.split("/")[1] for name in asked if name.startswith("calls/")]
+    assert layers[0] == "0001" and layers == sorted(layers, reverse=True)
+
+
+def test_a_kernel_is_not_asked_for_everything_at_once(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    """The layer in view is measured, and others as far as may be read ahead; the rest when it is looked at."""
+    made = hookattn.trace(Layers(4, 4, 4).eval(), torch.randn(1, 700, 24), capture=("weights",))
+    file = Path(made.save(tmp_path / "large.safetensors"))
+    page = opened(open_page, file)
+    later = page.get_by_text("measured when their layer is opened")
+    page.evaluate("() => { traits.state = { ...traits.state, view: 'overview', layer: 1 }; tell('change:state'); }")
+    later.wait_for()
+    page.wait_for_timeout(300)
+    head = 4 * 700 * 700
+    assert later.inner_text().split()[-1] == "4"
+    assert 8 * head <= read(page) < 11 * head
+    page.evaluate("() => { traits.state = { ...traits.state, layer: 2 }; tell('change:state'); }")
+    later.wait_for(state="detached")
+    assert read(page) >= 12 * head
 
 
 def test_the_selection_goes_both_ways(page: Any) -> None:

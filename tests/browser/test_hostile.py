@@ -70,5 +70,5 @@ def test_what_is_served(open_page: Callable[..., Any], tmp_path: Path) -> None:
         tab.wait_for_timeout(500)
         with tab.expect_download() as saved:
             tab.get_by_role("button", name="SVG", exact=True).click()
-        assert saved.value.suggested_filename == "a.svg"
+        assert saved.value.suggested_filename == "a-model.svg"
         ET.parse(saved.value.path())

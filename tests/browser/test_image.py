@@ -186,7 +186,7 @@ def test_without_the_first_key(open_page: Open, tmp_path: Path, sink: str) -> No
 
 def test_who_hands_in_a_picture_sees_it(open_page: Open, tmp_path: Path) -> None:
     _, file = seen(tmp_path)
-    page = show(open_page(), file, f"{{images: {pictures(tmp_path)}}}")
-    assert state(page)["view"] in ("overview", "image")
+    page = show(open_page(), file, f"{{images: {pictures(tmp_path)}}}", view=None)
+    assert state(page)["view"] == "overview"
     page = show(open_page(), file, f"{{images: {pictures(tmp_path)}, state: {{view: 'matrix'}}}}")
     assert state(page)["view"] == "matrix"

@@ -34,6 +34,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def open_page(serving: Callable[..., str], open_page: Callable[..., Any]) -> Callable[..., Any]:
+    """Its pages are closed before the server is: what they read in the background must not meet a closed door."""
+    return open_page
+
+
+@pytest.fixture
 def serving() -> Iterator[Callable[..., str]]:
     """Serves a file, and returns the address."""
     with ExitStack() as stack:

@@ -26,7 +26,7 @@ VIEWS = ["head", "matrix", "model"]
 def test_a_link_restores_the_selection(open_page: Open, file: Path) -> None:
     page = show(open_page(), file)
     page.keyboard.press("Tab")
-    for key in ["2", "]", "l", ".", "ArrowDown", "ArrowDown", "ArrowRight"]:
+    for key in ["3", "]", "l", ".", "ArrowDown", "ArrowDown", "ArrowRight"]:
         page.keyboard.press(key)
     wanted = {"view": "matrix", "layer": 1, "scale": "log", "query": 1, "key": 0}
     assert {k: state(page)[k] for k in wanted} == wanted
@@ -36,7 +36,7 @@ def test_a_link_restores_the_selection(open_page: Open, file: Path) -> None:
 
 def test_keys_work_as_soon_as_a_page_is_open(open_page: Open, file: Path) -> None:
     page = show(open_page(), file)
-    for key in ["2", "]", "."]:
+    for key in ["3", "]", "."]:
         page.keyboard.press(key)
     assert {k: state(page)[k] for k in ("view", "layer")} == {"view": "matrix", "layer": 1}
     page.keyboard.press("?")
@@ -46,10 +46,10 @@ def test_keys_work_as_soon_as_a_page_is_open(open_page: Open, file: Path) -> Non
 def test_in_a_notebook_keys_wait_for_the_viewer_to_have_the_focus(open_page: Open, file: Path) -> None:
     page = show(open_page(), file, "{}")
     before = state(page)["view"]
-    page.keyboard.press("2")
+    page.keyboard.press("3")
     assert state(page)["view"] == before
     page.locator(".controls").first.click(position={"x": 2, "y": 2})
-    page.keyboard.press("2")
+    page.keyboard.press("3")
     assert state(page)["view"] == "matrix"
     page.keyboard.press("?")
     assert "once it was clicked" in page.locator("dialog").inner_text()
@@ -60,8 +60,9 @@ def test_in_a_notebook_keys_wait_for_the_viewer_to_have_the_focus(open_page: Ope
     ['{"view":"nothing","layer":99,"heads":"x","zoom":[1],"__proto__":{"a":1},"toString":1}', "%", "null", "[1]", "{"],
 )
 def test_a_link_that_makes_no_sense_does_no_harm(open_page: Open, file: Path, fragment: str) -> None:
-    page = show(open_page(), file, fragment="#" + fragment)
-    assert (state(page)["view"], state(page)["heads"], state(page)["zoom"]) == ("head", [0, 1, 2, 3], None)
+    page = show(open_page(), file, fragment="#" + fragment, view=None)
+    assert (state(page)["view"], state(page)["zoom"]) == ("overview", None)
+    assert state(page)["heads"] and set(state(page)["heads"]) <= {0, 1, 2, 3}
 
 
 def test_a_missing_field_names_the_capture(open_page: Open, tmp_path: Path) -> None:

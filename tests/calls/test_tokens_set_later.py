@@ -87,6 +87,8 @@ def test_a_statistic_is_an_attribute() -> None:
         assert name in dir(call)
     with pytest.raises(FieldNotCaptured, match="lse"):
         _ = call.lse
+    with pytest.raises(FieldNotCaptured, match=r"captured: entropy, received, top_k.*\('weights',\) beside the stat"):
+        _ = call.weights
 
 
 def test_every_statistic_is_an_attribute_of_a_call() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +13,9 @@ import hookattn
 from hookattn import analyze, render
 from hookattn.demo.induction import example_tokens, load_pretrained
 from hookattn.errors import HookattnError, RenderError, SelectionError
+from hookattn.render.palette import GRID, ROLES
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 
 
 def table_of(layers: int = 3, heads: int = 5, **more: object) -> pd.DataFrame:
@@ -93,3 +97,37 @@ def test_what_cannot_be_drawn_is_told(table: object, options: dict, error: type[
     with pytest.raises(error) as caught:
         render.atlas(table, **options)
     assert said in str(caught.value)
+
+
+def test_roles_have_the_hue_of_the_viewer_and_the_strength_of_their_score() -> None:
+    trace = hookattn.trace(load_pretrained(), example_tokens(0))
+    table = analyze.report(trace)
+    figure = render.atlas(trace)
+    array = images(figure)["atlas-role"].get_array()
+    for row in table.itertuples():
+        seen = array[row.layer, row.head, :3]
+        if not row.role:
+            assert matplotlib.colors.to_hex(seen) == GRID
+            continue
+        role = row.role.split("; ")[0]
+        score = float(row.evidence.split("; ")[0].split()[1])
+        np.testing.assert_allclose(seen, 1 - score * (1 - np.array(matplotlib.colors.to_rgb(ROLES[role]))), atol=1e-6)
+    said = {t.get_text() for t in figure.texts}
+    roles = table["role"].str.split("; ").explode()
+    assert {f"{role}  {n}" for role, n in roles[roles != ""].value_counts().items()} < said
+    assert f"no clear role  {(table['role'] == '').sum()}" in said
+    assert set(images(render.atlas(table))) == {"atlas-role"}
+    assert set(images(render.atlas(trace, "entropy"))) == {"atlas-entropy"}
+    with pytest.raises(RenderError, match="roles have no largest"):
+        render.atlas(trace, largest={"entropy": 2})
+
+
+def test_the_hues_of_roles_are_the_viewer_s() -> None:
+    source = Path(render.__file__).parent / "viewer" / "src"
+    hues = dict(
+        re.findall(r"--r(\d+): (#\w+)", (source / "ui" / "style.css").read_text("utf-8").partition("@media")[0])[:11]
+    )
+    names = re.search(r"export const ALL[^=]*= \[(.*?)\]", (source / "data" / "roles.ts").read_text("utf-8"), re.DOTALL)
+    assert names
+    found = {name: hues[str(n)] for n, name in enumerate(re.findall(r'"([^"]+)"', names[1]))}
+    assert found == ROLES and {role.name for role in analyze.ROLES} == {*ROLES}

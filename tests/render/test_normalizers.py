@@ -21,6 +21,7 @@ import hookattn
 from hookattn import render
 from hookattn.errors import SelectionError
 from hookattn.render.page_size import narrowed
+from hookattn.render.palette import LINE
 from hookattn.render.values import block_maxima
 from tests import tiny_models as tiny
 
@@ -77,7 +78,7 @@ def test_lines_are_as_opaque_as_weights_are_large_and_dotted_below_0() -> None:
     lines = render.heads(trace, heads=1).findobj(PathCollection)[0]
     assert len(lines.get_paths()) == int((w.abs() >= 0.01).sum())
     opacity = torch.tensor(lines.get_edgecolors())[:, 3]
-    assert torch.allclose(opacity, w[w.abs() >= 0.01].abs().double(), atol=1e-6)
+    assert torch.allclose(opacity, w[w.abs() >= 0.01].abs().double().clamp(min=LINE["faintest"]), atol=1e-6)
     dotted = [style[1] is not None for style in lines.get_linestyles()]
     assert dotted == (w[w.abs() >= 0.01] < 0).tolist() and any(dotted)
     large = traced("relu")

@@ -90,3 +90,30 @@ def test_a_path_is_text() -> None:
         assert "&lt;b&gt;" in said and r"\\u202e" in said
         assert not re.search(r"<a|<b>|[\x00-\x1f\u202e$]", said)
         assert not any("%{z}" in (t.hovertemplate or "") for t in figure.data)
+
+
+def test_cells_are_squares_and_what_is_grey_is_said() -> None:
+    """Of any number of tokens: cells as wide as high, axes with a name, a short bar, labels apart."""
+    for length in (3, 40, 300):
+        trace = hookattn.trace(tiny.gpt2(n_positions=300), tiny.ids(length, 1), tokens=[["word"] * length])
+        layout = render.plotly(trace, layer=0).layout
+        wide = layout.width - layout.margin.l - layout.margin.r
+        high = layout.height - layout.margin.t - layout.margin.b
+        for axis in ("", "2", "3", "4"):
+            x, y = layout[f"xaxis{axis}"].domain, layout[f"yaxis{axis}"].domain
+            assert (x[1] - x[0]) * wide == pytest.approx((y[1] - y[0]) * high, rel=0.02)
+        apart = (layout.xaxis3.domain[1] - layout.xaxis3.domain[0]) * wide / length
+        assert np.diff(layout.xaxis3.tickvals).min() * apart >= 12
+        assert layout.yaxis.title.text == "query" and layout.xaxis3.title.text == "key"
+        assert layout.coloraxis.colorbar.len <= 150 and "masked" in [note.text for note in layout.annotations]
+
+
+def test_colours_end_where_those_of_all_figures_do() -> None:
+    trace = hookattn.trace(tiny.gpt2(n_positions=300), tiny.ids(100, 1))
+    assert trace.faithful
+    even = torch.ones(100, 100).tril()
+    trace[0].fields["weights"] = (even / even.sum(-1, keepdim=True)).expand(1, 4, 100, 100)
+    axis = render.plotly(trace, layer=0).layout.coloraxis
+    pytest.importorskip("matplotlib")
+    mesh = render.heatmap(trace, layer=0).findobj(lambda artist: artist.get_gid() == "head-0")[0]
+    assert axis.cmax == mesh.norm.vmax < 1 and axis.colorbar.ticktext[-1] == f"≥ {axis.cmax:.3g}"

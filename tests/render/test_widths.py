@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
-pd = pytest.importorskip("pandas")
+pytest.importorskip("pandas")
 
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -68,7 +70,7 @@ def check(figure: Figure, width: float) -> None:
     boxes = boxes_of(figure)
     for text, box in boxes:
         assert text.get_fontsize() >= 6, text
-        inside = -1e-3 <= box.x0 and box.x1 <= wide + 1e-3 and -1e-3 <= box.y0 and box.y1 <= high + 1e-3
+        inside = box.x0 >= -1e-3 and box.x1 <= wide + 1e-3 and box.y0 >= -1e-3 and box.y1 <= high + 1e-3
         assert inside, f"{text} is cut: {box} of {wide} × {high}"
     for (a, first), (b, second) in itertools.combinations(boxes, 2):
         across = min(first.x1, second.x1) - max(first.x0, second.x0)
@@ -94,7 +96,7 @@ def test_labels_of_any_script(view: str, length: int, words: str | None) -> None
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_file_is_as_wide(view: str, tmp_path: Path) -> None:
-    """3.3 in are 3.3 in, whatever else is asked of the file; and as large as it takes without a width, with no edge cut."""
+    """3.3 in are 3.3 in in each kind of file; and without a width it is as large as it takes, with no edge cut."""
     trace = traced(35, WORDS["plain"])
     figure = draw(view, trace, width="column")
     figure.savefig(tmp_path / "x.svg")
@@ -151,7 +153,7 @@ def test_the_colour_bar_says_where_it_clips() -> None:
     weights = torch.tril(torch.ones(100, 100))
     call.fields = {**call.fields, "weights": (weights / weights.sum(-1, keepdim=True)).expand(1, 4, 100, 100)}
     figure = render.heatmap(trace, layer=0, heads=0)
-    (mesh,) = [a for a in figure.findobj(lambda artist: artist.get_gid() == "head-0")]
+    (mesh,) = figure.findobj(lambda artist: artist.get_gid() == "head-0")
     assert 0.02 <= mesh.norm.vmax <= 0.1 and f"≥ {mesh.norm.vmax:.3g}" in {t.get_text() for t, _ in boxes_of(figure)}
     assert mesh.get_array().max() == 1  # the numbers are the call's own
 
@@ -160,7 +162,7 @@ def test_many_lines_are_the_strongest_and_say_how_much_they_are() -> None:
     trace = traced(100)
     weights = trace[0].weights[0].double()
     figure = render.heads(trace, layer=0, width="column")
-    lines = [a for a in figure.findobj(lambda artist: (artist.get_gid() or "").startswith("head-"))]
+    lines = figure.findobj(lambda artist: (artist.get_gid() or "").startswith("head-"))
     drawn = sum(len(one.get_paths()) for one in lines)
     assert 300 <= drawn <= 600
     least = weights.flatten().sort().values[-drawn]
@@ -168,3 +170,11 @@ def test_many_lines_are_the_strongest_and_say_how_much_they_are() -> None:
     assert f"lines from {least.item():.2g} on, {share:.0%} of the attention" in {
         t.get_text() for t, _ in boxes_of(figure)
     }
+
+
+def test_the_gallery_has_every_figure_at_both_widths(tmp_path: Path) -> None:
+    gallery = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "gallery.py"))
+    written = [path.name for path in gallery["draw"](tmp_path, "svg")]
+    drawn = {figure.__name__ for figure, _ in gallery["FIGURES"].values()}
+    assert drawn == {"atlas", *(view.function for view in VIEWS.values())}
+    assert {f"heatmap-{width}.svg" for width in WIDTHS} < {*written} and len(written) == 2 * len(gallery["FIGURES"]) + 1

@@ -105,7 +105,9 @@ def _draw(
     left = 0.2 + max(text_width(name, LABEL) for name in grid.rows)
     across = min(len(names), 4 if room is None else max(1, int(room / 1.6)))
     spare = _WIDEST if room is None else room / across - left - _BAR_ROOM
-    cell = max(_LEAST, min(_LARGEST if room is None else 0.45, spare / columns, _TALLEST / rows))
+    cell = max(
+        _LEAST if room is None else 0.005, min(_LARGEST if room is None else 0.45, spare / columns, _TALLEST / rows)
+    )
     panel = columns * cell
     wide = max(panel + left + _BAR_ROOM, 1.5 if room is None else 0.0)
     heading = Heading(title, (), ()).within(room)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _WIDEST, _TALLEST = 5.0, 6.0
-_LARGEST, _LEAST = 0.3, 0.02
+_LARGEST, _LEAST, _TIGHT = 0.3, 0.02, 0.05
+"""Inches of a square: at the most, at the least where nobody asks for a width, and where the legend goes below."""
 _FAINTEST = 0.3
 """The least strength of a head that has a role, so that its hue is seen."""
 
@@ -87,11 +88,17 @@ def _draw(image: Any, grid: Grid, counts: dict[str, int], title: str, room: floa
     said = {role: f"{role}  {n}" for role, n in counts.items()}
     beside = max(text_width(text, 6.5) for text in said.values()) + 0.3
     left = 0.2 + max(text_width(name, LABEL) for name in grid.rows)
-    spare = _WIDEST if room is None else room - left - beside - 0.1
-    cell = max(_LEAST, min(_LARGEST if room is None else 0.4, spare / columns, _TALLEST / rows))
+    below = room is not None and (room - left - beside) / columns < _TIGHT
+    spare = _WIDEST if room is None else room - left - 0.1 - (0.0 if below else beside)
+    cell = max(
+        _LEAST if room is None else 0.005, min(_LARGEST if room is None else 0.4, spare / columns, _TALLEST / rows)
+    )
     heading = Heading(title, (), ()).within(room)
     top, panel = heading.height + 0.3, columns * cell
-    figure = empty_sheet(left + panel + beside, top + max(rows * cell, 0.16 * len(said)) + 0.1)
+    across = max(1, int((left + panel) / beside)) if below else 1
+    lines = -(-len(said) // across)
+    tall = rows * cell + 0.12 + 0.16 * lines if below else max(rows * cell, 0.16 * lines)
+    figure = empty_sheet(left + panel + (0 if below else beside), top + tall + 0.1)
     heading.draw(figure)
     axes = axes_at(figure, left, top, panel, rows * cell)
     show_masked(axes.patch)
@@ -104,9 +111,11 @@ def _draw(image: Any, grid: Grid, counts: dict[str, int], title: str, room: floa
         axes.tick_params(which="minor", length=0)
     label_grid(axes, grid.rows, columns, cell, "layer")
     for n, (role, text) in enumerate(said.items()):
-        y = top + 0.16 * n
-        swatch = axes_at(figure, left + panel + 0.12, y + 0.02, 0.1, 0.1)
+        line, column = divmod(n, across)
+        x = 0.1 + column * beside if below else left + panel + 0.12
+        y = top + 0.16 * line + (rows * cell + 0.12 if below else 0.0)
+        swatch = axes_at(figure, x, y + 0.02, 0.1, 0.1)
         hide_frame(swatch)
         swatch.add_patch(Rectangle((0, 0), 1, 1, color=GRID if role == NO_ROLE else role_colour(role), linewidth=0))
-        text_at(figure, left + panel + 0.27, y, text, fontsize=6.5)
+        text_at(figure, x + 0.15, y, text, fontsize=6.5)
     return figure

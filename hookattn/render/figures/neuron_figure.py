@@ -66,7 +66,7 @@ def neuron(trace: TraceLike, *, width: Width = None, title: str | bool = True, *
 def _draw(found: QueryRow, q: Array, k: Array, columns: Mapping[str, Array], title: str, room: float | None) -> Figure:
     heading = Heading.of([found.part], title, found.notes).within(room)
     left = 0.1 + key_label_width(found, room)
-    top = heading.height + 0.62
+    top = heading.height + 0.74
     heat, bars, gap = _HEAT, _BARS, _GAP
     if room is not None:
         gap = 0.1
@@ -80,7 +80,7 @@ def _draw(found: QueryRow, q: Array, k: Array, columns: Mapping[str, Array], tit
     heading.draw(figure)
     label_keys(figure, left - 0.05, top, found, room)
     x = left
-    _draw_components(figure, x, top - 0.36, 0.13, heat, q[None], "q", float(np.abs(q).max()))
+    _draw_components(figure, x, top - 0.44, 0.13, heat, q[None], "q", float(np.abs(q).max()))
     for name, values in (("k", k), ("q∘k", q * k)):
         top_value = float(np.abs(found.listed(values)).max())
         axes = _draw_components(figure, x, top, found.height, heat, found.listed(values), name, top_value)
@@ -115,5 +115,6 @@ def _draw_components(
     name_artist(mesh, name)
     hide_frame(axes)
     axes.invert_yaxis()
-    text_at(figure, x, y - 0.05, f"{name}  ±{most:.3g}", va="bottom", fontsize=6.8)
+    said = wrapped(f"{name}  ±{most:.3g}", width + 0.05, 6.8)
+    text_at(figure, x, y - 0.05, said, va="bottom", fontsize=6.8)
     return axes

@@ -3,6 +3,11 @@ export class ViewerError extends Error {
   override name = "ViewerError";
 }
 
+/** The trace cannot be read any more, at any place: there is no sense in asking for the next one. */
+export class Unreachable extends ViewerError {
+  override name = "Unreachable";
+}
+
 /** A field that is not here; says how to have it: by which `capture=`, or in a page that had no room for it. */
 export class NotCaptured extends ViewerError {
   override name = "NotCaptured";

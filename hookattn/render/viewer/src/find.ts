@@ -8,10 +8,11 @@ import type { Matrix } from "./data/matrix";
 import { type Context, type Name, NAMES, STRIDE } from "./data/measured";
 import { ALL, ROLES, rolesFor } from "./data/roles";
 import type { Range } from "./data/trace";
-import { message } from "./errors";
+import { message, Unreachable } from "./errors";
 import type { Findings, HeadFound, RoleFound } from "./findings";
 import { type Measure, type Scores, rolesOf } from "./options";
 import { Slices } from "./slices";
+import { callOf } from "./state";
 import { joined, type Measurer, measurer } from "./worker";
 
 /** Numbers of a head that are read; of a larger one some rows, in so many groups. */
@@ -22,6 +23,8 @@ const OF_TRACE = 2 ** 28;
 /** Heads that are read at the same time, and milliseconds between two tellings. */
 const AT_ONCE = 4;
 const PAUSE = 120;
+/** Milliseconds in which the view that is opened asks for what it draws. */
+const PAINT = 40;
 
 const UNITS: Readonly<Record<string, [string, string]>> = {
   induction: ["share", "The weight on the tokens that came after earlier occurrences of the query's own token."],
@@ -50,7 +53,7 @@ interface Known {
 
 export function nothing(app: Pick<App, "trace" | "options">): Findings {
   const heads = app.trace.calls.map((call) => Array.from({ length: call.extents.H }, () => null));
-  return { scores: app.options.scores ?? {}, heads, done: 0, total: 0, striking: null, missing: null };
+  return { scores: app.options.scores ?? {}, heads, done: 0, total: 0, later: 0, striking: null, missing: null };
 }
 
 /** Starts measuring; returns what stops it. */
@@ -59,47 +62,74 @@ export function find(app: App): () => void {
   const known = app.trace.calls.map((call) => new Array<Known | null>(call.extents.H).fill(null));
   const chances = new Map<string, Promise<Values>>();
   const worker = measurer();
-  const seen = new Set<number>();
+  // Calls that were begun, and those of them that cannot be measured.
+  const begun = new Set<Call>();
+  const without = new Set<Call>();
+  const { ahead = Infinity } = app.trace.source;
+  const inView = () => callOf(app.trace, app.state.peek());
+  const running = new Set<number>();
+  let spent = 0;
   let told = 0;
   let missing: string | null = null;
-  const tell = (total: number, done: number, last: boolean) => {
+  const tell = (step: number, last: boolean) => {
     if (stop.signal.aborted || (!last && performance.now() - told < PAUSE)) return;
     told = performance.now();
-    app.findings.value = made(app, known, total, done, missing);
+    let [total, done, later] = [0, 0, 0];
+    for (const call of app.trace.calls) {
+      if (call.step !== step) continue;
+      const { H } = call.extents;
+      if (!begun.has(call) && spent + numbersOf(call) > ahead) {
+        later += H;
+        continue;
+      }
+      total += H;
+      done += without.has(call) ? H : known[call.index]!.filter((k) => k !== null).length;
+    }
+    app.findings.value = made(app, known, { total, done, later }, missing);
   };
-  /** Measures the calls of one step, those in view first. */
+  /** Measures the calls of one step, those in view first; the others as long as they may be read ahead. */
   async function measureStep(step: number): Promise<void> {
     const { stack, kind, layer } = app.state.peek();
     const rank = ({ site }: Call) =>
       (site.stack === stack && site.kind === kind ? 0 : 2) + (site.layer === layer ? 0 : 1);
-    const calls = app.trace.calls.filter((c) => c.step === step).sort((a, b) => rank(a) - rank(b) || a.index - b.index);
-    const total = calls.reduce((n, c) => n + c.extents.H, 0);
-    let done = 0;
-    const numbers = calls.reduce((n, c) => n + c.extents.H * Math.min(OF_HEAD, c.extents.T * c.extents.S), 0);
-    const entries = Math.max(1, Math.floor(OF_TRACE / Math.max(1, numbers)));
+    const all = app.trace.calls.filter((c) => c.step === step).sort((a, b) => rank(a) - rank(b) || a.index - b.index);
+    // Where the step is being measured already, what came into view goes before what is left of it.
+    const first = !running.has(step);
+    const calls = first ? all : [inView()];
+    running.add(step);
+    const most = Math.min(OF_TRACE, ahead);
+    const entries = Math.max(1, Math.floor(most / Math.max(1, all.reduce((n, c) => n + numbersOf(c), 0))));
     for (const call of calls) {
+      if (begun.has(call)) continue;
+      if (spent + numbersOf(call) > ahead && call !== inView()) continue;
+      begun.add(call);
       if (!app.trace.has(call, "weights")) {
         missing ??= app.trace.lacks("weights", call).message;
-        done += call.extents.H;
+        without.add(call);
         continue;
       }
+      spent += numbersOf(call) * Math.min(entries, call.extents.B);
       try {
         await measureCall(app, call, Math.min(entries, call.extents.B), worker, chances, stop.signal, (head, found) => {
           known[call.index]![head] = found;
-          tell(total, ++done, false);
+          tell(step, false);
         });
       } catch (error) {
         if (stop.signal.aborted) return;
         missing ??= message(error);
+        without.add(call);
+        if (!(error instanceof Unreachable)) continue;
+        for (const one of app.trace.calls) if (!begun.has(one)) begun.add(one), without.add(one);
       }
     }
-    tell(total, total, true);
+    if (first) running.delete(step);
+    tell(step, true);
   }
   const follow = effect(() => {
     const { step } = app.state.value;
-    if (seen.has(step)) return;
-    seen.add(step);
-    void measureStep(step);
+    const call = callOf(app.trace, app.state.value);
+    // What is in view is drawn first: a picture is waited for, what is found of it comes as it comes.
+    if (!begun.has(call)) setTimeout(() => !stop.signal.aborted && void measureStep(step), PAINT);
   });
   return () => {
     stop.abort();
@@ -152,6 +182,11 @@ async function measureCall(
   }
   const level = chance === null ? {} : await chance;
   for (let head = 0; head < H; head++) tell(head, read(call, sums[head]!, where[head]!, level));
+}
+
+/** Numbers of a batch entry of a call that are read. */
+function numbersOf({ extents: { H, T, S } }: Call): number {
+  return H * Math.min(OF_HEAD, T * S);
 }
 
 /** Rows of a head as ranges: all, or of a large one groups, each in the middle of its part of the rows. */
@@ -228,7 +263,12 @@ function read(call: Call, sums: Float64Array, batches: readonly number[], chance
 
 const levels = new WeakMap<Values, Values>();
 
-function made(app: App, known: (Known | null)[][], total: number, done: number, missing: string | null): Findings {
+function made(
+  app: App,
+  known: (Known | null)[][],
+  counts: Pick<Findings, "done" | "total" | "later">,
+  missing: string | null,
+): Findings {
   const given = app.options.scores ?? {};
   const measured = NAMES.filter((name) => known.some((call) => call.some((k) => k?.values[name] != null)));
   const scores: Record<string, Measure | string[][][] | undefined> = {};
@@ -242,10 +282,9 @@ function made(app: App, known: (Known | null)[][], total: number, done: number, 
     // What was handed in was measured with all there is to measure with: it counts.
     scores: { ...scores, ...given } as Scores,
     heads,
-    done,
-    total,
+    ...counts,
     striking: striking(app, heads, known),
-    missing: done > 0 && heads.some((call) => call.some((h) => h !== null)) ? null : missing,
+    missing: counts.done > 0 && heads.some((call) => call.some((h) => h !== null)) ? null : missing,
   };
 }
 

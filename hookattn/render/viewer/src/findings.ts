@@ -30,9 +30,10 @@ export interface Findings {
   scores: Scores;
   /** By call and stored head; null: not measured yet. */
   heads: readonly (readonly (HeadFound | null)[])[];
-  /** Heads measured so far, and all that will be. */
+  /** Heads measured so far, all that are measured unasked, and how many more are when their layer is looked at. */
   done: number;
   total: number;
+  later: number;
   /** The head to look at first: the most striking; null: none so far. */
   striking: { call: number; head: number } | null;
   /** Why nothing can be measured, with the `capture=` that would help; null: something is, or was. */

@@ -19,6 +19,12 @@ const CACHE = 256 * 2 ** 20;
 /** Numbers in the first part of a large head: enough for the eye, and soon there. */
 const PART = 2 ** 20;
 
+/** Calls may share one stored tensor (a mask of all layers), which is read once, for each size it is expanded to. */
+function keyOf({ fields, index, extents: { T, S } }: Call, field: string, batch: number, kv: number): string {
+  const name = fields[field];
+  return name == null ? `${index} ${field} ${batch} ${kv}` : `${name} ${batch} ${kv} ${T} ${S}`;
+}
+
 /** Queries from the first to before the last. */
 export type Range = readonly [number, number];
 
@@ -66,12 +72,8 @@ export class Trace {
    */
   head(call: Call, field: string, batch: number, head: number, show?: (part: Matrix) => void): Promise<Matrix> {
     const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
-    // Calls may share one stored tensor (a mask of all layers), which is read once, for each size it is expanded to.
     const name = call.fields[field];
-    const key =
-      name == null
-        ? `${call.index} ${field} ${batch} ${kv}`
-        : `${name} ${batch} ${kv} ${call.extents.T} ${call.extents.S}`;
+    const key = keyOf(call, field, batch, kv);
     // The promise is cached, not the matrix: views that ask for a head while it is being read wait for one request. Its
     // weight counts once it is known, and a request that failed is forgotten, so that the next view tries again.
     let known = this.cache.get(key);
@@ -104,6 +106,12 @@ export class Trace {
   async rows(call: Call, field: string, batch: number, head: number, range: Range): Promise<Matrix | null> {
     const name = call.fields[field];
     if (name === null) return null;
+    const known = this.cache.get(keyOf(call, field, batch, head));
+    if (known !== undefined) {
+      // What was read, or is being read, is not read again.
+      const { cols, data } = await known;
+      return { rows: range[1] - range[0], cols, data: data.subarray(range[0] * cols, range[1] * cols) };
+    }
     return name === undefined
       ? this.derive(call, field, batch, head, range)
       : this.storedRows(call, field, name, batch, head, range);

@@ -1,4 +1,4 @@
-import { ViewerError, message } from "../errors";
+import { Unreachable, ViewerError, message } from "../errors";
 import type { Source } from "./source";
 
 /**
@@ -21,7 +21,7 @@ export async function served(url: string): Promise<Source> {
       if (start >= end) return new ArrayBuffer(0);
       const response = await request(url, start, end, tag);
       const bytes = await response.arrayBuffer().catch((error: unknown) => {
-        throw new ViewerError(`${url}: the connection broke off: ${message(error)}. Is the server still running?`);
+        throw new Unreachable(`${url}: the connection broke off: ${message(error)}. Is the server still running?`);
       });
       if (bytes.byteLength !== end - start) {
         throw new ViewerError(`${url}: asked for bytes ${start} to ${end}, and got ${bytes.byteLength} bytes.`);
@@ -36,19 +36,19 @@ async function request(url: string, start: number, end: number, tag: string | nu
   if (tag !== null) headers["If-Range"] = tag;
   const stop = new AbortController();
   const response = await fetch(url, { headers, cache: "no-store", signal: stop.signal }).catch((error: unknown) => {
-    throw new ViewerError(`${url}: no answer (${message(error)}). Is the server still running?`);
+    throw new Unreachable(`${url}: no answer (${message(error)}). Is the server still running?`);
   });
   const other = tag !== null && response.headers.get("ETag") !== tag;
   if (response.status === 412 || (tag !== null && response.status === 200) || (response.status === 206 && other)) {
     // A server that holds the file it opened says how to see the new one; from any other it is there after a reload.
     const said = response.status === 412 ? (await response.text().catch(() => "")).trim().slice(0, 300) : "";
     stop.abort();
-    throw new ViewerError(
+    throw new Unreachable(
       said || "The file has changed since it was opened. Reload the page to see what it holds now.",
     );
   }
   if (response.status === 404 || response.status === 410) {
-    throw new ViewerError("The file is not there any more. Restore it and reload the page.");
+    throw new Unreachable("The file is not there any more. Restore it and reload the page.");
   }
   if (response.status !== 206) {
     const text = response.status === 200 ? "" : (await response.text().catch(() => "")).slice(0, 300);

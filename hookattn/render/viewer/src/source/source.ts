@@ -2,6 +2,8 @@
 export interface Source {
   readonly name: string;
   readonly size: number;
+  /** Numbers of weights that may be read before anybody looks at them; undefined: all. */
+  readonly ahead?: number;
   /** Bytes `start` to `end`, the end excluded. */
   read(start: number, end: number): Promise<ArrayBuffer>;
 }

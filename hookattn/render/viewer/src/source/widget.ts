@@ -1,4 +1,4 @@
-import { ViewerError } from "../errors";
+import { Unreachable, ViewerError } from "../errors";
 import type { Source } from "./source";
 
 /** What anywidget hands to `render`: the part of it that is used here. */
@@ -19,6 +19,9 @@ interface Answer {
 
 /** Milliseconds. The kernel answers between two cells at the soonest, so that a running cell is waited for. */
 const TIMEOUT = 60_000;
+
+/** A kernel may be far away, and answers nothing else meanwhile: four million numbers are 16 MiB. */
+const AHEAD = 2 ** 22;
 
 /** A trace that the kernel holds, the first or the second, read by custom messages. `close` stops listening. */
 export function asked(
@@ -47,6 +50,7 @@ export function asked(
   return {
     name,
     size,
+    ahead: AHEAD,
     close() {
       model.off("msg:custom", hear);
     },
@@ -55,7 +59,7 @@ export function asked(
       return new Promise((resolve, reject) => {
         const late = setTimeout(() => {
           waiting.delete(id);
-          reject(new ViewerError("The kernel does not answer. Is it busy, or was it stopped? Run the cell again; hookattn.render.save_page " +
+          reject(new Unreachable("The kernel does not answer. Is it busy, or was it stopped? Run the cell again; hookattn.render.save_page " +
               "writes a page that needs none."));
         }, TIMEOUT);
         const done =

@@ -1,9 +1,7 @@
 /** How far each head is from the same head of the second trace: a list that sorts, and chooses the head. */
 import { useState } from "preact/hooks";
-import { type App, current, focus, stored } from "../app";
-import type { Call } from "../data/call";
-import { areShares } from "../data/kinds";
-import { type Distance, distance, misfit, twinOf } from "../data/pairs";
+import { type App, current, focus } from "../app";
+import { apart, type Row } from "../data/apart";
 import type { Trace } from "../data/trace";
 import { number } from "../format";
 import { Slices } from "../slices";
@@ -12,11 +10,6 @@ import { useLoaded } from "./hooks";
 
 /** Numbers of each trace up to which all layers, or all heads of one, are compared unasked. */
 const AT_ONCE = 2 ** 23;
-
-interface Row extends Distance {
-  call: Call;
-  head: number;
-}
 
 type Order = "place" | "variation" | "largest";
 
@@ -41,7 +34,7 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
     async (signal, show: (rows: Row[]) => void) => {
       const rows: Row[] = [];
       for (const call of few ? [shown] : calls) {
-        rows.push(...(await apart(app.trace, other, call, batch, alone, new Slices(10, signal))));
+        rows.push(...(await apart(app.trace, other, call, "weights", batch, alone, new Slices(10, signal))));
         show([...rows]);
       }
       return rows;
@@ -105,34 +98,4 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
       </div>
     </div>
   );
-}
-
-/**
- * The distances of the heads that a call and its twin have in common, or of one; none where there is no twin that fits.
- */
-async function apart(
-  trace: Trace,
-  other: Trace,
-  call: Call,
-  batch: number,
-  alone: number | null,
-  slices: Slices,
-): Promise<Row[]> {
-  const twin = twinOf(trace, other, call);
-  if (twin === null || misfit(call, twin) !== null) return [];
-  if (!trace.has(call, "weights") || !other.has(twin, "weights")) return [];
-  // What is no distribution has no total variation; its largest difference is what it is.
-  const shares = areShares(call, "weights") && areShares(twin, "weights");
-  const rows: Row[] = [];
-  for (const head of (alone === null ? call.headNumbers : [alone]).filter((h) => twin.headNumbers.includes(h))) {
-    const sides = [
-      [trace, call, Math.min(batch, call.extents.B - 1)],
-      [other, twin, Math.min(batch, twin.extents.B - 1)],
-    ] as const;
-    const masks = sides.map(([of, c, b]) => (of.has(c, "mask") ? of.optional(c, "mask", b, stored(c, head)) : null));
-    const [a, b] = await Promise.all(sides.map(([of, c, b]) => of.head(c, "weights", b, stored(c, head))));
-    const found = await distance(a!, b!, await Promise.all(masks), slices, shares);
-    rows.push({ call, head, ...found });
-  }
-  return rows;
 }

@@ -93,7 +93,9 @@ export function Atlas(props: {
 }) {
   const { app, findings, groups, here, room, most, apart } = props;
   const state = app.state.value;
-  const few = layoutOf(groups, room, most, LEAST, 104).size >= 56;
+  // Pictures are of whole heads: unasked they are drawn where there is room, and where so much may be read.
+  const whole = groups.flatMap((g) => g.rows).reduce((n, { call: { extents: e } }) => n + e.H * e.T * e.S, 0);
+  const few = layoutOf(groups, room, most, LEAST, 104).size >= 56 && whole <= (app.trace.source.ahead ?? Infinity);
   const tiles = state.tiles === "auto" ? (few ? "matrix" : "squares") : state.tiles;
   const pictures = tiles !== "squares";
   const layout = useMemo(
@@ -358,6 +360,12 @@ function Roles({ app, findings, groups }: { app: App; findings: Findings; groups
         <span class="quiet" role="status">
           <span class="swatch pending" aria-hidden="true" />
           measuring, {findings.done} of {findings.total}
+        </span>
+      )}
+      {!pending && findings.later > 0 && (
+        <span class="quiet">
+          <span class="swatch pending" aria-hidden="true" />
+          measured when their layer is opened <b>{findings.later}</b>
         </span>
       )}
     </div>

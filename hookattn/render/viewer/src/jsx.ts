@@ -1,0 +1,2 @@
+/** What the bundler makes elements with. */
+export { createElement, Fragment } from "preact";
