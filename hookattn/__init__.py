@@ -45,11 +45,11 @@ from .errors import (
     UnfitTokensWarning,
     UnsupportedConfigError,
 )
-from .loading.text import trace_text
 from .models.adapter import Adapter
 from .models.registry import adapters, register
 from .planning.memory_plan import MemoryPlan, PlannedCall
 from .planning.plan import plan
+from .pretrained.text import trace_text
 from .traces import Trace, concat, load, merge
 from .version import __version__ as __version__
 

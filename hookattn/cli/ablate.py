@@ -17,8 +17,8 @@ from ..analyze.causal.metric import Metric, logits_of
 from ..analyze.survey.parts import Parts
 from ..console.screen import Screen, counted, decimal_size, plain
 from ..errors import InputError, TraceWriteError
-from ..loading.inputs import Given, to_device
-from ..loading.pretrained import Loaded
+from ..pretrained.inputs import Given, to_device
+from ..pretrained.model import Loaded
 from ..printable import first_line
 from ..recording.forward_inputs import arguments
 from .command import Command

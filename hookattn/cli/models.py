@@ -15,8 +15,8 @@ from torch import nn
 
 from ..console.screen import Screen, quiet_transformers
 from ..errors import InputError, ModelError
-from ..loading.inputs import Given, inputs_of
-from ..loading.pretrained import Loaded, load_pretrained
+from ..pretrained.inputs import Given, inputs_of
+from ..pretrained.model import Loaded, load_pretrained
 from ..printable import first_line
 from ..torch_internals.devices import absent
 

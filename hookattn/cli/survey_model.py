@@ -13,8 +13,8 @@ from torch import nn
 from ..analyze.survey import Batch
 from ..console.screen import Screen
 from ..errors import InputError, ModelError
-from ..loading.inputs import encoded_texts, to_device, tokenizer_of
-from ..loading.pretrained import Loaded
+from ..pretrained.inputs import encoded_texts, to_device, tokenizer_of
+from ..pretrained.model import Loaded
 from .models import load_model
 
 Encode = Callable[[Sequence[Any]], Iterator[Batch]]

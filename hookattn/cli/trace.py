@@ -12,9 +12,9 @@ from ..attention.kernel_call import STORED
 from ..console.screen import Screen, counted, decimal_size
 from ..console.tables import print_calls, print_head, print_verdict, trace_as_json
 from ..errors import TraceWriteError
-from ..loading.inputs import Given
-from ..loading.pretrained import Loaded
-from ..loading.text import run
+from ..pretrained.inputs import Given
+from ..pretrained.model import Loaded
+from ..pretrained.text import run
 from ..traces import Trace
 from .command import Command
 from .models import inputs_asked_for, is_factory, load_model

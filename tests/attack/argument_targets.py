@@ -431,7 +431,10 @@ def _core() -> Iterator[Target]:
     yield _target(h + "register", hookattn.register, lambda s: {"adapter": _Known()}, adapter="nothing")
     t = h + "Trace."
     yield _method(t + "select", lambda s: s.gpt2, layer="indices or none", stack="text or none", kind="text or none",
-                  step="indices or none", path="text or none", tap="text or none")  # fmt: skip
+                  step="indices or none", path="text or none", tap="text or none", heads="indices or none",
+                  queries="indices or none", batch="indices or none")  # fmt: skip
+    yield _method(t + "to_pandas", lambda s: s.gpt2, field="nothing", masked="flag")
+    yield _method(t + "to_xarray", lambda s: s.gpt2, field="nothing")
     yield _method(t + "save", lambda s: s.gpt2, lambda s: {"path": s.folder / "out" / "t.safetensors"},
                   path="path", compact="flag")  # fmt: skip
     yield _method(t + "to", lambda s: s.gpt2, lambda s: {"device": "cpu"}, device="nothing", dtype="nothing or none")

@@ -44,7 +44,7 @@ ORDER = (
     "traces",
     "edit",
     "api",
-    "loading",
+    "pretrained",
     "__init__",
     "analyze",
     "render",
@@ -245,11 +245,11 @@ def words(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def core() -> dict[str, Path]:
-    """Without interop/ and loading/, whose files are of other libraries, which are imported where they are used."""
+    """Without interop/ and pretrained/, whose files are of other libraries, which are imported where they are used."""
     return {
         name: path
         for name, path in sources(ROOT).items()
-        if name.partition(".")[0] in CORE and not name.startswith(("interop.", "loading."))
+        if name.partition(".")[0] in CORE and not name.startswith(("interop.", "pretrained."))
     }
 
 

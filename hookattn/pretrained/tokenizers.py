@@ -65,7 +65,7 @@ def encode(
     """
     if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens"):
         return _by_transformers(tokenizer, texts, pairs, limit, side, name)
-    if callable(getattr(tokenizer, "encode", None)):
+    if callable(getattr(tokenizer, "encode", None)) and not isinstance(tokenizer, (str, type)):
         return _by_encode(tokenizer, texts, pairs, limit)
     raise InputError(
         f"tokenizer: expected one of transformers, or an object with encode(text) and decode(ids); got "

@@ -18,7 +18,7 @@ from ..errors import InputError, ModelError
 from ..recording.forward_inputs import arguments, check_fit
 from ..traces import Trace
 from .inputs import Given, inputs_of, to_device
-from .pretrained import Loaded, load_pretrained, of_all
+from .model import Loaded, load_pretrained, of_all
 from .tokenizers import token_strings
 
 
@@ -115,7 +115,7 @@ def run(
     model = loaded.model
     if generate is not None and not callable(getattr(model, "generate", None)):
         raise ModelError(f"{type(model).__name__} has no generate(); it is no generating model.")
-    with_graph = options.get("gradients") or options.get("attached")
+    with_graph = options.get("gradients") is True or options.get("attached") is True
     inputs = to_device(given.args, _device_of(model))
     if options.get("tokens") is None and given.tokens is not None:
         options = {**options, "tokens": given.tokens}

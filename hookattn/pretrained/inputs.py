@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import InputError
 from ..printable import first_line
-from .pretrained import Loaded
+from .model import Loaded
 from .tokenizers import Encoded, encode
 
 _TOKENIZERS = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.bpe")
@@ -87,7 +87,7 @@ def encoded_texts(
 
     Args:
         loaded: the model.
-        tokenizer: see :func:`hookattn.loading.tokenizers.encode`.
+        tokenizer: see :func:`hookattn.pretrained.tokenizers.encode`.
         texts, pairs: see :func:`inputs_of`.
         decode: whether the decoder of an encoder-decoder gets its start token.
         limit: how many tokens are kept of each text.
