@@ -105,6 +105,7 @@ $(VENV)/.docs: $(VENV)/.dev $(call locked,docs)
 
 docs: $(VENV)/.docs ## the documentation site, offline: every notebook run, warnings as errors, links within it checked
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/cache docs docs/_build/html
+	$(BIN)/python -m tests.project.site_links docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 docs-links: docs ## the links that lead out of the site, where there is a network

@@ -188,11 +188,11 @@ CASES = (
     Case(
         "steps", "GPT-2, the last step of a generation with a cache", **_GPT2, new=NEW,
     ),
-    Case("scores", "GPT-2: the scores, without the mask in them", **_GPT2, field="scores"),
+    Case("scores", "GPT-2: its scores, which have no mask in them", **_GPT2, field="scores"),
     Case("plain", "Somebody's own model, in plain operations", own=lambda: Own(False), inputs=_vectors, expected=_own),
     Case("fused", "Somebody's own model, of a fused kernel", own=lambda: Own(True), inputs=_vectors, expected=_own),
     Case(
-        "layer", "`torch.nn.TransformerEncoderLayer`", inputs=_layer_inputs, expected=_layer,
+        "layer", "The encoder layer of PyTorch, `torch.nn`", inputs=_layer_inputs, expected=_layer,
         own=lambda: nn.TransformerEncoderLayer(32, HEADS, 64, batch_first=True),
     ),
 )  # fmt: skip
