@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { message } from "../errors";
 import { where } from "../data/call";
@@ -33,7 +33,8 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   // In a page of its own keys need no click first: what nothing else has the focus for is meant for the viewer.
   const late = useRef(onKey);
   late.current = onKey;
-  useEffect(() => {
+  // Before the page is painted: who opens it may press one at once.
+  useLayoutEffect(() => {
     if (!page) return;
     const listen = (event: KeyboardEvent) => event.target === document.body && late.current(event);
     document.addEventListener("keydown", listen);
