@@ -6,7 +6,7 @@ import { contextOf } from "./data/context";
 import { areShares } from "./data/kinds";
 import type { Matrix } from "./data/matrix";
 import { type Context, type Name, NAMES, STRIDE } from "./data/measured";
-import { ALL, ROLES, rolesFor } from "./data/roles";
+import { ALL, rankOf, ROLES, rolesFor } from "./data/roles";
 import type { Range } from "./data/trace";
 import { message, Unreachable } from "./errors";
 import type { Findings, HeadFound, RoleFound } from "./findings";
@@ -48,6 +48,8 @@ interface Pairs {
 /** What is known of one head, all batch entries together. */
 interface Known {
   values: Values;
+  /** The same of uniform attention. */
+  chance: Values;
   pairs: Pairs;
 }
 
@@ -200,11 +202,6 @@ function sampled({ extents: { T, S } }: Call): Range[] {
   });
 }
 
-/** How many of the T query rows of a call are looked at. */
-export function rowsOf(call: Call): number {
-  return sampled(call).reduce((n, [first, end]) => n + end - first, 0);
-}
-
 function numbered(rows: readonly Range[]): Int32Array {
   return Int32Array.from(rows.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
 }
@@ -253,15 +250,12 @@ function read(call: Call, sums: Float64Array, batches: readonly number[], chance
   const shares = areShares(call, "weights") || sums[11 * STRIDE] === 0;
   const values: Values = shares ? valuesOf(sums) : {};
   const pairs: Pairs = {};
-  [...NAMES, "strongest"].forEach((name, m) => {
+  NAMES.forEach((name, m) => {
     const [query, key, weight] = sums.subarray(m * STRIDE + 2, m * STRIDE + 5);
     pairs[name] = query! < 0 ? null : { batch: batches[m]!, query: query!, key: key!, weight: weight! };
   });
-  levels.set(values, chance);
-  return { values, pairs };
+  return { values, chance, pairs };
 }
-
-const levels = new WeakMap<Values, Values>();
 
 function made(
   app: App,
@@ -291,13 +285,12 @@ function made(
 function found(app: App, call: number, head: number, known: Known | null): HeadFound | null {
   const given = rolesOf(app.options.scores, call, head);
   if (known === null && given.length === 0) return null;
-  const chance = (known && levels.get(known.values)) ?? {};
-  const measured = (known === null ? [] : rolesFor(known.values, chance)).map(
+  const measured = (known === null ? [] : rolesFor(known.values, known.chance)).map(
     ({ name, measure, lifted }): RoleFound => ({
       role: name,
       measure,
       score: known!.values[measure]!,
-      chance: lifted ? (chance[measure] ?? null) : null,
+      chance: lifted ? (known!.chance[measure] ?? null) : null,
       pair: known!.pairs[measure] ?? null,
     }),
   );
@@ -308,20 +301,13 @@ function found(app: App, call: number, head: number, known: Known | null): HeadF
       const values = (app.options.scores?.[measure] as Measure | undefined)?.values;
       return { role, measure, score: values?.[call]?.[head] ?? NaN, chance: null, pair: known?.pairs[measure] ?? null };
     });
-  const place = ({ role }: RoleFound) => (ALL.includes(role) ? ALL.indexOf(role) : ALL.length);
-  return { call, head, roles: [...measured, ...more].sort((a, b) => place(a) - place(b)) };
+  return { call, head, roles: [...measured, ...more].sort((a, b) => rankOf(a.role) - rankOf(b.role)) };
 }
 
 const MEASURES: Readonly<Record<string, string>> = {
   "same word in the other sentence": "same_word(across=True)",
   separators: "separators",
 };
-
-/** The pair of a head without a role that weighs most. */
-const strongest = new WeakMap<HeadFound, RoleFound["pair"]>();
-export function strongestPair(head: HeadFound | null): RoleFound["pair"] {
-  return head === null ? null : (head.roles.find((r) => r.pair !== null)?.pair ?? strongest.get(head) ?? null);
-}
 
 /** The most telling role with the highest score; where none is clear, the head that is least spread out. */
 function striking(app: App, heads: Findings["heads"], known: (Known | null)[][]): Findings["striking"] {
@@ -331,19 +317,14 @@ function striking(app: App, heads: Findings["heads"], known: (Known | null)[][])
     if (app.trace.calls[index]!.step !== step) return;
     call.forEach((head, h) => {
       if (head === null) return;
-      strongest.set(head, known[index]![h]?.pairs["strongest"] ?? null);
       const [role] = head.roles;
       const values = known[index]![h]?.values;
       const worth =
         role === undefined
           ? 1 - (values?.normalised_entropy ?? 1) - (values?.first_token ?? 0)
-          : 10 * (ALL.length - place(role.role)) + (Number.isNaN(role.score) ? 0 : role.score);
+          : 10 * (ALL.length - Math.min(rankOf(role.role), ALL.length - 1)) + (Number.isNaN(role.score) ? 0 : role.score);
       if (best === null || worth > best.worth) best = { call: index, head: h, worth };
     });
   });
   return best && { call: (best as { call: number }).call, head: (best as { head: number }).head };
-}
-
-function place(role: string): number {
-  return ALL.includes(role) ? ALL.indexOf(role) : ALL.length - 1;
 }

@@ -1,5 +1,5 @@
 /** Measuring beside the page: in a worker, or, where there are none, in slices between what the page has to do. */
-import { type Context, measure } from "./data/measured";
+import { type Context, measure, STRIDE } from "./data/measured";
 import { Slices } from "./slices";
 
 export interface Measurer {
@@ -91,7 +91,7 @@ function onPage(): Measurer {
 /** The sums of some rows and of others; of the pairs the better one. */
 export function joined(a: Float64Array, b: Float64Array): Float64Array {
   const out = a.slice();
-  for (let m = 0; m < out.length; m += 5) {
+  for (let m = 0; m < out.length; m += STRIDE) {
     out[m]! += b[m]!;
     out[m + 1]! += b[m + 1]!;
     if (b[m + 2]! >= 0 && (out[m + 2]! < 0 || b[m + 4]! > out[m + 4]!)) out.set(b.subarray(m + 2, m + 5), m + 2);

@@ -40,8 +40,7 @@ export const NAMES = [
 export type Name = (typeof NAMES)[number];
 
 /** How many numbers there are for each measure: the sum, how many rows it is of, and the row, key and weight of the pair
- * that shows it best. The last group is of the strongest pair of all, and says in place of the sum how many rows are no
- * distribution. */
+ * that shows it best. The last group is of no measure: in place of its sum stands how many rows are no distribution. */
 export const STRIDE = 5;
 
 /**
@@ -77,26 +76,21 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
     let sum = 0;
     let entropy = 0;
     let far = 0;
-    let top = 0;
-    let below = 0;
+    let below = false;
     for (let s = 0; s < S; s++) {
       const w = data[from + s]!;
       if (w > 0) {
         sum += w;
         entropy -= w * Math.log(w);
         far += w * Math.abs(p - s);
-        if (w > data[from + top]!) top = s;
-      } else if (w < 0) below = 1;
+      } else if (w < 0) below = true;
     }
-    if (below === 1 || (Math.abs(sum - 1) > 0.02 && sum > 0 && sum > 1)) out[55]!++;
-    show(11, t, top, data[from + top]!, n);
+    if (below || sum > 1.02) out[55]!++;
     add(9, entropy);
     add(7, Math.max(0, 1 - sum));
     add(6, data[from + c.first]!);
     show(6, t, c.first, data[from + c.first]!, n);
-    if (c.allowed !== null && n > 1) {
-      add(8, entropy / Math.log(n));
-    }
+    if (c.allowed !== null && n > 1) add(8, entropy / Math.log(n));
     if (c.at !== null) {
       const near = (offset: number) => {
         const key = p + offset;

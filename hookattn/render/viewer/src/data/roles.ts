@@ -46,6 +46,12 @@ export const ALL: readonly string[] = [
   "uniform",
 ];
 
+/** The place of a role among all, the most telling first; one of somebody else's comes after them. */
+export function rankOf(role: string): number {
+  const place = ALL.indexOf(role);
+  return place < 0 ? ALL.length : place;
+}
+
 type Values = Readonly<Partial<Record<Name, number | null>>>;
 
 /** The roles of a head; `chance`: the same of uniform attention. */
