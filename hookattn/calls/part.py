@@ -21,7 +21,7 @@ from .call import Call
 from .edits import edited_entries, edits_in_words
 from .extents import extents_of, per_query_head
 from .labels import labels
-from .parts import chosen_positions, end_of
+from .parts import chosen_positions, end_of, read_once
 from .query_positions import query_positions
 from .trace_data import TraceData, check_trace
 
@@ -199,6 +199,7 @@ def parts_of(
         raise SelectionError("the trace has no calls to draw.")
     batch = checks.whole("batch", batch)
     tokens, key_tokens = _label_list("tokens", tokens), _label_list("key_tokens", key_tokens)
+    heads, queries, keys = read_once(heads), read_once(queries), read_once(keys)
     calls = trace.select(layer=layer, stack=stack, kind=kind, step=step, path=path).calls
     made = []
     for call in calls:

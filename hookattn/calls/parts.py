@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from .site import Site
 
 Chosen = int | Sequence[int] | slice | None
 Each = TypeVar("Each")
+Asked = TypeVar("Asked")
 
 
 class WholeCall(KeptCall, Protocol):
@@ -183,6 +184,11 @@ def chosen_positions(
             + (f", so there is none at {missing[0]}." if missing else ", and none is selected.")
         )
     return tuple(found)
+
+
+def read_once(wanted: Asked) -> Asked | list[int]:
+    """Numbers to choose by, for several calls: a generator would give them to the first alone."""
+    return list(wanted) if isinstance(wanted, Iterator) else wanted
 
 
 def _index(positions: Sequence[int]) -> Index:

@@ -13,6 +13,7 @@ from ..printable import printable
 from .call import Call, Skipped
 from .extents import extents_of
 from .layer_counts import LayerCounts
+from .parts import CallPart, read_once
 from .site import without_wrappers
 from .still import still_html
 
@@ -137,21 +138,19 @@ class TraceData:
             )
         if heads is None and queries is None and batch is None:
             return self._with(kept)
-        return self._parts(kept, heads, queries, batch)
+        return self._parts(kept, read_once(heads), read_once(queries), read_once(batch))
 
     def _parts(self, kept: Sequence[Call], heads: Any, queries: Any, batch: Any) -> Self:
         """A trace of parts of some calls, with the tokens of the batch entries that are left."""
         made = self._with([call.at(heads=heads, queries=queries, batch=batch) for call in kept])
-        if batch is None:
+        if batch is None or not kept:
             return made
         sizes = {extents_of(call, "B").b for call in kept}
+        entries = CallPart.of(kept[0], None, None, batch)
 
         def own(lists: list[list[Label]] | None) -> list[list[Label]] | None:
-            if lists is None or len(lists) == 1 or {len(lists)} != sizes:
-                return lists
-            if isinstance(batch, slice):
-                return lists[batch]
-            return [lists[i] for i in ([batch] if hasattr(batch, "__index__") else batch)]
+            # Lists that are not one for each entry are of all entries.
+            return lists if lists is None or {len(lists)} != sizes else list(entries.of_batch(tuple(lists)) or ())
 
         made.stack_tokens = {stack: own(lists) or [] for stack, lists in self.stack_tokens.items()}
         made.tokens, made.segments = own(self.tokens), own(self.segments)

@@ -73,6 +73,10 @@ def test_a_part_of_a_trace(trace: hookattn.Trace, tmp_path: Path) -> None:
     again = hookattn.load(part.save(tmp_path / "t.safetensors"))
     assert torch.equal(again[0].weights, call.weights) and again.tokens == part.tokens
     assert trace.select(batch=[1, 0]).tokens == [list("fghij"), WORDS]
+    of_a_generator = trace.select(batch=(i for i in [1, 0]), heads=iter([1]), queries=iter([0]))
+    assert of_a_generator.tokens == [list("fghij"), WORDS] and {c.weights.shape[:3] for c in of_a_generator} == {
+        (2, 1, 1)
+    }
     assert trace.select(batch=slice(0, 1)).tokens == [WORDS] and trace.select(heads=0).tokens == trace.tokens
     for wrong in ({"heads": 4}, {"queries": 5}, {"batch": 2}, {"heads": "a"}):
         with pytest.raises(SelectionError):
