@@ -27,7 +27,7 @@ from .errors import GuessedAxesWarning, HookattnError, InputError, SkippedWarnin
 from .models.description import describe_model
 from .models.discovery import check_meta, make_watch_plan
 from .planning.room import RoomGuard
-from .recording.forward_inputs import arguments, check_fit, check_text, tokens_of
+from .recording.forward_inputs import arguments, check_text, run_forward, tokens_of
 from .recording.layouts import Layouts
 from .recording.nothing import Nothing
 from .recording.recorder import CallRecorder
@@ -168,11 +168,7 @@ def _forward(model: nn.Module, inputs: Any, listener: Editor | None, **options: 
         with block as running:
             if running.tokens is None:  # none were given, or for other stacks alone
                 running.tokens = tokens_of(inputs)
-            try:
-                running.output = model(*args, **kwargs)
-            except TypeError:
-                check_fit(model, args, kwargs)
-                raise
+            running.output = run_forward(model, args, kwargs)
     finally:
         block.gen.close()  # an interrupt can hit the first line of what ends a block, and then that never runs
     return running

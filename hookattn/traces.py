@@ -54,18 +54,19 @@ class Trace(TraceData):
         """
         if name not in ("tokens", "stack_tokens"):
             return super().__setattr__(name, value)
-        named = None
-        if name == "stack_tokens" or isinstance(value, Mapping):
-            own, named = stacked_tokens(value) if value else (None, {})
-            if not isinstance(value, Mapping):
-                raise checks.wrong("stack_tokens", value, "lists of token strings by the names of stacks")
+        if name == "stack_tokens" and not isinstance(value, Mapping):
+            raise checks.wrong("stack_tokens", value, "lists of token strings by the names of stacks")
+        named: Mapping[str, Any] = {}
+        if isinstance(value, Mapping):
+            own, named = stacked_tokens(value)
             super().__setattr__("stack_tokens", named)
-            if name == "tokens":
-                super().__setattr__("tokens", own)
         else:
-            super().__setattr__("tokens", value if are_token_lists(value) else token_lists(value))
+            own = value if are_token_lists(value) else token_lists(value)
+        if name == "tokens":
+            super().__setattr__("tokens", own)
+        # While a trace is being made there is nothing yet that they could fit.
         if vars(self).get("calls") and value and "segments" in vars(self):
-            for line in unfit_tokens(self, named or ()):
+            for line in unfit_tokens(self, named):
                 warnings.warn(line, UnfitTokensWarning, stacklevel=2)
 
     @contextmanager

@@ -178,6 +178,7 @@ def _through_processor(
     what = "image" if images else "audio"
     processor = _processor_of(loaded, bool(texts) or bool(images and audio), what)
     rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", None)
+    first: list[Any] = []
     given: dict[str, Any] = {}
     if texts:
         given |= {"text": list(texts), "padding": True}
@@ -188,15 +189,11 @@ def _through_processor(
         if texts or images:
             given["audio"] = sounds
         else:
-            given["raw_speech"] = sounds
+            first = [sounds]  # what is for sounds alone calls them by one name or another
         if rate is not None:
             given["sampling_rate"] = rate
     try:
-        made = (
-            processor(given.pop("raw_speech"), **given, return_tensors="pt")
-            if "raw_speech" in given
-            else processor(**given, return_tensors="pt")
-        )
+        made = processor(*first, **given, return_tensors="pt")
     except Exception as error:
         who = f"{type(processor).__name__} of {loaded.name}"
         raise InputError(f"{who} does not take this: {first_line(error)}") from error

@@ -15,10 +15,10 @@ from .. import checks
 from ..api import TracingOptions, tracing
 from ..calls.extents import extents_of
 from ..errors import InputError, ModelError
-from ..recording.forward_inputs import arguments, check_fit
+from ..recording.forward_inputs import arguments, run_forward
 from ..traces import Trace
 from .inputs import Given, inputs_of, to_device
-from .model import Loaded, load_pretrained, of_all
+from .model import Loaded, load_pretrained
 from .tokenizers import token_strings
 
 
@@ -39,11 +39,11 @@ def trace_text(
 
     ::
 
-        hookattn.trace_text("gpt2", "The cat sat on the mat.")
-        hookattn.trace_text("path/to/bert", "The cat sat.", pair="The cat lay.")
+        hookattn.trace_text("name-on-the-hub", "The cat sat on the mat.")
+        hookattn.trace_text("path/to/encoder", "The cat sat.", pair="The cat lay.")
         hookattn.trace_text(model, ["One.", "Another one."], tokenizer=tokenizer, generate=20)
         hookattn.trace_text(transformers.pipeline("fill-mask"), "The [MASK] sat.")
-        hookattn.trace_text("path/to/vit", images="cat.png")
+        hookattn.trace_text("path/to/model-of-pictures", images="cat.png")
 
     Args:
         model: a name on the hub, or a directory that transformers saved, which is loaded in eval mode; a loaded model,
@@ -125,12 +125,7 @@ def run(
         if watch is not None:
             watch(made)
         if generate is None:
-            args, kwargs = arguments(inputs)
-            try:
-                made.output = model(*args, **kwargs)
-            except TypeError:
-                check_fit(model, args, kwargs)
-                raise
+            made.output = run_forward(model, *arguments(inputs))
         else:
             _generate(model, made, given, inputs, generate)
     return made
@@ -213,7 +208,7 @@ def _loaded(model: Any, tokenizer: Any, processor: Any, load: Mapping[str, Any] 
                 f"{checks.printed(model)}."
             )
         name = getattr(inner, "name_or_path", None) or None
-        loaded = Loaded(inner, name or type(inner).__name__, name, options=of_all(load or {}))
+        loaded = Loaded(inner, name or type(inner).__name__, name)
         loaded.tokenizer = getattr(model, "tokenizer", None)
         if of_pipeline:
             kinds = ("processor", "image_processor", "feature_extractor")

@@ -20,6 +20,19 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
+def run_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a model; where its arguments do not fit, say so in terms of its forward.
+
+    Raises:
+        InputError: they do not fit it; and whatever the model raises.
+    """
+    try:
+        return model(*args, **kwargs)
+    except TypeError:
+        check_fit(model, args, kwargs)
+        raise
+
+
 def check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compare arguments with the signature of a forward that has raised a TypeError on them.
 
