@@ -9,6 +9,7 @@ import hookattn
 from hookattn import analyze
 from hookattn.errors import FieldNotCaptured, MeasureError, SelectionError
 from hookattn.statistics import TopK
+from tests import tiny_models
 from tests.analyze.build import case, given, uniform
 from tests.analyze.test_repeats import Cached, Causal
 
@@ -84,12 +85,8 @@ def test_nothing_to_show() -> None:
 
 def test_by_the_names_of_the_queries_in_cross_attention() -> None:
     """Queries have the names of their own stack, keys those of the other."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16, decoder_start_token_id=0
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
+    pytest.importorskip("transformers")
+    model = tiny_models.t5()
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9, 10, 9, 3]])}
     source, target = ["Das", "Haus", "ist", "."], ["<s>", "the", "house", "the", "?"]
     trace = hookattn.trace(model, inputs, tokens={"encoder": source, "decoder": target})
@@ -97,7 +94,8 @@ def test_by_the_names_of_the_queries_in_cross_attention() -> None:
     table = analyze.top_targets(cross, "the", 2)
     assert set(table["query"]) == {1, 3} and set(table["token"]) == {"the"} and set(table["target"]) <= set(source)
     for row in table.to_dict("records"):
-        assert row["weight"] == pytest.approx(float(cross[0].weights[0, row["head"], row["query"], row["key"]]))
+        call = cross.select(layer=row["layer"])[0]
+        assert row["weight"] == pytest.approx(float(call.weights[0, row["head"], row["query"], row["key"]]))
         assert source[row["key"]] == row["target"]
     assert set(analyze.top_targets(trace, "the", 2)["kind"]) == {"self", "cross"}
     with pytest.raises(SelectionError, match="no call"):

@@ -54,12 +54,8 @@ def test_statistics_have_fewer_axes() -> None:
 
 
 def test_cross_attention_has_names_of_both() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16, decoder_start_token_id=0
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
+    pytest.importorskip("transformers")
+    model = tiny_models.t5()
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9]])}
     trace = hookattn.trace(model, inputs, tokens={"encoder": ["Das", "Haus", "ist", "."], "decoder": ["<s>", "the"]})
     table = trace.select(kind="cross").to_pandas()
