@@ -16,18 +16,7 @@ from hookattn.calls.fields import Derived
 from hookattn.calls.key_history import Continued
 from hookattn.errors import SelectionError
 from tests import tiny_models
-
-
-class Attends(nn.Module):
-    """One causal self-attention of 2 heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+from tests.test_traces import Attends
 
 
 def model() -> nn.Module:
