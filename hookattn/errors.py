@@ -32,10 +32,11 @@
         ├── NewerFormatError
         └── TraceWriteError
 
-Warnings: :class:`UnfaithfulWarning` (a call over tolerance), :class:`SkippedWarning` (attention that was not read),
-:class:`GuessedAxesWarning` (nothing but convention told which axis is which), :class:`UnfitTokensWarning`
-(``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace that may have no room),
-:class:`MonitorWarning` (heads were not measured or logged in a training, which goes on).
+Warnings, of which :class:`HookattnWarning` is the base: :class:`UnfaithfulWarning` (a call over tolerance),
+:class:`SkippedWarning` (attention that was not read), :class:`GuessedAxesWarning` (nothing but convention told which
+axis is which), :class:`UnfitTokensWarning` (``tokens=`` that are of no call), :class:`TraceTooLargeWarning` (a trace
+that may have no room), :class:`MonitorWarning` (heads were not measured or logged in a training, which goes on),
+:class:`BlankLinesWarning` (examples of a survey are not numbered as the lines of their file are).
 """
 
 from __future__ import annotations
@@ -168,37 +169,35 @@ class TraceWriteError(TraceFileError):
     """The file could not be written; nothing was left under its final name."""
 
 
-class UnfaithfulWarning(UserWarning):
+class HookattnWarning(UserWarning):
+    """Base of every warning of this library. What it names of a file is printable in its message."""
+
+    __str__ = _message
+
+
+class UnfaithfulWarning(HookattnWarning):
     """A call is over its tolerance."""
 
-    __str__ = _message
 
-
-class SkippedWarning(UserWarning):
+class SkippedWarning(HookattnWarning):
     """Attention ran that could not be read; ``trace.skipped`` has the path and the reason."""
 
-    __str__ = _message
 
-
-class GuessedAxesWarning(UserWarning):
+class GuessedAxesWarning(HookattnWarning):
     """Which axis of a call is which was told by convention alone, or a ``layout=`` that would tell it was not used."""
 
-    __str__ = _message
 
-
-class UnfitTokensWarning(UserWarning):
+class UnfitTokensWarning(HookattnWarning):
     """Tokens were given that are of no sequence which the model read; ``trace.notes`` says why."""
 
-    __str__ = _message
 
-
-class TraceTooLargeWarning(UserWarning):
+class TraceTooLargeWarning(HookattnWarning):
     """A trace may have no room in memory, or on the disk of ``to=``, and its exact size cannot be told."""
 
-    __str__ = _message
 
-
-class MonitorWarning(UserWarning):
+class MonitorWarning(HookattnWarning):
     """Heads were not measured, or not logged, at some step of a training, which goes on; or where their table went."""
 
-    __str__ = _message
+
+class BlankLinesWarning(HookattnWarning):
+    """Lines of a survey's file are blank, and no examples, so that the number of an example is not that of its line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -18,12 +19,13 @@ from ..analyze.survey.measurer import ON_ERROR, Failure
 from ..analyze.survey.parts import Parts, failures_listed
 from ..analyze.survey.run import settings
 from ..console.screen import Screen, counted, decimal_size
-from ..errors import HookattnError, InputError
+from ..errors import HookattnError, InputError, MeasureError
 from .command import Command
 from .options import names
 from .survey_model import SurveyModel
 from .trace import check_target
 
+_PERIOD = 30.0  # seconds between lines of progress, where there is no terminal
 _TRIED = 64  # examples that are read before the model is loaded
 
 
@@ -142,6 +144,7 @@ def command(
     if expected is not None and shard is not None:
         expected = shard.size(expected, batch)
     if engine is not None:
+        _say_present(screen, out, settings(measurer, batch, about))
         options: Any = {"measures": measurer.measures, "batch": batch, "about": about, "on_error": on_error, **given}
         with _measuring(screen, expected) as progress, _stdout_kept(screen):
             total = survey_on_ray(build, corpus, out, progress=progress, say=screen.say, **options)
@@ -149,6 +152,7 @@ def command(
         return
     options = {"measures": measurer.measures, "batch": batch, "about": about, "shard": shard, "on_error": on_error}
     loaded = build.load(screen) if jobs == 1 else None
+    _say_present(screen, out, settings(measurer, batch, about))
     with _measuring(screen, expected) as progress:
         if loaded is not None:
             total = survey(loaded[0], corpus, loaded[1], out, progress=progress, **options)
@@ -196,19 +200,35 @@ def _check_first(corpus: Corpus, prompts: tuple[str, ...], strict: bool) -> None
         raise bad[0]
 
 
+def _say_present(screen: Screen, out: str, about: dict[str, Any]) -> None:
+    """What there is of an earlier run, from which this one goes on."""
+    try:
+        parts = Parts(out, about, begin=False)
+    except MeasureError:
+        return  # nobody has begun, or another survey has, which the run itself says
+    there = 0 if parts.complete else len(parts.present())
+    if there:
+        screen.say(f"goes on with {out}: {counted(there, 'part')} of an earlier run stay")
+
+
 @contextmanager
 def _measuring(screen: Screen, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress line of examples; where it is interrupted, a word of what stays."""
-    done = 0
+    """A progress line of examples, or a line now and then where no terminal is; interrupted, a word of what stays."""
+    done, told, start = 0, time.monotonic(), time.monotonic()
     live = None if total is not None else lambda: counted(done, "example")
     try:
         with screen.working("measuring", total=total, live=live) as advance:
 
             def progress(n: int) -> None:
-                nonlocal done
+                nonlocal done, told
                 for _ in range(n - done):
                     advance()
                 done = n
+                # A log has no line that moves.
+                if not screen.err.is_terminal and time.monotonic() - told >= _PERIOD:
+                    told = time.monotonic()
+                    of = "" if total is None else f" of {total}"
+                    screen.say(f"measured {done}{of} examples in {told - start:.0f} s")
 
             yield progress
     except KeyboardInterrupt:

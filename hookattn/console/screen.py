@@ -16,7 +16,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.segment import Segment
 from rich.text import Text
 
-from ..errors import GuessedAxesWarning, SkippedWarning, TraceTooLargeWarning, UnfaithfulWarning
+from ..errors import HookattnWarning
 from ..printable import json_text, printable
 from ..store.json_values import json_value
 
@@ -51,8 +51,8 @@ class Screen:
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Python's warnings as lines on stderr: ours always, those of other libraries with ``--debug``."""
-        ours = (UnfaithfulWarning, SkippedWarning, GuessedAxesWarning, TraceTooLargeWarning)
+        """Python's warnings as lines on stderr: ours once each, those of other libraries with ``--debug``."""
+        said: set[str] = set()
 
         def show(
             message: Warning | str,
@@ -62,13 +62,14 @@ class Screen:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if self.debug or issubclass(category, ours):
+            ours = issubclass(category, HookattnWarning)
+            if self.debug or (ours and str(message) not in said):
+                said.add(str(message))
                 self.warn(str(message))
 
         with warnings.catch_warnings():
             warnings.showwarning = show
-            for category in ours:
-                warnings.simplefilter("always", category)
+            warnings.simplefilter("always", HookattnWarning)
             yield
 
     @contextmanager

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import threading
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import pytest
 from hookattn.analyze.survey import Corpus, chunks, read_table, survey
 from hookattn.analyze.survey import blocks as reading
 from hookattn.demo.induction import InductionTransformer, load_pretrained
-from hookattn.errors import InputError, MeasureError, TraceWriteError
+from hookattn.errors import BlankLinesWarning, InputError, MeasureError, TraceWriteError
 
 from .surveyed import alike, examples
 
@@ -270,3 +271,14 @@ def test_a_table_in_a_store(model: Any, tmp_path: Path, name: str) -> None:
         assert fsspec.filesystem("memory").cat_file("/out-False/heads.parquet") == one.read_bytes()
     with pytest.raises(TraceWriteError, match="cannot be reached"):
         survey(model, values, alike, "nosuch://x/heads.parquet", measures=NAMES)
+
+
+def test_blank_lines_are_told_once_a_file_where_numbers_are_not_those_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\nthree\n")
+    (tmp_path / "b.txt").write_text("one\ntwo\n\n\n")  # none follows: these are where their lines are
+    with pytest.warns(BlankLinesWarning, match=r"a.txt: blank lines are no examples") as told:
+        assert list(Corpus((str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))) == ["one", "two", "three", "one", "two"]
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Corpus((str(tmp_path / "b.txt"),)).count() == 2

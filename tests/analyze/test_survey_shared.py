@@ -26,7 +26,7 @@ from hookattn.analyze.survey.measurer import made_by
 from hookattn.analyze.survey.parts import Parts, ranges
 from hookattn.cli.commands import app
 from hookattn.demo.induction import InductionTransformer, load_pretrained
-from hookattn.errors import InputError, MeasureError, ModelError, SelectionError, TraceWriteError
+from hookattn.errors import BlankLinesWarning, InputError, MeasureError, ModelError, SelectionError, TraceWriteError
 
 from .surveyed import MODEL, alike, build, examples, one_by_one, same_table, written
 
@@ -388,3 +388,23 @@ def test_a_job_that_fails_before_it_says_anything() -> None:
     jobs: Any = _Jobs([None, None], None, None)  # type: ignore[list-item]
     jobs._ended(1, 3)
     assert jobs.lost == ["job 2 of 2 ended with code 3"]
+
+
+def test_what_is_told_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far it is, what an earlier run has left, and once, whoever reads the file, that it has blank lines."""
+    monkeypatch.setattr("hookattn.cli.survey._PERIOD", 0.0)
+    corpus, out = written(tmp_path, examples(6)), tmp_path / "t.parquet"
+    corpus.write_text("\n" + corpus.read_text())
+    said = ran(*command(corpus, out, "--shard", "0/2")).stderr
+    assert "measured 2 of 4 examples in " in said and "goes on" not in said
+    said = ran(*command(corpus, out, "--jobs", "2")).stderr
+    assert "goes on with" in said and "2 parts of an earlier run stay" in said
+    assert said.count("blank lines are no examples") == 1
+
+
+def test_warnings_of_processes_are_those_of_the_caller(tmp_path: Path) -> None:
+    corpus = written(tmp_path, examples(6))
+    corpus.write_text("\n" + corpus.read_text())
+    with pytest.warns(BlankLinesWarning) as told:
+        survey_on_processes(build, Corpus((str(corpus),)), tmp_path / "t.parquet", jobs=2, measures=NAMES, batch=2)
+    assert len(told) == 1

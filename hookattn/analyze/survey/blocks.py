@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ...errors import InputError
+from ...errors import BlankLinesWarning, InputError
 from .batches import Value
 
 ROWS = 1024
@@ -55,6 +56,8 @@ def example(value: Any, where: str) -> Value | InputError:
 def lines(file: Any, name: str, read: Callable[[str, str], Value | InputError]) -> Iterator[Block]:
     """The lines of an open binary file that are not empty.
 
+    An example after a blank line gets another number than its line: that is told by a BlankLinesWarning, once a file.
+
     Args:
         file: closed at the end.
         name: for messages.
@@ -67,8 +70,18 @@ def lines(file: Any, name: str, read: Callable[[str, str], Value | InputError]) 
     # What is no UTF-8 is one example's fault, and found out where that is wanted.
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as text:
         numbered = enumerate(text, 1)
+        there, told = 0, False
         while some := list(itertools.islice(numbered, ROWS)):
             held = [entry for entry in some if not entry[1].isspace()]
+            there += len(held)
+            if held and held[-1][0] > there and not told:
+                told = True
+                warnings.warn(
+                    f"{name}: blank lines are no examples and are not counted, so that the numbers of its examples "
+                    "are not those of its lines; give the examples an id of your own to join on.",
+                    BlankLinesWarning,
+                    stacklevel=2,
+                )
             if held:
                 yield Block(len(held), lambda start, stop, held=held: values(held, start, stop))  # type: ignore[misc]
 

@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from ... import checks
-from ...errors import HookattnError, InputError, MeasureError
+from ...errors import HookattnError, HookattnWarning, InputError, MeasureError
 from ...torch_internals.devices import visible_gpus
 from ..measures.base import Measure
 from .batches import Value
@@ -123,6 +124,7 @@ class _Jobs:
         self.totals: list[tuple[int, int] | None] = [None] * len(orders)
         self.errors: dict[int, HookattnError] = {}
         self.lost: list[str] = []
+        self.said: set[tuple[type[Warning], str]] = set()
 
     def run(self) -> tuple[int, int]:
         """How many examples were measured, and how many chunks there are.
@@ -170,6 +172,11 @@ class _Jobs:
                 self.progress(sum(self.done))
         elif kind == "total":
             self.totals[number] = told
+        elif kind == "warning":
+            if told not in self.said:  # each process goes through all examples
+                self.said.add(told)
+                category, text = told
+                warnings.warn(text, category, stacklevel=2)
         else:
             self.errors[number] = told
             self.say(f"job {number + 1} of {len(self.orders)} failed; the others go on.")
@@ -204,6 +211,12 @@ def _work(order: _Order, pipe: Connection) -> None:
     if not order.first:  # what loading a model says need not be said by each
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     torch.set_num_threads(order.threads)
+
+    def relay(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, HookattnWarning):
+            pipe.send(("warning", (category, str(message))))
+
+    warnings.showwarning = relay
     try:
         parts = Parts(order.out, order.about)
         told = measure_shard(
