@@ -46,6 +46,7 @@ from .tables.cluster import cluster_heads
 from .tables.compare import compare
 from .tables.decay import distance_decay
 from .tables.divergence import head_divergence
+from .tables.explain import explain
 from .tables.flow import flow
 from .tables.low_rank import score_rank, singular_values
 from .tables.normalisation import normalisation
@@ -120,6 +121,7 @@ __all__ = [
     "distance_decay",
     "edge_attribution",
     "edge_effects",
+    "explain",
     "flow",
     "head_ablation",
     "head_divergence",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..attention.functional import sink_column
+from ..attention.functional import sink_column, with_four_axes
 from ..attention.kernel_call import DERIVED, FIELD_SPECS
 from ..errors import FieldNotCaptured, SelectionError
 from ..printable import printable
@@ -146,6 +147,13 @@ class Part:
         """Which call it is, as short as the trace allows."""
         site = self.call.site
         return f"{self.stack} {site.label if site.layer is None else f'layer {site.layer}'}".strip()
+
+    @cached_property
+    def first_key(self) -> int:
+        """The first key that any query may attend to: what padding stands before it is no sink."""
+        if not self.call.has("mask"):
+            return 0
+        return int(with_four_axes(self.call.mask)[0].flatten(0, 1).any(0).byte().argmax())
 
     @property
     def edited(self) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import checks
-from ..attention.functional import with_four_axes
 from ..attention.normalizers import is_softmax
 from ..calls.part import Part
 from ..errors import SelectionError
@@ -99,7 +98,7 @@ def drawn_values(
     notes = [*([] if part.call.has("mask") else [UNKNOWN]), *notes_on_weights(part, field)]
     columns = part.columns
     if sink != "show":
-        first = first_key(part) if first is None else first
+        first = part.first_key if first is None else first
         columns = tuple(j for j in columns if j != first)
         notes.append("first key left out" + (", rows divided by the rest" if sink == "renormalise" else ""))
     if not columns:
@@ -107,7 +106,7 @@ def drawn_values(
     most = max(len(part.rows), len(columns)) if most is None else most
     images, block, masked, largest, negative = [], 1, False, 0.0, False
     ends: list[float] = []
-    resting = columns.index(first_key(part)) if sink == "show" and first_key(part) in columns else None
+    resting = columns.index(part.first_key) if sink == "show" and part.first_key in columns else None
     for one in part.each_head():
         data = _drawn_head(one, drawn, columns, first if sink == "renormalise" else None)
         masked = masked or bool(np.ma.getmaskarray(data).any())
@@ -180,13 +179,6 @@ def hidden_keys(part: Part, query: int | None = None) -> Flags | None:
     """:meth:`Part.hidden` as numpy takes it."""
     hidden = part.hidden(query)
     return None if hidden is None else hidden.numpy()
-
-
-def first_key(part: Part) -> int:
-    """The first key that any query may attend to: what padding stands before it is no sink."""
-    if not part.call.has("mask"):
-        return 0
-    return int(with_four_axes(part.call.mask)[0].flatten(0, 1).any(0).byte().argmax())
 
 
 def block_maxima(

@@ -18,7 +18,7 @@ from ...calls.choose import part_of_one_call
 from ...calls.part import Part, Where
 from ...traces import TraceLike, as_trace
 from ..palette import LINE, head_style
-from ..values import SINKS, WEIGHTS, Array, DrawnValues, Flags, Sink, drawn_values, first_key
+from ..values import SINKS, WEIGHTS, Array, DrawnValues, Flags, Sink, drawn_values
 from .base import Heading, axes_at, empty_sheet, hide_frame, in_own_style, name_artist, text_at
 from .fitting import Width, fitted, title_of, width_in_inches
 from .ticks import font_size, label_width, short_labels, stride
@@ -80,7 +80,7 @@ def heads(
     wide = width_in_inches(width)
     part = part_of_one_call(as_trace(trace), "heads", **where)
     title = title_of(title, part.title)
-    first = first_key(part) if sink != "show" else None
+    first = part.first_key if sink != "show" else None
     # One head at a time: what is kept of its matrix are its lines.
     each = (drawn_values(one, field, sink, first=first) for one in part.each_head())
     found = _found(each, least or _FLOOR)

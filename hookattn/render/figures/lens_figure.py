@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...attention.normalizers import is_softmax
 from ...calls.part import Where
-from ...errors import SelectionError
+from ...calls.verdicts import ATTENDED, DRAINED, EDITED, HIDDEN, OUTSCORED, Verdicts, check_softmax, verdicts
 from ...traces import TraceLike, as_trace
 from ..palette import FAINT, GRID, HATCH, INK, MAY, SINK, WEIGHT
-from ..values import first_key
 from .base import Heading, empty_sheet, in_own_style, name_artist, text_at
 from .colours import show_masked
 from .fitting import Width, fitted, text_width, title_of, width_in_inches
@@ -22,19 +21,13 @@ from .row import QueryRow, draw_bars, key_axes, key_label_width, label_keys, que
 from .ticks import font_size
 
 _SCORE, _MASK, _WEIGHT, _WHY, _GAP = 1.9, 0.36, 1.5, 1.0, 0.2
-ATTENDED, OUTSCORED, DRAINED, HIDDEN, EDITED = "attended", "outscored", "drained", "masked", "edited"
 _TONES = {ATTENDED: INK, OUTSCORED: FAINT, DRAINED: SINK, HIDDEN: FAINT, EDITED: INK}
 
 
 @in_own_style
 def lens(trace: TraceLike, *, width: Width = None, title: str | bool = True, **where: Unpack[Where]) -> Figure:
-    """One query of one head: score → mask → weight, and a word for each key.
-
-    - *edited*: an edit has set its weight, whatever its score is;
-    - *masked*: the mask hides it;
-    - *attended*: it weighs at least 1/n, n the number of keys that are not masked;
-    - *drained*: it weighs less, but would weigh 1/n without what goes to the first key and to learned sinks;
-    - *outscored*: it would not either.
+    """One query of one head: score → mask → weight, and a word for each key. The words are those of
+    :class:`hookattn.calls.verdicts.Verdicts`; :func:`hookattn.analyze.explain` has the same as a table.
 
     The dashed line is the log of the softmax's denominator: a weight is exp(score − line), so each unit to the left of
     it is a factor of e.
@@ -57,12 +50,10 @@ def lens(trace: TraceLike, *, width: Width = None, title: str | bool = True, **w
     found = query_row(as_trace(trace), "lens", **where)
     title = title_of(title, found.title)
     part = found.part
-    if not is_softmax(part.call.normalizer):
-        raise SelectionError(
-            f"lens tells why a softmax makes its weights, and those of {part.title} are none (normalizer "
-            f"{part.call.normalizer!r}); hookattn.render.heatmap draws any weights."
-        )
-    words, drain = verdicts(found)
+    check_softmax(part, "lens")
+    hidden = None if found.hidden is None else torch.from_numpy(found.hidden)
+    judged = verdicts(part, found.query, torch.from_numpy(found.weights), hidden)
+    words, drain = judged.words, _drain(judged)
     return fitted(wide, lambda room: _draw(found, words, drain, title, room))
 
 
@@ -95,31 +86,12 @@ def _draw(found: QueryRow, words: Sequence[str], drain: Sequence[str], title: st
     return figure
 
 
-def verdicts(found: QueryRow) -> tuple[list[str], Sequence[str]]:
-    """A word for each of the S keys, as :func:`lens` defines them; and what goes to the sinks, in words."""
-    weights = found.weights
-    allowed = np.ones(len(weights), bool) if found.hidden is None else ~found.hidden
-    if not allowed.any():
-        return [HIDDEN] * len(weights), ["nothing to attend to"]
-    fair = (1 - 1e-6) / allowed.sum()  # equal weights are rounded, and each is its share
-    learned = max(0.0, 1 - float(weights[allowed].sum())) if found.part.field("sinks") is not None else 0.0
-    sink = first_key(found.part)
-    first = float(weights[sink]) if weights[sink] >= fair and allowed.sum() > 1 else 0.0
-    rest = 1 - learned - first
-    words = []
-    was_set = found.part.set_weights(found.query)
-    by_edits = np.zeros(len(weights), bool) if was_set is None else np.broadcast_to(was_set[0].numpy(), weights.shape)
-    for j, weight in enumerate(weights):
-        if by_edits[j]:
-            words.append(EDITED)
-        elif not allowed[j]:
-            words.append(HIDDEN)
-        elif weight >= fair:
-            words.append(ATTENDED)
-        else:
-            words.append(DRAINED if rest > 0 and weight / rest >= fair else OUTSCORED)
-    said = [f"{learned:.0%} goes to the learned sink"] if learned else []
-    return words, said + ([f"{first:.0%} goes to the first key"] if DRAINED in words and first else [])
+def _drain(judged: Verdicts) -> list[str]:
+    """What goes elsewhere than to the keys that could use it, in words."""
+    if not judged.allowed:
+        return ["nothing to attend to"]
+    said = [f"{judged.learned:.0%} goes to the learned sink"] if judged.learned else []
+    return said + ([f"{judged.first:.0%} goes to the first key"] if DRAINED in judged.words and judged.first else [])
 
 
 def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow, across: float) -> None:
