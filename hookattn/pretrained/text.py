@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from itertools import chain, pairwise
 from os import PathLike
@@ -83,6 +83,10 @@ def trace_text(
         )
     if processor is not None and not callable(processor):
         raise checks.wrong("processor", processor, "a processor, which makes inputs of pictures, sounds and text")
+    if processor is not None and not (pictures or sounds or hasattr(processor, "tokenizer")):
+        raise InputError(
+            "processor: it is for images= and audio=, of which there are none; texts go through tokenizer=."
+        )
     unknown = options.keys() - TracingOptions.__annotations__.keys()
     if unknown:
         raise checks.wrong("options", min(unknown), f"options among {', '.join(TracingOptions.__annotations__)}")
@@ -228,7 +232,7 @@ def _texts(text: Any, pair: Any) -> tuple[list[Any], list[str] | None]:
         if pair is not None:
             raise InputError("pair: it is the second sentence of a pair; give the first as text.")
         return [], None
-    texts = [text] if isinstance(text, str) else checks.items_of(text)
+    texts = [text] if isinstance(text, str) else _in_order(text)
     if texts and isinstance(texts[0], Mapping):  # one conversation
         texts = [texts]
     good = bool(texts) and all(isinstance(t, str) or _is_chat(t) for t in texts or ())
@@ -236,12 +240,17 @@ def _texts(text: Any, pair: Any) -> tuple[list[Any], list[str] | None]:
         raise checks.wrong("text", text, 'a text, a list of texts, or a list of {"role": …, "content": …}')
     if pair is None:
         return list(texts), None
-    pairs = [pair] if isinstance(pair, str) else checks.items_of(pair)
+    pairs = [pair] if isinstance(pair, str) else _in_order(pair)
     if not pairs or any(not isinstance(p, str) for p in pairs):
         raise checks.wrong("pair", pair, "a text, or a list of texts")
     if len(pairs) != len(texts):
         raise InputError(f"pair: expected one for each text, {len(texts)}, and got {len(pairs)}.")
     return list(texts), list(pairs)
+
+
+def _in_order(given: Any) -> list[Any] | None:
+    """What is given one after the other; None: it is no such thing, as names and sets have no order."""
+    return None if isinstance(given, (Mapping, Set)) else checks.items_of(given)
 
 
 def _is_chat(text: Any) -> bool:

@@ -301,6 +301,7 @@ def _analyzers() -> Iterator[Target]:
                   lambda s: {"circuits": s.circuits, **_ends(s)},
                   circuits="nothing", embed="nothing", unembed="nothing")  # fmt: skip
     yield _target(a + "vocabulary", analyze.vocabulary, lambda s: {"model": s.model}, model="model")
+    yield _target(a + "explain", analyze.explain, _one_row, True, trace="trace", **WHERE)
     flow = {**TABLE, "heads": "nothing", "residual": "share", "start_layer": "index"}
     yield _target(a + "flow", analyze.flow, _trace, True, queries="indices or none", **flow)
     yield _target(a + "rollout", analyze.rollout, _trace, **flow)
@@ -415,9 +416,10 @@ def _core() -> Iterator[Target]:
     h = "hookattn."
     yield _target(h + "trace", hookattn.trace, _run, model="model", inputs="inputs", **TRACED)
     yield _target(h + "tracing", _in_block, lambda s: {"model": s.model}, model="model", **TRACED)
-    yield _target(h + "trace_text", hookattn.trace_text, _run_text, model="model", text="nothing", pair="nothing",
-                  images="nothing", audio="nothing", tokenizer="nothing", processor="nothing",
-                  generate="count or none", load="nothing", **TRACED)  # fmt: skip
+    yield _target(h + "trace_text", hookattn.trace_text, _run_text, model="model", text="texts",
+                  pair="nothing or none", images="nothing or none", audio="nothing or none", tokenizer="nothing",
+                  processor="nothing or none", generate="new tokens", load="empty mapping or none",
+                  **TRACED)  # fmt: skip
     yield _target(h + "plan", hookattn.plan, _run, True, model="model", inputs="inputs", **SELECTED)
     yield _target(h + "load", hookattn.load, lambda s: {"path": s.file}, path="trace file")
     yield _target(h + "merge", hookattn.merge, lambda s: {"traces": s.gpt2, "steps": "batches"}, traces="trace",

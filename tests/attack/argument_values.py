@@ -135,6 +135,7 @@ _PLAIN: dict[str, frozenset[str]] = {
     "position or text": _INDICES | _TEXT,
     "any int": _INDICES,
     "count": frozenset({"1", "numpy's int"}),
+    "new tokens": frozenset({"None", "1", "numpy's int", "10**20"}),  # a text that is full ends before
     "count from 0": frozenset({"0", "1", "int tensor", "numpy's int"}),
     "real": frozenset({"[[0, 1]]"}),  # its extents are held against the call, later
     "share": frozenset({"0"}),
@@ -150,6 +151,7 @@ _PLAIN: dict[str, frozenset[str]] = {
     "pairs or no items": _NO_ITEMS | {"[[0, 1]]"},
     "flag or indices": _INDICES | {"True", "False", "numpy's bool"},
     "text": _TEXT,
+    "texts": _TEXT | {"['nonsense']", "9 words", "an array of text"},
     "words": _NAMES | (_TEXT - {"empty text"}),
     "names": _NAMES,
     "names of requests": _NAMES | _FUNCTIONS,  # a function gives them later
