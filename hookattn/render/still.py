@@ -61,7 +61,7 @@ def call_html(call: Call) -> str:
     facts += [str(edit) for edit in call.edits[:3]] + list(call.notes[:3])
     heads, why = _drawn(call, LARGE, _BUDGET)
     pictures = "".join(
-        f'<td style="padding:2px 8px 2px 0;vertical-align:top"><div>head {number}</div>'
+        f'<td style="padding:2px 8px 2px 0;text-align:left;vertical-align:top"><div>head {number}</div>'
         f"{_picture([image], _WIDE, f'head {number}')}</td>{'</tr><tr>' if (i + 1) % 6 == 0 else ''}"
         for i, (number, image) in enumerate(heads.items())
     )
