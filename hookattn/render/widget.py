@@ -29,7 +29,8 @@ _READ = 1 << 28
 """The most bytes of one message."""
 
 # A notebook is read in many places. Where the widget does not come to life (no kernel, or an export), the page does;
-# where no script runs either (a notebook that is not trusted, a code host), the still picture is what is left.
+# where that does not either (a notebook that is not trusted, a code host, a policy that refuses its script), the still
+# picture is what is left.
 _FALLBACK = """<div id="{id}"><div data-still>{still}</div>
 <p data-said hidden style="margin:0 0 4px">The widget is not running here: this is the page that was saved with it.</p>
 <script type="application/x-hookattn-page">{page}</script></div>
@@ -52,9 +53,16 @@ _FALLBACK = """<div id="{id}"><div data-still>{still}</div>
     frame.title = "hookattn";
     frame.style.cssText = "width: 100%; height: 720px; border: 0";
     frame.srcdoc = text;
+    box.append(frame);
+  }}
+  function follow() {{
+    if (!frame) return;
+    // In a sandbox a frame may not be looked into: then it is taken to be drawn.
+    const inside = frame.contentDocument;
+    const view = inside && inside.getElementById("viewer");
+    if (inside && !(view && drawn(view))) return;
     still.hidden = true;
     said.hidden = false;
-    box.append(frame);
   }}
   const timer = setInterval(() => {{
     if (live() || !box.isConnected) {{
@@ -62,6 +70,10 @@ _FALLBACK = """<div id="{id}"><div data-still>{still}</div>
       box.hidden = true;
       if (frame) frame.remove();
     }} else if (++waited === 12) show();
+    else if (!still.hidden && waited <= 132) {{
+      follow();
+      if (waited === 132 && frame && !still.hidden) frame.remove();
+    }}
   }}, 250);
 }})();</script>
 """

@@ -63,6 +63,20 @@ def test_where_no_script_runs_the_still_picture_is_seen(browser: Any, exported: 
     context.close()
 
 
+def test_in_a_sandbox_the_view_is_shown(open_page: Callable[..., Any], exported: Path, tmp_path: Path) -> None:
+    """Where a reader of notebooks puts outputs into a frame of no origin, no frame in it can be looked into."""
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<iframe sandbox="allow-scripts" src="{exported.as_uri()}" style="width: 1200px; height: 800px"></iframe>'
+    )
+    tab = open_page()
+    tab.goto(outer.as_uri())
+    inside = tab.frame_locator("iframe")
+    inside.locator("[data-still]").wait_for(state="hidden", timeout=20_000)
+    inside.frame_locator("iframe[title=hookattn]").locator(".figure").wait_for(timeout=30_000)
+    tab.problems[:] = [p for p in tab.problems if "cdn" not in p and "unpkg" not in p and "ERR_FAILED" not in p]
+
+
 def test_a_live_widget_is_not_doubled(open_page: Callable[..., Any], tmp_path: Path) -> None:
     live = """<div class="x1"><div id="el"></div></div><script>
     const shadow = document.getElementById("el").attachShadow({ mode: "open" });
