@@ -22,7 +22,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 workers = -n $(JOBS) --dist worksteal
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
-.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-field test-cluster test-serving test-gpu test-latest docs docs-links dist check-all bench bench-gpu train \
+.PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-notebook test-field test-cluster test-serving test-gpu test-latest docs docs-links dist check-all bench bench-gpu train \
 	compare coverage lock newest clean help
 
 help: ## list the targets
@@ -54,18 +54,35 @@ lint: $(VENV)/.dev ## ruff, its format, and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## linter, types and the tests
-	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser and not notebook"
 
 test-slow: $(VENV)/.dev ## what takes long
 	$(BIN)/python -m pytest -m "slow" -n 1
 
+# Says in one line where there is none.
+chromium = command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
+	echo "chromium is missing and cannot be installed here: what needs it is skipped"
+
 test-browser: $(VENV)/.dev ## the viewer in Chromium, which is installed if it is missing and can be
-	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
-		echo "chromium is missing and cannot be installed here: what needs it is skipped"
+	@$(chromium)
 	@command -v npm >/dev/null && npm ci --silent --prefix hookattn/render/viewer || \
 		echo "npm is missing: that the bundle is what its sources build is not checked, nor the rules of axe"
 	$(BIN)/python -m pytest tests/browser -n 1 -rs
+
+# Of its own: JupyterLab and marimo bring servers that nothing else here needs.
+noted = .venv-notebook/bin/python -m pip install --quiet --no-compile $(if $(UNLOCKED),--upgrade --upgrade-strategy eager,\
+	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/notebooks.txt)
+.venv-notebook/.done: pyproject.toml $(call locked,notebooks)
+	@$(call fits,$(PYTHON),notebooks) --venv .venv-notebook
+	$(PYTHON) -m venv .venv-notebook
+	.venv-notebook/bin/python -m pip install --quiet $(if $(UNLOCKED),--upgrade,--constraint $(LOCK)/build.txt) pip
+	$(noted) "$(TORCH)" -e ".[notebooks]"
+	@touch $@
+
+test-notebook: .venv-notebook/.done ## JupyterLab and marimo, installed for it, with real kernels in Chromium
+	@$(chromium)
+	PYTHONPATH=.:adapters .venv-notebook/bin/python -m pytest tests/notebooks -p no:cacheprovider -rs
 
 $(VENV)/.field: $(VENV)/.dev tests/field/libraries.txt tests/field/needed.txt $(call locked,field)
 	$(call alone,field) -r tests/field/libraries.txt -r tests/field/needed.txt
@@ -144,7 +161,7 @@ test-latest: ## the newest of everything, in an environment of its own: the test
 	@$(MAKE) LOCK=none newest
 
 newest: $(VENV)/.dev
-	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser and not notebook"
 
 check-all: ## every target, one after the other, and a table of what is red at the end; TARGETS="demo lint" runs these
 	@bash .ci/all "$(MAKE)" $(TARGETS)
@@ -179,4 +196,4 @@ train: $(VENV)/.dev ## train the demo's small causal model again
 	$(BIN)/python examples/train_induction.py $(if $(WEIGHTS),--out $(WEIGHTS))
 
 clean: ## remove what was set up
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-peers .venv-serving out
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-peers .venv-serving .venv-notebook out

@@ -6,6 +6,7 @@
     mutants.txt what the tests need, and what `make test-mutants` installs beside
     cluster.txt what the tests need, and what `make test-cluster` installs beside
     docs.txt    what the tests need, and what `make docs` and `make dist` install beside
+    notebooks.txt what `make test-notebook` installs into an environment of its own: JupyterLab and marimo
     field.txt   the other libraries of the field that `make test-field` installs
     serving.txt what `make test-serving` installs into an environment of its own, for the one platform that it is for
 
@@ -180,6 +181,8 @@ def make(torch: str, keep: bool = False) -> None:
         cluster = lock("cluster", *clustered, project, ALONE, "--constraint", whole)
         sited = [*dev, "--extra", "site", "--extra", "release"]
         docs = lock("docs", *sited, project, ALONE, "--constraint", whole)
+        noted = ["--extra", "notebooks"]
+        notebooks = lock("notebooks", *noted, project, "--constraint", whole)
         field = lock("field", "--no-deps", *FIELD, "--constraint", whole)
         only = ["--python-platform", PLATFORMS["linux", "x86_64"]]  # vLLM for a CPU has no wheels for others
         lock("serving", *SERVING, "--constraint", cap, platforms=only)
@@ -193,6 +196,7 @@ def make(torch: str, keep: bool = False) -> None:
                 compile(*python, *wheels, *UNBUILT, *beside, project, ALONE, "--constraint", mutants, *out)
                 compile(*python, *wheels, *clustered, project, ALONE, "--constraint", cluster, *out)
                 compile(*python, *wheels, *sited, project, ALONE, "--constraint", docs, *out)
+                compile(*python, *wheels, *noted, project, "--constraint", notebooks, *out)
                 compile(*python, *wheels, FOLDER / "build.in", "--constraint", build, *out)
                 compile(*python, "--no-deps", *FIELD, "--constraint", field, *out)
                 print(f"fits Python 3.{minor} on {system} {processor}")

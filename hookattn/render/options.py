@@ -36,7 +36,8 @@ def viewer_options(
             "prefix": n}`` with a picture for each batch entry, a ``data:`` URL or the path of a file, as the model saw
             it (cropped, if its processor crops); the patches, by default a square; and the number of tokens before the
             first patch, by default what the grid leaves.
-        theme: ``"light"``, ``"dark"``, or ``"auto"``: as the reader's system has it.
+        theme: ``"light"``, ``"dark"``, or ``"auto"``: as the notebook or page around it is,
+            or else the reader's system.
         trace: the trace that the scores are of.
 
     Raises:

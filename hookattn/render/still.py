@@ -60,14 +60,14 @@ def call_html(call: Call) -> str:
         facts.append(f"axes guessed by convention: {' '.join(call.guessed)}; say them with layout=")
     facts += [str(edit) for edit in call.edits[:3]] + list(call.notes[:3])
     heads, why = _drawn(call, LARGE, _BUDGET)
-    numbers = call.heads if call.heads is not None else range(extents.h or len(heads))
     pictures = "".join(
-        f'<td style="padding:2px 8px 2px 0;vertical-align:top"><div>head {number}</div>'
+        f'<td style="padding:2px 8px 2px 0;text-align:left;vertical-align:top"><div>head {number}</div>'
         f"{_picture([image], _WIDE, f'head {number}')}</td>{'</tr><tr>' if (i + 1) % 6 == 0 else ''}"
-        for i, (number, image) in enumerate(zip(_spread(list(numbers), LARGE), heads, strict=False))
+        for i, (number, image) in enumerate(heads.items())
     )
-    if extents.h is not None and len(heads) < extents.h and heads:
-        why = f"{len(heads)} of {extents.h} heads are shown"
+    parts = [f"{len(heads)} of {extents.h} heads are shown"] if heads and len(heads) < (extents.h or 0) else []
+    parts += [f"what is drawn is the first of {extents.b} batch entries"] if heads and (extents.b or 1) > 1 else []
+    why = why or "; ".join(parts)
     below = "queries down, keys across; darker is more, each pixel the largest of its block, masked is hatched"
     table = _scrolled(f"<table><tbody><tr>{pictures}</tr></tbody></table>") if heads else ""
     return f"<div>{_lines([*facts, *([why] if why else [])])}{table}{_lines([below] if heads else [])}</div>"
@@ -78,7 +78,11 @@ def _row(call: Call, budget: int) -> str:
     size = " ".join("?" if n is None else str(n) for n in (extents.b, extents.h, extents.t, extents.s))
     heads, why = _drawn(call, HEADS, budget)
     more = "" if extents.h is None or len(heads) in (0, extents.h) else f" {len(heads)} of {extents.h}"
-    drawn = _picture(heads, _SMALL, f"{len(heads)} heads of {call.site.label}") if heads else html.escape(why)
+    drawn = (
+        _picture(list(heads.values()), _SMALL, f"{len(heads)} heads of {call.site.label}")
+        if heads
+        else html.escape(why)
+    )
     status = call.certificate.status
     sign = {"faithful": "✓ faithful", "unfaithful": "✗ unfaithful"}.get(status, "? unverified")
     guessed = f", axes guessed: {' '.join(call.guessed)}" if call.guessed else ""
@@ -94,30 +98,33 @@ def _row(call: Call, budget: int) -> str:
     return f"<tr>{''.join(f'<td style={chr(34)}{_CELL}{chr(34)}>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _drawn(call: Call, most: int, budget: int) -> tuple[list[Tensor], str]:
-    """Pictures of some heads of the first batch entry, and why there are none, or fewer."""
+def _drawn(call: Call, most: int, budget: int) -> tuple[dict[int, Tensor], str]:
+    """Pictures of some heads of the first batch entry by their numbers in the model, and why there are none."""
     if not (call.has("weights") or call.has("applied")):
         kept = ", ".join(name for name in call.fields if call.fields[name] is not None) or "nothing"
-        return [], f"no weights to draw (captured: {kept}); trace with capture=('weights', …) to see the heads"
+        return {}, f"no weights to draw (captured: {kept}); trace with capture=('weights', …) to see the heads"
     extents = extents_of(call, "BHTS")
     if extents.h is None or extents.t is None or extents.s is None:
-        return [], "how many heads it has is not known of what was captured"
+        return {}, "how many heads it has is not known of what was captured"
     size = extents.t * extents.s
     count = min(most, extents.h, budget // max(1, size))
     if count == 0:
-        return [], f"{extents.t} queries × {extents.s} keys: look at them with hookattn.render.show(trace)"
+        return {}, f"{extents.t} queries × {extents.s} keys: look at them with hookattn.render.show(trace)"
     numbers = list(call.heads) if call.heads is not None else list(range(extents.h))
-    part = call.at(heads=_spread(numbers, count), batch=0)
+    shown = _spread(numbers, count)
+    part = call.at(heads=shown, batch=0)
     try:
         weights = part.get("weights" if part.has("weights") else "applied")
     except HookattnError as error:
-        return [], str(error)
+        return {}, str(error)
     if weights is None:
-        return [], "it has no weights"
+        return {}, "it has no weights"
     mask = part.get("mask") if part.has("mask") else None
-    weights = weights[0].detach().float().cpu()
+    # What is the same for all heads may have one.
+    weights = weights.detach().expand(1, len(shown), *weights.shape[2:])[0].float().cpu()
     open_ = None if mask is None else mask.detach().cpu().broadcast_to((1, *weights.shape))[0]
-    return [_image(weights[i], None if open_ is None else open_[i]) for i in range(len(weights))], ""
+    images = [_image(weights[i], None if open_ is None else open_[i]) for i in range(len(weights))]
+    return dict(zip(shown, images, strict=True)), ""
 
 
 def _image(weights: Tensor, may: Tensor | None) -> Tensor:

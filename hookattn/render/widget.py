@@ -16,6 +16,7 @@ import anywidget
 import traitlets
 
 from .. import checks
+from ..calls.still import still_html
 from ..errors import PageTooLargeError, RenderError
 from ..traces import Trace
 from .html_page import page_pieces, save_page
@@ -27,25 +28,41 @@ from .trace_files import TraceLike, as_trace, name_of, trace_file
 _READ = 1 << 28
 """The most bytes of one message."""
 
-# A notebook is read in many places. Where the widget does not come to life (no kernel, or an export), the page does.
-_FALLBACK = """<div id="{id}" hidden>{text}<script type="application/x-hookattn-page">{page}</script></div>
+# A notebook is read in many places. Where the widget does not come to life (no kernel, or an export), the page does;
+# where that does not either (a notebook that is not trusted, a code host, a policy that refuses its script), the still
+# picture is what is left.
+_FALLBACK = """<div id="{id}"><div data-still>{still}</div>
+<p data-said hidden style="margin:0 0 4px">The widget is not running here: this is the page that was saved with it.</p>
+<script type="application/x-hookattn-page">{page}</script></div>
 <script>(() => {{
   const box = document.getElementById("{id}");
   if (!box) return;
-  const data = box.querySelector('script[type="application/x-hookattn-page"]').textContent;
+  const [still, said, packed] = box.children;
+  const data = packed.textContent;
   const drawn = (x) => x.shadowRoot && x.shadowRoot.querySelector(".figure");
   const live = () => [...document.querySelectorAll(".{live}, .{live} *")].some(drawn);
   let waited = 0, frame = null;
+  box.hidden = true;
   async function show() {{
     box.hidden = false;
     if (!data) return;
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const text = await new Response(unpacked).text();
     frame = document.createElement("iframe");
     frame.title = "hookattn";
     frame.style.cssText = "width: 100%; height: 720px; border: 0";
-    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    frame.srcdoc = await new Response(unpacked).text();
+    frame.srcdoc = text;
     box.append(frame);
+  }}
+  function follow() {{
+    if (!frame) return;
+    // In a sandbox a frame may not be looked into: then it is taken to be drawn.
+    const inside = frame.contentDocument;
+    const view = inside && inside.getElementById("viewer");
+    if (inside && !(view && drawn(view))) return;
+    still.hidden = true;
+    said.hidden = false;
   }}
   const timer = setInterval(() => {{
     if (live() || !box.isConnected) {{
@@ -53,6 +70,10 @@ _FALLBACK = """<div id="{id}" hidden>{text}<script type="application/x-hookattn-
       box.hidden = true;
       if (frame) frame.remove();
     }} else if (++waited === 12) show();
+    else if (!still.hidden && waited <= 132) {{
+      follow();
+      if (waited === 132 && frame && !still.hidden) frame.remove();
+    }}
   }}, 250);
 }})();</script>
 """
@@ -63,7 +84,8 @@ class Widget(anywidget.AnyWidget):
 
     ``widget.observe(f, names="state")`` calls ``f`` when the reader selects something; ``widget.state = {...}``
     selects. What is shown is read from the trace file when it is needed, exactly, so the trace can be of any size. The
-    output also carries a self-contained page, which shows where no kernel runs: in a saved or exported notebook.
+    output also carries a self-contained page, which shows where no kernel runs (in a saved or exported notebook), and a
+    still picture, which shows where no script runs either.
 
     Attributes:
         state: the selection, such as ``{"view": "matrix", "layer": 3, "heads": [5], ...}``.
@@ -101,7 +123,8 @@ class Widget(anywidget.AnyWidget):
             scores: by which heads are sorted: the table of :func:`hookattn.analyze.report`, or plain data.
             images: what the patches of a vision model were cut of.
             theme: ``"light"``, ``"dark"`` or ``"auto"``.
-            page: whether the output carries the self-contained page too, up to some megabytes of the notebook.
+            page: whether the output carries the self-contained page and the still picture too, up to some megabytes of
+                the notebook.
         """
         self._trace, self._page = as_trace(trace), checks.flag("page", page)
         given: dict[str, Any] = {"scores": scores, "images": images, "theme": theme}
@@ -183,7 +206,8 @@ class Widget(anywidget.AnyWidget):
             packed, said = base64.b64encode(gzip.compress(text.encode("utf-8"), 6, mtime=0)).decode(), ""
         except PageTooLargeError as error:
             packed, said = "", f"<p>hookattn: {html.escape(str(error))}</p>"
-        return _FALLBACK.format(id=_unique_name(), live=self._class, text=said, page=packed)
+        still = said + still_html(self._trace, "trace")
+        return _FALLBACK.format(id=_unique_name(), live=self._class, still=still, page=packed)
 
 
 def _answer_request(widget: Widget, content: Any, buffers: Any) -> None:

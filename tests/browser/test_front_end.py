@@ -124,3 +124,37 @@ def test_a_view_that_is_closed_leaves_no_listener(page: Any) -> None:
     page.evaluate("close_()")
     assert page.evaluate("Object.values(listeners).flat().length") == 0
     assert page.locator(".ha").count() == 0
+
+
+HEARD = """() => {
+  window.heard = [];
+  document.addEventListener("keydown", (event) => heard.push(event.key));
+}"""
+
+
+def test_plain_keys_stay_in_the_viewer(page: Any) -> None:
+    """In a notebook two times d delete the cell, and x cuts it: no key that the viewer has no use for may get there."""
+    page.evaluate(HEARD)
+    page.locator("h1").click()
+    for key in ("d", "d", "x", "Shift+A", "2", "Enter", "ArrowDown"):
+        page.keyboard.press(key)
+    assert page.evaluate("heard") == []
+    page.keyboard.press("Control+s")
+    assert page.evaluate("heard") == ["Control", "s"] or page.evaluate("heard") == ["s"]
+    page.evaluate("() => { document.body.tabIndex = 0; document.body.focus(); heard.length = 0; }")
+    before = page.evaluate("traits.state")
+    page.keyboard.press("2")
+    assert page.evaluate("heard") == ["2"] and page.evaluate("traits.state") == before
+
+
+def test_keys_of_the_help_are_its_own(page: Any) -> None:
+    page.locator("h1").click()
+    page.keyboard.press("?")
+    page.locator("dialog[open]").wait_for()
+    before = page.evaluate("traits.state")
+    page.keyboard.press("3")
+    page.keyboard.press("Escape")
+    page.locator("dialog.help").wait_for(state="hidden")
+    assert page.evaluate("traits.state") == before
+    page.keyboard.press("3")
+    assert page.evaluate("traits.state") != before

@@ -46,6 +46,34 @@ def test_an_exported_notebook_shows_the_view(open_page: Callable[..., Any], expo
     frame.locator(".figure").wait_for(timeout=30_000)
     frame.locator(".ha", has_text="layer 1").filter(has_text="t0").wait_for(timeout=10_000)
     # What the exporter itself asks for, to run widgets with, is not there; nothing else is missed.
+    assert tab.get_by_text("The widget is not running here").is_visible()
+    assert not tab.locator("[data-still]").is_visible()
+    tab.problems[:] = [p for p in tab.problems if "cdn" not in p and "unpkg" not in p and "ERR_FAILED" not in p]
+
+
+def test_where_no_script_runs_the_still_picture_is_seen(browser: Any, exported: Path) -> None:
+    """As a code host shows a notebook, or a reader that trusts none."""
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    tab = context.new_page()
+    tab.goto(exported.as_uri())
+    pictures = tab.locator("img[alt*='heads of']")
+    assert pictures.count() == 2 and all(one.is_visible() for one in pictures.all())
+    assert tab.get_by_text("Trace(2 calls of InductionTransformer)", exact=True).is_visible()
+    assert not tab.get_by_text("The widget is not running here").is_visible()
+    context.close()
+
+
+def test_in_a_sandbox_the_view_is_shown(open_page: Callable[..., Any], exported: Path, tmp_path: Path) -> None:
+    """Where a reader of notebooks puts outputs into a frame of no origin, no frame in it can be looked into."""
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<iframe sandbox="allow-scripts" src="{exported.as_uri()}" style="width: 1200px; height: 800px"></iframe>'
+    )
+    tab = open_page()
+    tab.goto(outer.as_uri())
+    inside = tab.frame_locator("iframe")
+    inside.locator("[data-still]").wait_for(state="hidden", timeout=20_000)
+    inside.frame_locator("iframe[title=hookattn]").locator(".figure").wait_for(timeout=30_000)
     tab.problems[:] = [p for p in tab.problems if "cdn" not in p and "unpkg" not in p and "ERR_FAILED" not in p]
 
 
@@ -54,7 +82,7 @@ def test_a_live_widget_is_not_doubled(open_page: Callable[..., Any], tmp_path: P
     const shadow = document.getElementById("el").attachShadow({ mode: "open" });
     shadow.innerHTML = '<div class="figure">live</div>';</script>"""
     path = tmp_path / "a.html"
-    path.write_text(live + _FALLBACK.format(id="x2", live="x1", text="", page="AAAA"), "utf-8")
+    path.write_text(live + _FALLBACK.format(id="x2", live="x1", still="<p>still</p>", page="AAAA"), "utf-8")
     tab = open_page()
     tab.goto(path.as_uri())
     tab.wait_for_timeout(4_000)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import hookattn
+import hookattn.interop.tables
 from hookattn.errors import FieldNotCaptured, InputError, SelectionError
 from tests import tiny_models
+from tests.derivations import derivations
 
 pd = pytest.importorskip("pandas")
 WORDS = [list("abcde"), list("vwxyz")]
@@ -96,3 +98,84 @@ def test_a_labelled_array(trace: hookattn.Trace) -> None:
     with pytest.raises(SelectionError, match=r"trace\.select\(stack=…, kind=…, step=…\)"):
         steps.to_xarray()
     assert steps.select(step=1).to_xarray().shape[-1] == 4
+
+
+# ------------------------------------------------------------------------- nothing is derived but what the table holds
+
+
+def fresh(**options: Any) -> hookattn.Trace:
+    """A trace of which nothing was derived yet, and whose certificates are measured."""
+    ids = torch.randint(1, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    return hookattn.trace(tiny_models.gpt2(), ids, tokens=WORDS, **options).certify()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_table_that_is_too_large_is_refused_before_anything_is_derived(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = fresh()
+    rows = (
+        sum(int(c.mask.expand(2, c.q.shape[1], 5, 5).sum()) for c in trace) if not masked else 25 * 2 * 4 * len(trace)
+    )
+    assert rows == len(fresh().to_pandas(masked=masked))
+    with derivations() as made:
+        monkeypatch.setattr("hookattn.interop.tables.MOST", rows - 1)
+        with pytest.raises(SelectionError, match="more than"):
+            trace.to_pandas(masked=masked)
+        assert not made
+        monkeypatch.setattr("hookattn.interop.tables.MOST", rows)
+        assert len(trace.to_pandas(masked=masked)) == rows
+    assert len(made) == len(trace)
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**9])
+def test_rows_are_counted_in_blocks_of_queries(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(1, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
+    monkeypatch.setattr("hookattn.interop.tables._BLOCK", block)
+    most = hookattn.interop.tables.MOST
+    for inputs in (ids, padded):
+        trace = hookattn.trace(tiny_models.gpt2(), inputs, tokens=WORDS)
+        for part in (trace, trace.select(queries=[1, 4], heads=[1])):
+            monkeypatch.setattr("hookattn.interop.tables.MOST", most)
+            rows = len(part.to_pandas())
+            monkeypatch.setattr("hookattn.interop.tables.MOST", rows - 1)
+            with pytest.raises(SelectionError):
+                part.to_pandas()
+            monkeypatch.setattr("hookattn.interop.tables.MOST", rows)
+            assert len(part.to_pandas()) == rows
+
+
+def test_a_table_derives_its_own_field_alone() -> None:
+    for field, each in (("mask", 0), ("entropy", 0), ("scores", 1), ("weights", 1)):
+        extra = ("entropy",) if field == "entropy" else ()
+        trace = fresh(capture=("q", "k", "v", "bias", "mask", "sinks", "weights", "scores", *extra))
+        with derivations() as made:
+            table = trace.to_pandas(field)
+        assert len(made) == each * len(trace), field
+        assert set(table["query_token"]) == {"a", "b", "c", "d", "e", "v", "w", "x", "y", "z"}
+        pytest.importorskip("xarray")
+        trace = fresh(capture=("q", "k", "v", "bias", "mask", "sinks", "weights", "scores", *extra))
+        with derivations() as made:
+            trace.to_xarray(field)
+        assert len(made) == each * len(trace), field
+
+
+def test_calls_that_do_not_stack_are_refused_before_anything_is_derived() -> None:
+    pytest.importorskip("xarray")
+    model = tiny_models.gpt2()
+    with hookattn.tracing(model) as steps:
+        model(torch.tensor([[1, 2, 3]]))
+        model(torch.tensor([[1, 2, 3, 4]]))
+    steps.certify()
+    with derivations() as made, pytest.raises(SelectionError, match="these differ"):
+        steps.to_xarray()
+    assert not made
+
+
+def test_a_mask_alone_has_the_extents_that_are_known() -> None:
+    """Of a causal mask that is the same for all heads nothing else tells how many there are."""
+    alone = fresh(capture=("mask",))
+    assert len(alone.to_pandas("mask")) == 25 * len(alone)
+    whole = fresh().to_pandas("mask")
+    assert len(whole) == 8 * 25 * len(fresh()) and set(whole["head"]) == {0, 1, 2, 3}

@@ -99,7 +99,7 @@ def _run(names: Sequence[str], chosen: Chosen, more: Sequence[object]) -> int:
     options = "-q -x --tb=no -W ignore -p no:cacheprovider -p no:xdist --hypothesis-seed=0".split()
     if not chosen.rank:
         options.remove("-x")
-    marks = ["-m", "not slow and not gpu and not browser"]
+    marks = ["-m", "not slow and not gpu and not browser and not notebook"]
     return int(pytest.main([*options, *marks, *names], plugins=[chosen, *more]))
 
 

@@ -12,10 +12,15 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["analyze.md", "edits.md", "gradients.md", "statistics.md", "training.md"])
+@pytest.mark.parametrize(
+    "page", ["analyze.md", "edits.md", "gradients.md", "notebook.md", "statistics.md", "training.md"]
+)
 def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    # Of a page that is a notebook the cells, without the lines of their tags.
+    blocks = re.findall(r"^```(?:python|\{code-cell\} ipython3)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = [re.sub(r"^:[a-z-]+:.*\n", "", block) for block in blocks]
     assert blocks
     module = ModuleType("example_of_the_docs")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up

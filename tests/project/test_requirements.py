@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from requirements import lock
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("build", "demo", "dev", "mutants", "cluster", "docs", "field", "serving")
+NAMES = ("build", "demo", "dev", "mutants", "cluster", "docs", "notebooks", "field", "serving")
 FILES = {name: ROOT / f"requirements/{name}.txt" for name in NAMES}
 MACHINE = lock.Machine((3, 11, 7), "cpython", "linux", "x86_64", (2, 36), ())
 MAC = lock.Machine((3, 13, 0), "cpython", "darwin", "arm64", (), (15, 1))
@@ -51,7 +51,7 @@ def test_every_line_is_an_exact_version_and_names_no_place(name):
     assert not re.search(r"://|/work|/root|/home|/tmp|--", FILES[name].read_text().replace("#    ", ""))
 
 
-@pytest.mark.parametrize("name", ["demo", "mutants", "cluster", "docs", "field", "build"])
+@pytest.mark.parametrize("name", ["demo", "mutants", "cluster", "docs", "notebooks", "field", "build"])
 def test_two_locks_never_hold_two_versions_of_a_package(name):
     whole, part = locked("dev"), locked(name)
     for package in whole.keys() & part.keys():
@@ -68,6 +68,7 @@ def test_two_locks_never_hold_two_versions_of_a_package(name):
         ("mutants", ["demo", "dev", "mutants"]),
         ("cluster", ["demo", "dev", "ray"]),
         ("docs", ["demo", "dev", "site", "release"]),
+        ("notebooks", ["notebooks"]),
     ],
 )
 def test_a_lock_holds_what_pyproject_asks_for(name, extras):

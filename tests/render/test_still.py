@@ -17,7 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hookattn
 from hookattn.calls.call import Skipped
+from hookattn.calls.fields import Derived
 from hookattn.calls.still import still_html
+from tests.derivations import derivations
 
 
 class Layer(nn.Module):
@@ -137,3 +139,48 @@ def test_one_token_and_no_mask() -> None:
     assert len(Checked(one[0]._repr_html_()).pictures) == 1
     plain = hookattn.trace(Layer(2, causal=False), torch.randn(2, 4, 16), capture=("weights",))
     assert len(Checked(plain._repr_html_()).pictures) == 1
+
+
+@pytest.mark.parametrize(("heads", "room"), [(16, 4), (7, 3), (20, 16), (5, 1)])
+def test_each_picture_has_the_number_of_the_head_that_it_is(
+    heads: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where heads are large fewer have room, and others are drawn than where all have."""
+    call = traced(1, heads)[0]
+    alone = {h: pixels(Checked(call.at(heads=[h])._repr_html_()).pictures[0]).tobytes() for h in range(heads)}
+    assert len(set(alone.values())) == heads  # otherwise a wrong number would not show
+    monkeypatch.setattr("hookattn.render.still._BUDGET", room * 6 * 6 + 1)
+    page = call._repr_html_()
+    pictures = Checked(page).pictures
+    named = [int(n) for n in re.findall(r"<div>head (\d+)</div>", page)]
+    assert len(named) == len(pictures) == min(room, 16) and f"{room} of {heads} heads are shown" in page
+    assert [p["alt"] for p in pictures] == [f"head {n}" for n in named]
+    for number, picture in zip(named, pictures, strict=True):
+        assert pixels(picture).tobytes() == alone[number]
+
+
+def test_heads_of_a_selection_keep_their_numbers() -> None:
+    call = traced(1, 8)[0].at(heads=[6, 3])
+    assert re.findall(r"<div>head (\d+)</div>", call._repr_html_()) == ["6", "3"]
+
+
+def test_no_more_is_derived_than_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = traced(1, 20).certify()
+    assert isinstance(trace[0].place("weights"), Derived)
+    for room, count in ((16, 16), (4, 4)):
+        monkeypatch.setattr("hookattn.render.still._BUDGET", room * 6 * 6)
+        with derivations() as made:
+            assert len(Checked(trace[0]._repr_html_()).pictures) == count
+        assert sum(d.b * d.h for d in made) == count
+    monkeypatch.setattr("hookattn.render.still._BUDGET", 35)
+    with derivations() as made:
+        assert "look at them with" in trace[0]._repr_html_() and "look at them with" in trace._repr_html_()
+    assert not made
+
+
+def test_which_batch_entry_is_drawn_is_said() -> None:
+    x = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
+    call = hookattn.trace(Layer(2), x)[0]
+    first, second = call._repr_html_(), call.at(batch=1)._repr_html_()
+    assert "the first of 3 batch entries" in first and "batch entries" not in second
+    assert pixels(Checked(first).pictures[0]).tobytes() != pixels(Checked(second).pictures[0]).tobytes()

@@ -141,6 +141,9 @@ def test_the_output_carries_the_page(trace: hookattn.Trace, monkeypatch: pytest.
     assert packed is not None
     text = gzip.decompress(base64.b64decode(packed[1])).decode("utf-8")
     assert text == page(trace) and contents(text)[0]["tokens"] == trace.tokens
+    # Where no script runs, what stands outside of them is seen: the still picture.
+    bare = re.sub(r"<script.*?</script>", "", second["text/html"], flags=re.S)
+    assert trace._repr_html_() in bare and "hidden" not in bare.partition(trace._repr_html_())[0]
     assert len(displayed(Widget(trace, page=False), monkeypatch)) == 1
 
 

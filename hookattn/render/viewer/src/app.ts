@@ -97,15 +97,4 @@ export function focus(state: State): number {
   return state.heads.at(-1) ?? 0;
 }
 
-/** Whether the page is dark: as asked, or as the system is; never on paper. `stop` ends listening. */
-export function darkness(theme: Options["theme"]): { dark: ReadonlySignal<boolean>; stop(): void } {
-  const queries = ["(prefers-color-scheme: dark)", "print"].map((query) => matchMedia(query));
-  const [system, paper] = queries as [MediaQueryList, MediaQueryList];
-  const now = () => !paper.matches && (theme === "dark" || (theme !== "light" && system.matches));
-  const dark = signal(now());
-  const listen = () => (dark.value = now());
-  for (const query of queries) query.addEventListener("change", listen);
-  return { dark, stop: () => queries.forEach((query) => query.removeEventListener("change", listen)) };
-}
-
 export { effect };

@@ -12,7 +12,7 @@
  * The default export is the front end of a notebook widget, in anywidget's protocol.
  */
 import { h, render } from "preact";
-import { type App, darkness, open } from "./app";
+import { type App, open } from "./app";
 import { variables } from "./colours";
 import { message, ViewerError } from "./errors";
 import { find } from "./find";
@@ -21,6 +21,7 @@ import type { Options, Scores } from "./options";
 import { asked, type WidgetModel } from "./source/widget";
 import type { Source } from "./source/source";
 import { decode, encode, type State } from "./state";
+import { darkness } from "./theme";
 import { caption } from "./ui/caption";
 import { toPng, toSvg } from "./ui/export";
 import { Shell } from "./ui/shell";
@@ -60,7 +61,8 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
   sheet.textContent = variables() + style;
   const root = document.createElement("div");
   shadow.replaceChildren(sheet, root);
-  const theme = darkness(options.theme);
+  root.addEventListener("keydown", keep);
+  const theme = darkness(el.ownerDocument, options.theme);
   let app: App | null = null;
   let gone = false;
   let stop = () => {};
@@ -118,6 +120,12 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     svg: () => toSvg(figure(), title()),
     png: async () => toPng(figure(), title()),
   };
+}
+
+/** Keys without a modifier that are pressed in the viewer are the viewer's, those too that it has no use for: to a
+ * notebook around it two times `d` mean to delete the cell. What has Ctrl, Alt or Meta goes on: saving, say. */
+function keep(event: KeyboardEvent): void {
+  if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
 }
 
 function empty({ trace }: App): string {

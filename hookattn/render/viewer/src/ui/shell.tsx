@@ -25,6 +25,7 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
   const help = useRef<HTMLDialogElement>(null);
   const { model } = app.trace.document;
   const onKey = (event: KeyboardEvent) => {
+    if (help.current?.open) return; // what is behind it waits, and Escape closes it
     if (event.key === "?") help.current?.showModal();
     else if (!press(app, event, ids)) return;
     event.preventDefault();
