@@ -87,15 +87,19 @@ def test_what_cannot_be_read_is_said(trace: hookattn.Trace, tmp_path: Path) -> N
 
 
 def test_a_trace_in_memory_is_in_a_temporary_file_as_long_as_the_widget(trace: hookattn.Trace) -> None:
+    before = _open_traces()  # of other tests
     widget = Widget(trace)
-    (held,) = [link for link in Path("/proc/self/fd").iterdir() if _target(link).endswith("trace.safetensors")]
-    target = Path(_target(held))
+    (target,) = _open_traces() - before
     assert target.exists() and widget.read(0, target.stat().st_size) == target.read_bytes()
     assert torch.equal(hookattn.load(target)[0].weights, trace[0].weights)
     widget.close()
     del widget
     gc.collect()
     assert not target.parent.exists()
+
+
+def _open_traces() -> set[Path]:
+    return {Path(t) for link in Path("/proc/self/fd").iterdir() if (t := _target(link)).endswith("trace.safetensors")}
 
 
 def _target(link: Path) -> str:
