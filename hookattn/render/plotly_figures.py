@@ -19,7 +19,7 @@ from ..tokens.display import shortened
 from ..traces import Trace, TraceLike, as_trace
 from .by_distance import highest, lowest, mean_by_distance, notes_of
 from .palette import DIVERGING_STOPS, HATCH, INK, MASKED, PAPER, SEQUENTIAL_STOPS, head_style
-from .values import FLOOR, Field, Scale, Sink, check_options, drawn_values
+from .values import FLOOR, Field, Scale, Sink, check_options, drawn_values, has_negative, largest_magnitude
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -175,10 +175,9 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
     numbers = sorted({head for part in parts for head in part.heads})
     figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
-    ends, masked = [0.0], False
+    clipped, masked = False, False
     for row, part in enumerate(parts, 1):
         found = drawn_values(part, field, sink, most=_PIXELS)
-        ends.append(found.end)
         masked = masked or found.masked
         data, block = found.data, found.block
         notes += [*_said_of(part), *found.notes]
@@ -188,7 +187,11 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         hover = [[f"query {q}<br>key {k}" for k in _escaped(keys)] for q in _escaped(queries)]
         for n, head in enumerate(part.heads):
             place = {"row": row, "col": numbers.index(head) + 1}
-            _add_heatmap(figure, data[n], hover, _escaped([f"{part.title}, head {head}"])[0], place, scale)
+            largest = largest_magnitude(data[n])
+            end = largest if has_negative(data[n]) else found.ends[n]
+            clipped = clipped or largest > end
+            name = _escaped([f"{part.title}, head {head}"])[0]
+            _add_heatmap(figure, data[n], hover, name, place, scale, 1.0 if field == "mask" else end or 1.0)
             figure.update_yaxes(autorange="reversed", showticklabels=False, **place)
             figure.update_xaxes(showticklabels=False, **place)
         figure.update_yaxes(title_text=str(part.call.site.layer), row=row, col=1)
@@ -196,7 +199,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         figure.update_xaxes(title_text=str(head), title_standoff=2, row=len(parts), col=n)
     title = _title(f"{parts[0].stack} layers down, heads across".strip(), notes)
     _Sheet(90, 90, 90, len(numbers), len(parts), 60, 50).lay_out(figure)
-    _finish_layout(figure, field, scale, title, max(ends), masked)
+    _finish_layout(figure, field, scale, title, None, masked, clipped)
     return figure
 
 
@@ -252,12 +255,14 @@ def _labels_and_places(part: Part, rows: tuple[int, ...], columns: tuple[int, ..
     return (part.queries, rows), (part.keys, columns)
 
 
-def _add_heatmap(figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int], scale: str) -> None:
-    """One matrix; the number under the pointer is the value itself, also where colours are logarithmic."""
+def _add_heatmap(
+    figure: Figure, data: Any, hover: Any, name: str, place: dict[str, int], scale: str, end: float = 1.0
+) -> None:
+    """One matrix, whose linear colours are of shares of ``end``; the number under the pointer is the value itself."""
     import plotly.graph_objects as go
 
     exact = np.ma.filled(data.astype(float), np.nan)
-    drawn = np.log10(np.maximum(exact, FLOOR)) if scale == "log" else exact
+    drawn = np.log10(np.maximum(exact, FLOOR)) if scale == "log" else exact / end
     made = go.Heatmap(
         z=drawn, customdata=exact, text=hover, name=name, coloraxis="coloraxis", hoverongaps=False,
         hovertemplate="%{text}<br>%{customdata:.4g}<extra>" + name.replace("%{", "&#37;{") + "</extra>",
@@ -278,8 +283,21 @@ def _set_ticks(
     update(tickmode="array", tickvals=at, ticktext=texts, **look, **turned, **more, **place)
 
 
-def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any], end: float, masked: bool) -> None:
-    """Colours by the scale of all figures, with a short bar; what is grey is said below it."""
+def _finish_layout(
+    figure: Figure,
+    field: str,
+    scale: str,
+    title: dict[str, Any],
+    end: float | None,
+    masked: bool,
+    clipped: bool | None = None,
+) -> None:
+    """Colours by the scale of all figures, with a short bar; what is grey is said below it.
+
+    Args:
+        end: where linear colours of weights end; None: each matrix is drawn in shares of its own end.
+        clipped: whether any weight is beyond it; None: where one is larger than ``end``.
+    """
     heats = figure.select_traces(selector={"type": "heatmap"})
     seen = [np.asarray(h.customdata, float) for h in heats]
     seen = [x[np.isfinite(x)] for x in seen]
@@ -293,6 +311,9 @@ def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any]
         axis["showscale"] = False
     elif field == "scores" or (scale != "log" and any((x < 0).any() for x in seen)):
         axis |= {"colorscale": _SCALES["scores"], "cmin": -top, "cmax": top}
+        if end is None:
+            axis |= {"cmin": -1.0, "cmax": 1.0}
+            bar |= {"tickvals": [-1, 0, 1], "ticktext": ["−own end", "0", "own end"]}
     elif scale == "log":
         low, high = math.log10(FLOOR), math.log10(max(top, 10 * FLOOR))
         at = [float(k) for k in range(round(low), math.floor(high - 0.3) + 1)]
@@ -300,10 +321,12 @@ def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any]
         told = [f"≤ {FLOOR:g}", *(f"{10.0**k:g}" for k in at[1:])]
         bar |= {"tickvals": [*at, high], "ticktext": [*told, f"{10**high:.2g}"]}
     else:
-        axis["cmax"] = end = end or 1.0
-        told = [f"{end * part:.3g}" for part in (0, 0.25, 0.5, 0.75)]
-        last = ("≥ " if top > end else "") + f"{end:.3g}"
-        bar |= {"tickvals": [end * part for part in (0, 0.25, 0.5, 0.75, 1)], "ticktext": [*told, last]}
+        beyond = "≥ " if (top > (end or 1.0) if clipped is None else clipped) else ""
+        axis["cmax"] = last = 1.0 if end is None else end or 1.0
+        at = [] if end is None else _round_numbers(last)
+        told = [f"{x:g}" for x in at] if at else ["0"]
+        told.append(beyond + ("own end" if end is None else f"{last:.3g}"))
+        bar |= {"tickvals": [*(at or [0.0]), last], "ticktext": told}
     if masked:
         top = 0 if field == "mask" else -160
         box = {"xsizemode": "pixel", "ysizemode": "pixel", "xanchor": 1, "yanchor": 1, "x0": 14, "x1": 24}
@@ -315,6 +338,13 @@ def _finish_layout(figure: Figure, field: str, scale: str, title: dict[str, Any]
     figure.update_layout(coloraxis=axis, title=title)
     figure.for_each_xaxis(lambda axis: axis.update(showgrid=False))
     figure.for_each_yaxis(lambda axis: axis.update(showgrid=False))
+
+
+def _round_numbers(end: float) -> list[float]:
+    """From 0 on, three to five in all, which leave room for ``end`` itself."""
+    unit = 10.0 ** (math.floor(math.log10(end)) - 1)
+    step = next(unit * n for n in (2, 5, 10, 20, 50) if end / (unit * n) <= 5)
+    return [step * n for n in range(math.ceil(end * 0.9 / step))]
 
 
 def _said_of(part: Part) -> list[str]:

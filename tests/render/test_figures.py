@@ -475,3 +475,11 @@ def test_a_figure_of_a_hostile_trace_is_whole_xml(view: str, tmp_path: Path) -> 
     ET.fromstring(text)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert r"\x00\u202e" in text
+
+
+def test_a_bar_of_own_ends_says_that_some_clip() -> None:
+    trace = hookattn.trace(tiny.gpt2(n_positions=300), tiny.ids(100, 1))
+    even = torch.ones(100, 100).tril()
+    trace[0].fields["weights"] = (even / even.sum(-1, keepdim=True)).expand(1, 4, 100, 100)
+    assert "≥ own end" in texts(render.layers(trace))
+    assert "own end" in texts(render.layers(hookattn.trace(tiny.gpt2(), tiny.ids(5, 1)), field="scores"))

@@ -117,3 +117,35 @@ def test_colours_end_where_those_of_all_figures_do() -> None:
     pytest.importorskip("matplotlib")
     mesh = render.heatmap(trace, layer=0).findobj(lambda artist: artist.get_gid() == "head-0")[0]
     assert axis.cmax == mesh.norm.vmax < 1 and axis.colorbar.ticktext[-1] == f"≥ {axis.cmax:.3g}"
+
+
+def test_numbers_beside_the_bar_are_round_and_leave_room_for_its_end() -> None:
+    trace = hookattn.trace(tiny.gpt2(), tiny.ids(9, 1))
+    trace.calls = trace.calls[:1]
+    for largest in (0.037, 0.2, 0.31, 0.5, 0.93, 1.0):
+        weights = torch.zeros(1, 4, 9, 9)
+        weights[..., 0] = largest
+        trace[0].fields["weights"] = weights
+        bar = render.plotly(trace).layout.coloraxis.colorbar
+        *inner, end = bar.tickvals
+        assert 3 <= len(inner) <= 5 and inner[0] == 0 and end == pytest.approx(largest)
+        assert all(len(text.lstrip("0.")) <= 2 for text in bar.ticktext[:-1]), bar.ticktext
+        assert np.diff(bar.tickvals).min() > 0.09 * largest
+
+
+def test_each_head_of_a_model_has_its_own_end() -> None:
+    """A diffuse head is not blank beside a sharp one; numbers under the pointer stay what they are."""
+    pytest.importorskip("matplotlib")
+    trace = hookattn.trace(tiny.gpt2(), tiny.ids(9, 1))
+    even, sharp = torch.full((9, 9), 1 / 9), torch.eye(9)
+    trace[0].fields["weights"] = torch.stack([even, sharp, even, sharp])[None]
+    trace.calls = trace.calls[:1]
+    figure = render.plotly(trace, view="model", field="weights")
+    drawn = [np.nanmax(np.array(t.z, float)) for t in figure.data[:2]]
+    exact = [np.nanmax(np.array(t.customdata, float)) for t in figure.data[:2]]
+    assert drawn == pytest.approx([1, 1]) and exact == pytest.approx([1 / 9, 1])
+    axis = figure.layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (0, 1) and tuple(axis.colorbar.ticktext) == ("0", "own end")
+    scores = render.plotly(trace, view="model", field="scores")
+    assert tuple(scores.layout.coloraxis.colorbar.ticktext) == ("−own end", "0", "own end")
+    assert max(np.nanmax(np.abs(np.array(t.z, float))) for t in scores.data) == pytest.approx(1)

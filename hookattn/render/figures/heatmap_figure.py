@@ -195,7 +195,7 @@ def _bar_ticks(scales: Sequence[ColourScale]) -> tuple[list[float], list[str]]:
     ends = {(one.norm.vmin, one.norm.vmax) for one in scales}
     low, high = float(mapped.norm.vmin or 0.0), float(mapped.norm.vmax or 1.0)
     if len(ends) > 1:
-        own = "own end"
+        own = ("≥ " if any(one.clipped for one in scales) else "") + "own end"
         signed = low < 0
         return ([low, 0, high] if signed else [low, high]), [*(["−"] * signed), "0" if low <= 0 else f"≤ {low:g}", own]
     if isinstance(mapped.norm, LogNorm):
