@@ -20,9 +20,9 @@ import { two } from "./numbers";
 import type { Scene } from "./scene";
 
 export function ChosenHead({ app, scene, room, most }: { app: App; scene: Scene; room: number; most: number }) {
-  const { call, head, error, numbers } = scene;
+  const { call, head, error, numbers, reading } = scene;
   return (
-    <div class="chosen">
+    <div class="chosen" aria-busy={reading}>
       <div class="heading">
         <h2>The chosen head</h2>
       </div>

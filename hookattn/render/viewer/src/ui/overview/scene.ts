@@ -48,6 +48,8 @@ export interface Scene {
   readonly numbers: Numbers | null;
   /** What cannot be shown, and why. */
   readonly error: string | null;
+  /** Whether the numbers are not yet all that is asked for. */
+  readonly reading: boolean;
   /** What is told of: locked by the reader, else the pair that shows the head best. */
   readonly row: number | null;
   readonly column: number | null;
@@ -66,7 +68,7 @@ export function useScene(app: App, findings: Findings): Scene {
   const begun = useMemo(() => generation(trace, call)[0]!, [trace, call]);
   const sheet = useMemo(() => sheetOf(trace, begun, Math.min(batch, begun.extents.B - 1), [head]), [trace, begun, batch, head]);
   const missing = whyNot(app, trace, call, head, side, twin, field);
-  const { value, error } = useLoaded(
+  const { value, error, stale } = useLoaded(
     async (signal, show: (made: Read | null) => void): Promise<Read | null> => {
       if (missing !== null) return null;
       const slices = new Slices(10, signal);
@@ -110,6 +112,7 @@ export function useScene(app: App, findings: Findings): Scene {
     found,
     numbers,
     error: missing ?? error,
+    reading: stale,
     row,
     column,
     pick(row, column) {
