@@ -1,11 +1,12 @@
 /** Measures the heads of a trace when it is open, the ones in view first, and tells what is found as it comes. */
 import { effect } from "@preact/signals";
 import type { App } from "./app";
+import { work } from "./crew";
 import type { Call } from "./data/call";
 import { contextOf } from "./data/context";
 import { areShares } from "./data/kinds";
 import type { Matrix } from "./data/matrix";
-import { type Context, type Name, NAMES, STRIDE } from "./data/measured";
+import { type Context, joined, type Name, NAMES, STRIDE } from "./data/measured";
 import { ALL, rankOf, ROLES, rolesFor } from "./data/roles";
 import type { Range } from "./data/trace";
 import { message, Unreachable } from "./errors";
@@ -13,7 +14,6 @@ import type { Findings, HeadFound, RoleFound } from "./findings";
 import { type Measure, type Scores, rolesOf } from "./options";
 import { Slices } from "./slices";
 import { callOf } from "./state";
-import { joined, type Measurer, measurer } from "./worker";
 
 /** Numbers of a head that are read; of a larger one some rows, in so many groups. */
 const OF_HEAD = 2 ** 19;
@@ -63,7 +63,6 @@ export function find(app: App): () => void {
   const stop = new AbortController();
   const known = app.trace.calls.map((call) => new Array<Known | null>(call.extents.H).fill(null));
   const chances = new Map<string, Promise<Values>>();
-  const worker = measurer();
   // Calls that were begun, and those of them that cannot be measured.
   const begun = new Set<Call>();
   const without = new Set<Call>();
@@ -112,7 +111,7 @@ export function find(app: App): () => void {
       }
       spent += numbersOf(call) * Math.min(entries, call.extents.B);
       try {
-        await measureCall(app, call, Math.min(entries, call.extents.B), worker, chances, stop.signal, (head, found) => {
+        await measureCall(app, call, Math.min(entries, call.extents.B), chances, stop.signal, (head, found) => {
           known[call.index]![head] = found;
           tell(step, false);
         });
@@ -136,7 +135,6 @@ export function find(app: App): () => void {
   return () => {
     stop.abort();
     follow();
-    worker.stop();
   };
 }
 
@@ -144,14 +142,14 @@ async function measureCall(
   app: App,
   call: Call,
   entries: number,
-  worker: Measurer,
   chances: Map<string, Promise<Values>>,
   signal: AbortSignal,
   tell: (head: number, found: Known) => void,
 ): Promise<void> {
   const { trace } = app;
   const { H, S } = call.extents;
-  const rows = sampled(call);
+  const ranges = sampled(call);
+  const rows = Int32Array.from(ranges.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
   const sums = new Array<Float64Array | null>(H).fill(null);
   const where = new Array<number[]>(H).fill([]).map(() => new Array<number>(12).fill(0));
   let chance: Promise<Values> | null = null;
@@ -160,16 +158,16 @@ async function measureCall(
     // Where heads have masks of their own, the first stands for all, as in hookattn/analyze/chance.py.
     const mask = trace.has(call, "mask") ? await trace.optional(call, "mask", batch, 0) : null;
     const whole = mask ?? (trace.has(call, "mask") ? open(call) : null);
-    const context = await contextOf(trace, call, batch, whole, new Slices(10, signal));
+    const context = await contextOf(trace, call, batch, whole, rows, new Slices(10, signal));
     if (batch === 0 && whole !== null) {
-      const key = [call.fields["mask"], call.site.stack, call.site.kind, call.step, call.queries, rows].join(" ");
-      chance = chances.get(key) ?? uniform(whole, context, rows, S, worker);
+      const key = [call.fields["mask"], call.site.stack, call.site.kind, call.step, call.queries, ranges].join(" ");
+      chance = chances.get(key) ?? uniform(whole, context, S);
       chances.set(key, chance);
     }
     const one = async (head: number) => {
       signal.throwIfAborted();
-      const parts = await Promise.all(rows.map((range) => trace.rows(call, "weights", batch, head, range)));
-      const out = await worker.measure(together(parts as Matrix[]), numbered(rows), S, context);
+      const read = await trace.rows(call, "weights", batch, head, ...ranges);
+      const out = await work("measure", read!.data, S, context);
       const before = sums[head];
       const next = before === null || before === undefined ? out : joined(before, out);
       for (let m = 0; m < 12; m++)
@@ -202,38 +200,19 @@ function sampled({ extents: { T, S } }: Call): Range[] {
   });
 }
 
-function numbered(rows: readonly Range[]): Int32Array {
-  return Int32Array.from(rows.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
-}
-
-function together(parts: readonly Matrix[]): Float32Array | Float64Array {
-  const [first] = parts;
-  const wide = first!.data instanceof Float64Array;
-  if (parts.length === 1 && (wide || first!.data instanceof Float32Array)) return first!.data as Float32Array;
-  const size = parts.reduce((n, p) => n + p.data.length, 0);
-  const data = wide ? new Float64Array(size) : new Float32Array(size);
-  let at = 0;
-  for (const part of parts) {
-    data.set(part.data, at);
-    at += part.data.length;
-  }
-  return data;
-}
-
 /** A mask that hides nothing. */
 function open({ extents: { T, S } }: Call): Matrix {
   return { rows: T, cols: S, data: new Uint8Array(T * S).fill(1) };
 }
 
 /** What attention that is the same for all keys has of each measure. */
-async function uniform(mask: Matrix, context: Context, rows: readonly Range[], S: number, worker: Measurer) {
-  const at = numbered(rows);
-  const data = new Float32Array(at.length * S);
-  at.forEach((t, r) => {
-    const n = context.allowed![t]! || 1;
+async function uniform(mask: Matrix, context: Context, S: number): Promise<Values> {
+  const data = new Float32Array(context.rows.length * S);
+  context.rows.forEach((t, r) => {
+    const n = context.allowed![r]! || 1;
     for (let s = 0; s < S; s++) data[r * S + s] = mask.data[t * S + s] ? 1 / n : 0;
   });
-  return valuesOf(await worker.measure(data, at, S, context));
+  return valuesOf(await work("measure", data, S, context));
 }
 
 function valuesOf(sums: Float64Array): Values {

@@ -113,13 +113,14 @@ function Overview({ app }: { app: App }) {
   );
 }
 
-/** How long, in milliseconds, another head has to be the most striking before the page goes on to it. */
+/** How long, in milliseconds, another head has to be the most striking, while others are measured, before the page goes on to it. */
 const PATIENCE = 600;
 
 /** Until the reader chooses, the most striking head is shown: the first at once, and what is found after it in time. */
 function useLead(app: App): void {
   const led = useRef(false);
-  const { striking, heads } = app.findings.value;
+  const { striking, heads, done, total } = app.findings.value;
+  const all = done >= total;
   const chosen = app.chosen.value;
   useEffect(() => {
     const call = striking === null ? undefined : app.trace.calls[striking.call];
@@ -128,11 +129,11 @@ function useLead(app: App): void {
     const head = call.headNumbers[striking.head]!;
     const wait = setTimeout(
       () => app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) }),
-      led.current ? PATIENCE : 0,
+      led.current && !all ? PATIENCE : 0,
     );
     led.current = true;
     return () => clearTimeout(wait);
-  }, [app, chosen, striking?.call, striking?.head]);
+  }, [app, chosen, striking?.call, striking?.head, all]);
 }
 
 export const overview: View = {
