@@ -1,5 +1,5 @@
 /** What every part of the page shares: the trace, the state, the cursor. */
-import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signals";
+import { signal, type ReadonlySignal, type Signal } from "./signals";
 import type { Call } from "./data/call";
 import { type Axes, axesOf } from "./data/labels";
 import { Trace } from "./data/trace";
@@ -26,6 +26,8 @@ export interface App {
   readonly cursor: Signal<Cursor>;
   /** What is found of the heads so far; `find.ts` fills it. */
   readonly findings: Signal<Findings>;
+  /** The same of the second trace, measured when it is shown alone; places are its own. */
+  readonly otherFindings: Signal<Findings>;
   /** Whether the reader has chosen what is looked at; until then it follows what is found. */
   readonly chosen: Signal<boolean>;
   /** Whether the steps are being played, one after the other. */
@@ -67,6 +69,7 @@ export async function open(
     dark,
     cursor,
     findings: signal(nothing({ trace, options })),
+    otherFindings: signal(nothing({ trace: other ?? trace, options: {} })),
     chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
     playing: signal(false),
     set: (patch) => change(patch, false),
@@ -108,4 +111,3 @@ export function darkness(theme: Options["theme"]): { dark: ReadonlySignal<boolea
   return { dark, stop: () => queries.forEach((query) => query.removeEventListener("change", listen)) };
 }
 
-export { effect };

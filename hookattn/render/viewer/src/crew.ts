@@ -50,11 +50,14 @@ function give(job: Job): void {
   if (hands === null) return here(job);
   clearTimeout(rest);
   waiting.push(job);
-  next(hands.reduce((a, b) => (b.jobs.size < a.jobs.size ? b : a)));
+  // Of several that are asked for at once the last is done first, too.
+  queueMicrotask(share);
 }
 
-function next({ jobs, worker }: Hand): void {
-  while (jobs.size < EACH && waiting.length > 0) {
+function share(): void {
+  while (hands !== null && waiting.length > 0) {
+    const { jobs, worker } = hands.reduce((a, b) => (b.jobs.size < a.jobs.size ? b : a));
+    if (jobs.size >= EACH) return;
     const job = waiting.pop()!;
     const id = count++;
     jobs.set(id, job);
@@ -81,7 +84,7 @@ function hire(): void {
         hand.jobs.delete(id);
         // What failed is done on the page, whose error is the one that is told.
         if (job !== undefined) out === undefined ? here(job) : job.settle(out);
-        next(hand);
+        share();
         if (hands?.every(({ jobs }) => jobs.size === 0)) rest = setTimeout(dismiss, IDLE);
       };
       hand.worker.onerror = (event) => {

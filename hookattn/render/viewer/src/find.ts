@@ -1,5 +1,5 @@
 /** Measures the heads of a trace when it is open, the ones in view first, and tells what is found as it comes. */
-import { effect } from "@preact/signals";
+import { effect } from "./signals";
 import type { App } from "./app";
 import { work } from "./crew";
 import type { Call } from "./data/call";

@@ -19,6 +19,7 @@ import { find } from "./find";
 import type { Findings } from "./findings";
 import type { Options, Scores } from "./options";
 import { asked, type WidgetModel } from "./source/widget";
+import { effect, follow } from "./signals";
 import type { Source } from "./source/source";
 import { decode, encode, type State } from "./state";
 import { caption } from "./ui/caption";
@@ -55,6 +56,7 @@ export interface Viewer {
 
 /** Show a trace in `el`. Errors are shown there too. */
 export function mount(el: HTMLElement, source: Source, options: Options = {}): Viewer {
+  follow();
   const shadow = el.shadowRoot ?? el.attachShadow({ mode: "open" });
   const sheet = document.createElement("style");
   sheet.textContent = variables() + style;
@@ -82,7 +84,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
       app = opened;
       app.set(pending);
       render(h(Shell, { app, views }), root);
-      stop = find(app);
+      stop = findIn(app);
     })
     .catch((error: unknown) => {
       const notice = h("div", { class: "notice error", role: "alert" }, message(error));
@@ -118,6 +120,19 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
     svg: () => toSvg(figure(), title()),
     png: async () => toPng(figure(), title()),
   };
+}
+
+/** Measures the heads of the trace, and those of the second one once it is shown alone. */
+function findIn(app: App): () => void {
+  const stops = [find(app)];
+  let begun = false;
+  const follow = effect(() => {
+    if (begun || app.other === null || app.state.value.side !== "b") return;
+    begun = true;
+    const { scores: _, ...options } = app.options;
+    stops.push(find({ ...app, trace: app.other, findings: app.otherFindings, options }));
+  });
+  return () => [follow, ...stops].forEach((stop) => stop());
 }
 
 function empty({ trace }: App): string {

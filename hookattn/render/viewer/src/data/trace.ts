@@ -289,7 +289,7 @@ export class Trace {
     const step = Math.max(2, 2 * Math.floor(WORK / each / 2));
     const whole = { rows, cols: keys, data: new ((q ?? scores) instanceof Float64Array ? Float64Array : Float32Array)(rows * keys) };
     const blocks: { to: number; made: Promise<Numbers> }[] = [];
-    // What is asked for last is done first.
+    // What is asked for last is done first (crew.ts).
     for (let from = step * (Math.ceil(rows / step) - 1); from >= 0; from -= step) {
       const to = Math.min(rows, from + step);
       blocks.unshift({ to, made: work("derived", terms(from, to)) });

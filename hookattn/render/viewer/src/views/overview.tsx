@@ -2,6 +2,7 @@
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { atlasOf } from "../data/atlas";
+import { fromTwins } from "../data/pairs";
 import { ofPatches } from "../data/patches";
 import { generation } from "../data/sheet";
 import { placeOf, type Side } from "../state";
@@ -22,7 +23,9 @@ const GAP = 28;
 
 function Overview({ app }: { app: App }) {
   const state = app.state.value;
-  const findings = app.findings.value;
+  const other = state.side === "b" ? app.other : null;
+  const findings = other === null ? app.findings.value : app.otherFindings.value;
+  const seen = useMemo(() => (other === null ? findings : fromTwins(app.trace, other, findings)), [app, other, findings]);
   const { call } = current(app);
   const [ref, room] = useWidth();
   useLead(app);
@@ -54,7 +57,7 @@ function Overview({ app }: { app: App }) {
     <div ref={ref} class={`overview ${layout}`}>
       <div class="said" ref={said}>
         <p class="sentence" data-summary>
-          {headline(app.trace, findings, state.step).map(({ tone, text }) => (
+          {headline(other ?? app.trace, findings, state.step).map(({ tone, text }) => (
             <span key={text} class={tone}>
               {text}{" "}
             </span>
@@ -79,7 +82,7 @@ function Overview({ app }: { app: App }) {
         <>
           <Atlas
             app={app}
-            findings={findings}
+            findings={seen}
             groups={groups}
             here={here}
             room={atlas!}

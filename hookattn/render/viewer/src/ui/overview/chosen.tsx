@@ -1,5 +1,5 @@
 /** The chosen head: what it does in a sentence, and its matrix, or the picture whose patches it looks at. */
-import { computed } from "@preact/signals";
+import { computed } from "../../signals";
 import { useMemo, useState } from "preact/hooks";
 import { type App, stored } from "../../app";
 import { type Domain, domain, ramp } from "../../colours";

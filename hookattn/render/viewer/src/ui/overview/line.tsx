@@ -2,7 +2,7 @@
  * The text as a line of tokens. Under the pointer, or with the focus, a token shades what it looks at; with shift, who
  * looks at it. What is under the pointer is painted without rendering anything anew.
  */
-import { effect } from "@preact/signals";
+import { effect } from "../../signals";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { App, Cursor } from "../../app";
 import { type Axis } from "../../data/labels";

@@ -103,7 +103,7 @@ export function useScene(app: App, findings: Findings): Scene {
   );
   // While another head is read, the one before is not shown under its name.
   const numbers = value !== null && value.sheet === sheet ? value.numbers : null;
-  const found = side === "b" ? null : foundOf(findings, sheet, call, head);
+  const found = foundOf(findings, sheet, call, head);
   const [row, column] = useMemo(
     () => pairOf(app, sheet, call, found, numbers?.matrix ?? null),
     [app, findings, sheet, call, found, numbers, state.query, state.key, state.role, batch],
