@@ -26,16 +26,17 @@ const PAUSE = 120;
 /** Milliseconds in which the view that is opened asks for what it draws. */
 const PAINT = 40;
 
-const UNITS: Readonly<Record<string, [string, string]>> = {
-  induction: ["share", "The weight on the tokens that came after earlier occurrences of the query's own token."],
-  duplicate_token: ["share", "The weight on all earlier occurrences of the query's own token."],
-  previous_token: ["share", "The weight on the token before."],
-  next_token: ["share", "The weight on the token after."],
-  self_token: ["share", "The weight on the token itself."],
-  "local_mass(window=2)": ["share", "The weight on the token itself and its two neighbours."],
-  first_token: ["share", "The weight on the first token."],
-  learned_sink: ["share", "What goes to learned sinks and to no key."],
-  normalised_entropy: ["share", "The entropy over that of uniform attention."],
+/** What a measure is: a share, where no unit stands before it. */
+const UNITS: Readonly<Record<Name, string | readonly [string, string]>> = {
+  induction: "The weight on the tokens that came after earlier occurrences of the query's own token.",
+  duplicate_token: "The weight on all earlier occurrences of the query's own token.",
+  previous_token: "The weight on the token before.",
+  next_token: "The weight on the token after.",
+  self_token: "The weight on the token itself.",
+  "local_mass(window=2)": "The weight on the token itself and its two neighbours.",
+  first_token: "The weight on the first token.",
+  learned_sink: "What goes to learned sinks and to no key.",
+  normalised_entropy: "The entropy over that of uniform attention.",
   entropy: ["nats", "How spread out the attention of a query is."],
   mean_distance: ["keys", "How far from the query its keys are."],
 };
@@ -246,7 +247,8 @@ function made(
   const measured = NAMES.filter((name) => known.some((call) => call.some((k) => k?.values[name] != null)));
   const scores: Record<string, Measure | string[][][] | undefined> = {};
   for (const name of measured) {
-    const [unit, description] = UNITS[name]!;
+    const said = UNITS[name];
+    const [unit, description] = typeof said === "string" ? ["share", said] : said;
     scores[name] = { unit, description, values: known.map((call) => call.map((k) => k?.values[name] ?? null)) };
   }
   const heads = known.map((call, index) => call.map((k, head) => found(app, index, head, k)));

@@ -32,7 +32,7 @@ function Flow({ app }: { app: App }) {
     <Notice>
       {why}{" "}
       {other !== null && (
-        <button type="button" onClick={() => app.set(toStep(app, other))}>
+        <button onClick={() => app.set(toStep(app, other))}>
           Show step {stepName(app, other)}
         </button>
       )}

@@ -2,7 +2,7 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, focus, stored } from "../../app";
 import { domain, ramp } from "../../colours";
-import { type AtlasGroup, type AtlasRow, headName } from "../../data/atlas";
+import type { AtlasGroup, AtlasRow } from "../../data/atlas";
 import type { Call } from "../../data/call";
 import { whole } from "../../data/frame";
 import { weightsOf } from "../../data/kinds";
@@ -255,10 +255,14 @@ function neighbour({ cells }: Layout, from: Cell, x: number, y: number): Cell {
   return ahead.reduce((best, c) => (best === from || far(c) < far(best) ? c : best), from);
 }
 
-function told({ call, head }: Cell, found: HeadFound | null, findings: Findings, apart: Apart | null): string {
-  const name = headName(call, head);
+function nameOf({ row, head }: Cell): string {
+  return row.heads + head;
+}
+
+function told(cell: Cell, found: HeadFound | null, findings: Findings, apart: Apart | null): string {
+  const name = nameOf(cell);
   if (apart !== null) {
-    const value = apart.values.get(`${call.index} ${head}`);
+    const value = apart.values.get(`${cell.call.index} ${cell.head}`);
     return value === undefined ? `${name}: not compared` : `${name}: apart by ${value.toFixed(2)}`;
   }
   if (found === null) return `${name}: ${findings.missing === null ? "not measured yet" : "not measured"}`;
@@ -315,7 +319,7 @@ function Square(props: {
         data-pending={pending}
         tabindex={chosen ? 0 : -1}
         aria-selected={selected}
-        aria-label={`${headName(cell.call, cell.head)}: ${said || (pending ? "not measured" : "no clear role")}`}
+        aria-label={`${nameOf(cell)}: ${said || (pending ? "not measured" : "no clear role")}`}
       />
     </g>
   );
