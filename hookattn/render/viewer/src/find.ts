@@ -166,6 +166,7 @@ async function measureCall(
       chances.set(key, chance);
     }
     const one = async (head: number) => {
+      await idle(app);
       signal.throwIfAborted();
       const read = await trace.rows(call, "weights", batch, head, ...ranges);
       const out = await work("measure", read!.data, S, context);
@@ -183,6 +184,15 @@ async function measureCall(
   }
   const level = chance === null ? {} : await chance;
   for (let head = 0; head < H; head++) tell(head, read(call, sums[head]!, where[head]!, level));
+}
+
+/** Resolves once no view reads all there is. */
+function idle({ reading }: App): Promise<void> {
+  return new Promise((resolve) => {
+    const stop = effect(() => {
+      if (reading.value === 0) void Promise.resolve().then(() => stop()).then(resolve);
+    });
+  });
 }
 
 /** Numbers of a batch entry of a call that are read. */
