@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import html
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,9 @@ from .trace_files import TraceLike, as_trace, name_of, title_of
 
 BLOCK = 1 << 18
 """Bytes of one block, which is what is decoded at once: a head of 512 tokens in 8-bit codes."""
+
+# Codes of noise repeat by chance, and to name such a repetition takes more than the codes; masks are nothing but runs.
+_STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_RLE, zlib.Z_HUFFMAN_ONLY)
 
 # The module is packed as the blocks are: what unpacks these unpacks it.
 _OPEN = """
@@ -173,5 +176,10 @@ def _script_element(start: int, data: bytes, more: str = "") -> str:
 
 
 def _packed(data: bytes) -> str:
-    # gzip's header has a fixed time, so that the same trace gives the same page.
-    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    return base64.b64encode(min((_gzip(data, strategy) for strategy in _STRATEGIES), key=len)).decode()
+
+
+def _gzip(data: bytes, strategy: int) -> bytes:
+    # Its header has no time, so that the same trace gives the same page.
+    packer = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+    return packer.compress(data) + packer.flush()

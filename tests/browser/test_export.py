@@ -72,6 +72,22 @@ def test_the_title_is_in_the_picture_whatever_its_width(open_page: Open, file: P
     assert inside
 
 
+def test_the_sentences_of_the_overview_are_in_its_picture(open_page: Open, file: Path) -> None:
+    page = show(open_page(), file, "{state: {layer: 1, heads: [2], query: 5}}", view="overview")
+    page.locator(".overview .bars button").first.wait_for()
+    page.wait_for_function("viewer.findings.total > 0 && viewer.findings.done === viewer.findings.total")
+    page.wait_for_timeout(300)
+    said = page.locator(".overview .sentence").evaluate_all("all => all.map(e => e.textContent)")
+    texts = page.evaluate(
+        """text => [...new DOMParser().parseFromString(text, "image/svg+xml").querySelectorAll("text")]
+        .map((t) => t.textContent).join(" ")""",
+        page.evaluate("viewer.svg()"),
+    )
+    assert len(said) == 3
+    for sentence in said:
+        assert " ".join(sentence.split()) in " ".join(texts.split())
+
+
 SEEN = """() => { const root = document.querySelector("#viewer").shadowRoot, seen = (s) =>
   [...root.querySelectorAll(s)].some((e) => e.checkVisibility());
   const ha = getComputedStyle(root.querySelector(".ha"));

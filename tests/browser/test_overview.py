@@ -397,6 +397,42 @@ def test_a_long_text_is_a_window_around_the_chosen_token(open_page: Open, tmp_pa
     page.locator(f"{VIEW} .tok[data-i='4095']").wait_for()
 
 
+def test_rows_that_are_not_read_yet_are_blank_and_not_hatched(open_page: Open, tmp_path: Path) -> None:
+    """A matrix is shown while the most of it is still being derived: that is not what a mask looks like."""
+    made = hookattn.trace(
+        Stack(1), points(4096), tokens=[f"w{i}" for i in range(4096)], capture=("q", "k", "mask", "bias", "sinks")
+    )
+    page = open_page()
+    # Workers hear of what comes after the first rows when they are told to.
+    page.add_init_script(
+        """const post = Worker.prototype.postMessage;
+        const held = (globalThis.held = []);
+        Worker.prototype.postMessage = function (message) {
+          const { name, args } = message;
+          const first = name === "derived" && args[0].mask[0] === 1 && args[0].mask[1] === 0;
+          if (name === "derived" && !first && !globalThis.goes) held.push([this, message]);
+          else post.call(this, message);
+        };"""
+    )
+    show(page, Path(made.save(tmp_path / "t.safetensors")), "{state: {heads: [0], query: 3000}}", view="matrix")
+    canvas = ".plane canvas"
+    page.locator(canvas).wait_for(timeout=60_000)
+    page.wait_for_timeout(300)
+    assert len(page.evaluate("held")) > 0
+    alpha = """selector => { const c = document.querySelector('#viewer').shadowRoot.querySelector(selector);
+      const row = (part) => c.getContext('2d').getImageData(0, Math.floor(part * c.height), c.width, 1).data;
+      return [0.01, 0.9].map((part) => Math.max(...row(part).filter((_, i) => i % 4 === 3))); }"""
+    assert page.evaluate(alpha, canvas) == [255, 0]
+    box = page.locator(canvas).bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 0.9 * box["height"])
+    page.locator(".tip", has_text="being read").wait_for()
+    page.evaluate("goes = true; for (const [worker, message] of held.splice(0)) worker.postMessage(message)")
+    page.wait_for_function(f"({alpha})('{canvas}')[1] === 255", timeout=60_000)
+    page.mouse.move(box["x"] + 8, box["y"] + 0.9 * box["height"])
+    page.locator(".tip", has_not_text="being read").wait_for()
+    assert "weights" in page.locator(".tip").inner_text()
+
+
 @pytest.mark.parametrize("tiles", ["squares", "matrix", "lines"])
 def test_heads_as_squares_matrices_or_lines(
     open_page: Open, induction: hookattn.Trace, tmp_path: Path, tiles: str
@@ -435,6 +471,36 @@ def test_two_traces(open_page: Open, induction: hookattn.Trace, tmp_path: Path, 
     else:
         row = a if side == "a" else b
         assert told[0][0].split()[0] == str(int(row.argmax())) and told[0][1] == f"{row.max():.2f}"
+
+
+def test_the_heads_of_the_second_trace_are_told_of_as_they_are(
+    open_page: Open, induction: hookattn.Trace, tmp_path: Path
+) -> None:
+    """Of B where B is shown: its roles in the squares, in the line above and in the sentence."""
+    ids = example_tokens(0, length=24)
+    model = load_pretrained()
+    with hookattn.editing(model, hookattn.edit.zero("weights", layer=0, heads=[0, 1, 3])) as edited, torch.no_grad():
+        model(ids)
+    drawn = {}
+    for name, one, other, side in (
+        ("a", induction, edited, "a"),
+        ("b", induction, edited, "b"),
+        ("alone", edited, induction, "a"),
+    ):
+        page = open_page()
+        page.goto(page_of(one, other, side, tmp_path))
+        page.locator(f"{VIEW} .chosen canvas").wait_for()
+        page.wait_for_function(f"document.querySelector('#viewer').shadowRoot.querySelector('{PENDING}') === null")
+        roles = page.locator(f"{VIEW} .atlas .head").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+        drawn[name] = [
+            *roles,
+            page.locator(f"{VIEW} [data-summary]").inner_text(),
+            sentence(page).replace(" · B", " · A"),
+        ]
+    assert drawn["b"] == drawn["alone"] != drawn["a"]
+
+
+PENDING = ".head[data-pending=true]"
 
 
 def page_of(one: hookattn.Trace, other: hookattn.Trace, side: str, tmp_path: Path) -> str:

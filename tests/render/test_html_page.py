@@ -252,6 +252,21 @@ def test_512_tokens_take_80_megabytes_at_the_most(tmp_path: Path) -> None:
     assert Path(path).stat().st_size <= 80e6 / 12
 
 
+def test_blocks_are_compressed_as_it_takes_least() -> None:
+    """Noise does not repeat: naming what it has of repetitions by chance takes more than leaving them alone."""
+    noise = torch.randn(1, 8, 256, 64, generator=torch.Generator().manual_seed(0)).mul(12).round()
+    trace = made(200, model=small(layers=1))
+    trace = replace(trace, calls=[replace(trace[0], fields={**trace[0].fields, "noise": noise.to(torch.int8)})])
+    text = page(trace)
+    found = [tensor for name, tensor in contents(text)[1].items() if "noise" in name]
+    assert len(found) == 1 and torch.equal(found[0], noise.to(torch.int8))
+    packed = [t for a, t in Reader(text).scripts if a.get("type") == "application/x-hookattn"]
+    ours = [len(base64.b64decode(t)) for t in packed]
+    plain = [len(gzip.compress(gzip.decompress(base64.b64decode(t)), 6)) for t in packed]
+    shares = [a / b for a, b in zip(ours, plain, strict=True)]
+    assert max(shares) <= 1 and min(shares) < 0.97
+
+
 def test_fields_can_be_asked_for() -> None:
     trace = made(200, model=small(layers=1))
     document, tensors = contents(page(trace, fields=("q", "k", "v", "mask", "weights")))

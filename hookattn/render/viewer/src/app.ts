@@ -1,5 +1,5 @@
 /** What every part of the page shares: the trace, the state, the cursor. */
-import { effect, signal, type ReadonlySignal, type Signal } from "@preact/signals";
+import { signal, type ReadonlySignal, type Signal } from "@preact/signals";
 import type { Call } from "./data/call";
 import { type Axes, axesOf } from "./data/labels";
 import { Trace } from "./data/trace";
@@ -26,8 +26,12 @@ export interface App {
   readonly cursor: Signal<Cursor>;
   /** What is found of the heads so far; `find.ts` fills it. */
   readonly findings: Signal<Findings>;
+  /** The same of the second trace, measured when it is shown alone; places are its own. */
+  readonly otherFindings: Signal<Findings>;
   /** Whether the reader has chosen what is looked at; until then it follows what is found. */
   readonly chosen: Signal<boolean>;
+  /** Views that are reading all heads of many layers: measuring waits, and finds them read. */
+  readonly reading: Signal<number>;
   /** Whether the steps are being played, one after the other. */
   readonly playing: Signal<boolean>;
   set(patch: Partial<State>): void;
@@ -67,7 +71,9 @@ export async function open(
     dark,
     cursor,
     findings: signal(nothing({ trace, options })),
+    otherFindings: signal(nothing({ trace: other ?? trace, options: {} })),
     chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
+    reading: signal(0),
     playing: signal(false),
     set: (patch) => change(patch, false),
     lead: (patch) => change(patch, true),
@@ -96,5 +102,3 @@ export function stored(call: Call, head: number): number {
 export function focus(state: State): number {
   return state.heads.at(-1) ?? 0;
 }
-
-export { effect };

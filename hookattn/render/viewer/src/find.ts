@@ -1,11 +1,12 @@
 /** Measures the heads of a trace when it is open, the ones in view first, and tells what is found as it comes. */
 import { effect } from "@preact/signals";
 import type { App } from "./app";
+import { work } from "./crew";
 import type { Call } from "./data/call";
 import { contextOf } from "./data/context";
 import { areShares } from "./data/kinds";
 import type { Matrix } from "./data/matrix";
-import { type Context, type Name, NAMES, STRIDE } from "./data/measured";
+import { type Context, joined, type Name, NAMES, STRIDE } from "./data/measured";
 import { ALL, rankOf, ROLES, rolesFor } from "./data/roles";
 import type { Range } from "./data/trace";
 import { message, Unreachable } from "./errors";
@@ -13,7 +14,6 @@ import type { Findings, HeadFound, RoleFound } from "./findings";
 import { type Measure, type Scores, rolesOf } from "./options";
 import { Slices } from "./slices";
 import { callOf } from "./state";
-import { joined, type Measurer, measurer } from "./worker";
 
 /** Numbers of a head that are read; of a larger one some rows, in so many groups. */
 const OF_HEAD = 2 ** 19;
@@ -26,16 +26,17 @@ const PAUSE = 120;
 /** Milliseconds in which the view that is opened asks for what it draws. */
 const PAINT = 40;
 
-const UNITS: Readonly<Record<string, [string, string]>> = {
-  induction: ["share", "The weight on the tokens that came after earlier occurrences of the query's own token."],
-  duplicate_token: ["share", "The weight on all earlier occurrences of the query's own token."],
-  previous_token: ["share", "The weight on the token before."],
-  next_token: ["share", "The weight on the token after."],
-  self_token: ["share", "The weight on the token itself."],
-  "local_mass(window=2)": ["share", "The weight on the token itself and its two neighbours."],
-  first_token: ["share", "The weight on the first token."],
-  learned_sink: ["share", "What goes to learned sinks and to no key."],
-  normalised_entropy: ["share", "The entropy over that of uniform attention."],
+/** What a measure is: a share, where no unit stands before it. */
+const UNITS: Readonly<Record<Name, string | readonly [string, string]>> = {
+  induction: "The weight on the tokens that came after earlier occurrences of the query's own token.",
+  duplicate_token: "The weight on all earlier occurrences of the query's own token.",
+  previous_token: "The weight on the token before.",
+  next_token: "The weight on the token after.",
+  self_token: "The weight on the token itself.",
+  "local_mass(window=2)": "The weight on the token itself and its two neighbours.",
+  first_token: "The weight on the first token.",
+  learned_sink: "What goes to learned sinks and to no key.",
+  normalised_entropy: "The entropy over that of uniform attention.",
   entropy: ["nats", "How spread out the attention of a query is."],
   mean_distance: ["keys", "How far from the query its keys are."],
 };
@@ -63,7 +64,6 @@ export function find(app: App): () => void {
   const stop = new AbortController();
   const known = app.trace.calls.map((call) => new Array<Known | null>(call.extents.H).fill(null));
   const chances = new Map<string, Promise<Values>>();
-  const worker = measurer();
   // Calls that were begun, and those of them that cannot be measured.
   const begun = new Set<Call>();
   const without = new Set<Call>();
@@ -112,7 +112,7 @@ export function find(app: App): () => void {
       }
       spent += numbersOf(call) * Math.min(entries, call.extents.B);
       try {
-        await measureCall(app, call, Math.min(entries, call.extents.B), worker, chances, stop.signal, (head, found) => {
+        await measureCall(app, call, Math.min(entries, call.extents.B), chances, stop.signal, (head, found) => {
           known[call.index]![head] = found;
           tell(step, false);
         });
@@ -136,7 +136,6 @@ export function find(app: App): () => void {
   return () => {
     stop.abort();
     follow();
-    worker.stop();
   };
 }
 
@@ -144,14 +143,14 @@ async function measureCall(
   app: App,
   call: Call,
   entries: number,
-  worker: Measurer,
   chances: Map<string, Promise<Values>>,
   signal: AbortSignal,
   tell: (head: number, found: Known) => void,
 ): Promise<void> {
   const { trace } = app;
   const { H, S } = call.extents;
-  const rows = sampled(call);
+  const ranges = sampled(call);
+  const rows = Int32Array.from(ranges.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
   const sums = new Array<Float64Array | null>(H).fill(null);
   const where = new Array<number[]>(H).fill([]).map(() => new Array<number>(12).fill(0));
   let chance: Promise<Values> | null = null;
@@ -160,16 +159,17 @@ async function measureCall(
     // Where heads have masks of their own, the first stands for all, as in hookattn/analyze/chance.py.
     const mask = trace.has(call, "mask") ? await trace.optional(call, "mask", batch, 0) : null;
     const whole = mask ?? (trace.has(call, "mask") ? open(call) : null);
-    const context = await contextOf(trace, call, batch, whole, new Slices(10, signal));
+    const context = await contextOf(trace, call, batch, whole, rows, new Slices(10, signal));
     if (batch === 0 && whole !== null) {
-      const key = [call.fields["mask"], call.site.stack, call.site.kind, call.step, call.queries, rows].join(" ");
-      chance = chances.get(key) ?? uniform(whole, context, rows, S, worker);
+      const key = [call.fields["mask"], call.site.stack, call.site.kind, call.step, call.queries, ranges].join(" ");
+      chance = chances.get(key) ?? uniform(whole, context, S);
       chances.set(key, chance);
     }
     const one = async (head: number) => {
+      await idle(app);
       signal.throwIfAborted();
-      const parts = await Promise.all(rows.map((range) => trace.rows(call, "weights", batch, head, range)));
-      const out = await worker.measure(together(parts as Matrix[]), numbered(rows), S, context);
+      const read = await trace.rows(call, "weights", batch, head, ...ranges);
+      const out = await work("measure", read!.data, S, context);
       const before = sums[head];
       const next = before === null || before === undefined ? out : joined(before, out);
       for (let m = 0; m < 12; m++)
@@ -184,6 +184,15 @@ async function measureCall(
   }
   const level = chance === null ? {} : await chance;
   for (let head = 0; head < H; head++) tell(head, read(call, sums[head]!, where[head]!, level));
+}
+
+/** Resolves once no view reads all there is. */
+function idle({ reading }: App): Promise<void> {
+  return new Promise((resolve) => {
+    const stop = effect(() => {
+      if (reading.value === 0) void Promise.resolve().then(() => stop()).then(resolve);
+    });
+  });
 }
 
 /** Numbers of a batch entry of a call that are read. */
@@ -202,38 +211,19 @@ function sampled({ extents: { T, S } }: Call): Range[] {
   });
 }
 
-function numbered(rows: readonly Range[]): Int32Array {
-  return Int32Array.from(rows.flatMap(([first, end]) => Array.from({ length: end - first }, (_, i) => first + i)));
-}
-
-function together(parts: readonly Matrix[]): Float32Array | Float64Array {
-  const [first] = parts;
-  const wide = first!.data instanceof Float64Array;
-  if (parts.length === 1 && (wide || first!.data instanceof Float32Array)) return first!.data as Float32Array;
-  const size = parts.reduce((n, p) => n + p.data.length, 0);
-  const data = wide ? new Float64Array(size) : new Float32Array(size);
-  let at = 0;
-  for (const part of parts) {
-    data.set(part.data, at);
-    at += part.data.length;
-  }
-  return data;
-}
-
 /** A mask that hides nothing. */
 function open({ extents: { T, S } }: Call): Matrix {
   return { rows: T, cols: S, data: new Uint8Array(T * S).fill(1) };
 }
 
 /** What attention that is the same for all keys has of each measure. */
-async function uniform(mask: Matrix, context: Context, rows: readonly Range[], S: number, worker: Measurer) {
-  const at = numbered(rows);
-  const data = new Float32Array(at.length * S);
-  at.forEach((t, r) => {
-    const n = context.allowed![t]! || 1;
+async function uniform(mask: Matrix, context: Context, S: number): Promise<Values> {
+  const data = new Float32Array(context.rows.length * S);
+  context.rows.forEach((t, r) => {
+    const n = context.allowed![r]! || 1;
     for (let s = 0; s < S; s++) data[r * S + s] = mask.data[t * S + s] ? 1 / n : 0;
   });
-  return valuesOf(await worker.measure(data, at, S, context));
+  return valuesOf(await work("measure", data, S, context));
 }
 
 function valuesOf(sums: Float64Array): Values {
@@ -267,7 +257,8 @@ function made(
   const measured = NAMES.filter((name) => known.some((call) => call.some((k) => k?.values[name] != null)));
   const scores: Record<string, Measure | string[][][] | undefined> = {};
   for (const name of measured) {
-    const [unit, description] = UNITS[name]!;
+    const said = UNITS[name];
+    const [unit, description] = typeof said === "string" ? ["share", said] : said;
     scores[name] = { unit, description, values: known.map((call) => call.map((k) => k?.values[name] ?? null)) };
   }
   const heads = known.map((call, index) => call.map((k, head) => found(app, index, head, k)));

@@ -11,6 +11,7 @@
  *
  * The default export is the front end of a notebook widget, in anywidget's protocol.
  */
+import { effect } from "@preact/signals";
 import { h, render } from "preact";
 import { type App, open } from "./app";
 import { variables } from "./colours";
@@ -84,7 +85,7 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
       app = opened;
       app.set(pending);
       render(h(Shell, { app, views }), root);
-      stop = find(app);
+      stop = findIn(app);
     })
     .catch((error: unknown) => {
       const notice = h("div", { class: "notice error", role: "alert" }, message(error));
@@ -126,6 +127,19 @@ export function mount(el: HTMLElement, source: Source, options: Options = {}): V
  * notebook around it two times `d` mean to delete the cell. What has Ctrl, Alt or Meta goes on: saving, say. */
 function keep(event: KeyboardEvent): void {
   if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+}
+
+/** Measures the heads of the trace, and those of the second one once it is shown alone. */
+function findIn(app: App): () => void {
+  const stops = [find(app)];
+  let begun = false;
+  const follow = effect(() => {
+    if (begun || app.other === null || app.state.value.side !== "b") return;
+    begun = true;
+    const { scores: _, ...options } = app.options;
+    stops.push(find({ ...app, trace: app.other, findings: app.otherFindings, options }));
+  });
+  return () => [follow, ...stops].forEach((stop) => stop());
 }
 
 function empty({ trace }: App): string {

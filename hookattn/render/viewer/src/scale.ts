@@ -6,7 +6,7 @@
  * a few keys. The quantile is over rows, not entries: of a sharp head of 2,048 tokens all but one entry in a thousand is
  * noise, and a quantile of entries would draw noise as strong as attention.
  */
-import type { Matrix } from "./data/matrix";
+import { type Matrix, thereOf } from "./data/matrix";
 import type { Slices } from "./slices";
 
 /** Rows of at most so many keys do not count. */
@@ -29,17 +29,18 @@ export interface Range {
  * in no row's largest; null: there is none. `keys`: columns after these are no keys, and do not count.
  */
 export async function rangeOf(
-  { rows, cols, data }: Matrix,
+  matrix: Matrix,
   first: number | null,
   slices: Slices,
-  keys = cols,
+  keys = matrix.cols,
 ): Promise<Range> {
+  const { cols, data } = matrix;
   let low = Infinity;
   let high = -Infinity;
   let size = 0;
   let total = 0;
   const tops: number[] = [];
-  for (let t = 0, row = 0; t < rows; t++, row += cols) {
+  for (let t = 0, row = 0; t < thereOf(matrix); t++, row += cols) {
     let [count, top, sum] = [0, 0, 0];
     for (let s = 0; s < cols; s++) {
       const x = data[row + s]!;

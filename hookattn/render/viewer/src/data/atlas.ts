@@ -1,5 +1,6 @@
 /** Which heads there are, layers down and heads across, of each stack and kind. */
 import type { Call } from "./call";
+import { namesIn } from "./sentences";
 import type { Trace } from "./trace";
 
 export interface AtlasRow {
@@ -7,6 +8,8 @@ export interface AtlasRow {
   readonly call: Call;
   readonly calls: readonly Call[];
   readonly name: string;
+  /** What the names of its heads begin with. */
+  readonly heads: string;
 }
 
 export interface AtlasGroup {
@@ -37,15 +40,10 @@ export function atlasOf(trace: Trace, step: number | null): AtlasGroup[] {
     const name = [call.site.stack, call.site.kind].filter(Boolean).join(" · ");
     const rows = groups.get(name) ?? [];
     groups.set(name, rows);
-    rows.push({ call, calls, name: String(call.site.layer ?? rows.length) });
+    rows.push({ call, calls, name: String(call.site.layer ?? rows.length), heads: namesIn(trace, call) });
   }
   return [...groups].map(([name, rows]) => {
     rows.sort((a, b) => (a.call.site.layer ?? -1) - (b.call.site.layer ?? -1) || a.call.index - b.call.index);
     return { name, rows, heads: [...new Set(rows.flatMap((r) => r.call.headNumbers))].sort((a, b) => a - b) };
   });
-}
-
-/** `L1H2`, as papers write it; of a site without a layer its path. */
-export function headName({ site }: Call, head: number): string {
-  return site.layer === null ? `${site.path || "model"} head ${head}` : `L${site.layer}H${head}`;
 }

@@ -5,6 +5,13 @@ export interface Matrix {
   readonly rows: number;
   readonly cols: number;
   readonly data: Numbers;
+  /** How many of the rows are read so far: the others mean nothing yet. All, where it says nothing. */
+  readonly there?: number;
+}
+
+/** The number of rows that mean something. */
+export function thereOf({ rows, there = rows }: Matrix): number {
+  return there;
 }
 
 export function at(matrix: Matrix, row: number, col: number): number {

@@ -2,10 +2,13 @@
  * What one head does, measured: the cheap measures of `hookattn.analyze`, with their names. All of it is one pass over the
  * weights, so that a head is read once and let go.
  */
+import type { Numbers } from "./dtypes";
 
-/** What counts in a call and a batch entry; it is the same for all its heads. */
+/** What counts in some rows of a call and a batch entry; it is the same for all its heads. */
 export interface Context {
-  /** For each of the T rows the key that its query is at; −1: at none. Null: queries and keys are of two sequences. */
+  /** The queries of the rows. */
+  rows: Int32Array;
+  /** For each row the key that its query is at; −1: at none. Null: queries and keys are of two sequences. */
   at: Int32Array | null;
   /** 1 where a query counts: it may attend to something, and is no padding. */
   counts: Uint8Array;
@@ -13,7 +16,7 @@ export interface Context {
   allowed: Int32Array | null;
   /** The first key that is no padding. */
   first: number;
-  /** The keys related to each row: those of row t are from `start[t]` to `start[t + 1]`. Null: there are no tokens. */
+  /** The keys related to each row: those of row r are from `start[r]` to `start[r + 1]`. Null: there are no tokens. */
   duplicate: Related | null;
   induction: Related | null;
 }
@@ -46,9 +49,9 @@ export const STRIDE = 5;
 /**
  * Sums over some rows of one head. It names nothing outside of itself: a worker is made of its text.
  *
- * `data`: weights of the rows `rows`, one after the other, S columns each. Returns 12 groups of five numbers.
+ * `data`: weights of the rows, one after the other, S columns each. Returns 12 groups of five numbers.
  */
-export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: number, c: Context): Float64Array {
+export function measure(data: Numbers, S: number, c: Context): Float64Array {
   const out = new Float64Array(60);
   for (let m = 0; m < 12; m++) out[5 * m + 2] = -1;
   const best = new Float64Array(12).fill(-1);
@@ -67,12 +70,12 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
       out[5 * m + 4] = weight;
     }
   };
-  for (let r = 0; r < rows.length; r++) {
-    const t = rows[r]!;
-    if (c.counts[t] === 0) continue;
+  for (let r = 0; r < c.rows.length; r++) {
+    const t = c.rows[r]!;
+    if (c.counts[r] === 0) continue;
     const from = r * S;
-    const n = c.allowed === null ? S : c.allowed[t]!;
-    const p = c.at === null ? -1 : c.at[t]!;
+    const n = c.allowed === null ? S : c.allowed[r]!;
+    const p = c.at === null ? -1 : c.at[r]!;
     let sum = 0;
     let entropy = 0;
     let far = 0;
@@ -114,7 +117,7 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
     for (let m = 0; m < 2; m++) {
       const related = m === 0 ? c.induction : c.duplicate;
       if (related === null) continue;
-      const [start, end] = [related.start[t]!, related.start[t + 1]!];
+      const [start, end] = [related.start[r]!, related.start[r + 1]!];
       if (end === start) continue;
       let mass = 0;
       for (let i = start; i < end; i++) {
@@ -124,6 +127,17 @@ export function measure(data: ArrayLike<number>, rows: ArrayLike<number>, S: num
       }
       add(m, mass);
     }
+  }
+  return out;
+}
+
+/** The sums of some rows and of others; of the pairs the better one. */
+export function joined(a: Float64Array, b: Float64Array): Float64Array {
+  const out = a.slice();
+  for (let m = 0; m < out.length; m += STRIDE) {
+    out[m]! += b[m]!;
+    out[m + 1]! += b[m + 1]!;
+    if (b[m + 2]! >= 0 && (out[m + 2]! < 0 || b[m + 4]! > out[m + 4]!)) out.set(b.subarray(m + 2, m + 5), m + 2);
   }
   return out;
 }

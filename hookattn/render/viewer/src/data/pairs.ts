@@ -1,4 +1,5 @@
 /** Two traces side by side: which calls belong together, how far their heads are apart, where their tokens differ. */
+import type { Findings } from "../findings";
 import type { Slices } from "../slices";
 import { matches } from "../state";
 import { type Call, where } from "./call";
@@ -10,6 +11,15 @@ import type { Trace } from "./trace";
 export function twinOf(trace: Trace, other: Trace, call: Call): Call | null {
   const here = (of: Trace) => matches(of, { ...call.site, step: call.step });
   return here(other)[here(trace).indexOf(call)] ?? null;
+}
+
+/** What is found of the heads of another trace, at the places of their twins. */
+export function fromTwins(trace: Trace, other: Trace, findings: Findings): Findings {
+  const heads = trace.calls.map((call) => {
+    const twin = twinOf(trace, other, call);
+    return call.headNumbers.map((number) => findings.heads[twin?.index ?? -1]?.[twin!.headNumbers.indexOf(number)] ?? null);
+  });
+  return { ...findings, heads };
 }
 
 /** Why two calls have no difference, number by number; or null. */

@@ -6,7 +6,7 @@ import type { Slices } from "../slices";
 import type { Pool } from "../state";
 import type { Call } from "./call";
 import { mayBeNegative } from "./kinds";
-import type { Matrix } from "./matrix";
+import { type Matrix, thereOf } from "./matrix";
 
 /** `far`: what is farthest from zero, of either sign. */
 export type Pooling = Pool | "far";
@@ -24,11 +24,14 @@ export async function pyramid(matrix: Matrix, pool: Pooling, slices: Slices): Pr
   return levels;
 }
 
-async function half({ rows, cols, data }: Matrix, pool: Pooling, slices: Slices): Promise<Matrix> {
+async function half(matrix: Matrix, pool: Pooling, slices: Slices): Promise<Matrix> {
+  const { rows, cols, data } = matrix;
+  const there = Math.floor(thereOf(matrix) / 2);
   const [r, c] = [Math.ceil(rows / 2), Math.ceil(cols / 2)];
   const out = new Float32Array(r * c);
   const how = HOWS.indexOf(pool);
   for (let y = 0; y < r; y++) {
+    if (matrix.there !== undefined && y >= there) return { rows: r, cols: c, data: out, there };
     const top = 2 * y * cols;
     const below = 2 * y + 1 < rows ? top + cols : -1;
     for (let x = 0; x < c; x++) {

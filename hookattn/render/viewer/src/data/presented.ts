@@ -47,5 +47,5 @@ export function presented(matrix: Matrix, field: string, sink: Sink, filter: Fil
       for (let s = 0; s < cols; s++) if (from[t] !== wanted[0] || to[s] !== wanted[1]) data[t * cols + s] = NaN;
     }
   }
-  return { rows, cols, data };
+  return { ...matrix, data };
 }

@@ -4,20 +4,16 @@
  * heads, each row over its sum; a row that is padding, or attends to nothing, stays itself.
  */
 import { ViewerError } from "../errors";
-import { type Crew, crew } from "../crew";
 import type { Slices } from "../slices";
-import { type Call, kvHead, where } from "./call";
+import { type Call, where } from "./call";
 import type { Matrix } from "./matrix";
-import { summed } from "./summed";
 import type { Trace } from "./trace";
 
 export const RESIDUAL = 0.5;
 /** Numbers of all layers together: what fits into the memory of a page. */
 const MOST = 2 ** 25;
-/** Numbers of one request: several heads of 512 tokens, a part of a large layer. */
-const AT_ONCE = 2 ** 22;
-/** Layers that are read at the same time: while one comes, others are summed. */
-const SIDE_BY_SIDE = 3;
+/** Heads that are read at the same time: while one comes, others are summed. */
+const AT_ONCE = 6;
 
 /** Why the calls are no layers that follow on each other, or null. */
 export function refusal(trace: Trace, calls: readonly Call[]): string | null {
@@ -45,62 +41,21 @@ function unfit(call: Call, first: Call): string | null {
 
 /** A of each call, T × T: row i is what token i is made of. */
 export async function mixing(trace: Trace, calls: readonly Call[], batch: number, slices: Slices): Promise<Matrix[]> {
-  const layers: Matrix[] = [];
-  const workers: Workers = crew(summed);
+  const sums = calls.map(({ extents: { T, S } }) => new Float64Array(T * S));
+  const heads = calls.flatMap((call, l) => call.headNumbers.map((_, head) => ({ call, head, sum: sums[l]! })));
   let next = 0;
-  const go = async () => {
-    while (next < calls.length) {
-      const l = next++;
-      layers[l] = await mix(trace, calls[l]!, batch, slices, workers);
+  const lane = async () => {
+    while (next < heads.length) {
+      const { call, head, sum } = heads[next++]!;
+      const { data } = await trace.head(call, "weights", batch, head);
+      for (let i = 0; i < sum.length; i++) sum[i]! += data[i]!;
+      await slices.turn();
     }
   };
-  try {
-    await Promise.all(Array.from({ length: SIDE_BY_SIDE }, go));
-  } finally {
-    workers.stop();
-  }
+  await Promise.all(Array.from({ length: AT_ONCE }, lane));
+  const layers: Matrix[] = [];
+  for (const [l, call] of calls.entries()) layers.push(await mix(trace, call, batch, sums[l]!));
   return layers;
-}
-
-type Workers = Crew<Parameters<typeof summed>, Float64Array>;
-
-/** The weights of all heads, summed: T × T. */
-async function total(trace: Trace, call: Call, batch: number, slices: Slices, workers: Workers): Promise<Float64Array> {
-  const { H, T, S } = call.extents;
-  const { fields } = call;
-  const each = Math.max(1, Math.floor(AT_ONCE / (T * S)));
-  const sum = new Float64Array(T * S);
-  const add = (other: ArrayLike<number>, from: number) => {
-    for (let i = 0; i < sum.length; i++) sum[i]! += other[from + i]!;
-  };
-  // Mostly a plain product of q and k, which workers can do; the rest is derived as any view has it.
-  const plain =
-    fields["weights"] === undefined &&
-    fields["scores"] === undefined &&
-    typeof call.scale === "number" &&
-    call.softcap === null &&
-    fields["bias"] === null &&
-    fields["sinks"] === null &&
-    maskHeads(trace, call) <= 1;
-  for (let head = 0; head < H; head += each) {
-    const end = Math.min(H, head + each);
-    if (fields["weights"] !== undefined) {
-      const data = await trace.heads(call, "weights", batch, [head, end]);
-      for (let h = head; h < end; h++) add(data, (h - head) * T * S);
-    } else if (plain) {
-      const reads = Array.from({ length: end - head }, (_, h) => kvHead(call, head + h));
-      const first = Math.min(...reads);
-      const [q, k, mask] = await Promise.all([
-        trace.heads(call, "q", batch, [head, end]),
-        trace.heads(call, "k", batch, [first, Math.max(...reads) + 1]),
-        trace.optional(call, "mask", batch, head),
-      ]);
-      const from = reads.map((g) => g - first);
-      add(await workers.run(q, k, mask?.data ?? null, from, T, S, call.scale as number), 0);
-    } else for (let h = head; h < end; h++) add((await trace.head(call, "weights", batch, h)).data, 0);
-    await slices.turn();
-  }
-  return sum;
 }
 
 function maskHeads(trace: Trace, call: Call): number {
@@ -121,10 +76,11 @@ async function touched(trace: Trace, call: Call, batch: number): Promise<[Uint8A
   return [queries, keys];
 }
 
-async function mix(trace: Trace, call: Call, batch: number, slices: Slices, workers: Workers): Promise<Matrix> {
+/** `sum`: the weights of all heads. */
+async function mix(trace: Trace, call: Call, batch: number, sum: Float64Array): Promise<Matrix> {
   const { T } = call.extents;
   const data = new Float32Array(T * T);
-  const [sum, seen] = await Promise.all([total(trace, call, batch, slices, workers), touched(trace, call, batch)]);
+  const seen = await touched(trace, call, batch);
   for (let i = 0; i < T; i++) {
     const row = sum.subarray(i * T, (i + 1) * T);
     const all = row.reduce((a, b) => a + b, 0);

@@ -112,7 +112,7 @@ export async function readSteps(
     trace.has(call, "v") ? trace.optional(call, "v", batch, head) : null,
     "bias" in call.fields ? trace.row(call, "bias", batch, head, query) : null,
     "output" in call.fields ? trace.row(call, "output", batch, head, query) : null,
-    trace.scale(call, batch, head, [query, query + 1]),
+    trace.scale(call, batch, head, [[query, query + 1]]),
   ]);
   const chosen = rowsOf(k, keys);
   const product = { ...chosen, data: chosen.data.map((x, i) => x * q!.data[i % chosen.cols]!) };

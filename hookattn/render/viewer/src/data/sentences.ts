@@ -4,7 +4,7 @@ import type { Call } from "./call";
 import { edited } from "./edits";
 import { guessed } from "./kinds";
 import { axesOf, type Axes, type Axis } from "./labels";
-import { ALL } from "./roles";
+import { ALL, rankOf } from "./roles";
 import type { Trace } from "./trace";
 
 /** `good`: what was verified; `doubt`: what a reader must know before trusting a picture; `wrong`: what is not so. */
@@ -15,20 +15,22 @@ export interface Said {
   text: string;
 }
 
-/** One head and several of them, by role; of another role its name is said. */
-const HEADS: Readonly<Record<string, [string, string]>> = {
-  induction: ["induction head", "induction heads"],
-  "duplicate token": ["duplicate-token head", "duplicate-token heads"],
-  "same word in the other sentence": ["head on the same word in the other sentence", "heads on the same word in the other sentence"],
-  "previous token": ["previous-token head", "previous-token heads"],
-  "next token": ["next-token head", "next-token heads"],
-  itself: ["head on the token itself", "heads on the token itself"],
-  neighbours: ["head on the neighbours", "heads on the neighbours"],
-  separators: ["head on separators", "heads on separators"],
-  "first token": ["first-token head", "first-token heads"],
-  "learned sink": ["head on a learned sink", "heads on a learned sink"],
-  uniform: ["uniform head", "uniform heads"],
+/** Roles that heads have on something; those of others stand before “head”. */
+const ON: Readonly<Record<string, string>> = {
+  "same word in the other sentence": "the same word in the other sentence",
+  itself: "the token itself",
+  neighbours: "the neighbours",
+  separators: "separators",
+  "learned sink": "a learned sink",
 };
+
+/** “3 previous-token heads”. */
+function headsOf(role: string, n: number): string {
+  const heads = n === 1 ? "head" : "heads";
+  const on = ON[role];
+  const words = on !== undefined ? `${heads} on ${on}` : `${role.replace(" ", "-")} ${heads}`;
+  return `${grouped(n)} ${ALL.includes(role) ? words : `${heads} of the role ${role}`}`;
+}
 
 /** Skipped sites, unfaithful and guessed calls that are named one by one; of more only the number is said. */
 const NAMED = 2;
@@ -92,8 +94,8 @@ function grouped(n: number): string {
   return n.toLocaleString("en");
 }
 
-function counted(n: number, one: string, many = `${one}s`): string {
-  return `${grouped(n)} ${n === 1 ? one : many}`;
+function counted(n: number, one: string): string {
+  return `${grouped(n)} ${one}${n === 1 ? "" : "s"}`;
 }
 
 /** What the heads of some calls do, each counted at its most telling role. */
@@ -106,12 +108,10 @@ function rolesIn(trace: Told, calls: readonly Call[], findings: Findings): Said[
     const [role] = head.roles;
     if (role !== undefined) by.set(role.role, [...(by.get(role.role) ?? []), { head, role }]);
   }
-  const place = (role: string) => (ALL.indexOf(role) + ALL.length + 1) % (ALL.length + 1);
   const parts = [...by]
-    .sort(([a], [b]) => place(a) - place(b))
+    .sort(([a], [b]) => rankOf(a) - rankOf(b))
     .map(([role, found], nth) => {
-      const words = HEADS[role] ?? [`head of the role ${role}`, `heads of the role ${role}`];
-      const text = counted(found.length, ...words);
+      const text = headsOf(role, found.length);
       if (nth > 0) return text;
       const best = found.reduce((a, b) => (b.role.score > a.role.score || Number.isNaN(a.role.score) ? b : a));
       const which = found.length > 1 ? "strongest " : "";
@@ -171,12 +171,15 @@ function placeOf({ site, step }: Call): string {
 
 /** “L1H2”, with its stack and kind where the trace has several, with its path where a layer has several or no number. */
 export function headName(trace: Pick<Trace, "calls">, call: Call, head: number): string {
+  return namesIn(trace, call) + (call.headNumbers[head] ?? head);
+}
+
+/** The same up to the number of the head. */
+export function namesIn(trace: Pick<Trace, "calls">, call: Call): string {
   const { site, step } = call;
-  const number = call.headNumbers[head] ?? head;
   const like = trace.calls.filter((c) => c.step === step && c.site.layer === site.layer && groupOf(c) === groupOf(call));
-  const short = site.layer === null || like.length > 1 ? `${site.path || "the model"} H${number}` : `L${site.layer}H${number}`;
   const several = new Set(trace.calls.map(groupOf)).size > 1;
-  return several ? `${groupOf(call)} ${short}` : short;
+  return (several ? `${groupOf(call)} ` : "") + (site.layer === null || like.length > 1 ? `${site.path || "the model"} H` : `L${site.layer}H`);
 }
 
 /** A head in a sentence: its name, its role, and what shows it, with a number that is of just that. */

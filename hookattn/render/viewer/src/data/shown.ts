@@ -1,6 +1,6 @@
 /** A head as views draw it: without the numbers of masked entries, which no softmax sees and which weigh nothing. */
 import type { Call } from "./call";
-import { at, type Matrix } from "./matrix";
+import { at, type Matrix, thereOf } from "./matrix";
 import type { Trace } from "./trace";
 
 export interface Shown {
@@ -52,11 +52,16 @@ export async function shownRow(
 /** A weight that is not 0 is shown though its entry is masked: an edit has set it, or the mask is not the kernel's. */
 function without(whole: Matrix, mask: Matrix | null, field: string): Shown {
   if (mask === null || !mask.data.includes(0 as never)) return { matrix: whole, whole, masks: false };
-  const data = whole.data instanceof Float64Array ? whole.data.slice() : Float32Array.from(whole.data);
+  const data = new (whole.data instanceof Float64Array ? Float64Array : Float32Array)(whole.data.length);
+  const end = thereOf(whole) * whole.cols;
+  data.set(whole.data.subarray(0, end));
   const all = field === "scores" || field === "mask";
-  for (let i = 0; i < data.length; i++) if (!mask.data[i] && (all || data[i] === 0)) data[i] = NaN;
+  for (let i = 0; i < end; i++) if (!mask.data[i] && (all || data[i] === 0)) data[i] = NaN;
   return { matrix: { ...whole, data }, whole, masks: true };
 }
+
+/** What is said of a row that is not read yet. */
+export const READING = "being read";
 
 /** Why an entry of what is presented has no number. */
 export function absence({ matrix, masks }: Shown, query: number, key: number): "masked" | "left out" {

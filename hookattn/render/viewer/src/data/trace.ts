@@ -1,11 +1,11 @@
 /** A trace as the views read it: its calls at once, its numbers one head at a time, when they are looked at. */
+import { work } from "../crew";
 import { FieldAbsent, NotCaptured, ViewerError } from "../errors";
 import { Lru } from "../lru";
-import { Slices } from "../slices";
 import type { Source } from "../source/source";
 import { type Call, kvHead, where } from "./call";
 import { describeCalls } from "./describe";
-import * as derive from "./derive";
+import { derived, type Terms } from "./derive";
 import { type Coding, type Entry, readHeader, type TraceDocument } from "./document";
 import { CODINGS, DTYPES, type Numbers, SQRT8_LESS, together } from "./dtypes";
 import { absent, OPTIONAL } from "./kinds";
@@ -16,13 +16,16 @@ const BROADCAST: ReadonlySet<string> = new Set(["mask", "bias", "scale"]);
 /** Bytes of decoded heads that are kept: a few of 4096 × 4096 float32. */
 const CACHE = 256 * 2 ** 20;
 
-/** Numbers in the first part of a large head: enough for the eye, and soon there. */
+/** Numbers in the first part of a large head: enough for the eye, and soon there; and of small heads that are read together. */
 const PART = 2 ** 20;
+/** Fields of which, sooner or later, all heads are wanted, each of them small. */
+const SMALL: ReadonlySet<string> = new Set(["q", "k"]);
+/** Products of numbers of q and k that one worker makes at once; and up to which it is done before a worker had it. */
+const [WORK, AT_ONCE] = [2 ** 26, 2 ** 18];
 
-/** Calls may share one stored tensor (a mask of all layers), which is read once, for each size it is expanded to. */
-function keyOf({ fields, index, extents: { T, S } }: Call, field: string, batch: number, kv: number): string {
-  const name = fields[field];
-  return name == null ? `${index} ${field} ${batch} ${kv}` : `${name} ${batch} ${kv} ${T} ${S}`;
+/** The head of what is stored that a query head reads. */
+function heldBy(call: Call, field: string, head: number): number {
+  return field === "k" || field === "v" ? kvHead(call, head) : head;
 }
 
 /** Queries from the first to before the last. */
@@ -36,6 +39,7 @@ export interface Tensor {
 export class Trace {
   readonly calls: Call[];
   private readonly cache = new Lru<Promise<Matrix>>(CACHE);
+  private readonly groups = new Lru<Promise<Numbers>>(CACHE / 8);
 
   private constructor(
     readonly source: Source,
@@ -67,18 +71,19 @@ export class Trace {
   /**
    * One head of a field, `head` counted among those stored: q T×D, k S×D, v S×E, output T×E, scores, weights, mask
    * and bias T×S.
-   * A large one that is stored calls `show` once with its first rows, the others NaN, while the rest is read.
+   * A large one calls `show` once with its first rows, while the rest is read or derived.
    * Throws NotCaptured; for a field that the call has none of (bias null), use `optional`.
    */
   head(call: Call, field: string, batch: number, head: number, show?: (part: Matrix) => void): Promise<Matrix> {
-    const kv = field === "k" || field === "v" ? kvHead(call, head) : head;
     const name = call.fields[field];
-    const key = keyOf(call, field, batch, kv);
+    const key = this.keyOf(call, field, batch, head);
     // The promise is cached, not the matrix: views that ask for a head while it is being read wait for one request. Its
     // weight counts once it is known, and a request that failed is forgotten, so that the next view tries again.
     let known = this.cache.get(key);
     if (known === undefined) {
-      known = name == null ? this.derive(call, field, batch, head) : this.stored(call, field, name, batch, kv, show);
+      known = name == null
+          ? this.derive(call, field, batch, head, [[0, call.extents.T]], show)
+          : this.stored(call, field, name, batch, heldBy(call, field, head), show);
       this.cache.set(key, known, 0);
       known.then(
         (matrix) => this.cache.set(key, known!, matrix.data.byteLength),
@@ -86,6 +91,16 @@ export class Trace {
       );
     }
     return known;
+  }
+
+  /**
+   * Calls and heads may share what is stored (a mask of all layers), which is read once, for each size it is expanded to.
+   */
+  private keyOf(call: Call, field: string, batch: number, head: number): string {
+    const { T, S } = call.extents;
+    const name = call.fields[field];
+    if (name == null) return `${call.index} ${field} ${batch} ${head}`;
+    return `${name} ${place(this.entry(name), batch, heldBy(call, field, head)).start} ${T} ${S}`;
   }
 
   /** As `head`, or null where the call has no such term. */
@@ -102,28 +117,22 @@ export class Trace {
     return this.rows(call, field, batch, head, [query, query + 1]);
   }
 
-  /** The same of the queries from the first to before the last. */
-  async rows(call: Call, field: string, batch: number, head: number, range: Range): Promise<Matrix | null> {
+  /** The same of the queries of some ranges, one after the other. */
+  async rows(call: Call, field: string, batch: number, head: number, ...ranges: Range[]): Promise<Matrix | null> {
     const name = call.fields[field];
     if (name === null) return null;
-    const known = this.cache.get(keyOf(call, field, batch, head));
-    if (known !== undefined) {
+    const [[first, end]] = ranges as [Range];
+    const all = ranges.length === 1 && first === 0 && end === call.extents.T;
+    const known = this.cache.get(this.keyOf(call, field, batch, head));
+    if (known !== undefined || all || (SMALL.has(field) && ranges.length > 1)) {
       // What was read, or is being read, is not read again.
-      const { cols, data } = await known;
-      return { rows: range[1] - range[0], cols, data: data.subarray(range[0] * cols, range[1] * cols) };
+      const whole = await this.head(call, field, batch, head);
+      const { cols, data } = whole;
+      return all ? whole : stacked(ranges.map(([a, b]) => ({ rows: b - a, cols, data: data.subarray(a * cols, b * cols) })));
     }
     return name === undefined
-      ? this.derive(call, field, batch, head, range)
-      : this.storedRows(call, field, name, batch, head, range);
-  }
-
-  /** The heads from the first to before the last of a field that is stored, one after the other, in one request. */
-  async heads(call: Call, field: string, batch: number, [first, end]: Range): Promise<Numbers> {
-    const name = call.fields[field];
-    if (name == null) throw this.lacks(field, call);
-    const entry = this.entry(name);
-    const { start, rows, cols } = place(entry, batch, first);
-    return this.numbers(name, entry, start, start + (end - first) * rows * cols);
+      ? this.derive(call, field, batch, head, ranges)
+      : stacked(await Promise.all(ranges.map((range) => this.storedRows(call, field, name, batch, head, range))));
   }
 
   /** The error for a field that is not here. */
@@ -176,8 +185,8 @@ export class Trace {
   }
 
   /** What q and k make of weights that are stored without it. */
-  private async follow(call: Call, field: string, batch: number, head: number, range?: Range): Promise<Matrix | null> {
-    return this.coding(call, field)?.kind === SQRT8_LESS ? this.derive(call, field, batch, head, range) : null;
+  private async follow(call: Call, field: string, batch: number, head: number, range: Range): Promise<Matrix | null> {
+    return this.coding(call, field)?.kind === SQRT8_LESS ? this.derive(call, field, batch, head, [range]) : null;
   }
 
   private async stored(
@@ -190,7 +199,8 @@ export class Trace {
   ): Promise<Matrix> {
     const entry = this.entry(name);
     const { start, rows, cols } = place(entry, batch, head);
-    const follow = (await this.follow(call, field, batch, head))?.data;
+    if (SMALL.has(field)) return { rows, cols, data: await this.together(name, entry, batch, head) };
+    const follow = (await this.follow(call, field, batch, head, [0, call.extents.T]))?.data;
     const read = (from: number, to: number) =>
       this.numbers(name, entry, start + from * cols, start + to * cols, follow?.subarray(from * cols, to * cols));
     const first = Math.ceil(PART / cols);
@@ -216,32 +226,94 @@ export class Trace {
     return BROADCAST.has(field) ? expand(stored, end - first, call.extents.S) : stored;
   }
 
-  /** All rows, or those of some queries. */
-  private async derive(call: Call, field: string, batch: number, head: number, range?: Range): Promise<Matrix> {
-    const part = (of: string) =>
-      range === undefined ? this.optional(call, of, batch, head) : this.rows(call, of, batch, head, range);
-    if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, call);
-    const slices = new Slices();
-    if (field === "weights") {
-      const [scores, mask, sinks] = await Promise.all([part("scores"), part("mask"), this.sinks(call, batch, head)]);
-      const own = range !== undefined && sinks !== null && sinks.length > 1 ? sinks.subarray(...range) : sinks;
-      return derive.weights(scores!, mask, own, slices);
+  /** One of several heads that are read in one request. */
+  private async together(name: string, entry: Entry, batch: number, head: number): Promise<Numbers> {
+    const { rows, cols } = place(entry, batch, head);
+    const heads = entry.shape.at(-3) ?? 1;
+    const first = head - (head % Math.max(1, Math.floor(PART / (rows * cols))));
+    const key = `${name} ${batch} from ${first}`;
+    let known = this.groups.get(key);
+    if (known === undefined) {
+      const end = Math.min(heads, first + Math.max(1, Math.floor(PART / (rows * cols))));
+      const { start } = place(entry, batch, first);
+      known = this.numbers(name, entry, start, start + (end - first) * rows * cols);
+      this.groups.set(key, known, (end - first) * rows * cols * 4);
+      known.catch(() => this.groups.delete(key));
     }
-    const [q, k, bias, scale] = await Promise.all([
-      part("q"),
-      this.head(call, "k", batch, head),
-      part("bias"),
-      this.scale(call, batch, head, range),
-    ]);
-    return derive.scores({ q: q!, k, scale, softcap: call.softcap, bias }, slices);
+    const at = place(entry, batch, head).start - place(entry, batch, first).start;
+    return (await known).subarray(at, at + rows * cols);
   }
 
-  /** The kernel's factor on q·kᵀ, for one head: a number, or T×S, of some queries their rows. */
-  async scale(call: Call, batch: number, head: number, range?: Range): Promise<number | Matrix> {
+  /** The rows of some queries, one range after the other; of many the first are shown while the rest is made. */
+  private async derive(
+    call: Call,
+    field: string,
+    batch: number,
+    head: number,
+    ranges: readonly Range[],
+    show?: (part: Matrix) => void,
+  ): Promise<Matrix> {
+    if (!this.has(call, field) || call.fields[field] === null) throw this.lacks(field, call);
+    const soft = field === "weights";
+    const stored = soft && call.fields["scores"] != null;
+    const part = async (of: string) => (await this.rows(call, of, batch, head, ...ranges))?.data ?? null;
+    const [scores, q, k, bias, mask, sinks, scale] = await Promise.all([
+      stored ? part("scores") : null,
+      stored ? null : part("q"),
+      stored ? null : this.head(call, "k", batch, head),
+      stored ? null : part("bias"),
+      soft ? part("mask") : null,
+      soft ? this.sinks(call, batch, head) : null,
+      stored ? 1 : this.scale(call, batch, head, ranges),
+    ]);
+    const keys = call.extents.S;
+    const rows = ranges.reduce((n, [first, end]) => n + end - first, 0);
+    const own = sinks === null || sinks.length === 1 ? sinks : cut(sinks, ranges);
+    const terms = (from: number, to: number): Terms => {
+      const some = (of: Numbers | null, cols = keys) => of && of.subarray(from * cols, to * cols);
+      return {
+        rows: to - from,
+        keys,
+        field: soft ? "weights" : "scores",
+        of: stored ? { scores: some(scores)! } : { q: some(q, k!.cols)!, k: k!.data },
+        scale: typeof scale === "number" ? scale : some(scale.data)!,
+        softcap: call.softcap,
+        bias: some(bias),
+        mask: some(mask),
+        sinks: own === null || own.length === 1 ? own : own.subarray(from, to),
+      };
+    };
+    const each = keys * (stored ? 1 : k!.cols);
+    // Sending a little of it would take longer than making it.
+    if (rows * each <= AT_ONCE) return { rows, cols: keys, data: derived(terms(0, rows)) };
+    const step = Math.max(2, 2 * Math.floor(WORK / each / 2));
+    const whole = { rows, cols: keys, data: new ((q ?? scores) instanceof Float64Array ? Float64Array : Float32Array)(rows * keys) };
+    const blocks: { to: number; made: Promise<Numbers> }[] = [];
+    // What is asked for last is done first (crew.ts).
+    for (let from = step * (Math.ceil(rows / step) - 1); from >= 0; from -= step) {
+      const to = Math.min(rows, from + step);
+      blocks.unshift({ to, made: work("derived", terms(from, to)) });
+    }
+    const first = PART / keys;
+    let shown = rows < 2 * first;
+    let from = 0;
+    for (const { to, made } of blocks) {
+      whole.data.set(await made, from * keys);
+      from = to;
+      if (shown || show === undefined || to < first) continue;
+      shown = true;
+      const some = new (whole.data.constructor as Float64ArrayConstructor)(rows * keys);
+      some.set(whole.data.subarray(0, to * keys));
+      show({ ...whole, data: some, there: to });
+    }
+    return whole;
+  }
+
+  /** The kernel's factor on q·kᵀ, for one head: a number, or the rows of some queries. */
+  async scale(call: Call, batch: number, head: number, ranges: readonly Range[]): Promise<number | Matrix> {
     if (typeof call.scale === "number") return call.scale;
-    return range === undefined
-      ? this.stored(call, "scale", call.scale.tensor, batch, head)
-      : this.storedRows(call, "scale", call.scale.tensor, batch, head, range);
+    const { tensor } = call.scale;
+    return stacked(await Promise.all(ranges.map((range) => this.storedRows(call, "scale", tensor, batch, head, range))));
   }
 }
 
@@ -258,14 +330,31 @@ async function inParts(
   rest.catch(() => undefined);
   const head = await top;
   const data = new (head.constructor as Float64ArrayConstructor)(rows * cols);
-  if (!(data instanceof Uint8Array)) data.fill(NaN);
   data.set(head);
-  show({ rows, cols, data });
+  show({ rows, cols, data, there: first });
   const tail = await rest;
   // The first part may still be being pooled for the screen: what it reads is not to change meanwhile.
   const whole = data.slice();
   whole.set(tail, first * cols);
   return whole;
+}
+
+/** Rows of several ranges as one matrix. */
+function stacked(parts: readonly Matrix[]): Matrix {
+  const [first] = parts as [Matrix];
+  if (parts.length === 1) return first;
+  const rows = parts.reduce((n, part) => n + part.rows, 0);
+  const data = new (first.data.constructor as Float64ArrayConstructor)(rows * first.cols);
+  let at = 0;
+  for (const part of parts) {
+    data.set(part.data, at);
+    at += part.data.length;
+  }
+  return { rows, cols: first.cols, data };
+}
+
+function cut(data: Numbers, ranges: readonly Range[]): Numbers {
+  return stacked(ranges.map(([first, end]) => ({ rows: end - first, cols: 1, data: data.subarray(first, end) }))).data;
 }
 
 /** Where a head begins among the elements of a tensor, and its rows and columns. */

@@ -149,7 +149,6 @@ function Heads({ app }: { app: App }) {
         })}
         {call.headNumbers.length > 1 && (
           <button
-            type="button"
             class="all"
             onClick={() => app.set({ heads: all ? [one] : [...call.headNumbers.filter((h) => h !== one), one] })}
           >

@@ -49,7 +49,7 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
       <div class="told">
         {stale ? "Comparing …" : "How far apart the weights are"}
         {few && (
-          <button type="button" onClick={() => setAll(true)}>
+          <button onClick={() => setAll(true)}>
             all heads
           </button>
         )}
@@ -61,7 +61,7 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
             <tr>
               {COLUMNS.map(([id, text, title]) => (
                 <th key={id} scope="col" aria-sort={order !== id ? "none" : id === "place" ? "ascending" : "descending"}>
-                  <button type="button" class="plain" title={title} onClick={() => setOrder(id)}>
+                  <button class="plain" title={title} onClick={() => setOrder(id)}>
                     {text} {order === id ? (id === "place" ? "↑" : "↓") : ""}
                   </button>
                 </th>
@@ -75,7 +75,6 @@ export function Distances({ app, other }: { app: App; other: Trace }) {
                 <tr key={`${call.index} ${row.head}`} aria-current={call === shown && row.head === head}>
                   <td>
                     <button
-                      type="button"
                       class="plain"
                       aria-label={`${call.site.layer ?? call.site.path}.${row.head}: layer ${call.site.layer ?? call.site.path}, head ${row.head}`}
                       onClick={() => app.set({ ...placeOf(app.trace, call), heads: [row.head] })}

@@ -1,4 +1,4 @@
-/** What a view has drawn, as one SVG or PNG: its <svg>s, its <canvas>es and its labels, where they are. */
+/** What a view has drawn, as one SVG or PNG: its <svg>s, its <canvas>es, its labels and sentences, where they are. */
 const INHERITED = [
   "fill",
   "fill-opacity",
@@ -28,16 +28,16 @@ export function toSvg(figure: HTMLElement, title: readonly string[]): string {
   const [left, top] = [frame.left - figure.scrollLeft, frame.top - figure.scrollTop];
   const parts: Element[] = [];
   let [width, height] = [0, 0];
-  for (const element of figure.querySelectorAll<HTMLElement | SVGSVGElement>("svg, canvas, .label")) {
+  for (const element of figure.querySelectorAll<HTMLElement | SVGSVGElement>("svg, canvas, .label, .sentence")) {
     const box = element.getBoundingClientRect();
     if (box.width === 0 || box.height === 0 || element.closest(".notice, .tip")) continue;
     const [x, y] = [box.left - left, box.top - top];
     parts.push(
-      element instanceof HTMLCanvasElement
-        ? picture(element, x, y, box)
+      ...(element instanceof HTMLCanvasElement
+        ? [picture(element, x, y, box)]
         : element instanceof SVGSVGElement
-          ? drawing(element, x, y, box)
-          : words(element, x, y, box),
+          ? [drawing(element, x, y, box)]
+          : words(element, x, y, box)),
     );
     width = Math.max(width, x + box.width);
     height = Math.max(height, y + box.height);
@@ -64,7 +64,7 @@ export function toSvg(figure: HTMLElement, title: readonly string[]): string {
   return new XMLSerializer().serializeToString(root);
 }
 
-function wrapped(parts: readonly string[], width: number, font: string): string[] {
+function wrapped(parts: readonly string[], width: number, font: string, between = " · "): string[] {
   const measure = document.createElement("canvas").getContext("2d")!;
   measure.font = font;
   const fits = (text: string) => measure.measureText(text).width <= width;
@@ -73,7 +73,7 @@ function wrapped(parts: readonly string[], width: number, font: string): string[
     // A name may be longer than the picture is wide.
     let kept = part;
     while (kept.length > 2 && !fits(kept)) kept = `${kept.slice(0, -2)}…`;
-    const joined = lines.length === 0 ? kept : `${lines.at(-1)} · ${kept}`;
+    const joined = lines.length === 0 ? kept : lines.at(-1)! + between + kept;
     if (lines.length > 0 && fits(joined)) lines[lines.length - 1] = joined;
     else lines.push(kept);
   }
@@ -137,16 +137,22 @@ function drawing(svg: SVGSVGElement, x: number, y: number, { width, height }: DO
   return copy;
 }
 
-function words(element: HTMLElement, x: number, y: number, { height }: DOMRect): Element {
+/** Text in the lines that its width takes. */
+function words(element: HTMLElement, x: number, y: number, { width, height }: DOMRect): Element[] {
   const style = getComputedStyle(element);
-  const text = make("text", {
-    x,
-    y: y + height / 2,
-    "dominant-baseline": "central",
-    fill: style.color,
-    "font-family": style.fontFamily,
-    "font-size": style.fontSize,
+  const font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+  const all = element.textContent.trim();
+  const lines = element.matches(".sentence") ? wrapped(all.split(/\s+/), width, font, " ") : [all];
+  return lines.map((line, i) => {
+    const text = make("text", {
+      x,
+      y: y + ((i + 0.5) * height) / lines.length,
+      "dominant-baseline": "central",
+      fill: style.color,
+      "font-family": style.fontFamily,
+      "font-size": style.fontSize,
+    });
+    text.textContent = line;
+    return text;
   });
-  text.textContent = element.textContent;
-  return text;
 }

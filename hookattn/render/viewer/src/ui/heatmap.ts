@@ -1,6 +1,7 @@
 /** Painting the part of a pyramid that is in view onto a canvas. */
 import { type Domain, paint, type Ramp } from "../colours";
 import type { Frame } from "../data/frame";
+import { thereOf } from "../data/matrix";
 import type { Pyramid } from "../data/pool";
 import { hatching } from "./hatch";
 
@@ -10,7 +11,7 @@ export function levelFor(pyramid: Pyramid, [, , keys, queries]: Frame, width: nu
   return Math.min(fine, pyramid.length - 1);
 }
 
-/** Draw into `canvas`, whose width and height are device pixels, `ratio` to one of the page; NaN is hatched. */
+/** Draw into `canvas`, whose width and height are device pixels, `ratio` to one of the page; NaN is hatched, what is not read yet blank. */
 export function draw(
   canvas: HTMLCanvasElement,
   pyramid: Pyramid,
@@ -26,10 +27,11 @@ export function draw(
   const [left, top] = [Math.floor(k / size), Math.floor(q / size)];
   const wide = Math.min(cols, Math.ceil((k + keys) / size)) - left;
   const high = Math.min(rows, Math.ceil((q + queries) / size)) - top;
+  const there = thereOf(pyramid[level]!) - top;
   const small = new OffscreenCanvas(wide, high);
   const image = new ImageData(wide, high);
   const pixels = new Uint32Array(image.data.buffer);
-  for (let y = 0; y < high; y++) {
+  for (let y = 0; y < Math.min(high, there); y++) {
     const from = (top + y) * cols + left;
     paint(data.subarray(from, from + wide), pixels.subarray(y * wide, (y + 1) * wide), domain, ramp);
   }
@@ -41,4 +43,8 @@ export function draw(
   context.fillRect(0, 0, canvas.width, canvas.height);
   const [x, y] = [canvas.width / keys, canvas.height / queries];
   context.drawImage(small, (left * size - k) * x, (top * size - q) * y, wide * size * x, high * size * y);
+  if (there < high) {
+    const read = Math.max(0, (top + there) * size - q) * y;
+    context.clearRect(0, read, canvas.width, canvas.height - read);
+  }
 }

@@ -195,13 +195,13 @@ export function ZoomButtons({
   const zoom = (factor: number) => setFrame(zoomed(frame, cols, rows, factor));
   return (
     <>
-      <button type="button" aria-label="Closer" onClick={() => zoom(2)}>
+      <button aria-label="Closer" onClick={() => zoom(2)}>
         +
       </button>
-      <button type="button" aria-label="Further away" onClick={() => zoom(0.5)}>
+      <button aria-label="Further away" onClick={() => zoom(0.5)}>
         −
       </button>
-      <button type="button" onClick={() => setFrame(null)} disabled={frame === null}>
+      <button onClick={() => setFrame(null)} disabled={frame === null}>
         All
       </button>
     </>

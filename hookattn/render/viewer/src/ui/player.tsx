@@ -37,7 +37,7 @@ export function Player({ app }: { app: App }) {
           app.set(toStep(app, s));
         }}
       />
-      <button type="button" aria-label={said} title={`${said} (p)`} onClick={() => play(app)}>
+      <button aria-label={said} title={`${said} (p)`} onClick={() => play(app)}>
         <svg width={12} height={12} viewBox="0 0 12 12" fill="currentColor" aria-hidden="true">
           {playing ? <path d="M2 1h3v10h-3zM7 1h3v10h-3z" /> : <path d="M2 0.5v11l9-5.5z" />}
         </svg>

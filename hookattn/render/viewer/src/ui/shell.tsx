@@ -54,7 +54,6 @@ export function Shell({ app, views }: { app: App; views: readonly View[] }) {
         {model.class && <span class="quiet">{model.class}</span>}
         <span class="quiet">{where(call)}</span>
         <button
-          type="button"
           class="plain"
           title="The certificates of all calls"
           onClick={() => app.set({ view: "certificates" })}
@@ -126,23 +125,21 @@ function Foot({ app, view, figure, help }: { app: App; view: View; figure(): HTM
   return (
     <div class="foot">
       <button
-        type="button"
         onClick={act(async () => download(new Blob([toSvg(figure(), title())], { type: "image/svg+xml" }), named("svg")))}
       >
         SVG
       </button>
-      <button type="button" onClick={act(async () => download(await toPng(figure(), title()), named("png")))}>
+      <button onClick={act(async () => download(await toPng(figure(), title()), named("png")))}>
         PNG
       </button>
       {app.options.link && (
         <button
-          type="button"
           onClick={act(async () => copy(`${location.href.replace(/#.*$/, "")}#${encode(app.state.value)}`))}
         >
           Copy link
         </button>
       )}
-      <button type="button" onClick={help}>
+      <button onClick={help}>
         Keys <kbd>?</kbd>
       </button>
       <span class="quiet" role="status">

@@ -94,7 +94,6 @@ function Row({ app, call, here }: { app: App; call: Call; here: boolean }) {
     <tr aria-current={here}>
       <th scope="row">
         <button
-          type="button"
           class="label"
           title="Show this call"
           onClick={() => app.set({ ...placeOf(app.trace, call), query: null, key: null, zoom: null })}

@@ -241,7 +241,7 @@ function Alone({ app, other }: { app: App; other: Trace }) {
       B, {other.source.name}, has nothing to compare with {where(call)}. It has {other.calls.length} calls in{" "}
       {steps === 1 ? "one step" : `${steps} steps`}: {known.join(", ")} attention.{" "}
       {both !== undefined && (
-        <button type="button" onClick={() => app.set({ ...placeOf(app.trace, both), query: null, key: null, zoom: null })}>
+        <button onClick={() => app.set({ ...placeOf(app.trace, both), query: null, key: null, zoom: null })}>
           Show {where(both)}, which both have
         </button>
       )}

@@ -32,7 +32,7 @@ function Flow({ app }: { app: App }) {
     <Notice>
       {why}{" "}
       {other !== null && (
-        <button type="button" onClick={() => app.set(toStep(app, other))}>
+        <button onClick={() => app.set(toStep(app, other))}>
           Show step {stepName(app, other)}
         </button>
       )}
@@ -56,7 +56,8 @@ function Layers({ app, calls }: { app: App; calls: readonly Call[] }) {
   const { value: graph, error } = useLoaded<Graph>(
     async (signal) => {
       const slices = new Slices(10, signal);
-      const layers = await mixing(app.trace, calls, batch, slices);
+      app.reading.value++;
+      const layers = await mixing(app.trace, calls, batch, slices).finally(() => app.reading.value--);
       const axes = axesOf(app.trace, calls[0]!, batch);
       return { calls, axes, layers, behind: await strongest(layers, BEHIND, LEAST, slices) };
     },

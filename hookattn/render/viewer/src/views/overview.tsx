@@ -2,6 +2,7 @@
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, current } from "../app";
 import { atlasOf } from "../data/atlas";
+import { fromTwins } from "../data/pairs";
 import { ofPatches } from "../data/patches";
 import { generation } from "../data/sheet";
 import { placeOf, type Side } from "../state";
@@ -22,7 +23,9 @@ const GAP = 28;
 
 function Overview({ app }: { app: App }) {
   const state = app.state.value;
-  const findings = app.findings.value;
+  const other = state.side === "b" ? app.other : null;
+  const findings = other === null ? app.findings.value : app.otherFindings.value;
+  const seen = useMemo(() => (other === null ? findings : fromTwins(app.trace, other, findings)), [app, other, findings]);
   const { call } = current(app);
   const [ref, room] = useWidth();
   useLead(app);
@@ -54,7 +57,7 @@ function Overview({ app }: { app: App }) {
     <div ref={ref} class={`overview ${layout}`}>
       <div class="said" ref={said}>
         <p class="sentence" data-summary>
-          {headline(app.trace, findings, state.step).map(({ tone, text }) => (
+          {headline(other ?? app.trace, findings, state.step).map(({ tone, text }) => (
             <span key={text} class={tone}>
               {text}{" "}
             </span>
@@ -79,7 +82,7 @@ function Overview({ app }: { app: App }) {
         <>
           <Atlas
             app={app}
-            findings={findings}
+            findings={seen}
             groups={groups}
             here={here}
             room={atlas!}
@@ -113,13 +116,14 @@ function Overview({ app }: { app: App }) {
   );
 }
 
-/** How long, in milliseconds, another head has to be the most striking before the page goes on to it. */
+/** How long, in milliseconds, another head has to be the most striking, while others are measured, before the page goes on to it. */
 const PATIENCE = 600;
 
 /** Until the reader chooses, the most striking head is shown: the first at once, and what is found after it in time. */
 function useLead(app: App): void {
   const led = useRef(false);
-  const { striking, heads } = app.findings.value;
+  const { striking, heads, done, total } = app.findings.value;
+  const all = done >= total;
   const chosen = app.chosen.value;
   useEffect(() => {
     const call = striking === null ? undefined : app.trace.calls[striking.call];
@@ -128,11 +132,11 @@ function useLead(app: App): void {
     const head = call.headNumbers[striking.head]!;
     const wait = setTimeout(
       () => app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) }),
-      led.current ? PATIENCE : 0,
+      led.current && !all ? PATIENCE : 0,
     );
     led.current = true;
     return () => clearTimeout(wait);
-  }, [app, chosen, striking?.call, striking?.head]);
+  }, [app, chosen, striking?.call, striking?.head, all]);
 }
 
 export const overview: View = {

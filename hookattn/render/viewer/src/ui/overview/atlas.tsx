@@ -2,10 +2,11 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type App, focus, stored } from "../../app";
 import { domain, ramp } from "../../colours";
-import { type AtlasGroup, type AtlasRow, headName } from "../../data/atlas";
+import type { AtlasGroup, AtlasRow } from "../../data/atlas";
 import type { Call } from "../../data/call";
 import { whole } from "../../data/frame";
 import { weightsOf } from "../../data/kinds";
+import { twinOf } from "../../data/pairs";
 import { hue, inOrder, roleOf } from "../../data/rolewords";
 import { thumbnail } from "../../data/thumbnail";
 import type { Findings, HeadFound } from "../../findings";
@@ -254,10 +255,14 @@ function neighbour({ cells }: Layout, from: Cell, x: number, y: number): Cell {
   return ahead.reduce((best, c) => (best === from || far(c) < far(best) ? c : best), from);
 }
 
-function told({ call, head }: Cell, found: HeadFound | null, findings: Findings, apart: Apart | null): string {
-  const name = headName(call, head);
+function nameOf({ row, head }: Cell): string {
+  return row.heads + head;
+}
+
+function told(cell: Cell, found: HeadFound | null, findings: Findings, apart: Apart | null): string {
+  const name = nameOf(cell);
   if (apart !== null) {
-    const value = apart.values.get(`${call.index} ${head}`);
+    const value = apart.values.get(`${cell.call.index} ${cell.head}`);
     return value === undefined ? `${name}: not compared` : `${name}: apart by ${value.toFixed(2)}`;
   }
   if (found === null) return `${name}: ${findings.missing === null ? "not measured yet" : "not measured"}`;
@@ -314,7 +319,7 @@ function Square(props: {
         data-pending={pending}
         tabindex={chosen ? 0 : -1}
         aria-selected={selected}
-        aria-label={`${headName(cell.call, cell.head)}: ${said || (pending ? "not measured" : "no clear role")}`}
+        aria-label={`${nameOf(cell)}: ${said || (pending ? "not measured" : "no clear role")}`}
       />
     </g>
   );
@@ -375,7 +380,8 @@ function Roles({ app, findings, groups }: { app: App; findings: Findings; groups
 /** The heads as small pictures, all on one canvas under the squares. */
 function Pictures({ app, layout, lines }: { app: App; layout: Layout; lines: boolean }) {
   const canvas = useRef<HTMLCanvasElement>(null);
-  const { batch, field: asked, sink, filter, scale } = app.state.value;
+  const { batch, side, field: asked, sink, filter, scale } = app.state.value;
+  const other = side === "b" ? app.other : null;
   const dark = app.dark.value;
   const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
   useEffect(() => {
@@ -385,18 +391,21 @@ function Pictures({ app, layout, lines }: { app: App; layout: Layout; lines: boo
     [element.width, element.height] = [Math.round(width * ratio), Math.round(height * ratio)];
     const context = element.getContext("2d")!;
     const ink = getComputedStyle(element).color;
-    const side = Math.max(1, Math.round((size - 4) * ratio));
+    const wide = Math.max(1, Math.round((size - 4) * ratio));
     const small = document.createElement("canvas");
-    [small.width, small.height] = [side, side];
+    [small.width, small.height] = [wide, wide];
     const one = async (cell: Cell) => {
-      const { call, head } = cell;
+      const { head } = cell;
+      const call = other === null ? cell.call : twinOf(app.trace, other, cell.call);
+      if (call === null || !call.headNumbers.includes(head)) return;
+      const trace = other ?? app.trace;
       const field = weightsOf(call, asked);
-      if (!app.trace.has(call, field)) return;
+      if (!trace.has(call, field)) return;
       const place = Math.min(batch, call.extents.B - 1);
-      const made = await thumbnail(app.trace, call, field, place, stored(call, head), sink, filter, 96, stop.signal);
+      const made = await thumbnail(trace, call, field, place, stored(call, head), sink, filter, 96, stop.signal);
       if (stop.signal.aborted) return;
-      const box = { x: Math.round((cell.x + 2) * ratio), y: Math.round((cell.y + 2) * ratio), width: side, height: side };
-      context.clearRect(box.x, box.y, side, side);
+      const box = { x: Math.round((cell.x + 2) * ratio), y: Math.round((cell.y + 2) * ratio), width: wide, height: wide };
+      context.clearRect(box.x, box.y, wide, wide);
       if (lines) return drawLines(context, made, ink, box);
       const d = domain(field, scale, ...made.extent, made.end);
       draw(small, [made.matrix], whole(made.matrix.cols, made.matrix.rows), d, ramp(d.kind, dark));
@@ -405,7 +414,7 @@ function Pictures({ app, layout, lines }: { app: App; layout: Layout; lines: boo
     // What cannot be read is an empty square; the chosen head says why.
     for (const cell of cells) one(cell).catch(() => undefined);
     return () => stop.abort();
-  }, [app, layout, lines, batch, asked, sink, filter, scale, dark, ratio]);
+  }, [app, layout, lines, batch, other, asked, sink, filter, scale, dark, ratio]);
   return (
     <canvas
       ref={canvas}

@@ -3,10 +3,11 @@ import { computed } from "@preact/signals";
 import { useMemo, useState } from "preact/hooks";
 import { type App, stored } from "../../app";
 import { type Domain, domain, ramp } from "../../colours";
-import { at } from "../../data/matrix";
+import { at, thereOf } from "../../data/matrix";
 import { nameOver } from "../../data/over";
 import { ofPatches, patches, place as patchName } from "../../data/patches";
 import { hue, roleOf } from "../../data/rolewords";
+import { READING } from "../../data/shown";
 import { headName, pairSentence } from "../../data/sentences";
 import { number } from "../../format";
 import { useFrame } from "../frame";
@@ -20,9 +21,9 @@ import { two } from "./numbers";
 import type { Scene } from "./scene";
 
 export function ChosenHead({ app, scene, room, most }: { app: App; scene: Scene; room: number; most: number }) {
-  const { call, head, error, numbers } = scene;
+  const { call, head, error, numbers, reading } = scene;
   return (
-    <div class="chosen">
+    <div class="chosen" aria-busy={reading}>
       <div class="heading">
         <h2>The chosen head</h2>
       </div>
@@ -53,7 +54,10 @@ function Sentence({ app, scene }: { app: App; scene: Scene }) {
   const roles = alone ? (found?.roles ?? []) : [];
   const shown = alone ? (roleOf(found, app.state.value.role) ?? roles[0] ?? null) : null;
   const keys = ofPatches(call, app.options) ? patches(call.extents.S, app.options.images) : null;
-  const value = numbers === null || row === null || column === null ? null : at(numbers.matrix, row, column);
+  const value =
+    numbers === null || row === null || column === null || row >= thereOf(numbers.matrix)
+      ? null
+      : at(numbers.matrix, row, column);
   const pair = () => {
     if (row === null || column === null || value === null) return "";
     const [from, to] =
@@ -127,10 +131,11 @@ function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: num
         label={`${field} of ${headName(scene.trace, call, stored(call, head))}, queries down, keys across`}
         told={(query, key) => {
           const value = at(matrix, query, key);
+          const none = query >= thereOf(matrix) ? READING : masked ? "masked" : "left out";
           return [
             `query ${name(sheet.axes.queries, query)}`,
             `key ${name(sheet.axes.keys, key)}`,
-            `${of === null ? field : "B − A"} ${Number.isNaN(value) ? (masked ? "masked" : "left out") : number(value)}`,
+            `${of === null ? field : "B − A"} ${query >= thereOf(matrix) || Number.isNaN(value) ? none : number(value)}`,
           ].join("\n");
         }}
       />

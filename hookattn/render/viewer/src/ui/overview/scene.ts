@@ -4,7 +4,7 @@ import { type App, current, focus, stored } from "../../app";
 import type { Call } from "../../data/call";
 import { weightsOf } from "../../data/kinds";
 import { axesOf } from "../../data/labels";
-import type { Matrix } from "../../data/matrix";
+import { type Matrix, thereOf } from "../../data/matrix";
 import { difference, misfit, twinOf } from "../../data/pairs";
 import { type Pyramid, pooling, pyramid } from "../../data/pool";
 import { firstOf, presented } from "../../data/presented";
@@ -48,11 +48,16 @@ export interface Scene {
   readonly numbers: Numbers | null;
   /** What cannot be shown, and why. */
   readonly error: string | null;
+  /** Whether the numbers are not yet all that is asked for. */
+  readonly reading: boolean;
   /** What is told of: locked by the reader, else the pair that shows the head best. */
   readonly row: number | null;
   readonly column: number | null;
   pick(row: number | null, column: number | null): void;
 }
+
+/** Numbers of a head that takes a second. */
+const LARGE = 2 ** 22;
 
 export function useScene(app: App, findings: Findings): Scene {
   const state = app.state.value;
@@ -66,9 +71,13 @@ export function useScene(app: App, findings: Findings): Scene {
   const begun = useMemo(() => generation(trace, call)[0]!, [trace, call]);
   const sheet = useMemo(() => sheetOf(trace, begun, Math.min(batch, begun.extents.B - 1), [head]), [trace, begun, batch, head]);
   const missing = whyNot(app, trace, call, head, side, twin, field);
-  const { value, error } = useLoaded(
+  // A large head that nobody has chosen is not read only to be left for the one that is found to be striking.
+  const { T, S } = own.extents;
+  const { done, total, striking } = findings;
+  const wait = !app.chosen.value && T * S > LARGE && findings.missing === null && striking === null && (done < total || total === 0);
+  const { value, error, stale } = useLoaded(
     async (signal, show: (made: Read | null) => void): Promise<Read | null> => {
-      if (missing !== null) return null;
+      if (missing !== null || wait) return null;
       const slices = new Slices(10, signal);
       const here = (of: Call) => Math.min(batch, of.extents.B - 1);
       const make = async ({ matrix: read, masks }: Shown, of: Numbers["of"] = null): Promise<Read> => {
@@ -90,11 +99,11 @@ export function useScene(app: App, findings: Findings): Scene {
       const apart = difference(one, two, true);
       return make({ matrix: apart, whole: apart, masks: a.masks || b.masks }, [one, two]);
     },
-    [app, sheet, side, twin, missing, field, batch, state.heads.join(), over, sink, filter],
+    [app, sheet, side, twin, missing, wait, field, batch, state.heads.join(), over, sink, filter],
   );
   // While another head is read, the one before is not shown under its name.
   const numbers = value !== null && value.sheet === sheet ? value.numbers : null;
-  const found = side === "b" ? null : foundOf(findings, sheet, call, head);
+  const found = foundOf(findings, sheet, call, head);
   const [row, column] = useMemo(
     () => pairOf(app, sheet, call, found, numbers?.matrix ?? null),
     [app, findings, sheet, call, found, numbers, state.query, state.key, state.role, batch],
@@ -110,6 +119,7 @@ export function useScene(app: App, findings: Findings): Scene {
     found,
     numbers,
     error: missing ?? error,
+    reading: stale,
     row,
     column,
     pick(row, column) {
@@ -178,7 +188,9 @@ function pairOf(
   return matrix === null ? [null, null] : telling(matrix);
 }
 
-function strongestOf({ cols, data }: Matrix, row: number): number {
+function strongestOf(matrix: Matrix, row: number): number | null {
+  if (row >= thereOf(matrix)) return null;
+  const { cols, data } = matrix;
   let best = 0;
   for (let s = 0; s < cols; s++) {
     const [x, y] = [data[row * cols + s]!, data[row * cols + best]!];
@@ -199,9 +211,18 @@ function strongestIn({ rows, cols, data }: Matrix, column: number): number {
 /** Keys that a row needs for its strongest to say something. */
 const ENOUGH = 4;
 
+const told = new WeakMap<Matrix, [number, number | null]>();
+
 /** The strongest pair, but for the first key, where attention rests, and rows that have hardly a choice. */
-function telling(matrix: Matrix): [number, number] {
-  const { rows, cols, data } = matrix;
+function telling(matrix: Matrix): [number, number | null] {
+  let known = told.get(matrix);
+  if (known === undefined) told.set(matrix, (known = mostTelling(matrix)));
+  return known;
+}
+
+function mostTelling(matrix: Matrix): [number, number | null] {
+  const { cols, data } = matrix;
+  const rows = thereOf(matrix);
   let best = -1;
   for (let t = Math.min(ENOUGH, rows - 1); t < rows; t++)
     for (let s = Math.min(1, cols - 1); s < cols; s++) {

@@ -91,7 +91,6 @@ function Token(props: Room & { call: Call; query: number; asked: number | null }
             {ready.bars.map((bar) => (
               <li key={bar.key}>
                 <button
-                  type="button"
                   aria-pressed={bar.key === key}
                   title={names.key(bar.key)}
                   onClick={() => scene.pick(scene.row, columnOf(sheet, call, bar.key))}
