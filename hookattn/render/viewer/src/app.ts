@@ -30,6 +30,8 @@ export interface App {
   readonly otherFindings: Signal<Findings>;
   /** Whether the reader has chosen what is looked at; until then it follows what is found. */
   readonly chosen: Signal<boolean>;
+  /** Whether it has followed what is found. */
+  readonly led: Signal<boolean>;
   /** Views that are reading all heads of many layers: measuring waits, and finds them read. */
   readonly reading: Signal<number>;
   /** Whether the steps are being played, one after the other. */
@@ -73,6 +75,7 @@ export async function open(
     findings: signal(nothing({ trace, options })),
     otherFindings: signal(nothing({ trace: other ?? trace, options: {} })),
     chosen: signal(LOOKED_AT.some((part) => options.state?.[part] !== undefined)),
+    led: signal(false),
     reading: signal(0),
     playing: signal(false),
     set: (patch) => change(patch, false),

@@ -287,6 +287,7 @@ export class Trace {
     // Sending a little of it would take longer than making it.
     if (rows * each <= AT_ONCE) return { rows, cols: keys, data: derived(terms(0, rows)) };
     const step = Math.max(2, 2 * Math.floor(WORK / each / 2));
+    if (rows <= step) return { rows, cols: keys, data: await work("derived", terms(0, rows)) };
     const whole = { rows, cols: keys, data: new ((q ?? scores) instanceof Float64Array ? Float64Array : Float32Array)(rows * keys) };
     const blocks: { to: number; made: Promise<Numbers> }[] = [];
     // What is asked for last is done first (crew.ts).

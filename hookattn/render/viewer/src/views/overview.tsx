@@ -12,7 +12,7 @@ import { useApart } from "../ui/overview/apart";
 import { Atlas } from "../ui/overview/atlas";
 import { ChosenHead } from "../ui/overview/chosen";
 import { linesOf, TokenLine } from "../ui/overview/line";
-import { useScene } from "../ui/overview/scene";
+import { isLarge, useScene } from "../ui/overview/scene";
 import { ChosenToken } from "../ui/overview/token";
 import { headline } from "../data/sentences";
 import type { View } from "./view";
@@ -118,10 +118,11 @@ function Overview({ app }: { app: App }) {
 
 /** How long, in milliseconds, another head has to be the most striking, while others are measured, before the page goes on to it. */
 const PATIENCE = 600;
+/** The same before the first head, where it is a large one: to read it takes longer than to measure a layer. */
+const BEFORE_LARGE = 1500;
 
 /** Until the reader chooses, the most striking head is shown: the first at once, and what is found after it in time. */
 function useLead(app: App): void {
-  const led = useRef(false);
   const { striking, heads, done, total } = app.findings.value;
   const all = done >= total;
   const chosen = app.chosen.value;
@@ -130,11 +131,14 @@ function useLead(app: App): void {
     if (chosen || striking === null || call === undefined) return;
     const pair = heads[striking.call]?.[striking.head]?.roles.find((r) => r.pair !== null)?.pair;
     const head = call.headNumbers[striking.head]!;
+    const first = !app.led.peek();
     const wait = setTimeout(
-      () => app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) }),
-      led.current && !all ? PATIENCE : 0,
+      () => {
+        app.led.value = true;
+        app.lead({ ...placeOf(app.trace, call), heads: [head], ...(pair && { batch: pair.batch }) });
+      },
+      all ? 0 : first ? (isLarge(call) ? BEFORE_LARGE : 0) : PATIENCE,
     );
-    led.current = true;
     return () => clearTimeout(wait);
   }, [app, chosen, striking?.call, striking?.head, all]);
 }

@@ -59,6 +59,10 @@ export interface Scene {
 /** Numbers of a head that takes a second. */
 const LARGE = 2 ** 22;
 
+export function isLarge({ extents: { T, S } }: Call): boolean {
+  return T * S > LARGE;
+}
+
 export function useScene(app: App, findings: Findings): Scene {
   const state = app.state.value;
   const { batch, sink, filter, over } = state;
@@ -72,9 +76,9 @@ export function useScene(app: App, findings: Findings): Scene {
   const sheet = useMemo(() => sheetOf(trace, begun, Math.min(batch, begun.extents.B - 1), [head]), [trace, begun, batch, head]);
   const missing = whyNot(app, trace, call, head, side, twin, field);
   // A large head that nobody has chosen is not read only to be left for the one that is found to be striking.
-  const { T, S } = own.extents;
-  const { done, total, striking } = findings;
-  const wait = !app.chosen.value && T * S > LARGE && findings.missing === null && striking === null && (done < total || total === 0);
+  const { done, total, striking, missing: unknown } = findings;
+  const coming = striking !== null || done < total || total === 0;
+  const wait = !app.chosen.value && !app.led.value && isLarge(own) && unknown === null && coming;
   const { value, error, stale } = useLoaded(
     async (signal, show: (made: Read | null) => void): Promise<Read | null> => {
       if (missing !== null || wait) return null;
