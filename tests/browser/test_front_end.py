@@ -114,8 +114,10 @@ def test_the_selection_goes_both_ways(page: Any) -> None:
 
 
 def test_an_error_of_the_kernel_is_shown(page: Any) -> None:
+    """At what was not read before: weights of all layers were, for what is found of their heads."""
+    page.wait_for_timeout(1000)
     page.evaluate("broken = true")
-    page.evaluate("() => { traits.state = { ...traits.state, layer: 0 }; tell('change:state'); }")
+    page.evaluate("() => { traits.state = { ...traits.state, layer: 0, view: 'neuron' }; tell('change:state'); }")
     page.get_by_role("alert").wait_for()
     assert page.get_by_role("alert").inner_text() == "the file is gone"
 
