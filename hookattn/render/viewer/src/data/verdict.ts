@@ -1,4 +1,4 @@
-/** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of figures/lens_figure.py. */
+/** Why a weight is what it is: masked, outscored, or drained by a sink. The words are those of hookattn/calls/verdicts.py. */
 import { exact, percent, short } from "../format";
 import type { Row } from "./row";
 
