@@ -490,7 +490,7 @@ def test_the_heads_of_the_second_trace_are_told_of_as_they_are(
         page = open_page()
         page.goto(page_of(one, other, side, tmp_path))
         page.locator(f"{VIEW} .chosen canvas").wait_for()
-        page.wait_for_function(f"document.querySelector('#viewer').shadowRoot.querySelector('{PENDING}') === null")
+        page.locator(f"{VIEW} {PENDING}").first.wait_for(state="detached")
         roles = page.locator(f"{VIEW} .atlas .head").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
         drawn[name] = [
             *roles,
