@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def alike(values: Any) -> Iterator[Batch]:
 def build() -> tuple[nn.Module, Any]:
     """As a Measurer takes it."""
     return load_pretrained(), one_by_one
+
+
+def build_with_a_warning() -> tuple[nn.Module, Any]:
+    """The same, of a library that warns."""
+    warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+    warnings.warn("of another library", UserWarning, stacklevel=1)
+    return build()
 
 
 def examples(n: int, length: int = 8) -> list[list[int]]:

@@ -28,7 +28,7 @@ from hookattn.cli.commands import app
 from hookattn.demo.induction import InductionTransformer, load_pretrained
 from hookattn.errors import BlankLinesWarning, InputError, MeasureError, ModelError, SelectionError, TraceWriteError
 
-from .surveyed import MODEL, alike, build, examples, one_by_one, same_table, written
+from .surveyed import MODEL, alike, build, build_with_a_warning, examples, one_by_one, same_table, written
 
 NAMES = ["entropy", "previous_token", "sink"]
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no signal ends a process at once")
@@ -408,3 +408,11 @@ def test_warnings_of_processes_are_those_of_the_caller(tmp_path: Path) -> None:
     with pytest.warns(BlankLinesWarning) as told:
         survey_on_processes(build, Corpus((str(corpus),)), tmp_path / "t.parquet", jobs=2, measures=NAMES, batch=2)
     assert len(told) == 1
+
+
+def test_warnings_of_libraries_are_said_by_the_first_process_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = examples(6)
+    survey_on_processes(build_with_a_warning, values, tmp_path / "t.parquet", jobs=2, measures=NAMES, batch=2)
+    assert capfd.readouterr().err.count("UserWarning: of another library") == 1

@@ -211,10 +211,13 @@ def _work(order: _Order, pipe: Connection) -> None:
     if not order.first:  # what loading a model says need not be said by each
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     torch.set_num_threads(order.threads)
+    shown = warnings.showwarning
 
     def relay(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
         if issubclass(category, HookattnWarning):
             pipe.send(("warning", (category, str(message))))
+        else:
+            shown(message, category, *where, **options)
 
     warnings.showwarning = relay
     try:
