@@ -143,8 +143,8 @@ def command(
         expected = corpus.quick_count()
     if expected is not None and shard is not None:
         expected = shard.size(expected, batch)
+    _say_present(screen, out, settings(measurer, batch, about))
     if engine is not None:
-        _say_present(screen, out, settings(measurer, batch, about))
         options: Any = {"measures": measurer.measures, "batch": batch, "about": about, "on_error": on_error, **given}
         with _measuring(screen, expected) as progress, _stdout_kept(screen):
             total = survey_on_ray(build, corpus, out, progress=progress, say=screen.say, **options)
@@ -152,7 +152,6 @@ def command(
         return
     options = {"measures": measurer.measures, "batch": batch, "about": about, "shard": shard, "on_error": on_error}
     loaded = build.load(screen) if jobs == 1 else None
-    _say_present(screen, out, settings(measurer, batch, about))
     with _measuring(screen, expected) as progress:
         if loaded is not None:
             total = survey(loaded[0], corpus, loaded[1], out, progress=progress, **options)
