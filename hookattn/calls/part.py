@@ -155,6 +155,11 @@ class Part:
             return 0
         return int(with_four_axes(self.call.mask)[0].flatten(0, 1).any(0).byte().argmax())
 
+    def learned_sink(self, query: int) -> float | None:
+        """The logit of the learned sink of the first head, beside the scores of a query; None: it has none."""
+        sinks = self.field("sinks", query)
+        return None if sinks is None else float(sinks[0].flatten()[0])
+
     @property
     def edited(self) -> str:
         """What was edited in the call, in words; empty: nothing."""

@@ -66,7 +66,7 @@ def verdicts(part: Part, query: int, weights: Tensor, hidden: Tensor | None) -> 
     edited = torch.zeros_like(allowed) if was_set is None else was_set[0].broadcast_to(allowed.shape)
     # Equal weights are rounded, and each is its share.
     fair = (1 - 1e-6) / n if n else torch.inf
-    learned = max(0.0, 1 - float(weights[allowed].sum())) if n and part.field("sinks") is not None else 0.0
+    learned = max(0.0, 1 - float(weights[allowed].sum())) if n and part.learned_sink(query) is not None else 0.0
     sink = part.first_key
     first = float(weights[sink]) if n > 1 and weights[sink] >= fair else 0.0
     rest = 1 - learned - first

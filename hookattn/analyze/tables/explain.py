@@ -69,7 +69,7 @@ def _columns(part: Part, query: int) -> dict[str, Any]:
     hidden = part.hidden(query)
     away = None if hidden is None else hidden[0, 0]
     judged = verdicts(part, query, weights, away)
-    rank, rival, softmax = _standing(scores, away, _learned_sink(part, query))
+    rank, rival, softmax = _standing(scores, away, part.learned_sink(query))
     keys = list(part.columns)
     rivals = [None if j < 0 else j for j in rival[keys].tolist()]
     return {
@@ -93,16 +93,7 @@ def _columns(part: Part, query: int) -> dict[str, Any]:
     }
 
 
-def _learned_sink(part: Part, query: int) -> Tensor | None:
-    """The logit of the head's learned sink; None: it has none."""
-    sinks = part.field("sinks")
-    if sinks is None:
-        return None
-    own = sinks[0].flatten()
-    return own[query] if own.numel() > 1 else own[0]
-
-
-def _standing(scores: Tensor, away: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _standing(scores: Tensor, away: Tensor | None, sink: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """S each: the rank among the allowed keys, the strongest other one (−1: there is none), and the softmax."""
     allowed = torch.ones_like(scores, dtype=torch.bool) if away is None else ~away
     among = torch.where(allowed, scores, -torch.inf)
@@ -114,6 +105,6 @@ def _standing(scores: Tensor, away: Tensor | None, sink: Tensor | None) -> tuple
     if len(order):
         rival[:] = order[0]
         rival[order[0]] = order[1] if len(order) > 1 else -1
-    lse = torch.logsumexp(among if sink is None else torch.cat([among, sink[None]]), 0)
+    lse = torch.logsumexp(among if sink is None else torch.cat([among, among.new_tensor([sink])]), 0)
     softmax = torch.where(allowed, (scores - lse).exp(), torch.sigmoid(scores - lse))
     return rank, rival, softmax

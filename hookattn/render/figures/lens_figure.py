@@ -103,9 +103,9 @@ def _draw_scores(figure: Figure, x: float, y: float, found: QueryRow, across: fl
     for chosen, colour, name in ((~away, INK, "scores"), (away, HATCH, "masked-scores")):
         name_artist(axes.scatter(scores[chosen], at[chosen], s=8, color=colour, linewidth=0), name)
     logits = list(found.scores[~hidden])
-    sinks = found.part.field("sinks")
-    if sinks is not None:
-        logits.append(float(sinks[0].ravel()[found.query if sinks[0].numel() > 1 else 0]))
+    sink = found.part.learned_sink(found.query)
+    if sink is not None:
+        logits.append(sink)
     if logits:
         total = float(np.logaddexp.reduce(logits))
         line = axes.axvline(total, color=WEIGHT, linestyle=(0, (3, 2)), linewidth=0.8)
