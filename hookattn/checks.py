@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
@@ -200,6 +200,11 @@ def several(name: str, value: Any, kind: type[Kind], what: str, error: Error = I
     if bad:
         raise wrong(name, bad[0], f"{what}, and nothing else in it", error)
     return items
+
+
+def ordered_items(value: Any) -> list[Any] | None:
+    """What is in a sequence, in its order; None: it is text, or has no order, or cannot be gone through."""
+    return None if isinstance(value, (Mapping, Set)) else items_of(value)
 
 
 def items_of(value: Any) -> list[Any] | None:

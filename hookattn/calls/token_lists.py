@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import checks
@@ -17,8 +17,9 @@ def token_lists(tokens: Sequence[Any] | None) -> list[list[str]] | None:
     """
     if tokens is None:
         return None
-    items = _items(tokens)
-    rows = [items] if items and all(isinstance(x, str) for x in items) else [_items(x) for x in items or ()]
+    items = checks.ordered_items(tokens)
+    alone = bool(items) and all(isinstance(x, str) for x in items or ())
+    rows = [items] if alone else [checks.ordered_items(x) for x in items or ()]
     if any(rows) and all(row is not None and all(isinstance(x, str) for x in row) for row in rows):
         return [list(row) for row in rows if row is not None]
     raise InputError(
@@ -32,11 +33,6 @@ def are_token_lists(tokens: Any) -> bool:
     return tokens is None or (
         type(tokens) is list and all(type(row) is list and all(type(x) is str for x in row) for row in tokens)
     )
-
-
-def _items(x: Any) -> list[Any] | None:
-    """What is in a sequence, in its order; None: it is text, or has no order, or is no sequence at all."""
-    return None if isinstance(x, (Mapping, Set)) else checks.items_of(x)
 
 
 # The stacks whose text a trace's tokens are of, as calls/key_tokens.py has it: what is given for one of them is both.

@@ -143,7 +143,7 @@ class TraceData:
     def _parts(self, kept: Sequence[Call], heads: Any, queries: Any, batch: Any) -> Self:
         """A trace of parts of some calls, with the tokens of the batch entries that are left."""
         made = self._with([call.at(heads=heads, queries=queries, batch=batch) for call in kept])
-        if batch is None or not kept:
+        if batch is None:
             return made
         sizes = {extents_of(call, "B").b for call in kept}
         entries = CallPart.of(kept[0], None, None, batch)

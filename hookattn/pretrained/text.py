@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, pairwise
 from os import PathLike
@@ -232,7 +232,7 @@ def _texts(text: Any, pair: Any) -> tuple[list[Any], list[str] | None]:
         if pair is not None:
             raise InputError("pair: it is the second sentence of a pair; give the first as text.")
         return [], None
-    texts = [text] if isinstance(text, str) else _in_order(text)
+    texts = [text] if isinstance(text, str) else checks.ordered_items(text)
     if texts and isinstance(texts[0], Mapping):  # one conversation
         texts = [texts]
     good = bool(texts) and all(isinstance(t, str) or _is_chat(t) for t in texts or ())
@@ -240,17 +240,12 @@ def _texts(text: Any, pair: Any) -> tuple[list[Any], list[str] | None]:
         raise checks.wrong("text", text, 'a text, a list of texts, or a list of {"role": …, "content": …}')
     if pair is None:
         return list(texts), None
-    pairs = [pair] if isinstance(pair, str) else _in_order(pair)
+    pairs = [pair] if isinstance(pair, str) else checks.ordered_items(pair)
     if not pairs or any(not isinstance(p, str) for p in pairs):
         raise checks.wrong("pair", pair, "a text, or a list of texts")
     if len(pairs) != len(texts):
         raise InputError(f"pair: expected one for each text, {len(texts)}, and got {len(pairs)}.")
     return list(texts), list(pairs)
-
-
-def _in_order(given: Any) -> list[Any] | None:
-    """What is given one after the other; None: it is no such thing, as names and sets have no order."""
-    return None if isinstance(given, (Mapping, Set)) else checks.items_of(given)
 
 
 def _is_chat(text: Any) -> bool:
