@@ -175,7 +175,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
     numbers = sorted({head for part in parts for head in part.heads})
     figure = _subplots([], len(numbers), len(parts))
     notes: list[str] = []
-    clipped, masked = False, False
+    masked = False
     for row, part in enumerate(parts, 1):
         found = drawn_values(part, field, sink, most=_PIXELS)
         masked = masked or found.masked
@@ -187,9 +187,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         hover = [[f"query {q}<br>key {k}" for k in _escaped(keys)] for q in _escaped(queries)]
         for n, head in enumerate(part.heads):
             place = {"row": row, "col": numbers.index(head) + 1}
-            largest = largest_magnitude(data[n])
-            end = largest if has_negative(data[n]) else found.ends[n]
-            clipped = clipped or largest > end
+            end = largest_magnitude(data[n]) if has_negative(data[n]) else found.ends[n]
             name = _escaped([f"{part.title}, head {head}"])[0]
             _add_heatmap(figure, data[n], hover, name, place, scale, 1.0 if field == "mask" else end or 1.0)
             figure.update_yaxes(autorange="reversed", showticklabels=False, **place)
@@ -199,7 +197,7 @@ def _model(trace: Trace, field: Field, scale: Scale, sink: Sink, where: Where) -
         figure.update_xaxes(title_text=str(head), title_standoff=2, row=len(parts), col=n)
     title = _title(f"{parts[0].stack} layers down, heads across".strip(), notes)
     _Sheet(90, 90, 90, len(numbers), len(parts), 60, 50).lay_out(figure)
-    _finish_layout(figure, field, scale, title, None, masked, clipped)
+    _finish_layout(figure, field, scale, title, None, masked)
     return figure
 
 
@@ -284,21 +282,14 @@ def _set_ticks(
 
 
 def _finish_layout(
-    figure: Figure,
-    field: str,
-    scale: str,
-    title: dict[str, Any],
-    end: float | None,
-    masked: bool,
-    clipped: bool | None = None,
+    figure: Figure, field: str, scale: str, title: dict[str, Any], end: float | None, masked: bool
 ) -> None:
     """Colours by the scale of all figures, with a short bar; what is grey is said below it.
 
     Args:
         end: where linear colours of weights end; None: each matrix is drawn in shares of its own end.
-        clipped: whether any weight is beyond it; None: where one is larger than ``end``.
     """
-    heats = figure.select_traces(selector={"type": "heatmap"})
+    heats = list(figure.select_traces(selector={"type": "heatmap"}))
     seen = [np.asarray(h.customdata, float) for h in heats]
     seen = [x[np.isfinite(x)] for x in seen]
     top = max((float(np.abs(x).max()) for x in seen if x.size), default=1.0) or 1.0
@@ -321,12 +312,11 @@ def _finish_layout(
         told = [f"≤ {FLOOR:g}", *(f"{10.0**k:g}" for k in at[1:])]
         bar |= {"tickvals": [*at, high], "ticktext": [*told, f"{10**high:.2g}"]}
     else:
-        beyond = "≥ " if (top > (end or 1.0) if clipped is None else clipped) else ""
         axis["cmax"] = last = 1.0 if end is None else end or 1.0
-        at = [] if end is None else _round_numbers(last)
-        told = [f"{x:g}" for x in at] if at else ["0"]
-        told.append(beyond + ("own end" if end is None else f"{last:.3g}"))
-        bar |= {"tickvals": [*(at or [0.0]), last], "ticktext": told}
+        beyond = "≥ " if any((np.asarray(h.z, float) > last).any() for h in heats) else ""  # NaN is larger than nothing
+        at = [0.0] if end is None else _round_numbers(last)
+        ending = beyond + ("own end" if end is None else f"{last:.3g}")
+        bar |= {"tickvals": [*at, last], "ticktext": [*(f"{x:g}" for x in at), ending]}
     if masked:
         top = 0 if field == "mask" else -160
         box = {"xsizemode": "pixel", "ysizemode": "pixel", "xanchor": 1, "yanchor": 1, "x0": 14, "x1": 24}
