@@ -31,3 +31,24 @@ export class Lru<V> {
     this.items.delete(key);
   }
 }
+
+/**
+ * What `make` gives, kept under a key: who asks while it is being made waits for the same. Its weight counts once it is
+ * known, and what failed is forgotten, so that the next one tries again.
+ */
+export function once<V>(
+  cache: Lru<Promise<V>>,
+  key: string,
+  make: () => Promise<V>,
+  weight: (made: V) => number,
+): Promise<V> {
+  const known = cache.get(key);
+  if (known !== undefined) return known;
+  const made = make();
+  cache.set(key, made, 0);
+  made.then(
+    (value) => cache.set(key, made, weight(value)),
+    () => cache.delete(key),
+  );
+  return made;
+}

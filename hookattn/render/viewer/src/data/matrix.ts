@@ -14,8 +14,9 @@ export function thereOf({ rows, there = rows }: Matrix): number {
   return there;
 }
 
+/** A number; NaN where its row is not read yet. */
 export function at(matrix: Matrix, row: number, col: number): number {
-  return matrix.data[row * matrix.cols + col]!;
+  return row < thereOf(matrix) ? matrix.data[row * matrix.cols + col]! : NaN;
 }
 
 /** Smallest and largest finite value, `[NaN, NaN]` where there is none. */

@@ -1,5 +1,5 @@
 /** One matrix for the heads that are looked at: that of one, or the mean or the largest over several. */
-import { Lru } from "../lru";
+import { Lru, once } from "../lru";
 import { Slices } from "../slices";
 import type { Over } from "../state";
 import type { Call } from "./call";
@@ -50,16 +50,9 @@ export function keysOver(
   let cache = kept.get(trace);
   if (cache === undefined) kept.set(trace, (cache = new Lru(CACHE)));
   const key = [call.index, field, batch, of.length > 1 && over, ...of].join(" ");
-  let known = cache.get(key);
-  if (known === undefined) {
-    const read = (i: number, alone: boolean) => shownHead(trace, call, field, batch, i, alone ? show : undefined);
-    known = all(call, field, of, over, read);
-    cache.set(key, known, 0);
-    const weigh = ({ matrix, whole }: Shown) =>
-      cache.set(key, known!, matrix.data.byteLength + (matrix === whole ? 0 : whole.data.byteLength));
-    known.then(weigh, () => cache.delete(key));
-  }
-  return known;
+  const read = (i: number, alone: boolean) => shownHead(trace, call, field, batch, i, alone ? show : undefined);
+  const weight = ({ matrix, whole }: Shown) => matrix.data.byteLength + (matrix === whole ? 0 : whole.data.byteLength);
+  return once(cache, key, () => all(call, field, of, over, read), weight);
 }
 
 /** The same; weights of a call with sinks have a column more, of what goes to the sink: `sinkOf`, named by `axesOver`. */

@@ -60,10 +60,8 @@ function without(whole: Matrix, mask: Matrix | null, field: string): Shown {
   return { matrix: { ...whole, data }, whole, masks: true };
 }
 
-/** What is said of a row that is not read yet. */
-export const READING = "being read";
-
 /** Why an entry of what is presented has no number. */
-export function absence({ matrix, masks }: Shown, query: number, key: number): "masked" | "left out" {
+export function absence({ matrix, masks }: Pick<Shown, "matrix" | "masks">, query: number, key: number): string {
+  if (query >= thereOf(matrix)) return "being read";
   return masks && Number.isNaN(at(matrix, query, key)) ? "masked" : "left out";
 }

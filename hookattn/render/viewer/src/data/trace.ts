@@ -1,7 +1,7 @@
 /** A trace as the views read it: its calls at once, its numbers one head at a time, when they are looked at. */
 import { work } from "../crew";
 import { FieldAbsent, NotCaptured, ViewerError } from "../errors";
-import { Lru } from "../lru";
+import { Lru, once } from "../lru";
 import type { Source } from "../source/source";
 import { type Call, kvHead, where } from "./call";
 import { describeCalls } from "./describe";
@@ -76,21 +76,11 @@ export class Trace {
    */
   head(call: Call, field: string, batch: number, head: number, show?: (part: Matrix) => void): Promise<Matrix> {
     const name = call.fields[field];
-    const key = this.keyOf(call, field, batch, head);
-    // The promise is cached, not the matrix: views that ask for a head while it is being read wait for one request. Its
-    // weight counts once it is known, and a request that failed is forgotten, so that the next view tries again.
-    let known = this.cache.get(key);
-    if (known === undefined) {
-      known = name == null
-          ? this.derive(call, field, batch, head, [[0, call.extents.T]], show)
-          : this.stored(call, field, name, batch, heldBy(call, field, head), show);
-      this.cache.set(key, known, 0);
-      known.then(
-        (matrix) => this.cache.set(key, known!, matrix.data.byteLength),
-        () => this.cache.delete(key),
-      );
-    }
-    return known;
+    const make = () =>
+      name == null
+        ? this.derive(call, field, batch, head, [[0, call.extents.T]], show)
+        : this.stored(call, field, name, batch, heldBy(call, field, head), show);
+    return once(this.cache, this.keyOf(call, field, batch, head), make, (matrix) => matrix.data.byteLength);
   }
 
   /**
@@ -228,20 +218,14 @@ export class Trace {
 
   /** One of several heads that are read in one request. */
   private async together(name: string, entry: Entry, batch: number, head: number): Promise<Numbers> {
-    const { rows, cols } = place(entry, batch, head);
-    const heads = entry.shape.at(-3) ?? 1;
-    const first = head - (head % Math.max(1, Math.floor(PART / (rows * cols))));
-    const key = `${name} ${batch} from ${first}`;
-    let known = this.groups.get(key);
-    if (known === undefined) {
-      const end = Math.min(heads, first + Math.max(1, Math.floor(PART / (rows * cols))));
-      const { start } = place(entry, batch, first);
-      known = this.numbers(name, entry, start, start + (end - first) * rows * cols);
-      this.groups.set(key, known, (end - first) * rows * cols * 4);
-      known.catch(() => this.groups.delete(key));
-    }
-    const at = place(entry, batch, head).start - place(entry, batch, first).start;
-    return (await known).subarray(at, at + rows * cols);
+    const { start, rows, cols } = place(entry, batch, head);
+    const each = Math.max(1, Math.floor(PART / (rows * cols)));
+    const first = head - (head % each);
+    const end = Math.min(entry.shape.at(-3) ?? 1, first + each);
+    const from = place(entry, batch, first).start;
+    const make = () => this.numbers(name, entry, from, from + (end - first) * rows * cols);
+    const known = await once(this.groups, `${name} ${batch} from ${first}`, make, (data) => data.byteLength);
+    return known.subarray(start - from, start - from + rows * cols);
   }
 
   /** The rows of some queries, one range after the other; of many the first are shown while the rest is made. */

@@ -1,5 +1,5 @@
 import { ViewerError } from "../errors";
-import { Lru } from "../lru";
+import { Lru, once } from "../lru";
 import type { Source } from "./source";
 
 const TYPE = "application/x-hookattn";
@@ -30,14 +30,7 @@ export function embedded(root: ParentNode = document): Source {
   const decoded = new Lru<Promise<Uint8Array>>(CACHE);
 
   function bytes(at: Block): Promise<Uint8Array> {
-    const key = String(at.start);
-    let known = decoded.get(key);
-    if (known === undefined) {
-      known = decode(at);
-      decoded.set(key, known, at.end - at.start);
-      known.catch(() => decoded.delete(key));
-    }
-    return known;
+    return once(decoded, String(at.start), () => decode(at), (block) => block.byteLength);
   }
 
   return {

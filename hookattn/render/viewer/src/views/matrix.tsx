@@ -2,11 +2,11 @@ import { type App, current } from "../app";
 import { domain, ramp } from "../colours";
 import type { Axes } from "../data/labels";
 import { fieldOf } from "../data/kinds";
-import { at, type Matrix as Numbers, thereOf } from "../data/matrix";
+import { at, type Matrix as Numbers } from "../data/matrix";
 import { axesOver, nameOver, shownOver } from "../data/over";
 import { type Pooling, pooling, type Pyramid, pyramid } from "../data/pool";
 import { firstOf, presented } from "../data/presented";
-import { absence, READING, type Shown } from "../data/shown";
+import { absence, type Shown } from "../data/shown";
 import { exact, number } from "../format";
 import { type Range, rangeOf } from "../scale";
 import { Slices } from "../slices";
@@ -124,9 +124,8 @@ function Matrix({ app }: { app: App }) {
 }
 
 function told({ field, matrix, shown, axes }: Made, query: number, key: number): string {
-  if (query >= thereOf(matrix)) return READING;
   const value = at(matrix, query, key);
-  if (key === axes.keys.sink) return `${exact(value)}, what the row's weights lack of 1`;
+  if (key === axes.keys.sink && !Number.isNaN(value)) return `${exact(value)}, what the row's weights lack of 1`;
   if (!Number.isNaN(value)) return field === "mask" ? "may attend" : exact(value);
   const why = absence(shown, query, key);
   return why === "masked" && field === "scores" && shown.whole !== shown.matrix

@@ -7,7 +7,7 @@ import { at, thereOf } from "../../data/matrix";
 import { nameOver } from "../../data/over";
 import { ofPatches, patches, place as patchName } from "../../data/patches";
 import { hue, roleOf } from "../../data/rolewords";
-import { READING } from "../../data/shown";
+import { absence } from "../../data/shown";
 import { headName, pairSentence } from "../../data/sentences";
 import { number } from "../../format";
 import { useFrame } from "../frame";
@@ -131,11 +131,11 @@ function Numbers({ app, scene, room, most }: { app: App; scene: Scene; room: num
         label={`${field} of ${headName(scene.trace, call, stored(call, head))}, queries down, keys across`}
         told={(query, key) => {
           const value = at(matrix, query, key);
-          const none = query >= thereOf(matrix) ? READING : masked ? "masked" : "left out";
+          const said = Number.isNaN(value) ? absence({ matrix, masks: masked }, query, key) : number(value);
           return [
             `query ${name(sheet.axes.queries, query)}`,
             `key ${name(sheet.axes.keys, key)}`,
-            `${of === null ? field : "B − A"} ${query >= thereOf(matrix) || Number.isNaN(value) ? none : number(value)}`,
+            `${of === null ? field : "B − A"} ${said}`,
           ].join("\n");
         }}
       />
