@@ -20,6 +20,7 @@ alone = $(BIN)/python -m pip install --quiet --no-compile --no-deps $(if $(UNLOC
 	--build-constraint $(LOCK)/build.txt --constraint $(LOCK)/$(1).txt)
 # Each worker takes most tests of a file together, so that a model or a kernel that a file sets up is set up once.
 workers = -n $(JOBS) --dist worksteal
+quick = -m "not slow and not gpu and not browser and not notebook"
 locked = $(if $(UNLOCKED),,$(LOCK)/build.txt $(LOCK)/$(1).txt)
 
 .PHONY: demo test lint test-slow test-attack test-soak test-mutants test-browser test-notebook test-field test-cluster test-serving test-gpu test-latest docs docs-links dist check-all bench bench-gpu train \
@@ -54,7 +55,7 @@ lint: $(VENV)/.dev ## ruff, its format, and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## linter, types and the tests
-	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser and not notebook"
+	$(BIN)/python -m pytest $(workers) $(quick)
 
 test-slow: $(VENV)/.dev ## what takes long
 	$(BIN)/python -m pytest -m "slow" -n 1
@@ -161,7 +162,7 @@ test-latest: ## the newest of everything, in an environment of its own: the test
 	@$(MAKE) LOCK=none newest
 
 newest: $(VENV)/.dev
-	$(BIN)/python -m pytest $(workers) -m "not slow and not gpu and not browser and not notebook"
+	$(BIN)/python -m pytest $(workers) $(quick)
 
 check-all: ## every target, one after the other, and a table of what is red at the end; TARGETS="demo lint" runs these
 	@bash .ci/all "$(MAKE)" $(TARGETS)
